@@ -5,21 +5,19 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import tyro
 
-from mechlens.config import FindDirection, ListRuns, Patch, Positions, Rerun, Runs, Separate, ShowRun
+from mechlens.config import RECORDED, ListRuns, Positions, Rerun, Runs, ShowRun
 from mechlens.errors import UserError
 
-Verb = (
-    Annotated[Positions, tyro.conf.subcommand("positions")]
-    | Annotated[Separate, tyro.conf.subcommand("separate")]
-    | Annotated[FindDirection, tyro.conf.subcommand("direction")]
-    | Annotated[Patch, tyro.conf.subcommand("patch")]
-    | Annotated[Runs, tyro.conf.subcommand("runs")]
-)
+VERBS: dict[str, Any] = {"positions": Positions, **RECORDED, "runs": Runs}
+"""Every verb's configuration, in the order of `--help`."""
+
+Verb: Any = Union[tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in VERBS.items())]  # noqa: UP007
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,20 +53,11 @@ def _one_line(message: Any, category: type[Warning], *where: object, **more: obj
 
 
 def _dispatch(command: Any) -> None:
-    if isinstance(command, Positions):
+    recorded = {config: name for name, config in RECORDED.items()}
+    if type(command) in recorded:
+        _finished(import_module(f"mechlens.verbs.{recorded[type(command)]}").run(command))
+    elif isinstance(command, Positions):
         _positions(command)
-    elif isinstance(command, Separate):
-        from mechlens.verbs import separate
-
-        _finished(separate.run(command))
-    elif isinstance(command, FindDirection):
-        from mechlens.verbs import direction
-
-        _finished(direction.run(command))
-    elif isinstance(command, Patch):
-        from mechlens.verbs import patch
-
-        _finished(patch.run(command))
     elif isinstance(command, Runs):
         _runs(command.action)
 

@@ -174,8 +174,8 @@ def test_the_command_itself_runs() -> None:
 
 
 def test_every_setting_is_explained_in_its_help() -> None:
-    tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))
-    for verb in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (PACKAGE / "config").glob("*.py")]
+    for verb in [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]:
         for place, item in enumerate(verb.body):
             kind = ast.unparse(item.annotation) if isinstance(item, ast.AnnAssign) else "WandbSettings"
             if kind == "WandbSettings" or "subcommand" in kind:

@@ -3,26 +3,14 @@
 import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from mechlens.config import FindDirection, Patch, Rerun, Separate, WandbSettings
+from mechlens.config import RECORDED, Rerun, WandbSettings
 from mechlens.errors import UserError
 from mechlens.records.run import Difference, changed_since, largest_difference, read_run
 from mechlens.records.writer import open_run
-from mechlens.verbs import direction, patch, separate
-
-
-class _Verb(NamedTuple):
-    config: Any
-    module: Any
-
-
-VERBS = {
-    "separate": _Verb(Separate, separate),
-    "direction": _Verb(FindDirection, direction),
-    "patch": _Verb(Patch, patch),
-}
 
 
 def rerun(config: Rerun) -> Difference:
@@ -31,18 +19,18 @@ def rerun(config: Rerun) -> Difference:
     UserError, before anything is computed, naming each input that isn't what it was.
     """
     before = read_run(config.folder)
-    if before.verb not in VERBS:
-        raise UserError(f"a run of {before.verb!r} can't be made again; there are {', '.join(VERBS)}")
-    verb = VERBS[before.verb]
+    if before.verb not in RECORDED:
+        raise UserError(f"a run of {before.verb!r} can't be made again; there are {', '.join(RECORDED)}")
+    verb = import_module(f"mechlens.verbs.{before.verb}")
     with tempfile.TemporaryDirectory() as scratch:
         out = config.out or Path(scratch) / "rerun"
-        again = _rebuilt(verb.config, before.config, out)
-        prepared = verb.module.prepare(again)
+        again = _rebuilt(RECORDED[before.verb], before.config, out)
+        prepared = verb.prepare(again)
         changed = changed_since(before, prepared.inputs)
         if changed:
             raise UserError(f"the run {before.id} can't be made again: {'; '.join(changed)}")
         with open_run(verb=before.verb, config=again, out=out, wandb=again.wandb) as writer:
-            verb.module.execute(prepared, again, writer)
+            verb.execute(prepared, again, writer)
         return largest_difference(before, read_run(out))
 
 

@@ -1,0 +1,34 @@
+"""What can be set, apart from what does the work: no torch here, so that `--help` is instant."""
+
+from typing import Any
+
+from mechlens.config.direction import FindDirection
+from mechlens.config.finetune import FinetuneConfig
+from mechlens.config.patch import Patch
+from mechlens.config.positions import Positions
+from mechlens.config.runs import ListRuns, Rerun, Runs, ShowRun
+from mechlens.config.separate import Separate
+from mechlens.config.shared_settings import ModelChoice, Sampling, WandbSettings
+
+RECORDED: dict[str, Any] = {
+    "separate": Separate,
+    "direction": FindDirection,
+    "patch": Patch,
+}
+"""The verbs that write a run folder, in the order of `--help`; each is done by the module of its name in `verbs`."""
+
+__all__ = [
+    "RECORDED",
+    "FindDirection",
+    "FinetuneConfig",
+    "ListRuns",
+    "ModelChoice",
+    "Patch",
+    "Positions",
+    "Rerun",
+    "Runs",
+    "Sampling",
+    "Separate",
+    "ShowRun",
+    "WandbSettings",
+]

@@ -1,0 +1,28 @@
+"""`mechlens direction`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mechlens.config.shared_settings import ModelChoice, Sampling, WandbSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindDirection(ModelChoice, Sampling):
+    """Find the direction of any concept that two prompt files contrast, at every position and level."""
+
+    positive: str
+    """Prompts that have the concept: a file, a built-in set or a hub data set."""
+    negative: str
+    """Prompts that don't."""
+    out: Path
+    """Run folder."""
+    positions: tuple[str, ...] = ("inst", "post[*]")
+    """Named positions: inst, post[k], post[*], last."""
+    n: int | None = None
+    """Prompts of each file, drawn by seed; None takes all."""
+    system: str | None = None
+    """System prompt of every prompt; None leaves the template's own default."""
+    punctuation: Literal["match", "keep", "strip"] = "match"
+    """match: remove final punctuation from all prompts where it differs between the classes."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)

@@ -1,0 +1,34 @@
+"""`mechlens patch`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mechlens.config.shared_settings import ModelChoice, WandbSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch(ModelChoice):
+    """Activation patching on matched pairs: where does the difference between refused and accepted travel?"""
+
+    out: Path
+    """Run folder; a sweep killed in it goes on when the same command is given again."""
+    pairs: str = "builtin"
+    """builtin (harmful against harmless), or a file with columns clean and corrupt."""
+    n: int = 8
+    """Pairs that are patched: the first whose clean side is refused and whose corrupt side is accepted."""
+    candidates: int = 48
+    """Pairs drawn by seed and answered to find them."""
+    site: str = "resid_pre"
+    """resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z or pattern."""
+    positions: tuple[str, ...] = ("instruction[*]", "post[*]")
+    """Named positions: inst, instruction[*], post[*], last, token[k], or all."""
+    layers: tuple[int, ...] = ()
+    """Layers to patch; none given is every layer."""
+    metric: Literal["refusal_logodds"] = "refusal_logodds"
+    """What is recovered; other metrics are for Python (`patch_sweep`)."""
+    max_new_tokens: int = 24
+    """Length of the answers that are judged."""
+    seed: int = 0
+    """Decides the candidates, resamples and controls."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
