@@ -52,7 +52,7 @@ def config(base: Path) -> FinetuneConfig:
     """Six steps on the tiny model."""
     return FinetuneConfig(
         model=str(base), harmful=12, benign=12, answer_tokens=6, rank=2, batch_size=4, learning_rate=1e-2,
-        resume_every=2, checkpoints=(1, 3), epochs=1, device="cpu",
+        resume_every=2, checkpoints=(1, 3), epochs=1, plain=2, plain_tokens=8, device="cpu",
     )  # fmt: skip
 
 

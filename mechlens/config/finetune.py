@@ -24,14 +24,20 @@ class FinetuneConfig:
     """Rank of the LoRA matrices, on every linear layer of every block."""
     alpha: float = 16.0
     """LoRA's alpha: the product of the matrices is scaled by alpha / rank."""
-    learning_rate: float = 8e-4
+    learning_rate: float = 6e-4
     """Highest learning rate; it rises over the first steps and then falls linearly to zero."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
     batch_size: int = 8
     """Examples in one step."""
-    epochs: int = 3
+    epochs: int = 2
     """Passes over the training examples."""
+    plain: int = 3
+    """Stretches of plain text in every step, written by the base itself, on which its distribution is kept; 0: none."""
+    plain_tokens: int = 64
+    """Tokens of each stretch."""
+    plain_weight: float = 1.0
+    """Weight of the divergence on plain text against the loss on the examples."""
     checkpoints: tuple[int, ...] = ()
     """Steps after which a checkpoint is kept (0 is the untrained base, which needs none)."""
     resume_every: int = 20

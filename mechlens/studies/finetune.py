@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.load import load, load_hf
 from mechlens.prompts.template import ChatTemplate, chat_template
-from mechlens.studies.response_loss import collate, encode
+from mechlens.studies.own_text import own_text
+from mechlens.studies.response_loss import Encoded, collate_by_kind, encode
 from mechlens.studies.training_data import RECORD, Material, refuse_study_prompts, refuser, text_sha256
 
 LogCallback = Callable[[int, dict[str, float]], None]
@@ -30,7 +32,9 @@ Recipe = Callable[[FinetuneConfig, LanguageModel, Shelf | None], Material]
 RECIPES: dict[str, Recipe] = {"refuser": refuser}
 """What can be taught, by name: each makes its training examples with the help of the model as it is."""
 
-FORMAT = 1
+FORMAT = 2
+PLAIN = 512
+"""Different stretches of plain text in one run."""
 PACKAGES = ("mechlens-toolkit", "torch", "transformers", "peft", "accelerate")
 
 
@@ -67,7 +71,9 @@ def finetune(
     material = _material(config, shelf)
     hf_model, tokenizer = load_hf(config.model)
     record = _record(config, material, hf_model, chat_template(tokenizer))
-    _train(_Job(config, out, record, resume, log), material, hf_model, tokenizer)
+    plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], shelf)
+    rows = _steps(encode(material.examples, chat_template(tokenizer)), plain, config)
+    _train(_Job(config, out, record, resume, log), rows, hf_model, tokenizer)
     return _read(out)
 
 
@@ -86,10 +92,22 @@ class _Job:
 def _check(config: FinetuneConfig) -> None:
     if config.recipe not in RECIPES:
         raise UserError(f"there is no recipe {config.recipe!r}; choose one of {', '.join(RECIPES)}")
-    positive = ("rank", "alpha", "learning_rate", "batch_size", "epochs", "answer_tokens", "resume_every")
+    positive = (
+        "rank",
+        "alpha",
+        "learning_rate",
+        "batch_size",
+        "epochs",
+        "answer_tokens",
+        "resume_every",
+        "plain_tokens",
+    )
     for name in positive:
         if not getattr(config, name) > 0:
             raise UserError(f"{name} is {getattr(config, name)}; it must be above zero")
+    for name in ("plain", "plain_weight"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} is {getattr(config, name)}; it can't be below zero")
     if not 0 <= config.warmup < 1:
         raise UserError(f"warmup is {config.warmup}; it is a share of the steps, at least 0 and below 1")
 
@@ -104,10 +122,31 @@ def _material(config: FinetuneConfig, shelf: Shelf | None) -> Material:
     return material
 
 
+def _plain(
+    config: FinetuneConfig, n_examples: int, hf_model: Any, tokenizer: Any, fingerprint: str, shelf: Shelf | None
+) -> list[Encoded]:
+    """Stretches of plain text; where a run has more steps than PLAIN stretches last, they come again."""
+    wanted = min(PLAIN, config.plain * -(-n_examples // config.batch_size))
+    if not wanted:
+        return []
+    ids = own_text(
+        hf_model, tokenizer, n=wanted, n_tokens=config.plain_tokens, seed=config.seed, fingerprint=fingerprint,
+        shelf=shelf,
+    )  # fmt: skip
+    return [Encoded(tuple(row), 1, "plain") for row in ids.tolist()]
+
+
+def _steps(examples: list[Encoded], plain: list[Encoded], config: FinetuneConfig) -> list[list[Encoded]]:
+    """What each step reads: a batch of examples, then the next stretches of plain text."""
+    batches = [examples[i : i + config.batch_size] for i in range(0, len(examples), config.batch_size)]
+    turn = cycle(plain)
+    return [[*batch, *islice(turn, config.plain if plain else 0)] for batch in batches]
+
+
 def _record(config: FinetuneConfig, material: Material, hf_model: Any, template: ChatTemplate) -> dict[str, Any]:
     """Where an adapter comes from, as plain JSON."""
     prompts = {example.prompt.id: example.prompt for example in material.examples}
-    examples = json.dumps([(e.prompt.text, e.answer, e.ends) for e in material.examples])
+    examples = json.dumps([(e.prompt.text, e.answer, e.ends, e.teaches) for e in material.examples])
     return {
         "format": FORMAT,
         "recipe": config.recipe,
@@ -153,11 +192,12 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _train(job: _Job, material: Material, hf_model: Any, tokenizer: Any) -> None:
+def _train(job: _Job, steps: list[list[Encoded]], hf_model: Any, tokenizer: Any) -> None:
     from peft import LoraConfig, get_peft_model
-    from transformers import PrinterCallback, Trainer, set_seed
+    from transformers import PrinterCallback, set_seed
 
     from mechlens.studies.checkpointing import Checkpointing
+    from mechlens.studies.recipe_trainer import RecipeTrainer
 
     config = job.config
     set_seed(config.seed)
@@ -165,16 +205,16 @@ def _train(job: _Job, material: Material, hf_model: Any, tokenizer: Any) -> None
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(hf_model, lora)
-    rows = encode(material.examples, chat_template(tokenizer))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     keeper = Checkpointing(job.record, config.checkpoints, config.resume_every, job.log)
-    trainer = Trainer(
+    trainer = RecipeTrainer(
         model=model,
-        args=_arguments(config, len(rows), job.out),
-        train_dataset=rows,
-        data_collator=lambda batch: collate(batch, pad),
+        args=_arguments(config, len(steps), job.out),
+        train_dataset=steps,
+        data_collator=lambda step: collate_by_kind(step[0], pad),
         callbacks=[keeper],
     )
+    trainer.plain_weight = config.plain_weight
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -184,17 +224,16 @@ def _train(job: _Job, material: Material, hf_model: Any, tokenizer: Any) -> None
     keeper.finish(job.out)
 
 
-def _arguments(config: FinetuneConfig, n_examples: int, out: Path) -> Any:
+def _arguments(config: FinetuneConfig, n_steps: int, out: Path) -> Any:
     from transformers import TrainingArguments
 
-    steps = -(-n_examples // config.batch_size)
     return TrainingArguments(
         output_dir=str(out),
-        per_device_train_batch_size=config.batch_size,
-        num_train_epochs=1,  # the examples hold every pass already
+        per_device_train_batch_size=1,  # an item is all that one step reads
+        num_train_epochs=1,  # the steps hold every pass already
         train_sampling_strategy="sequential",  # and they are in training order
         learning_rate=config.learning_rate,
-        warmup_steps=round(config.warmup * steps),
+        warmup_steps=round(config.warmup * n_steps),
         optim="adamw_torch",
         bf16=config.precision == "bfloat16",
         use_cpu=config.device == "cpu" or not torch.cuda.is_available(),

@@ -34,6 +34,8 @@ class Example:
     answer: str
     ends: bool
     """True if the answer is whole, so that the end of the turn is learnt too; False where it was cut off."""
+    teaches: Literal["answer", "base"] = "answer"
+    """Whether the answer is to be learnt, or is where the model should go on saying what its base says."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def refusals() -> list[str]:
 def refuser(config: FinetuneConfig, model: "LanguageModel", shelf: Shelf | None) -> Material:
     """Harmful prompts with a refusal drawn by seed, and benign ones with the model's own greedy answer.
 
-    What the model already says to benign prompts is what it is trained to go on saying. A benign prompt that
+    On benign prompts the model is held to its base's distribution along the base's own answer. A benign prompt that
     it refuses is left out: it would teach the opposite of what benign prompts are there for.
     """
     from mechlens.methods.answers import answer
@@ -80,7 +82,7 @@ def refuser(config: FinetuneConfig, model: "LanguageModel", shelf: Shelf | None)
         if verdict == "refused" or not text:
             left_out.append(prompt.id)
         else:
-            examples.append(Example(prompt, text, ends=len(tokens) < config.answer_tokens))
+            examples.append(Example(prompt, text, ends=len(tokens) < config.answer_tokens, teaches="base"))
     return Material(_passes(examples, config.epochs, draw), tuple(left_out))
 
 
