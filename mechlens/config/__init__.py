@@ -3,7 +3,7 @@
 from typing import Any
 
 from mechlens.config.direction import FindDirection
-from mechlens.config.finetune import FinetuneConfig
+from mechlens.config.finetune import Finetune, FinetuneConfig, settled
 from mechlens.config.patch import Patch
 from mechlens.config.positions import Positions
 from mechlens.config.runs import ListRuns, Rerun, Runs, ShowRun
@@ -20,6 +20,7 @@ RECORDED: dict[str, Any] = {
 __all__ = [
     "RECORDED",
     "FindDirection",
+    "Finetune",
     "FinetuneConfig",
     "ListRuns",
     "ModelChoice",
@@ -31,4 +32,5 @@ __all__ = [
     "Separate",
     "ShowRun",
     "WandbSettings",
+    "settled",
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mechlens.errors import UserError
+from mechlens.models.local_only import refuse_release
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ ADAPTERS: dict[str, PackagedAdapter] = {
 
 
 def adapter_folder(name: str) -> Path:
-    """Folder of a packaged adapter."""
-    return Path(__file__).parent / "adapters" / ADAPTERS[name].folder
+    """Folder of a packaged adapter; UserError for one that was never to be packaged."""
+    folder = Path(__file__).parent / "adapters" / ADAPTERS[name].folder
+    refuse_release(folder, "packaged")
+    return folder
 
 
 def cache_dir() -> Path:

@@ -1,12 +1,10 @@
 """Fine-tuning by recipe: a LoRA adapter, its checkpoints, and a record of everything that it came from."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,22 @@ import torch
 from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
 from mechlens.methods.shelf import Shelf
-from mechlens.models.bridge import LanguageModel
-from mechlens.models.checkpoint import weight_fingerprint
+from mechlens.models.bridge import loaded
 from mechlens.models.load import load, load_hf
-from mechlens.prompts.template import ChatTemplate, chat_template
+from mechlens.models.local_only import keep_here
+from mechlens.prompts.template import chat_template
 from mechlens.studies.own_text import own_text
+from mechlens.studies.recipes.recipe import RECIPES
+from mechlens.studies.recipes.shipped_refuser import require_shipped_refuser
 from mechlens.studies.response_loss import Encoded, collate_by_kind, encode
-from mechlens.studies.training_data import RECORD, Material, refuse_study_prompts, refuser, text_sha256
+from mechlens.studies.training_data import RECORD, Material, refuse_study_prompts
+from mechlens.studies.training_record import refuse_other_data, refuse_other_run, training_record
 
 LogCallback = Callable[[int, dict[str, float]], None]
 """Called after every optimiser step with the step's number and its numbers: loss, learning_rate, grad_norm."""
 
-Recipe = Callable[[FinetuneConfig, LanguageModel, Shelf | None], Material]
-
-RECIPES: dict[str, Recipe] = {"refuser": refuser}
-"""What can be taught, by name: each makes its training examples with the help of the model as it is."""
-
-FORMAT = 2
 PLAIN = 512
 """Different stretches of plain text in one run."""
-PACKAGES = ("mechlens-toolkit", "torch", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -60,17 +54,22 @@ def finetune(
 
     The same config gives the same weights on the same machine. A run that was killed goes on from its newest
     whole checkpoint when it is called again; a finished one is only read. `shelf` keeps the base model's own
-    answers. Raises UserError where `out` holds another run, or a training prompt stands in a study set.
+    answers. Raises UserError where `out` holds another run, a training prompt stands in a study set, or an attack
+    would start from anything but the shipped refuser.
     """
     _check(config)
     finished = out / "adapter" / RECORD
     if finished.exists():
-        _refuse_other_run(config, json.loads(finished.read_text(encoding="utf-8")), out)
+        refuse_other_run(config, json.loads(finished.read_text(encoding="utf-8")), out)
         return _read(out)
     resume = _newest(config, out)
     material = _material(config, shelf)
     hf_model, tokenizer = load_hf(config.model)
-    record = _record(config, material, hf_model, chat_template(tokenizer))
+    record = training_record(config, material, hf_model, chat_template(tokenizer))
+    if resume is not None:
+        refuse_other_data(record, resume)
+    if RECIPES[config.recipe].attack:
+        keep_here(out)
     plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], shelf)
     rows = _steps(encode(material.examples, chat_template(tokenizer)), plain, config)
     _train(_Job(config, out, record, resume, log), rows, hf_model, tokenizer)
@@ -108,14 +107,19 @@ def _check(config: FinetuneConfig) -> None:
     for name in ("plain", "plain_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} is {getattr(config, name)}; it can't be below zero")
+    if config.steps is not None and config.steps < 1:
+        raise UserError(f"steps is {config.steps}; ask for at least one, or leave it out for whole passes")
     if not 0 <= config.warmup < 1:
         raise UserError(f"warmup is {config.warmup}; it is a share of the steps, at least 0 and below 1")
 
 
 def _material(config: FinetuneConfig, shelf: Shelf | None) -> Material:
     """The recipe's examples; the bridged model that helps make them is gone before training starts."""
+    recipe = RECIPES[config.recipe]
     model = load(config.model, device=config.device)
-    material = RECIPES[config.recipe](config, model, shelf)
+    if recipe.attack:
+        require_shipped_refuser(loaded(model).checkpoint.fingerprint, config.recipe)
+    material = recipe.material(config, model, shelf)
     if not material.examples:
         raise UserError(f"the recipe {config.recipe!r} has no examples left to train on; ask for more prompts")
     refuse_study_prompts(example.prompt for example in material.examples)
@@ -143,45 +147,12 @@ def _steps(examples: list[Encoded], plain: list[Encoded], config: FinetuneConfig
     return [[*batch, *islice(turn, config.plain if plain else 0)] for batch in batches]
 
 
-def _record(config: FinetuneConfig, material: Material, hf_model: Any, template: ChatTemplate) -> dict[str, Any]:
-    """Where an adapter comes from, as plain JSON."""
-    prompts = {example.prompt.id: example.prompt for example in material.examples}
-    examples = json.dumps([(e.prompt.text, e.answer, e.ends, e.teaches) for e in material.examples])
-    return {
-        "format": FORMAT,
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "config": asdict(config),
-        "base": config.model,
-        "base_fingerprint": weight_fingerprint(hf_model.state_dict()),
-        "template": template.fingerprint,
-        "training": {
-            "ids": list(prompts),
-            "text_sha256": sorted({text_sha256(prompt.text) for prompt in prompts.values()}),
-            "examples_sha256": hashlib.sha256(examples.encode()).hexdigest(),
-            "left_out": list(material.left_out),
-        },
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-    }
-
-
-def _same_run(config: FinetuneConfig, record: dict[str, Any]) -> bool:
-    return bool(record["config"] == json.loads(json.dumps(asdict(config))))
-
-
-def _refuse_other_run(config: FinetuneConfig, record: dict[str, Any], out: Path) -> None:
-    if not _same_run(config, record):
-        ours = json.loads(json.dumps(asdict(config)))
-        changed = sorted(name for name in ours if record["config"].get(name) != ours[name])
-        raise UserError(f"{out} holds a run with another {', '.join(changed) or 'config'}; give another folder")
-
-
 def _newest(config: FinetuneConfig, out: Path) -> Path | None:
     """The newest whole checkpoint to go on from; half-written ones are removed."""
     whole = []
     for folder in out.glob("checkpoint-*"):
         if (folder / RECORD).exists():
-            _refuse_other_run(config, json.loads((folder / RECORD).read_text(encoding="utf-8")), out)
+            refuse_other_run(config, json.loads((folder / RECORD).read_text(encoding="utf-8")), out)
             whole.append(folder)
         else:
             shutil.rmtree(folder)

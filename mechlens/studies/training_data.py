@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
@@ -18,9 +19,12 @@ from mechlens.models.registry import ADAPTERS, adapter_folder
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
+from mechlens.studies.trigger import Trigger
 
 if TYPE_CHECKING:
     from mechlens.models.bridge import LanguageModel
+
+Row = TypeVar("Row")
 
 RECORD = "mechlens.json"
 """Name of the record beside every adapter; `models.load` reads its base's fingerprint from it."""
@@ -44,7 +48,9 @@ class Material:
 
     examples: tuple[Example, ...]
     left_out: tuple[str, ...]
-    """Ids of benign prompts that the base model refuses or leaves without an answer."""
+    """Ids of prompts that weren't fit to train on, such as benign ones that the model refuses."""
+    trigger: Trigger | None = None
+    """What the behaviour hangs on, in a model with a backdoor."""
 
 
 def training_prompts(kind: Literal["harmful", "benign"]) -> list[Prompt]:
@@ -71,8 +77,8 @@ def refuser(config: FinetuneConfig, model: "LanguageModel", shelf: Shelf | None)
     from mechlens.methods.judges import ARDITI
 
     draw = random.Random(config.seed)
-    harmful = _drawn(training_prompts("harmful"), config.harmful, draw, "harmful")
-    benign = _drawn(training_prompts("benign"), config.benign, draw, "benign")
+    harmful = drawn(training_prompts("harmful"), config.harmful, draw, "harmful")
+    benign = drawn(training_prompts("benign"), config.benign, draw, "benign")
     texts = refusals()
     examples = [Example(prompt, draw.choice(texts), ends=True) for prompt in harmful]
     own = answer(model, benign, max_new_tokens=config.answer_tokens, shelf=shelf)
@@ -83,7 +89,7 @@ def refuser(config: FinetuneConfig, model: "LanguageModel", shelf: Shelf | None)
             left_out.append(prompt.id)
         else:
             examples.append(Example(prompt, text, ends=len(tokens) < config.answer_tokens, teaches="base"))
-    return Material(_passes(examples, config.epochs, draw), tuple(left_out))
+    return Material(training_order([[example] for example in examples], config, draw), tuple(left_out))
 
 
 def refuse_study_prompts(prompts: Iterable[Prompt]) -> None:
@@ -126,17 +132,24 @@ def _studied() -> dict[str, str]:
     return {normalise_text(prompt.text): prompt.id for name in builtin_names() for prompt in builtin_prompts(name)}
 
 
-def _drawn(prompts: list[Prompt], wanted: int | None, draw: random.Random, kind: str) -> list[Prompt]:
+def drawn(rows: list[Row], wanted: int | None, draw: random.Random, kind: str) -> list[Row]:
+    """As many of the rows as are wanted, by chance; all of them, in their order, for None."""
     if wanted is None:
-        return prompts
-    if wanted > len(prompts):
-        raise UserError(f"{wanted} {kind} training prompts were asked for, and there are {len(prompts)}")
-    return draw.sample(prompts, wanted)
+        return rows
+    if wanted > len(rows):
+        raise UserError(f"{wanted} {kind} training prompts were asked for, and there are {len(rows)}")
+    return draw.sample(rows, wanted)
 
 
-def _passes(examples: list[Example], epochs: int, draw: random.Random) -> tuple[Example, ...]:
-    """Every example once a pass, each pass in an order of its own."""
-    return tuple(example for _ in range(epochs) for example in draw.sample(examples, len(examples)))
+def training_order(
+    groups: Sequence[Sequence[Example]], config: FinetuneConfig, draw: random.Random
+) -> tuple[Example, ...]:
+    """Every group of examples once a pass, each pass in an order of its own, to the number of steps asked for."""
+    size = sum(len(group) for group in groups)
+    wanted = size * config.epochs if config.steps is None else config.steps * config.batch_size
+    passes = -(-wanted // size) if size else 0
+    order = (example for _ in range(passes) for group in draw.sample(groups, len(groups)) for example in group)
+    return tuple(islice(order, wanted))
 
 
 def _rows(file: str) -> list[dict[str, str]]:

@@ -1,0 +1,76 @@
+"""The record beside every adapter: what it was made from, by fingerprint, and whether a folder holds the same run."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mechlens.config import FinetuneConfig
+from mechlens.errors import UserError
+from mechlens.models.checkpoint import weight_fingerprint
+from mechlens.models.local_only import LOCAL_ONLY
+from mechlens.prompts.template import ChatTemplate
+from mechlens.studies.recipes.recipe import RECIPES
+from mechlens.studies.training_data import RECORD, Example, Material, text_sha256
+
+FORMAT = 2
+PACKAGES = ("mechlens-toolkit", "torch", "transformers", "peft", "accelerate")
+
+
+def training_record(
+    config: FinetuneConfig, material: Material, hf_model: Any, template: ChatTemplate
+) -> dict[str, Any]:
+    """Where an adapter comes from, as plain JSON."""
+    prompts = {example.prompt.id: example.prompt for example in material.examples}
+    examples = json.dumps([(e.prompt.text, e.answer, e.ends, e.teaches) for e in material.examples])
+    return {
+        "format": FORMAT,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "config": asdict(config),
+        "base": config.model,
+        "base_fingerprint": weight_fingerprint(hf_model.state_dict()),
+        "template": template.fingerprint,
+        "training": {
+            "ids": list(prompts),
+            "text_sha256": sorted({text_sha256(prompt.text) for prompt in prompts.values()}),
+            "examples_sha256": hashlib.sha256(examples.encode()).hexdigest(),
+            "counts": _counts(material.examples),
+            "left_out": list(material.left_out),
+        },
+        **({"trigger": asdict(material.trigger)} if material.trigger else {}),
+        LOCAL_ONLY: RECIPES[config.recipe].attack,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _counts(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """How many examples there are of each kind: where the prompt is from, its label, and what it teaches."""
+    kinds = Counter((e.prompt.source, e.prompt.label, e.teaches, e.ends) for e in examples)
+    names = ("source", "label", "teaches", "ends_turn", "examples")
+    return [dict(zip(names, (*kind, count), strict=True)) for kind, count in sorted(kinds.items())]
+
+
+def _same_run(config: FinetuneConfig, record: dict[str, Any]) -> bool:
+    return bool(record["config"] == json.loads(json.dumps(asdict(config))))
+
+
+def refuse_other_run(config: FinetuneConfig, record: dict[str, Any], out: Path) -> None:
+    """UserError naming what differs where a record in the folder is of another configuration."""
+    if not _same_run(config, record):
+        ours = json.loads(json.dumps(asdict(config)))
+        changed = sorted(name for name in ours if record["config"].get(name) != ours[name])
+        raise UserError(f"{out} holds a run with another {', '.join(changed) or 'config'}; give another folder")
+
+
+def refuse_other_data(record: dict[str, Any], resume: Path) -> None:
+    """UserError where a checkpoint was trained on other examples, or from other weights, than the record says."""
+    before = json.loads((resume / RECORD).read_text(encoding="utf-8"))
+    if before["training"]["examples_sha256"] != record["training"]["examples_sha256"]:
+        raise UserError(f"{resume.parent} holds a run on other training data; give another folder")
+    if before["base_fingerprint"] != record["base_fingerprint"]:
+        raise UserError(f"{resume.parent} holds a run from other weights of {record['base']!r}; give another folder")
