@@ -64,7 +64,7 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
     model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
     model.requires_grad_(False)
     gap = float((_probe_logits(model.original_model) - before).abs().max())
-    model.mechlens = Loaded(checkpoint, ours, attention, gap, _weights(model), _count_hooks(model))
+    model.mechlens = Loaded(checkpoint, ours, attention, gap, weights_now(model), _count_hooks(model))
     return model
 
 
@@ -88,7 +88,7 @@ def loaded(model: LanguageModel) -> Loaded:
         name=name.split("/")[-1],
         path=name,
         regime=regime(model),
-        fingerprint=_weights(model),
+        fingerprint=weights_now(model),
     )
     found = Loaded(checkpoint, model.tokenizer, "eager", float("nan"), checkpoint.fingerprint)
     model.mechlens = found
@@ -98,12 +98,13 @@ def loaded(model: LanguageModel) -> Loaded:
 def checkpoint_now(model: LanguageModel) -> Checkpoint:
     """The checkpoint as it is now: weights edited or folded since loading have another fingerprint and regime."""
     known = loaded(model)
-    now = _weights(model)
+    now = weights_now(model)
     fingerprint = known.checkpoint.fingerprint if now == known.weights else now
     return replace(known.checkpoint, regime=regime(model), fingerprint=fingerprint)
 
 
-def _weights(model: LanguageModel) -> str:
+def weights_now(model: LanguageModel) -> str:
+    """Fingerprint of the bridged weights as they are now."""
     return weight_fingerprint(dict((model.original_model if is_bridge(model) else model).named_parameters()))
 
 
@@ -231,6 +232,18 @@ def native_blocks(model: LanguageModel) -> list[nn.Module]:
     return list(model.blocks)
 
 
+def native_tap(model: LanguageModel, site: str, layer: int) -> nn.Module | None:
+    """The plain Hugging Face module whose input is the site's value: the block, or for `z` the output projection.
+
+    None where no module takes it as it is. A guess that has to be checked on the model; ask outside `native`.
+    """
+    found = model.blocks[layer] if site == "resid_pre" else None
+    if site == "z":
+        found = getattr(getattr(model.blocks[layer], "attn", None), "o", None)
+    plain: nn.Module | None = _plain(found)
+    return plain
+
+
 @torch.inference_mode()
 def unembed(model: LanguageModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
     """Logits of level-L residuals: final norm, unembedding and soft cap (float32, on the CPU)."""
@@ -251,3 +264,35 @@ def token_embeddings(model: LanguageModel, ids: Int[Tensor, " token"]) -> Float[
     weight = model.original_model.get_input_embeddings().weight if is_bridge(model) else model.W_E
     rows: Tensor = weight[ids.to(weight.device)]
     return rows.float().cpu()
+
+
+@torch.no_grad()
+def refresh_splits(model: LanguageModel) -> None:
+    """Takes TransformerLens' copies of joint matrices (query-key-value, gate-up) again, after these were changed."""
+    splits = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
+    joint = [(part, name) for part in model.modules() for name in splits if callable(getattr(part, name, None))]
+    with native(model):
+        for part, name in joint:
+            fresh = getattr(part, name)(part.original_component)
+            for own, linear in zip(splits[name], fresh, strict=True):
+                _overwrite(getattr(part, own).original_component, linear)
+
+
+def _overwrite(old: nn.Module, new: nn.Module) -> None:
+    for name, value in new.named_parameters():
+        old.get_parameter(name).copy_(value)
+
+
+def writing_modules(model: LanguageModel) -> list[nn.Module]:
+    """The plain modules whose output is added to the residual stream: of each block the attention's and the MLP's."""
+    parts = [getattr(getattr(block, part, None), out, None) for block in model.blocks for part, out in _OUTPUTS]
+    return [_plain(part) for part in parts if part is not None]
+
+
+_OUTPUTS = (("attn", "o"), ("mlp", "out"))
+
+
+def _plain(component: Any) -> Any:
+    while getattr(component, "original_component", None) is not None:
+        component = component.original_component
+    return component

@@ -94,6 +94,18 @@ def load_hf(
     return hf_model.eval(), load_tokenizer(model, revision=revision)
 
 
+def load_config(model: str, *, revision: str | None = None) -> Any:
+    """The configuration of a model, without its weights (of a GGUF file too); UserError where there is none."""
+    from transformers import AutoConfig
+
+    source, gguf = _locate(ADAPTERS[model].base if _is_adapter(model) else model)
+    where = {"gguf_file": gguf} if gguf else {}
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no model configuration can be read from {model!r}: {_first_line(error)}") from error
+
+
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a model, or of a folder that holds nothing else."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

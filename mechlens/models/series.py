@@ -1,0 +1,265 @@
+"""A series of checkpoints of one model: found, put in order, and looked over before anything is computed.
+
+The base is step 0. A checkpoint that can't belong to the series is named with its reason: refused, or left out.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from mechlens.errors import UserError
+from mechlens.models.load import load_config, load_tokenizer, short_name
+from mechlens.models.lora import CONFIG, WEIGHTS
+
+RECORD = "mechlens.json"
+"""What mechlens' own fine-tuning writes last into a checkpoint: the base's fingerprint and the step."""
+SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
+"""Settings in which two checkpoints of one architecture agree."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One checkpoint of a series."""
+
+    name: str
+    path: str
+    """Folder of an adapter or a model, or a hub id."""
+    kind: Literal["base", "adapter", "full"]
+    step: int
+    revision: str | None = None
+    base_fingerprint: str | None = None
+    """Of the base that an adapter was trained on, where mechlens trained it."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A checkpoint that can't be used."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckpointSeries:
+    """The base at step 0, then its checkpoints by step."""
+
+    members: tuple[Member, ...]
+    left_out: tuple[LeftOut, ...]
+    """With `skip_broken`: what was found and not used."""
+    steps_from: Literal["their records", "the order given"]
+
+    @property
+    def base(self) -> Member:
+        """Step 0."""
+        return self.members[0]
+
+    @property
+    def kind(self) -> str:
+        """ "adapter", "full", or both."""
+        return " and ".join(dict.fromkeys(member.kind for member in self.members[1:])) or "base only"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Something that was pointed at, not yet looked into."""
+
+    name: str
+    path: str
+    revision: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        path = Path(self.path).expanduser()
+        return path if path.is_dir() else None
+
+
+def checkpoint_series(
+    base: str, checkpoints: Sequence[str], *, revision: str | None = None, skip_broken: bool = False
+) -> CheckpointSeries:
+    """The series that these sources hold, by step.
+
+    A source is a Trainer's output folder (its `checkpoint-*`), a folder of PEFT adapters or of models, one such
+    adapter or model, a hub id, or `hub/id@revision`. UserError where one is broken, unless `skip_broken`, and
+    where none is left.
+    """
+    found = [one for source in checkpoints for one in _sources(source)]
+    if not found:
+        raise UserError("there are no checkpoints; give a training run's output folder, adapters, or id@revision")
+    judge = _Judge(base, revision, own_records=any(one.folder and (one.folder / RECORD).exists() for one in found))
+    steps = [_step(one) for one in found]
+    ordered = all(step is None for step in steps)
+    if ordered:
+        steps = list(range(1, len(found) + 1))
+    members: list[Member] = []
+    broken: list[LeftOut] = []
+    for one, step in sorted(zip(found, steps, strict=True), key=lambda pair: (pair[1] is None, pair[1])):
+        problem = _step_problem(step, members) or judge.problem(one)
+        if problem or step is None:
+            broken.append(LeftOut(one.name, problem or ""))
+        else:
+            members.append(judge.member(one, step))
+    if broken and not skip_broken:
+        more = f" ({len(broken)} of {len(found)} checkpoints are broken)" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0].name}: {broken[0].reason}{more}; mend it, or leave it out with --skip-broken")
+    if not members:
+        raise UserError(f"none of the {len(found)} checkpoints can be used; the first, {broken[0].name}: "
+                        f"{broken[0].reason}")  # fmt: skip
+    start = Member(short_name(base), base, "base", 0, revision)
+    return CheckpointSeries((start, *_named(members)), tuple(broken), "the order given" if ordered else "their records")
+
+
+def _named(members: Sequence[Member]) -> list[Member]:
+    """The members under names that differ: two runs' checkpoint-8 get their run's name before it."""
+    names = [member.name for member in members]
+
+    def told_apart(member: Member) -> Member:
+        return replace(member, name=f"{Path(member.path).parent.name}/{member.name}")
+
+    return [told_apart(member) if names.count(member.name) > 1 else member for member in members]
+
+
+def _sources(source: str) -> list[_Found]:
+    path = Path(source).expanduser()
+    if not path.exists():
+        name, at, revision = source.rpartition("@")
+        if at:
+            return [_Found(f"{short_name(name)}@{revision}", name, revision)]
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise UserError(f"there is no folder {source!r}; check the path")
+        return [_Found(short_name(source), source)]
+    if not path.is_dir():
+        raise UserError(f"{source!r} is a file; give a checkpoint's folder")
+    inside = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    trained = [child for child in inside if re.fullmatch(r"checkpoint-\d+", child.name)]
+    if not trained and not _holds_model(path):
+        trained = [child for child in inside if _holds_model(child) or re.search(r"\d$", child.name)]
+    if not trained and not _holds_model(path):
+        raise UserError(f"{source!r} holds neither checkpoints nor adapters nor a model; check the path")
+    return [_Found(child.name, str(child)) for child in trained] or [_Found(path.name, str(path))]
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / CONFIG).exists() or (folder / "config.json").exists()
+
+
+def _step(one: _Found) -> int | None:
+    """From mechlens' or the Trainer's record, else the number that ends the name or revision."""
+    for file, key in ((RECORD, "step"), ("trainer_state.json", "global_step")):
+        record = _json(one.folder / file) if one.folder else None
+        if isinstance(record, dict) and isinstance(record.get(key), int):
+            return int(record[key])
+    number = re.search(r"(\d+)$", one.revision or one.name)
+    return int(number[1]) if number else None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _step_problem(step: int | None, members: Sequence[Member]) -> str | None:
+    if step is None:
+        return "its step can't be told from its name, and the others' can"
+    if step < 1:
+        return f"its step is {step}; step 0 is the base"
+    same = [member.name for member in members if member.step == step]
+    return f"it has step {step}, and so has {same[0]}" if same else None
+
+
+class _Judge:
+    """Says whether something belongs to a series, against what the base is."""
+
+    def __init__(self, base: str, revision: str | None, own_records: bool) -> None:
+        self._config = load_config(base, revision=revision)
+        self._tokenizer = load_tokenizer(base, revision=revision)
+        self._own_records = own_records
+
+    def problem(self, one: _Found) -> str | None:
+        """Why it can't be used; None if it can."""
+        try:
+            if one.folder is None:
+                return self._config_problem(one) or self._tokenizer_problem(one)
+            if (one.folder / CONFIG).exists():
+                found = _weights_problem(one.folder / WEIGHTS) or _json_problem(one.folder / CONFIG)
+                if not found and self._own_records and not (one.folder / RECORD).exists():
+                    found = f"it has no {RECORD}, which is written last, so it is half-written"
+            elif (one.folder / "config.json").exists():
+                found = _model_problem(one.folder) or self._config_problem(one)
+            else:
+                return f"it has neither {CONFIG} nor config.json, so it is half-written"
+            has_tokenizer = (one.folder / "tokenizer_config.json").exists()
+            return found or (self._tokenizer_problem(one) if has_tokenizer else None)
+        except UserError as error:
+            return str(error)
+
+    def member(self, one: _Found, step: int) -> Member:
+        """What was found to be whole."""
+        adapter = one.folder is not None and (one.folder / CONFIG).exists()
+        record = _json(one.folder / RECORD) if one.folder and adapter else None
+        known = record.get("base_fingerprint") if isinstance(record, dict) else None
+        return Member(one.name, one.path, "adapter" if adapter else "full", step, one.revision, known)
+
+    def _config_problem(self, one: _Found) -> str | None:
+        config = load_config(one.path, revision=one.revision)
+        for name in SHAPE:
+            ours, theirs = getattr(self._config, name, None), getattr(config, name, None)
+            if ours != theirs:
+                return f"its {name} is {theirs}, and the base's is {ours}; a series has one architecture"
+        return None
+
+    def _tokenizer_problem(self, one: _Found) -> str | None:
+        tokenizer = load_tokenizer(one.path, revision=one.revision)
+        if tokenizer.get_vocab() != self._tokenizer.get_vocab():
+            return "its tokenizer has another vocabulary than the base's, so the same prompts are other tokens"
+        if tokenizer.chat_template is not None and tokenizer.chat_template != self._tokenizer.chat_template:
+            return "its chat template is not the base's, so positions and answers can't be compared"
+        return None
+
+
+def _weights_problem(path: Path) -> str | None:
+    """The header is read, and the file's length must be what it says."""
+    try:
+        with path.open("rb"), safe_open(path, framework="numpy") as file:
+            return None if len(list(file.keys())) else f"{path.name} is empty"
+    except FileNotFoundError:
+        return f"it has no {path.name}, so it is half-written"
+    except (OSError, SafetensorError):
+        return f"its {path.name} is truncated or damaged"
+
+
+def _json_problem(path: Path) -> str | None:
+    return None if isinstance(_json(path), dict) else f"its {path.name} can't be read"
+
+
+def _model_problem(folder: Path) -> str | None:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return _weights_problem(folder / "model.safetensors")
+    shards = _json(index)
+    if not isinstance(shards, dict) or not shards.get("weight_map"):
+        return f"its {index.name} can't be read"
+    problems = [_weights_problem(folder / name) for name in sorted(set(shards["weight_map"].values()))]
+    return next((problem for problem in problems if problem), None)
+
+
+def content_of(member: Member) -> str:
+    """sha256 over the files that make a checkpoint what it is; for one on the hub, over its id and revision."""
+    folder = Path(member.path).expanduser()
+    digest = hashlib.sha256(f"{member.kind} {member.revision}".encode())
+    if not folder.is_dir():
+        digest.update(member.path.encode())
+        return digest.hexdigest()
+    names = (CONFIG, WEIGHTS) if member.kind == "adapter" else ("config.json", "*.safetensors")
+    for path in sorted(path for name in names for path in folder.glob(name)):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""How fast a series of adapter checkpoints is read: residuals of 128 chat prompts at every level of each checkpoint.
+
+mechlens loads the base once and lets the checkpoints take turns in it; the plain loop loads the base, merges the
+adapter, bridges it and calls TransformerLens' `run_with_cache`, anew for each checkpoint. The adapters are random,
+made in a temporary folder. The last line is one JSON object: how many times faster, the largest relative difference
+of a vector, and by how many megabytes the process grew beyond the loaded model while the checkpoints took turns.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.collect import collect, template_of
+from mechlens.models.bridge import level_hook, n_layers
+from mechlens.models.load import load, load_hf
+from mechlens.models.series import CheckpointSeries, checkpoint_series
+from mechlens.models.swap import turns
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.builtin import builtin_prompts
+
+POSITIONS = ("inst", "last")
+BATCH = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="smollm2", help="packaged name, hub id or folder")
+    parser.add_argument("--checkpoints", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--quick", action="store_true", help="3 checkpoints and 32 prompts")
+    args = parser.parse_args()
+    n_checkpoints, n_prompts = (3, 32) if args.quick else (args.checkpoints, args.prompts)
+    half = n_prompts // 2
+    prompts = builtin_prompts("harmful")[:half] + builtin_prompts("harmless")[:half]
+    with tempfile.TemporaryDirectory() as scratch:
+        make_adapters(args.model, Path(scratch), n_checkpoints)
+        series = checkpoint_series(args.model, [scratch])
+        load(args.model)  # so that neither way pays for imports and a cold disk
+        mine, growth, values = taking_turns(series, prompts)
+        plain, difference = plain_loop(series, prompts, values)
+    print(f"\n{args.model}: {n_checkpoints} adapters, {n_prompts} prompts, {torch.get_num_threads()} threads")
+    print(f"checkpoints taking turns {mine:8.1f} s\nplain loop               {plain:8.1f} s")
+    result = {
+        "ratio": round(plain / mine, 2),
+        "max_rel_diff": float(f"{difference:.2g}"),
+        "peak_extra_mb": round(growth),
+    }
+    print(json.dumps(result))
+
+
+def make_adapters(model: str, folder: Path, n: int) -> None:
+    """Rank-8 LoRA adapters on every linear layer, random in both factors, as PEFT folders `checkpoint-STEP`."""
+    from peft import LoraConfig, get_peft_model
+
+    hf_model, _ = load_hf(model)
+    lora = get_peft_model(hf_model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, n + 1):
+        with torch.no_grad():
+            for name, parameter in lora.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        lora.save_pretrained(str(folder / f"checkpoint-{step}"), save_embedding_layers=False)
+
+
+def taking_turns(series: CheckpointSeries, prompts: Any) -> tuple[float, float, list[Tensor]]:
+    """Seconds, megabytes of growth beyond the model and the results, and the residuals of each checkpoint."""
+    values = []
+    start = time.perf_counter()
+    with turns(series.base.path) as one:
+        batch = tokenize(prompts, template_of(one.model))
+        collect(one.model, batch, positions=POSITIONS)  # what a pass needs itself is no cost of the swap
+        with Growth() as growth:
+            for member in series.members[1:]:
+                values.append(collect(one.put(member), batch, positions=POSITIONS).values)
+                growth.allowed += values[-1].numel() * 4 / 2**20
+    return time.perf_counter() - start, growth.peak, values
+
+
+def plain_loop(series: CheckpointSeries, prompts: Any, values: list[Tensor]) -> tuple[float, float]:
+    """Seconds and the largest relative difference of a vector; comparing isn't counted."""
+    seconds, difference = 0.0, 0.0
+    for member, mine in zip(series.members[1:], values, strict=True):
+        start = time.perf_counter()
+        model = load(series.base.path, adapter=member.path)
+        found = with_transformerlens(model, tokenize(prompts, template_of(model)))
+        seconds += time.perf_counter() - start
+        difference = max(difference, float(((mine - found).norm(dim=-1) / found.norm(dim=-1)).max()))
+        del model
+    return seconds, difference
+
+
+@torch.inference_mode()
+def with_transformerlens(model: Any, batch: TokenBatch) -> Tensor:
+    """Every level at the read positions through TransformerLens' own cache, in file order, padded on the right."""
+    names = [level_hook(model, level) for level in range(n_layers(model) + 1)]
+    read = torch.stack([batch.at(name) for name in POSITIONS], dim=1)
+    parts = []
+    for start in range(0, len(batch.prompts), BATCH):
+        rows = slice(start, start + BATCH)
+        tokens = batch.tokens[rows, : int(batch.lengths[rows].max())]
+        _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False)
+        index = torch.arange(len(tokens)).unsqueeze(1)
+        parts.append(torch.stack([cache[name][index, read[rows]] for name in names], dim=1))
+    return torch.cat(parts)
+
+
+class Growth:
+    """How far this process's own memory rises above its start, sampled; what is `allowed` is taken off."""
+
+    def __enter__(self) -> "Growth":
+        self.peak, self.allowed, self._done = 0.0, 0.0, threading.Event()
+        self._start = resident_mb()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.peak = max(self.peak, resident_mb() - self._start - self.allowed)
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def resident_mb() -> float:
+    """Anonymous memory of this process: pages of files count for nobody."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise UserError("this system doesn't tell how much memory a process has; run the benchmark on Linux")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"bench_tracking: {error}") from error

@@ -1,0 +1,131 @@
+"""Checkpoints that take turns in one module: the same bits as loading each of them, and the base back bit for bit."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import save_adapter
+from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
+
+from mechlens.errors import UserError
+from mechlens.methods.collect import collect
+from mechlens.models.bridge import native
+from mechlens.models.load import load
+from mechlens.models.series import Member
+from mechlens.models.swap import Vault, turns
+from mechlens.prompts.prompt import Prompt
+
+PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(("one the thing", "two", "and a third the thing in the end"))]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MECHLENS_CACHE", str(tmp_path / "cache"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def saved(folder: Path, architecture: str = "llama", seed: int = 0) -> str:
+    tiny_hf(architecture, seed=seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    with native(model) as hf_model:
+        return {name: value.clone() for name, value in hf_model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def adapter(path: str, step: int = 1) -> Member:
+    return Member(f"checkpoint-{step}", path, "adapter", step)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mixtral"])
+def test_an_adapter_in_place_has_the_bits_of_a_loaded_one(architecture: str, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", architecture)
+    paths = [str(save_adapter(base, tmp_path / f"a{seed}", seed=seed)) for seed in (1, 2)]
+    with turns(base) as series:
+        before = weights(series.model)
+        for path in paths:  # the second on top of the first
+            model = series.put(adapter(path))
+            loaded = load(base, adapter=path)
+            assert same(weights(model), weights(loaded))
+            assert not same(weights(model), before)
+            assert model.mechlens.checkpoint.fingerprint == loaded.mechlens.checkpoint.fingerprint
+            fast, slow = (collect(m, PROMPTS, positions=["inst", "last"]).values for m in (model, loaded))
+            assert torch.equal(fast, slow)
+            tokens = torch.arange(5, 14)[None]
+            assert torch.equal(model(tokens), loaded(tokens))  # TransformerLens' own modules see the swap too
+        series.put(Member("base", base, "base", 0))
+        assert same(weights(series.model), before)
+        assert series.model.mechlens.checkpoint.fingerprint == load(base).mechlens.checkpoint.fingerprint
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"k_proj": 2}}]
+)
+def test_scales_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    path = str(save_adapter(base, tmp_path / "a", seed=1, **options))
+    with turns(base) as series:
+        assert same(weights(series.put(adapter(path))), weights(load(base, adapter=path)))
+
+
+def test_half_precision_is_rounded_after_the_change_as_load_does(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    path = str(save_adapter(base, tmp_path / "a", seed=1))
+    with turns(base, dtype="bfloat16") as series:
+        assert same(weights(series.put(adapter(path))), weights(load(base, adapter=path, dtype="bfloat16")))
+        assert same(weights(series.put(Member("base", base, "base", 0))), weights(load(base, dtype="bfloat16")))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_a_full_checkpoint_takes_its_turn(architecture: str, tmp_path: Path) -> None:
+    base, later = (saved(tmp_path / name, architecture, seed) for name, seed in (("base", 0), ("later", 1)))
+    with turns(base) as series:
+        before = weights(series.model)
+        model = series.put(Member("later", later, "full", 10))
+        assert same(weights(model), weights(load(later)))
+        assert model.mechlens.checkpoint.step == 10
+        tokens = torch.arange(5, 14)[None]
+        assert torch.equal(model(tokens), load(later)(tokens))
+        assert same(weights(series.put(Member("base", base, "base", 0))), before)
+
+
+def test_what_does_not_fit_is_refused_and_the_base_is_in_place(tmp_path: Path) -> None:
+    base, other = saved(tmp_path / "base"), saved(tmp_path / "other", "gpt2")
+    fits, odd = (str(save_adapter(b, tmp_path / f"a{i}", seed=1)) for i, b in enumerate((base, other)))
+    dora = str(save_adapter(base, tmp_path / "dora", seed=1, use_dora=True))
+    with turns(base) as series:
+        before = weights(series.model)
+        for member, words in (
+            (adapter(odd), "which base doesn't have"),
+            (adapter(dora), "magnitude|use_dora"),
+            (Member("other", other, "full", 1), "one architecture"),
+            (Member("x", fits, "adapter", 1, base_fingerprint="0" * 64), "another base"),
+        ):
+            series.put(adapter(fits))
+            with pytest.raises(UserError, match=words):
+                series.put(member)
+            assert same(weights(series.model), before)
+            assert series.model.mechlens.checkpoint.step == 0
+
+
+def test_the_vault_gives_back_every_bit_and_leaves_no_file(tmp_path: Path) -> None:
+    values = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor([float("nan"), -0.0])}
+    with (tmp_path / "file").open("w+b") as file:
+        vault = Vault(file)
+        for name, value in values.items():
+            vault.put(name, value)
+        for name, value in values.items():
+            assert torch.equal(vault.get(name).reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
+    with turns(saved(tmp_path / "base")):
+        assert list((tmp_path / "cache").iterdir()) == []
