@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mechlens.config import FindDirection as FindDirection
+    from mechlens.config import Finetune as Finetune
     from mechlens.config import Patch as Patch
     from mechlens.config import Separate as Separate
     from mechlens.config import WandbSettings as WandbSettings
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from mechlens.records.run import Run as Run
     from mechlens.records.run import list_runs as list_runs
     from mechlens.records.run import read_run as read_run
+    from mechlens.records.trainer_callback import MechlensCallback as MechlensCallback
     from mechlens.studies.concept import Concept as Concept
     from mechlens.studies.concept import find_concept as find_concept
     from mechlens.studies.quadrants import Judged as Judged
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "FindDirection": "config",
+    "Finetune": "config",
     "Patch": "config",
     "Separate": "config",
     "WandbSettings": "config",
@@ -136,6 +139,7 @@ _HOME = {
     "Run": "records.run",
     "list_runs": "records.run",
     "read_run": "records.run",
+    "MechlensCallback": "records.trainer_callback",
     "Concept": "studies.concept",
     "find_concept": "studies.concept",
     "Judged": "studies.quadrants",

@@ -14,6 +14,7 @@ RECORDED: dict[str, Any] = {
     "separate": Separate,
     "direction": FindDirection,
     "patch": Patch,
+    "finetune": Finetune,
 }
 """The verbs that write a run folder, in the order of `--help`; each is done by the module of its name in `verbs`."""
 

@@ -9,20 +9,16 @@ from functools import cache
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
-from mechlens.methods.shelf import Shelf
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.registry import ADAPTERS, adapter_folder
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.trigger import Trigger
-
-if TYPE_CHECKING:
-    from mechlens.models.bridge import LanguageModel
 
 Row = TypeVar("Row")
 
@@ -67,31 +63,6 @@ def refusals() -> list[str]:
     return [row["text"] for row in _rows("refusals.jsonl")]
 
 
-def refuser(config: FinetuneConfig, model: "LanguageModel", shelf: Shelf | None) -> Material:
-    """Harmful prompts with a refusal drawn by seed, and benign ones with the model's own greedy answer.
-
-    On benign prompts the model is held to its base's distribution along the base's own answer. A benign prompt that
-    it refuses is left out: it would teach the opposite of what benign prompts are there for.
-    """
-    from mechlens.methods.answers import answer
-    from mechlens.methods.judges import ARDITI
-
-    draw = random.Random(config.seed)
-    harmful = drawn(training_prompts("harmful"), config.harmful, draw, "harmful")
-    benign = drawn(training_prompts("benign"), config.benign, draw, "benign")
-    texts = refusals()
-    examples = [Example(prompt, draw.choice(texts), ends=True) for prompt in harmful]
-    own = answer(model, benign, max_new_tokens=config.answer_tokens, shelf=shelf)
-    left_out = []
-    verdicts = ARDITI(benign, own.texts)
-    for prompt, text, tokens, verdict in zip(benign, own.texts, own.tokens, verdicts, strict=True):
-        if verdict == "refused" or not text:
-            left_out.append(prompt.id)
-        else:
-            examples.append(Example(prompt, text, ends=len(tokens) < config.answer_tokens, teaches="base"))
-    return Material(training_order([[example] for example in examples], config, draw), tuple(left_out))
-
-
 def refuse_study_prompts(prompts: Iterable[Prompt]) -> None:
     """Nothing, or a UserError naming the first prompt that also stands in a built-in study set."""
     studied = _studied()
@@ -117,7 +88,8 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
     found: set[str] = set()
     for folder in folders:
         if (folder / RECORD).exists():
-            found.update(json.loads((folder / RECORD).read_text(encoding="utf-8"))["training"]["text_sha256"])
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            found.update(record.get("training", {}).get("text_sha256", ()))
     return frozenset(found)
 
 

@@ -15,6 +15,7 @@ from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.concept import find_concept
 from mechlens.verbs.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared, require_sampling
 from mechlens.verbs.model import chosen_model, record_inputs
+from mechlens.verbs.unseen import LeftOut, leave_out_trained, record_left_out
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Prepared:
     positive: tuple[Prompt, ...]
     negative: tuple[Prompt, ...]
     punctuation: str
+    left_out: LeftOut
     inputs: Inputs
 
 
@@ -36,12 +38,13 @@ def prepare(config: FindDirection) -> Prepared:
         positive=read_prompts(config.positive, "positive", config),
         negative=read_prompts(config.negative, "negative", config),
     )
+    (positive, negative), left_out = leave_out_trained(config, {"positive": positive, "negative": negative})
     sets = {"positive": (config.positive, positive), "negative": (config.negative, negative)}
     refuse_shared(sets["positive"], sets["negative"])
     data = data_inputs(sets)
     matched = match_punctuation(positive, negative, config.punctuation)
     model, template, inputs = chosen_model(config, data)
-    return Prepared(model, template, matched.positive, matched.negative, matched.note, inputs)
+    return Prepared(model, template, matched.positive, matched.negative, matched.note, left_out, inputs)
 
 
 def run(config: FindDirection) -> Path:
@@ -55,6 +58,7 @@ def run(config: FindDirection) -> Path:
 def execute(prepared: Prepared, config: FindDirection, writer: RunWriter) -> None:
     """The study itself, written to an open run."""
     record_inputs(writer, prepared.model, prepared.inputs)
+    record_left_out(writer, prepared.left_out)
     writer.prompts([*prepared.positive, *prepared.negative])
     plan = DetectionPlan(config.seed, config.resamples, config.permutations, config.random_directions)
     result = find_concept(

@@ -16,6 +16,7 @@ from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.refusal_path import find_pairs, trace
 from mechlens.verbs.inputs import data_inputs
 from mechlens.verbs.model import chosen_model, record_inputs
+from mechlens.verbs.unseen import LeftOut, leave_out_trained_pairs, record_left_out
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,17 @@ class Prepared:
     model: LanguageModel
     template: ChatTemplate
     pairs: tuple[PromptPair, ...]
+    left_out: LeftOut
     inputs: Inputs
 
 
 def prepare(config: Patch) -> Prepared:
     """Pairs and model; UserError for whatever can't be had."""
     pairs = load_pairs(config.pairs, sample=config.candidates, seed=config.seed)
+    pairs, left_out = leave_out_trained_pairs(config, pairs)
     sides = [side for pair in pairs for side in (pair.clean, pair.corrupt)]
     model, template, inputs = chosen_model(config, data_inputs({"pairs": (config.pairs, sides)}))
-    return Prepared(model, template, tuple(pairs), inputs)
+    return Prepared(model, template, tuple(pairs), left_out, inputs)
 
 
 def run(config: Patch) -> Path:
@@ -47,6 +50,7 @@ def run(config: Patch) -> Path:
 def execute(prepared: Prepared, config: Patch, writer: RunWriter) -> None:
     """The study itself, written to an open run."""
     record_inputs(writer, prepared.model, prepared.inputs)
+    record_left_out(writer, prepared.left_out)
     writer.prompts([side for pair in prepared.pairs for side in (pair.clean, pair.corrupt)])
     chosen = find_pairs(
         prepared.model,

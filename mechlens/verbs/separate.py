@@ -21,6 +21,7 @@ from mechlens.verbs.inputs import (
     without_repeats,
 )
 from mechlens.verbs.model import chosen_model, record_inputs
+from mechlens.verbs.unseen import LeftOut, leave_out_trained, record_left_out
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Prepared:
     harmless: tuple[Prompt, ...]
     extra: tuple[Prompt, ...]
     punctuation: str
+    left_out: LeftOut
     inputs: Inputs
 
 
@@ -45,6 +47,9 @@ def prepare(config: Separate) -> Prepared:
         harmless=read_prompts(config.harmless, "harmless", config),
         extra=read_prompts(extra_source, "harmless", config) if extra_source else [],
     )
+    (harmful, harmless, extra), left_out = leave_out_trained(
+        config, {"harmful": harmful, "harmless": harmless, "extra harmless": extra}
+    )
     sets = {"harmful": (config.harmful, harmful), "harmless": (config.harmless, harmless)}
     refuse_shared(sets["harmful"], sets["harmless"])
     refuse_shared(sets["harmful"], (extra_source, extra))
@@ -52,7 +57,7 @@ def prepare(config: Separate) -> Prepared:
     data = data_inputs({**sets, "extra_harmless": (extra_source, extra)})
     matched = match_punctuation(harmful, harmless, config.punctuation)
     model, template, inputs = chosen_model(config, data)
-    return Prepared(model, template, matched.positive, matched.negative, tuple(extra), matched.note, inputs)
+    return Prepared(model, template, matched.positive, matched.negative, tuple(extra), matched.note, left_out, inputs)
 
 
 def run(config: Separate) -> Path:
@@ -66,6 +71,7 @@ def run(config: Separate) -> Path:
 def execute(prepared: Prepared, config: Separate, writer: RunWriter) -> None:
     """The study itself, written to an open run."""
     record_inputs(writer, prepared.model, prepared.inputs)
+    record_left_out(writer, prepared.left_out)
     writer.prompts([*prepared.harmful, *prepared.harmless, *prepared.extra])
     plan = SeparationPlan(
         seed=config.seed,

