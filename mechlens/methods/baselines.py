@@ -63,34 +63,45 @@ def token_identity_auroc(embeddings: Float[Tensor, "prompt d_model"], contrast: 
 
 
 def tfidf_auroc(texts: Sequence[str], contrast: Contrast) -> Estimate:
-    """AUROC of logistic regression on TF-IDF of words, punctuation marks and pairs of them.
-
-    Punctuation counts as a word: how a prompt ends is the commonest give-away.
-    """
+    """AUROC of `tfidf_scores` on the test prompts."""
     train = [texts[row] for row in contrast.split.train]
     if not contrast.trainable or not any(text.strip() for text in train):
         return contrast.missing()
+    labels, test = contrast.positive[list(contrast.split.train)], [texts[row] for row in contrast.split.test]
+    return contrast.estimate(tfidf_scores(train, labels, test))
+
+
+def tfidf_scores(train: Sequence[str], positive: Bool[Tensor, " train"], test: Sequence[str]) -> Float[Tensor, " test"]:
+    """Test scores of logistic regression on TF-IDF of words, punctuation marks and pairs of them.
+
+    Punctuation counts as a word: how a prompt ends is the commonest give-away.
+    """
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\w+|[^\w\s]"),
         LogisticRegression(max_iter=1000),
     )
-    model.fit(train, contrast.positive[list(contrast.split.train)].numpy())
-    scores = model.decision_function([texts[row] for row in contrast.split.test])
-    return contrast.estimate(snap(torch.from_numpy(scores), 1e-9))
+    model.fit(list(train), positive.numpy())
+    return snap(torch.from_numpy(model.decision_function(list(test))), 1e-9)
 
 
 def mean_embedding_auroc(embeddings: Float[Tensor, "prompt d_model"], contrast: Contrast) -> Estimate:
-    """AUROC of logistic regression on the mean token embedding of each instruction, standardised.
-
-    `embeddings` are means over the instruction's tokens: the words without their order.
-    """
+    """AUROC of `mean_embedding_scores` on the test prompts."""
     if not contrast.trainable:
         return contrast.missing()
     train, test = list(contrast.split.train), list(contrast.split.test)
+    return contrast.estimate(mean_embedding_scores(embeddings[train], contrast.positive[train], embeddings[test]))
+
+
+def mean_embedding_scores(
+    train: Float[Tensor, "train d_model"], positive: Bool[Tensor, " train"], test: Float[Tensor, "test d_model"]
+) -> Float[Tensor, " test"]:
+    """Test scores of logistic regression on the mean token embedding of each instruction, standardised.
+
+    The embeddings are means over the instruction's tokens: the words without their order.
+    """
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    model.fit(embeddings[train].double().numpy(), contrast.positive[train].numpy())
-    scores = model.decision_function(embeddings[test].double().numpy())
-    return contrast.estimate(snap(torch.from_numpy(scores), 1e-9))
+    model.fit(train.double().numpy(), positive.numpy())
+    return snap(torch.from_numpy(model.decision_function(test.double().numpy())), 1e-9)
 
 
 def length_auroc(n_tokens: Int[Tensor, " prompt"], contrast: Contrast) -> Estimate:

@@ -70,7 +70,7 @@ def layer_scores(
     """
     origin = reference.grand_mean.double() if centered else torch.zeros_like(reference.positive.double())
     shifted = values.double() - origin
-    return _cosine_or_zero(shifted, reference.positive.double() - origin) - _cosine_or_zero(
+    return cosine_or_zero(shifted, reference.positive.double() - origin) - cosine_or_zero(
         shifted, reference.negative.double() - origin
     )
 
@@ -111,7 +111,7 @@ def beliefs(
     return belief(values, reference, centered=centered, skip_embedding=skip_embedding)
 
 
-def _cosine_or_zero(
+def cosine_or_zero(
     values: Float[Tensor, "*batch level d_model"], reference: Float[Tensor, "level d_model"]
 ) -> Float[Tensor, "*batch level"]:
     """Cosine at each level, 0 where either vector is zero."""

@@ -1,0 +1,92 @@
+"""`mechlens guard fit`, `guard eval` and `guard predict`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mechlens.config.shared_settings import ModelChoice, Sampling, WandbSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardFit(ModelChoice, Sampling):
+    """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors."""
+
+    out: Path = Path("runs/guard")
+    """Run folder, in which the guard is kept with its evidence."""
+    harmful: str = "harmful"
+    """Harmful prompts: a built-in set, a file or a hub data set."""
+    harmless: str = "harmless"
+    """Harmless prompts: a built-in set, a file or a hub data set."""
+    extra_harmless: str | None = "benign"
+    """Further harmless prompts; None leaves them out."""
+    n: int | None = None
+    """Prompts of each set, drawn by seed; None takes all."""
+    system: str | None = None
+    """System prompt of every prompt; None leaves the template's own default."""
+    punctuation: Literal["match", "keep", "strip"] = "keep"
+    """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ."""
+    rule: Literal["faithful", "centred", "lda", "logistic"] = "lda"
+    """faithful (the paper's cosines), centred, lda (shrinkage) or logistic; the others are fitted beside it."""
+    positions: Literal["inst", "last", "both"] = "both"
+    """Where the guard reads: the last token of the user's words, the last one of the prompt, or both."""
+    levels: Literal["best", "all"] = "best"
+    """best: one level a position, chosen on validation. all: the mean over all levels, as in the paper."""
+    max_fpr: float | None = 0.05
+    """Share of harmless prompts that may be flagged, which sets the threshold; None is the paper's threshold of 0."""
+    max_new_tokens: int = 24
+    """Length of the model's own answers, which are judged for refusal."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardEval(ModelChoice, Sampling):
+    """Test a guard on prompts from other sources, beside baselines on the same prompts."""
+
+    guard: str
+    """The guard.safetensors of a run of `guard fit`; its training prompts are read from the same folder."""
+    out: Path
+    """Run folder."""
+    sources: str = "builtin"
+    """builtin, published (files below --folder), or a JSON list of sources."""
+    folder: str | None = None
+    """Folder that holds the files of the sources; None is where you are."""
+    n: int | None = None
+    """At most so many prompts of each source, drawn by seed."""
+    guard_models: tuple[str, ...] = ()
+    """Guard models to compare with (hub ids or folders), asked in Llama Guard's way."""
+    other_weights: bool = False
+    """Test the guard on weights that it wasn't fitted on, such as another checkpoint of a series."""
+    max_new_tokens: int = 24
+    """Length of the model's own answers, which are judged for refusal."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardPredict(ModelChoice):
+    """Judge prompts as they come: one JSON object a line, with harmful, score and probability, or error."""
+
+    guard: str
+    """The guard.safetensors of a run of `guard fit`."""
+    input: str = "-"
+    """File of prompts, one a line or JSON Lines (.jsonl); - reads from stdin."""
+    format: Literal["auto", "lines", "jsonl"] = "auto"
+    """auto: JSON Lines by the file's ending; on stdin, lines that start with a brace are JSON."""
+    column: str | None = None
+    """Field of JSON records that holds the prompt; None finds it among the usual names."""
+    batch: int = 16
+    """Prompts that are judged together; 1 answers each line before the next is read."""
+    other_weights: bool = False
+    """Use the guard on weights that it wasn't fitted on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Detect harmful prompts from the model's own representation: fit, eval, predict."""
+
+    action: (
+        Annotated[GuardFit, tyro.conf.subcommand("fit")]
+        | Annotated[GuardEval, tyro.conf.subcommand("eval")]
+        | Annotated[GuardPredict, tyro.conf.subcommand("predict")]
+    )

@@ -1,0 +1,72 @@
+"""How surprising a model finds the user's words: the perplexity baseline (Alon & Kamfonas 2023 for suffix attacks)."""
+
+import hashlib
+import json
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.methods.collect import FORMAT, refuse_too_long
+from mechlens.methods.shelf import Shelf
+from mechlens.models import forward
+from mechlens.models.bridge import LanguageModel, checkpoint_now, dtype_of, has_hooks, n_layers, unembed
+from mechlens.models.forward import Row
+from mechlens.prompts.batch import TokenBatch
+
+CHUNK = 64
+"""Tokens whose logits are held at once: a large vocabulary times a long prompt doesn't fit into memory."""
+PIECE = 32
+"""Prompts that a shelf keeps together."""
+
+
+def instruction_surprise(
+    model: LanguageModel, batch: TokenBatch, shelf: Shelf | None = None
+) -> Float64[Tensor, " prompt"]:
+    """Mean of -log P(token | all before it) over each instruction's tokens, in nats: the log of its perplexity.
+
+    The template's tokens before the words are context and don't count; where nothing comes before them, the first
+    word has no probability and is left out (a prompt of that one token has surprise 0).
+    """
+    refuse_too_long(model, batch)
+    keep = None if shelf is None or has_hooks(model) else shelf
+    checkpoint = checkpoint_now(model)
+    made_by = [FORMAT, "surprise", checkpoint.fingerprint, checkpoint.regime, str(dtype_of(model))]
+    rows = [_words(batch, i) for i in range(len(batch.prompts))]
+    found = []
+    bar = tqdm(total=len(rows), desc="perplexity", unit="prompt", delay=2, leave=False)
+    for low in range(0, len(rows), PIECE):
+        chunk = rows[low : low + PIECE]
+        key = hashlib.sha256(json.dumps([*made_by, chunk]).encode()).hexdigest()
+        piece = keep.get(key) if keep is not None else None
+        if piece is None:
+            piece = {"surprise": torch.stack([_surprise(model, *row) for row in chunk])}
+            if keep is not None:
+                keep.put(key, piece)
+        found.append(piece["surprise"])
+        bar.update(len(chunk))
+    bar.close()
+    return torch.cat(found)
+
+
+def _words(batch: TokenBatch, i: int) -> tuple[list[int], int]:
+    """Token ids of a prompt up to its last word, and where the words begin that can have a probability."""
+    start, end = (batch.instruction[i] - batch.offset(i)).tolist()
+    return batch.row(i)[: end + 1], max(start, 1)
+
+
+def _surprise(model: LanguageModel, ids: list[int], start: int) -> Float64[Tensor, ""]:
+    """Mean surprise of the tokens from `start` on."""
+    if start >= len(ids):
+        return torch.zeros((), dtype=torch.float64)
+    row = Row(tuple(ids), tuple(range(start - 1, len(ids) - 1)))
+    level = n_layers(model)
+    if forward.fits_fast_path(model):
+        residual = forward.fast_batch(model, [row], [level], None)[0, 0]
+    else:
+        residual = forward.plain_batch(model, [row], [level])[0, 0]
+    own = torch.tensor(ids[start:])
+    chunks = zip(torch.split(residual, CHUNK), torch.split(own, CHUNK), strict=True)
+    told = [unembed(model, part).double().log_softmax(dim=-1).gather(1, after[:, None]) for part, after in chunks]
+    return -torch.cat(told).mean()

@@ -1,0 +1,103 @@
+"""`mechlens guard fit`: a Latent Guard from labelled prompts, with its evidence, recorded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mechlens.config import GuardFit
+from mechlens.methods.guard import GuardEstimator
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.template import ChatTemplate
+from mechlens.prompts.text import match_punctuation
+from mechlens.records.guard_report import record_guard
+from mechlens.records.run import Inputs
+from mechlens.records.writer import RunWriter, open_run
+from mechlens.studies.guard_evaluation import EvaluationPlan, evaluate_guard, examine
+from mechlens.studies.guard_fit import fit_guard
+from mechlens.studies.sources import Source, SourcePrompts
+from mechlens.verbs.inputs import (
+    data_inputs,
+    distinct_ids,
+    read_prompts,
+    refuse_shared,
+    require_sampling,
+    without_repeats,
+)
+from mechlens.verbs.model import chosen_model, record_inputs
+
+POSITIONS = {"inst": ("inst",), "last": ("last",), "both": ("inst", "last")}
+HELD_OUT = Source("held_out", "", label_column="label")
+"""The part of the prompts that no guard was fitted to, as a source to test on."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that goes in, with the fingerprints that a rerun is held to."""
+
+    model: LanguageModel
+    template: ChatTemplate
+    prompts: tuple[Prompt, ...]
+    punctuation: str
+    inputs: Inputs
+
+
+def prepare(config: GuardFit) -> Prepared:
+    """Prompts and model; UserError for whatever can't be had."""
+    require_sampling(config)
+    extra_source = config.extra_harmless or ""
+    harmful, harmless, extra = distinct_ids(
+        harmful=read_prompts(config.harmful, "harmful", config),
+        harmless=read_prompts(config.harmless, "harmless", config),
+        extra=read_prompts(extra_source, "harmless", config) if extra_source else [],
+    )
+    sets = {"harmful": (config.harmful, harmful), "harmless": (config.harmless, harmless)}
+    refuse_shared(sets["harmful"], sets["harmless"])
+    refuse_shared(sets["harmful"], (extra_source, extra))
+    extra = without_repeats(extra, harmless, extra_source)
+    data = data_inputs({**sets, "extra_harmless": (extra_source, extra)})
+    matched = match_punctuation(harmful, [*harmless, *extra], config.punctuation)
+    model, template, inputs = chosen_model(config, data)
+    return Prepared(model, template, (*matched.positive, *matched.negative), matched.note, inputs)
+
+
+def run(config: GuardFit) -> Path:
+    """Fits, tests on held-out prompts and records; gives the run folder."""
+    prepared = prepare(config)
+    with open_run(verb="guard_fit", config=config, out=config.out, wandb=config.wandb) as writer:
+        execute(prepared, config, writer)
+    return config.out
+
+
+def execute(prepared: Prepared, config: GuardFit, writer: RunWriter) -> None:
+    """The study itself, written to an open run."""
+    record_inputs(writer, prepared.model, prepared.inputs)
+    estimator = GuardEstimator(
+        rule=config.rule,
+        positions=POSITIONS[config.positions],
+        levels=config.levels,
+        max_fpr=config.max_fpr,
+        seed=config.seed,
+    )
+    fitting = fit_guard(prepared.model, prepared.prompts, estimator, template=prepared.template, shelf=writer.shelf)
+    writer.prompts(fitting.train)
+    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
+    writer.artifact("guard", fitting.guard, inputs=sources)
+    test = tuple(replace(prompt, source=HELD_OUT.name) for prompt in fitting.test)
+    plan = EvaluationPlan(
+        seed=config.seed,
+        n_resamples=config.resamples,
+        n_permutations=config.permutations,
+        n_random=config.random_directions,
+        max_new_tokens=config.max_new_tokens,
+    )
+    result = evaluate_guard(
+        prepared.model,
+        fitting.guard,
+        fitting.others,
+        fitting.train,
+        examine([SourcePrompts(HELD_OUT, test, {})], fitting.guard, [loaded(prepared.model).checkpoint]),
+        plan,
+        template=prepared.template,
+        shelf=writer.shelf,
+    )
+    record_guard(writer, result, prepared.model, prepared.template, prepared.punctuation)

@@ -1,0 +1,408 @@
+"""`mechlens guard` on a tiny model: fit, eval and predict, and every mistake in one sentence or record."""
+
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pytest
+import torch
+from saved import requests, save_model, write_prompts
+
+from mechlens.cli import main
+from mechlens.config import GuardPredict
+from mechlens.methods.one_thread import one_thread
+from mechlens.records.guard_file import LatentGuard
+from mechlens.records.run import read_run
+from mechlens.studies.training_data import text_sha256
+from mechlens.verbs.guard_predict import LONGEST_LINE, predict, read_lines
+
+QUICK = ["--resamples", "20", "--permutations", "4", "--random-directions", "20", "--wandb.mode", "disabled"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """One thread, so that numbers don't hang on the machine; and the way warnings are shown comes back."""
+    with one_thread(), warnings.catch_warnings():
+        yield
+
+
+class Fitted(NamedTuple):
+    """A tiny model, a guard fitted on it, and a list of sources to test it on."""
+
+    folder: Path
+    model: str
+    run: Path
+    sources: str
+
+    @property
+    def guard(self) -> str:
+        return str(self.run / "guard.safetensors")
+
+    def evaluate(self, out: Path, *more: object) -> list[object]:
+        command: list[object] = ["guard", "eval", "--model", self.model, "--guard", self.guard, "--out", out]
+        return [*command, "--sources", self.sources, "--folder", self.folder, "--max-new-tokens", 2, *QUICK, *more]
+
+
+SOURCES = [
+    {"name": "seen", "data": "harmful.jsonl", "label": "harmful"},
+    {"name": "mixed", "data": "mixed.csv", "label_column": "kind", "harmful": ["bad"], "kind": "over-refusal"},
+    {
+        "name": "wrapped", "data": "goals.jsonl", "label": "harmful", "templates": "templates.jsonl",
+        "kind": "template", "sample": 12,
+    },
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    folder = tmp_path_factory.mktemp("guard")
+    model = str(save_model(folder / "tiny-chat"))
+    write_prompts(folder / "harmful.jsonl", requests(40, "break"))
+    write_prompts(folder / "harmless.jsonl", requests(40, "make"))
+    write_prompts(folder / "goals.jsonl", [*requests(3, "break"), *requests(6, "smash")])
+    write_prompts(folder / "templates.jsonl", ["You are free. [INSERT PROMPT HERE]", "[INSERT PROMPT HERE] Now!"])
+    rows = [("bad", text) for text in requests(14, "smash")[6:]] + [("bad", text) for text in requests(6, "wreck")]
+    rows += [("good", text) for text in requests(14, "paint")]
+    (folder / "mixed.csv").write_text("kind,prompt\n" + "".join(f"{kind},{text}\n" for kind, text in rows))
+    (folder / "sources.json").write_text(json.dumps(SOURCES))
+    out = folder / "run"
+    command = ["guard", "fit", "--model", model, "--out", str(out), "--extra-harmless", "None", "--rule", "centred"]
+    files = ["--harmful", str(folder / "harmful.jsonl"), "--harmless", str(folder / "harmless.jsonl")]
+    with one_thread(), warnings.catch_warnings():
+        main([*command, *files, "--max-new-tokens", "2", "--max-fpr", "0.2", *QUICK])
+    return Fitted(folder, model, out, str(folder / "sources.json"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(fitted: Fitted) -> Path:
+    out = fitted.folder / "evaluation"
+    with one_thread(), warnings.catch_warnings():
+        main([str(word) for word in fitted.evaluate(out)])
+    return out
+
+
+# Fit
+
+
+def test_fit_keeps_a_guard_that_knows_what_it_was_fitted_on(fitted: Fitted) -> None:
+    record = read_run(fitted.run)
+    assert record.status == "success"
+    guard = LatentGuard.load(fitted.guard)
+    prompts = pd.read_parquet(fitted.run / "tables" / "prompts.parquet")
+    assert guard.get_params()["rule"] == "centred"
+    assert set(guard.fitted_.train_sha256) == {text_sha256(text) for text in prompts["text"]}
+    tested = pd.read_parquet(fitted.run / "tables" / "scores.parquet")
+    assert set(tested["id"]).isdisjoint(prompts["id"])
+    assert len(tested) + len(prompts) == 80
+    baselines = pd.read_parquet(fitted.run / "tables" / "baselines.parquet")
+    assert set(baselines["detector"]) >= {
+        "latent_guard", "paper_rule", "lda_rule", "logistic_rule", "tfidf", "mean_embedding", "token_identity",
+        "perplexity", "own_refusal",
+    }  # fmt: skip
+    assert record.metrics["auroc.tfidf"].value == 1.0  # one word tells these classes apart
+    for name, found in record.metrics.items():
+        assert not found.measurable or found.low - 1e-9 <= found.value <= found.high + 1e-9, name
+
+
+def test_the_report_holds_its_figures_and_escapes_what_it_shows(fitted: Fitted, evaluated: Path) -> None:
+    for folder in (fitted.run, evaluated):
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        for figure in (folder / "figures").glob("*.json"):
+            assert f'id="figure-{figure.stem}"' in page
+        assert {"roc", "scores_by_source", "against_baselines"} <= {p.stem for p in (folder / "figures").glob("*")}
+        assert "blocks" in page
+
+
+def test_a_rerun_of_the_fit_gives_the_same_numbers(fitted: Fitted, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    main(["runs", "rerun", str(fitted.run)])
+    assert "largest difference: 0 in" in capfd.readouterr().out
+
+
+# Eval
+
+
+def test_eval_leaves_out_what_was_seen_and_counts_it(fitted: Fitted, evaluated: Path) -> None:
+    counts = pd.read_parquet(evaluated / "tables" / "left_out.parquet").set_index("source")
+    fit = set(LatentGuard.load(fitted.guard).fitted_.train_sha256)
+    texts = requests(40, "break")
+    seen = sum(text_sha256(text) in fit for text in texts)
+    assert 0 < seen < 40
+    assert counts.loc["seen", "in_guard_fit"] == seen
+    assert counts.loc["seen", "tested"] == 40 - seen
+    # Attacks around goals that the guard was fitted on are left out too, though their texts are new.
+    scores = pd.read_parquet(evaluated / "tables" / "scores.parquet")
+    prompts = pd.read_parquet(evaluated / "tables" / "prompts.parquet")
+    assert not set(prompts["family"]) & fit
+    assert counts.loc["wrapped", "found"] == 12
+    known = sum(text_sha256(goal) in fit for goal in texts[:3])
+    assert (counts.loc["wrapped", "in_guard_fit"] > 0) == (known > 0)
+    assert len(scores) == int(counts["tested"].sum())
+    assert set(scores.loc[scores["source"] == "mixed", "label"]) == {"harmful", "harmless"}
+
+
+def test_eval_reports_every_source_and_the_five_columns(evaluated: Path) -> None:
+    measures = pd.read_parquet(evaluated / "tables" / "measures.parquet")
+    assert set(measures["source"]) == {"total", "seen", "mixed", "wrapped"}
+    own = measures[(measures["detector"] == "latent_guard") & (measures["source"] == "mixed")].set_index("measure")
+    assert set(own.index) == {
+        "auroc", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error",
+    }  # fmt: skip
+    one_class = measures[(measures["source"] == "seen") & (measures["measure"] == "fpr")]
+    assert one_class["value"].isna().all()
+    assert (one_class["n"] == 0).all()
+    # By hand from the scores that stand beside it.
+    scores = pd.read_parquet(evaluated / "tables" / "scores.parquet")
+    mixed = scores[scores["source"] == "mixed"]
+    right = mixed["flagged.latent_guard"] == (mixed["label"] == "harmful")
+    assert own.loc["accuracy", "value"] == pytest.approx(right.mean())
+    from sklearn.metrics import roc_auc_score
+
+    area = roc_auc_score(mixed["label"] == "harmful", mixed["score.latent_guard"])
+    assert own.loc["auroc", "value"] == pytest.approx(area)
+    columns = pd.read_parquet(evaluated / "tables" / "five_columns.parquet")
+    assert list(columns.columns) == [
+        "detector", "adversarial suffix", "persuasion", "template", "refused harmless", "accepted harmful",
+    ]  # fmt: skip
+    assert set(columns["adversarial suffix"]) == {"- (n=0)"}
+
+
+def test_other_weights_are_refused_unless_allowed(fitted: Fitted, tmp_path: Path, capfd: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = save_model(tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] += 1.0
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    moved = fitted._replace(model=str(other))
+    with pytest.raises(SystemExit):
+        main([str(word) for word in moved.evaluate(tmp_path / "out")])
+    assert "the guard was fitted on tiny-chat" in capfd.readouterr().err
+    main([str(word) for word in moved.evaluate(tmp_path / "out", "--other-weights")])
+    assert read_run(tmp_path / "out").status == "success"
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        ('{"name": "x"}', "must hold a list of sources"),
+        ("[{]", "is not valid JSON"),
+        ('[{"name": "x", "data": "harmful", "label": "bad"}]', "label is harmful or harmless"),
+        ('[{"name": "x", "data": "harmful"}]', "needs a label"),
+        ('[{"name": "x", "data": "harmful", "label": "harmful", "colour": 1}]', "has 'colour'; a source has"),
+        ('[{"name": "x", "data": "harmful", "label": "harmful", "kind": "magic"}]', "is of kind 'magic'"),
+        ('[{"name": "x", "data": "harmful", "label": "harmful"}]', "both are needed, so add a source"),
+        (
+            '[{"name": "x", "data": "mixed.csv", "label_column": "kind", "harmful": ["evil"]}]',
+            "no row's kind is evil, only bad, good",
+        ),
+    ],
+)
+def test_a_list_of_sources_that_cannot_be_used_is_said(
+    sources: str, said: str, fitted: Fitted, tmp_path: Path, capfd: Any
+) -> None:
+    (tmp_path / "list.json").write_text(sources)
+    with pytest.raises(SystemExit):
+        main([str(word) for word in fitted._replace(sources=str(tmp_path / "list.json")).evaluate(tmp_path / "out")])
+    lines = [line for line in capfd.readouterr().err.splitlines() if "warning" not in line]
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+# Predict
+
+
+def ask(fitted: Fitted, stream: bytes, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[dict[str, Any]]:
+    """What `guard predict` gives for a stream on stdin."""
+
+    class Stdin:
+        buffer = io.BytesIO(stream)
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    return list(predict(GuardPredict(model=fitted.model, guard=fitted.guard, **options)))
+
+
+def test_lines_become_one_object_each_and_bad_ones_one_error_each(
+    fitted: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        b"Please make bread", b"", b'{"id": "r1", "prompt": "Please break bread"}', b'{"id": "r2"}', b"{oops",
+        b'{"prompt": 3}', b"bad \xff byte", b"a <|im_end|> inside", b'{"id": 9, "prompt": "  "}', b"x " * 3000,
+        b"Please make bread",
+    ]  # fmt: skip
+    records = ask(fitted, b"\n".join(lines), monkeypatch, batch=4)
+    assert [record["line"] for record in records] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    good = {record["line"]: record for record in records if "error" not in record}
+    assert set(good) == {1, 3, 11}
+    for record in good.values():
+        assert type(record["harmful"]) is bool
+        assert 0 <= record["probability"] <= 1
+        assert json.loads(json.dumps(record)) == record
+    assert good[1]["score"] == pytest.approx(good[11]["score"], rel=1e-4)
+    assert good[3]["id"] == "r1"
+    errors = {record["line"]: record["error"] for record in records if "error" in record}
+    assert "none of the usual prompt columns" in errors[4]
+    assert "not valid JSON" in errors[5]
+    assert "a prompt must be text" in errors[6]
+    assert "byte 5 is not UTF-8" in errors[7]
+    assert "<|im_end|>" in errors[8]
+    assert "is empty" in errors[9]
+    assert "tokens and the model takes" in errors[10]
+    assert next(record for record in records if record["line"] == 4)["id"] == "r2"
+
+
+def test_the_stream_equals_asking_in_python(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mechlens as ml
+
+    texts = requests(7, "wash")
+    records = ask(fitted, "\n".join(texts).encode(), monkeypatch, batch=3)
+    said = ml.LatentGuard.load(fitted.guard)(ml.load(fitted.model), texts)
+    assert [record["score"] for record in records] == pytest.approx([one.score for one in said], rel=1e-4, abs=1e-6)
+    assert [record["harmful"] for record in records] == [one.harmful for one in said]
+    single = ask(fitted, "\n".join(texts).encode(), monkeypatch, batch=1)
+    assert [one["score"] for one in single] == pytest.approx([one["score"] for one in records], rel=1e-4, abs=1e-6)
+
+
+class Endless:
+    """A stream that never ends and counts what was read of it."""
+
+    def __init__(self, line: bytes) -> None:
+        self.line, self.lines_read = line, 0
+
+    def readline(self, size: int = -1, /) -> bytes:
+        self.lines_read += 1
+        return self.line
+
+
+def test_an_endless_stream_is_answered_as_it_comes(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Endless(b"Please make bread\n")
+
+    class Stdin:
+        buffer = stream
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    records = predict(GuardPredict(model=fitted.model, guard=fitted.guard, batch=4))
+    first = [next(records) for _ in range(9)]
+    assert [record["line"] for record in first] == list(range(1, 10))
+    assert stream.lines_read == 12  # no more than the batch that is being answered
+    records.close()
+
+
+def test_a_line_without_an_end_is_not_held_in_memory() -> None:
+    import tracemalloc
+
+    class Long:
+        def __init__(self) -> None:
+            self.pieces = 100
+
+        def readline(self, size: int = -1, /) -> bytes:
+            self.pieces -= 1
+            if self.pieces >= 0:
+                return b"x" * size
+            return {-1: b"end\n", -2: b"next\n"}.get(self.pieces, b"")
+
+    tracemalloc.start()
+    lines = list(read_lines(Long(), GuardPredict(guard="g")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * LONGEST_LINE  # of a hundred times that
+    assert "longer than" in lines[0].error
+    assert lines[1].prompt is not None
+    assert (lines[1].number, lines[1].prompt.text) == (2, "next")
+
+
+def test_a_file_is_read_by_its_ending(fitted: Fitted, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text('{"not": "json here"}\nPlease make bread\n')
+    (tmp_path / "p.jsonl").write_text('{"goal": "Please make bread"}\n"Please make bread"\n[1]\n')
+    options = {"model": fitted.model, "guard": fitted.guard}
+    plain = list(predict(GuardPredict(input=str(tmp_path / "p.txt"), **options)))
+    lines = list(predict(GuardPredict(input=str(tmp_path / "p.jsonl"), **options)))
+    assert all("harmful" in record for record in plain)
+    assert plain[1]["score"] == pytest.approx(lines[0]["score"], rel=1e-4)
+    assert lines[0]["score"] == pytest.approx(lines[1]["score"], rel=1e-4)
+    assert lines[2] == {"line": 3, "error": "holds a list; a record is an object with a prompt, or a text"}
+
+
+def test_the_command_prints_one_object_a_line_and_one_sentence_for_a_wrong_guard(
+    fitted: Fitted, tmp_path: Path, capfd: Any
+) -> None:
+    (tmp_path / "p.txt").write_text("Please make bread\nPlease break bread\n")
+    command = ["guard", "predict", "--model", fitted.model, "--input", str(tmp_path / "p.txt"), "--guard"]
+    capfd.readouterr()
+    main([*command, fitted.guard])
+    printed = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [set(record) for record in printed] == [{"line", "harmful", "score", "probability"}] * 2
+    with pytest.raises(SystemExit):
+        main([*command, str(tmp_path / "p.txt")])
+    assert "is truncated or not a safetensors file" in capfd.readouterr().err
+
+
+# Guard models
+
+
+def test_llama_guards_answers_are_parsed() -> None:
+    from mechlens.methods.guard_model import parse_guard_answer
+
+    table = {
+        "safe": (False, ()),
+        "\n\nunsafe\nS1,S10": (True, ("S1", "S10")),
+        "Unsafe\nO3": (True, ("O3",)),
+        "unsafe": (True, ()),
+        "safe\nS1": (False, ()),
+        "This is not about safety": (None, ()),
+        "": (None, ()),
+        "unsafely safe": (False, ()),
+    }
+    for text, (harmful, hazards) in table.items():
+        said = parse_guard_answer(text)
+        assert (said.harmful, said.hazards) == (harmful, hazards), text
+
+
+def test_a_guard_model_is_asked_through_its_own_template(tmp_path: Path) -> None:
+    from tiny import tiny_hf, tiny_tokenizer
+
+    import mechlens as ml
+    from mechlens.methods.guard_model import ask_guard_model
+
+    template = (
+        "{% for m in messages %}Task: is this harmful? User: {{ m['content'] | trim }}\n{% endfor %}"
+        "Answer safe or unsafe:"
+    )
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.add_tokens([" unsafe"])
+    model = tiny_hf()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(" unsafe")] *= 8.0
+    model.save_pretrained(tmp_path / "guard")
+    tokenizer.save_pretrained(tmp_path / "guard")
+    guard = ml.load(str(tmp_path / "guard"))
+    prompts = [ml.Prompt(str(i), text, system="ignored by a guard") for i, text in enumerate(requests(12, "make"))]
+    said = ask_guard_model(guard, prompts)
+    plain = ml.answer(guard, [ml.Prompt(p.id, p.text) for p in prompts], max_new_tokens=12)
+    assert [one.answer for one in said] == list(plain.texts)
+    assert any(one.harmful for one in said)  # the loud token comes up
+
+
+# Perplexity
+
+
+def test_surprise_is_the_mean_loss_of_the_instructions_tokens(tiny_model: Any) -> None:
+    import mechlens as ml
+    from mechlens.methods.perplexity import instruction_surprise
+    from mechlens.models.bridge import native
+
+    model = tiny_model()
+    batch = ml.tokenize([ml.Prompt("a", "the thing is here"), ml.Prompt("b", "ok")], ml.template_of(model))
+    found = instruction_surprise(model, batch)
+    for i in range(2):
+        ids, (start, end) = batch.row(i), (batch.instruction[i] - batch.offset(i)).tolist()
+        with native(model) as hf_model, torch.inference_mode():
+            logits = hf_model(torch.tensor([ids])).logits[0].double()
+        told = logits.log_softmax(dim=-1)
+        expected = -torch.stack([told[t - 1, ids[t]] for t in range(start, end + 1)]).mean()
+        assert float(found[i]) == pytest.approx(float(expected), rel=1e-4)
