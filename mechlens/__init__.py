@@ -41,11 +41,15 @@ if TYPE_CHECKING:
     from mechlens.methods.judges import ZHAO as ZHAO
     from mechlens.methods.judges import HumanLabels as HumanLabels
     from mechlens.methods.judges import Judge as Judge
+    from mechlens.methods.metrics import KLDivergence as KLDivergence
     from mechlens.methods.metrics import LogitDifference as LogitDifference
+    from mechlens.methods.metrics import LogProbability as LogProbability
+    from mechlens.methods.metrics import OwnMetric as OwnMetric
     from mechlens.methods.metrics import RefusalLogOdds as RefusalLogOdds
+    from mechlens.methods.patch_plan import PatchPlan as PatchPlan
     from mechlens.methods.patch_result import PatchResult as PatchResult
-    from mechlens.methods.patching import PatchPlan as PatchPlan
     from mechlens.methods.patching import patch_sweep as patch_sweep
+    from mechlens.methods.path_patching import path_sweep as path_sweep
     from mechlens.methods.reliability import corrected_cosine as corrected_cosine
     from mechlens.methods.reliability import split_half as split_half
     from mechlens.methods.token_view import logit_lens as logit_lens
@@ -112,11 +116,15 @@ _HOME = {
     "HumanLabels": "methods.judges",
     "Judge": "methods.judges",
     "ZHAO": "methods.judges",
+    "KLDivergence": "methods.metrics",
+    "LogProbability": "methods.metrics",
     "LogitDifference": "methods.metrics",
+    "OwnMetric": "methods.metrics",
     "RefusalLogOdds": "methods.metrics",
+    "PatchPlan": "methods.patch_plan",
     "PatchResult": "methods.patch_result",
-    "PatchPlan": "methods.patching",
     "patch_sweep": "methods.patching",
+    "path_sweep": "methods.path_patching",
     "corrected_cosine": "methods.reliability",
     "split_half": "methods.reliability",
     "logit_lens": "methods.token_view",

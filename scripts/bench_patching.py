@@ -19,7 +19,8 @@ import torch
 from transformer_lens import patching as peer
 
 from mechlens.methods.metrics import LogitDifference
-from mechlens.methods.patching import PatchPlan, patch_sweep
+from mechlens.methods.patch_plan import PatchPlan
+from mechlens.methods.patching import patch_sweep
 from mechlens.models.bridge import loaded, site_hook
 from mechlens.models.load import load
 from mechlens.prompts.batch import tokenize

@@ -11,8 +11,9 @@ from tiny import GPT, VOCAB, tiny_hf, tiny_tokenizer
 from torch import Tensor
 
 from mechlens.methods.metrics import KLDivergence, LogitDifference, LogProbability, OwnMetric
+from mechlens.methods.patch_plan import PatchPlan
 from mechlens.methods.patch_result import PatchResult
-from mechlens.methods.patching import ATTRIBUTION, GROWING, PLAIN, PatchPlan, patch_sweep
+from mechlens.methods.patching import ATTRIBUTION, GROWING, PLAIN, patch_sweep
 from mechlens.models.bridge import SITES, bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.prompts.prompt import Prompt, PromptPair

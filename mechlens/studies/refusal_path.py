@@ -14,8 +14,9 @@ from mechlens.errors import UserError
 from mechlens.methods.answers import answer
 from mechlens.methods.collect import collect, template_of
 from mechlens.methods.metrics import Metric, RefusalLogOdds
+from mechlens.methods.patch_plan import DIRECTIONS, PatchPlan
 from mechlens.methods.patch_result import PatchResult
-from mechlens.methods.patching import ATTRIBUTION, PatchPlan, patch_sweep
+from mechlens.methods.patching import ATTRIBUTION, patch_sweep
 from mechlens.methods.shelf import Shelf
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
@@ -24,7 +25,6 @@ from mechlens.prompts.template import ChatTemplate
 from mechlens.studies.quadrants import FirstTokenJudgement, judge_answers, judge_first_token
 
 LEAST_PAIRS = 4
-DIRECTIONS = ("denoising", "noising")
 
 
 @dataclass(frozen=True)

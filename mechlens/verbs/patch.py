@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mechlens.config import Patch
 from mechlens.methods.metrics import Metric, RefusalLogOdds
-from mechlens.methods.patching import PatchPlan
+from mechlens.methods.patch_plan import PatchPlan
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.pairs import load_pairs
 from mechlens.prompts.prompt import PromptPair

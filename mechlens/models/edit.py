@@ -1,0 +1,120 @@
+"""One edit of a run: a value put at one site. The plain path, a whole forward pass for every edit, fits every model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+
+from mechlens.errors import UserError
+from mechlens.models.bridge import LanguageModel, device_of, site_hook
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One site of one run with the value to be put there."""
+
+    layer: int
+    position: int
+    """Index in the run's tokens."""
+    value: Tensor
+    """d_model long for residual sites, d_head for a head's, one row of attention for `pattern`."""
+    head: int | None = None
+
+
+def value_at(values: Tensor, site: str, position: int, head: int | None) -> Tensor:
+    """The value of one position (and head) in what `site_values` gives for a layer."""
+    if head is None:
+        return values[position]
+    return values[head, position] if site == "pattern" else values[position, head]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A run that edits start from or take their values from."""
+
+    ids: tuple[int, ...]
+    logits: Float[Tensor, " vocab"]
+    """At the token that was asked for (float32, CPU)."""
+    values: dict[int, Tensor]
+    """What the run has at a site, by layer: (seq, d_model), (seq, head, d_head), or (head, seq, key)."""
+    cache: DynamicCache | None = None
+    """Keys and values of every layer; none from the plain path, which starts every pass at the first token."""
+
+
+@torch.inference_mode()
+def plain_record(model: LanguageModel, ids: Sequence[int], read: int, site: str, layers: Sequence[int]) -> Recording:
+    """One run with TransformerLens' own cache; UserError for a site that a block doesn't have."""
+    names = {layer: site_hook(site, layer) for layer in layers}
+    tokens = torch.tensor([list(ids)], device=device_of(model))
+    logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names.values())
+    missing = [layer for layer, name in names.items() if name not in cache]
+    if missing:
+        # Parallel blocks have no place between attention and MLP; some models have no attention in some blocks.
+        raise UserError(f"this model has no site {site!r} in block {missing[0]}; choose another site or other layers")
+    values = {layer: cache[name][0].clone() for layer, name in names.items()}
+    return Recording(tuple(ids), logits[0, read].float().cpu(), values)
+
+
+def site_values(model: LanguageModel, ids: Sequence[int], site: str, layers: Sequence[int]) -> dict[int, Tensor]:
+    """What a run has at one site in each layer, by the plain path."""
+    return plain_record(model, ids, -1, site, layers).values
+
+
+def put(rows: Tensor, edits: Sequence[Edit], site: str, first: int = 0) -> Tensor:
+    """Writes each edit's value into its own row: (row, seq, d) or (row, seq, head, d); pattern (row, head, seq, key).
+
+    `first` is the run's token that the rows begin with. In place: on a bridge `hook_resid_mid` is the MLP norm's
+    input, and a new tensor would leave the skip connection, which holds the same one, as it was.
+    """
+    index = torch.arange(len(edits), device=rows.device)
+    where = torch.tensor([edit.position - first for edit in edits], device=rows.device)
+    values = torch.stack([edit.value for edit in edits]).to(rows.device, rows.dtype)
+    if edits[0].head is None:
+        rows[index, where] = values
+        return rows
+    heads = torch.tensor([edit.head for edit in edits], device=rows.device)
+    if site == "pattern":
+        rows[index, heads, where] = values[:, : rows.shape[-1]]
+    else:
+        rows[index, where, heads] = values
+    return rows
+
+
+@torch.inference_mode()
+def plain_edited_logits(
+    model: LanguageModel, ids: Sequence[int], site: str, edit: Edit, read: int
+) -> Float[Tensor, " vocab"]:
+    """Logits at token `read` after one edit, by a whole forward pass with a hook (float32, CPU)."""
+
+    def hook(value: Tensor, hook: Any) -> Tensor:
+        return put(value, [edit], site)
+
+    tokens = torch.tensor([list(ids)], device=device_of(model))
+    # A HookedTransformer would put a BOS in front of tokens only when given text; ids stay as they are.
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, edit.layer), hook)])
+    out: Tensor = logits[0, read].float().cpu()
+    return out
+
+
+@torch.inference_mode()
+def bears_edits(model: LanguageModel, site: str, layer: int) -> bool:
+    """False where a hook point only shows its value: in some architectures an edited `pattern` is never used."""
+    if site != "pattern":
+        return True
+    found: list[Tensor] = []
+
+    def first_token_only(value: Tensor, hook: Any) -> Tensor:
+        return torch.zeros_like(value).index_fill_(-1, torch.tensor([0], device=value.device), 1.0)
+
+    def keep(value: Tensor, hook: Any) -> None:
+        found.append(value.clone())
+
+    tokens = torch.arange(1, 9, device=device_of(model)).unsqueeze(0)
+    reading = (site_hook("z", layer), keep)
+    model.run_with_hooks(tokens, fwd_hooks=[reading])
+    model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, layer), first_token_only), reading])
+    return len(found) == 2 and not torch.equal(*found)
