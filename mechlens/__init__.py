@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mechlens.config import FindDirection as FindDirection
     from mechlens.config import Finetune as Finetune
+    from mechlens.config import GuardEval as GuardEval
+    from mechlens.config import GuardFit as GuardFit
+    from mechlens.config import GuardPredict as GuardPredict
     from mechlens.config import Patch as Patch
     from mechlens.config import Separate as Separate
     from mechlens.config import WandbSettings as WandbSettings
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from mechlens.methods.directions import project as project
     from mechlens.methods.directions import random_like as random_like
     from mechlens.methods.estimate import Estimate as Estimate
+    from mechlens.methods.fitted_guard import FittedGuard as FittedGuard
+    from mechlens.methods.fitted_guard import GuardVerdict as GuardVerdict
+    from mechlens.methods.guard import GuardEstimator as GuardEstimator
     from mechlens.methods.judges import ARDITI as ARDITI
     from mechlens.methods.judges import ZHAO as ZHAO
     from mechlens.methods.judges import HumanLabels as HumanLabels
@@ -69,12 +75,20 @@ if TYPE_CHECKING:
     from mechlens.prompts.template import ChatTemplate as ChatTemplate
     from mechlens.prompts.template import chat_template as chat_template
     from mechlens.prompts.text import match_punctuation as match_punctuation
+    from mechlens.records.guard_file import LatentGuard as LatentGuard
     from mechlens.records.run import Run as Run
     from mechlens.records.run import list_runs as list_runs
     from mechlens.records.run import read_run as read_run
     from mechlens.records.trainer_callback import MechlensCallback as MechlensCallback
     from mechlens.studies.concept import Concept as Concept
     from mechlens.studies.concept import find_concept as find_concept
+    from mechlens.studies.guard_evaluation import EvaluationPlan as EvaluationPlan
+    from mechlens.studies.guard_evaluation import GuardEvaluation as GuardEvaluation
+    from mechlens.studies.guard_evaluation import evaluate_guard as evaluate_guard
+    from mechlens.studies.guard_evaluation import examine as examine
+    from mechlens.studies.guard_fit import fit_guard as fit_guard
+    from mechlens.studies.guard_mistakes import read_direction as read_direction
+    from mechlens.studies.guard_verdict import guard_report as guard_report
     from mechlens.studies.quadrants import Judged as Judged
     from mechlens.studies.quadrants import judge_answers as judge_answers
     from mechlens.studies.separation import Separation as Separation
@@ -82,10 +96,17 @@ if TYPE_CHECKING:
     from mechlens.studies.separation import separate as separate
     from mechlens.studies.separation_verdict import Verdict as Verdict
     from mechlens.studies.separation_verdict import separation_verdict as separation_verdict
+    from mechlens.studies.sources import Source as Source
+    from mechlens.studies.sources import SourcePrompts as SourcePrompts
+    from mechlens.studies.sources import load_source as load_source
+    from mechlens.studies.sources import read_sources as read_sources
 
 _HOME = {
     "FindDirection": "config",
     "Finetune": "config",
+    "GuardEval": "config",
+    "GuardFit": "config",
+    "GuardPredict": "config",
     "Patch": "config",
     "Separate": "config",
     "WandbSettings": "config",
@@ -112,6 +133,9 @@ _HOME = {
     "project": "methods.directions",
     "random_like": "methods.directions",
     "Estimate": "methods.estimate",
+    "FittedGuard": "methods.fitted_guard",
+    "GuardVerdict": "methods.fitted_guard",
+    "GuardEstimator": "methods.guard",
     "ARDITI": "methods.judges",
     "HumanLabels": "methods.judges",
     "Judge": "methods.judges",
@@ -144,12 +168,20 @@ _HOME = {
     "ChatTemplate": "prompts.template",
     "chat_template": "prompts.template",
     "match_punctuation": "prompts.text",
+    "LatentGuard": "records.guard_file",
     "Run": "records.run",
     "list_runs": "records.run",
     "read_run": "records.run",
     "MechlensCallback": "records.trainer_callback",
     "Concept": "studies.concept",
     "find_concept": "studies.concept",
+    "EvaluationPlan": "studies.guard_evaluation",
+    "GuardEvaluation": "studies.guard_evaluation",
+    "evaluate_guard": "studies.guard_evaluation",
+    "examine": "studies.guard_evaluation",
+    "fit_guard": "studies.guard_fit",
+    "read_direction": "studies.guard_mistakes",
+    "guard_report": "studies.guard_verdict",
     "Judged": "studies.quadrants",
     "judge_answers": "studies.quadrants",
     "Separation": "studies.separation",
@@ -157,6 +189,10 @@ _HOME = {
     "separate": "studies.separation",
     "Verdict": "studies.separation_verdict",
     "separation_verdict": "studies.separation_verdict",
+    "Source": "studies.sources",
+    "SourcePrompts": "studies.sources",
+    "load_source": "studies.sources",
+    "read_sources": "studies.sources",
 }
 """Every public name and the module below `mechlens` that it comes from."""
 

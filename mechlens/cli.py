@@ -11,10 +11,11 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from mechlens.config import RECORDED, ListRuns, Positions, Rerun, Runs, ShowRun
+from mechlens.config import GROUPS, RECORDED, GuardPredict, ListRuns, Positions, Rerun, Runs, ShowRun
 from mechlens.errors import UserError
 
-VERBS: dict[str, Any] = {"positions": Positions, **RECORDED, "runs": Runs}
+_ALONE = {name: config for name, config in RECORDED.items() if name.partition("_")[0] not in GROUPS}
+VERBS: dict[str, Any] = {"positions": Positions, **_ALONE, **GROUPS, "runs": Runs}
 """Every verb's configuration, in the order of `--help`."""
 
 Verb: Any = Union[tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in VERBS.items())]  # noqa: UP007
@@ -54,10 +55,14 @@ def _one_line(message: Any, category: type[Warning], *where: object, **more: obj
 
 def _dispatch(command: Any) -> None:
     recorded = {config: name for name, config in RECORDED.items()}
+    if type(command) in GROUPS.values():
+        command = command.action
     if type(command) in recorded:
         _finished(import_module(f"mechlens.verbs.{recorded[type(command)]}").run(command))
     elif isinstance(command, Positions):
         _positions(command)
+    elif isinstance(command, GuardPredict):
+        _predict(command)
     elif isinstance(command, Runs):
         _runs(command.action)
 
@@ -88,6 +93,14 @@ def _positions(command: Positions) -> None:
         shown = Text(repr(token["token"])[1:-1], style=style)
         table.add_row(str(token["index"]), str(token["id"]), shown, Text(token["role"], style=style))
     Console().print(table)
+
+
+def _predict(command: GuardPredict) -> None:
+    """One JSON object a line, each as soon as it is there: a pipe's reader shouldn't wait for the next ones."""
+    from mechlens.verbs.guard_predict import predict
+
+    for record in predict(command):
+        print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def _finished(folder: Path) -> None:

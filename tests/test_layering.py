@@ -131,13 +131,14 @@ def test_importing_it_imports_nothing_heavy(module: str) -> None:
 def verbs() -> list[tuple[str, ...]]:
     """Every command of the command line, found from its types."""
     from mechlens import cli
-    from mechlens.config import Runs
+    from mechlens.config import Guard, Runs
 
     def named(union: Any) -> list[str]:
         return [get_args(one)[1].name for one in get_args(union)]
 
     inner = Runs.__annotations__["action"]
-    return [(), *((name,) for name in named(cli.Verb)), *(("runs", name) for name in named(inner))]
+    held = [("guard", name) for name in named(Guard.__annotations__["action"])]
+    return [(), *((name,) for name in named(cli.Verb)), *held, *(("runs", name) for name in named(inner))]
 
 
 def test_every_help_is_shown_without_torch() -> None:

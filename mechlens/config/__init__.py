@@ -4,6 +4,8 @@ from typing import Any
 
 from mechlens.config.direction import FindDirection
 from mechlens.config.finetune import Finetune, FinetuneConfig, settled
+from mechlens.config.guard import Guard, GuardEval, GuardFit, GuardPredict
+from mechlens.config.jailbreaks import Jailbreaks
 from mechlens.config.patch import Patch
 from mechlens.config.positions import Positions
 from mechlens.config.runs import ListRuns, Rerun, Runs, ShowRun
@@ -14,15 +16,27 @@ RECORDED: dict[str, Any] = {
     "separate": Separate,
     "direction": FindDirection,
     "patch": Patch,
+    "guard_fit": GuardFit,
+    "guard_eval": GuardEval,
+    "jailbreaks": Jailbreaks,
     "finetune": Finetune,
 }
 """The verbs that write a run folder, in the order of `--help`; each is done by the module of its name in `verbs`."""
 
+GROUPS: dict[str, Any] = {"guard": Guard}
+"""Verbs that hold others: `guard fit` is the recorded verb guard_fit."""
+
 __all__ = [
+    "GROUPS",
     "RECORDED",
     "FindDirection",
     "Finetune",
     "FinetuneConfig",
+    "Guard",
+    "GuardEval",
+    "GuardFit",
+    "GuardPredict",
+    "Jailbreaks",
     "ListRuns",
     "ModelChoice",
     "Patch",
