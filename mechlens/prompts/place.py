@@ -73,6 +73,16 @@ def place(prompt: Prompt, template: ChatTemplate, structure: Structure, *, allow
     )
 
 
+def tokens_before_end(prompt: Prompt, template: ChatTemplate, characters: int) -> int:
+    """Tokens of the formatted prompt before the last so many characters of the user's words.
+
+    A token that holds some of those characters is theirs.
+    """
+    rendered = template.render(prompt)
+    _, spans = _encode(rendered.text, template)
+    return next(i for i, span in enumerate(spans) if span[1] > rendered.end - characters)
+
+
 def warn_of_blanks(prompts: Sequence[Prompt], placed: Sequence[Placed]) -> None:
     """One warning for all prompts whose last instruction token is only white space."""
     blank = [prompt.id for prompt, row in zip(prompts, placed, strict=True) if row.blank]

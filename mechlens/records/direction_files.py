@@ -1,0 +1,59 @@
+"""Directions from any file that holds some: mechlens' own, refusal_direction's, repeng's, steering-vectors'."""
+
+from pathlib import Path
+
+from mechlens.errors import UserError
+from mechlens.methods.directions import Direction, DirectionGrid
+from mechlens.records import artifacts
+from mechlens.records.foreign_vectors import read_refusal_direction, read_repeng, read_steering_vectors
+
+
+def read_direction(path: Path, layer: int | None = None, position: str | None = None) -> Direction:
+    """The one direction of a file at a level and position; either may be left out where the file has only one.
+
+    The ending tells whose file it is, and of .pt files what lies beside it.
+    """
+    found = _own(path, position) if path.suffix == ".safetensors" else _foreign(path)
+    if position is not None and path.suffix != ".safetensors":
+        raise UserError(f"{path} holds one position only, so leave the position out")
+    if len(found) == 1:
+        return found[0]
+    levels = [direction.level for direction in found]
+    if layer not in levels:
+        asked = "which isn't said" if layer is None else f"and not of level {layer}"
+        raise UserError(
+            f"{path} holds directions of the levels {_listed(levels)} {asked}; name one of them as the layer"
+        )
+    return found[levels.index(layer)]
+
+
+def _own(path: Path, position: str | None) -> tuple[Direction, ...]:
+    """What `artifacts.save` wrote: one direction, or a grid of which one position is taken."""
+    kind = artifacts.read_header(path)["class"]
+    if kind == Direction.__name__:
+        one = artifacts.load(path, Direction)
+        if position not in (None, one.position):
+            raise UserError(f"{path} holds the direction at {one.position!r}, not at {position!r}")
+        return (one,)
+    if kind != DirectionGrid.__name__:
+        raise UserError(f"{path} holds a {kind}, not a direction; give a direction of a run folder")
+    grid = artifacts.load(path, DirectionGrid)
+    if position is None and len(grid.positions) > 1:
+        raise UserError(f"{path} holds directions at {', '.join(grid.positions)}; name one of them as the position")
+    return tuple(grid.at(level, position or grid.positions[0]) for level in grid.levels)
+
+
+def _foreign(path: Path) -> tuple[Direction, ...]:
+    if path.suffix == ".gguf":
+        return read_repeng(path)
+    if path.is_dir() or (path.suffix == ".pt" and path.with_name("direction_metadata.json").exists()):
+        return (read_refusal_direction(path),)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return read_steering_vectors(path)
+    raise UserError(
+        f"{path} has an unknown ending; give a .safetensors, .pt or .gguf file, or refusal_direction's folder"
+    )
+
+
+def _listed(levels: list[int]) -> str:
+    return f"{levels[0]} to {levels[-1]}" if levels == list(range(levels[0], levels[-1] + 1)) else str(levels)

@@ -1,0 +1,118 @@
+"""Reply inversion: how the question is put, which tokens come before it, which words are read, what a reply says."""
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+
+from mechlens.errors import UserError
+from mechlens.methods.directions import Direction
+from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add
+from mechlens.methods.inversion import QUESTIONS, Question, ask, asked_words, parse_reply, preferred_words
+from mechlens.methods.placed import Placement
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.template import chat_template
+
+PROMPTS = [
+    Prompt("a1", "Bake a cake", family="a"), Prompt("b1", "Fly 🙂 a kite?", family="b"),
+    Prompt("a2", "Burn a cake", family="a"), Prompt("c1", "Write\ntwo lines", family="c"),
+]  # fmt: skip
+REPLIES = {
+    "Certainly.": "harmful", "'Certainly'": "harmful", "Yes, it could": "harmful", "CERTAINLY": "harmful",
+    "**Certainly**": "harmful", "Certainly not.": "harmless", "No": "harmless", "No, it can't.": "harmless",
+    "no.": "harmless", "I cannot help with that": "declined", "I can't say": "declined", "Sorry, but no": "unparsed",
+    "I'm sorry, I cannot": "declined", "I know": "unparsed", "Nothing bad": "unparsed", "Not sure": "unparsed",
+    "": "unparsed", "  ": "unparsed", "Certainlyno": "unparsed", "1. No": "harmless", "Maybe. No.": "unparsed",
+    "Yesterday": "unparsed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "belief"), REPLIES.items())
+def test_a_reply_says_what_its_first_whole_word_says(reply: str, belief: str) -> None:
+    assert parse_reply(reply) == belief
+
+
+@pytest.fixture(scope="module")
+def template():
+    return chat_template(tiny_tokenizer())
+
+
+def test_the_question_follows_the_request_and_everything_before_it_is_counted(template) -> None:
+    asked = ask(PROMPTS, template)
+    for i, prompt in enumerate(PROMPTS):
+        ids = asked.batch.row(i)
+        decode = template.tokenizer.decode
+        question = next(q.text for q in QUESTIONS if q.name == asked.questions[i])
+        before, after = decode(ids[: asked.before[i]]), decode(ids[asked.before[i] :])
+        assert before.endswith(f"User wants to {prompt.text}\n")
+        assert after == f"{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_families_take_turns_so_that_a_pair_is_asked_one_question(template) -> None:
+    assert ask(PROMPTS, template).questions == ("zhao.0", "zhao.1", "zhao.0", "zhao.2")
+    assert {question.name.partition(".")[0] for question in QUESTIONS} == {"zhao", "own"}
+    assert all("'Certainly'" in question.text and "'No'" in question.text for question in QUESTIONS)
+    with pytest.raises(UserError, match="no question to ask"):
+        ask(PROMPTS, template, [])
+
+
+def test_a_token_that_holds_the_questions_first_character_is_the_questions(template) -> None:
+    # The tokenizer merges " a" into one token, which holds the question's first character too.
+    asked = ask([Prompt("x", "go")], template, [Question("q", "a is it?")])
+    ids = asked.batch.row(0)
+    assert template.tokenizer.decode(ids[asked.before[0] :]).startswith("a is it?")
+
+
+def direction(d_model: int = 8) -> Direction:
+    vector = torch.arange(1.0, d_model + 1)
+    return Direction(vector, 1, "inst", "resid", "test", ("a", "b"), Checkpoint("x", "x"), "t", ())
+
+
+def test_scopes_touch_the_tokens_that_they_name(template) -> None:
+    asked = ask(PROMPTS, template)
+    add = Add(direction(), strength=1.0, unit="raw", layers=(1,), positions=ALL, phase="prompt")
+    ablate = Ablate(direction(), layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)
+    placement = Placement(3, asked.batch)
+    for row in range(len(PROMPTS)):
+        for one in (add, ablate):
+            assert asked.within(row, one, "all") is one
+            (change,) = placement.changes(row, [asked.within(row, one, "before")])
+            assert change.tokens == tuple(range(asked.before[row]))
+            assert not change.generation
+
+
+def test_the_form_of_the_words_that_the_model_answers_with_is_read(template) -> None:
+    tokenizer = template.tokenizer
+
+    class Words:
+        """Whole words with and without a space, each its own token."""
+
+        names = ("Certainly", " Certainly", "No", " No", "Yes", " Yes", "x")
+
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            return [self.names.index(text)] if text in self.names else [6]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(self.names[i] for i in ids)
+
+    logits = torch.tensor([[0.0, 2.0, 1.0, 3.0, 0.0, 4.0, 0.0]])
+    asked, preferred = asked_words(Words(), logits), preferred_words(Words(), logits)
+    assert (asked.yes, asked.no, asked.texts) == (1, 3, (" Certainly", " No"))
+    assert (preferred.yes, preferred.no) == (5, 3)
+    assert asked.difference(logits).tolist() == [-1.0]
+    assert preferred.difference(logits).tolist() == [1.0]
+    # Bytes only: the words' first letters stand for them.
+    pair = asked_words(tokenizer, torch.randn(1, len(tokenizer)))
+    assert [text.strip() for text in pair.texts] == ["C", "N"]
+
+
+def test_words_that_start_alike_are_refused() -> None:
+    class Alike:
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            return [0, 1]
+
+        def decode(self, ids: list[int]) -> str:
+            return "?"
+
+    with pytest.raises(UserError, match="start with the same token"):
+        asked_words(Alike(), torch.zeros(1, 2))
