@@ -94,6 +94,13 @@ SAID = {
         *(rf"{harm}\s+{NUMBER}" for harm in ("refused_harmful", "accepted_harmful", "refused_harmless")),
         rf"correlation of the uncentred beliefs: {NUMBER}",
     ),
+    "06_latent_guard": (
+        r"reads post\[\d+\] at level \d",
+        rf"auroc\.latent_guard\s+{NUMBER}",
+        rf"auroc_gain\.tfidf\s+{NUMBER}",
+        r"the guard (beats|is worse than|is not told apart from) it",
+        r"\bTrue\b",  # what was saved judges as before
+    ),
 }
 """What each notebook must have said on a model that refuses half of everything; others must only run."""
 
