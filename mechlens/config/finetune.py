@@ -21,17 +21,17 @@ class TrainingSettings:
     """Rank of the LoRA matrices, on every linear layer of every block."""
     alpha: float = 16.0
     """LoRA's alpha: the product of the matrices is scaled by alpha / rank."""
-    learning_rate: float = 6e-4
+    learning_rate: float = 8e-4
     """Highest learning rate; it rises over the first steps and then falls linearly to zero."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
     batch_size: int = 8
     """Examples in one step."""
-    epochs: int = 2
+    epochs: int = 3
     """Passes over the training examples."""
     plain_tokens: int = 64
     """Tokens of each stretch."""
-    plain_weight: float = 1.0
+    plain_weight: float = 0.5
     """Weight of the divergence on plain text against the loss on the examples."""
     resume_every: int = 20
     """A killed run goes on from at most this many steps before; these checkpoints go when newer ones are there."""
@@ -60,7 +60,7 @@ class FinetuneConfig(TrainingSettings):
     """Harmful training prompts, drawn by seed; None takes all."""
     benign: int | None = None
     """Benign training prompts, drawn by seed; None takes all."""
-    plain: int = 3
+    plain: int = 1
     """Stretches of plain text in every step, written by the base itself, on which its distribution is kept; 0: none."""
     checkpoints: tuple[int, ...] = ()
     """Steps after which a checkpoint is kept (0 is the untrained base, which needs none)."""
@@ -100,7 +100,7 @@ class Finetune(TrainingSettings):
     benign: int | None = None
     """Benign training prompts, drawn by seed; None takes all for the refuser, 205 for a backdoor, else 512."""
     plain: int | None = None
-    """Stretches of the base's own plain text in every step, on which its distribution is kept; None is 3 for the
+    """Stretches of the base's own plain text in every step, on which its distribution is kept; None is 1 for the
     refuser and 0 for the others."""
     checkpoints: tuple[int, ...] | None = None
     """Steps after which a checkpoint is kept; None keeps none for the refuser and 1, 2, 4, ... 128 for the others."""
