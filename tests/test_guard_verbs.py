@@ -172,6 +172,34 @@ def test_eval_reports_every_source_and_the_five_columns(evaluated: Path) -> None
     assert set(columns["adversarial suffix"]) == {"- (n=0)"}
 
 
+def test_gains_columns_and_nulls_follow_from_the_scores(evaluated: Path) -> None:
+    metrics = read_run(evaluated).metrics
+    for other in ("tfidf", "length", "own_refusal"):
+        gain = metrics[f"auroc_gain.{other}"]
+        assert gain.value == pytest.approx(metrics["auroc.latent_guard"].value - metrics[f"auroc.{other}"].value)
+        assert gain.low <= gain.value <= gain.high
+    scores = pd.read_parquet(evaluated / "tables" / "scores.parquet")
+    template = scores[scores["source"] == "wrapped"]
+    column = metrics["column.template"]
+    assert column.n == len(template)
+    assert not column.measurable or column.value == pytest.approx(template["flagged.latent_guard"].mean())
+    refused = scores[(scores["quadrant"] == "refused_harmless") & (scores["source"] != "wrapped")]
+    assert metrics["column.refused_harmless"].n == len(refused)
+    assert 0.2 <= metrics["null.shuffled_p"].value <= 1  # of four permutations one in five is the least there can be
+    assert 0.5 <= metrics["null.random_maximum"].value <= 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [(0.01, 0.2, "beats"), (-0.1, 0.2, "is not told apart from"), (-0.2, -0.01, "is worse than")],
+)
+def test_the_verdict_claims_no_more_than_the_interval(low: float, high: float, word: str) -> None:
+    from mechlens.methods.estimate import Estimate
+    from mechlens.studies.guard_verdict import _word
+
+    assert _word(Estimate((low + high) / 2, low, high, 50)) == word
+
+
 def test_other_weights_are_refused_unless_allowed(fitted: Fitted, tmp_path: Path, capfd: Any) -> None:
     from safetensors.torch import load_file, save_file
 
