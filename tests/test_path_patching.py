@@ -105,7 +105,7 @@ REFUSED = {
     "choose pairs of one length": ("llama", UNEVEN, (0, 0), "q"),
     "GQA": ("llama", LONG, (0, 0), "v"),
     "normalized or scaled": ("gemma3", LONG, (0, 0), "q"),
-    "has no path patching for this model": ("opt", LONG, (0, 0), "q"),
+    "can't patch paths in this model": ("opt", LONG, (0, 0), "q"),
     "no head 2.0 with layers above it": ("llama", LONG, (2, 0), "q"),
     "no head 0.4": ("llama", LONG, (0, 4), "q"),
     "no receiver 'z'": ("llama", LONG, (0, 0), "z"),

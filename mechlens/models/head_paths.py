@@ -35,8 +35,8 @@ def paths_from_head(
         found: Tensor = get_act_patch_direct_path(
             model, tokens, *caches, metric, layer, head, component=receiver, verbose=False
         )
-    except NotImplementedError as error:
-        raise UserError(f"TransformerLens has no path patching for this model: {error}") from error
+    except RuntimeError as error:  # it has no fork of its attention's inputs to hook
+        raise UserError(f"TransformerLens can't patch paths in this model: {error}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
     return found.cpu()

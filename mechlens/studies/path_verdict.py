@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mechlens.methods.estimate import Estimate
+from mechlens.methods.patch_plan import DIRECTIONS
 from mechlens.studies.refusal_path import RefusalPath
 
 HALF = 0.5
@@ -20,53 +21,96 @@ class PathVerdict:
     """The heads with the largest effect at the last token, both directions, with corrected p."""
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One direction: the best place before the last token, the layers that hold half, the best head, the controls."""
+
+    source: "pd.Series[float]"
+    leaves: int | None
+    """Last layer at which the best place holds at least half."""
+    arrives: int | None
+    """First layer at which the last token holds at least half."""
+    control: "pd.Series[float]"
+    heads: pd.DataFrame
+    head_control: "pd.Series[float]"
+
+
 def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdict:
-    """Layers by the rule "mean recovery at least one half"; heads by their effect at the last token."""
-    denoising, noising = (result.sweeps[name].table(seed=seed) for name in ("denoising", "noising"))
-    control = result.sweeps["denoising.random"].table(seed=seed)
-    last = result.sweeps["denoising"].positions[-1]
-    early, late = denoising[denoising["position"] != last], denoising[denoising["position"] == last]
-    source = early.sort_values("recovery", ascending=False).iloc[0]
-    leaves = early[(early["position"] == source["position"]) & (early["recovery"] >= HALF)]["layer"]
-    arrives = late[late["recovery"] >= HALF]["layer"]
-    needed = noising[(noising["position"] == last) & (noising["recovery"] >= HALF)]["layer"]
-    heads = _heads(result, seed, n_heads)
-    first = (
-        f"One clean residual vector brings back most of the refusal at {source['position']} ({source['token']!r}), "
-        f"recovery {source['recovery']:.2f} [{source['low']:.2f}, {source['high']:.2f}] at layer {source['layer']}"
-        + (f", at least half of it up to layer {leaves.max()}" if len(leaves) else ", nowhere half of it")
-        + (f"; from layer {arrives.min()} on the last token alone carries half of it" if len(arrives) else "")
-        + (f" (noising there breaks it from layer {needed.min()} on)." if len(needed) else ".")
-    )
-    top = heads.iloc[0]
-    second = (
-        f"The head that moves most of it to the last token is layer {top['layer']} head {top['head']} (recovery "
-        f"{top['recovery']:.2f} [{top['low']:.2f}, {top['high']:.2f}], corrected p {top['p_corrected']:.3f}), and the "
-        f"best site of the random control recovers {control['recovery'].max():.2f}."
-    )
+    """Layers by the rule "mean recovery at least one half"; heads by their recovery at the last token."""
+    ways = {direction: _way(result, direction, seed, n_heads) for direction in DIRECTIONS}
     n = len(result.chosen.pairs)
-    numbers = {
-        "recovery.best_before_last": _estimate(source, n),
-        "recovery.top_head": _estimate(top, n),
-        "recovery.random_maximum": _estimate(control.sort_values("recovery", ascending=False).iloc[0], n),
-        "layer.leaves_source": _count(leaves.max() if len(leaves) else None, n),
-        "layer.arrives_last": _count(arrives.min() if len(arrives) else None, n),
-        "attribution_correlation": _count(result.correlation(), n),
-    }
-    return PathVerdict((first, second), numbers, heads)
+    numbers: dict[str, Estimate] = {}
+    for direction, way in ways.items():
+        numbers |= {
+            f"{direction}.recovery.best_before_last": _estimate(way.source, n),
+            f"{direction}.recovery.random_maximum": _estimate(way.control, n),
+            f"{direction}.layer.leaves_source": _layer(way.leaves, n),
+            f"{direction}.layer.arrives_last": _layer(way.arrives, n),
+            f"{direction}.recovery.top_head": _estimate(_largest(way.heads), n),
+            f"{direction}.recovery.top_head_random": _estimate(way.head_control, n),
+        }
+    correlation = result.correlation()
+    numbers["attribution_correlation"] = Estimate(correlation, correlation, correlation, n)
+    heads = pd.concat([way.heads.assign(direction=name) for name, way in ways.items()], ignore_index=True)
+    return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads)
 
 
-def _heads(result: RefusalPath, seed: int, n_heads: int) -> pd.DataFrame:
-    frames = []
-    for direction in ("denoising", "noising"):
-        table = result.sweeps[f"heads.{direction}"].table(seed=seed).assign(direction=direction)
-        frames.append(table.sort_values("recovery", ascending=False).head(n_heads))
-    return pd.concat(frames, ignore_index=True)
+def _way(result: RefusalPath, direction: str, seed: int, n_heads: int) -> _Way:
+    table, control, heads, head_control = (
+        result.sweeps[name].table(seed=seed)
+        for name in (direction, f"{direction}.random", f"heads.{direction}", f"heads.{direction}.random")
+    )
+    last = result.sweeps[direction].positions[-1]
+    before = table[table["position"] != last]
+    source = _largest(before if len(before) else table)
+    half = table[table["recovery"] >= HALF]
+    leaves = half[half["position"] == source["position"]]["layer"]
+    arrives = half[half["position"] == last]["layer"]
+    return _Way(
+        source=source,
+        leaves=int(leaves.max()) if len(leaves) else None,
+        arrives=int(arrives.min()) if len(arrives) else None,
+        control=_largest(control),
+        heads=heads.sort_values("recovery", ascending=False).head(n_heads),
+        head_control=_largest(head_control),
+    )
+
+
+def _where(ways: dict[str, _Way]) -> str:
+    parts = []
+    for direction, way in ways.items():
+        held = f"at least half up to layer {way.leaves}" if way.leaves is not None else "nowhere half"
+        ends = f"at least half from layer {way.arrives} on" if way.arrives is not None else "at no layer half"
+        parts.append(
+            f"{direction}, the best place before the last token is {way.source['position']} (recovery "
+            f"{_value(way.source)} at layer {way.source['layer']}, {held}; the best random vector anywhere "
+            f"{way.control['recovery']:.2f}), and the last token alone holds {ends}"
+        )
+    return "; ".join(parts).capitalize() + "."
+
+
+def _which_heads(ways: dict[str, _Way]) -> str:
+    parts = []
+    for direction, way in ways.items():
+        top = _largest(way.heads)
+        parts.append(
+            f"{direction} {top['layer']}.{top['head']} ({_value(top)}, corrected p {top['p_corrected']:.3f}; the best "
+            f"random vector at a head {way.head_control['recovery']:.2f})"
+        )
+    return f"The head (layer.head) that moves most of it to the last token is, {' and, '.join(parts)}."
+
+
+def _largest(table: pd.DataFrame) -> "pd.Series[float]":
+    return table.sort_values("recovery", ascending=False).iloc[0]
+
+
+def _value(row: "pd.Series[float]") -> str:
+    return f"{row['recovery']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def _estimate(row: "pd.Series[float]", n: int) -> Estimate:
     return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), n)
 
 
-def _count(value: float | None, n: int) -> Estimate:
+def _layer(value: int | None, n: int) -> Estimate:
     return Estimate.missing(n) if value is None else Estimate(float(value), float(value), float(value), n)

@@ -44,7 +44,7 @@ class RefusalPath:
 
     chosen: ChosenPairs
     sweeps: dict[str, PatchResult]
-    """"denoising", "noising", "denoising.random", "heads.denoising", "heads.noising", "attribution"."""
+    """"denoising", "noising", the same with "heads." before, each also with ".random" after it; "attribution"."""
 
     def correlation(self) -> float:
         """Pearson correlation of attribution patching with exact patching over the denoising grid."""
@@ -53,22 +53,29 @@ class RefusalPath:
         return float(torch.corrcoef(torch.stack([exact, estimate]))[0, 1])
 
     def by_role(self, seed: int) -> pd.DataFrame:
-        """Recovery by layer for the best position of each role: instruction, inst, template, last."""
-        frames = []
-        for name in ("denoising", "noising", "denoising.random"):
-            table = self.sweeps[name].table(seed=seed)
-            table["role"] = [_role(position, self.sweeps[name].positions[-1]) for position in table["position"]]
-            best = table.loc[table.groupby(["layer", "role"])["recovery"].idxmax()]
-            frames.append(best.assign(sweep=name))
-        return pd.concat(frames, ignore_index=True)
+        """Recovery by layer, averaged over the pairs and over the positions of each role, with intervals."""
+        frames = [
+            _pooled(self.sweeps[name]).table(seed=seed).assign(sweep=name)
+            for direction in DIRECTIONS
+            for name in (direction, f"{direction}.random")
+        ]
+        return pd.concat(frames, ignore_index=True).rename(columns={"position": "role"}).drop(columns="token")
+
+
+def _pooled(sweep: PatchResult) -> PatchResult:
+    """The mean over the positions of each role, in the order of the prompt."""
+    roles = [_role(position, sweep.positions[-1]) for position in sweep.positions]
+    names = tuple(dict.fromkeys(roles))
+    means = [sweep.values[:, :, [k for k, role in enumerate(roles) if role == name]].mean(dim=2) for name in names]
+    return replace(sweep, values=torch.stack(means, dim=2), positions=names, tokens=names)
 
 
 def _role(position: str, last: str) -> str:
     if position == last:
         return "last token"
     if position in ("inst", "instruction[-1]"):
-        return "inst"
-    return "instruction" if position.startswith("instruction") else "template"
+        return "end of the instruction"
+    return "instruction" if position.startswith("instruction") else "template before the last token"
 
 
 def find_pairs(
@@ -117,10 +124,11 @@ def trace(
     def sweep(changed: PatchPlan, engine: str = "auto") -> PatchResult:
         return patch_sweep(model, chosen.pairs, used, changed, template=template, shelf=shelf, engine=engine)
 
-    plans = {direction: replace(plan, direction=direction) for direction in DIRECTIONS}
-    plans["denoising.random"] = replace(plan, direction="denoising", random_seed=seed + 1)
+    plans: dict[str, PatchPlan] = {}
     for direction in DIRECTIONS:
+        plans[direction] = replace(plan, direction=direction)
         plans[f"heads.{direction}"] = replace(plan, site="z", positions=("last",), direction=direction)
+    plans |= {f"{name}.random": replace(changed, random_seed=seed + 1) for name, changed in plans.items()}
     sweeps = {name: sweep(changed) for name, changed in plans.items()}
     sweeps["attribution"] = sweep(plans["denoising"], ATTRIBUTION)
     return RefusalPath(chosen, sweeps)
