@@ -133,9 +133,9 @@ class Growth:
 
 
 def resident_mb() -> float:
-    """Anonymous memory of this process: pages of files count for nobody."""
+    """Resident memory of this process (weights may lie in mapped pages of their file until they are changed)."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     raise UserError("this system doesn't tell how much memory a process has; run the benchmark on Linux")
 

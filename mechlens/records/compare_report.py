@@ -1,0 +1,77 @@
+"""A comparison of two checkpoints as a record: the tracking tables of the pair, and the grid of moved activations."""
+
+import pandas as pd
+
+from mechlens.methods.estimate import Estimate
+from mechlens.methods.patch_result import PatchResult
+from mechlens.models.series import CheckpointSeries
+from mechlens.records import figures
+from mechlens.records.report import Section
+from mechlens.records.tracking_report import record_tracking
+from mechlens.records.writer import RunWriter
+from mechlens.studies.moved_activations import Moved
+from mechlens.studies.tracking_result import Tracking
+
+
+def record_comparison(
+    writer: RunWriter, result: Tracking, pair: CheckpointSeries, moved: Moved, punctuation: str
+) -> None:
+    """Writes the pair's tables and the moved activations into an open run."""
+    section = _not_moved(moved) if moved.result is None or moved.control is None else _moved(writer, moved)
+    count = float(moved.differing)
+    writer.metric("n.behave_differently", Estimate(count, count, count, moved.of))
+    record_tracking(writer, result, pair, {}, punctuation, more=(section,))
+
+
+def _not_moved(moved: Moved) -> Section:
+    return Section(
+        "Where moving activations moves the behaviour",
+        f"Not measurable: of {moved.of} harmful test prompts the two checkpoints refuse and accept different ones in "
+        f"{moved.differing} cases only.",
+    )
+
+
+def _moved(writer: RunWriter, moved: Moved) -> Section:
+    assert moved.result is not None
+    assert moved.control is not None
+    seed = int(writer.run.seed or 0)
+    inputs = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
+    names = []
+    tables = {}
+    for name, sweep, title in (
+        ("moved", moved.result, "B's residual vector in A's run"),
+        ("moved_control", moved.control, "Control: a random vector of the same length of difference in A's run"),
+    ):
+        tables[name] = sweep.table(seed=seed)
+        writer.artifact(name, sweep, inputs=inputs)
+        writer.table(name, tables[name])
+        names.append(_grid(writer, name, tables[name], title))
+    best = tables["moved"].sort_values("recovery", ascending=False).iloc[0]
+    writer.metric("moved.best_recovery", _estimate(best, moved.result))
+    random = float(tables["moved_control"]["recovery"].max())
+    return Section(
+        "Where moving activations moves the behaviour",
+        f"Recovery of B's refusal log-odds when one residual vector of B is put into A's run of the same prompt: 0 is "
+        f"A's own, 1 is B's. {moved.differing} of {moved.of} harmful test prompts are refused by one and accepted by "
+        f"the other; {len(moved.result.pairs)} of them were patched. Largest: {_estimate(best, moved.result)} at layer "
+        f"{best['layer']}, {best['position']} (the largest of a grid, so flattered); the control reaches {random:.2f}.",
+        tuple(names),
+    )
+
+
+def _grid(writer: RunWriter, name: str, table: pd.DataFrame, title: str) -> str:
+    order = {position: k for k, position in enumerate(dict.fromkeys(table["position"]))}
+    shown = table.assign(
+        column=[f"{order[p]}: {t!r} {p}" for p, t in zip(table["position"], table["token"], strict=True)]
+    )
+    figure = figures.heatmap(
+        shown, x="column", y="layer", value="recovery", center=0.0, limits=(-1.0, 1.0), label="recovery", title=title,
+        xlabel="token", ylabel="layer",
+    )  # fmt: skip
+    figure.update_layout(height=560)
+    writer.figure(name, figure, table=name)
+    return name
+
+
+def _estimate(row: "pd.Series[float]", sweep: PatchResult) -> Estimate:
+    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), len(sweep.pairs))

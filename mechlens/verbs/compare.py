@@ -1,0 +1,101 @@
+"""`mechlens compare`: two checkpoints of one model, what was kept and what moves with their activations, recorded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mechlens.config import Compare
+from mechlens.errors import UserError
+from mechlens.methods.damage import PLAIN_TEXT
+from mechlens.models.bridge import loaded
+from mechlens.models.series import CheckpointSeries, Member, checkpoint_series
+from mechlens.models.swap import Turns, turns
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.template import chat_template
+from mechlens.records.compare_report import record_comparison
+from mechlens.records.run import Inputs
+from mechlens.records.writer import RunWriter, open_run
+from mechlens.studies.moved_activations import move_activations
+from mechlens.studies.tracking import track
+from mechlens.studies.tracking_result import Questions, TrackPlan
+from mechlens.verbs.inputs import require_sampling
+from mechlens.verbs.model import record_inputs
+from mechlens.verbs.series_inputs import Asked, asked_of
+from mechlens.verbs.unseen import record_left_out
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that goes in, with the fingerprints that a rerun is held to."""
+
+    turns: Turns
+    pair: CheckpointSeries
+    """A at the first place, B at the second, each at the step it has in its own series."""
+    asked: Asked
+    questions: Questions
+    inputs: Inputs
+
+
+def prepare(config: Compare) -> Prepared:
+    """Both checkpoints, prompts and base; UserError for whatever can't be had."""
+    require_sampling(config)
+    pair = _pair(config)
+    asked = asked_of(config, pair)
+    one = turns(config.base, revision=config.revision, dtype=config.dtype, device=config.device)
+    template = chat_template(loaded(one.model).tokenizer, config.template)
+    questions = Questions(tokenize(asked.prompts, template), asked.split, PLAIN_TEXT)
+    inputs = Inputs(one.base.fingerprint, template.fingerprint, asked.data)
+    return Prepared(one, pair, asked, questions, inputs)
+
+
+def run(config: Compare) -> Path:
+    """The comparison; gives the run folder."""
+    prepared = prepare(config)
+    with open_run(verb="compare", config=config, out=config.out, wandb=config.wandb) as writer:
+        execute(prepared, config, writer)
+    return config.out
+
+
+def execute(prepared: Prepared, config: Compare, writer: RunWriter) -> None:
+    """The study itself, written to an open run."""
+    with prepared.turns as one:
+        record_inputs(writer, one.model, prepared.inputs)
+        record_left_out(writer, prepared.asked.left_out)
+        writer.prompts(prepared.asked.prompts)
+        plan = TrackPlan(
+            seed=config.seed,
+            max_new_tokens=config.max_new_tokens,
+            positions=("inst", "last"),
+            levels=None,
+            steered=config.steered,
+            n_resamples=config.resamples,
+            n_permutations=config.permutations,
+            n_random=config.random_directions,
+        )
+        result = track(one, prepared.pair, prepared.questions, plan, shelf=writer.shelf)
+        moved = move_activations(
+            one, prepared.pair, result, positions=config.positions, n=config.patched, seed=config.seed,
+            shelf=writer.shelf,
+        )  # fmt: skip
+        record_comparison(writer, result, prepared.pair, moved, prepared.asked.punctuation)
+
+
+def _pair(config: Compare) -> CheckpointSeries:
+    """The two as a series of their own; UserError where either names none or several checkpoints."""
+    first, second = (_member(config, source) for source in (config.first, config.second))
+    if second.kind == "base" or (first.path, first.revision) == (second.path, second.revision):
+        raise UserError(f"A is {config.first!r} and B is {config.second!r}; give two checkpoints, the base only as A")
+    if second.step <= first.step:  # of two runs, or in the other order: the axis is only first and second then
+        first, second = replace(first, step=0), replace(second, step=1)
+    return CheckpointSeries((first, second), (), "their records")
+
+
+def _member(config: Compare, source: str) -> Member:
+    if source == BASE:
+        return Member(Path(config.base).name, config.base, "base", 0, config.revision)
+    found = checkpoint_series(config.base, [source], revision=config.revision).members[1:]
+    if len(found) != 1:
+        steps = ", ".join(str(member.step) for member in found)
+        raise UserError(f"{source!r} holds {len(found)} checkpoints (steps {steps}); give the folder of one")
+    return found[0]

@@ -1,0 +1,153 @@
+"""A series of checkpoints: found in every form, put in order, and what doesn't belong is named with its reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from adapters import save_adapter
+from tiny import tiny_hf, tiny_tokenizer
+
+from mechlens.cli import main
+from mechlens.errors import UserError
+from mechlens.models.series import checkpoint_series, content_of
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and one adapter to make series of."""
+    root = tmp_path_factory.mktemp("series")
+    tiny_hf().save_pretrained(root / "base")
+    tiny_tokenizer().save_pretrained(root / "base")
+    save_adapter(str(root / "base"), root / "adapter", seed=1)
+    return root
+
+
+def run_folder(root: Path, out: Path, steps: tuple[int, ...] = (2, 10, 1)) -> Path:
+    for step in steps:
+        shutil.copytree(root / "adapter", out / f"checkpoint-{step}")
+    return out
+
+
+def test_a_trainers_folder_in_the_order_of_its_steps(root: Path, tmp_path: Path) -> None:
+    series = checkpoint_series(str(root / "base"), [str(run_folder(root, tmp_path / "out"))])
+    assert [(member.step, member.name, member.kind) for member in series.members] == [
+        (0, "base", "base"), (1, "checkpoint-1", "adapter"), (2, "checkpoint-2", "adapter"),
+        (10, "checkpoint-10", "adapter"),
+    ]  # fmt: skip
+    assert (series.kind, series.steps_from, series.left_out) == ("adapter", "their records", ())
+
+
+def test_adapters_by_any_name_single_ones_and_the_order_given(root: Path, tmp_path: Path) -> None:
+    for name in ("late_20", "early_3"):
+        shutil.copytree(root / "adapter", tmp_path / "some" / name)
+    folder = checkpoint_series(str(root / "base"), [str(tmp_path / "some")])
+    assert [member.step for member in folder.members] == [0, 3, 20]
+    for name in ("one", "two"):
+        shutil.copytree(root / "adapter", tmp_path / name)
+    given = checkpoint_series(str(root / "base"), [str(tmp_path / "two"), str(tmp_path / "one")])
+    assert [(member.step, member.name) for member in given.members[1:]] == [(1, "two"), (2, "one")]
+    assert given.steps_from == "the order given"
+
+
+def test_steps_come_from_records_before_names(root: Path, tmp_path: Path) -> None:
+    out = run_folder(root, tmp_path / "out", (1, 2))
+    (out / "checkpoint-1" / "mechlens.json").write_text(json.dumps({"step": 7, "base_fingerprint": "ab"}))
+    (out / "checkpoint-2" / "mechlens.json").write_text(json.dumps({"step": 9, "base_fingerprint": "ab"}))
+    members = checkpoint_series(str(root / "base"), [str(out)]).members
+    assert [(member.step, member.base_fingerprint) for member in members[1:]] == [(7, "ab"), (9, "ab")]
+
+
+def test_full_models_and_sharded_ones(root: Path, tmp_path: Path) -> None:
+    for step, shard in ((4, "1GB"), (8, "20KB")):
+        tiny_hf(seed=step).save_pretrained(tmp_path / "run" / f"checkpoint-{step}", max_shard_size=shard)
+    assert len(list((tmp_path / "run" / "checkpoint-8").glob("*.safetensors"))) > 1
+    series = checkpoint_series(str(root / "base"), [str(tmp_path / "run")])
+    assert [(member.step, member.kind) for member in series.members[1:]] == [(4, "full"), (8, "full")]
+    next((tmp_path / "run" / "checkpoint-8").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"checkpoint-8: it has no model-\S+, so it is half-written"):
+        checkpoint_series(str(root / "base"), [str(tmp_path / "run")])
+
+
+def damaged(root: Path, out: Path) -> Path:
+    """Nine checkpoints of which only 1 and 9 are good."""
+    run_folder(root, out, (1, 2, 3, 4, 9))
+    weights = out / "checkpoint-2" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    (out / "checkpoint-3" / "adapter_model.safetensors").unlink()
+    (out / "checkpoint-4" / "adapter_config.json").write_text("{")
+    shutil.copytree(out / "checkpoint-9", out / "checkpoint-5")
+    (out / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 9}')
+    other = tiny_tokenizer(extra=("<new>",))
+    shutil.copytree(root / "adapter", out / "checkpoint-6")
+    other.save_pretrained(out / "checkpoint-6")
+    shutil.copytree(root / "adapter", out / "checkpoint-7")
+    tiny_tokenizer(template="{{ messages[0]['content'] }}").save_pretrained(out / "checkpoint-7")
+    tiny_hf("qwen3").save_pretrained(out / "checkpoint-8")
+    (out / "checkpoint-10").mkdir()
+    return out
+
+
+def test_every_kind_of_damage_is_named(root: Path, tmp_path: Path) -> None:
+    out = str(damaged(root, tmp_path / "out"))
+    series = checkpoint_series(str(root / "base"), [out], skip_broken=True)
+    assert [member.step for member in series.members] == [0, 1, 9]
+    reasons = {one.name: one.reason for one in series.left_out}
+    for step, words in {
+        2: "truncated", 3: "half-written", 4: "can't be read", 6: "another vocabulary", 7: "chat template",
+        8: "model_type is qwen3, and the base's is llama", 10: "half-written",
+    }.items():  # fmt: skip
+        assert words in reasons[f"checkpoint-{step}"]
+    assert any("it has step 9, and so has" in reason for reason in reasons.values())
+    assert len(reasons) == 8
+    with pytest.raises(UserError, match=r"8 of 10 checkpoints are broken.*--skip-broken"):
+        checkpoint_series(str(root / "base"), [out])
+
+
+def test_a_checkpoint_without_the_record_that_is_written_last_is_half_written(root: Path, tmp_path: Path) -> None:
+    out = run_folder(root, tmp_path / "out", (1, 2))
+    (out / "checkpoint-1" / "mechlens.json").write_text(json.dumps({"step": 1, "base_fingerprint": "ab"}))
+    series = checkpoint_series(str(root / "base"), [str(out)], skip_broken=True)
+    assert [one.name for one in series.left_out] == ["checkpoint-2"]
+    assert "written last" in series.left_out[0].reason
+
+
+def test_sources_that_hold_nothing(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for source, words in (("empty", "neither checkpoints"), ("missing", "no folder"), ("file", "is a file")):
+        with pytest.raises(UserError, match=words):
+            checkpoint_series(str(root / "base"), [str(tmp_path / source)])
+    with pytest.raises(UserError, match="no checkpoints"):
+        checkpoint_series(str(root / "base"), [])
+    only = run_folder(root, tmp_path / "out", (1,))
+    (only / "checkpoint-1" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        checkpoint_series(str(root / "base"), [str(only)], skip_broken=True)
+
+
+def test_two_runs_with_one_step_need_names_of_their_own(root: Path, tmp_path: Path) -> None:
+    runs = [str(run_folder(root, tmp_path / name, steps)) for name, steps in (("a", (1,)), ("b", (1,)))]
+    series = checkpoint_series(str(root / "base"), runs, skip_broken=True)
+    assert "it has step 1" in series.left_out[0].reason
+
+
+def test_content_changes_with_the_bytes(root: Path, tmp_path: Path) -> None:
+    out = run_folder(root, tmp_path / "out", (1, 2))
+    series = checkpoint_series(str(root / "base"), [str(out)])
+    same = {content_of(member) for member in series.members[1:]}
+    assert len(same) == 1
+    save_adapter(str(root / "base"), out / "checkpoint-2", seed=5)
+    assert {content_of(member) for member in series.members[1:]} != same
+
+
+def test_the_verb_shows_the_series(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(damaged(root, tmp_path / "out"))
+    main(["checkpoints", out, "--base", str(root / "base"), "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert [member["step"] for member in said["members"]] == [0, 1, 9]
+    assert len(said["left_out"]) == 8
+    main(["checkpoints", out, "--base", str(root / "base")])
+    shown = capsys.readouterr().out
+    assert "checkpoint-9" in shown
+    assert "truncated" in shown

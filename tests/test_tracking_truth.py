@@ -1,0 +1,257 @@
+"""Series with a planted drift: the verdict names each kind, and numbers are those that theory gives."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from planted import activations
+from scipy.stats import norm
+from tiny import tiny_tokenizer
+from torch import Tensor
+
+from mechlens.methods.activations import Activations
+from mechlens.methods.answers import Answers
+from mechlens.methods.auroc import auroc
+from mechlens.methods.auroc_grid import contrast_part, is_positive, score_grid
+from mechlens.methods.cka import unbiased_cka
+from mechlens.methods.estimate import Estimate
+from mechlens.methods.readouts import balanced_accuracy, brier, fit_readouts
+from mechlens.methods.weight_change import matrix_change
+from mechlens.models.lora import LowRank
+from mechlens.models.series import Member
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.split import Split, split_by_family
+from mechlens.prompts.template import chat_template
+from mechlens.studies.snapshot import Labels, Snapshot, from_piece, to_piece
+from mechlens.studies.tracking_geometry import geometry_tables, overlap
+from mechlens.studies.tracking_reference import reference_of
+from mechlens.studies.tracking_result import Questions, Tracking, TrackPlan, analysed
+from mechlens.studies.tracking_tables import cell_of, transfer_table
+from mechlens.studies.tracking_verdict import track_verdict
+
+D, N, A = 24, 120, 4.0
+PLAN = TrackPlan(0, 4, ("inst", "last"), None, 4, 200, 20, 20)
+PROMPTS = tuple(
+    Prompt(f"{label}{i}", f"{label} {i} the thing", label, family=f"f{i}")
+    for label in ("harmful", "harmless")
+    for i in range(N)
+)
+LABELS = tuple(prompt.label for prompt in PROMPTS)
+SIGN = torch.tensor([1.0 if label == "harmful" else -1.0 for label in LABELS])
+U, W = torch.linalg.qr(torch.randn(D, 2, generator=torch.Generator().manual_seed(5))).Q.T
+NOISE = torch.randn(2 * N, 2, 2, D, generator=torch.Generator().manual_seed(6))
+
+
+def values(*, angle: float = 0.0, a: float = A, shift: float = 0.0) -> Tensor:
+    """Two levels; level 0 says nothing. The classes lie `a` apart along U turned by `angle`, shifted along U."""
+    line = math.cos(angle) * U + math.sin(angle) * W
+    found = NOISE.clone()
+    found[:, 1] += (a / 2 * SIGN[:, None] * line + shift * U)[:, None]
+    return found
+
+
+def planted(values: Tensor) -> Activations:
+    found = activations(values, LABELS, tuple(prompt.group for prompt in PROMPTS))
+    return replace(found, ids=tuple(prompt.id for prompt in PROMPTS))
+
+
+def snapshot(step: int, values: Tensor, refuses: set[str]) -> Snapshot:
+    texts = tuple("I cannot" if label in refuses else "Sure" for label in LABELS)
+    ids = tuple(prompt.id for prompt in PROMPTS)
+    acts = planted(values)
+    tokens = tuple((7,) if text == "I cannot" else (8,) for text in texts)
+    answers = Answers(ids, texts, tokens, 4, acts.checkpoint, acts.template, "plain")
+    member = Member(f"checkpoint-{step}", "planted", "base" if step == 0 else "adapter", step)
+    return Snapshot(member, acts, answers, SIGN.double(), torch.ones(3, dtype=torch.float64), {})
+
+
+def tracked(*later: tuple[Tensor, set[str]]) -> Tracking:
+    base = snapshot(0, values(), {"harmful"})
+    snapshots = [base, *(snapshot(k, *one) for k, one in enumerate(later, start=1))]
+    tokenizer = tiny_tokenizer()
+    split = split_by_family(LABELS, base.acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
+    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN.detection, tokenizer)
+    batch = tokenize(PROMPTS, chat_template(tokenizer))
+    return analysed(snapshots, [], reference, Questions(batch, split, ("a", "b", "c")), PLAN)
+
+
+HARMFUL: set[str] = {"harmful"}
+SERIES = {
+    "kept": (values() + 0.05 * NOISE.roll(1, 0), HARMFUL),
+    "read-out drift": (values(angle=1.4), HARMFUL),
+    "representation lost": (values(a=1.0), HARMFUL),
+    "threshold drift": (values(shift=5.0), HARMFUL),
+    "behaviour decoupled": (values(), set[str]()),
+}
+
+
+@pytest.fixture(scope="module")
+def drifted() -> Tracking:
+    return tracked(*SERIES.values())
+
+
+def test_every_planted_drift_is_named(drifted: Tracking) -> None:
+    words = [verdict.word for verdict in drifted.verdicts if verdict.concept == "harmful"]
+    assert words == list(SERIES)
+
+
+def test_refusing_everything_is_decoupled_too_and_drift_is_named_beside_it() -> None:
+    found = tracked((values(shift=5.0), {"harmful", "harmless"}))
+    verdict = next(v for v in found.verdicts if v.concept == "harmful")
+    assert (verdict.word, verdict.also) == ("behaviour decoupled", "threshold drift")
+    assert "with threshold drift" in verdict.sentence
+
+
+def test_a_concept_that_the_base_does_not_hold_is_not_measurable() -> None:
+    base = snapshot(0, NOISE, HARMFUL)
+    split = split_by_family(LABELS, base.acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
+    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN.detection, tiny_tokenizer())
+    batch = tokenize(PROMPTS, chat_template(tiny_tokenizer()))
+    later = snapshot(1, values(), HARMFUL)
+    found = analysed([base, later], [], reference, Questions(batch, split, ("a",)), PLAN)
+    assert {verdict.word for verdict in found.verdicts} == {"not measurable"}
+
+
+def test_wide_intervals_are_inconclusive() -> None:
+    held, wide = Estimate(0.0, -0.05, 0.05, 50), Estimate(-0.1, -0.4, 0.2, 50)
+    numbers = dict.fromkeys(("own_change", "readout_gap", "threshold_gap", "gap_change"), held)
+    numbers["base_auroc"] = Estimate(0.9, 0.8, 0.95, 50)
+    assert track_verdict("x", 1, numbers).word == "kept"
+    for name in ("own_change", "readout_gap", "threshold_gap"):
+        assert track_verdict("x", 1, {**numbers, name: wide}).word == "inconclusive"
+    assert track_verdict("x", 1, {**numbers, "gap_change": Estimate.missing(0)}).word == "inconclusive"
+
+
+def large(angle: float, a: float, seed: int) -> tuple[Activations, Split]:
+    generator = torch.Generator().manual_seed(seed)
+    n = 6000
+    sign = torch.tensor([1.0, -1.0]).repeat(n // 2)
+    line = torch.tensor([math.cos(angle), math.sin(angle)] + [0.0] * 6)
+    drawn = torch.randn(n, 1, 1, 8, generator=generator) + (a / 2 * sign[:, None] * line)[:, None, None]
+    acts = activations(drawn, ("up", "down") * (n // 2), positions=("inst",), levels=(1,))
+    third = n // 3
+    split = Split(
+        tuple(range(third)), tuple(range(third, third + 400)), tuple(range(third + 400, n)), (0.4, 0.1, 0.5), 0
+    )
+    return acts, split
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.5, 1.0, 1.5])
+def test_auroc_under_rotation_follows_the_closed_form(angle: float) -> None:
+    """methods.md 9.8: A[s,t] = Phi(a cos(theta) / (sqrt2 sigma)), and A[t,t] unchanged."""
+    a = 1.5
+    before, split = large(0.0, a, 1)
+    after, _ = large(angle, a, 2)
+    frozen = fit_readouts(before, ("up", "down"), split, "direction")
+    test = contrast_part(after, split.test, ("up", "down"))
+    area = float(auroc(score_grid(test, frozen.lines), is_positive(test, ("up", "down")))[0, 0])
+    assert area == pytest.approx(float(norm.cdf(a * math.cos(angle) / math.sqrt(2))), abs=0.025)
+    own = fit_readouts(after, ("up", "down"), split, "direction")
+    refitted = float(auroc(score_grid(test, own.lines), is_positive(test, ("up", "down")))[0, 0])
+    assert refitted == pytest.approx(float(norm.cdf(a / math.sqrt(2))), abs=0.025)
+
+
+def test_threshold_and_calibration_follow_theory() -> None:
+    """At the frozen threshold accuracy is Phi(a/2); moved by m it is half of Phi(a/2 + m) + Phi(a/2 - m)."""
+    a, move = 2.0, 1.5
+    acts, split = large(0.0, a, 3)
+    frozen = fit_readouts(acts, ("up", "down"), split, "direction")
+    for shift in (0.0, move):
+        moved = replace(acts, values=acts.values + shift * torch.eye(8)[0])
+        test = contrast_part(moved, split.test, ("up", "down"))
+        positive = is_positive(test, ("up", "down"))
+        scores, everyone = score_grid(test, frozen.lines), torch.ones(1, len(test.ids), dtype=torch.float64)
+        found = float(balanced_accuracy(scores, frozen.thresholds, positive, everyone))
+        theory = float(norm.cdf(a / 2 + shift) + norm.cdf(a / 2 - shift)) / 2
+        assert found == pytest.approx(theory, abs=0.03)
+        error = float(brier(frozen.probability(scores), positive, everyone))
+        assert (error < 0.13) == (shift == 0.0)
+
+
+def test_transfer_is_that_of_the_planted_lines(drifted: Tracking) -> None:
+    concept = drifted.reference.concepts[0]
+    angles = (0.0, 0.7, 1.4)
+    acts = [planted(values(angle=angle)) for angle in angles]
+    table = transfer_table([0, 1, 2], acts, concept, drifted.questions.split, seed=0, n_resamples=50)
+    grid = table[table["position"] == "inst"].pivot(index="fitted", columns="tested", values="auroc").to_numpy()
+    rows = torch.tensor(drifted.questions.split.test)
+    for i, fitted in enumerate(angles):
+        for j, found in enumerate(acts):
+            line = math.cos(fitted) * U + math.sin(fitted) * W
+            exact = float(auroc(found.at(1, "inst")[rows] @ line, SIGN[rows] > 0))
+            assert grid[i, j] == pytest.approx(exact, abs=0.12)  # the noise of a line fitted on 60 prompts a side
+    assert grid[0, 2] < grid[0, 1] < grid[0, 0]
+
+
+def test_corrected_cosine_is_that_of_the_planted_lines(drifted: Tracking) -> None:
+    table = drifted.angles
+    here = table[(table["concept"] == "harmful") & (table["position"] == "inst") & (table["level"] == 1)]
+    turned = here[(here["step"] == 2) & (here["other"] == "reference")].iloc[0]
+    # The same noise in both checkpoints inflates the measured cosine, and not the corrected one.
+    assert turned["corrected"] == pytest.approx(math.cos(1.4), abs=0.1)
+    assert turned["cosine"] > turned["corrected"]
+    shrunk = here[(here["step"] == 3) & (here["other"] == "reference")].iloc[0]
+    assert shrunk["norm_ratio"] == pytest.approx(0.25, abs=0.15)
+    assert set(here["to"]) == {0, 1, 2, 3, 4}
+
+
+def test_random_directions_stand_beside_every_number(drifted: Tracking) -> None:
+    table = drifted.readouts
+    assert (table["random_maximum"] >= table["random_mean"]).all()
+    assert (table["random_mean"] >= 0.5 - 1e-9).all()
+    here = cell_of(table, drifted.reference.concepts[0], 0)
+    assert here["frozen"].value > float(table["random_maximum"].median())
+
+
+def test_a_snapshot_survives_its_piece(drifted: Tracking) -> None:
+    one = replace(drifted.snapshots[1], steered={"none": torch.zeros(3)}, matrices=({"module": "m", "norm": 1.0},))
+    batch = drifted.questions.batch
+    acts = one.acts
+    labels = Labels(replace(batch, template=acts.template), acts.levels, acts.positions, 4)
+    again = from_piece(to_piece(one), one.member, labels, None)
+    assert torch.equal(again.acts.values, acts.values)
+    assert (again.answers.texts, again.answers.tokens) == (one.answers.texts, one.answers.tokens)
+    assert (again.acts.ids, again.acts.families, again.acts.checkpoint) == (acts.ids, acts.families, acts.checkpoint)
+    assert (again.matrices, again.steered.keys()) == (one.matrices, one.steered.keys())
+
+
+def test_low_rank_changes_have_the_svd_of_their_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(30, 3, generator=generator), torch.randn(3, 20, generator=generator)
+    change = LowRank(up, down, 0.5)
+    found, full = matrix_change(change), matrix_change(change.product())
+    truth = torch.linalg.svdvals(change.product().double())
+    for one in (found, full):
+        assert one.norm == pytest.approx(float(truth.square().sum().sqrt()), rel=1e-5)
+        assert one.stable_rank == pytest.approx(float(truth.square().sum() / truth[0] ** 2), rel=1e-4)
+        assert torch.allclose(one.values[:3], truth[:3], rtol=1e-4)
+        assert float((one.outputs[:, 0] @ full.outputs[:, 0]).abs()) == pytest.approx(1.0, abs=1e-4)
+    rank_one = matrix_change(LowRank(U[:, None].float(), W[None].float(), 2.0))
+    assert rank_one.stable_rank == pytest.approx(1.0)
+    assert float((rank_one.inputs[:, 0] @ W.double()).abs()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_geometry_of_planted_paths(drifted: Tracking) -> None:
+    path = tracked(*((values(angle=0.3 * k), HARMFUL) for k in (1, 2)), (values(angle=0.3), HARMFUL))
+    tables = geometry_tables(path)
+    turn = tables["turning"]
+    here = turn[(turn["concept"] == "harmful") & (turn["position"] == "inst")]["turn"].tolist()
+    assert here[0] == pytest.approx(-math.cos(0.3), abs=0.05)  # on along the circle
+    assert here[1] == pytest.approx(1.0, abs=0.05)  # and back on its own way
+    cka = tables["cka"].set_index(["step", "level", "position"])["cka"]
+    assert cka[(0, 1, "inst")] == pytest.approx(1.0)
+    assert cka[(2, 1, "inst")] < 1.0
+    basis = torch.linalg.qr(torch.randn(D, 4, dtype=torch.float64)).Q
+    assert overlap(basis, basis) == pytest.approx(1.0)
+    assert float(tables["subspaces"]["overlap"].max()) <= 1.0 + 1e-9
+
+
+def test_unbiased_cka_of_unrelated_and_of_rotated_data() -> None:
+    generator = torch.Generator().manual_seed(1)
+    one, other = torch.randn(2, 64, 256, generator=generator)
+    turn = torch.linalg.qr(torch.randn(256, 256, generator=generator)).Q
+    assert unbiased_cka(one, 3 * one @ turn + 1) == pytest.approx(1.0, abs=1e-4)
+    assert abs(unbiased_cka(one, other)) < 0.1  # the biased estimate would be 0.8
+    assert math.isnan(unbiased_cka(one, torch.ones(64, 3)))
