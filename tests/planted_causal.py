@@ -90,7 +90,7 @@ def _unembed(weight: torch.Tensor, ids: dict[str, int], eos: int) -> None:
     weight[ids["Certainly"], ASKED] = weight[ids["No"], ASKED] = 12.0
     weight[ids["Certainly"], ANSWER], weight[ids["No"], ANSWER] = 2.0, -2.0
     weight[ids["No"], WILL] = 1.0
-    weight[eos, DONE] = 5.0
+    weight[eos, DONE] = 10.0
 
 
 def planted_requests(n: int, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:

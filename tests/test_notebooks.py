@@ -94,6 +94,7 @@ SAID = {
         *(rf"{harm}\s+{NUMBER}" for harm in ("refused_harmful", "accepted_harmful", "refused_harmless")),
         rf"correlation of the uncentred beliefs: {NUMBER}",
     ),
+    "04_causal": (rf"inversion_parsed\s+{NUMBER}", r"(INCONCLUSIVE|DISSOCIATION (NOT )?SHOWN)\n"),
     "06_latent_guard": (
         r"reads post\[\d+\] at level \d",
         rf"auroc\.latent_guard\s+{NUMBER}",

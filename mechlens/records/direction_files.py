@@ -21,9 +21,7 @@ def read_direction(path: Path, layer: int | None = None, position: str | None = 
     levels = [direction.level for direction in found]
     if layer not in levels:
         asked = "which isn't said" if layer is None else f"and not of level {layer}"
-        raise UserError(
-            f"{path} holds directions of the levels {_listed(levels)} {asked}; name one of them as the layer"
-        )
+        raise UserError(f"{path} holds directions of levels {_listed(levels)} {asked}; name one of them as the layer")
     return found[levels.index(layer)]
 
 

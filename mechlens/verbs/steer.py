@@ -35,7 +35,7 @@ class SideBySide:
 
 def steer(config: Steer, told: Told | None = None) -> SideBySide:
     """Both answers, one after the other; `told` hears of them while they are written."""
-    if config.layer is not None and config.operation == "ablate" and config.strength != Steer.strength:
+    if config.operation == "ablate" and config.strength != Steer.strength:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
     direction = read_direction(config.direction, config.layer, config.position)
     model, template, _ = chosen_model(config, {})

@@ -1,0 +1,151 @@
+"""`mechlens steer`: one prompt with and without a direction; and any file that holds a direction."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import planted_causal as planted
+import pytest
+import torch
+from test_foreign_vectors import control_vector, refusal_run
+
+import mechlens as ml
+from mechlens.cli import main
+from mechlens.config import Steer
+from mechlens.errors import UserError
+from mechlens.methods.directions import Direction, direction_grid
+from mechlens.methods.one_thread import one_thread
+from mechlens.records import artifacts
+from mechlens.records.direction_files import read_direction
+from mechlens.verbs.steer import STEERED, UNSTEERED, steer
+
+CALM, STERN = "gladly flower abc", "sternly flower abc"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with one_thread(), warnings.catch_warnings():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted model, and its refusal directions at all levels and positions."""
+    root = tmp_path_factory.mktemp("steer")
+    hf_model, tokenizer = planted.planted_model()
+    hf_model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    model = ml.load(str(root / "model"))
+    sides = planted.planted_requests(12)
+    prompts = [replace(p, label="refused" if "sternly" in p.text else "accepted") for own in sides for p in own]
+    acts = ml.collect(model, prompts, positions=["inst", "last"])
+    grid = direction_grid(acts, "refused", "accepted")
+    artifacts.save(grid, root / "grid.safetensors")
+    artifacts.save(grid.at(1, "last"), root / "one.safetensors")
+    return root
+
+
+def config(folder: Path, **options: Any) -> Steer:
+    given = {"direction": folder / "one.safetensors", "prompt": CALM, "max_new_tokens": 3} | options
+    return Steer(model=str(folder / "model"), **given)
+
+
+def test_adding_refusal_refuses_and_taking_it_away_answers(folder: Path) -> None:
+    assert steer(config(folder)).unsteered == "Sure"
+    assert steer(config(folder)).steered == "I cannot"
+    stern = steer(config(folder, prompt=STERN, strength=-0.5))
+    assert (stern.unsteered, stern.steered) == ("I cannot", "Sure")
+    ablated = steer(config(folder, prompt=STERN, operation="ablate"))
+    assert (ablated.unsteered, ablated.steered) == ("I cannot", "Sure")
+    nothing = steer(config(folder, strength=0.0))
+    assert nothing.unsteered == nothing.steered
+    raw = steer(config(folder, unit="raw", strength=2.0))
+    assert raw.steered == "I cannot"
+    assert "2 times the vector" in raw.what
+
+
+def test_answers_are_heard_of_while_they_are_written(folder: Path) -> None:
+    heard: list[tuple[str, str]] = []
+    found = steer(config(folder), lambda name, text: heard.append((name, text)))
+    assert heard[0] == (UNSTEERED, "Sure")
+    assert heard[-1] == (STEERED, "I cannot")
+    assert found.steered == "I cannot"
+
+
+def test_a_grid_needs_its_level_and_position(folder: Path) -> None:
+    found = steer(config(folder, direction=folder / "grid.safetensors", layer=1, position="last"))
+    assert found.steered == "I cannot"
+    with pytest.raises(UserError, match=r"holds directions at inst, post.*name one of them as the position"):
+        steer(config(folder, direction=folder / "grid.safetensors", layer=1))
+    with pytest.raises(UserError, match="of levels 0 to 4 which isn't said"):
+        steer(config(folder, direction=folder / "grid.safetensors", position="last"))
+    with pytest.raises(UserError, match="holds the direction at 'post"):
+        read_direction(folder / "one.safetensors", position="inst")
+
+
+def test_other_tools_files_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "refusal").mkdir()
+    chosen = refusal_run(tmp_path / "refusal")
+    assert read_direction(chosen).method == "refusal_direction"
+    assert read_direction(chosen / "direction.pt").level == 10
+    vectors = {3: torch.ones(16), 5: torch.full((16,), 2.0)}
+    torch.save(vectors, tmp_path / "vectors.pt")
+    assert read_direction(tmp_path / "vectors.pt", layer=6).vector[0] == 2.0
+    repeng = control_vector(tmp_path / "v.gguf", {f"direction.{k}": v.numpy() for k, v in vectors.items()})
+    assert read_direction(repeng, layer=4).method.startswith("repeng")
+    with pytest.raises(UserError, match=r"levels \[4, 6\] and not of level 5"):
+        read_direction(repeng, layer=5)
+    with pytest.raises(UserError, match="one position only"):
+        read_direction(repeng, layer=4, position="last")
+    (tmp_path / "x.txt").write_text("no")
+    with pytest.raises(UserError, match="unknown ending"):
+        read_direction(tmp_path / "x.txt")
+    with pytest.raises(UserError, match="there is no file"):
+        read_direction(tmp_path / "none.safetensors")
+
+
+def test_a_foreign_direction_is_used_only_when_one_says_so(folder: Path, tmp_path: Path) -> None:
+    own = artifacts.load(folder / "one.safetensors", Direction)
+    torch.save(own.vector.double(), tmp_path / "direction.pt")
+    (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -1, "layer": 1}))
+    with pytest.raises(UserError, match="make it anew, or pass force=True"):
+        steer(config(folder, direction=tmp_path))
+    assert steer(config(folder, direction=tmp_path, force=True)).steered == "I cannot"
+
+
+def words(folder: Path, *more: object) -> list[str]:
+    given = ["steer", "--model", folder / "model", "--direction", folder / "one.safetensors", "--prompt", CALM]
+    return [str(word) for word in [*given, "--max-new-tokens", 3, *more]]
+
+
+def test_the_command_prints_both_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(words(folder, "--layer", 1, "--strength", 0.5))
+    said = capsys.readouterr().out
+    assert "unsteered:\nSure\n" in said
+    assert "steered (added at layer 1, 0.5 of the median residual norm: mean difference, refused against" in said
+    assert said.endswith("I cannot\n")
+
+
+MISTAKES = {
+    ("--layer", "9"): "there is no layer 9 to intervene at, only 0 to 3",
+    ("--operation", "ablate", "--strength", "2"): "an ablation has no strength",
+    ("--prompt", " "): "has no text",
+    ("--max-new-tokens", "0"): "ask for at least one token",
+    ("--strength", "nan"): "give a finite number",
+    ("--direction", "nowhere.safetensors"): "there is no file nowhere.safetensors",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_said_in_one_line(
+    mistake: tuple[str, ...], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words(folder, *mistake))
+    assert stop.value.code == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mechlens: ")]
+    assert [line for line in said if "warning" not in line] == said[-1:]
+    assert MISTAKES[mistake] in said[-1]
