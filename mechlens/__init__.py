@@ -9,13 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mechlens.config import Causal as Causal
+    from mechlens.config import Compare as Compare
     from mechlens.config import FindDirection as FindDirection
     from mechlens.config import Finetune as Finetune
+    from mechlens.config import FinetuneConfig as FinetuneConfig
     from mechlens.config import GuardEval as GuardEval
     from mechlens.config import GuardFit as GuardFit
     from mechlens.config import GuardPredict as GuardPredict
     from mechlens.config import Patch as Patch
     from mechlens.config import Separate as Separate
+    from mechlens.config import Steer as Steer
+    from mechlens.config import Track as Track
     from mechlens.config import WandbSettings as WandbSettings
     from mechlens.errors import UserError as UserError
     from mechlens.methods.activations import Activations as Activations
@@ -43,6 +48,19 @@ if TYPE_CHECKING:
     from mechlens.methods.fitted_guard import FittedGuard as FittedGuard
     from mechlens.methods.fitted_guard import GuardVerdict as GuardVerdict
     from mechlens.methods.guard import GuardEstimator as GuardEstimator
+    from mechlens.methods.interventions import ALL as ALL
+    from mechlens.methods.interventions import EVERYWHERE as EVERYWHERE
+    from mechlens.methods.interventions import Ablate as Ablate
+    from mechlens.methods.interventions import Add as Add
+    from mechlens.methods.interventions import Replace as Replace
+    from mechlens.methods.interventions import ReplaceComponent as ReplaceComponent
+    from mechlens.methods.interventions import replacement as replacement
+    from mechlens.methods.interventions import residual_norms as residual_norms
+    from mechlens.methods.inversion import QUESTIONS as QUESTIONS
+    from mechlens.methods.inversion import ask as ask
+    from mechlens.methods.inversion import asked_words as asked_words
+    from mechlens.methods.inversion import parse_reply as parse_reply
+    from mechlens.methods.inversion import preferred_words as preferred_words
     from mechlens.methods.judges import ARDITI as ARDITI
     from mechlens.methods.judges import ZHAO as ZHAO
     from mechlens.methods.judges import HumanLabels as HumanLabels
@@ -58,11 +76,19 @@ if TYPE_CHECKING:
     from mechlens.methods.path_patching import path_sweep as path_sweep
     from mechlens.methods.reliability import corrected_cosine as corrected_cosine
     from mechlens.methods.reliability import split_half as split_half
+    from mechlens.methods.shuffled import shuffled_like as shuffled_like
+    from mechlens.methods.steering import answer_under as answer_under
+    from mechlens.methods.steering import applied as applied
+    from mechlens.methods.steering import logits_under as logits_under
+    from mechlens.methods.steering import without_direction as without_direction
     from mechlens.methods.token_view import logit_lens as logit_lens
     from mechlens.methods.token_view import project_tokens as project_tokens
     from mechlens.models.checkpoint import Checkpoint as Checkpoint
     from mechlens.models.load import load as load
     from mechlens.models.load import load_tokenizer as load_tokenizer
+    from mechlens.models.series import CheckpointSeries as CheckpointSeries
+    from mechlens.models.series import checkpoint_series as checkpoint_series
+    from mechlens.models.swap import turns as turns
     from mechlens.prompts.batch import TokenBatch as TokenBatch
     from mechlens.prompts.batch import tokenize as tokenize
     from mechlens.prompts.builtin import builtin_pairs as builtin_pairs
@@ -80,8 +106,13 @@ if TYPE_CHECKING:
     from mechlens.records.run import list_runs as list_runs
     from mechlens.records.run import read_run as read_run
     from mechlens.records.trainer_callback import MechlensCallback as MechlensCallback
+    from mechlens.studies.causal import Battery as Battery
+    from mechlens.studies.causal import CausalPlan as CausalPlan
+    from mechlens.studies.causal import run_battery as run_battery
+    from mechlens.studies.causal_verdict import causal_verdict as causal_verdict
     from mechlens.studies.concept import Concept as Concept
     from mechlens.studies.concept import find_concept as find_concept
+    from mechlens.studies.finetune import finetune as finetune
     from mechlens.studies.guard_evaluation import EvaluationPlan as EvaluationPlan
     from mechlens.studies.guard_evaluation import GuardEvaluation as GuardEvaluation
     from mechlens.studies.guard_evaluation import evaluate_guard as evaluate_guard
@@ -100,6 +131,10 @@ if TYPE_CHECKING:
     from mechlens.studies.sources import SourcePrompts as SourcePrompts
     from mechlens.studies.sources import load_source as load_source
     from mechlens.studies.sources import read_sources as read_sources
+    from mechlens.studies.tracking import track as track
+    from mechlens.studies.tracking_result import Questions as Questions
+    from mechlens.studies.tracking_result import Tracking as Tracking
+    from mechlens.studies.tracking_result import TrackPlan as TrackPlan
 
 _HOME = {
     "FindDirection": "config",
@@ -110,6 +145,11 @@ _HOME = {
     "Patch": "config",
     "Separate": "config",
     "WandbSettings": "config",
+    "Compare": "config",
+    "FinetuneConfig": "config",
+    "Track": "config",
+    "Causal": "config",
+    "Steer": "config",
     "UserError": "errors",
     "Activations": "methods.activations",
     "agreement": "methods.agreement",
@@ -136,6 +176,19 @@ _HOME = {
     "FittedGuard": "methods.fitted_guard",
     "GuardVerdict": "methods.fitted_guard",
     "GuardEstimator": "methods.guard",
+    "ALL": "methods.interventions",
+    "EVERYWHERE": "methods.interventions",
+    "Ablate": "methods.interventions",
+    "Add": "methods.interventions",
+    "Replace": "methods.interventions",
+    "ReplaceComponent": "methods.interventions",
+    "replacement": "methods.interventions",
+    "residual_norms": "methods.interventions",
+    "QUESTIONS": "methods.inversion",
+    "ask": "methods.inversion",
+    "asked_words": "methods.inversion",
+    "parse_reply": "methods.inversion",
+    "preferred_words": "methods.inversion",
     "ARDITI": "methods.judges",
     "HumanLabels": "methods.judges",
     "Judge": "methods.judges",
@@ -151,11 +204,19 @@ _HOME = {
     "path_sweep": "methods.path_patching",
     "corrected_cosine": "methods.reliability",
     "split_half": "methods.reliability",
+    "shuffled_like": "methods.shuffled",
+    "answer_under": "methods.steering",
+    "applied": "methods.steering",
+    "logits_under": "methods.steering",
+    "without_direction": "methods.steering",
     "logit_lens": "methods.token_view",
     "project_tokens": "methods.token_view",
     "Checkpoint": "models.checkpoint",
     "load": "models.load",
     "load_tokenizer": "models.load",
+    "CheckpointSeries": "models.series",
+    "checkpoint_series": "models.series",
+    "turns": "models.swap",
     "TokenBatch": "prompts.batch",
     "tokenize": "prompts.batch",
     "builtin_pairs": "prompts.builtin",
@@ -173,8 +234,13 @@ _HOME = {
     "list_runs": "records.run",
     "read_run": "records.run",
     "MechlensCallback": "records.trainer_callback",
+    "Battery": "studies.causal",
+    "CausalPlan": "studies.causal",
+    "run_battery": "studies.causal",
+    "causal_verdict": "studies.causal_verdict",
     "Concept": "studies.concept",
     "find_concept": "studies.concept",
+    "finetune": "studies.finetune",
     "EvaluationPlan": "studies.guard_evaluation",
     "GuardEvaluation": "studies.guard_evaluation",
     "evaluate_guard": "studies.guard_evaluation",
@@ -193,6 +259,10 @@ _HOME = {
     "SourcePrompts": "studies.sources",
     "load_source": "studies.sources",
     "read_sources": "studies.sources",
+    "track": "studies.tracking",
+    "Questions": "studies.tracking_result",
+    "Tracking": "studies.tracking_result",
+    "TrackPlan": "studies.tracking_result",
 }
 """Every public name and the module below `mechlens` that it comes from."""
 

@@ -11,11 +11,29 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from mechlens.config import GROUPS, RECORDED, GuardPredict, ListRuns, Positions, Rerun, Runs, ShowRun
+from mechlens.config import (
+    GROUPS,
+    RECORDED,
+    Checkpoints,
+    GuardPredict,
+    ListRuns,
+    Positions,
+    Rerun,
+    Runs,
+    ShowRun,
+    Steer,
+)
 from mechlens.errors import UserError
 
 _ALONE = {name: config for name, config in RECORDED.items() if name.partition("_")[0] not in GROUPS}
-VERBS: dict[str, Any] = {"positions": Positions, **_ALONE, **GROUPS, "runs": Runs}
+VERBS: dict[str, Any] = {
+    "positions": Positions,
+    "checkpoints": Checkpoints,
+    **_ALONE,
+    **GROUPS,
+    "steer": Steer,
+    "runs": Runs,
+}
 """Every verb's configuration, in the order of `--help`."""
 
 Verb: Any = Union[tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in VERBS.items())]  # noqa: UP007
@@ -61,8 +79,12 @@ def _dispatch(command: Any) -> None:
         _finished(import_module(f"mechlens.verbs.{recorded[type(command)]}").run(command))
     elif isinstance(command, Positions):
         _positions(command)
+    elif isinstance(command, Checkpoints):
+        _checkpoints(command)
     elif isinstance(command, GuardPredict):
         _predict(command)
+    elif isinstance(command, Steer):
+        _steer(command)
     elif isinstance(command, Runs):
         _runs(command.action)
 
@@ -95,12 +117,61 @@ def _positions(command: Positions) -> None:
     Console().print(table)
 
 
+def _checkpoints(command: Checkpoints) -> None:
+    from mechlens.verbs.checkpoints import series_rows
+
+    found = series_rows(command)
+    if command.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("step", "name", "kind", "where", title=f"steps from {found['steps_from']}")
+    for one in found["members"]:
+        revision = f"@{one['revision']}" if one["revision"] else ""
+        table.add_row(str(one["step"]), *(Text(x) for x in (one["name"], one["kind"], f"{one['path']}{revision}")))
+    Console().print(table)
+    for one in found["left_out"]:
+        Console().print(Text(f"left out: {one['name']}: {one['reason']}"), soft_wrap=True)
+
+
 def _predict(command: GuardPredict) -> None:
     """One JSON object a line, each as soon as it is there: a pipe's reader shouldn't wait for the next ones."""
     from mechlens.verbs.guard_predict import predict
 
     for record in predict(command):
         print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def _steer(command: Steer) -> None:
+    """Both answers beside each other as they are written; in a pipe one after the other, once they are there."""
+    from mechlens.verbs.steer import steer
+
+    if not sys.stdout.isatty():
+        found = steer(command)
+        print(f"unsteered:\n{found.unsteered}\n\nsteered ({found.what}):\n{found.steered}")
+        return
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    said = {"unsteered": "", "steered": ""}
+
+    def beside() -> Table:
+        table = Table("unsteered", "steered", expand=True)
+        table.add_row(*(Text(text) for text in said.values()))
+        return table
+
+    with Live(beside(), vertical_overflow="visible") as live:
+
+        def told(name: str, text: str) -> None:
+            said[name] = text
+            live.update(beside())
+
+        found = steer(command, told)
+    print(found.what)
 
 
 def _finished(folder: Path) -> None:

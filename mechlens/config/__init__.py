@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from mechlens.config.causal import Causal
+from mechlens.config.checkpoints import Checkpoints
+from mechlens.config.compare import Compare
 from mechlens.config.direction import FindDirection
 from mechlens.config.finetune import Finetune, FinetuneConfig, settled
 from mechlens.config.guard import Guard, GuardEval, GuardFit, GuardPredict
@@ -11,15 +14,20 @@ from mechlens.config.positions import Positions
 from mechlens.config.runs import ListRuns, Rerun, Runs, ShowRun
 from mechlens.config.separate import Separate
 from mechlens.config.shared_settings import ModelChoice, Sampling, WandbSettings
+from mechlens.config.steer import Steer
+from mechlens.config.track import Track
 
 RECORDED: dict[str, Any] = {
     "separate": Separate,
     "direction": FindDirection,
     "patch": Patch,
+    "causal": Causal,
     "guard_fit": GuardFit,
     "guard_eval": GuardEval,
     "jailbreaks": Jailbreaks,
     "finetune": Finetune,
+    "track": Track,
+    "compare": Compare,
 }
 """The verbs that write a run folder, in the order of `--help`; each is done by the module of its name in `verbs`."""
 
@@ -29,6 +37,9 @@ GROUPS: dict[str, Any] = {"guard": Guard}
 __all__ = [
     "GROUPS",
     "RECORDED",
+    "Causal",
+    "Checkpoints",
+    "Compare",
     "FindDirection",
     "Finetune",
     "FinetuneConfig",
@@ -46,6 +57,8 @@ __all__ = [
     "Sampling",
     "Separate",
     "ShowRun",
+    "Steer",
+    "Track",
     "WandbSettings",
     "settled",
 ]
