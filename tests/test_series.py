@@ -1,7 +1,10 @@
 """A series of checkpoints: found in every form, put in order, and what doesn't belong is named with its reason."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,3 +154,42 @@ def test_the_verb_shows_the_series(root: Path, tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "checkpoint-9" in shown
     assert "truncated" in shown
+
+
+REVISIONS = """
+import json, sys, torch
+from mechlens.models.bridge import native
+from mechlens.models.series import checkpoint_series
+from mechlens.models.swap import turns
+series = checkpoint_series("org/tiny", ["org/tiny@step20", "org/tiny@step3"])
+found = [[member.step, member.name, member.kind, member.revision] for member in series.members]
+sums = []
+with turns("org/tiny") as one:
+    for member in series.members:
+        with native(one.put(member)) as hf_model:
+            sums.append(float(sum(p.double().sum() for p in hf_model.parameters())))
+print(json.dumps([found, sums]))
+"""
+
+
+def test_revisions_on_the_hub(tmp_path: Path) -> None:
+    """From a hub cache on disk, as no network is to be had here."""
+    hub, sums = tmp_path / "hub" / "models--org--tiny", {}
+    for k, revision in enumerate(("main", "step3", "step20")):
+        model, commit = tiny_hf(seed=k), f"{k}" * 40
+        model.save_pretrained(hub / "snapshots" / commit)
+        tiny_tokenizer().save_pretrained(hub / "snapshots" / commit)
+        (hub / "refs").mkdir(exist_ok=True)
+        (hub / "refs" / revision).write_text(commit)
+        sums[revision] = float(sum(p.detach().double().sum() for p in model.parameters()))
+    places = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "MECHLENS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REVISIONS], capture_output=True, text=True, check=False,
+        env={**os.environ, **places},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, read = json.loads(done.stdout.splitlines()[-1])
+    assert found == [
+        [0, "tiny", "base", None], [3, "tiny@step3", "full", "step3"], [20, "tiny@step20", "full", "step20"]
+    ]  # fmt: skip
+    assert read == pytest.approx(list(sums.values()))

@@ -195,6 +195,16 @@ def test_broken_checkpoints_are_refused_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def test_with_too_few_prompts_everything_is_not_measurable_and_still_recorded(root: Path, tmp_path: Path) -> None:
+    few = [word if word != "24" else "8" for word in command(root, tmp_path / "out")]
+    main(few)
+    run, found = read_run(tmp_path / "out"), tables(tmp_path / "out")
+    assert run.status == "success"
+    assert set(found["verdicts"]["verdict"]) == {"not measurable"}
+    assert found["readouts"].empty
+    assert "harmful (8 harmful, 8 harmless)" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_compare_is_the_case_of_two(root: Path, tmp_path: Path) -> None:
     words = ["compare", "base", root / "run" / "checkpoint-8", "--base", root / "base", "--out", tmp_path / "out"]
     words += ["--n", 24, "--steered", 2, "--max-new-tokens", 3, "--resamples", 20, "--permutations", 10]

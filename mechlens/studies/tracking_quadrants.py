@@ -57,7 +57,7 @@ def quadrant_table(
                         {"step": step, "by": by, "number": name, "quadrant": quadrant,
                          **_mean(values, inside, part.families, seed, n_resamples)}
                     )  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["step", "by", "number", "quadrant", "mean", "low", "high", "n"])
 
 
 def _centroids(acts: Activations, quadrants: Sequence[str], split: Split) -> dict[str, Centroids]:
