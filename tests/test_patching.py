@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -189,13 +190,13 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16(architecture: str) -> None:
     """Truth: the same bfloat16 weights and the same bfloat16 values put in, computed in float32; median error."""
     half = bridged(sharpened(architecture, dtype=torch.bfloat16))
     exact = bridged(sharpened(architecture, dtype=torch.bfloat16).float())
-    ids, other = random_ids(24, 1), random_ids(24, 2)
     ours, theirs = [], []
-    for site in ("resid_pre", "attn_out", "v"):
+    for site, seed in itertools.product(("resid_pre", "attn_out", "v", "z"), (1, 3, 5)):
         if not can_grow(half, site):  # TransformerLens mixes types in OLMo-2's attention when it continues from a cache
             assert (architecture, site) in {("olmo2", "attn_out"), ("olmo2", "v")}
             continue
-        edits = edits_at(half, other, site, (6, 15, 23))
+        ids, other = random_ids(24, seed), random_ids(24, seed + 1)
+        edits = edits_at(half, other, site, (6, 23))
         truth = [
             oracle(exact, ids, site, replace(edit, value=edit.value.clone().float()), 23)  # no inference tensor
             for edit in edits
@@ -401,7 +402,10 @@ def test_uneven_pairs_are_aligned_by_role_or_refused() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "bloom"])
 def test_padding_on_either_side_changes_nothing(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uneven pairs in one call share a padded block; each must get the numbers that it has alone."""
-    model, plan = model_of(architecture), PatchPlan("v", layers=(0,), positions=("instruction[*]", "inst", "last"), read="last")
+    model, plan = (
+        model_of(architecture),
+        PatchPlan("v", layers=(0,), positions=("instruction[*]", "inst", "last"), read="last"),
+    )
     alone = [
         patch_sweep(model, [p], METRIC, replace(plan, positions=("inst", "last")), template=short()) for p in UNEVEN
     ]
@@ -739,7 +743,7 @@ def test_gemma3_prompts_shorter_and_longer_than_the_window(gemma3: Any, repeats:
     assert (len(ids) > 512) == (repeats > 0)  # its sliding window
     read = len(ids) - 1
     places = [(3, int(batch.at("inst")[1]), None), (11, int(batch.at("inst")[1]) - 2, None), (17, read, None)]
-    sites = {"resid_pre": places[:2], "v": [(5, places[0][1], 0)]}
+    sites = {"resid_pre": places[:2], "v": [(5, places[0][1], 0)], "z": [(6, read, 1)]}
     if not repeats:
         sites = {"resid_pre": places, "v": [*sites["v"], (12, read, 0)], "attn_out": places[:1]}
     # In fp32 on 532 tokens plain Hugging Face is 1e-4 (eager) and 2e-4 (sdpa) from float64, the growing batch 5e-5.

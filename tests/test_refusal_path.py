@@ -67,9 +67,9 @@ def test_the_verdict_names_the_planted_places(recorded: Path) -> None:
         assert run.metrics[f"{way}.layer.arrives_last"].value == 1
         assert run.metrics[f"{way}.recovery.top_head"].value == pytest.approx(1.0, abs=1e-3)
         assert run.metrics[f"{way}.recovery.top_head_random"].value < 0.9
-        best = f"{way}, the best place before the last token is instruction[-1] (recovery 1.00 [1.00, 1.00] at layer 0"
+        best = f"when {way}, the best place before the last token is instruction[-1] (recovery 1.00 [1.00, 1.00]"
         assert best.lower() in str(run.verdict).lower()
-        assert f"{way} 1.2 (1.00" in str(run.verdict)
+        assert f"when {way} 1.2 (1.00" in str(run.verdict)
     assert str(run.verdict).count(". ") == 1  # two sentences
     heads = pd.read_parquet(recorded / "tables" / "heads.parquet")
     found = heads[heads["p_corrected"] < 0.05]

@@ -27,9 +27,8 @@ def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[s
     """Draws every figure; their names by section of the report."""
     named: dict[str, list[str]] = {"where": [], "heads": []}
     for direction in DIRECTIONS:
-        names = (direction, f"{direction}.random")
         title = f"{direction.capitalize()}: {SAYS[direction]}"
-        grids = [_cells(result.sweeps[name], seed) for name in names]
+        grids = [_cells(result.sweeps[name], seed) for name in (direction, f"{direction}.random")]
         figure = _panels(title, grids, ("result", "control: random vectors"), "token", "token (of the first pair)")
         writer.figure(f"grid_{direction}", figure, table=f"patching_{direction}", caption=STARS)
         named["where"].append(f"grid_{direction}")
@@ -38,11 +37,10 @@ def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[s
         caption = "Mean over the pairs and over the positions of a role; dotted: random vectors of the same length."
         writer.figure(f"by_role_{direction}", figure, table="recovery_by_role", caption=caption)
         named["where"].append(f"by_role_{direction}")
-    sweeps = [result.sweeps[f"heads.{name}"] for name in (*DIRECTIONS, "denoising.random")]
-    grids = [_cells(sweep, seed) for sweep in sweeps]
-    figure = _panels(
-        "Heads at the last token", grids, (*DIRECTIONS, "control: random, denoising"), "head", "head", reach=None
-    )
+    names = [f"{way}{null}" for way in DIRECTIONS for null in ("", ".random")]
+    grids = [_cells(result.sweeps[f"heads.{name}"], seed) for name in names]
+    titles = [name.replace(".random", ", control") for name in names]
+    figure = _panels("Heads at the last token", grids, titles, "head", "head", reach=None)
     writer.figure("heads", figure, table="patching_heads.denoising", caption=STARS)
     named["heads"].append("heads")
     return {section: tuple(names) for section, names in named.items()}

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from mechlens.methods.patch_plan import DIRECTIONS
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.records.path_figures import draw
 from mechlens.records.report import Number, Report, Section
@@ -33,6 +34,17 @@ def record_path(writer: RunWriter, result: RefusalPath, model: LanguageModel) ->
     writer.report(_report(writer, result, verdict, model, draw(writer, result, seed)))
 
 
+def _shown() -> dict[str, str]:
+    """The recoveries of both directions, each beside what random vectors do; the layers stand in the sentences."""
+    named = {
+        "recovery.best_before_last": "best place before the last token",
+        "recovery.random_maximum": "best random vector",
+        "recovery.top_head": "best head at the last token",
+        "recovery.top_head_random": "best random vector at a head",
+    }
+    return {f"{way}.{key}": f"{way}: {name}" for way in DIRECTIONS for key, name in named.items()}
+
+
 def _report(
     writer: RunWriter,
     result: RefusalPath,
@@ -46,7 +58,7 @@ def _report(
         title=f"Where refusal travels in {loaded(model).checkpoint.name}",
         question=QUESTION,
         verdict=" ".join(verdict.sentences),
-        numbers=tuple(Number(name, estimate) for name, estimate in verdict.numbers.items()),
+        numbers=tuple(Number(name, verdict.numbers[key]) for key, name in _shown().items()),
         sections=(
             Section(
                 "Where it enters, travels and ends up",

@@ -52,6 +52,7 @@ def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdic
     correlation = result.correlation()
     numbers["attribution_correlation"] = Estimate(correlation, correlation, correlation, n)
     heads = pd.concat([way.heads.assign(direction=name) for name, way in ways.items()], ignore_index=True)
+    heads = heads.drop(columns=["position", "token"])
     return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads)
 
 
@@ -82,11 +83,11 @@ def _where(ways: dict[str, _Way]) -> str:
         held = f"at least half up to layer {way.leaves}" if way.leaves is not None else "nowhere half"
         ends = f"at least half from layer {way.arrives} on" if way.arrives is not None else "at no layer half"
         parts.append(
-            f"{direction}, the best place before the last token is {way.source['position']} (recovery "
+            f"when {direction}, the best place before the last token is {way.source['position']} (recovery "
             f"{_value(way.source)} at layer {way.source['layer']}, {held}; the best random vector anywhere "
             f"{way.control['recovery']:.2f}), and the last token alone holds {ends}"
         )
-    return "; ".join(parts).capitalize() + "."
+    return f"W{'; '.join(parts)[1:]}."
 
 
 def _which_heads(ways: dict[str, _Way]) -> str:
@@ -94,10 +95,10 @@ def _which_heads(ways: dict[str, _Way]) -> str:
     for direction, way in ways.items():
         top = _largest(way.heads)
         parts.append(
-            f"{direction} {top['layer']}.{top['head']} ({_value(top)}, corrected p {top['p_corrected']:.3f}; the best "
-            f"random vector at a head {way.head_control['recovery']:.2f})"
+            f"when {direction} {top['layer']}.{top['head']} ({_value(top)}, corrected p {top['p_corrected']:.3f}; "
+            f"the best random vector at a head {way.head_control['recovery']:.2f})"
         )
-    return f"The head (layer.head) that moves most of it to the last token is, {' and, '.join(parts)}."
+    return f"The head (layer.head) that moves most of it to the last token is, {', and, '.join(parts)}."
 
 
 def _largest(table: pd.DataFrame) -> "pd.Series[float]":
