@@ -123,7 +123,8 @@ def _draw(writer: RunWriter, result: GuardEvaluation, found: GuardReport) -> dic
         curves, x="fpr", y="tpr", group="detector",
         title="ROC on all test prompts", xlabel="false-positive rate", ylabel="true-positive rate",
     )  # fmt: skip
-    roc.update_layout(height=520)
+    # A dozen names don't fit into the line above the curves.
+    roc.update_layout(height=520, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, margin={"r": 170})
     writer.figure("roc", roc, table="roc")
     total = found.measures[(found.measures["source"] == "total") & (found.measures["measure"] == "auroc")]
     bars = figures.bars(
