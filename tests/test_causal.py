@@ -350,3 +350,14 @@ def test_a_model_that_answers_nothing_to_the_question_is_told_so(tmp_path: Path,
     run = read_run(tmp_path / "out")
     assert run.verdict is not None
     assert run.verdict.startswith("Inconclusive. Reply inversion is not measurable")
+
+
+def test_of_pushes_that_do_as_much_the_weakest_is_chosen() -> None:
+    from mechlens.studies.causal_grid import _best
+
+    rows = [(2, 0.5, 1.0, 0.5), (5, 0.5, 3.2, 2.0), (5, 1.0, 4.0, 3.0), (2, 1.0, 3.9, 3.0), (9, 0.25, 9.0, 8.0)]
+    table = pd.DataFrame(rows, columns=["layer", "strength", "value", "low"])
+    table = table.assign(direction="refusal", measure="refusal")
+    # Layer 9 of 10 is too late; 3.2 lies above the lower bound of the largest, 4.0.
+    assert _best(table, "refusal", 10) == Setting(5, 0.5)
+    assert _best(table.assign(low=table["value"]), "refusal", 10) == Setting(5, 1.0)

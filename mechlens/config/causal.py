@@ -27,8 +27,8 @@ class Causal(ModelChoice):
     """Layers of the grid; none given is every third."""
     full: bool = False
     """Every layer in the grid, about three times the work there."""
-    strengths: tuple[float, ...] = (0.5, 1.0)
-    """Strengths of the grid, as shares of the median residual norm; about the published coefficients 1 and 2."""
+    strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Strengths of the grid, as shares of the median residual norm; 0.5 and 1 are about the published 1 and 2."""
     n_validation: int = 16
     """Prompts of each class in the grid, where layer and strength are chosen."""
     n_test: int = 32

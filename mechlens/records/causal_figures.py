@@ -25,9 +25,20 @@ def draw(writer: RunWriter, result: Battery) -> dict[str, tuple[str, ...]]:
     }
 
 
+def at_chosen(result: Battery, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at each direction's chosen strength, random ones at either, and ablations, which have none."""
+    chosen = {name: [setting.strength] for name, setting in result.grid.chosen.items()}
+    strengths = [strength for own in chosen.values() for strength in own]
+    kept = [
+        pd.isna(strength) or strength in chosen.get(direction, strengths)
+        for direction, strength in zip(table["direction"], table["strength"], strict=True)
+    ]
+    return table[kept]
+
+
 def _curve(writer: RunWriter, result: Battery, measure: str, title: str) -> str:
     """Effect by layer on validation prompts; zero is the unsteered model."""
-    table = result.grid.pushes
+    table = at_chosen(result, result.grid.pushes)
     table = table[table["measure"] == measure]
     shown = table.assign(curve=table["direction"] + ", " + table["strength"].map("{:g}".format))
     figure = figures.lines(
@@ -36,8 +47,8 @@ def _curve(writer: RunWriter, result: Battery, measure: str, title: str) -> str:
     )  # fmt: skip
     name = f"curve_{measure.replace('.', '_')}"
     caption = (
-        "Validation prompts; a push adds to harmless prompts and subtracts from harmful ones. Bands: 95% bootstrap "
-        "over families. Strengths are shares of the residual norm; random directions have the same."
+        "Validation prompts, at the chosen strengths, which are shares of the residual norm; a push adds to harmless "
+        "prompts and subtracts from harmful ones. Bands: 95% bootstrap over families. The table has all strengths."
     )
     writer.figure(name, figure, table="pushes_by_layer", caption=caption)
     return name
@@ -47,7 +58,7 @@ def _rates(writer: RunWriter, result: Battery, label: str) -> str:
     table = result.grid.rates
     table = table[table["label"] == label]
     baseline = float(table.loc[table["operation"] == "none", "value"].iloc[0])
-    shown = table[table["operation"] != "none"]
+    shown = at_chosen(result, table[table["operation"] != "none"])
     strength = shown["strength"].map(lambda x: "" if pd.isna(x) else f" {x:g}")
     figure = figures.lines(
         shown.assign(curve=shown["operation"] + " " + shown["direction"] + strength),
@@ -55,7 +66,9 @@ def _rates(writer: RunWriter, result: Battery, label: str) -> str:
         title=f"Share of {label} prompts that are refused", xlabel="layer", ylabel="refused",
     )  # fmt: skip
     name = f"refused_{label}"
-    writer.figure(name, figure, table="refusals_by_layer", caption="Validation prompts, whole answers.")
+    writer.figure(
+        name, figure, table="refusals_by_layer", caption="Validation prompts, whole answers, at the chosen strengths."
+    )
     return name
 
 

@@ -71,14 +71,19 @@ def _report(
         title=f"What two directions do in {checkpoint.name}",
         question=QUESTION,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
-        numbers=tuple(Number(name, estimate) for name, estimate in verdict.deciding.items()),
+        numbers=tuple(
+            Number(name, estimate)
+            for name, estimate in verdict.deciding.items()
+            if estimate.measurable or not name.endswith("_max")
+        ),
         sections=(
             _scopes(result, drawn),
             Section(
                 "By layer",
                 "On validation prompts. The layer and strength of each direction were chosen here, by the push of what "
                 "it is claimed to do: harmfulness by the shift of the reply before the question, refusal by the "
-                "log-odds of refusal.",
+                "log-odds of refusal. Of the pushes inside the interval of the largest the weakest strength is taken, "
+                "and at it the layer that pushes most; not from the last fifth of the depth.",
                 drawn["curves"],
             ),
             Section("Refusals by layer", "", drawn["rates"]),
@@ -107,7 +112,7 @@ def _scopes(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
         f"The words are read at the tokens {words.asked.texts[0]!r} and {words.asked.texts[1]!r}. With the words that "
         f"this model holds likeliest, {words.preferred.texts[0]!r} and {words.preferred.texts[1]!r}: "
         f"{measured or 'none'}."
-        "\n\nUnsteered, by question:",
+        "\n\nThe table has the unsteered differences by wording of the question.",
         drawn["scopes"],
         table=result.by_question,
     )

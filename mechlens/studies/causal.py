@@ -48,8 +48,8 @@ class CausalPlan:
     """Layers of the grid; none given takes every so many."""
     every: int = 3
     """Distance between the grid's layers."""
-    strengths: tuple[float, ...] = (0.5, 1.0)
-    """Shares of the median residual norm; about the published coefficients 1 and 2."""
+    strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Shares of the median residual norm; the last two are about the published coefficients 1 and 2."""
     n_validation: int = 16
     """Prompts of each class in the grid."""
     n_test: int = 32
@@ -232,13 +232,13 @@ def _by_question(who: Subjects, values: torch.Tensor) -> pd.DataFrame:
     return (
         pd.DataFrame(
             {
-                "question": who.asked.questions,
+                "wording": who.asked.questions,
                 "label": who.labels,
                 "difference": values[:, MEASURES.index("inversion.all")].tolist(),
                 "own_words_difference": values[:, MEASURES.index("own_words.all")].tolist(),
                 "n": 1,
             }
         )
-        .groupby(["question", "label"], sort=False, as_index=False)
+        .groupby(["wording", "label"], sort=False, as_index=False)
         .agg({"difference": "mean", "own_words_difference": "mean", "n": "sum"})
     )

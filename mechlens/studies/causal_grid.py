@@ -98,7 +98,7 @@ def run_grid(
     max_new_tokens: int,
     shelf: Shelf | None,
 ) -> Grid:
-    """Every arm on every validation prompt; the choice is the setting with the largest push by `CHOSEN_BY`."""
+    """Every arm on every validation prompt, and the choice of a setting by its push (see `CHOSEN_BY`)."""
     cells = _cells(found, settings, norms, len(who.prompts))
     chances = _random_pushes(found, settings, norms, who, chance.seed)
     arms: list[Arm] = [[None] * len(who.prompts), *(cell.arm for cell in cells), *(arm for _, arm in chances)]
@@ -219,7 +219,13 @@ def _rates(
 
 
 def _best(pushes: pd.DataFrame, direction: str, layers: int) -> Setting:
+    """The weakest strength with a push inside the interval of the largest, at the layer where it pushes most.
+
+    A stronger push that does little more mostly breaks more.
+    """
     usable = pushes["layer"] < USABLE_DEPTH * layers
     mine = pushes[(pushes["direction"] == direction) & (pushes["measure"] == CHOSEN_BY[direction]) & usable]
-    row = mine.sort_values("value", ascending=False, kind="stable").iloc[0]
+    mine = mine.sort_values("value", ascending=False, kind="stable")
+    near = mine[mine["value"] >= mine["low"].iloc[0]]
+    row = near[near["strength"] == near["strength"].min()].iloc[0]
     return Setting(int(row["layer"]), float(row["strength"]))
