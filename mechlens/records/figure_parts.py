@@ -36,7 +36,10 @@ def groups(df: pd.DataFrame, group: str | None) -> Iterator[tuple[str, pd.DataFr
 
 def show_legend(figure: go.Figure, shown: bool) -> None:
     """The legend above the data, where it costs height and no width; none where there is one group."""
-    figure.update_layout(showlegend=shown, margin={"t": 84 if shown else 56})
+    names = [trace.name or "" for trace in figure.data if trace.showlegend is not False]
+    # A name takes its letters and a sample of its line; a report is about 130 letters wide.
+    rows = -(-sum(len(name) + 7 for name in names) // 130)
+    figure.update_layout(showlegend=shown, margin={"t": 62 + 22 * max(rows, 1) if shown else 56})
 
 
 def band(part: pd.DataFrame, x: str, low: str, high: str, name: str, colour: str) -> Any:
