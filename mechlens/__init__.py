@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mechlens.config import GuardFit as GuardFit
     from mechlens.config import GuardPredict as GuardPredict
     from mechlens.config import Patch as Patch
+    from mechlens.config import Select as Select
     from mechlens.config import Separate as Separate
     from mechlens.config import Steer as Steer
     from mechlens.config import Track as Track
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from mechlens.methods.beliefs import Centroids as Centroids
     from mechlens.methods.beliefs import beliefs as beliefs
     from mechlens.methods.beliefs import centroids as centroids
+    from mechlens.methods.candidate_filters import SelectionRule as SelectionRule
+    from mechlens.methods.candidate_scores import score_candidates as score_candidates
     from mechlens.methods.collect import collect as collect
     from mechlens.methods.collect import from_cache as from_cache
     from mechlens.methods.collect import template_of as template_of
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from mechlens.methods.metrics import LogProbability as LogProbability
     from mechlens.methods.metrics import OwnMetric as OwnMetric
     from mechlens.methods.metrics import RefusalLogOdds as RefusalLogOdds
+    from mechlens.methods.once_refused import OnceRefused as OnceRefused
     from mechlens.methods.patch_plan import PatchPlan as PatchPlan
     from mechlens.methods.patch_result import PatchResult as PatchResult
     from mechlens.methods.patching import patch_sweep as patch_sweep
@@ -122,6 +126,11 @@ if TYPE_CHECKING:
     from mechlens.studies.guard_verdict import guard_report as guard_report
     from mechlens.studies.quadrants import Judged as Judged
     from mechlens.studies.quadrants import judge_answers as judge_answers
+    from mechlens.studies.selection import Selection as Selection
+    from mechlens.studies.selection import SelectionPlan as SelectionPlan
+    from mechlens.studies.selection import select_direction as select_direction
+    from mechlens.studies.selection_verdict import SelectionVerdict as SelectionVerdict
+    from mechlens.studies.selection_verdict import selection_verdict as selection_verdict
     from mechlens.studies.separation import Separation as Separation
     from mechlens.studies.separation import SeparationPlan as SeparationPlan
     from mechlens.studies.separation import separate as separate
@@ -143,6 +152,7 @@ _HOME = {
     "GuardFit": "config",
     "GuardPredict": "config",
     "Patch": "config",
+    "Select": "config",
     "Separate": "config",
     "WandbSettings": "config",
     "Compare": "config",
@@ -159,6 +169,8 @@ _HOME = {
     "Centroids": "methods.beliefs",
     "beliefs": "methods.beliefs",
     "centroids": "methods.beliefs",
+    "SelectionRule": "methods.candidate_filters",
+    "score_candidates": "methods.candidate_scores",
     "collect": "methods.collect",
     "from_cache": "methods.collect",
     "template_of": "methods.collect",
@@ -198,6 +210,7 @@ _HOME = {
     "LogitDifference": "methods.metrics",
     "OwnMetric": "methods.metrics",
     "RefusalLogOdds": "methods.metrics",
+    "OnceRefused": "methods.once_refused",
     "PatchPlan": "methods.patch_plan",
     "PatchResult": "methods.patch_result",
     "patch_sweep": "methods.patching",
@@ -250,6 +263,11 @@ _HOME = {
     "guard_report": "studies.guard_verdict",
     "Judged": "studies.quadrants",
     "judge_answers": "studies.quadrants",
+    "Selection": "studies.selection",
+    "SelectionPlan": "studies.selection",
+    "select_direction": "studies.selection",
+    "SelectionVerdict": "studies.selection_verdict",
+    "selection_verdict": "studies.selection_verdict",
     "Separation": "studies.separation",
     "SeparationPlan": "studies.separation",
     "separate": "studies.separation",

@@ -12,6 +12,7 @@ from mechlens.config.jailbreaks import Jailbreaks
 from mechlens.config.patch import Patch
 from mechlens.config.positions import Positions
 from mechlens.config.runs import ListRuns, Rerun, Runs, ShowRun
+from mechlens.config.select import Select
 from mechlens.config.separate import Separate
 from mechlens.config.shared_settings import ModelChoice, Sampling, WandbSettings
 from mechlens.config.steer import Steer
@@ -21,6 +22,7 @@ RECORDED: dict[str, Any] = {
     "separate": Separate,
     "direction": FindDirection,
     "patch": Patch,
+    "select": Select,
     "causal": Causal,
     "guard_fit": GuardFit,
     "guard_eval": GuardEval,
@@ -55,6 +57,7 @@ __all__ = [
     "Rerun",
     "Runs",
     "Sampling",
+    "Select",
     "Separate",
     "ShowRun",
     "Steer",

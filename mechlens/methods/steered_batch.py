@@ -1,9 +1,9 @@
-"""A batch whose rows run under interventions of their own, and the starts that rows have in common run once."""
+"""A batch whose rows run under interventions of their own, and what rows have in common run once."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,11 +15,15 @@ from mechlens.errors import UserError
 from mechlens.methods.collect import halving, refuse_too_long, template_of
 from mechlens.methods.interventions import Intervention, changes_nothing, require_fits
 from mechlens.methods.placed import Placement
+from mechlens.methods.shelf import Shelf
+from mechlens.methods.steered_key import Fingerprints, piece_key
 from mechlens.models import forward
-from mechlens.models.bridge import LanguageModel, device_of, n_layers
+from mechlens.models.bridge import LanguageModel, device_of, has_hooks, n_layers
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
+from mechlens.models.generate import start_cache
 from mechlens.models.intervene import Along, Change, bears_fast, changed
+from mechlens.models.merged import Merged, merges_rows
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate
@@ -27,6 +31,16 @@ from mechlens.prompts.template import ChatTemplate
 Interventions = Sequence[Intervention] | Sequence[Sequence[Intervention]]
 """The same for every prompt, or a list of its own for each, applied in the list's order."""
 Reduce = Callable[[Float[Tensor, "row vocab"], list[int]], Float[Tensor, "row out"]]
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A function that says what it does, so that what was made with it can be kept and found again."""
+
+    @property
+    def key(self) -> str:
+        """Another text for anything that would give other values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ def steered_batch(
     changes = [placement.changes(i, [one for one in row if not changes_nothing(one)]) for i, row in enumerate(lists)]
     places = {(site, layer) for row in changes for change in row for site in change.sites for layer in change.layers}
     fast = forward.fits_fast_path(model) and bears_fast(model, sorted(places))
-    return SteeredBatch(model, batch, lists, changes, fast)
+    return SteeredBatch(model, batch, lists, changes, new_tokens, fast)
 
 
 def _per_row(interventions: Interventions, n: int) -> tuple[tuple[Intervention, ...], ...]:
@@ -66,6 +80,17 @@ def _per_row(interventions: Interventions, n: int) -> tuple[tuple[Intervention, 
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is done with a batch of rows, exactly and fast or by whole passes, and what is kept of it."""
+
+    fast: Callable[[list[Row], DynamicCache | None, Clock, Merged], Tensor]
+    plain: Callable[[list[Row], Clock], Tensor]
+    keep: Callable[[Tensor, list[int]], Tensor]
+    key: str | None
+    """What all of this is, for the shelf; None where a function doesn't say what it does."""
+
+
+@dataclass(frozen=True)
 class SteeredBatch:
     """Prompts and what is done to each of them."""
 
@@ -73,43 +98,73 @@ class SteeredBatch:
     batch: TokenBatch
     interventions: tuple[tuple[Intervention, ...], ...]
     changes: list[list[Change]]
+    new_tokens: int
     fast: bool
 
-    def run(
-        self,
-        fast: Callable[[list[Row], DynamicCache | None, Clock], Tensor],
-        plain: Callable[[list[Row], Clock], Tensor],
-        keep: Callable[[Tensor, list[int]], Tensor],
-        max_tokens: int,
-    ) -> Tensor:
-        """One row of values for each prompt, batch by batch."""
+    def run(self, work: Work, max_tokens: int, shelf: Shelf | None) -> Tensor:
+        """One row of values for each prompt, batch by batch; finished batches are kept on the shelf."""
         skip, rows = self._rows()
+        if work.key is None or has_hooks(self.model):
+            shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
+        prints = Fingerprints()
         found: dict[int, Tensor] = {}
+        # Every new token costs a pass of its own for each batch.
+        cost = forward.BATCH_COST * max(1, self.new_tokens)
         bar = tqdm(total=len(rows), desc="steering", unit="prompt", delay=2, leave=False)
-        for group in _grouped(rows, max(1, max_tokens // max(1, skip))):
-            prefix, starts = self._prefix(group, skip)
-
-            def run(chunk: list[Row], prefix: Any = prefix, starts: Any = starts) -> Tensor:
-                own = cast(list[SteeredRow], chunk)
-                with self._changed([row.number for row in own]) as clock:
-                    if not self.fast:
-                        return plain(chunk, clock)
-                    return fast(chunk, _chosen(prefix, [starts[row.start] for row in own]), clock)
-
-            for members in forward.plan(group, max_tokens, equal_lengths=not self.fast):
+        # Rows with the same tokens side by side, so that they come into one batch.
+        ordered = sorted(rows, key=lambda row: (len(row.ids), row.ids))
+        for group in _grouped(ordered, max(1, max_tokens // max(1, skip))):
+            start = _Start(self, group, skip)
+            for members in forward.plan(group, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not self.fast):
                 chunk = [group[i] for i in members]
                 numbers = [row.number for row in chunk]
-                found.update(zip(numbers, keep(halving(run, list(chunk)), numbers), strict=True))
+                key = "" if shelf is None else self._piece_key(work, chunk, skip, prints)
+                piece = None if shelf is None else shelf.get(key)
+                if piece is None:
+                    piece = {"values": work.keep(halving(self._runner(work, start), list(chunk)), numbers)}
+                    if shelf is not None:
+                        shelf.put(key, piece)
+                found.update(zip(numbers, piece["values"], strict=True))
                 bar.update(len(members))
         bar.close()
         return torch.stack([found[i] for i in range(len(rows))])
 
+    def _piece_key(self, work: Work, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints) -> str:
+        how = [work.key, self.new_tokens, skip, "fast" if self.fast else "plain"]
+        return piece_key(self.model, chunk, [self.changes[row.number] for row in chunk], how, prints)
+
+    def _runner(self, work: Work, start: "_Start") -> Callable[[list[Row]], Tensor]:
+        def run(chunk: list[Row]) -> Tensor:
+            own = cast(list[SteeredRow], chunk)
+            prefix, places = start.made()
+            merged = self.merged(own, [places[row.start] for row in own])
+            with self.changing([row.number for row in own]) as clock:
+                return work.fast(chunk, prefix, clock, merged) if self.fast else work.plain(chunk, clock)
+
+        return run
+
     @contextlib.contextmanager
-    def _changed(self, numbers: list[int]) -> Iterator[Clock]:
+    def changing(self, numbers: list[int]) -> Iterator[Clock]:
+        """The model under the changes of some of the prompts, by number."""
         lengths = self.batch.lengths[numbers].to(device_of(self.model))
         clock = Clock(lengths, torch.zeros_like(lengths))
         with changed(self.model, [self.changes[i] for i in numbers], clock, fast=self.fast):
             yield clock
+
+    def merged(self, rows: Sequence[SteeredRow], places: Sequence[int], end: int | None = None) -> Merged:
+        """Which rows are alike up to which block: the same tokens (up to `end`), and the same done to them so far."""
+        blocks = n_layers(self.model)
+        if not self.fast or not merges_rows(self.model):
+            return Merged([range(len(rows))] * blocks, places, device_of(self.model))
+        number: dict[Any, int] = {}
+        now = [number.setdefault(row.ids[:end], len(number)) for row in rows]
+        done = [_by_layer(self.changes[row.number], blocks, end) for row in rows]
+        classes = []
+        for layer in range(blocks):
+            number = {}
+            now = [number.setdefault((old, did[layer]), len(number)) for old, did in zip(now, done, strict=True)]
+            classes.append(now)
+        return Merged(classes, places, device_of(self.model))
 
     def _rows(self) -> tuple[int, list[SteeredRow]]:
         """How many tokens at the start are run once for all rows that are alike there, and which rows are."""
@@ -128,18 +183,23 @@ class SteeredBatch:
             skip = 0
         return skip, [SteeredRow(row.ids, row.read, i, alike[i] if skip else 0) for i, row in enumerate(plain)]
 
-    def _prefix(self, group: list[SteeredRow], skip: int) -> tuple[DynamicCache | None, dict[int, int]]:
-        """Keys and values of the shared start, a row for each kind of start, and where each kind's row is."""
-        first = {row.start: row for row in reversed(group)}
-        starts = {start: i for i, start in enumerate(first)}
-        if not skip:
-            return None, starts
-        cache = DynamicCache()
-        tokens = torch.tensor([group[0].ids[:skip]] * len(first), device=device_of(self.model))
-        with self._changed([row.number for row in first.values()]), torch.inference_mode():
-            # Without its head: nobody reads logits here.
-            self.model.original_model.base_model(tokens, past_key_values=cache, use_cache=True)
-        return cache, starts
+
+class _Start:
+    """Keys and values of the shared start, made when they are first asked for: all may lie on the shelf."""
+
+    def __init__(self, steered: SteeredBatch, group: Sequence[SteeredRow], skip: int) -> None:
+        self.steered, self.skip = steered, skip
+        self.first = list({row.start: row for row in reversed(group)}.values())
+        self.places = {row.start: i for i, row in enumerate(self.first)}
+        self.cache: DynamicCache | None = None
+
+    def made(self) -> tuple[DynamicCache | None, dict[int, int]]:
+        """The cache, a row for each kind of start, and where each kind's row is."""
+        if self.skip and self.cache is None:
+            merged = self.steered.merged(self.first, [0] * len(self.first), self.skip)
+            with self.steered.changing([row.number for row in self.first]) as clock:
+                self.cache = start_cache(self.steered.model, self.first[0].ids[: self.skip], clock, merged)
+        return self.cache, self.places
 
 
 def _first(change: Change, length: int) -> int:
@@ -147,23 +207,33 @@ def _first(change: Change, length: int) -> int:
     return min(change.tokens) if change.tokens and min(change.tokens) > 0 else length
 
 
-def _key(change: Change, skip: int) -> Any:
-    """What a change does to the first `skip` tokens; None for nothing."""
-    within = None if change.tokens is None else tuple(t for t in change.tokens if t < skip)
+def _key(change: Change, end: int | None) -> Any:
+    """What a change does to the first `end` tokens of the prompt, and where; None for nothing."""
+    how = _how(change, end)
+    return None if how is None else (how, change.layers)
+
+
+def _how(change: Change, end: int | None) -> Any:
+    """The same but for the layers."""
+    within = change.tokens if change.tokens is None or end is None else tuple(t for t in change.tokens if t < end)
     if within == ():
         return None
     what = change.what
     how = (id(what.unit), what.amount, what.erases) if isinstance(what, Along) else id(what.values)
-    return how, change.sites, change.layers, within
+    return how, change.sites, within
+
+
+def _by_layer(changes: Sequence[Change], n_layers: int, end: int | None) -> list[tuple[Any, ...]]:
+    """What is done to a row's prompt at each layer."""
+    found: list[tuple[Any, ...]] = [()] * n_layers
+    for change in changes:
+        how = _how(change, end)
+        for layer in () if how is None else change.layers:
+            found[layer] = (*found[layer], how)
+    return found
 
 
 def _grouped(rows: list[SteeredRow], kinds: int) -> Iterator[list[SteeredRow]]:
     """Rows with at most so many kinds of starts at a time."""
     for low in range(0, max(row.start for row in rows) + 1, kinds):
         yield [row for row in rows if low <= row.start < low + kinds]
-
-
-def _chosen(prefix: DynamicCache | None, rows: list[int]) -> DynamicCache | None:
-    if prefix is None or len(prefix.layers[0].keys) == 1:
-        return prefix
-    return DynamicCache([(x.keys[rows], x.values[rows]) for x in prefix.layers])

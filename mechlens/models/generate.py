@@ -1,20 +1,25 @@
 """Greedy answers in batches: the shared start once, rows packed, finished rows leave."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from mechlens.models import forward
-from mechlens.models.bridge import LanguageModel, device_of, is_bridge, loaded, native
+from mechlens.models.bridge import LanguageModel, device_of, is_bridge, loaded, n_layers, native, native_blocks
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
+from mechlens.models.merged import Merged
+from mechlens.models.roomy import roomy
 
 Decided = Callable[[list[int]], bool]
 """Whether an answer so far is all that one wants to know; its row then leaves the batch."""
+LEAVING = 8
+"""Rows leave once they are one in so many: taking them out copies the keys and values of all others."""
 
 
 @torch.inference_mode()
@@ -25,76 +30,110 @@ def greedy_batch(
     prefix: DynamicCache | None,
     clock: Clock | None = None,
     decided: Decided | None = None,
+    merged: Merged | None = None,
 ) -> list[list[int]]:
     """The greedy continuation of every row, up to and without its end-of-sequence token.
 
     Rows may differ in length: the prompt is padded on the right, where causal attention can't see it, then
     each row's keys and values move to the right end, so that decoding continues without a gap.
     """
+    device = device_of(model)
+    merged = merged or Merged.apart(len(rows), n_layers(model), device)
     skip = prefix.get_seq_length() if prefix is not None else 0
-    stop = torch.tensor(sorted(stop_tokens(model)), dtype=torch.long, device=device_of(model))
-    cache = forward.expanded(prefix, len(rows))
+    stop = torch.tensor(sorted(stop_tokens(model)), dtype=torch.long, device=device)
+    lengths = torch.tensor([len(row.ids) - skip for row in rows], device=device)
     with native(model) as hf_model:
-        logits, lengths = _prompt_pass(hf_model, rows, cache, skip, clock, stop.device)
+        logits, cache = _prompt_pass(model, hf_model, rows, prefix, clock, merged)
         width = int(lengths.max())
-        _pack(cache, width - lengths)
-        mask = torch.arange(skip + width, device=stop.device) >= (width - lengths).unsqueeze(1)
+        cache = _packed(cache, width - lengths, merged, max_new_tokens)
+        mask = torch.arange(skip + width, device=device) >= (width - lengths).unsqueeze(1)
         rest = _Rest(stop, max_new_tokens, clock, decided)
         return _decode(hf_model, cache, logits.argmax(dim=-1), mask, skip + lengths, rest)
 
 
 @torch.inference_mode()
 def prompt_logits(
-    model: LanguageModel, rows: list[Row], prefix: DynamicCache | None, clock: Clock | None = None
+    model: LanguageModel,
+    rows: list[Row],
+    prefix: DynamicCache | None,
+    clock: Clock | None = None,
+    merged: Merged | None = None,
 ) -> Float[Tensor, "row vocab"]:
     """Logits of every row's first answer token (float32, on the CPU)."""
-    skip = prefix.get_seq_length() if prefix is not None else 0
+    merged = merged or Merged.apart(len(rows), n_layers(model), device_of(model))
     with native(model) as hf_model:
-        cache = forward.expanded(prefix, len(rows))
-        return _prompt_pass(hf_model, rows, cache, skip, clock, device_of(model))[0].float().cpu()
+        return _prompt_pass(model, hf_model, rows, prefix, clock, merged)[0].float().cpu()
+
+
+@torch.inference_mode()
+def start_cache(model: LanguageModel, ids: Sequence[int], clock: Clock, merged: Merged) -> DynamicCache:
+    """Keys and values of a start that rows share but for what is done to it: a row for each kind of start."""
+    cache = DynamicCache()
+    tokens = torch.tensor([list(ids)] * len(merged.first[0]), device=device_of(model))
+    with native(model), merged.running(native_blocks(model), clock, 0):
+        # Without its head: nobody reads logits here.
+        model.original_model.base_model(tokens, past_key_values=cache, use_cache=True)
+    return DynamicCache(
+        [(layer.keys[rows], layer.values[rows]) for layer, rows in zip(cache.layers, merged.of_row, strict=True)]
+    )
 
 
 def _prompt_pass(
+    model: LanguageModel,
     hf_model: torch.nn.Module,
     rows: list[Row],
-    cache: DynamicCache,
-    skip: int,
+    prefix: DynamicCache | None,
     clock: Clock | None,
-    device: torch.device,
-) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, " row"]]:
-    """Logits at the end of every prompt, and the prompts' lengths beyond the first `skip` tokens."""
-    lengths = torch.tensor([len(row.ids) - skip for row in rows], device=device)
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, device=device)
-    for i, row in enumerate(rows):
-        tokens[i, : int(lengths[i])] = torch.tensor(row.ids[skip:])
-    if clock is not None:
-        clock.tick(torch.arange(len(rows), device=device), torch.full_like(lengths, skip), 0)
-    return _last_logits(hf_model, tokens, cache, lengths), lengths
+    merged: Merged,
+) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
+    """Logits at the end of every prompt, and the keys and values of each block's classes of rows."""
+    skip = prefix.get_seq_length() if prefix is not None else 0
+    cache = merged.cache(prefix)
+    run = [rows[i] for i in merged.first[0].tolist()]
+    tokens = torch.zeros(len(run), max(len(row.ids) for row in run) - skip, dtype=torch.long)
+    for i, row in enumerate(run):
+        tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
+    ends = torch.tensor([len(row.ids) - skip - 1 for row in rows], device=device_of(model))
+    with merged.running(native_blocks(model), clock, skip):
+        return _last_logits(hf_model, tokens.to(ends.device), cache, merged.of_row[-1], ends), cache
 
 
-def _last_logits(hf_model: torch.nn.Module, tokens: Tensor, cache: DynamicCache, lengths: Tensor) -> Tensor:
-    """Logits of the first answer token of every row, computed only at the columns where some row ends."""
-    ends, column = torch.unique(lengths - 1, return_inverse=True)
-    try:
-        logits = hf_model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=ends).logits
-    except TypeError:  # an architecture that always computes every logit
-        logits = hf_model(tokens, past_key_values=cache, use_cache=True).logits
-    if logits.shape[1] == tokens.shape[1]:  # the argument was ignored
-        logits = logits[:, ends]
-    picked: Tensor = logits[torch.arange(len(lengths), device=logits.device), column]
-    return picked
+def _last_logits(
+    hf_model: Any, tokens: Tensor, cache: DynamicCache, row: Int[Tensor, " row"], ends: Int[Tensor, " row"]
+) -> Float[Tensor, "row vocab"]:
+    """Logits of the first answer token of every row: the head is shown each row's last token only."""
+
+    def last_tokens(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        hidden = args[0]
+        return (hidden[row.to(hidden.device), ends.to(hidden.device)].unsqueeze(1),)
+
+    head = hf_model.get_output_embeddings()
+    with contextlib.ExitStack() as stack:
+        if head is not None:
+            stack.callback(head.register_forward_pre_hook(last_tokens).remove)
+        logits: Tensor = hf_model(tokens, past_key_values=cache, use_cache=True).logits
+    return logits[row.to(logits.device), ends.to(logits.device)] if head is None else logits[:, 0]
 
 
-def _pack(cache: DynamicCache, empty: Int[Tensor, " row"]) -> None:
-    """Move every row's keys and values to the right end, over its `empty` padding columns."""
-    if not bool(empty.any()):
-        return
+def _packed(cache: DynamicCache, empty: Int[Tensor, " row"], merged: Merged, room: int) -> DynamicCache:
+    """Every row's keys and values by themselves, at the right end over its `empty` padding columns."""
     size = cache.layers[0].keys.shape[-2]
-    source = (torch.arange(size, device=empty.device) - empty.unsqueeze(1)).remainder(size)
-    for layer in cache.layers:
-        index = source[:, None, :, None].to(layer.keys.device)
-        layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-        layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+    column = (torch.arange(size, device=empty.device) - empty.unsqueeze(1)).remainder(size)
+    moved = bool(empty.any())
+    packed = []
+    for layer, rows in zip(cache.layers, merged.of_row, strict=True):
+        pair = []
+        for x in (layer.keys, layer.values):
+            of_row = rows.to(x.device)
+            if moved:
+                heads = torch.arange(x.shape[1], device=x.device)
+                x = x[of_row[:, None, None], heads[:, None], column.to(x.device)[:, None]]
+            elif len(x) < len(of_row):
+                x = x[of_row]
+            pair.append(x)
+        packed.append((pair[0], pair[1]))
+        layer.keys = layer.values = None  # the next layer's copy takes its place in memory
+    return roomy(packed, room)
 
 
 @dataclass(frozen=True)
@@ -111,15 +150,18 @@ class _Rest:
             self.clock.tick(rows, start, generated)
 
     def written(
-        self, token: Int[Tensor, " row"], alive: Int[Tensor, " row"], answers: list[list[int]]
-    ) -> Bool[Tensor, " row"]:
-        """Writes the tokens down; True for the rows that go on."""
-        going = (~torch.isin(token, self.stop)).tolist()
+        self, token: Int[Tensor, " row"], alive: Int[Tensor, " row"], going: list[bool], answers: list[list[int]]
+    ) -> list[bool]:
+        """Writes down the tokens of the rows that are going; True for those that go on."""
+        on = list(going)
+        stopped = torch.isin(token, self.stop).tolist()
         for i, (row, value) in enumerate(zip(alive.tolist(), token.tolist(), strict=True)):
-            if going[i]:
+            if going[i] and stopped[i]:
+                on[i] = False
+            elif going[i]:
                 answers[row].append(value)
-                going[i] = self.decided is None or not self.decided(answers[row])
-        return torch.tensor(going, device=token.device)
+                on[i] = self.decided is None or not self.decided(answers[row])
+        return on
 
 
 def _decode(
@@ -130,17 +172,19 @@ def _decode(
     position: Int[Tensor, " row"],
     rest: _Rest,
 ) -> list[list[int]]:
-    """Token by token until every row has ended; rows that have leave the batch."""
+    """Token by token until every row has ended; rows that have leave the batch, a few at a time."""
     answers: list[list[int]] = [[] for _ in range(len(token))]
     alive = torch.arange(len(token), device=token.device)
+    going = [True] * len(token)
     for step in range(1, rest.max_new_tokens + 1):
-        going = rest.written(token, alive, answers)
-        if not bool(going.all()):
-            keep = going.nonzero().squeeze(1)
+        going = rest.written(token, alive, going, answers)
+        if not any(going) or step == rest.max_new_tokens:
+            break
+        if LEAVING * (len(going) - sum(going)) >= len(going):
+            keep = torch.tensor(going, device=token.device).nonzero().squeeze(1)
             alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
             cache.batch_select_indices(keep)
-        if not len(alive) or step == rest.max_new_tokens:
-            break
+            going = [True] * len(alive)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         # Without padding no mask is needed, and attention takes its fast path.
         where = {} if bool(mask.all()) else {"attention_mask": mask.long(), "position_ids": position.unsqueeze(1)}
@@ -203,7 +247,7 @@ def recomputed_greedy(
     for step in range(max_new_tokens):
         rest.tick(alive, torch.zeros_like(alive), step)
         token = whole_logits(model, tokens).argmax(dim=-1)
-        going = rest.written(token, alive, answers)
+        going = torch.tensor(rest.written(token, alive, [True] * len(alive), answers), device=tokens.device)
         alive, tokens = alive[going], torch.cat([tokens, token.unsqueeze(1)], dim=1)[going]
         if not len(alive):
             break

@@ -207,7 +207,7 @@ def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
         shift = amount[clock.rows].to(wide).unsqueeze(1)
         if any_erases:
             shift = shift - erases[clock.rows].to(wide).unsqueeze(1) * (wide * unit).sum(dim=-1)
-        return (wide + torch.where(touched.to(x.device), shift, 0.0).unsqueeze(-1) * unit).to(x.dtype)
+        return wide.addcmul(torch.where(touched.to(x.device), shift, 0.0).unsqueeze(-1), unit).to(x.dtype)
 
     return move
 

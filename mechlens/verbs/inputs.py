@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from mechlens.config import Causal, Compare, FindDirection, GuardFit, Jailbreaks, Sampling, Separate, Track
+from mechlens.config import Causal, Compare, FindDirection, GuardFit, Jailbreaks, Sampling, Select, Separate, Track
 from mechlens.errors import UserError
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.load import load_prompts
@@ -17,7 +17,7 @@ from mechlens.prompts.text import normalise_text
 def read_prompts(
     source: str,
     label: str,
-    config: Separate | FindDirection | GuardFit | Jailbreaks | Track | Compare | Causal,
+    config: Separate | FindDirection | GuardFit | Jailbreaks | Track | Compare | Causal | Select,
 ) -> list[Prompt]:
     """Prompts of one class from any source, relabelled, with the system prompt where one is given."""
     kept = None if source in builtin_names() else label

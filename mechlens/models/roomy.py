@@ -1,0 +1,46 @@
+"""A key/value cache with room for the answer: a new token costs its own writing, not a copy of all before it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """Keys and values as the first columns of tensors that are as long as they will ever be."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.length = keys.shape[-2]
+        self.whole_keys, self.whole_values = _with_room(keys, room), _with_room(values, room)
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (x[:, :, : self.length] for x in (self.whole_keys, self.whole_values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens behind the others; gives all of them."""
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.whole_keys[:, :, start : self.length] = key_states
+        self.whole_values[:, :, start : self.length] = value_states
+        self._show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some of the rows."""
+        self.whole_keys, self.whole_values = self.whole_keys[indices], self.whole_values[indices]
+        self._show()
+
+
+def _with_room(x: Tensor, room: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(*x.shape[:2], room, x.shape[3])], dim=2)
+
+
+def roomy(layers: list[tuple[Tensor, Tensor]], room: int) -> DynamicCache:
+    """A cache of these keys and values, layer by layer, with room for so many more tokens."""
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer(keys, values, room) for keys, values in layers]
+    return cache

@@ -1,0 +1,88 @@
+"""`mechlens select`: the selection of one refusal direction, recorded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mechlens.config import Select
+from mechlens.errors import UserError
+from mechlens.methods.candidate_filters import SelectionRule
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.template import ChatTemplate
+from mechlens.prompts.text import match_punctuation
+from mechlens.records.run import Inputs
+from mechlens.records.selection_report import record_selection
+from mechlens.records.writer import RunWriter, open_run
+from mechlens.studies.selection import SelectionPlan, select_direction
+from mechlens.verbs.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared
+from mechlens.verbs.model import chosen_model, record_inputs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that goes in, with the fingerprints that a rerun is held to."""
+
+    model: LanguageModel
+    template: ChatTemplate
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    punctuation: str
+    inputs: Inputs
+
+
+def prepare(config: Select) -> Prepared:
+    """Prompts and model; UserError for whatever can't be had."""
+    _require_chance(config)
+    harmful, harmless = distinct_ids(
+        harmful=read_prompts(config.harmful, "harmful", config),
+        harmless=read_prompts(config.harmless, "harmless", config),
+    )
+    sets = {"harmful": (config.harmful, harmful), "harmless": (config.harmless, harmless)}
+    refuse_shared(sets["harmful"], sets["harmless"])
+    data = data_inputs(sets)
+    matched = match_punctuation(harmful, harmless, config.punctuation)
+    model, template, inputs = chosen_model(config, data)
+    return Prepared(model, template, matched.positive, matched.negative, matched.note, inputs)
+
+
+def _require_chance(config: Select) -> None:
+    for name in ("resamples", "random_directions"):
+        if getattr(config, name) < 1:
+            raise UserError(
+                f"{name} is {getattr(config, name)}; every number needs its interval and its null, so give at least 1"
+            )
+    if not 0 <= config.last_layers < 1:
+        raise UserError(
+            f"last_layers is {config.last_layers}; give a share of the layers from 0 to below 1, such as 0.2"
+        )
+
+
+def run(config: Select) -> Path:
+    """Selects and records; gives the run folder."""
+    prepared = prepare(config)
+    with open_run(verb="select", config=config, out=config.out, wandb=config.wandb) as writer:
+        execute(prepared, config, writer)
+    return config.out
+
+
+def execute(prepared: Prepared, config: Select, writer: RunWriter) -> None:
+    """The study itself, written to an open run."""
+    record_inputs(writer, prepared.model, prepared.inputs)
+    writer.prompts([*prepared.harmful, *prepared.harmless])
+    plan = SelectionPlan(
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        fractions=(0.5, 0.2, 0.3),
+        rule=SelectionRule(config.last_layers, config.highest_kl, config.least_induce),
+        n_resamples=config.resamples,
+        n_random=config.random_directions,
+    )
+    result = select_direction(
+        prepared.model,
+        prepared.harmful,
+        prepared.harmless,
+        plan,
+        template=prepared.template,
+        shelf=writer.shelf,
+    )
+    record_selection(writer, result, prepared.model, prepared.punctuation)
