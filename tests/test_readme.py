@@ -1,6 +1,8 @@
 """What the README promises exists: its Python runs, its commands parse, its files are there; so do the public names."""
 
 import ast
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -56,12 +58,21 @@ def test_there_are_commands_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z][\w.-]*)", README))))
-def test_every_option_that_is_named_exists(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_that_is_named_exists(option: str, helps: str) -> None:
+    assert re.search(rf"{re.escape(option)}\b", helps)
+
+
+@pytest.fixture(scope="module")
+def helps() -> str:
+    """What `--help` says of every verb."""
     from mechlens import cli
 
-    with pytest.raises(SystemExit):
-        cli.main(["separate", "--help"])
-    assert re.search(rf"{re.escape(option)}\b", capsys.readouterr().out)
+    verbs = [[name] for name in cli.VERBS if name not in ("guard", "runs")]
+    said = io.StringIO()
+    for verb in [*verbs, *(["guard", name] for name in ("fit", "eval", "predict"))]:
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(said):
+            cli.main([*verb, "--help"])
+    return said.getvalue()
 
 
 def test_scripts_and_the_file_tree_are_there() -> None:

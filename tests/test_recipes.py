@@ -374,7 +374,7 @@ main(sys.argv[1:])
 
 def test_killed_training_goes_on_and_ends_with_the_same_losses(base: str, tmp_path: Path) -> None:
     def command(out: str) -> list[str]:
-        return ["finetune", "--model", base, "--harmful", "12", "--benign", "12", "--epochs", "1", "--plain", "1",
+        return ["finetune", "--model", base, "--harmful", "24", "--benign", "12", "--epochs", "1", "--plain", "1",
                 "--plain-tokens", "6", "--resume-every", "2", "--checkpoints", "1", "--wandb.mode", "disabled",
                 "--out", str(tmp_path / out), *SMALL]  # fmt: skip
 
