@@ -16,7 +16,7 @@ from mechlens.records.causal_report import record_causal
 from mechlens.records.run import Inputs
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.causal import CausalPlan, run_battery, work_ahead
-from mechlens.verbs.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared
+from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
 from mechlens.verbs.model import chosen_model, record_inputs
 
 LEAST = {"n_validation": 4, "n_test": 8, "random_directions": 1, "shuffled_directions": 1, "resamples": 1}
@@ -37,14 +37,10 @@ class Prepared:
 def prepare(config: Causal) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     _require_sizes(config)
-    harmful, harmless = distinct_ids(
-        harmful=read_prompts(config.harmful, "harmful", config),
-        harmless=read_prompts(config.harmless, "harmless", config),
-    )
-    sets = {"harmful": (config.harmful, harmful), "harmless": (config.harmless, harmless)}
-    refuse_shared(sets["harmful"], sets["harmless"])
+    harmful, harmless, _ = read_harm_sets(config)
+    _, data = check_harm_sets(config, harmful, harmless)
     matched = match_punctuation(harmful, harmless, config.punctuation)
-    model, template, inputs = chosen_model(config, data_inputs(sets))
+    model, template, inputs = chosen_model(config, data)
     return Prepared(model, template, matched.positive, matched.negative, matched.note, inputs)
 
 

@@ -5,8 +5,9 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Protocol, runtime_checkable
 
-from mechlens.config import Causal, Compare, FindDirection, GuardFit, Jailbreaks, Sampling, Select, Separate, Track
+from mechlens.config import Sampling
 from mechlens.errors import UserError
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.load import load_prompts
@@ -14,11 +15,24 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 
 
-def read_prompts(
-    source: str,
-    label: str,
-    config: Separate | FindDirection | GuardFit | Jailbreaks | Track | Compare | Causal | Select,
-) -> list[Prompt]:
+@runtime_checkable
+class PromptChoice(Protocol):
+    """A verb's settings that decide which prompts of a source are asked, and under which system prompt."""
+
+    @property
+    def n(self) -> int | None:
+        """Prompts drawn of each source; None takes all."""
+
+    @property
+    def seed(self) -> int:
+        """Decides the draw."""
+
+    @property
+    def system(self) -> str | None:
+        """System prompt of every prompt; None leaves the template's own default."""
+
+
+def read_prompts(source: str, label: str, config: PromptChoice) -> list[Prompt]:
     """Prompts of one class from any source, relabelled, with the system prompt where one is given."""
     kept = None if source in builtin_names() else label
     found = load_prompts(source, label=kept, sample=config.n, seed=config.seed)

@@ -16,14 +16,8 @@ from mechlens.studies.category_directions import category_directions
 from mechlens.studies.jailbreaks import JailbreakPlan, attack_pairs, reference_of
 from mechlens.studies.restored import restore
 from mechlens.studies.sources import SourcePrompts, load_source, read_sources
-from mechlens.verbs.inputs import (
-    data_inputs,
-    distinct_ids,
-    read_prompts,
-    refuse_shared,
-    require_sampling,
-    without_repeats,
-)
+from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
+from mechlens.verbs.inputs import data_inputs, read_prompts, require_sampling
 from mechlens.verbs.model import chosen_model, record_inputs
 
 
@@ -43,22 +37,12 @@ class Prepared:
 def prepare(config: Jailbreaks) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
-    extra_source = config.extra_harmless or ""
-    harmful, harmless, extra = distinct_ids(
-        harmful=read_prompts(config.harmful, "harmful", config),
-        harmless=read_prompts(config.harmless, "harmless", config),
-        extra=read_prompts(extra_source, "harmless", config) if extra_source else [],
-    )
-    sets = {"harmful": (config.harmful, harmful), "harmless": (config.harmless, harmless)}
-    refuse_shared(sets["harmful"], sets["harmless"])
-    refuse_shared(sets["harmful"], (extra_source, extra))
-    extra = without_repeats(extra, harmless, extra_source)
+    harmful, harmless, extra = read_harm_sets(config, config.extra_harmless)
+    extra, data = check_harm_sets(config, harmful, harmless, extra, config.extra_harmless)
     attacks = _attacks(config)
     categories = read_prompts(config.categories, "harmful", config) if config.categories else []
-    data = data_inputs(
+    data |= data_inputs(
         {
-            **sets,
-            "extra_harmless": (extra_source, extra),
             "categories": (config.categories or "", categories),
             **{f"family {one.source.name}": (one.source.data, one.prompts) for one in attacks},
         }

@@ -14,7 +14,7 @@ from mechlens.records.run import Inputs
 from mechlens.records.selection_report import record_selection
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.selection import SelectionPlan, select_direction
-from mechlens.verbs.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared
+from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
 from mechlens.verbs.model import chosen_model, record_inputs
 
 
@@ -33,13 +33,8 @@ class Prepared:
 def prepare(config: Select) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     _require_chance(config)
-    harmful, harmless = distinct_ids(
-        harmful=read_prompts(config.harmful, "harmful", config),
-        harmless=read_prompts(config.harmless, "harmless", config),
-    )
-    sets = {"harmful": (config.harmful, harmful), "harmless": (config.harmless, harmless)}
-    refuse_shared(sets["harmful"], sets["harmless"])
-    data = data_inputs(sets)
+    harmful, harmless, _ = read_harm_sets(config)
+    _, data = check_harm_sets(config, harmful, harmless)
     matched = match_punctuation(harmful, harmless, config.punctuation)
     model, template, inputs = chosen_model(config, data)
     return Prepared(model, template, matched.positive, matched.negative, matched.note, inputs)

@@ -12,14 +12,8 @@ from mechlens.records.run import Inputs
 from mechlens.records.separation_report import record_separation
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.separation import SeparationPlan, separate
-from mechlens.verbs.inputs import (
-    data_inputs,
-    distinct_ids,
-    read_prompts,
-    refuse_shared,
-    require_sampling,
-    without_repeats,
-)
+from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
+from mechlens.verbs.inputs import require_sampling
 from mechlens.verbs.model import chosen_model, record_inputs
 from mechlens.verbs.unseen import LeftOut, leave_out_trained, record_left_out
 
@@ -41,20 +35,11 @@ class Prepared:
 def prepare(config: Separate) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
-    extra_source = config.extra_harmless or ""
-    harmful, harmless, extra = distinct_ids(
-        harmful=read_prompts(config.harmful, "harmful", config),
-        harmless=read_prompts(config.harmless, "harmless", config),
-        extra=read_prompts(extra_source, "harmless", config) if extra_source else [],
-    )
+    harmful, harmless, extra = read_harm_sets(config, config.extra_harmless)
     (harmful, harmless, extra), left_out = leave_out_trained(
         config, {"harmful": harmful, "harmless": harmless, "extra harmless": extra}
     )
-    sets = {"harmful": (config.harmful, harmful), "harmless": (config.harmless, harmless)}
-    refuse_shared(sets["harmful"], sets["harmless"])
-    refuse_shared(sets["harmful"], (extra_source, extra))
-    extra = without_repeats(extra, harmless, extra_source)
-    data = data_inputs({**sets, "extra_harmless": (extra_source, extra)})
+    extra, data = check_harm_sets(config, harmful, harmless, extra, config.extra_harmless)
     matched = match_punctuation(harmful, harmless, config.punctuation)
     model, template, inputs = chosen_model(config, data)
     return Prepared(model, template, matched.positive, matched.negative, tuple(extra), matched.note, left_out, inputs)

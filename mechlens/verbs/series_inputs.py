@@ -7,7 +7,7 @@ from mechlens.models.series import CheckpointSeries, content_of
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.text import match_punctuation
-from mechlens.verbs.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared
+from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
 from mechlens.verbs.unseen import LeftOut, leave_out_trained
 
 FRACTIONS = (0.5, 0.2, 0.3)
@@ -26,10 +26,7 @@ class Asked:
 
 def asked_of(config: Track | Compare, series: CheckpointSeries) -> Asked:
     """Both classes, without what the base or any checkpoint was trained on; UserError where too few are left."""
-    harmful, harmless = distinct_ids(
-        harmful=read_prompts(config.harmful, "harmful", config),
-        harmless=read_prompts(config.harmless, "harmless", config),
-    )
+    harmful, harmless, _ = read_harm_sets(config)
     of = len(harmful) + len(harmless)
     gone: list[str] = []
     known = False
@@ -38,14 +35,12 @@ def asked_of(config: Track | Compare, series: CheckpointSeries) -> Asked:
         (harmful, harmless), left_out = leave_out_trained(choice, {"harmful": harmful, "harmless": harmless})
         gone += left_out.ids
         known = known or left_out.known
-    sets = {"harmful": (config.harmful, harmful), "harmless": (config.harmless, harmless)}
-    refuse_shared(sets["harmful"], sets["harmless"])
+    _, data = check_harm_sets(config, harmful, harmless)
     matched = match_punctuation(harmful, harmless, config.punctuation)
     prompts = (*matched.positive, *matched.negative)
     split = split_by_family(
         [prompt.label for prompt in prompts], [prompt.group for prompt in prompts], fractions=FRACTIONS,
         seed=config.seed,
     )  # fmt: skip
-    data = data_inputs(sets)
     data |= {f"checkpoint {member.name}": content_of(member) for member in series.members if member.kind != "base"}
     return Asked(prompts, split, matched.note, LeftOut(tuple(gone), of, known), data)
