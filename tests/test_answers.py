@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from shelves import DictShelf, Killed
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
-from torch import Tensor
 from transformers import GenerationConfig
 
 from mechlens.errors import UserError
@@ -200,26 +200,6 @@ def test_running_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(answering, "greedy_batch", small)
     assert answer(pair("llama")[0], prompts(), max_new_tokens=NEW).tokens == expected("llama")
     assert max(sizes) == 6
-
-
-class Killed(Exception):
-    pass
-
-
-class DictShelf:
-    """A shelf in memory; `room` pieces fit, then the run is killed."""
-
-    def __init__(self, room: int = 1000) -> None:
-        self.pieces: dict[str, dict[str, Tensor]] = {}
-        self.room = room
-
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        return self.pieces.get(key)
-
-    def put(self, key: str, value: dict[str, Tensor]) -> None:
-        if len(self.pieces) == self.room:
-            raise Killed
-        self.pieces[key] = value
 
 
 def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from shelves import DictShelf
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from torch import Tensor, nn
 
@@ -387,19 +388,6 @@ def test_what_is_not_there_is_named() -> None:
 
 
 # --- the shelf -----------------------------------------------------------------------------------------------------
-
-
-class DictShelf:
-    """A shelf in memory."""
-
-    def __init__(self) -> None:
-        self.pieces: dict[str, dict[str, Tensor]] = {}
-
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        return self.pieces.get(key)
-
-    def put(self, key: str, value: dict[str, Tensor]) -> None:
-        self.pieces[key] = value
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from shelves import DictShelf
 from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.prompts.prompt import Prompt
@@ -89,19 +90,11 @@ def test_own_text_is_the_seeds_and_leaves_chance_alone() -> None:
 
 
 def test_own_text_comes_from_the_shelf() -> None:
-    kept: dict[str, dict[str, torch.Tensor]] = {}
-
-    class Kept:
-        def get(self, key: str) -> dict[str, torch.Tensor] | None:
-            return kept.get(key)
-
-        def put(self, key: str, value: dict[str, torch.Tensor]) -> None:
-            kept[key] = value
-
+    shelf = DictShelf()
     model, tokenizer = tiny_hf(), tiny_tokenizer()
-    first = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", shelf=Kept())
-    (key,) = kept
-    kept[key] = {"ids": first + 1}
-    assert torch.equal(own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", shelf=Kept()), first + 1)
-    other = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="y", shelf=Kept())
+    first = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", shelf=shelf)
+    (key,) = shelf.pieces
+    shelf.pieces[key] = {"ids": first + 1}
+    assert torch.equal(own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", shelf=shelf), first + 1)
+    other = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="y", shelf=shelf)
     assert torch.equal(other, first)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from shelves import DictShelf, Killed
 from test_steering import MODELS, NEW, ablate, add, batch_of, direction, first_logits, made, told
 from tiny import ARCHITECTURES
 from torch import Tensor
@@ -101,26 +102,6 @@ def test_a_model_that_can_not_merge_is_found_out_and_stays_exact(monkeypatch: py
 
 
 # Kept pieces
-
-
-class Killed(Exception):
-    pass
-
-
-class DictShelf:
-    """A shelf in memory; `room` pieces fit, then the run is killed."""
-
-    def __init__(self, room: int = 1000) -> None:
-        self.pieces: dict[str, dict[str, Tensor]] = {}
-        self.room = room
-
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        return self.pieces.get(key)
-
-    def put(self, key: str, value: dict[str, Tensor]) -> None:
-        if len(self.pieces) == self.room:
-            raise Killed
-        self.pieces[key] = value
 
 
 @pytest.mark.parametrize("kind", ["answers", "logits"])
