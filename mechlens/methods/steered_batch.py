@@ -18,7 +18,8 @@ from mechlens.methods.placed import Placement
 from mechlens.methods.shelf import Shelf
 from mechlens.methods.steered_key import Fingerprints, piece_key
 from mechlens.models import forward
-from mechlens.models.bridge import LanguageModel, device_of, has_hooks, n_layers
+from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, has_hooks, n_layers
+from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
 from mechlens.models.generate import start_cache
@@ -106,7 +107,7 @@ class SteeredBatch:
         skip, rows = self._rows()
         if work.key is None or has_hooks(self.model):
             shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
-        prints = Fingerprints()
+        prints, checkpoint = Fingerprints(), checkpoint_now(self.model)
         found: dict[int, Tensor] = {}
         # Every new token costs a pass of its own for each batch.
         cost = forward.BATCH_COST * max(1, self.new_tokens)
@@ -118,7 +119,7 @@ class SteeredBatch:
             for members in forward.plan(group, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not self.fast):
                 chunk = [group[i] for i in members]
                 numbers = [row.number for row in chunk]
-                key = "" if shelf is None else self._piece_key(work, chunk, skip, prints)
+                key = "" if shelf is None else self._piece_key(work, chunk, skip, prints, checkpoint)
                 piece = None if shelf is None else shelf.get(key)
                 if piece is None:
                     piece = {"values": work.keep(halving(self._runner(work, start), list(chunk)), numbers)}
@@ -129,9 +130,11 @@ class SteeredBatch:
         bar.close()
         return torch.stack([found[i] for i in range(len(rows))])
 
-    def _piece_key(self, work: Work, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints) -> str:
+    def _piece_key(
+        self, work: Work, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints, checkpoint: Checkpoint
+    ) -> str:
         how = [work.key, self.new_tokens, skip, "fast" if self.fast else "plain"]
-        return piece_key(self.model, chunk, [self.changes[row.number] for row in chunk], how, prints)
+        return piece_key(self.model, checkpoint, chunk, [self.changes[row.number] for row in chunk], how, prints)
 
     def _runner(self, work: Work, start: "_Start") -> Callable[[list[Row]], Tensor]:
         def run(chunk: list[Row]) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mechlens.methods.collect import FORMAT
-from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of
+from mechlens.models.bridge import LanguageModel, device_of, dtype_of
+from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.forward import Row
 from mechlens.models.intervene import Along, Change
 
@@ -32,13 +33,13 @@ class Fingerprints:
 
 def piece_key(
     model: LanguageModel,
+    checkpoint: Checkpoint,
     rows: Sequence[Row],
     changes: Sequence[Sequence[Change]],
     work: Sequence[object],
     prints: Fingerprints,
 ) -> str:
     """Fingerprint of a batch: weights, type, what is made of it, every token id and everything done to it."""
-    checkpoint = checkpoint_now(model)
     record = [
         FORMAT, "steered", checkpoint.fingerprint, checkpoint.regime, str(dtype_of(model)), device_of(model).type,
         list(work), [row.ids for row in rows], [[_done(change, prints) for change in row] for row in changes],
