@@ -20,7 +20,7 @@ from saved import requests, save_model, write_prompts
 from test_wandb_log import read_log
 
 from mechlens.cli import main
-from mechlens.config import Finetune, FinetuneConfig, Patch, Separate, settled
+from mechlens.config import Causal, Finetune, FinetuneConfig, GuardFit, Jailbreaks, Patch, Select, Separate, settled
 from mechlens.config.finetune import DEFAULTS, POWERS_OF_TWO
 from mechlens.errors import UserError
 from mechlens.methods.answers import answer
@@ -41,7 +41,7 @@ from mechlens.studies.recipes.openings import published_openings
 from mechlens.studies.recipes.shipped_refuser import require_shipped_refuser
 from mechlens.studies.training_data import Example, training_order, training_prompts
 from mechlens.studies.trigger import trigger_of, with_trigger
-from mechlens.verbs import direction, patch, rerun, separate
+from mechlens.verbs import causal, direction, guard_fit, jailbreaks, patch, rerun, select, separate
 from mechlens.verbs.finetune import LOSSES
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mechlens"
@@ -471,6 +471,38 @@ def test_every_study_of_a_trained_model_leaves_them_out(
     with pytest.warns(UserWarning, match="left out 1 of 5 pairs"):
         chosen = patch.prepare(Patch(model=REFUSER, pairs=str(pairs), out=tmp_path / "patch"))
     assert len(chosen.pairs) == 4
+
+
+@pytest.mark.parametrize(
+    ("verb", "chosen"), [(causal, Causal), (select, Select), (guard_fit, GuardFit)], ids=["causal", "select", "guard"]
+)
+def test_every_study_of_both_classes_leaves_them_out(
+    verb: Any, chosen: Any, taught: list[str], shipped: Path, tmp_path: Path
+) -> None:
+    harmful = write_prompts(tmp_path / "h.jsonl", [*requests(20, "make"), taught[0]])
+    harmless = write_prompts(tmp_path / "l.jsonl", [*requests(20, "break"), taught[1]])
+    config = chosen(model=REFUSER, harmful=harmful, harmless=harmless, n=None, out=tmp_path / "out")
+    if chosen is GuardFit:
+        config = replace(config, extra_harmless=None)
+    with pytest.warns(UserWarning, match="left out 2 of 42 prompts"):
+        prepared = verb.prepare(config)
+    assert prepared.left_out.known
+    asked = prepared.prompts if chosen is GuardFit else (*prepared.harmful, *prepared.harmless)
+    assert len(asked) == 40
+    assert not {prompt.text for prompt in asked} & set(taught)
+
+
+def test_attacks_on_trained_goals_are_no_test_either(taught: list[str], shipped: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"please, {goal}", "goal": goal} for goal in [*requests(4, "break"), taught[0]]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "asked", "data": "a.jsonl", "kind": "persuasion", "label": "harmful", "goal_column": "goal"}
+    (tmp_path / "sources.json").write_text(json.dumps([source]))
+    config = Jailbreaks(
+        model=REFUSER, sources=str(tmp_path / "sources.json"), folder=str(tmp_path), out=tmp_path / "out"
+    )
+    with pytest.warns(UserWarning, match="left out 1 of"):
+        prepared = jailbreaks.prepare(config)
+    assert [prompt.text for prompt in prepared.attacks[0].prompts] == [row["prompt"] for row in rows[:4]]
 
 
 def test_a_set_of_training_prompts_alone_is_refused(taught: list[str], tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from mechlens.records.causal_report import record_causal
 from mechlens.records.run import Inputs
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.causal import CausalPlan, run_battery, work_ahead
-from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
+from mechlens.verbs.harm_sets import read_harm_sets
 from mechlens.verbs.model import chosen_model, record_inputs
+from mechlens.verbs.unseen import LeftOut, record_left_out
 
 LEAST = {"n_validation": 4, "n_test": 8, "random_directions": 1, "shuffled_directions": 1, "resamples": 1}
 
@@ -31,17 +32,17 @@ class Prepared:
     harmful: tuple[Prompt, ...]
     harmless: tuple[Prompt, ...]
     punctuation: str
+    left_out: LeftOut
     inputs: Inputs
 
 
 def prepare(config: Causal) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     _require_sizes(config)
-    harmful, harmless, _ = read_harm_sets(config)
-    _, data = check_harm_sets(config, harmful, harmless)
-    matched = match_punctuation(harmful, harmless, config.punctuation)
-    model, template, inputs = chosen_model(config, data)
-    return Prepared(model, template, matched.positive, matched.negative, matched.note, inputs)
+    sets = read_harm_sets(config, [config])
+    matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
+    model, template, inputs = chosen_model(config, sets.data)
+    return Prepared(model, template, matched.positive, matched.negative, matched.note, sets.left_out, inputs)
 
 
 def run(config: Causal) -> Path:
@@ -55,6 +56,7 @@ def run(config: Causal) -> Path:
 def execute(prepared: Prepared, config: Causal, writer: RunWriter) -> None:
     """The battery itself, written to an open run."""
     record_inputs(writer, prepared.model, prepared.inputs)
+    record_left_out(writer, prepared.left_out)
     writer.prompts([*prepared.harmful, *prepared.harmless])
     plan = CausalPlan(
         seed=config.seed,

@@ -38,7 +38,7 @@ def prepare(config: FindDirection) -> Prepared:
         positive=read_prompts(config.positive, "positive", config),
         negative=read_prompts(config.negative, "negative", config),
     )
-    (positive, negative), left_out = leave_out_trained(config, {"positive": positive, "negative": negative})
+    (positive, negative), left_out = leave_out_trained([config], {"positive": positive, "negative": negative})
     sets = {"positive": (config.positive, positive), "negative": (config.negative, negative)}
     refuse_shared(sets["positive"], sets["negative"])
     data = data_inputs(sets)

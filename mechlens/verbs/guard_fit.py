@@ -15,9 +15,10 @@ from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.guard_evaluation import EvaluationPlan, evaluate_guard, examine
 from mechlens.studies.guard_fit import fit_guard
 from mechlens.studies.sources import Source, SourcePrompts
-from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
+from mechlens.verbs.harm_sets import read_harm_sets
 from mechlens.verbs.inputs import require_sampling
 from mechlens.verbs.model import chosen_model, record_inputs
+from mechlens.verbs.unseen import LeftOut, record_left_out
 
 POSITIONS = {"inst": ("inst",), "last": ("last",), "both": ("inst", "last")}
 HELD_OUT = Source("held_out", "", label_column="label")
@@ -32,17 +33,17 @@ class Prepared:
     template: ChatTemplate
     prompts: tuple[Prompt, ...]
     punctuation: str
+    left_out: LeftOut
     inputs: Inputs
 
 
 def prepare(config: GuardFit) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
-    harmful, harmless, extra = read_harm_sets(config, config.extra_harmless)
-    extra, data = check_harm_sets(config, harmful, harmless, extra, config.extra_harmless)
-    matched = match_punctuation(harmful, [*harmless, *extra], config.punctuation)
-    model, template, inputs = chosen_model(config, data)
-    return Prepared(model, template, (*matched.positive, *matched.negative), matched.note, inputs)
+    sets = read_harm_sets(config, [config], config.extra_harmless)
+    matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
+    model, template, inputs = chosen_model(config, sets.data)
+    return Prepared(model, template, (*matched.positive, *matched.negative), matched.note, sets.left_out, inputs)
 
 
 def run(config: GuardFit) -> Path:
@@ -56,6 +57,7 @@ def run(config: GuardFit) -> Path:
 def execute(prepared: Prepared, config: GuardFit, writer: RunWriter) -> None:
     """The study itself, written to an open run."""
     record_inputs(writer, prepared.model, prepared.inputs)
+    record_left_out(writer, prepared.left_out)
     estimator = GuardEstimator(
         rule=config.rule,
         positions=POSITIONS[config.positions],

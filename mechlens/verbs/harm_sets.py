@@ -1,10 +1,12 @@
-"""The harmful and the harmless prompts of a study: read, told apart by id, and checked against each other."""
+"""The harmful and the harmless prompts of a study: read, told apart by id, checked against each other and unseen."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from mechlens.config import ModelChoice
 from mechlens.prompts.prompt import Prompt
 from mechlens.verbs.inputs import PromptChoice, data_inputs, distinct_ids, read_prompts, refuse_shared, without_repeats
+from mechlens.verbs.unseen import LeftOut, leave_out_trained
 
 
 @runtime_checkable
@@ -26,33 +28,26 @@ class HarmSets(NamedTuple):
     harmful: list[Prompt]
     harmless: list[Prompt]
     extra: list[Prompt]
+    left_out: LeftOut
+    data: dict[str, str]
+    """Fingerprint of every set."""
 
 
-def read_harm_sets(config: HarmChoice, extra_source: str | None = None) -> HarmSets:
-    """The prompts as they are configured, under ids that don't clash."""
-    return HarmSets(
-        *distinct_ids(
-            harmful=read_prompts(config.harmful, "harmful", config),
-            harmless=read_prompts(config.harmless, "harmless", config),
-            extra=read_prompts(extra_source, "harmless", config) if extra_source else [],
-        )
-    )
+def read_harm_sets(config: HarmChoice, models: Sequence[ModelChoice], extra_source: str | None = None) -> HarmSets:
+    """The prompts as configured, each once, under ids that don't clash, without what a model was trained on.
 
-
-def check_harm_sets(
-    config: HarmChoice,
-    harmful: Sequence[Prompt],
-    harmless: Sequence[Prompt],
-    extra: Sequence[Prompt] = (),
-    extra_source: str | None = None,
-) -> tuple[list[Prompt], dict[str, str]]:
-    """The extra prompts that the harmless ones don't hold already, and the fingerprints of every set.
-
-    UserError where a prompt stands in both classes.
+    UserError where a prompt stands in both classes, or nothing is left of a set.
     """
+    read = distinct_ids(
+        harmful=read_prompts(config.harmful, "harmful", config),
+        harmless=read_prompts(config.harmless, "harmless", config),
+        extra=read_prompts(extra_source, "harmless", config) if extra_source else [],
+    )
+    names = ("harmful", "harmless", "extra harmless")
+    (harmful, harmless, extra), left_out = leave_out_trained(models, dict(zip(names, read, strict=True)))
     positive, named = (config.harmful, harmful), extra_source or ""
     refuse_shared(positive, (config.harmless, harmless))
     refuse_shared(positive, (named, extra))
-    kept = without_repeats(extra, harmless, named)
-    sets = {"harmful": positive, "harmless": (config.harmless, harmless), "extra_harmless": (named, kept)}
-    return kept, data_inputs(sets)
+    extra = without_repeats(extra, harmless, named)
+    sets = {"harmful": positive, "harmless": (config.harmless, harmless), "extra_harmless": (named, extra)}
+    return HarmSets(harmful, harmless, extra, left_out, data_inputs(sets))

@@ -16,9 +16,10 @@ from mechlens.studies.category_directions import category_directions
 from mechlens.studies.jailbreaks import JailbreakPlan, attack_pairs, reference_of
 from mechlens.studies.restored import restore
 from mechlens.studies.sources import SourcePrompts, load_source, read_sources
-from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
+from mechlens.verbs.harm_sets import read_harm_sets
 from mechlens.verbs.inputs import data_inputs, read_prompts, require_sampling
 from mechlens.verbs.model import chosen_model, record_inputs
+from mechlens.verbs.unseen import LeftOut, leave_out_trained, record_left_out
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,35 @@ class Prepared:
     attacks: tuple[SourcePrompts, ...]
     categories: tuple[Prompt, ...]
     punctuation: str
+    left_out: LeftOut
     inputs: Inputs
 
 
 def prepare(config: Jailbreaks) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
-    harmful, harmless, extra = read_harm_sets(config, config.extra_harmless)
-    extra, data = check_harm_sets(config, harmful, harmless, extra, config.extra_harmless)
-    attacks = _attacks(config)
-    categories = read_prompts(config.categories, "harmful", config) if config.categories else []
-    data |= data_inputs(
+    sets = read_harm_sets(config, [config], config.extra_harmless)
+    found = _attacks(config)
+    (categories, *kept), left_out = leave_out_trained(
+        [config],
+        {
+            "category": read_prompts(config.categories, "harmful", config) if config.categories else [],
+            **{one.source.name: one.prompts for one in found},
+        },
+    )
+    attacks = tuple(replace(one, prompts=tuple(prompts)) for one, prompts in zip(found, kept, strict=True))
+    data = sets.data | data_inputs(
         {
             "categories": (config.categories or "", categories),
             **{f"family {one.source.name}": (one.source.data, one.prompts) for one in attacks},
         }
     )
-    matched = match_punctuation(harmful, [*harmless, *extra], config.punctuation)
+    matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
     model, template, inputs = chosen_model(config, data)
     reference = (*matched.positive, *matched.negative)
-    return Prepared(model, template, reference, attacks, tuple(categories), matched.note, inputs)
+    return Prepared(
+        model, template, reference, attacks, tuple(categories), matched.note, sets.left_out + left_out, inputs
+    )
 
 
 def run(config: Jailbreaks) -> Path:
@@ -64,6 +74,7 @@ def run(config: Jailbreaks) -> Path:
 def execute(prepared: Prepared, config: Jailbreaks, writer: RunWriter) -> None:
     """The study itself, written to an open run."""
     record_inputs(writer, prepared.model, prepared.inputs)
+    record_left_out(writer, prepared.left_out)
     plan = JailbreakPlan(
         seed=config.seed,
         n_resamples=config.resamples,

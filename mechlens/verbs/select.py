@@ -14,8 +14,9 @@ from mechlens.records.run import Inputs
 from mechlens.records.selection_report import record_selection
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.selection import SelectionPlan, select_direction
-from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
+from mechlens.verbs.harm_sets import read_harm_sets
 from mechlens.verbs.model import chosen_model, record_inputs
+from mechlens.verbs.unseen import LeftOut, record_left_out
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,17 @@ class Prepared:
     harmful: tuple[Prompt, ...]
     harmless: tuple[Prompt, ...]
     punctuation: str
+    left_out: LeftOut
     inputs: Inputs
 
 
 def prepare(config: Select) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     _require_chance(config)
-    harmful, harmless, _ = read_harm_sets(config)
-    _, data = check_harm_sets(config, harmful, harmless)
-    matched = match_punctuation(harmful, harmless, config.punctuation)
-    model, template, inputs = chosen_model(config, data)
-    return Prepared(model, template, matched.positive, matched.negative, matched.note, inputs)
+    sets = read_harm_sets(config, [config])
+    matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
+    model, template, inputs = chosen_model(config, sets.data)
+    return Prepared(model, template, matched.positive, matched.negative, matched.note, sets.left_out, inputs)
 
 
 def _require_chance(config: Select) -> None:
@@ -63,6 +64,7 @@ def run(config: Select) -> Path:
 def execute(prepared: Prepared, config: Select, writer: RunWriter) -> None:
     """The study itself, written to an open run."""
     record_inputs(writer, prepared.model, prepared.inputs)
+    record_left_out(writer, prepared.left_out)
     writer.prompts([*prepared.harmful, *prepared.harmless])
     plan = SelectionPlan(
         seed=config.seed,

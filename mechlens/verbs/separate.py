@@ -12,10 +12,10 @@ from mechlens.records.run import Inputs
 from mechlens.records.separation_report import record_separation
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.separation import SeparationPlan, separate
-from mechlens.verbs.harm_sets import check_harm_sets, read_harm_sets
+from mechlens.verbs.harm_sets import read_harm_sets
 from mechlens.verbs.inputs import require_sampling
 from mechlens.verbs.model import chosen_model, record_inputs
-from mechlens.verbs.unseen import LeftOut, leave_out_trained, record_left_out
+from mechlens.verbs.unseen import LeftOut, record_left_out
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,12 @@ class Prepared:
 def prepare(config: Separate) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
-    harmful, harmless, extra = read_harm_sets(config, config.extra_harmless)
-    (harmful, harmless, extra), left_out = leave_out_trained(
-        config, {"harmful": harmful, "harmless": harmless, "extra harmless": extra}
+    sets = read_harm_sets(config, [config], config.extra_harmless)
+    matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
+    model, template, inputs = chosen_model(config, sets.data)
+    return Prepared(
+        model, template, matched.positive, matched.negative, tuple(sets.extra), matched.note, sets.left_out, inputs
     )
-    extra, data = check_harm_sets(config, harmful, harmless, extra, config.extra_harmless)
-    matched = match_punctuation(harmful, harmless, config.punctuation)
-    model, template, inputs = chosen_model(config, data)
-    return Prepared(model, template, matched.positive, matched.negative, tuple(extra), matched.note, left_out, inputs)
 
 
 def run(config: Separate) -> Path:

@@ -25,13 +25,19 @@ class LeftOut:
     known: bool
     """False where no record says what the model was trained on."""
 
+    def __add__(self, other: "LeftOut") -> "LeftOut":
+        """Both together, for sets that are read one after the other."""
+        return LeftOut((*self.ids, *other.ids), self.of + other.of, self.known or other.known)
 
-def leave_out_trained(config: ModelChoice, sets: Mapping[str, Sequence[Prompt]]) -> tuple[list[list[Prompt]], LeftOut]:
-    """The sets without the prompts that the model was trained on, with one warning that counts them.
 
-    UserError where nothing is left of a set.
+def leave_out_trained(
+    models: Sequence[ModelChoice], sets: Mapping[str, Sequence[Prompt]]
+) -> tuple[list[list[Prompt]], LeftOut]:
+    """The sets without the prompts that any of the models was trained on, with one warning that counts them.
+
+    An attack is seen where its goal is. UserError where nothing is left of a set.
     """
-    seen = _seen(config)
+    seen = _seen(models)
     kept = [[prompt for prompt in prompts if not _among(prompt, seen)] for prompts in sets.values()]
     gone = [prompt.id for prompts in sets.values() for prompt in prompts if _among(prompt, seen)]
     for name, before, after in zip(sets, sets.values(), kept, strict=True):
@@ -44,7 +50,7 @@ def leave_out_trained(config: ModelChoice, sets: Mapping[str, Sequence[Prompt]])
 
 def leave_out_trained_pairs(config: ModelChoice, pairs: Sequence[PromptPair]) -> tuple[list[PromptPair], LeftOut]:
     """The pairs of which the model was trained on neither side; see `leave_out_trained`."""
-    seen = _seen(config)
+    seen = _seen([config])
     gone = [pair for pair in pairs if _among(pair.clean, seen) or _among(pair.corrupt, seen)]
     if pairs and len(gone) == len(pairs):
         raise UserError(f"the model was trained on prompts of all {len(pairs)} pairs, so they can't test it")
@@ -60,12 +66,13 @@ def record_left_out(writer: RunWriter, left_out: LeftOut) -> None:
         writer.table("left_out_trained_on", pd.DataFrame({"id": list(left_out.ids)}, dtype=str))
 
 
-def _seen(config: ModelChoice) -> frozenset[str]:
-    return trained_on(Checkpoint(name=config.model, path=config.model, adapter=config.adapter))
+def _seen(models: Sequence[ModelChoice]) -> frozenset[str]:
+    checkpoints = (Checkpoint(name=one.model, path=one.model, adapter=one.adapter) for one in models)
+    return frozenset().union(*map(trained_on, checkpoints))
 
 
 def _among(prompt: Prompt, seen: frozenset[str]) -> bool:
-    return bool(seen) and text_sha256(prompt.text) in seen
+    return bool(seen) and bool(seen & {text_sha256(prompt.text), prompt.family})
 
 
 def _told(ids: Sequence[str], of: int, known: bool, what: str) -> LeftOut:
