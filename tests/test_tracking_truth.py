@@ -29,7 +29,7 @@ from mechlens.studies.tracking_geometry import geometry_tables, overlap
 from mechlens.studies.tracking_reference import reference_of
 from mechlens.studies.tracking_result import Questions, Tracking, TrackPlan, analysed
 from mechlens.studies.tracking_tables import cell_of, transfer_table
-from mechlens.studies.tracking_verdict import track_verdict
+from mechlens.studies.tracking_verdict import CHANGES, track_verdict
 
 D, N, A = 24, 120, 4.0
 PLAN = TrackPlan(0, 4, ("inst", "last"), None, 4, 200, 20, 20)
@@ -116,12 +116,30 @@ def test_a_concept_that_the_base_does_not_hold_is_not_measurable() -> None:
 
 def test_wide_intervals_are_inconclusive() -> None:
     held, wide = Estimate(0.0, -0.05, 0.05, 50), Estimate(-0.1, -0.4, 0.2, 50)
-    numbers = dict.fromkeys(("own_change", "readout_gap", "threshold_gap", "gap_change"), held)
+    numbers = dict.fromkeys((*CHANGES, "gap_change"), held)
     numbers["base_auroc"] = Estimate(0.9, 0.8, 0.95, 50)
     assert track_verdict("x", 1, numbers).word == "kept"
-    for name in ("own_change", "readout_gap", "threshold_gap"):
+    for name in ("readout_gap", "threshold_gap"):
         assert track_verdict("x", 1, {**numbers, name: wide}).word == "inconclusive"
     assert track_verdict("x", 1, {**numbers, "gap_change": Estimate.missing(0)}).word == "inconclusive"
+    read = ("own_change", "frozen_change", "probe_change")
+    fell = Estimate(-0.3, -0.4, -0.2, 50)
+    assert track_verdict("x", 1, numbers | dict.fromkeys(read, wide)).word == "inconclusive"
+    assert track_verdict("x", 1, numbers | dict.fromkeys(read, fell)).word == "representation lost"
+    for name in read:  # two that fell and one that can't say
+        assert track_verdict("x", 1, numbers | dict.fromkeys(read, fell) | {name: wide}).word == "inconclusive"
+    assert track_verdict("x", 1, numbers | {"own_change": fell, "probe_change": fell}).word == "kept"
+    assert track_verdict("x", 1, numbers | {"own_change": fell, "frozen_change": fell}).word == "read-out drift"
+
+
+def test_a_mean_difference_that_new_variation_spoils_is_no_lost_representation() -> None:
+    # The classes lie apart along U as before; along W all prompts now vary so much that their mean difference is noise.
+    much = values() + 40 * torch.randn(2 * N, 1, 1, 1, generator=torch.Generator().manual_seed(9)) * W
+    found = tracked((much, HARMFUL))
+    verdict = next(v for v in found.verdicts if v.concept == "harmful")
+    assert verdict.deciding["own_change"].high < -0.1
+    assert verdict.deciding["probe_change"].low > -0.1
+    assert verdict.word in {"kept", "read-out drift"}
 
 
 def large(angle: float, a: float, seed: int) -> tuple[Activations, Split]:

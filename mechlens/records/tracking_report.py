@@ -13,7 +13,7 @@ from mechlens.records.writer import RunWriter
 from mechlens.studies.quadrants import QUADRANTS
 from mechlens.studies.tracking_result import Tracking
 from mechlens.studies.tracking_tables import cell_of
-from mechlens.studies.tracking_verdict import RULE
+from mechlens.studies.tracking_verdict import CHANGES, RULE, TITLES
 
 QUESTION = (
     "Fine-tuning changes what the model does. Does it change what the model represents? The base's own directions, "
@@ -71,7 +71,7 @@ def headline(result: Tracking) -> dict[str, Estimate]:
             found[f"{row['number']}.step{step}"] = Estimate(row["value"], row["low"], row["high"], int(row["n"]))
     last = [verdict for verdict in result.verdicts if verdict.step == result.steps[-1]]
     for verdict in last:
-        for name in ("own_change", "readout_gap", "threshold_gap", "gap_change"):
+        for name in (*CHANGES, "gap_change"):
             found[f"{verdict.concept}.{name}"] = verdict.deciding[name]
     return found
 
@@ -143,7 +143,9 @@ def _report(
         question=QUESTION,
         verdict=" ".join(verdict.sentence for verdict in last),
         numbers=tuple(
-            Number(f"{verdict.concept}: {name}", value) for verdict in last for name, value in verdict.deciding.items()
+            Number(f"{verdict.concept}: {title}", verdict.deciding[name])
+            for verdict in last
+            for name, title in TITLES.items()
         ),
         sections=(
             Section("The verdict at every checkpoint", RULE, table=verdict_table(result)),

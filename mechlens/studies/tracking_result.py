@@ -19,7 +19,7 @@ from mechlens.studies.tracking_quadrants import quadrant_table
 from mechlens.studies.tracking_reference import Concept, Reference
 from mechlens.studies.tracking_tables import cell_of, readout_table, transfer_table
 from mechlens.studies.tracking_triggers import acceptance_table, readable_table
-from mechlens.studies.tracking_verdict import TrackVerdict, track_verdict
+from mechlens.studies.tracking_verdict import CHANGES, TrackVerdict, track_verdict
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,10 @@ def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
 def _verdict(concept: Concept, found: Snapshot, base: Snapshot, table: pd.DataFrame, plan: TrackPlan) -> TrackVerdict:
     gap, change = gaps(found, base, concept, seed=plan.seed, n_resamples=plan.n_resamples)
     numbers = {"gap": gap, "gap_change": change}
-    names = ("own_change", "readout_gap", "threshold_gap")
     if concept.detection is None:
-        missing = Estimate.missing(min(concept.counts.values()))
-        numbers |= dict.fromkeys(("base_auroc", *names), missing)
+        numbers |= dict.fromkeys(("base_auroc", *CHANGES), Estimate.missing(min(concept.counts.values())))
     else:
-        here = cell_of(table, concept, found.step)
-        numbers |= {"base_auroc": cell_of(table, concept, base.step)["own"], **{name: here[name] for name in names}}
+        here, probe = cell_of(table, concept, found.step), cell_of(table, concept, found.step, kind="probe")
+        numbers["base_auroc"] = cell_of(table, concept, base.step)["own"]
+        numbers |= {name: probe["own_change"] if name == "probe_change" else here[name] for name in CHANGES}
     return track_verdict(concept.name, found.step, numbers)
