@@ -180,9 +180,16 @@ def _finished(folder: Path) -> None:
 
     run = read_run(folder)
     for name, estimate in run.metrics.items():
-        print(f"{name:40s} {estimate}")
+        print(f"{name:40s} {_said_of(name, estimate)}")
     print(f"\n{run.verdict}" if run.verdict else "")
     print(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _said_of(name: str, value: object) -> str:
+    """A count is a number of prompts or checkpoints out of all; it has no interval."""
+    from mechlens.methods.estimate import Estimate
+
+    return f"{value.value:.0f} of {value.n}" if isinstance(value, Estimate) and name.startswith("n.") else str(value)
 
 
 def _list_runs(command: ListRuns) -> None:
@@ -191,9 +198,10 @@ def _list_runs(command: ListRuns) -> None:
 
     from mechlens.records.run import list_runs
 
-    table = Table(Column("id", no_wrap=True), "verb", "status", "started", "model", "folder")
+    table = Table(Column("folder", overflow="fold"), "verb", "model", "status", Column("started (UTC)", no_wrap=True))
     for folder, run in list_runs(command.folder):
-        table.add_row(run.id, run.verb, run.status, run.started, str(run.config.get("model", "")), str(folder))
+        model = run.resolved.get("model") or run.resolved.get("base") or ""
+        table.add_row(str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))
     Console().print(table)
 
 
@@ -207,7 +215,7 @@ def _show_run(folder: Path) -> None:
     for title, values in (("configuration", run.resolved), ("metrics", run.metrics), ("inputs", run.inputs.data)):
         print(f"\n{title}")
         for name, value in values.items():
-            print(f"  {name:40s} {value}")
+            print(f"  {name:40s} {_said_of(name, value)}")
     for name, artefact in run.artefacts.items():
         print(f"  {name:40s} {artefact.file} sha256 {artefact.sha256[:12]}")
 

@@ -1,8 +1,11 @@
 """A guard's evaluation as a record: numbers, curves, score distributions, the table with baselines, worst mistakes."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
+from mechlens.methods.estimate import Estimate
 from mechlens.methods.token_view import project_tokens
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.template import ChatTemplate
@@ -174,7 +177,9 @@ def _report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
         verdict=found.verdict,
-        numbers=tuple(Number(key, found.metrics[key]) for key in NUMBERS if key in found.metrics),
+        numbers=tuple(
+            Number(key, found.metrics[key]) for key in NUMBERS if key in found.metrics and found.metrics[key].n
+        ),
         sections=(
             Section(
                 "Beside everything simpler",
@@ -201,7 +206,7 @@ def _report(
             Section("What it costs", _cost_text(cost), table=_cost(cost)),
             _mistakes(result, model),
         ),
-        how=_how(result, punctuation, model),
+        how=_how(result, found.metrics, punctuation, model),
         command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
         model=name,
     )
@@ -240,7 +245,7 @@ def _mistakes(result: GuardEvaluation, model: LanguageModel) -> Section:
     )
 
 
-def _how(result: GuardEvaluation, punctuation: str, model: LanguageModel) -> str:
+def _how(result: GuardEvaluation, metrics: Mapping[str, Estimate], punctuation: str, model: LanguageModel) -> str:
     settings, plan, calibration = result.guard.settings, result.plan, result.guard.calibration
     return (
         f"Guard: rule {settings.rule}, positions {', '.join(settings.positions)}, levels {settings.levels}; fitted and "
@@ -250,7 +255,10 @@ def _how(result: GuardEvaluation, punctuation: str, model: LanguageModel) -> str
         "prompts; probabilities are for equally many harmful and harmless prompts.\n\n"
         f"{punctuation}. Intervals: 95% bootstrap over prompt families ({plan.n_resamples} resamples), detectors "
         f"frozen. Nulls: {plan.n_random} random directions at the guard's first place; {plan.n_permutations} refits "
-        "of its rule to permuted labels. The calibration error is biased upwards where a source is small.\n\n"
+        f"of its rule to permuted labels (mean AUROC {metrics['null.shuffled_mean'].value:.2f}, p = "
+        f"{metrics['null.shuffled_p'].value:.3f}; labels change places inside matched pairs and among prompts without "
+        "one, so the mean lies above 0.5 where the guard's places tell pairs from other prompts). The calibration "
+        "error is biased upwards where a source is small.\n\n"
         f"Answers: greedy, {plan.max_new_tokens} tokens. Activations: {result.test.engine} engine, "
         f"{loaded(model).checkpoint.regime} weights."
     )
