@@ -95,7 +95,7 @@ SAID = {
         rf"correlation of the uncentred beliefs: {NUMBER}",
     ),
     "04_causal": (rf"inversion_parsed\s+{NUMBER}", r"(INCONCLUSIVE|DISSOCIATION (NOT )?SHOWN)\n"),
-    "05_tracking": (r"5 checkpoints, steps \(0, 1, 2, 4, 8\)", r"harmful at step 8: \w+"),
+    "05_tracking": (r"5 checkpoints, steps \(0, 1, 2, 4, 8\)", r"Harmful at step 8: \w+"),
     "06_latent_guard": (
         r"reads post\[\d+\] at level \d",
         rf"auroc\.latent_guard\s+{NUMBER}",

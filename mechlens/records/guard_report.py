@@ -1,5 +1,6 @@
 """A guard's evaluation as a record: numbers, curves, score distributions, the table with baselines, worst mistakes."""
 
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,6 +26,8 @@ QUESTION = (
 )
 OF_EACH_KIND = 5
 CURVE_POINTS = 200
+SHOWN_CHARACTERS, SHOWN_TOKENS = 300, 150
+"""Of a mistaken prompt: a jailbreak template can be pages long, and what decides stands at its end."""
 NUMBERS = (
     f"auroc.{GUARD}", "auroc.tfidf", "auroc_gain.tfidf", f"tpr_at_1pct_fpr.{GUARD}", f"tpr_at_5pct_fpr.{GUARD}",
     f"accuracy.{GUARD}", f"fpr.{GUARD}", f"calibration_error.{GUARD}", "over_refusal.false_positives",
@@ -225,15 +228,18 @@ def _mistakes(result: GuardEvaluation, model: LanguageModel) -> Section:
     direction = read_direction(result.guard)
     for mistake in worst_mistakes(result, OF_EACH_KIND):
         prompt = result.examined.prompts[mistake.row]
-        rows.append({"mistake": mistake.kind, "source": prompt.source, "score": mistake.score, "prompt": prompt.text})
+        text = textwrap.shorten(prompt.text, SHOWN_CHARACTERS, placeholder=" ...")
+        rows.append({"mistake": mistake.kind, "source": prompt.source, "score": mistake.score, "prompt": text})
         if result.plan.other_weights:
             continue  # a direction of other weights means nothing token by token
         found = project_tokens(model, direction, result.batch.row(mistake.row))
         start = int(result.batch.instruction[mistake.row, 0]) - result.batch.offset(mistake.row)
         values = found.values[start:]
         mean = sum(values) / len(values)
-        title = f"{mistake.kind}: {prompt.id} (score {mistake.score:.2f}, mean {mean:.2f} taken off)"
-        views.append(TokenView(found.tokens[start:], tuple(value - mean for value in values), title))
+        shown = min(len(values), SHOWN_TOKENS)
+        part = f", last {shown} of {len(values)} tokens" if shown < len(values) else ""
+        title = f"{mistake.kind}: {prompt.id} (score {mistake.score:.2f}, mean {mean:.2f} taken off{part})"
+        views.append(TokenView(found.tokens[-shown:], tuple(value - mean for value in values[-shown:]), title))
     return Section(
         "The worst mistakes",
         f"Tokens are coloured by their projection on the line that the guard reads at {direction.position}, level "

@@ -73,7 +73,7 @@ class TrackVerdict:
     def sentence(self) -> str:
         """The verdict in words."""
         more = f" (with {self.also})" if self.also else ""
-        return f"{self.concept} at step {self.step}: {self.word}{more}. {SENTENCES[self.word]}"
+        return f"{self.concept.capitalize()} at step {self.step}: {self.word}{more}. {SENTENCES[self.word]}"
 
 
 def track_verdict(concept: str, step: int, deciding: dict[str, Estimate]) -> TrackVerdict:
