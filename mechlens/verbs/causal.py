@@ -1,48 +1,24 @@
 """`mechlens causal`: the causal battery, recorded."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from mechlens.config import Causal
 from mechlens.errors import UserError
-from mechlens.models.bridge import LanguageModel
-from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate
-from mechlens.prompts.text import match_punctuation
 from mechlens.records.causal_report import record_causal
-from mechlens.records.run import Inputs
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.causal import CausalPlan, run_battery, work_ahead
-from mechlens.verbs.harm_sets import read_harm_sets
-from mechlens.verbs.model import chosen_model, record_inputs
-from mechlens.verbs.unseen import LeftOut, record_left_out
+from mechlens.verbs.harm_sets import Prepared, prepare_harm_study
 
 LEAST = {"n_validation": 4, "n_test": 8, "random_directions": 1, "shuffled_directions": 1, "resamples": 1}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that goes in, with the fingerprints that a rerun is held to."""
-
-    model: LanguageModel
-    template: ChatTemplate
-    harmful: tuple[Prompt, ...]
-    harmless: tuple[Prompt, ...]
-    punctuation: str
-    left_out: LeftOut
-    inputs: Inputs
 
 
 def prepare(config: Causal) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     _require_sizes(config)
-    sets = read_harm_sets(config, [config])
-    matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
-    model, template, inputs = chosen_model(config, sets.data)
-    return Prepared(model, template, matched.positive, matched.negative, matched.note, sets.left_out, inputs)
+    return prepare_harm_study(config, config)
 
 
 def run(config: Causal) -> Path:
@@ -55,9 +31,7 @@ def run(config: Causal) -> Path:
 
 def execute(prepared: Prepared, config: Causal, writer: RunWriter) -> None:
     """The battery itself, written to an open run."""
-    record_inputs(writer, prepared.model, prepared.inputs)
-    record_left_out(writer, prepared.left_out)
-    writer.prompts([*prepared.harmful, *prepared.harmless])
+    prepared.record(writer)
     plan = CausalPlan(
         seed=config.seed,
         layers=config.layers,

@@ -1,12 +1,19 @@
 """The harmful and the harmless prompts of a study: read, told apart by id, checked against each other and unseen."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from mechlens.config import ModelChoice
+from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.template import ChatTemplate
+from mechlens.prompts.text import match_punctuation
+from mechlens.records.run import Inputs
+from mechlens.records.writer import RunWriter
 from mechlens.verbs.inputs import PromptChoice, data_inputs, distinct_ids, read_prompts, refuse_shared, without_repeats
-from mechlens.verbs.unseen import LeftOut, leave_out_trained
+from mechlens.verbs.model import chosen_model, record_inputs
+from mechlens.verbs.unseen import LeftOut, leave_out_trained, record_left_out
 
 
 @runtime_checkable
@@ -20,6 +27,10 @@ class HarmChoice(PromptChoice, Protocol):
     @property
     def harmless(self) -> str:
         """Where the harmless prompts come from."""
+
+    @property
+    def punctuation(self) -> Literal["match", "keep", "strip"]:
+        """What becomes of final punctuation."""
 
 
 class HarmSets(NamedTuple):
@@ -51,3 +62,34 @@ def read_harm_sets(config: HarmChoice, models: Sequence[ModelChoice], extra_sour
     extra = without_repeats(extra, harmless, named)
     sets = {"harmful": positive, "harmless": (config.harmless, harmless), "extra_harmless": (named, extra)}
     return HarmSets(harmful, harmless, extra, left_out, data_inputs(sets))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that goes into a study of both classes, with the fingerprints that a rerun is held to."""
+
+    model: LanguageModel
+    template: ChatTemplate
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    extra: tuple[Prompt, ...]
+    """Further harmless prompts, as they are."""
+    punctuation: str
+    left_out: LeftOut
+    inputs: Inputs
+
+    def record(self, writer: RunWriter) -> None:
+        """Writes what goes in to an open run, before the study begins."""
+        record_inputs(writer, self.model, self.inputs)
+        record_left_out(writer, self.left_out)
+        writer.prompts([*self.harmful, *self.harmless, *self.extra])
+
+
+def prepare_harm_study(config: HarmChoice, model: ModelChoice, extra_source: str | None = None) -> Prepared:
+    """Prompts, model and template of a study of both classes; UserError for whatever can't be had."""
+    sets = read_harm_sets(config, [model], extra_source)
+    matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
+    chosen, template, inputs = chosen_model(model, sets.data)
+    return Prepared(
+        chosen, template, matched.positive, matched.negative, tuple(sets.extra), matched.note, sets.left_out, inputs
+    )

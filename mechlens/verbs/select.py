@@ -1,44 +1,20 @@
 """`mechlens select`: the selection of one refusal direction, recorded."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from mechlens.config import Select
 from mechlens.errors import UserError
 from mechlens.methods.candidate_filters import SelectionRule
-from mechlens.models.bridge import LanguageModel
-from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate
-from mechlens.prompts.text import match_punctuation
-from mechlens.records.run import Inputs
 from mechlens.records.selection_report import record_selection
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.selection import SelectionPlan, select_direction
-from mechlens.verbs.harm_sets import read_harm_sets
-from mechlens.verbs.model import chosen_model, record_inputs
-from mechlens.verbs.unseen import LeftOut, record_left_out
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that goes in, with the fingerprints that a rerun is held to."""
-
-    model: LanguageModel
-    template: ChatTemplate
-    harmful: tuple[Prompt, ...]
-    harmless: tuple[Prompt, ...]
-    punctuation: str
-    left_out: LeftOut
-    inputs: Inputs
+from mechlens.verbs.harm_sets import Prepared, prepare_harm_study
 
 
 def prepare(config: Select) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     _require_chance(config)
-    sets = read_harm_sets(config, [config])
-    matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
-    model, template, inputs = chosen_model(config, sets.data)
-    return Prepared(model, template, matched.positive, matched.negative, matched.note, sets.left_out, inputs)
+    return prepare_harm_study(config, config)
 
 
 def _require_chance(config: Select) -> None:
@@ -63,9 +39,7 @@ def run(config: Select) -> Path:
 
 def execute(prepared: Prepared, config: Select, writer: RunWriter) -> None:
     """The study itself, written to an open run."""
-    record_inputs(writer, prepared.model, prepared.inputs)
-    record_left_out(writer, prepared.left_out)
-    writer.prompts([*prepared.harmful, *prepared.harmless])
+    prepared.record(writer)
     plan = SelectionPlan(
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
