@@ -181,7 +181,10 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
         "Is harmfulness one thing?",
         f"A category's direction is its mean minus that of harmless prompts. Mean cosine over pairs: {means}. Two "
         "categories are compared by directions from disjoint halves of the harmless prompts; `corrected` in the table "
-        "divides by the directions' reliability. Transfer is tested on prompts that no direction was fitted to.",
+        "divides by the directions' reliability. Transfer is tested on prompts that no direction was fitted to.\n\n"
+        "What every prompt of a file shares against the harmless ones (final punctuation, wording) makes such "
+        "directions alike and lets them transfer, whatever they mean: only differences between categories, or "
+        "categories and harmless prompts from one source, say more.",
         tuple(shown),
         table=categories.reliability,
     )
