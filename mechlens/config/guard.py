@@ -27,10 +27,11 @@ class GuardFit(ModelChoice, Sampling):
     """System prompt of every prompt; None leaves the template's own default."""
     punctuation: Literal["match", "keep", "strip"] = "keep"
     """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ."""
-    rule: Literal["faithful", "centred", "lda", "logistic"] = "lda"
+    rule: Literal["faithful", "centred", "lda", "logistic"] = "logistic"
     """faithful (the paper's cosines), centred, lda (shrinkage) or logistic; the others are fitted beside it."""
     positions: Literal["inst", "last", "both"] = "both"
-    """Where the guard reads: the last token of the user's words, the last one of the prompt, or both."""
+    """Where the guard reads: the last token of the user's words (inst holds best under fine-tuning), the prompt's last
+    one, or both."""
     levels: Literal["best", "all"] = "best"
     """best: one level a position, chosen on validation. all: the mean over all levels, as in the paper."""
     max_fpr: float | None = 0.05

@@ -44,7 +44,7 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
 
     def __init__(
         self,
-        rule: str = "lda",
+        rule: str = "logistic",
         positions: tuple[str, ...] = ("inst", "last"),
         levels: str | tuple[int, ...] = "best",
         max_fpr: float | None = 0.05,
