@@ -121,6 +121,25 @@ def test_shuffled_labels_give_an_auroc_of_one_half_within_its_interval(rule: str
     assert auroc_estimate(real.score(test), positive(test), test.families, 0, 200).low > 0.55
 
 
+def test_of_levels_that_do_as_well_the_lowest_is_read() -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = ("harmful", "harmless") * 200
+    sign = torch.tensor([1.0, -1.0]).repeat(200)
+    noise = torch.randn(400, 1, 8, generator=generator)
+    # Level 1 separates less, levels 2 and 3 alike, and level 4 by a hair more.
+    apart = torch.tensor([0.0, 1.5, 4.0, 4.0, 4.1])
+    values = noise.expand(-1, 5, -1) + 0.5 * apart[:, None] * sign[:, None, None] * torch.eye(8)[0]
+    acts = activations(values[:, :, None], labels, levels=tuple(range(5)), positions=("inst",))
+    guard = LatentGuard(positions=("inst",)).fit(acts)
+    assert [place.level for place in guard.fitted_.places] == [2]
+    found = {
+        place.level: place.validation_auroc
+        for place in LatentGuard(positions=("inst",), levels=(1, 2, 4)).fit(acts).fitted_.places
+    }
+    assert found[1] < found[4] - 0.05
+    assert found[2] <= found[4] < found[2] + 0.01
+
+
 def test_levels_are_chosen_without_the_test_part(planted: tuple[Any, Any]) -> None:
     from mechlens.prompts.split import split_by_family
 

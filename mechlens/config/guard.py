@@ -33,7 +33,8 @@ class GuardFit(ModelChoice, Sampling):
     """Where the guard reads: the last token of the user's words (inst holds best under fine-tuning), the prompt's last
     one, or both."""
     levels: Literal["best", "all"] = "best"
-    """best: one level a position, chosen on validation. all: the mean over all levels, as in the paper."""
+    """best: the lowest level at each position that does as well on validation as the best one; the blocks above it are
+    never run. all: the mean over all levels, as in the paper."""
     max_fpr: float | None = 0.05
     """Share of harmless prompts that may be flagged, which sets the threshold; None is the paper's threshold of 0."""
     max_new_tokens: int = 24

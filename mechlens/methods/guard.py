@@ -30,16 +30,21 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.template import ChatTemplate
 
+AS_GOOD, AS_FAR = 0.01, 0.8
+"""A lower level does as well as the best one where its validation AUROC is at most so much lower, and its classes lie
+at least this share of the best one's standard deviations apart: small parts often leave many levels at AUROC 1."""
+
 Estimator = TypeVar("Estimator", bound="GuardEstimator")
 
 
 class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
     """Detects harmful prompts from the residual stream at `inst`, `last` or both.
 
-    `rule`: "faithful" (the paper's), "centred", "lda" or "logistic". `levels`: "best" chooses one for each position
-    on validation (never level 0, which knows only the token), "all" averages over all that were collected, as the
-    paper does, or give them. `max_fpr` sets the threshold, None leaves it at the paper's 0. `positive` and
-    `negative` are the labels to tell apart.
+    `rule`: "faithful" (the paper's), "centred", "lda" or "logistic". `levels`: "best" chooses one for each position on
+    validation: the lowest that does as well as the best one (`AS_GOOD`, `AS_FAR`), so that the guard leaves early, and
+    never level 0, which knows only the token; "all" averages over all that were collected, as the paper does; or give
+    them. `max_fpr` sets the threshold, None leaves it at the paper's 0. `positive` and `negative` are the labels to
+    tell apart.
     """
 
     def __init__(
@@ -187,9 +192,14 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
         found = [self._tried(train, validation, level, position) for level in bar]
         if self.levels != "best":
             return [place for place, _ in found]
-        # Of equals, which small validation parts bring, the one that separates most, then the lowest.
-        best = max(found, key=lambda one: (one[0].validation_auroc, one[1], -one[0].level))
-        return [best[0]]
+        # Of equals, which small validation parts bring, the one that separates most.
+        best, furthest = max(found, key=lambda one: (one[0].validation_auroc, one[1]))
+        as_good = (
+            place
+            for place, apart in found
+            if place.validation_auroc >= best.validation_auroc - AS_GOOD and apart >= min(furthest, AS_FAR * furthest)
+        )
+        return [min(as_good, key=lambda place: place.level)]
 
     def _candidates(self, acts: Activations) -> tuple[int, ...]:
         wanted = tuple(level for level in acts.levels if level > 0) if self.levels == "best" else acts.levels

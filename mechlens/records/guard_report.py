@@ -256,9 +256,10 @@ def _how(result: GuardEvaluation, metrics: Mapping[str, Estimate], punctuation: 
     return (
         f"Guard: rule {settings.rule}, positions {', '.join(settings.positions)}, levels {settings.levels}; fitted and "
         f"calibrated on {len(result.guard.train_ids)} prompts ({calibration.n_positive} harmful, "
-        f"{calibration.n_negative} harmless), none of them tested. Levels were chosen by AUROC on a validation part; "
-        "the threshold is a conformal bound and the probabilities Platt scaling, both from held-out folds of those "
-        "prompts; probabilities are for equally many harmful and harmless prompts.\n\n"
+        f"{calibration.n_negative} harmless), none of them tested. Levels were chosen by AUROC on a validation part, "
+        "the lowest of those that do as well as the best; the threshold is a conformal bound and the probabilities "
+        "Platt scaling, both from held-out folds of those prompts; probabilities are for equally many harmful and "
+        "harmless prompts.\n\n"
         f"{punctuation}. Intervals: 95% bootstrap over prompt families ({plan.n_resamples} resamples), detectors "
         f"frozen. Nulls: {plan.n_random} random directions at the guard's first place; {plan.n_permutations} refits "
         f"of its rule to permuted labels (mean AUROC {metrics['null.shuffled_mean'].value:.2f}, p = "
