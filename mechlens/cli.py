@@ -189,7 +189,9 @@ def _said_of(name: str, value: object) -> str:
     """A count is a number of prompts or checkpoints out of all; it has no interval."""
     from mechlens.methods.estimate import Estimate
 
-    return f"{value.value:.0f} of {value.n}" if isinstance(value, Estimate) and name.startswith(("n.", "candidates.")) else str(value)
+    if isinstance(value, Estimate) and name.startswith(("n.", "candidates.")):
+        return f"{value.value:.0f} of {value.n}"
+    return str(value)
 
 
 def _list_runs(command: ListRuns) -> None:
