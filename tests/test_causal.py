@@ -102,6 +102,7 @@ def test_a_push_turns_the_replies_and_ablating_refusal_stops_it(found: Battery) 
     assert table["none", "refused_harmful"] > 0.2
     assert table["ablate", "refused_harmful"] == 0.0
     assert table["add", "refused_harmless"] == 1.0
+    assert table["add", "refused_harmless_zhao"] == 1.0  # both judges know "I cannot"
     assert table["none", "kl"] == pytest.approx(0.0, abs=1e-9)
     assert table["add", "kl"] > table["none", "kl"]
     harm = found.grid.rates

@@ -147,7 +147,9 @@ def _damage(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
     return Section(
         "What else breaks",
         "Cross-entropy of plain text (acted on at every token) and of the model's own unsteered answers to harmless "
-        "prompts, KL from the unsteered model over those answers, repeated word triples, empty answers, refusals.",
+        "prompts, KL from the unsteered model over those answers, repeated word triples, empty answers, refusals "
+        "by the phrases of Arditi et al., which decide everywhere, and by the longer list of Zhao et al. (`_zhao`): "
+        "where the two differ, the push makes the model refuse in words that the first doesn't know.",
         drawn["damage"],
         table=shown,
     )

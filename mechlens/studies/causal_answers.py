@@ -12,12 +12,15 @@ from mechlens.methods.directions import Direction
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.interventions import Ablate, Add, ResidualNorms
 from mechlens.methods.inversion import BELIEFS, SCOPES, Belief, parse_reply
-from mechlens.methods.judges import ARDITI
+from mechlens.methods.judges import ARDITI, ZHAO
 from mechlens.methods.shelf import Shelf
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.studies.causal_directions import HARMLESS, OPERATIONS, PUSH, Setting, intervene, pushes
 from mechlens.studies.causal_readings import Arm, Chance, Subjects, columns
 
+JUDGES = {"": ARDITI, "_zhao": ZHAO}
+"""By the end of a column's name. The first decides everywhere; the second knows more ways to say no, such as "I will
+not", which pushed models use more than others."""
 REPLY_TOKENS = 8
 """Enough for the word, or for the phrase of a refusal."""
 
@@ -35,15 +38,16 @@ class AnswersUnder:
     def table(self) -> pd.DataFrame:
         """One row per prompt and operation: the answer before and after, with verdicts."""
         prompts = self.who.prompts
-        before = ARDITI(prompts, self.unsteered.texts)
+        before = {f"verdict_before{end}": judge(prompts, self.unsteered.texts) for end, judge in JUDGES.items()}
         rows = [
             {
                 "id": prompt.id, "label": prompt.label, "operation": operation,
-                "is_push": PUSH[prompt.label] == operation, "verdict_before": before[i], "verdict_after": after[i],
+                "is_push": PUSH[prompt.label] == operation,
+                **{name: verdicts[i] for name, verdicts in (before | after).items()},
                 "prompt": prompt.text, "unsteered_answer": self.unsteered.texts[i], "answer": texts[i],
             }
             for operation, texts in self.texts.items()
-            for after in [ARDITI(prompts, texts)]
+            for after in [{f"verdict_after{end}": judge(prompts, texts) for end, judge in JUDGES.items()}]
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip
         return pd.DataFrame(rows)
@@ -68,10 +72,12 @@ class AnswersUnder:
         encode = loaded(model).tokenizer.encode
         repeated = torch.tensor([repetition(encode(text, add_special_tokens=False)) for text in texts]).double()
         silent = torch.tensor([not text for text in texts]).double()
-        refused = torch.tensor([verdict == "refused" for verdict in ARDITI(self.who.prompts, texts)]).double()
-        by_class = {f"refused_{label}": self.who.estimate(refused, chance, self.who.of(label)) for label in PUSH}
         estimate = self.who.estimate
-        return {"repetition": estimate(repeated, chance), "empty": estimate(silent, chance), **by_class}
+        found = {"repetition": estimate(repeated, chance), "empty": estimate(silent, chance)}
+        for end, judge in JUDGES.items():
+            refused = torch.tensor([verdict == "refused" for verdict in judge(self.who.prompts, texts)]).double()
+            found |= {f"refused_{label}{end}": estimate(refused, chance, self.who.of(label)) for label in PUSH}
+        return found
 
 
 def _losses(found: Damage, chance: Chance) -> dict[str, Estimate]:
