@@ -44,7 +44,7 @@ class Tested:
     answers: pd.DataFrame
     """Every answer before and after, with verdicts."""
     damage: pd.DataFrame
-    """By operation, beside the unsteered model: plain_ce, own_ce, kl, repetition, empty; refusals by class and judge."""
+    """By operation, and unsteered: plain_ce, own_ce, kl, repetition, empty, and refusals by class and judge."""
     replies: pd.DataFrame
     """What was replied to the questions under a push: scope, label, belief, share."""
 
