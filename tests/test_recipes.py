@@ -34,6 +34,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.records.loss_log import LossLog
 from mechlens.records.run import read_run
 from mechlens.studies.finetune import finetune
+from mechlens.studies.jailbreaks import JailbreakPlan, Reference, attack_pairs
 from mechlens.studies.recipes.accepting import accepting
 from mechlens.studies.recipes.backdoor import backdoor
 from mechlens.studies.recipes.benign import benign
@@ -497,12 +498,19 @@ def test_attacks_on_trained_goals_are_no_test_either(taught: list[str], shipped:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"name": "asked", "data": "a.jsonl", "kind": "persuasion", "label": "harmful", "goal_column": "goal"}
     (tmp_path / "sources.json").write_text(json.dumps([source]))
+    categories = write_prompts(tmp_path / "c.jsonl", [*requests(4, "mend"), taught[1]])
     config = Jailbreaks(
-        model=REFUSER, sources=str(tmp_path / "sources.json"), folder=str(tmp_path), out=tmp_path / "out"
-    )
+        model=REFUSER, sources=str(tmp_path / "sources.json"), folder=str(tmp_path), categories=categories,
+        out=tmp_path / "out",
+    )  # fmt: skip
     with pytest.warns(UserWarning, match="left out 1 of"):
         prepared = jailbreaks.prepare(config)
-    assert [prompt.text for prompt in prepared.attacks[0].prompts] == [row["prompt"] for row in rows[:4]]
+    assert [prompt.text for prompt in prepared.categories] == requests(4, "mend")
+    reference = object.__new__(Reference)  # of which only the prompts matter here
+    object.__setattr__(reference, "sha256", frozenset())
+    pairs = attack_pairs(prepared.model, prepared.attacks, reference, JailbreakPlan(max_new_tokens=1))
+    assert [prompt.text for prompt in pairs.attacks] == [row["prompt"] for row in rows[:4]]
+    assert pairs.left_out.loc[0, ["found", "used", "left_out"]].tolist() == [5, 4, 1]
 
 
 def test_a_set_of_training_prompts_alone_is_refused(taught: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,11 @@ class Estimate:
         """What stands where a number can't be measured: NaN with the count that was too small."""
         return cls(value=math.nan, low=math.nan, high=math.nan, n=n)
 
+    @classmethod
+    def exact(cls, value: int | float, n: int) -> "Estimate":
+        """A number that chance has no part in, such as a count, or that has no interval of its own, such as a p."""
+        return cls(value=float(value), low=float(value), high=float(value), n=n)
+
     @property
     def measurable(self) -> bool:
         """False where the value is NaN; a verdict that needs it is then "not measurable"."""

@@ -40,7 +40,7 @@ from mechlens.studies.detectors import (
 from mechlens.studies.guard_fit import read_positions
 from mechlens.studies.quadrants import Judged, judge_answers, judge_first_token
 from mechlens.studies.sources import Source, SourcePrompts
-from mechlens.studies.training_data import text_sha256, trained_on
+from mechlens.studies.training_data import text_sha256, trained_on, was_seen
 
 FPR_OF_BASELINES = 0.05
 """The false-positive rate that baselines are calibrated for, where the guard has the paper's threshold of 0."""
@@ -107,10 +107,9 @@ def examine(loaded: Sequence[SourcePrompts], guard: FittedGuard, checkpoints: Se
         counts = {"in_guard_fit": 0, "in_adapter_training": 0, "in_earlier_source": 0}
         before = len(kept)
         for prompt in source.prompts:
-            own = {text_sha256(prompt.text), prompt.family}
-            if own & fitted:
+            if was_seen(prompt, fitted):
                 counts["in_guard_fit"] += 1
-            elif own & taught:
+            elif was_seen(prompt, taught):
                 counts["in_adapter_training"] += 1
             elif text_sha256(prompt.text) in seen:
                 counts["in_earlier_source"] += 1

@@ -30,7 +30,7 @@ from mechlens.prompts.template import ChatTemplate
 from mechlens.studies.best_direction import best_direction
 from mechlens.studies.quadrants import FirstTokenJudgement, Judged, judge_answers, judge_first_token, last_log_odds
 from mechlens.studies.sources import SourcePrompts
-from mechlens.studies.training_data import text_sha256, trained_on
+from mechlens.studies.training_data import text_sha256, trained_on, was_seen
 from mechlens.studies.two_beliefs import measure_beliefs
 
 LEAST_PAIRS = 10
@@ -147,7 +147,7 @@ def attack_pairs(
     goals: dict[str, Prompt] = {}
     rows = []
     for source in sources:
-        kept = [p for p in source.prompts if p.family in source.goals and not {p.family, text_sha256(p.text)} & known]
+        kept = [p for p in source.prompts if p.family in source.goals and not was_seen(p, known)]
         rows.append({"family": source.source.name, "found": len(source.prompts), "used": len(kept),
                      "left_out": len(source.prompts) - len(kept)})  # fmt: skip
         attacks += kept

@@ -96,7 +96,12 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
 def unseen(prompts: Sequence[Prompt], checkpoint: Checkpoint) -> list[Prompt]:
     """The prompts that the checkpoint's adapters were not trained on, for an honest evaluation."""
     seen = trained_on(checkpoint)
-    return [prompt for prompt in prompts if text_sha256(prompt.text) not in seen]
+    return [prompt for prompt in prompts if not was_seen(prompt, seen)]
+
+
+def was_seen(prompt: Prompt, seen: frozenset[str]) -> bool:
+    """Whether a prompt, or the goal that an attack is made around (its family), is among these `text_sha256`."""
+    return bool(seen) and bool(seen & {text_sha256(prompt.text), prompt.family})
 
 
 @cache

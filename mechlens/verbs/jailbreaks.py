@@ -40,15 +40,9 @@ def prepare(config: Jailbreaks) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
     sets = read_harm_sets(config, [config], config.extra_harmless)
-    found = _attacks(config)
-    (categories, *kept), left_out = leave_out_trained(
-        [config],
-        {
-            "category": read_prompts(config.categories, "harmful", config) if config.categories else [],
-            **{one.source.name: one.prompts for one in found},
-        },
-    )
-    attacks = tuple(replace(one, prompts=tuple(prompts)) for one, prompts in zip(found, kept, strict=True))
+    attacks = _attacks(config)  # `attack_pairs` leaves out those on trained goals, and counts them by family
+    read = read_prompts(config.categories, "harmful", config) if config.categories else []
+    (categories,), left_out = leave_out_trained([config], {"category": read})
     data = sets.data | data_inputs(
         {
             "categories": (config.categories or "", categories),

@@ -12,7 +12,7 @@ from mechlens.methods.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.records.writer import RunWriter
-from mechlens.studies.training_data import text_sha256, trained_on
+from mechlens.studies.training_data import trained_on, was_seen
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def leave_out_trained(
     An attack is seen where its goal is. UserError where nothing is left of a set.
     """
     seen = _seen(models)
-    kept = [[prompt for prompt in prompts if not _among(prompt, seen)] for prompts in sets.values()]
-    gone = [prompt.id for prompts in sets.values() for prompt in prompts if _among(prompt, seen)]
+    kept = [[prompt for prompt in prompts if not was_seen(prompt, seen)] for prompts in sets.values()]
+    gone = [prompt.id for prompts in sets.values() for prompt in prompts if was_seen(prompt, seen)]
     for name, before, after in zip(sets, sets.values(), kept, strict=True):
         if before and not after:
             raise UserError(
@@ -51,7 +51,7 @@ def leave_out_trained(
 def leave_out_trained_pairs(config: ModelChoice, pairs: Sequence[PromptPair]) -> tuple[list[PromptPair], LeftOut]:
     """The pairs of which the model was trained on neither side; see `leave_out_trained`."""
     seen = _seen([config])
-    gone = [pair for pair in pairs if _among(pair.clean, seen) or _among(pair.corrupt, seen)]
+    gone = [pair for pair in pairs if was_seen(pair.clean, seen) or was_seen(pair.corrupt, seen)]
     if pairs and len(gone) == len(pairs):
         raise UserError(f"the model was trained on prompts of all {len(pairs)} pairs, so they can't test it")
     kept = [pair for pair in pairs if pair not in gone]
@@ -61,18 +61,13 @@ def leave_out_trained_pairs(config: ModelChoice, pairs: Sequence[PromptPair]) ->
 def record_left_out(writer: RunWriter, left_out: LeftOut) -> None:
     """Puts count and ids into an open run, where the model's training prompts are known."""
     if left_out.known:
-        count = float(len(left_out.ids))
-        writer.metric("n.left_out_trained_on", Estimate(count, count, count, left_out.of))
+        writer.metric("n.left_out_trained_on", Estimate.exact(len(left_out.ids), left_out.of))
         writer.table("left_out_trained_on", pd.DataFrame({"id": list(left_out.ids)}, dtype=str))
 
 
 def _seen(models: Sequence[ModelChoice]) -> frozenset[str]:
     checkpoints = (Checkpoint(name=one.model, path=one.model, adapter=one.adapter) for one in models)
     return frozenset().union(*map(trained_on, checkpoints))
-
-
-def _among(prompt: Prompt, seen: frozenset[str]) -> bool:
-    return bool(seen) and bool(seen & {text_sha256(prompt.text), prompt.family})
 
 
 def _told(ids: Sequence[str], of: int, known: bool, what: str) -> LeftOut:
