@@ -18,8 +18,7 @@ def record_comparison(
 ) -> None:
     """Writes the pair's tables and the moved activations into an open run."""
     section = _not_moved(moved) if moved.result is None or moved.control is None else _moved(writer, moved)
-    count = float(moved.differing)
-    writer.metric("n.behave_differently", Estimate(count, count, count, moved.of))
+    writer.metric("n.behave_differently", Estimate.exact(moved.differing, moved.of))
     record_tracking(writer, result, pair, {}, punctuation, more=(section,))
 
 

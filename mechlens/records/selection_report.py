@@ -46,17 +46,13 @@ def record_selection(writer: RunWriter, result: Selection, model: LanguageModel,
 def _metrics(result: Selection) -> dict[str, Estimate]:
     counts = result.found.filtered.counts()
     total = sum(counts.values())
-    found = {f"candidates.{name.replace(' ', '_')}": _count(n, total) for name, n in counts.items()}
+    found = {f"candidates.{name.replace(' ', '_')}": Estimate.exact(n, total) for name, n in counts.items()}
     kept = result.random.filtered.counts()
-    found["candidates.kept.random"] = _count(kept["kept"], sum(kept.values()))
+    found["candidates.kept.random"] = Estimate.exact(kept["kept"], sum(kept.values()))
     if result.test is None:
         return found
-    found["chosen.level"] = _count(result.test.chosen.level, total)
+    found["chosen.level"] = Estimate.exact(result.test.chosen.level, total)
     return found | result.test.metrics()
-
-
-def _count(value: int, n: int) -> Estimate:
-    return Estimate(float(value), float(value), float(value), n)
 
 
 def _filters(result: Selection) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 import pandas as pd
 
 from mechlens.methods.directions import Direction
-from mechlens.methods.estimate import Estimate
 from mechlens.methods.token_view import project_tokens
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.records.report import Number, Report, Section, TokenView
@@ -206,7 +205,7 @@ def _named_directions(result: Separation) -> list[tuple[str, Direction]]:
 def _how(writer: RunWriter, result: Separation, verdict: Verdict, model: LanguageModel, punctuation: str) -> str:
     sizes = {name: len(result.split.part(name)) for name in ("train", "validation", "test")}
     known = loaded(model)
-    gap = Estimate(known.parity_gap, known.parity_gap, known.parity_gap, 1).value
+    gap = known.parity_gap
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
         f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test; "

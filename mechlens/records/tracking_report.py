@@ -59,8 +59,8 @@ def record_tracking(
 
 def headline(result: Tracking) -> dict[str, Estimate]:
     """The base's and the last checkpoint's numbers, by name and step."""
-    count = float(len(result.snapshots) - 1)
-    found = {"n.checkpoints": Estimate(count, count, count, len(result.snapshots) - 1 + len(result.left_out))}
+    count = len(result.snapshots) - 1
+    found = {"n.checkpoints": Estimate.exact(count, count + len(result.left_out))}
     for step in dict.fromkeys((result.steps[0], result.steps[-1])):
         for concept in result.reference.measurable:
             here = cell_of(result.readouts, concept, step)

@@ -50,11 +50,10 @@ class Concept:
         found = {f"auroc.{choice.position}": choice.auroc for choice in self.detection.chosen}
         found["auroc.best"] = best.auroc
         n = best.auroc.n
-        p, top = best.permutation.p, best.random.maximum
-        found["permutation_p"] = Estimate(p, p, p, n)
-        found["random_maximum"] = Estimate(top, top, top, n)
+        found["permutation_p"] = Estimate.exact(best.permutation.p, n)
+        found["random_maximum"] = Estimate.exact(best.random.maximum, n)
         reliable = float(self.reliability[self.acts.levels.index(best.level), self._column(best.position)])
-        found["reliability"] = Estimate(reliable, reliable, reliable, len(self.split.train))
+        found["reliability"] = Estimate.exact(reliable, len(self.split.train))
         return found | self.measured.baselines
 
     def table(self) -> pd.DataFrame:

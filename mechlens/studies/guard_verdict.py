@@ -47,7 +47,7 @@ def guard_report(result: GuardEvaluation) -> GuardReport:
         ("null.shuffled_mean", shuffled.mean),
         ("null.shuffled_p", shuffled.p),
     ):
-        metrics[name] = Estimate(value, value, value, n)
+        metrics[name] = Estimate.exact(value, n)
     return GuardReport(table, columns, refusals, metrics, _verdict(metrics, result))
 
 

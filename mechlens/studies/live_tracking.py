@@ -147,18 +147,14 @@ def _at_position(
         f"auroc.{asked}.refitted": auroc["refitted"],
         f"accuracy.{asked}": mean_estimate(right, test.families, plan.seed, plan.n_resamples),
         f"gap.{asked}": mean_estimate(apart * share, test.families, plan.seed, plan.n_resamples),
-        f"cosine.{asked}": _plain(float(cosine(refitted.vector, direction.vector)), len(train.ids)),
-        f"reliability.{asked}": _plain(float(reliability), len(train.ids)),
-        f"norm.{asked}": _plain(refitted.norm, len(train.ids)),
+        f"cosine.{asked}": Estimate.exact(float(cosine(refitted.vector, direction.vector)), len(train.ids)),
+        f"reliability.{asked}": Estimate.exact(float(reliability), len(train.ids)),
+        f"norm.{asked}": Estimate.exact(refitted.norm, len(train.ids)),
     }
 
 
 def _cell(acts: Activations, level: int, position: str) -> Activations:
     return replace(acts, values=acts.at(level, position)[:, None, None], levels=(level,), positions=(position,))
-
-
-def _plain(value: float, n: int) -> Estimate:
-    return Estimate(value, value, value, n)
 
 
 def _read(module: Any, watched: Watched, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:

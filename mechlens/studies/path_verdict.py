@@ -49,8 +49,7 @@ def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdic
             f"{direction}.recovery.top_head": _estimate(_largest(way.heads), n),
             f"{direction}.recovery.top_head_random": _estimate(way.head_control, n),
         }
-    correlation = result.correlation()
-    numbers["attribution_correlation"] = Estimate(correlation, correlation, correlation, n)
+    numbers["attribution_correlation"] = Estimate.exact(result.correlation(), n)
     heads = pd.concat([way.heads.assign(direction=name) for name, way in ways.items()], ignore_index=True)
     heads = heads.drop(columns=["position", "token"])
     return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads)
@@ -114,4 +113,4 @@ def _estimate(row: "pd.Series[float]", n: int) -> Estimate:
 
 
 def _layer(value: int | None, n: int) -> Estimate:
-    return Estimate.missing(n) if value is None else Estimate(float(value), float(value), float(value), n)
+    return Estimate.missing(n) if value is None else Estimate.exact(value, n)

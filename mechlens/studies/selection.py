@@ -73,10 +73,8 @@ class Ranked:
         pool = [i for i, fate in enumerate(self.filtered.fate) if fate in (KEPT, LOW_INDUCE)]
         if not pool:
             return ()
-        lowest, highest = (
-            min(pool, key=lambda i: float(self.means[i, 0])),
-            max(pool, key=lambda i: float(self.means[i, 1])),
-        )
+        bypass, induce, _ = self.means.T.tolist()
+        lowest, highest = min(pool, key=bypass.__getitem__), max(pool, key=induce.__getitem__)
         return self.candidates[lowest], self.candidates[highest]
 
     def table(self) -> pd.DataFrame:

@@ -98,9 +98,7 @@ class Separation:
             "refused_auroc.last.harmless": self.contrasts["refused.harmless"].auroc(last),
             "first_token_auroc": self.first_token.auroc,
         }
-        found |= {
-            f"n.{name}": Estimate(float(n), float(n), float(n), len(self.judged.prompts)) for name, n in counts.items()
-        }
+        found |= {f"n.{name}": Estimate.exact(n, len(self.judged.prompts)) for name, n in counts.items()}
         found |= {f"refusal_rate.{name}": rate for name, rate in self.refusal_rates.items()}
         return found | self.geometry.metrics() | self.beliefs.metrics()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Protocol, runtime_checkable
 
-from mechlens.config import Sampling
+from mechlens.config import Sampling, Select
 from mechlens.errors import UserError
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.load import load_prompts
@@ -40,9 +40,11 @@ def read_prompts(source: str, label: str, config: PromptChoice) -> list[Prompt]:
     return asked if config.system is None else [replace(prompt, system=config.system) for prompt in asked]
 
 
-def require_sampling(config: Sampling) -> None:
+def require_sampling(
+    config: Sampling | Select, names: Sequence[str] = ("resamples", "permutations", "random_directions")
+) -> None:
     """UserError unless there is chance to be sampled: an interval or a null of nothing says nothing."""
-    for name in ("resamples", "permutations", "random_directions"):
+    for name in names:
         if getattr(config, name) < 1:
             raise UserError(
                 f"{name} is {getattr(config, name)}; every number needs its interval and its nulls, so give at least 1"

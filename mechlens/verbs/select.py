@@ -9,24 +9,17 @@ from mechlens.records.selection_report import record_selection
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.selection import SelectionPlan, select_direction
 from mechlens.verbs.harm_sets import Prepared, prepare_harm_study
+from mechlens.verbs.inputs import require_sampling
 
 
 def prepare(config: Select) -> Prepared:
     """Prompts and model; UserError for whatever can't be had."""
-    _require_chance(config)
-    return prepare_harm_study(config, config)
-
-
-def _require_chance(config: Select) -> None:
-    for name in ("resamples", "random_directions"):
-        if getattr(config, name) < 1:
-            raise UserError(
-                f"{name} is {getattr(config, name)}; every number needs its interval and its null, so give at least 1"
-            )
+    require_sampling(config, ("resamples", "random_directions"))
     if not 0 <= config.last_layers < 1:
         raise UserError(
             f"last_layers is {config.last_layers}; give a share of the layers from 0 to below 1, such as 0.2"
         )
+    return prepare_harm_study(config, config)
 
 
 def run(config: Select) -> Path:
