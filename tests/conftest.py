@@ -26,6 +26,15 @@ import torch
 
 torch.set_num_threads(2)
 
+EXACT = ("answers", "collect", "patching", "path_patching", "steered_sweeps", "steering", "swap")
+"""Subjects whose tests hold a fast path against the plain one; they are run on the oldest and newest libraries too."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in EXACT:
+            item.add_marker(pytest.mark.exact)
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Any:

@@ -37,6 +37,8 @@ class Activations:
     """Fingerprint of the chat template that placed the positions."""
     engine: str = "plain"
     """Which forward pass made them: "fast" (shared prefix, early stop) or "plain"."""
+    why_plain: str = ""
+    """Why the plain path was taken; empty for the fast one."""
     last: str = ""
     """Name under which the last token of the prompt is stored, such as "post[5]"."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,8 @@ class Answers:
     template: str
     engine: str
     """"fast" (shared prefix, packed cache) or "plain"."""
+    why_plain: str = field(default="", kw_only=True)
+    """Why the plain path was taken; empty for the fast one."""
 
     @property
     def first_tokens(self) -> tuple[int, ...]:
@@ -108,6 +110,7 @@ def answer(
         checkpoint=checkpoint,
         template=batch.template,
         engine="fast" if fast else "plain",
+        why_plain=forward.why_plain(model),
     )
 
 

@@ -78,6 +78,7 @@ def collect(
         checkpoint=checkpoint,
         template=batch.template,
         engine="fast" if fast else "plain",
+        why_plain=forward.why_plain(model),
         last=batch.positions[-1],
     )
 

@@ -40,6 +40,8 @@ class PatchResult:
     """"growing batch", or "plain" with one forward pass per site."""
     source: str = "other prompt"
     """Where the values came from: "other prompt", another checkpoint's name, or "random"."""
+    why_plain: str = ""
+    """Why the plain path was taken where nobody asked for it; empty otherwise."""
 
     @property
     def start(self) -> Float[Tensor, " pair"]:

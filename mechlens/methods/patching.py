@@ -29,7 +29,7 @@ from mechlens.methods.patch_result import PatchResult
 from mechlens.methods.shelf import Shelf
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded, n_layers
 from mechlens.models.edit import Edit, Recording, bears_edits, plain_edited_logits, plain_record
-from mechlens.models.partial import can_grow, edited_logits, record
+from mechlens.models.partial import can_grow, edited_logits, record, why_not_growing
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.template import ChatTemplate
@@ -90,6 +90,7 @@ def patch_sweep(
         direction=plan.direction,
         engine=used,
         source=_source_name(plan, source_model),
+        why_plain=why_not_growing(model, plan.site) if engine == "auto" else "",
     )
 
 
@@ -104,10 +105,9 @@ def _choose_engine(model: LanguageModel, site: str, engine: str) -> str:
         raise UserError(f"there is no engine {engine!r}; choose auto, {GROWING}, {PLAIN} or {ATTRIBUTION}")
     if engine in (PLAIN, ATTRIBUTION):
         return engine
-    fits = can_grow(model, site)
-    if engine == GROWING and not fits:
-        raise UserError("this model can't take the growing-batch engine; choose engine='auto' or 'plain'")
-    return GROWING if fits else PLAIN
+    if engine == GROWING and (reason := why_not_growing(model, site)):
+        raise UserError(f"this model can't take the growing batch: {reason}; choose engine='auto' or 'plain'")
+    return GROWING if can_grow(model, site) else PLAIN
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
 from mechlens.models.generate import start_cache
-from mechlens.models.intervene import Along, Change, bears_fast, changed
+from mechlens.models.intervene import Along, Change, Place, bears_fast, changed
 from mechlens.models.merged import Merged, merges_rows
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
@@ -68,7 +68,18 @@ def steered_batch(
     changes = [placement.changes(i, [one for one in row if not changes_nothing(one)]) for i, row in enumerate(lists)]
     places = {(site, layer) for row in changes for change in row for site in change.sites for layer in change.layers}
     fast = forward.fits_fast_path(model) and bears_fast(model, sorted(places))
-    return SteeredBatch(model, batch, lists, changes, new_tokens, fast)
+    reason = "" if fast else _why_plain(model, sorted(places))
+    forward.warn_plain(model, reason)
+    return SteeredBatch(model, batch, lists, changes, new_tokens, fast, reason)
+
+
+def _why_plain(model: LanguageModel, places: Sequence[Place]) -> str:
+    """Why changes at these sites need whole passes; empty where each is the input or output of a plain module."""
+    reason = forward.why_plain(model)
+    if not reason and not bears_fast(model, places):
+        sites = ", ".join(sorted({site for site, _ in places}))
+        reason = f"what lies at {sites} isn't the input or output of one of its modules"
+    return reason
 
 
 def _per_row(interventions: Interventions, n: int) -> tuple[tuple[Intervention, ...], ...]:
@@ -101,6 +112,7 @@ class SteeredBatch:
     changes: list[list[Change]]
     new_tokens: int
     fast: bool
+    why_plain: str
 
     def run(self, work: Work, max_tokens: int, shelf: Shelf | None) -> Tensor:
         """One row of values for each prompt, batch by batch; finished batches are kept on the shelf."""

@@ -80,6 +80,7 @@ def answer_under(
         checkpoint=checkpoint_now(model),
         template=steered.batch.template,
         engine="fast" if steered.fast else "plain",
+        why_plain=steered.why_plain,
         interventions=steered.interventions,
     )
 

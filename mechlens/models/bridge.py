@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
+from mechlens.models.cache_name import cache_by_old_name
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 
 LanguageModel = Any
@@ -62,10 +63,21 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
             f"TransformerLens can't wrap {type(hf_model).__name__} ({checkpoint.name}): {reason}"
         ) from error
     model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    _name_caches(model)
     model.requires_grad_(False)
     gap = float((_probe_logits(model.original_model) - before).abs().max())
     model.mechlens = Loaded(checkpoint, ours, attention, gap, weights_now(model), _count_hooks(model))
     return model
+
+
+def _name_caches(model: LanguageModel) -> None:
+    """Lets bridged attention find the cached keys and values; without it, it attends to the new tokens alone."""
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    for module in model.modules():
+        # One that hands its arguments on to Hugging Face's attention needs Hugging Face's name for them.
+        if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
+            module.register_forward_pre_hook(cache_by_old_name, with_kwargs=True)
 
 
 @torch.inference_mode()
@@ -90,6 +102,8 @@ def loaded(model: LanguageModel) -> Loaded:
         regime=regime(model),
         fingerprint=weights_now(model),
     )
+    if is_bridge(model):
+        _name_caches(model)
     found = Loaded(checkpoint, model.tokenizer, "eager", float("nan"), checkpoint.fingerprint)
     model.mechlens = found
     return found
@@ -191,7 +205,7 @@ def has_hooks(model: LanguageModel) -> bool:
 def _count_hooks(model: LanguageModel) -> int:
     """Forward hooks on any module, TransformerLens' or PyTorch's, apart from what the libraries wire up themselves."""
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    wiring = ("transformer_lens.model_bridge", "transformers.")
+    wiring = ("transformer_lens.model_bridge", "transformers.", cache_by_old_name.__module__)
     return sum(not str(getattr(hook, "__module__", "")).startswith(wiring) for hook in hooks)
 
 

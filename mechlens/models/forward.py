@@ -8,6 +8,7 @@ the blocks as TransformerLens does, one length at a time.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,18 +25,21 @@ from mechlens.models.bridge import (
     has_hooks,
     is_bridge,
     level_hook,
+    loaded,
     n_layers,
     native,
     native_blocks,
     regime,
 )
+from mechlens.models.cache_name import with_cache
 
 MIN_PREFIX = 4
 """A shared start shorter than this isn't worth a pass of its own."""
 BATCH_COST = 30
 """What one more batch costs, in tokens: small products run slower than large ones (measured on a CPU)."""
-_CACHES_TOKENS: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
-"""Models found to cache keys and values token by token, or not to; asking costs a forward pass."""
+_NO_TOKEN_CACHE: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+"""Why a model doesn't cache keys and values token by token, empty where it does; asking costs a forward pass."""
+_WARNED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -93,23 +97,44 @@ def plan(
 
 
 def fits_fast_path(model: LanguageModel) -> bool:
-    """True where keys and values can be cached per token: a bridge on raw weights without the user's hooks."""
-    if not is_bridge(model) or has_hooks(model) or regime(model) != "raw":
-        return False
-    if model not in _CACHES_TOKENS:
-        _CACHES_TOKENS[model] = _caches_tokens(model)
-    return _CACHES_TOKENS[model]
+    """True where keys and values can be cached per token; where they can't, one warning says why."""
+    reason = why_plain(model)
+    warn_plain(model, reason)
+    return not reason
+
+
+def why_plain(model: LanguageModel) -> str:
+    """Why this model takes the plain path; empty for a bridge on raw weights without the user's hooks that fits."""
+    if not is_bridge(model):
+        return "it has no Hugging Face model underneath"
+    if has_hooks(model):
+        return "hooks are attached to it, which only whole passes fire"
+    if regime(model) != "raw":
+        return "its weights are folded or centred"
+    if model not in _NO_TOKEN_CACHE:
+        _NO_TOKEN_CACHE[model] = _no_token_cache(model)
+    return _NO_TOKEN_CACHE[model]
+
+
+def warn_plain(model: LanguageModel, reason: str) -> None:
+    """Says once for a model and a reason that it is slower than it could be; nothing without a reason."""
+    said = _WARNED.setdefault(model, set())
+    if reason and reason not in said:
+        said.add(reason)
+        name = loaded(model).checkpoint.name
+        warnings.warn(f"{name} takes the plain path, which is exact and slower: {reason}", stacklevel=4)
 
 
 @torch.inference_mode()
-def _caches_tokens(model: LanguageModel) -> bool:
+def _no_token_cache(model: LanguageModel) -> str:
     tokens = torch.arange(1, 6, device=device_of(model)).unsqueeze(0)
+    cache = DynamicCache()
     with native(model) as hf_model:
         try:
-            cache = hf_model(tokens, past_key_values=DynamicCache(), use_cache=True).past_key_values
-        except (TypeError, ValueError, AttributeError, IndexError):
-            return False
-    return _is_plain_cache(cache, n_layers(model), 5)
+            hf_model(tokens, **with_cache(hf_model, cache))
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            return f"a pass with cached keys and values fails in it ({type(error).__name__})"
+    return "" if _is_plain_cache(cache, n_layers(model), 5) else "it doesn't cache keys and values of every token"
 
 
 def _is_plain_cache(cache: Any, layers: int, length: int) -> bool:
@@ -127,7 +152,7 @@ def prefix_cache(model: LanguageModel, ids: Sequence[int]) -> DynamicCache | Non
     tokens = torch.tensor([list(ids)], device=device_of(model))
     cache = DynamicCache()
     with native(model), contextlib.suppress(_Stop), _leaving(native_blocks(model)[-1]):
-        model.original_model(tokens, past_key_values=cache, use_cache=True)
+        model.original_model(tokens, **with_cache(model.original_model, cache))
     return cache
 
 
@@ -152,7 +177,7 @@ def fast_batch(
     device = device_of(model)
     reader = _Reader(levels, n_layers(model), read)
     with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(_Stop):
-        hf_model(tokens.to(device), past_key_values=expanded(prefix, len(rows)), use_cache=True)
+        hf_model(tokens.to(device), **with_cache(hf_model, expanded(prefix, len(rows))))
     return reader.stacked()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from mechlens.models.bridge import LanguageModel, device_of, is_bridge, loaded, n_layers, native, native_blocks
+from mechlens.models.cache_name import with_cache
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
 from mechlens.models.merged import Merged
@@ -72,7 +73,8 @@ def start_cache(model: LanguageModel, ids: Sequence[int], clock: Clock, merged: 
     tokens = torch.tensor([list(ids)] * len(merged.first[0]), device=device_of(model))
     with native(model), merged.running(native_blocks(model), clock, 0):
         # Without its head: nobody reads logits here.
-        model.original_model.base_model(tokens, past_key_values=cache, use_cache=True)
+        body = model.original_model.base_model
+        body(tokens, **with_cache(body, cache))
     return DynamicCache(
         [(layer.keys[rows], layer.values[rows]) for layer, rows in zip(cache.layers, merged.of_row, strict=True)]
     )
@@ -111,7 +113,7 @@ def _last_logits(
     with contextlib.ExitStack() as stack:
         if head is not None:
             stack.callback(head.register_forward_pre_hook(last_tokens).remove)
-        logits: Tensor = hf_model(tokens, past_key_values=cache, use_cache=True).logits
+        logits: Tensor = hf_model(tokens, **with_cache(hf_model, cache)).logits
     return logits[row.to(logits.device), ends.to(logits.device)] if head is None else logits[:, 0]
 
 
@@ -196,10 +198,10 @@ def _decode(
 
 def _step(hf_model: torch.nn.Module, token: Tensor, cache: DynamicCache, where: dict[str, Tensor]) -> Tensor:
     try:
-        out = hf_model(token.unsqueeze(1), past_key_values=cache, use_cache=True, **where)
+        out = hf_model(token.unsqueeze(1), **with_cache(hf_model, cache), **where)
     except TypeError:  # positions that the architecture derives from the mask itself (ALiBi)
         where.pop("position_ids", None)
-        out = hf_model(token.unsqueeze(1), past_key_values=cache, use_cache=True, **where)
+        out = hf_model(token.unsqueeze(1), **with_cache(hf_model, cache), **where)
     logits: Tensor = out.logits[:, -1]
     return logits
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers, native, native_blocks
+from mechlens.models.cache_name import with_cache
 from mechlens.models.clock import Clock
 
 _MERGES_ROWS: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
@@ -116,7 +117,7 @@ def _merges_rows(model: LanguageModel) -> bool:
     found = []
     with native(model) as hf_model:
         start = DynamicCache()
-        hf_model(torch.tensor([[1, 2]], device=device), past_key_values=start, use_cache=True)
+        hf_model(torch.tensor([[1, 2]], device=device), **with_cache(hf_model, start))
         for merged in (
             Merged([below] * (blocks - 1) + [above], [0, 0, 0], device),
             Merged.apart(3, blocks, device),
@@ -124,7 +125,7 @@ def _merges_rows(model: LanguageModel) -> bool:
             try:
                 with merged.running(native_blocks(model), None, 2):
                     tokens = rows[merged.first[0]]
-                    found.append(hf_model(tokens, past_key_values=merged.cache(start), use_cache=True).logits)
+                    found.append(hf_model(tokens, **with_cache(hf_model, merged.cache(start))).logits)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
                 return False
     scale = max(float(found[1].abs().max()), 0.01)  # all but zero in a hand-built model

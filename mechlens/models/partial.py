@@ -30,12 +30,13 @@ from mechlens.models.bridge import (
     native_tap,
     site_hook,
 )
+from mechlens.models.cache_name import with_cache
 from mechlens.models.edit import Edit, Recording, plain_edited_logits, put, site_values, value_at
-from mechlens.models.forward import fits_fast_path
+from mechlens.models.forward import warn_plain, why_plain
 
 _PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
-_GROWS: "weakref.WeakKeyDictionary[nn.Module, dict[str, bool]]" = weakref.WeakKeyDictionary()
-"""Models and sites that bear a growing batch, or don't; finding out costs a few short passes."""
+_NOT_GROWING: "weakref.WeakKeyDictionary[nn.Module, dict[str, str]]" = weakref.WeakKeyDictionary()
+"""Why a model bears no growing batch at a site, empty where it does; finding out costs a few short passes."""
 
 
 @torch.inference_mode()
@@ -51,7 +52,7 @@ def record(model: LanguageModel, ids: Sequence[int], read: int, site: str, layer
 
     with native(model) as hf_model, _tapped({tap: keep(layer) for layer, tap in (taps or {}).items()}):
         last = torch.tensor([read], device=tokens.device)
-        out = hf_model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        out = hf_model(tokens, **with_cache(hf_model, cache), logits_to_keep=last)
     return Recording(tuple(ids), out.logits[0, -1].float().cpu(), values, cache)
 
 
@@ -121,7 +122,7 @@ def edited_logits(
     tokens = torch.tensor([recording.ids[first:]], device=device_of(model))
     with _growing(model, site, by_layer, first) as hf_model:
         keep = torch.tensor([read - first], device=tokens.device)
-        out = hf_model(tokens, past_key_values=_start(recording, first), use_cache=True, logits_to_keep=keep)
+        out = hf_model(tokens, **with_cache(hf_model, _start(recording, first)), logits_to_keep=keep)
     logits = out.logits[:, -1].float().cpu()
     placed = torch.empty_like(logits)
     placed[torch.tensor([0, *(i + 1 for i in order)])] = logits
@@ -168,22 +169,29 @@ def _hooking(site: str, edits: list[Edit], first: int) -> Callable[..., Tensor]:
     return hook
 
 
-@torch.inference_mode()
 def can_grow(model: LanguageModel, site: str) -> bool:
-    """True where a growing batch gives what a plain forward with a hook gives, tried on a few tokens.
+    """True where a growing batch gives what a plain forward with a hook gives; where not, one warning says why."""
+    reason = why_not_growing(model, site)
+    warn_plain(model, reason)
+    return not reason
 
-    Some architectures build their masks for a fixed batch (ALiBi), keep no keys and values, or route tokens
-    by batch; they fail here and take the plain path. Tried once for a model and a site.
+
+@torch.inference_mode()
+def why_not_growing(model: LanguageModel, site: str) -> str:
+    """Why a model takes the plain path at a site, tried once on a few tokens; empty where a growing batch is exact.
+
+    Some architectures build their masks for a fixed batch (ALiBi), keep no keys and values, or route tokens by batch.
     """
-    if not fits_fast_path(model):
-        return False
-    known = _GROWS.setdefault(model, {})
+    reason = why_plain(model)
+    if reason:
+        return reason
+    known = _NOT_GROWING.setdefault(model, {})
     if site not in known:
-        known[site] = _grows(model, site)
+        known[site] = _growing_fault(model, site)
     return known[site]
 
 
-def _grows(model: LanguageModel, site: str) -> bool:
+def _growing_fault(model: LanguageModel, site: str) -> str:
     ids, last, top = list(range(1, 9)), 7, n_layers(model) - 1
     layers = sorted({0, top // 2, top})
     source = site_values(model, ids[::-1], site, layers)
@@ -195,11 +203,12 @@ def _grows(model: LanguageModel, site: str) -> bool:
         recording = record(model, ids, last, site, ())
         fast = edited_logits(model, recording, site, edits, last)
         whole = edited_logits(model, recording, site, [replace(edits[0], position=0)], last)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
-        return False
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return f"a batch that grows at {site} fails in it ({type(error).__name__})"
     plain = torch.stack([plain_edited_logits(model, ids, site, edit, last) for edit in edits])
     compared = [(read[layer], source[layer]) for layer in layers]
-    return all(_same(model, *both) for both in [(fast[1:], plain), (fast[0], whole[0]), *compared])
+    exact = all(_same(model, *both) for both in [(fast[1:], plain), (fast[0], whole[0]), *compared])
+    return "" if exact else f"a batch that grows at {site} gives other numbers in it than one pass for each edit"
 
 
 def _same(model: LanguageModel, a: Tensor, b: Tensor) -> bool:

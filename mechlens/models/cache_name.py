@@ -1,0 +1,28 @@
+"""What a model calls the keys and values handed to it: `cache` since transformers 5.24, `past_key_values` before."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+NEW, OLD = "cache", "past_key_values"
+
+
+def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """Arguments of a Hugging Face forward pass that reads `cache` and writes the new tokens into it."""
+    name = NEW if NEW in _parameters(type(module).forward) else OLD
+    return {name: cache, "use_cache": True}
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def cache_by_old_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook for modules that know the old name only, as TransformerLens 4.3's attention does."""
+    if NEW not in kwargs:
+        return None
+    return args, {OLD if name == NEW else name: value for name, value in kwargs.items()}
