@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ BATCH = 32
 
 
 def main() -> None:
+    warnings.filterwarnings("error", ".*takes the plain path")  # this measures the fast one
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="smollm2", help="packaged name, hub id, folder or GGUF file")
     parser.add_argument("--repeats", type=int, default=3)
@@ -138,5 +140,5 @@ def report(model: str, batch: TokenBatch, seconds: dict[str, list[float]], value
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, UserWarning) as error:
         raise SystemExit(f"bench_collect: {error}") from error

@@ -16,6 +16,7 @@ one JSON object. On a machine that others use, --clock cpu counts this process's
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def main() -> None:
+    warnings.filterwarnings("error", ".*takes the plain path")  # this measures the fast one
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-refuser", help="packaged name, hub id, folder or GGUF file")
     parser.add_argument("--quick", action="store_true", help="six layers, 16 prompts, fewer candidates: a first look")
@@ -265,5 +267,5 @@ def attention_of(block: Any) -> nn.Module:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, UserWarning) as error:
         raise SystemExit(f"bench_steering: {error}") from error

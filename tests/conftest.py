@@ -19,6 +19,7 @@ os.environ.update(
     WANDB_DISABLE_CODE="true",
     WANDB_ERROR_REPORTING="false",
 )
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning starve whatever runs beside them
 
 import pytest
 import real
