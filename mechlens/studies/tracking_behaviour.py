@@ -55,9 +55,10 @@ def steered_log_odds(
 def _added(direction: Direction | None, depth: int) -> list[Intervention]:
     if direction is None or direction.norm == 0:
         return []
-    layer = min(direction.level, depth - 1)  # the last level is nobody's input
+    # The last level is nobody's input, but the last block's output.
+    layer, site = (depth - 1, "resid_post") if direction.level == depth else (direction.level, "resid_pre")
     where = ("inst", "post[*]")
-    return [Add(direction, strength=1.0, unit="raw", layers=(layer,), positions=where, phase="prompt")]
+    return [Add(direction, strength=1.0, unit="raw", layers=(layer,), positions=where, phase="prompt", site=site)]
 
 
 def behaviour_table(found: Sequence[Snapshot], reference: Reference, *, seed: int, n_resamples: int) -> pd.DataFrame:
