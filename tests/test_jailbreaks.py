@@ -53,7 +53,7 @@ def about(value: float, width: float = 0.01) -> Estimate:
     [
         (about(-0.1), about(-0.4), about(-0.5), "hides harmfulness"),
         (about(0.2), about(-0.1), about(-0.5), "suppresses refusal only"),
-        (about(0.2), about(-0.1), about(0.0), "no effect on refusal"),
+        (about(0.2), about(-0.1), about(0.0), "no effect on refusal shown"),
         (about(0.0), about(-0.1), about(-0.5), "inconclusive"),
         (about(-0.1), about(0.0), about(-0.5), "inconclusive"),
         (Estimate.missing(3), Estimate.missing(3), Estimate.missing(3), "not measurable (n=3)"),

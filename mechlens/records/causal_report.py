@@ -166,8 +166,8 @@ def _how(result: Battery, verdict: CausalVerdict, punctuation: str) -> str:
     parsed: Estimate = result.unsteered["inversion_parsed"]
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
-        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, of which "
-        f"{plan.n_validation} and {plan.n_test} a class were used. {punctuation} Directions: {defined} (mean "
+        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, of which at "
+        f"most {plan.n_validation} and {plan.n_test} a class were used. {punctuation} Directions: {defined} (mean "
         f"differences; harmfulness at `inst`, refusal at `last`). Chosen on validation: {settings or 'nothing'}.\n\n"
         "Adding acts on every token of the prompt at the input of one block; ablating removes the component at every "
         "layer, site and token. Controls on the same test prompts: "

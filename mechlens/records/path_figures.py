@@ -20,7 +20,7 @@ SAYS = {
     "denoising": "one clean vector in the corrupt run: is it enough?",
     "noising": "one corrupt vector in the clean run: is it needed?",
 }
-STARS = "* p < 0.05, corrected over the whole grid. Point at a cell for its interval (95%, bootstrap over pairs)."
+STARS = "* p < 0.05, corrected over the whole grid. Point at a cell for its interval (95%, bootstrap over families)."
 
 
 def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[str, ...]]:

@@ -163,7 +163,7 @@ def _template(result: Separation) -> Section:
     return Section(
         "Without the template's last tokens",
         f"Refusal of harmful prompts with the full template: {rates['full_template']}; with the prompt cut right after "
-        f"the instruction: {rates['no_post_tokens']}. (The paper's Table 1: refusal falls from 98-100% to 59-85%.)",
+        f"the instruction: {rates['no_post_tokens']}. (The paper's Table 1: refusal falls from 96-100% to 59-85%.)",
     )
 
 

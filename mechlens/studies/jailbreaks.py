@@ -241,7 +241,8 @@ def family_verdict(own: dict[str, Estimate]) -> str:
     """What one family of attacks does, by the centred beliefs of attacks on requests that are refused when plain.
 
     "hides harmfulness": the mean belief of harmfulness is below 0 and lower than for the plain requests. "suppresses
-    refusal only": harmfulness stays above 0 while the belief of refusal falls. "no effect on refusal": it doesn't fall.
+    refusal only": harmfulness stays above 0 while the belief of refusal falls. "no effect on refusal shown": it
+    isn't sure to fall.
     """
     harm, change = own["belief_harm.centered"], own["change.belief_harm.centered"]
     refusal = own["change.belief_refusal.centered"]
@@ -250,5 +251,5 @@ def family_verdict(own: dict[str, Estimate]) -> str:
     if harm.high < 0 and change.high < 0:
         return "hides harmfulness"
     if refusal.high >= 0:
-        return "no effect on refusal"
+        return "no effect on refusal shown"
     return "suppresses refusal only" if harm.low > 0 else "inconclusive"

@@ -79,8 +79,12 @@ def _way(result: RefusalPath, direction: str, seed: int, n_heads: int) -> _Way:
 def _where(ways: dict[str, _Way]) -> str:
     parts = []
     for direction, way in ways.items():
-        held = f"at least half up to layer {way.leaves}" if way.leaves is not None else "nowhere half"
-        ends = f"at least half from layer {way.arrives} on" if way.arrives is not None else "at no layer half"
+        held = f"at least half for the last time at layer {way.leaves}" if way.leaves is not None else "nowhere half"
+        ends = (
+            f"at least half for the first time at layer {way.arrives}"
+            if way.arrives is not None
+            else "at no layer half"
+        )
         parts.append(
             f"when {direction}, the best place before the last token is {way.source['position']} (recovery "
             f"{_value(way.source)} at layer {way.source['layer']}, {held}; the best random vector anywhere "

@@ -41,7 +41,10 @@ def selection_verdict(result: Selection) -> SelectionVerdict:
     word = {2: "controls refusal", 1: "controls refusal in part", 0: "no better than chance"}[bypasses + induces]
     chosen = result.test.chosen
     silent = [f"{metrics[name]} with it {how}" for name, how in SILENT.items() if metrics[name].value > 0]
-    bypassing, inducing = "bypasses" if bypasses else "does not bypass", "induces" if induces else "does not induce"
+    bypassing, inducing = (
+        "bypasses" if bypasses else "isn't shown to bypass",
+        "induces" if induces else "isn't shown to induce",
+    )
     return SelectionVerdict(
         word,
         f"The direction at {chosen.position}, layer {chosen.level}, chosen among {counts[KEPT]} of "

@@ -68,7 +68,8 @@ class Separation:
     geometry: Geometry
     beliefs: Beliefs
     refusal_rates: dict[str, Estimate]
-    """Share of harmful test-side prompts refused with the full template and without the tokens after `inst`."""
+    """Share of all harmful prompts refused with the full template and without the tokens after `inst`; nothing is
+    fitted for it, so no prompt is left out."""
     acts: Activations
     batch: TokenBatch
     plan: SeparationPlan
