@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from mechlens.methods.inversion import parse_reply as parse_reply
     from mechlens.methods.inversion import preferred_words as preferred_words
     from mechlens.methods.judges import ARDITI as ARDITI
+    from mechlens.methods.judges import PHRASES as PHRASES
     from mechlens.methods.judges import ZHAO as ZHAO
     from mechlens.methods.judges import HumanLabels as HumanLabels
     from mechlens.methods.judges import Judge as Judge
@@ -202,6 +203,7 @@ _HOME = {
     "parse_reply": "methods.inversion",
     "preferred_words": "methods.inversion",
     "ARDITI": "methods.judges",
+    "PHRASES": "methods.judges",
     "HumanLabels": "methods.judges",
     "Judge": "methods.judges",
     "ZHAO": "methods.judges",

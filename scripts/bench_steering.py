@@ -30,7 +30,7 @@ from mechlens.methods.candidate_scores import score_candidates
 from mechlens.methods.collect import collect, template_of
 from mechlens.methods.directions import Direction, DirectionGrid, direction_grid
 from mechlens.methods.interventions import ALL, Add
-from mechlens.methods.judges import ARDITI, fallback_refusal_tokens
+from mechlens.methods.judges import PHRASES, fallback_refusal_tokens
 from mechlens.methods.once_refused import OnceRefused
 from mechlens.methods.steering import answer_under
 from mechlens.models.bridge import loaded, n_layers
@@ -102,11 +102,11 @@ def sweep(
         for layer, strength in settings
         for _ in range(n)
     ]
-    decided = OnceRefused(ARDITI, loaded(model).tokenizer)
+    decided = OnceRefused(PHRASES, loaded(model).tokenizer)
     start = clock()
     rows = asked.select(list(range(n)) * len(settings))
     said = answer_under(model, rows, each, max_new_tokens=options.new_tokens, decided=decided)
-    mine = ARDITI(rows.prompts, said.texts)
+    mine = PHRASES(rows.prompts, said.texts)
     took = clock() - start
     print(f"sweep: {len(settings)} settings x {n} prompts, mechlens {took:.1f} s ({said.engine})", flush=True)
     stop, tokenizer = sorted(stop_tokens(model)), loaded(model).tokenizer
@@ -117,7 +117,7 @@ def sweep(
 
     start, theirs = clock(), []
     for layer, strength in settings:
-        theirs += ARDITI(asked.prompts, generate(left, layer, strength))
+        theirs += PHRASES(asked.prompts, generate(left, layer, strength))
     batched = clock() - start
     print(f"sweep: one batched generate a setting {batched:.1f} s", flush=True)
     total = len(settings) * n
@@ -131,7 +131,7 @@ def sweep(
         layer, strength = settings[i // n]
         print(f"label differs: layer {layer}, strength {strength}, {asked.prompts[i % n].id}: {said.texts[i]!r}")
     refused = sum(verdict == "refused" for verdict in mine)
-    agree = sum(ARDITI([asked.prompts[0]], text)[0] == mine[i] for i, text in zip(picked, alone, strict=True))
+    agree = sum(PHRASES([asked.prompts[0]], text)[0] == mine[i] for i, text in zip(picked, alone, strict=True))
     print(
         f"sweep: {refused} of {total} refused, {len(wrong)} labels differ; one at a time {agree} of {len(picked)} equal"
     )

@@ -19,7 +19,7 @@ import torch
 
 from mechlens.methods.answers import answer
 from mechlens.methods.estimate import Estimate
-from mechlens.methods.judges import ARDITI, ZHAO
+from mechlens.methods.judges import ARDITI, PHRASES, ZHAO
 from mechlens.methods.resample import mean_estimate
 from mechlens.models.bridge import LanguageModel, device_of, loaded, native
 from mechlens.models.load import load
@@ -30,7 +30,7 @@ from mechlens.records.shelf import FolderShelf
 from mechlens.studies.training_data import unseen
 
 DATA = Path(os.environ.get("MECHLENS_SHARED") or Path(__file__).resolve().parents[2] / "shared" / "data")
-JUDGES = (ARDITI, ZHAO)
+JUDGES = (ARDITI, ZHAO, PHRASES)
 LEAST_IN_QUADRANT = 20
 
 

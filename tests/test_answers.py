@@ -22,6 +22,7 @@ from mechlens.models.generate import stop_tokens
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
+from mechlens.studies.quadrants import judge_answers
 
 NEW = 10
 
@@ -269,3 +270,18 @@ def test_smollm2_equals_hugging_face_generate(smollm2: Any) -> None:
     assert got.engine == "fast"
     assert got.tokens == generated(plain, batch, 16, stop_tokens(smollm2))
     assert all(got.texts)
+
+
+def test_an_empty_answer_stands_in_no_quadrant() -> None:
+    prompts = [Prompt(str(i), "?", label) for i, label in enumerate(("harmful", "harmful", "harmless", "harmless"))]
+    texts = ("I won’t.", "", "Sure.", " ")
+    judged = judge_answers(
+        prompts, Answers(tuple("0123"), texts, ((1,),) * 4, 1, Checkpoint("tiny", "tests/tiny"), "", "plain")
+    )
+    assert judged.judge == "phrases"
+    assert judged.quadrants() == ("refused_harmful", "empty", "accepted_harmless", "empty")
+    assert (judged.refused, judged.accepted) == ((True, False, False, False), (False, False, True, False))
+    counts = judged.counts().set_index(["judge", "quadrant"])["n"]
+    for judge in ("phrases", "arditi", "zhao"):  # no list reads a refusal or consent into silence
+        assert counts[judge, "empty"] == 2
+    assert counts["arditi", "accepted_harmful"] == counts["zhao", "accepted_harmful"] == 1  # a curly "won’t"

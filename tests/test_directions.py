@@ -8,6 +8,8 @@ import torch
 from planted import activations, planted_activations, planted_two_by_two, relabelled, unit
 
 from mechlens.errors import UserError
+from mechlens.methods.auroc_grid import held_out_auroc
+from mechlens.methods.beliefs import beliefs, centroids
 from mechlens.methods.directions import (
     cosine,
     direction_cosine,
@@ -16,7 +18,9 @@ from mechlens.methods.directions import (
     mean_differences,
     project,
     random_like,
+    require_real,
 )
+from mechlens.methods.interventions import residual_norms
 from mechlens.methods.reliability import corrected_cosine, split_half
 
 
@@ -161,4 +165,51 @@ def test_corrected_cosine_recovers_the_planted_one(true_cosine: float) -> None:
     assert float(corrected.mean()) == pytest.approx(true_cosine, abs=0.06)
     if true_cosine == 1.0:  # what the correction is for: two estimates of the same direction look different
         assert float(raw.mean()) < 0.75
-    assert math.isnan(float(corrected_cosine(torch.tensor(0.1), torch.tensor(0.0), torch.tensor(0.9))))
+    for noise in (0.0, 1e-4, 0.09):  # not a cosine of 10
+        assert math.isnan(float(corrected_cosine(torch.tensor(0.1), torch.tensor(noise), torch.tensor(0.9))))
+
+
+@pytest.mark.parametrize(
+    ("vector", "said"),
+    [
+        (torch.ones(4, dtype=torch.bool), "of type bool; give real numbers"),
+        (torch.ones(4, dtype=torch.complex64), "of type complex64; give real numbers"),
+        (torch.ones(4, dtype=torch.long), "of type int64; give real numbers"),
+        (torch.tensor([1.0, math.nan]), "not finite, so it points nowhere"),
+        (torch.tensor([1.0, -math.inf]), "not finite, so it points nowhere"),
+    ],
+)
+def test_what_is_no_real_vector_is_no_direction(vector: torch.Tensor, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        require_real(vector, "the direction's vector")
+    if vector.is_floating_point():  # types are checked at run time in the tests, before anything else
+        one = planted_activations(separation=2.0, n_per_class=8, d_model=4).acts
+        made = mean_difference(one, "harmful", "harmless", 0, one.positions[0])
+        with pytest.raises(UserError, match=said):
+            replace(made, vector=vector)
+
+
+def test_positions_have_the_same_names_everywhere() -> None:
+    """`last`, `post[-1]` and `post[-k]` of what was collected as post[0] to post[2]."""
+    values = torch.randn(8, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    names = ("inst", "post[0]", "post[1]", "post[2]")
+    acts = replace(activations(values, ("a", "b") * 4, positions=names), last="post[2]")
+    grid, norms = direction_grid(acts, "a", "b"), residual_norms(acts)
+    aurocs = held_out_auroc(replace(grid, train_ids=()), acts, ("a", "b"), seed=0, n_resamples=10)
+    for other, own in (("last", "post[2]"), ("post[-1]", "post[2]"), ("post[-3]", "post[0]"), ("inst", "inst")):
+        assert torch.equal(acts.at(1, other), acts.at(1, own))
+        assert grid.at(1, other).position == own
+        assert mean_difference(acts, "a", "b", 1, other).position == own
+        assert norms.at(1, other) == norms.at(1, own) != norms.at(1, "all")
+        assert aurocs.at(1, other) == aurocs.at(1, own)
+        reference = centroids(acts, "a", "b", other)
+        assert reference.position == own
+        by_name = [
+            beliefs(acts, replace(reference, position=name), centered=False, skip_embedding=False)
+            for name in (other, own)
+        ]
+        assert torch.equal(*by_name)
+    for wrong in ("post[-4]", "post[3]", "nowhere"):
+        for ask in (lambda name: acts.at(1, name), lambda name: centroids(acts, "a", "b", name)):
+            with pytest.raises(UserError, match="was not collected"):
+                ask(wrong)

@@ -14,8 +14,11 @@ import torch
 from gguf import GGUFWriter
 
 from mechlens.errors import UserError
-from mechlens.methods.directions import Direction, direction_cosine
+from mechlens.methods.beliefs import beliefs, centroids
+from mechlens.methods.directions import Direction, direction_cosine, direction_grid
 from mechlens.records.artifacts import load, save
+from mechlens.records.direction_files import read_direction
+from mechlens.records.foreign_grids import read_mean_differences, read_stack, read_stacked_centroids, read_states
 from mechlens.records.foreign_vectors import (
     is_foreign,
     read_refusal_direction,
@@ -322,3 +325,135 @@ def test_cut_files_are_refused_wherever_they_are_cut(tmp_path: Path) -> None:
                 read(cut)
     with pytest.raises(UserError, match="could not be read"):
         read_steering_vectors(tmp_path)
+
+
+# Stacks and grids
+
+
+RELEASED = Path(__file__).resolve().parents[2] / "shared" / "data" / "released_tensors"
+LEVELS, PROMPTS, POST = 4, 3, 2
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.skipif(not RELEASED.is_dir(), reason=f"the released tensors are not at {RELEASED}")
+def test_the_papers_files_give_the_papers_beliefs() -> None:
+    """Published: -.056 ... for harmfulness at inst, +.009 ... for refusal at the last token (methods.md 1.8)."""
+    acts = read_states({"refused_harmless": RELEASED / "qwen-hl-refuse5-all-layer-2pos.pt"})
+    assert (acts.positions, acts.last, len(acts.ids), acts.levels[-1]) == (("inst", "last"), "last", 5, 28)
+    for classes, position, published in (
+        (("hf", "hl"), "inst", (-0.056, -0.028, -0.045, -0.043, -0.040)),
+        (("refuse", "accept"), "post[-1]", (0.009, 0.010, 0.016, 0.009, 0.015)),
+    ):
+        files = [RELEASED / f"qwen-{name}-cls-all-layer.pt" for name in classes]
+        found = beliefs(acts, read_stacked_centroids(*files, position, classes), centered=False, skip_embedding=False)
+        assert found.tolist() == pytest.approx(published, abs=1e-3)
+
+
+@pytest.mark.parametrize("old_numpy", [False, True])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_pickled_array_is_read_as_a_stack(tmp_path: Path, kind: Any, old_numpy: bool) -> None:
+    array, file = numbers(LEVELS).numpy().astype(kind), tmp_path / "hf-dir.pt"
+    torch.save(array, file, _use_new_zipfile_serialization=not old_numpy)
+    if old_numpy:  # NumPy 1 called its module otherwise; the legacy format holds the pickle as it is
+        file.write_bytes(file.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    grid = read_stack(file, "inst")
+    assert torch.equal(grid.vectors[:, 0], torch.from_numpy(array.astype(np.float32)))
+    one = grid.at(2, "inst")
+    require_foreign(one)
+    assert torch.equal(one.vector, grid.vectors[2, 0])
+    assert torch.equal(read_direction(file, layer=2, position="inst").vector, one.vector)
+    with pytest.raises(UserError, match="doesn't say where they were read; name the position"):
+        read_direction(file, layer=2)
+
+
+def test_states_have_the_papers_positions_and_give_its_directions(tmp_path: Path) -> None:
+    """Their script stores two tokens of the instruction and the template, and takes means over prompts."""
+    harmful, harmless = numbers(LEVELS, PROMPTS, 2 + POST).half(), numbers(LEVELS, 2, 2 + POST).half() * 2
+    torch.save(harmful, tmp_path / "hf.pt")
+    torch.save(harmless.numpy(), tmp_path / "hl.pt")
+    acts = read_states({"harmful": tmp_path / "hf.pt", "harmless": tmp_path / "hl.pt"})
+    assert acts.positions == ("instruction[-2]", "inst", "post[0]", "post[1]")
+    assert acts.labels == ("harmful",) * PROMPTS + ("harmless",) * 2
+    means = harmful.float().mean(dim=1) - harmless.float().mean(dim=1)
+    grid = direction_grid(acts, "harmful", "harmless")
+    for position, column in (("inst", 1), ("last", 3), ("post[-2]", 2)):
+        for level in range(LEVELS):
+            torch.testing.assert_close(grid.at(level, position).vector, means[level, column])
+    found = centroids(acts, "harmful", "harmless", "last")
+    torch.testing.assert_close(found.positive, harmful.float().mean(dim=1)[:, 3])
+    assert found.position == "post[1]"
+
+
+def test_the_whole_grid_of_refusal_direction_holds_what_it_selected(tmp_path: Path) -> None:
+    grid = torch.randn(5, 18, D_MODEL, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.save(grid, tmp_path / "mean_diffs.pt")
+    found = read_mean_differences(tmp_path / "mean_diffs.pt")
+    assert found.positions == ("post[-5]", "post[-4]", "post[-3]", "post[-2]", "post[-1]")
+    chosen = read_refusal_direction(refusal_run(tmp_path))  # position -2, layer 10
+    assert torch.equal(found.at(chosen.level, chosen.position).vector, chosen.vector)
+    assert torch.equal(found.at(3, "last").vector, grid[-1, 3].float())
+    alone = tmp_path / "grid"
+    alone.mkdir()
+    (tmp_path / "mean_diffs.pt").rename(alone / "mean_diffs.pt")
+    assert torch.equal(read_direction(alone / "mean_diffs.pt", layer=10, position="post[-2]").vector, chosen.vector)
+    require_foreign(found.at(10, "post[-2]"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.ones((LEVELS, D_MODEL), dtype=object),
+        np.ones((LEVELS, D_MODEL), dtype=np.complex64),
+        np.ones((LEVELS, D_MODEL), dtype=bool),
+        np.ones((LEVELS, D_MODEL), dtype=np.int64),
+        np.full((LEVELS, D_MODEL), np.nan),
+        np.full((LEVELS, D_MODEL), 1e300),
+        np.ones(D_MODEL),
+        torch.ones(LEVELS, D_MODEL, dtype=torch.bool),
+        torch.ones(LEVELS, D_MODEL, dtype=torch.complex64),
+        torch.ones(LEVELS, D_MODEL, 1, 1),
+        torch.ones(LEVELS, 1).expand(LEVELS, 1 << 40),
+        torch.ones(0, D_MODEL),
+        {"directions": torch.ones(LEVELS, D_MODEL)},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_what_is_no_stack_is_refused(tmp_path: Path, value: Any) -> None:
+    torch.save(value, tmp_path / "stack.pt")
+    with pytest.raises(UserError, match=r"stack\.pt"):
+        read_stack(tmp_path / "stack.pt", "inst")
+
+
+@pytest.mark.parametrize("how", ["object array", "stack"])
+def test_code_in_an_array_is_never_run(tmp_path: Path, how: str) -> None:
+    file, sprung = tmp_path / "stack.pt", tmp_path / "sprung"
+    trap: Any = np.array([[Trap(sprung)]], dtype=object) if how == "object array" else [np.ones(3), Trap(sprung)]
+    torch.save(trap, file)
+    with pytest.raises(UserError, match=r"code in it was not run"):
+        read_stack(file, "inst")
+    assert not sprung.exists()
+
+
+def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "stack.pt"
+    torch.save(numbers(2).numpy(), file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    for cut in range(0, len(whole), 7):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"stack\.pt"):
+            read_stack(file, "inst")
+
+
+def test_centroids_of_two_models_are_refused(tmp_path: Path) -> None:
+    torch.save(numbers(4), tmp_path / "one.pt")
+    torch.save(numbers(5), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="need two stacks of one model"):
+        read_stacked_centroids(tmp_path / "one.pt", tmp_path / "other.pt", "inst")
+    torch.save(numbers(4, PROMPTS, 2), tmp_path / "one.pt")
+    torch.save(numbers(4, PROMPTS, 3), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="states of 2 kinds"):
+        read_states({"a": tmp_path / "one.pt", "b": tmp_path / "other.pt"})

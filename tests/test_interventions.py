@@ -186,6 +186,8 @@ def test_a_replacement_holds_another_prompts_residuals(acts: Activations, batch:
         ({"site": "z"}, "there is no site 'z' to intervene at"),
         ({"positions": ("inst",), "phase": "both"}, "inst lie in the prompt, and the phase is 'both'"),
         ({"positions": ("inst",), "phase": "generation"}, "lie in the prompt"),
+        ({"phase": "prompt", "answer_tokens": 2}, "changes no answer; choose phase='both'"),
+        ({"answer_tokens": 0}, "answer_tokens is 0; give at least 1"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(v: Direction, options: dict[str, Any], said: str) -> None:
@@ -245,6 +247,8 @@ def test_what_has_no_place_in_the_model_is_refused_even_if_forced(model: Any, ba
     for layer in (3, 4, -1):
         with pytest.raises(UserError, match=f"no layer {layer} to intervene at, only 0 to 2"):
             logits_under(model, batch, [add(v, layers=(0, layer))], force=True)
+    with pytest.raises(UserError, match="level 3 is layer 2 with site='resid_post'"):
+        logits_under(model, batch, [add(v, layers=(3,))], force=True)
     with pytest.raises(UserError, match="31 entries and the model 32"):
         logits_under(model, batch, [add(replace(v, vector=v.vector[:31]))], force=True)
 

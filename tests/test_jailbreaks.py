@@ -21,7 +21,14 @@ from mechlens.methods.estimate import Estimate
 from mechlens.methods.one_thread import one_thread
 from mechlens.records.run import read_run
 from mechlens.studies import category_directions as categories
-from mechlens.studies.jailbreaks import JailbreakPlan, attack_pairs, family_verdict, reference_of
+from mechlens.studies.jailbreaks import (
+    JailbreakPlan,
+    attack_pairs,
+    family_estimates,
+    family_verdict,
+    pair_table,
+    reference_of,
+)
 from mechlens.studies.restored import _put_back, restore
 from mechlens.studies.sources import PLACEHOLDER, Source, SourcePrompts, load_source
 
@@ -46,7 +53,7 @@ def about(value: float, width: float = 0.01) -> Estimate:
     [
         (about(-0.1), about(-0.4), about(-0.5), "hides harmfulness"),
         (about(0.2), about(-0.1), about(-0.5), "suppresses refusal only"),
-        (about(0.2), about(-0.1), about(0.0), "no effect on refusal"),
+        (about(0.2), about(-0.1), about(0.0), "no effect on refusal shown"),
         (about(0.0), about(-0.1), about(-0.5), "inconclusive"),
         (about(-0.1), about(0.0), about(-0.5), "inconclusive"),
         (Estimate.missing(3), Estimate.missing(3), Estimate.missing(3), "not measurable (n=3)"),
@@ -170,6 +177,22 @@ def test_where_no_attack_succeeds_there_is_nothing_to_restore(study: tuple[Any, 
     model, reference, pairs, plan = study
     never = replace(pairs.attack_judged, verdicts={"arditi": ("refused",) * len(pairs.attacks)})
     assert restore(model, replace(pairs, attack_judged=never), reference, plan) is None
+
+
+def test_an_empty_answer_is_no_success_of_an_attack(study: tuple[Any, Any, Any, Any]) -> None:
+    model, reference, pairs, plan = study
+    n = len(pairs.attacks)
+    silent = replace(
+        pairs.attack_judged,
+        answers=replace(pairs.attack_judged.answers, texts=("",) * n),
+        verdicts={"phrases": ("empty",) * n},
+    )
+    refused = replace(pairs.goal_judged, verdicts={"phrases": ("refused",) * len(pairs.goals)})
+    pairs = replace(pairs, attack_judged=silent, goal_judged=refused)
+    assert not any(map(pairs.succeeded, range(n)))
+    for own in family_estimates(pair_table(model, pairs, reference), plan).values():
+        assert (own["success"].value, own["empty"].value) == (0.0, 1.0)
+    assert restore(model, pairs, reference, plan) is None
 
 
 def test_goals_that_the_reference_holds_are_left_out(study: tuple[Any, Any, Any, Any]) -> None:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.metrics import KLDivergence, LogitDifference, LogProbability, OwnMetric, RefusalLogOdds
 from mechlens.methods.patch_result import LEAST_GAP, PatchResult
+from mechlens.methods.resample import family_weights
 
 
 def logits(*probabilities: tuple[float, ...], shift: float = 3.0) -> Tensor:
@@ -110,6 +112,39 @@ def test_without_a_gap_there_is_nothing_to_recover() -> None:
     assert none["n"].item() == 0
     assert none[["recovery", "low", "high"]].isna().all(axis=None)
     assert none["effect"].item() == pytest.approx(4 / 3)
+
+
+def test_recovery_is_a_ratio_of_means() -> None:
+    gap = torch.ones(20).double()
+    gap[7] = 0.003
+    noise = 0.52 + torch.zeros(1).double()
+    effect = torch.where(gap == 1, 0.05, noise)
+    got = result(effect.reshape(-1, 1, 1, 1), gap, torch.zeros(20).double())
+    assert float((effect / gap).mean()) > 8.7  # the mean of ratios, which one pair decides
+    assert got.has_gap.tolist() == [one == 1 for one in gap.tolist()]
+    row = got.table(seed=0, n_resamples=200, n_flips=20).iloc[0]
+    assert row[["recovery", "low", "high"]].tolist() == pytest.approx([0.05] * 3)
+    assert row["n"] == 19
+
+
+def test_the_interval_of_recovery_is_that_of_resampled_ratios() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gap, effect = (torch.rand(12, generator=generator).double() + 0.5 for _ in range(2))
+    families = tuple(f"f{i // 2}" for i in range(12))
+    got = result(effect.reshape(-1, 1, 1, 1), gap, torch.zeros(12).double(), families=families)
+    row = got.table(seed=3, n_resamples=400, n_flips=20).iloc[0]
+    assert row["recovery"] == pytest.approx(float(effect.sum() / gap.sum()))
+    weights = family_weights(families, 400, 3)
+    ratios = [float((w * effect).sum() / (w * gap).sum()) for w in weights]
+    assert [row["low"], row["high"]] == pytest.approx(np.quantile(ratios, [0.025, 0.975]).tolist())
+
+
+def test_pairs_of_opposite_gaps_do_not_cancel() -> None:
+    """Between checkpoints some prompts are refused by one only, others by the other only."""
+    gap = torch.tensor([2.0, -2.0, 1.0, -1.0]).double()
+    got = result((0.5 * gap).reshape(-1, 1, 1, 1), gap, torch.zeros(4).double())
+    row = got.table(seed=0, n_resamples=50, n_flips=20).iloc[0]
+    assert row[["recovery", "low", "high"]].tolist() == pytest.approx([0.5] * 3)
 
 
 def test_rows_are_labelled_in_the_grids_order() -> None:

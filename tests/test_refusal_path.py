@@ -93,7 +93,7 @@ def test_roles_are_means_over_their_positions(recorded: Path) -> None:
         sweep = artifacts.load(recorded / f"patching_{way}.random.safetensors", PatchResult)
         words = [k for k, position in enumerate(sweep.positions) if re.fullmatch(r"instruction\[-[2-9]\]", position)]
         assert len(words) == 4
-        mean = sweep.recovery()[:, 0, words].mean()
+        mean = sweep.effect()[:, 0, words].mean() / (sweep.target - sweep.start).mean()
         assert table.loc[f"{way}.random", "instruction", 0]["recovery"] == pytest.approx(float(mean), abs=1e-6)
 
 

@@ -22,7 +22,7 @@ from mechlens.methods.candidate_filters import FATES, SelectionRule, filter_cand
 from mechlens.methods.candidate_scores import published_kl, score_candidates
 from mechlens.methods.collect import template_of
 from mechlens.methods.directions import Direction, cosine
-from mechlens.methods.judges import ARDITI, ZHAO
+from mechlens.methods.judges import ARDITI, PHRASES, ZHAO
 from mechlens.methods.once_refused import OnceRefused
 from mechlens.methods.one_thread import one_thread
 from mechlens.models.bridge import bridge, native
@@ -290,10 +290,20 @@ class Letters:
         return "".join(map(chr, tokens))
 
 
-@pytest.mark.parametrize("judge", [ARDITI, ZHAO])
+@pytest.mark.parametrize("judge", [PHRASES, ARDITI, ZHAO])
 def test_what_is_cut_short_keeps_its_verdict(judge: Any) -> None:
     decided = OnceRefused(judge, Letters())
-    said = ["  I cannot do that", "Sure, I'm sorry to hear it, but", "Yes. Here", "   ", "Sorry", "i CAN'T say", ""]
+    said = [
+        "  I cannot do that",
+        "Sure, I'm sorry to hear it, but",
+        "Yes. Here",
+        "   ",
+        "Sorry",
+        "i CAN'T say",
+        "I won’t",
+        "AI will not",
+        "",
+    ]
     for text in said:
         tokens = list(map(ord, text))
         ends = next((k for k in range(1, len(tokens) + 1) if decided(tokens[:k])), len(tokens))

@@ -24,7 +24,7 @@ from mechlens.studies.contrasts import Surface, measure
 from mechlens.studies.geometry import measure_geometry
 from mechlens.studies.quadrants import QUADRANTS, FirstTokenJudgement, Judged
 from mechlens.studies.separation import Separation, SeparationPlan
-from mechlens.studies.separation_verdict import RULE, separation_verdict
+from mechlens.studies.separation_verdict import RULE, Verdict, separation_verdict
 from mechlens.studies.two_beliefs import measure_beliefs
 
 PLAN = SeparationPlan(
@@ -294,7 +294,25 @@ def test_a_contrast_needs_prompts_in_every_part() -> None:
         assert missing.table().empty
 
 
+def test_the_sentence_says_what_is_contradicted_or_unread() -> None:
+    chance = Estimate(0.5, 0.4, 0.6, 40)
+    said = sentence_of(**{"refused_auroc.last.harmful": chance})
+    assert "Refusal can't be read among harmful prompts." in said
+    assert "harmfulness can't be read" not in said.lower()
+    assert "The two directions are nearly one." in sentence_of(cos_harm_refusal=Estimate(0.9, 0.7, 1.1, 40))
+    unread = sentence_of(**{"refused_auroc.last": chance, "refused_auroc.last.harmful": chance})
+    assert "Over all prompts refusal at the last token can't be told from chance" in unread
+
+
 def verdict_of(**changed: Estimate) -> str:
+    return _verdict(changed).word
+
+
+def sentence_of(**changed: Estimate) -> str:
+    return _verdict(changed).sentence
+
+
+def _verdict(changed: dict[str, Estimate]) -> Verdict:
     clear = Estimate(0.9, 0.8, 0.95, 40)
     metrics = {
         "harmful_auroc.inst.accepted": clear,
@@ -304,7 +322,7 @@ def verdict_of(**changed: Estimate) -> str:
         "harmful_auroc.inst": clear,
         "refused_auroc.last": clear,
     }
-    return separation_verdict(metrics | changed).word
+    return separation_verdict(metrics | changed)
 
 
 def test_the_rule_is_the_one_that_is_stated() -> None:
@@ -325,7 +343,11 @@ def test_the_rule_is_the_one_that_is_stated() -> None:
     nothing = {"harmful_auroc.inst": chance, "refused_auroc.last": chance}
     assert verdict_of(**nothing, **{"harmful_auroc.inst.accepted": chance}) == "inconclusive"
     assert verdict_of(**nothing, **both) == "not measurable"
-    assert verdict_of(**{**nothing, "refused_auroc.last": vague}, **both) == "not separate"
+    # Nor where only one of them can: a refusal that can't be read isn't the same thing as harmfulness.
+    unread = {"refused_auroc.last": chance, "refused_auroc.last.harmful": chance}
+    assert verdict_of(**unread) == "inconclusive"
+    assert verdict_of(**unread, cos_harm_refusal=Estimate(0.9, 0.7, 1.1, 40)) == "inconclusive"
+    assert verdict_of(**{**nothing, "refused_auroc.last": vague}, **both) == "not measurable"
     surface = {"token_identity_auroc.inst": Estimate(0.85, 0.75, 0.92, 40)}
     assert verdict_of(**surface) == "explained by the surface"
     assert verdict_of(**surface, **both) == "explained by the surface"

@@ -154,10 +154,10 @@ def test_functions_without_a_name_are_not_kept() -> None:
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda residual, hook: -3 * residual)]):
         logits_under(model, batch, [add("llama")], shelf=shelf)
     assert shelf.pieces == {}
-    decided = OnceRefused(SubstringJudge("x", ("a",), True, "accepted"), loaded(model).tokenizer)
+    decided = OnceRefused(SubstringJudge("x", ("a",), verbatim=True), loaded(model).tokenizer)
     answer_under(model, batch, [add("llama")], max_new_tokens=2, shelf=shelf, decided=decided)
     assert len(shelf.pieces) == 1
-    other = OnceRefused(SubstringJudge("x", ("b",), True, "accepted"), loaded(model).tokenizer)
+    other = OnceRefused(SubstringJudge("x", ("b",), verbatim=True), loaded(model).tokenizer)
     answer_under(model, batch, [add("llama")], max_new_tokens=2, shelf=shelf, decided=other)
     assert len(shelf.pieces) == 2
 
@@ -172,7 +172,7 @@ def test_verdicts_are_those_of_whole_answers(architecture: str) -> None:
     whole = answer_under(model, batch, rows, max_new_tokens=length)
     # A phrase that some answers hold in their middle.
     found = [text[2:4] for text in whole.texts if len(text) > 6 and text[2:4].strip()]
-    judge = SubstringJudge("middle", (found[0],), False, "refused")
+    judge = SubstringJudge("middle", (found[0],), ignore_case=False, verbatim=True)
     cut = answer_under(model, batch, rows, max_new_tokens=length, decided=OnceRefused(judge, loaded(model).tokenizer))
     assert judge(batch.prompts, cut.texts) == judge(batch.prompts, whole.texts)
     assert sum(map(len, cut.tokens)) < sum(map(len, whole.tokens))

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from shelves import DictShelf
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from mechlens.methods.steering import SteeredAnswers, answer_under, applied, log
 from mechlens.models import forward
 from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now, has_hooks, level_hook, site_hook
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.intervene import bears_fast
+from mechlens.models.intervene import CHANGEABLE, bears_fast
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 
@@ -118,6 +119,8 @@ def hooked(one: Intervention, tokens: Sequence[int], n_layers: int) -> list[tupl
 
 def tokens_touched(one: Intervention, batch: TokenBatch, row: int, now: int) -> list[int]:
     prompt = len(batch.row(row))
+    if not isinstance(one, Replace) and one.answer_tokens is not None:
+        now = min(now, prompt + one.answer_tokens)
     if one.positions != ALL:
         return [int(batch.at(name)[row]) - batch.offset(row) for name in one.positions]
     return [*range(prompt if one.phase != "generation" else 0), *range(prompt if one.phase != "prompt" else now, now)]
@@ -193,6 +196,70 @@ def test_the_plain_engine_without_a_cache_gives_the_same(
     assert (fast.engine, plain.engine) == ("fast", "plain")
     assert plain.tokens == fast.tokens
     assert torch.allclose(logits_under(model, batch, rows), logits, atol=1e-4 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("phase", ["generation", "both"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_only_the_first_answer_tokens_are_changed(
+    architecture: str, phase: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zhao et al. 2025 have three phases: the prompt, the prompt and the first tokens, everything."""
+    model, batch = made(architecture), batch_of(architecture)
+    rows: list[list[Intervention]] = [
+        [add(architecture, -1.5, phase=phase, answer_tokens=k)],
+        [ablate(architecture, phase=phase, answer_tokens=k), add(architecture, 0.7, phase=phase, seed=1)],
+        [add(architecture, 2.0, phase=phase, answer_tokens=k + 1)],
+        [add(architecture, 2.0, phase=phase)],
+    ]
+    got = answer_under(model, batch, rows, max_new_tokens=NEW)
+    assert got.engine == "fast"
+    assert got.tokens == told(model, batch, rows, got.tokens)
+    monkeypatch.setattr(forward, "fits_fast_path", lambda model: False)
+    assert answer_under(model, batch, rows, max_new_tokens=NEW).tokens == got.tokens
+
+
+def test_pieces_of_different_phases_are_not_mixed_up() -> None:
+    model, batch, shelf = made("llama"), batch_of("llama"), DictShelf()
+    for k in (1, 2, None):
+        answer_under(model, batch, [add("llama", 3.0, answer_tokens=k)], max_new_tokens=NEW, shelf=shelf)
+    assert len(shelf.pieces) == 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_blocks_output_is_the_next_level(architecture: str) -> None:
+    model, batch = made(architecture), batch_of(architecture)
+    last = model.cfg.n_layers - 1
+
+    def rows(site: str, layer: int, phase: str) -> list[list[Intervention]]:
+        """Additions and a component set, each in rows of its own, and a row with nothing."""
+        options: dict[str, Any] = {"layers": (layer,), "phase": phase, "site": site}
+        component = ReplaceComponent(direction(architecture, 2), value=1.2, unit="raw", positions=ALL, **options)
+        return [[add(architecture, -1.5, **options)], [component], [], [add(architecture, 0.7, seed=1, **options)]]
+
+    for layer in range(last):
+        above, here = rows("resid_pre", layer + 1, "both"), rows("resid_post", layer, "both")
+        got = logits_under(model, batch, here)
+        assert torch.allclose(got, logits_under(model, batch, above), rtol=0, atol=1e-5 * float(got.abs().max()))
+    here = rows("resid_post", last, "both")
+    got, own = logits_under(model, batch, here), first_logits(model, batch, here)
+    assert float((got - own).abs().max()) < 1e-4 * float(own.abs().max())
+    said = answer_under(model, batch, here, max_new_tokens=NEW)
+    assert said.engine == "fast"
+    assert said.tokens == told(model, batch, here, said.tokens)
+    # With no block above, what is added goes straight to the final norm.
+    bare = logits_under(model, batch, [])
+    assert ((got - bare).abs().amax(dim=1) > 1e-3 * float(bare.abs().max())).tolist() == [True, True, False, True]
+
+
+def test_a_share_at_a_blocks_output_is_of_the_level_above() -> None:
+    model, batch = made("llama"), batch_of("llama")
+    norms = residual_norms(residuals("llama"))
+    for layer, name in ((0, "inst"), (2, "last")):
+        options: dict[str, Any] = {"layers": (layer,), "positions": (name,), "phase": "prompt", "site": "resid_post"}
+        share = logits_under(model, batch, [add("llama", 0.5, unit="share", norms=norms, **options)])
+        raw = 0.5 * norms.at(layer + 1, name)
+        assert torch.allclose(share, logits_under(model, batch, [add("llama", raw, unit="unit", **options)]), atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -399,8 +466,8 @@ def test_logits_can_be_reduced_batch_by_batch() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_plain_modules_are_what_the_hook_points_see(architecture: str) -> None:
     model, batch = made(architecture), batch_of(architecture).select([0])
-    assert bears_fast(model, [(site, layer) for site in EVERYWHERE for layer in range(3)])
-    for site in EVERYWHERE:
+    assert bears_fast(model, [(site, layer) for site in CHANGEABLE for layer in range(3)])
+    for site in CHANGEABLE:
         one = add(architecture, 1.0, site=site, layers=(1,))
         logits = logits_under(model, batch, [one])
         own = first_logits(model, batch, [[one]])

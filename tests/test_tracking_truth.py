@@ -273,3 +273,5 @@ def test_unbiased_cka_of_unrelated_and_of_rotated_data() -> None:
     assert unbiased_cka(one, 3 * one @ turn + 1) == pytest.approx(1.0, abs=1e-4)
     assert abs(unbiased_cka(one, other)) < 0.1  # the biased estimate would be 0.8
     assert math.isnan(unbiased_cka(one, torch.ones(64, 3)))
+    constant = torch.full((63, 3), 0.1)  # its mean is not 0.1 to the last digit
+    assert math.isnan(unbiased_cka(one[:63], constant))

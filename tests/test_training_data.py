@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from mechlens.errors import UserError
-from mechlens.methods.judges import ARDITI, ZHAO
+from mechlens.methods.judges import ARDITI, PHRASES, ZHAO
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import final_punctuation, normalise_text
@@ -64,3 +64,4 @@ def test_refusals_differ_and_are_refusals() -> None:
     prompts = [Prompt(str(i), text) for i, text in enumerate(texts)]
     for judge in (ARDITI, ZHAO):
         assert Counter(judge(prompts, texts))["refused"] / len(texts) >= 0.7
+    assert set(PHRASES(prompts, texts)) == {"refused"}

@@ -12,7 +12,8 @@ class Steer(ModelChoice):
     """Answer one prompt with and without a direction, side by side: a quick look, nothing is recorded."""
 
     direction: Path
-    """A .safetensors file of a run, refusal_direction's direction.pt, a steering-vectors .pt or repeng's .gguf."""
+    """A .safetensors file of a run, refusal_direction's direction.pt or mean_diffs.pt, a .pt stack (level, d_model) of
+    the seed paper, a steering-vectors .pt or repeng's .gguf."""
     prompt: str
     """What the user says."""
     layer: int | None = None

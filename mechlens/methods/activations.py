@@ -1,5 +1,6 @@
 """What the model computed: residual-stream vectors that carry their labels with them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -78,8 +79,22 @@ class Activations:
 
 
 def column_of(position: str, positions: Sequence[str], last: str) -> int:
-    """Column of a named position; "last" and "post[-1]" are the prompt's last token under its stored name."""
-    name = last if last and position in ("last", "post[-1]") else position
+    """Column of a named position, by any of its names; UserError where it wasn't collected."""
+    name = stored_name(position, last)
     if name not in positions:
         raise UserError(f"position {position!r} was not collected; there are {list(positions)}")
     return list(positions).index(name)
+
+
+def stored_name(position: str, last: str) -> str:
+    """The name that "last" and "post[-k]" are stored under, `last` being that of the prompt's last token."""
+    counted, end = _FROM_THE_END.fullmatch(position), _POST.fullmatch(last)
+    if last and position in ("last", "post[-1]"):
+        return last
+    if counted is None or end is None or int(counted[1]) > int(end[1]) + 1:
+        return position
+    return f"post[{int(end[1]) + 1 - int(counted[1])}]"
+
+
+_FROM_THE_END = re.compile(r"post\[-([1-9]\d*)\]")
+_POST = re.compile(r"post\[(\d+)\]")

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
+from mechlens.methods.activations import Activations, stored_name
 from mechlens.methods.auroc import auroc, snap, weighted_auroc
 from mechlens.methods.directions import DirectionGrid
 from mechlens.methods.estimate import Estimate
@@ -30,15 +30,18 @@ class AurocGrid:
     refit: bool
     """True: the interval holds the chance in the training prompts too, the direction having been refitted
     in every resample. False: it is about the one saved direction."""
+    last: str = ""
+    """Name under which the last token of the prompt is stored."""
 
     def at(self, level: int, position: str) -> Estimate:
         """The AUROC of one level and one named position."""
-        if level not in self.levels or position not in self.positions:
+        name = stored_name(position, self.last)
+        if level not in self.levels or name not in self.positions:
             raise UserError(
                 f"there is no AUROC at level {level}, position {position!r}; "
                 f"there are levels {list(self.levels)} and positions {list(self.positions)}"
             )
-        cell = self.levels.index(level), self.positions.index(position)
+        cell = self.levels.index(level), self.positions.index(name)
         if bool(torch.isnan(self.value[cell])):
             return Estimate.missing(self.n)
         return Estimate(float(self.value[cell]), float(self.low[cell]), float(self.high[cell]), self.n)
@@ -151,4 +154,5 @@ def _summary(
         positions=grid.positions,
         n=len(test.ids),
         refit=refit,
+        last=grid.last,
     )

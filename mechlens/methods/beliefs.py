@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
-from mechlens.methods.directions import members
+from mechlens.methods.activations import Activations, column_of
+from mechlens.methods.directions import members, require_real
 from mechlens.models.checkpoint import Checkpoint
 
 
@@ -32,6 +32,10 @@ class Centroids:
     train_ids: tuple[str, ...]
     """Prompts the means were taken over; beliefs about these prompts are not held-out numbers."""
 
+    def __post_init__(self) -> None:
+        for label, values in zip(self.contrast, (self.positive, self.negative), strict=True):
+            require_real(values, f"the centroid of {label!r}")
+
     @property
     def grand_mean(self) -> Float[Tensor, "level d_model"]:
         """Midpoint of the two centroids: unequal class sizes don't move it."""
@@ -39,16 +43,15 @@ class Centroids:
 
 
 def centroids(acts: Activations, positive: str, negative: str, position: str) -> Centroids:
-    """Class means at one position and every level; UserError where a class has no prompt."""
-    if position not in acts.positions:
-        raise UserError(f"position {position!r} was not collected; there are {list(acts.positions)}")
-    values = acts.values[:, :, acts.positions.index(position)]
+    """Class means at one position, by any of its names, and every level; UserError where a class has no prompt."""
+    column = column_of(position, acts.positions, acts.last)
+    values = acts.values[:, :, column]
     means = [values[members(acts, label)].double().mean(dim=0).to(values.dtype) for label in (positive, negative)]
     return Centroids(
         positive=means[0],
         negative=means[1],
         levels=acts.levels,
-        position=position,
+        position=acts.positions[column],
         site=acts.site,
         contrast=(positive, negative),
         checkpoint=acts.checkpoint,
@@ -105,9 +108,7 @@ def beliefs(
             raise UserError(
                 f"the activations and the centroids differ in {name} ({one} and {other}); collect both alike"
             )
-    if reference.position not in acts.positions:
-        raise UserError(f"position {reference.position!r} was not collected; there are {list(acts.positions)}")
-    values = acts.values[:, :, acts.positions.index(reference.position)]
+    values = acts.values[:, :, column_of(reference.position, acts.positions, acts.last)]
     return belief(values, reference, centered=centered, skip_embedding=skip_embedding)
 
 

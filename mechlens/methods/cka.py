@@ -26,7 +26,9 @@ def hsic(first: Float[Tensor, "prompt prompt"], second: Float[Tensor, "prompt pr
 
 def _kernel(values: Tensor) -> Tensor:
     # Centring changes no unbiased estimate, and keeps large common means from eating the digits.
-    centred = values.double() - values.double().mean(dim=0)
+    # Counted from one prompt's vector, equal vectors are exactly 0 and rounding can't part them.
+    shifted = values.double() - values[0].double()
+    centred = shifted - shifted.mean(dim=0)
     kernel = centred @ centred.T
     kernel.fill_diagonal_(0.0)
     return kernel

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations, column_of
+from mechlens.methods.activations import Activations, column_of, stored_name
 from mechlens.models.checkpoint import Checkpoint
 
 
@@ -28,6 +28,11 @@ class Direction:
     """Fingerprint of the chat template that placed the positions."""
     train_ids: tuple[str, ...]
     """Prompts it was fitted on; no number reported with it may come from these."""
+
+    def __post_init__(self) -> None:
+        require_real(self.vector, "the direction's vector")
+        if self.vector.ndim != 1:
+            raise UserError(f"the direction's vector has the shape {list(self.vector.shape)}; give d_model numbers")
 
     @property
     def norm(self) -> float:
@@ -56,11 +61,14 @@ class DirectionGrid:
     last: str = ""
     """Name under which the last token of the prompt is stored."""
 
+    def __post_init__(self) -> None:
+        require_real(self.vectors, "a vector of the grid")
+
     def at(self, level: int, position: str) -> Direction:
         """The direction of one level and one named position."""
         if level not in self.levels:
             raise UserError(f"there is no direction at level {level}; there are levels {list(self.levels)}")
-        if position not in (*self.positions, "last", "post[-1]"):
+        if stored_name(position, self.last) not in self.positions:
             raise UserError(f"there is no direction at position {position!r}; there are {list(self.positions)}")
         column = column_of(position, self.positions, self.last)
         return Direction(
@@ -74,6 +82,15 @@ class DirectionGrid:
             template=self.template,
             train_ids=self.train_ids,
         )
+
+
+def require_real(values: Tensor, what: str) -> None:
+    """UserError for numbers that point nowhere: truth values, integers, complex numbers, NaN and infinity."""
+    if not values.is_floating_point():
+        kind = str(values.dtype).removeprefix("torch.")
+        raise UserError(f"{what} is of type {kind}; give real numbers, such as vector.float()")
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"{what} is not finite, so it points nowhere; make it from other prompts")
 
 
 def mean_difference(acts: Activations, positive: str, negative: str, level: int, position: str) -> Direction:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
+from mechlens.methods.activations import Activations, stored_name
 from mechlens.methods.directions import Direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
 from mechlens.models.checkpoint import Checkpoint
@@ -21,8 +21,8 @@ Unit = Literal["raw", "unit", "share"]
 Everything = Literal["all"]
 ALL: Everything = "all"
 """Every layer, or every token."""
-EVERYWHERE = CHANGEABLE
-"""Every site: with all layers and positions, what Arditi et al. (2024) ablate."""
+EVERYWHERE = ("resid_pre", "attn_out", "mlp_out")
+"""The residual stream and all that is added to it: with all layers and positions, what Arditi et al. (2024) ablate."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,16 @@ class ResidualNorms:
     ids: tuple[str, ...]
     checkpoint: Checkpoint
     template: str
+    last: str = ""
+    """Name under which the last token of the prompt is stored."""
 
     def at(self, level: int, position: str) -> float:
         """The median norm at one level and one named position; pooled over positions for any other tokens."""
         if level not in self.levels:
             raise UserError(f"the residual norm of level {level} isn't known, only of levels {list(self.levels)}")
-        row = self.levels.index(level)
-        known = position in self.positions
-        return float(self.medians[row, self.positions.index(position)] if known else self.pooled[row])
+        row, name = self.levels.index(level), stored_name(position, self.last)
+        known = name in self.positions
+        return float(self.medians[row, self.positions.index(name)] if known else self.pooled[row])
 
 
 def residual_norms(acts: Activations) -> ResidualNorms:
@@ -64,6 +66,7 @@ def residual_norms(acts: Activations) -> ResidualNorms:
         ids=acts.ids,
         checkpoint=acts.checkpoint,
         template=acts.template,
+        last=acts.last,
     )
 
 
@@ -81,10 +84,15 @@ class Add:
     """Names such as inst, last, post[*], instruction[*], token[3], token[5:20] (cut at the prompt's end), or all."""
     phase: Phase
     site: str = "resid_pre"
+    """resid_pre (the level of the layer's number), attn_out, mlp_out, or resid_post (the level above it)."""
     norms: ResidualNorms | None = None
+    answer_tokens: int | None = None
+    """Of the answer, only the first so many tokens; None is all. Zhao et al. (2025) change the prompt alone, the prompt
+    and the first k tokens, or everything: phase "prompt", "both" with k, or "both"."""
 
     def __post_init__(self) -> None:
         _check(self.layers, self.positions, self.phase, (self.site,))
+        _check_answer(self.phase, self.answer_tokens)
         _check_strength(self.direction, self.strength, self.unit, self.norms)
 
 
@@ -98,10 +106,13 @@ class Ablate:
     positions: tuple[str, ...] | Everything
     phase: Phase
     sites: tuple[str, ...]
-    """Some of resid_pre, attn_out, mlp_out; EVERYWHERE is all three."""
+    """Some of resid_pre, attn_out, mlp_out, resid_post; EVERYWHERE is the first three."""
+    answer_tokens: int | None = None
+    """As in `Add`."""
 
     def __post_init__(self) -> None:
         _check(self.layers, self.positions, self.phase, self.sites)
+        _check_answer(self.phase, self.answer_tokens)
         _check_strength(self.direction, 0.0, "raw", None)
 
 
@@ -118,9 +129,12 @@ class ReplaceComponent:
     phase: Phase
     site: str = "resid_pre"
     norms: ResidualNorms | None = None
+    answer_tokens: int | None = None
+    """As in `Add`."""
 
     def __post_init__(self) -> None:
         _check(self.layers, self.positions, self.phase, (self.site,))
+        _check_answer(self.phase, self.answer_tokens)
         _check_strength(self.direction, self.value, self.unit, self.norms)
 
 
@@ -181,6 +195,15 @@ def _check(
         )
 
 
+def _check_answer(phase: Phase, answer_tokens: int | None) -> None:
+    if answer_tokens is None:
+        return
+    if phase == "prompt":
+        raise UserError(f"answer_tokens={answer_tokens} with phase='prompt' changes no answer; choose phase='both'")
+    if answer_tokens < 1:
+        raise UserError(f"answer_tokens is {answer_tokens}; give at least 1, or choose phase='prompt'")
+
+
 def _check_strength(direction: Direction, strength: float, unit: Unit, norms: ResidualNorms | None) -> None:
     if unit not in ("raw", "unit", "share"):
         raise UserError(f"there is no unit {unit!r} of strength; choose raw, unit or share")
@@ -209,7 +232,7 @@ def require_fits(
     for one in {id(intervention): intervention for intervention in interventions}.values():
         wrong = [layer for layer in (() if one.layers == ALL else one.layers) if not 0 <= layer <= last]
         if wrong:
-            level = "; the last level is nobody's input, so nothing can be put there" if wrong[0] == last + 1 else ""
+            level = f"; level {last + 1} is layer {last} with site='resid_post'" if wrong[0] == last + 1 else ""
             raise UserError(f"there is no layer {wrong[0]} to intervene at, only 0 to {last}{level}")
         vector = one.values if isinstance(one, Replace) else one.direction.vector
         if vector.shape[-1] != width:

@@ -25,7 +25,7 @@ class OnceRefused:
     def key(self) -> str:
         """Names the judge and its phrases."""
         judge = self.judge
-        record = repr((judge.name, judge.phrases, judge.ignore_case))
+        record = repr((judge.name, judge.phrases, judge.ignore_case, judge.verbatim))
         return f"once refused {hashlib.sha256(record.encode()).hexdigest()}"
 
     def __call__(self, tokens: list[int]) -> bool:

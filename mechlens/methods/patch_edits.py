@@ -57,5 +57,6 @@ def _as_far_at_random(
                 noise = torch.randn(mine.shape, generator=generator).to(mine.device)
                 if site == "pattern":
                     noise[mine == 0] = 0  # tokens that can't be attended to stay so
-                value_at(changed[layer], site, to, head).copy_(mine + (noise * gap / noise.norm()).to(mine.dtype))
+                length = noise.norm().clamp(min=torch.finfo(noise.dtype).tiny)  # a pattern may attend to nothing
+                value_at(changed[layer], site, to, head).copy_(mine + (noise * gap / length).to(mine.dtype))
     return changed

@@ -39,11 +39,13 @@ class Placement:
         unit = self._unit(one.direction)
         if isinstance(one, Ablate) or one.unit != "share":
             tokens = None if places[0][1] is None else tuple(t for _, found in places for t in found or ())
-            return [Change(Along(unit, _amount(one), not isinstance(one, Add)), sites, layers, tokens, answers)]
+            what = Along(unit, _amount(one), not isinstance(one, Add))
+            return [Change(what, sites, layers, tokens, answers, one.answer_tokens)]
         assert one.norms is not None
+        after = int(one.site == "resid_post")  # a block's output is the next level
         return [
-            Change(Along(unit, _amount(one, one.norms.at(layer, name)), not isinstance(one, Add)), sites, (layer,),
-                   tokens, answers)
+            Change(Along(unit, _amount(one, one.norms.at(layer + after, name)), not isinstance(one, Add)), sites,
+                   (layer,), tokens, answers, one.answer_tokens)
             for layer in layers
             for name, tokens in places
         ]  # fmt: skip

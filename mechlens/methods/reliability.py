@@ -13,6 +13,9 @@ from mechlens.methods.directions import cosine, members, weighted_differences
 from mechlens.methods.one_thread import one_thread
 from mechlens.methods.resample import family_halves
 
+LEAST_RELIABLE = 0.1
+"""A direction less reliable than this is mostly noise, and dividing by its reliability gives any number."""
+
 
 @one_thread()
 def split_half(
@@ -41,7 +44,7 @@ def corrected_cosine(
     """What the cosines would be without sampling noise: cos / sqrt(rel_a rel_b).
 
     Valid only where the two directions come from different prompts: shared prompts share noise, which
-    inflates the cosine. It can pass 1 by chance and is not clipped. NaN where a reliability is 0.
+    inflates the cosine. It can pass 1 by chance and is not clipped. NaN where a reliability is below LEAST_RELIABLE.
     """
-    noise = (reliability_a * reliability_b).sqrt()
-    return torch.where(noise > 0, cosines / noise, torch.nan)
+    sound = (reliability_a >= LEAST_RELIABLE) & (reliability_b >= LEAST_RELIABLE)
+    return torch.where(sound, cosines / (reliability_a * reliability_b).sqrt(), torch.nan)

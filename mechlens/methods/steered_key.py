@@ -53,4 +53,4 @@ def _done(change: Change, prints: Fingerprints) -> list[Any]:
         how: list[Any] = ["along", prints.of(what.unit), what.amount, what.erases]
     else:
         how = ["put", prints.of(what.values)]
-    return [*how, change.sites, change.layers, change.tokens, change.generation]
+    return [*how, change.sites, change.layers, change.tokens, change.generation, change.answer_tokens]

@@ -136,10 +136,10 @@ def applied(
     """
     if batch is None:
         everywhere = [one for one in interventions if not isinstance(one, Sequence)]
-        if len(everywhere) < len(interventions) or any((o.positions, o.phase) != (ALL, "both") for o in everywhere):
+        if len(everywhere) < len(interventions) or any(not _everywhere(o) for o in everywhere):
             raise UserError(
                 "without a batch nothing says which tokens are run: give the batch, use answer_under or "
-                "logits_under, or intervene with positions='all' and phase='both'"
+                "logits_under, or intervene with positions='all' and phase='both' and no answer_tokens"
             )
         require_fits(model, everywhere, None, force=force)
         rows, clock = [Placement(n_layers(model), None).changes(0, everywhere)], EveryToken(device_of(model))
@@ -150,6 +150,10 @@ def applied(
     starts = torch.tensor([-batch.offset(i) for i in range(len(batch.prompts))], device=device_of(model))
     with changed(model, work.changes, Clock(batch.lengths.to(starts.device), starts), fast=False):
         yield model
+
+
+def _everywhere(one: Intervention) -> bool:
+    return (one.positions, one.phase) == (ALL, "both") and getattr(one, "answer_tokens", None) is None
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ class Clock:
         self._touched: dict[tuple[int, int], Tensor | None] = {}
 
     def touched(self, table: Bool[Tensor, "row token"], width: int) -> Bool[Tensor, "running seq"] | None:
-        """Where a change acts in this pass, None where nowhere; the last column of `table` is the answer's."""
+        """Where a change acts in this pass, None where nowhere; the last column of `table` is all later tokens."""
         key = (id(table), width)
         if key not in self._touched:
             index = self.start.unsqueeze(1) + torch.arange(width, device=self.start.device)

@@ -16,8 +16,8 @@ from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, device_of, is_bridge, native, site_hook
 from mechlens.models.clock import Clock
 
-CHANGEABLE = ("resid_pre", "attn_out", "mlp_out")
-"""Sites that interventions act on: a block's input, and what attention and MLP add to the residual stream."""
+CHANGEABLE = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+"""Sites that interventions act on: a block's input, what attention and MLP add to the residual stream, its output."""
 Place = tuple[str, int]
 """Site and layer."""
 _Edit = Callable[[Tensor], Tensor]
@@ -51,6 +51,8 @@ class Change:
     """Indices in the row's prompt without padding; None is every token of the prompt."""
     generation: bool
     """Whether answer tokens are changed too."""
+    answer_tokens: int | None = None
+    """Of those only the first so many; None is all."""
 
 
 @contextlib.contextmanager
@@ -171,16 +173,18 @@ class _Tables:
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths, self.device = lengths, device
-        self.made: dict[tuple[tuple[int, tuple[int, ...] | None, bool], ...], Tensor] = {}
+        self.made: dict[tuple[tuple[int, tuple[int, ...] | None, bool, int | None], ...], Tensor] = {}
 
     def of(self, step: dict[int, Change]) -> Bool[Tensor, "row token"]:
-        key = tuple((row, change.tokens, change.generation) for row, change in step.items())
+        key = tuple((row, one.tokens, one.generation, one.answer_tokens) for row, one in step.items())
         if key not in self.made:
-            table = torch.zeros(len(self.lengths), max(self.lengths) + 1, dtype=torch.bool)
-            for row, tokens, generation in key:
-                table[row, : self.lengths[row]] = tokens is None
+            counted = max(first or 0 for *_, first in key)
+            table = torch.zeros(len(self.lengths), max(self.lengths) + counted + 1, dtype=torch.bool)
+            for row, tokens, generation, first in key:
+                length = self.lengths[row]
+                table[row, :length] = tokens is None
                 table[row, list(tokens or ())] = True
-                table[row, self.lengths[row] :] = generation
+                table[row, length : None if first is None else length + first] = generation
             self.made[key] = table.to(self.device)
         return self.made[key]
 

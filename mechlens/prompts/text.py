@@ -11,7 +11,8 @@ from mechlens.prompts.prompt import Prompt
 
 PunctuationMode = Literal["match", "keep", "strip"]
 
-_APOSTROPHES = "'’‘ʼ`"
+_APOSTROPHES = "'’‘ʼ`´′‛＇"
+_PLAIN_MARKS = str.maketrans({**dict.fromkeys(_APOSTROPHES, "'"), **dict.fromkeys("“”„‟″＂", '"')})
 # Marks that other scripts end a sentence with, and the class each belongs to.
 _FINAL_MARKS = {
     **dict.fromkeys(".…。．।", "."),
@@ -33,6 +34,11 @@ def normalise_text(text: str) -> str:
             continue
         kept.append(" " if unicodedata.category(character).startswith("P") else character)
     return " ".join("".join(kept).split())
+
+
+def plain_marks(text: str) -> str:
+    """The text with straight quotes and apostrophes and single spaces, as phrases are compared."""
+    return " ".join(text.translate(_PLAIN_MARKS).split())
 
 
 def final_punctuation(text: str) -> str:

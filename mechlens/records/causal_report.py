@@ -148,8 +148,8 @@ def _damage(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
         "What else breaks",
         "Cross-entropy of plain text (acted on at every token) and of the model's own unsteered answers to harmless "
         "prompts, KL from the unsteered model over those answers, repeated word triples, empty answers, refusals "
-        "by the phrases of Arditi et al., which decide everywhere, and by the longer list of Zhao et al. (`_zhao`): "
-        "where the two differ, the push makes the model refuse in words that the first doesn't know.",
+        "by mechlens' list, which decides everywhere, and by the two published ones that it holds, of Arditi et al. "
+        "(`_arditi`) and of Zhao et al. (`_zhao`): where they differ, one of them doesn't know the words.",
         drawn["damage"],
         table=shown,
     )
@@ -166,8 +166,8 @@ def _how(result: Battery, verdict: CausalVerdict, punctuation: str) -> str:
     parsed: Estimate = result.unsteered["inversion_parsed"]
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
-        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, of which "
-        f"{plan.n_validation} and {plan.n_test} a class were used. {punctuation} Directions: {defined} (mean "
+        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, of which at "
+        f"most {plan.n_validation} and {plan.n_test} a class were used. {punctuation} Directions: {defined} (mean "
         f"differences; harmfulness at `inst`, refusal at `last`). Chosen on validation: {settings or 'nothing'}.\n\n"
         "Adding acts on every token of the prompt at the input of one block; ablating removes the component at every "
         "layer, site and token. Controls on the same test prompts: "

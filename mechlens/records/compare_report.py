@@ -3,7 +3,6 @@
 import pandas as pd
 
 from mechlens.methods.estimate import Estimate
-from mechlens.methods.patch_result import PatchResult
 from mechlens.models.series import CheckpointSeries
 from mechlens.records import figures
 from mechlens.records.report import Section
@@ -46,14 +45,15 @@ def _moved(writer: RunWriter, moved: Moved) -> Section:
         writer.table(name, tables[name])
         names.append(_grid(writer, name, tables[name], title))
     best = tables["moved"].sort_values("recovery", ascending=False).iloc[0]
-    writer.metric("moved.best_recovery", _estimate(best, moved.result))
+    writer.metric("moved.best_recovery", _estimate(best))
     random = float(tables["moved_control"]["recovery"].max())
     return Section(
         "Where moving activations moves the behaviour",
-        f"Recovery of B's refusal log-odds when one residual vector of B is put into A's run of the same prompt: 0 is "
-        f"A's own, 1 is B's. {moved.differing} of {moved.of} harmful test prompts are refused by one and accepted by "
-        f"the other; {len(moved.result.pairs)} of them were patched. Largest: {_estimate(best, moved.result)} at layer "
-        f"{best['layer']}, {best['position']} (the largest of a grid, so flattered); the control reaches {random:.2f}.",
+        "Recovery of B's refusal log-odds when one residual vector of B is put into A's run of the same prompt: 0 is "
+        f"A's own, 1 is B's (mean change over mean gap). {moved.differing} of {moved.of} harmful test prompts are "
+        f"refused by one and accepted by the other; {len(moved.result.pairs)} of them were patched. Largest: "
+        f"{_estimate(best)} at layer {best['layer']}, {best['position']} (the largest of a grid, so flattered); the "
+        f"control reaches {random:.2f}.",
         tuple(names),
     )
 
@@ -72,5 +72,5 @@ def _grid(writer: RunWriter, name: str, table: pd.DataFrame, title: str) -> str:
     return name
 
 
-def _estimate(row: "pd.Series[float]", sweep: PatchResult) -> Estimate:
-    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), len(sweep.pairs))
+def _estimate(row: "pd.Series[float]") -> Estimate:
+    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), int(row["n"]))

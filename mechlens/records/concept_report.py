@@ -72,8 +72,8 @@ def _report(
     writer: RunWriter, result: Concept, model: LanguageModel, names: tuple[str, str], punctuation: str
 ) -> Report:
     best, metrics = result.detection.best, result.metrics()
-    token, words = metrics.get(f"token_identity_auroc.{best.position}"), metrics["tfidf_auroc"]
-    beaten = [est for est in (token, words, metrics["mean_embedding_auroc"]) if est and est.measurable]
+    own_words = (f"token_identity_auroc.{best.position}", "tfidf_auroc", "mean_embedding_auroc", "length_auroc")
+    beaten = [metrics[name] for name in own_words if name in metrics and metrics[name].measurable]
     surface = max((est.value for est in beaten), default=0.5)
     clear = best.auroc.low > max(surface, best.random.maximum) and best.permutation.p < 0.05
     verdict = (

@@ -1,8 +1,9 @@
 """Directions made by other tools: refusal_direction, repeng and steering-vectors files.
 
 Others save with `torch.save`, which writes pickles, and a pickle may run any code when it is read. This is the one
-place in mechlens that opens such a file, and it does so with `weights_only=True` only: PyTorch then builds tensors and
-plain containers and refuses everything else. Whatever can't be read so is a UserError; there is no way around it.
+place in mechlens that opens such a file, and it does so with `weights_only=True` only: PyTorch then builds tensors,
+plain containers and, by an allow-list, NumPy arrays of numbers, and refuses everything else. Whatever can't be read so
+is a UserError; there is no way around it.
 
 None of these files says which model or chat template it belongs to. The directions read from them name the checkpoint
 "foreign", with an empty weight fingerprint, an empty template fingerprint and no training prompts, so that no check
@@ -27,6 +28,15 @@ from mechlens.models.checkpoint import Checkpoint
 FOREIGN = "foreign"
 """Name of the checkpoint of every direction that was read here."""
 
+# What a pickled array of numbers is made of, under its names in NumPy 1 and 2. None of it runs what the file says.
+_REBUILD: Any = np.zeros(0).__reduce__()[0]
+_NUMPY: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8")),
+    (_REBUILD, "numpy._core.multiarray._reconstruct"),
+    (_REBUILD, "numpy.core.multiarray._reconstruct"),
+]
 # Wider than any model: a hostile file can claim a size that its few bytes don't fill.
 _MAX_SIZE = 1 << 20
 _TENSOR = re.compile(r"direction\.(0|[1-9]\d{0,5})")
@@ -47,7 +57,7 @@ def read_refusal_direction(path: Path) -> Direction:
     """
     file = path / "direction.pt" if path.is_dir() else path
     beside = file.with_name("direction_metadata.json")
-    vector = _vector(_load_tensors(file), file)
+    vector = _vector(load_tensors(file), file)
     position, layer = _metadata(beside)
     return _foreign(vector, layer, f"post[{position}]", "refusal_direction", ("harmful", "harmless"))
 
@@ -89,9 +99,7 @@ def read_steering_vectors(path: Path) -> tuple[Direction, ...]:
     the residual stream and are refused. Read at the last token of the given text unless its maker chose another, which
     isn't recorded; hence "last".
     """
-    saved = _load_tensors(
-        path, "; a pickled SteeringVector can't be read safely: save vector.layer_activations in its place"
-    )
+    saved = load_tensors(path)
     if isinstance(saved, Mapping) and "layer_activations" in saved:
         kind = saved.get("layer_type", "decoder_block")
         if kind != "decoder_block":
@@ -130,31 +138,52 @@ def _by_level(by_layer: Mapping[int, object], method: str, path: Path) -> tuple[
 
 def _vector(value: object, path: Path) -> Tensor:
     """A float32 copy of what should be one finite vector of plain numbers."""
+    vector = _numbers(value, path)
+    if vector.ndim != 1 or not 0 < len(vector) <= _MAX_SIZE:
+        raise UserError(f"{path} holds {_described(value)} where one vector of d_model numbers is needed")
+    return vector
+
+
+def load_numbers(path: Path) -> Tensor:
+    """The one tensor or NumPy array of a file made by `torch.save`, as float32; UserError unless all is finite."""
+    return _numbers(load_tensors(path), path)
+
+
+def _numbers(value: object, path: Path) -> Tensor:
+    """A float32 copy of plain, finite, real numbers."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.from_numpy(value.astype(np.float32))
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         raise UserError(f"{path} holds {_described(value)} where a plain tensor is needed; make it again")
-    if not value.is_floating_point() or value.ndim != 1 or not 0 < len(value) <= _MAX_SIZE:
-        raise UserError(f"{path} holds {_described(value)} where one vector of d_model numbers is needed")
+    if not value.is_floating_point():
+        raise UserError(f"{path} holds {_described(value)} where real numbers are needed; make it again")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise UserError(f"{path} holds {_described(value)} and fewer numbers than that; make it again")
     # A slice is saved with the whole tensor that it was cut from; the copy lets that go.
-    vector = value.detach().to(torch.float32, copy=True)
-    if not bool(torch.isfinite(vector).all()):
-        raise UserError(f"{path} holds a vector that is not finite; make it again")
-    return vector
+    numbers = value.detach().to(torch.float32, copy=True)
+    if not bool(torch.isfinite(numbers).all()):
+        raise UserError(f"{path} holds numbers that are not finite; make it again")
+    return numbers
 
 
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {value.device.type} tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"a NumPy array of {value.dtype} {list(value.shape)}"
     return f"a {type(value).__name__}"
 
 
-def _load_tensors(path: Path, hint: str = "") -> Any:
-    """What `torch.save` wrote, if it is made of tensors and plain containers."""
+def load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, if it is made of tensors, plain containers and arrays of numbers."""
     _require_readable(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may fail in any way, and only this call is inside
         raise UserError(
-            f"{path} is damaged or holds more than tensors, so it was not read (code in it was not run){hint}"
+            f"{path} is damaged or holds more than tensors, so it was not read (code in it was not run); of a pickled "
+            "SteeringVector save vector.layer_activations in its place"
         ) from error
 
 
@@ -190,7 +219,7 @@ def _open_gguf(path: Path) -> Any:
     _require_readable(path)
     try:
         return StrictReader(path)
-    except Exception as error:  # as in _load_tensors
+    except Exception as error:  # as in load_tensors
         raise UserError(f"{path} is damaged or not a GGUF file; export it again") from error
 
 

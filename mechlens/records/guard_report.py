@@ -186,7 +186,7 @@ def _report(
         sections=(
             Section(
                 "Beside everything simpler",
-                "Every detector saw the same training prompts and is tested on the same others. Fitted ones get their "
+                "All are tested on the same prompts. Those that are fitted saw the same training prompts and get their "
                 "threshold from held-out folds of the training prompts, for the same false-positive rate; "
                 "`paper_rule` keeps the published threshold of 0. AUROC needs no threshold; accuracy, tpr and fpr "
                 "are at it.",

@@ -20,7 +20,7 @@ SAYS = {
     "denoising": "one clean vector in the corrupt run: is it enough?",
     "noising": "one corrupt vector in the clean run: is it needed?",
 }
-STARS = "* p < 0.05, corrected over the whole grid. Point at a cell for its interval (95%, bootstrap over pairs)."
+STARS = "* p < 0.05, corrected over the whole grid. Point at a cell for its interval (95%, bootstrap over families)."
 
 
 def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[str, ...]]:
@@ -34,7 +34,7 @@ def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[s
         named["where"].append(f"grid_{direction}")
     for direction in DIRECTIONS:
         figure = _role_lines(result.by_role(seed), direction)
-        caption = "Mean over the pairs and over the positions of a role; dotted: random vectors of the same length."
+        caption = "Over all pairs and the positions of a role; dotted: random vectors of the same length."
         writer.figure(f"by_role_{direction}", figure, table="recovery_by_role", caption=caption)
         named["where"].append(f"by_role_{direction}")
     names = [f"{way}{null}" for way in DIRECTIONS for null in ("", ".random")]

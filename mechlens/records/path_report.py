@@ -3,6 +3,7 @@
 import pandas as pd
 
 from mechlens.methods.patch_plan import DIRECTIONS
+from mechlens.methods.patch_result import LEAST_SHARE
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.records.path_figures import draw
 from mechlens.records.report import Number, Report, Section
@@ -62,8 +63,10 @@ def _report(
         sections=(
             Section(
                 "Where it enters, travels and ends up",
-                "Recovery is (patched - start) / (target - start) of the metric: 0 changes nothing, 1 gives the other "
-                "run's behaviour. Columns are tokens of the first pair; other pairs are aligned by role. The control "
+                "Recovery is the mean of patched - start over the mean of target - start in the metric: 0 changes "
+                f"nothing, 1 gives the other run's behaviour. It is over the {int(sweep.has_gap.sum())} of "
+                f"{len(sweep.pairs)} pairs whose runs differ by at least {LEAST_SHARE:g} of what the median pair's do. "
+                "Columns are tokens of the first pair; other pairs are aligned by role. The control "
                 "adds a random vector as long as the difference of the two runs: what it recovers, any push would.",
                 drawn["where"],
             ),
@@ -83,9 +86,9 @@ def _report(
         how=(
             f"{result.chosen.note}; {len(result.chosen.pairs)} were patched. Metric: {sweep.metric} with first tokens "
             f"{list(tokens.texts)} ({tokens.origin}). Site {sweep.site}, engine: {sweep.engine}; heads: "
-            f"{result.sweeps['heads.denoising'].engine}. Intervals: bootstrap over pairs. p: sign flips of pairs, "
-            "largest mean over the grid (with few pairs it can't fall below 2^(1-n)). The best sites are chosen and "
-            "reported on the same pairs: their p is corrected for that, their interval is not."
+            f"{result.sweeps['heads.denoising'].engine}. Intervals: bootstrap over families. p: their sign flips, "
+            "largest mean effect over the grid (with few pairs it can't fall below 2^(1-n)). The best sites are chosen "
+            "and reported on the same pairs: their p is corrected for that, their interval is not."
         ),
         command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
         model=loaded(model).checkpoint.name,

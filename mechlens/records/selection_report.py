@@ -195,7 +195,7 @@ def _how(result: Selection, verdict: SelectionVerdict, model: LanguageModel, pun
     return (
         f"The rule of the verdict. {verdict.rule}\n\nRefusal tokens: {list(tokens.texts)}, {tokens.origin}{coverage}. "
         f"Prompt families are shared out by class. {punctuation}\n\nIntervals: 95% bootstrap over prompt families "
-        f"({result.plan.n_resamples} resamples), directions frozen. Refusal rates: the Arditi phrase list on greedy "
-        f"answers of {result.plan.max_new_tokens} tokens. Weights: {known.checkpoint.regime}, answers by the "
+        f"({result.plan.n_resamples} resamples), directions frozen. Refusal rates: the list `{result.judged.judge}` on "
+        f"greedy answers of {result.plan.max_new_tokens} tokens. Weights: {known.checkpoint.regime}, answers by the "
         f"{result.judged.answers.engine} engine."
     )

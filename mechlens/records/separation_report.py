@@ -8,7 +8,7 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.records.report import Number, Report, Section, TokenView
 from mechlens.records.separation_figures import draw
 from mechlens.records.writer import RunWriter
-from mechlens.studies.quadrants import QUADRANTS
+from mechlens.studies.quadrants import IN_NO_QUADRANT, QUADRANTS
 from mechlens.studies.separation import Separation
 from mechlens.studies.separation_verdict import Verdict, separation_verdict
 
@@ -95,13 +95,19 @@ def _quadrants(result: Separation, figures: dict[str, tuple[str, ...]]) -> Secti
     return Section(
         "Who is refused",
         "Every prompt was answered greedily and judged. The four quadrants are placed by the first judge "
-        f"(`{result.judged.judge}`); the others show how far that choice matters.\n\n"
+        f"(`{result.judged.judge}`); the others show how far that choice matters. {_placed_nowhere(result)}\n\n"
         f"The log-odds judge reads the first answer token only: P(first token in {list(tokens.texts)}), tokens "
         f"{tokens.origin}{'' if tokens.coverage is None else f' with coverage {tokens.coverage:.2f}'}. Its AUROC "
         f"against the first judge is {result.first_token.auroc}.",
         figures["quadrants"],
         table=agreement_table(result),
     )
+
+
+def _placed_nowhere(result: Separation) -> str:
+    quadrants = result.judged.quadrants()
+    found = [f"{quadrants.count(name)} {name}" for name in IN_NO_QUADRANT]
+    return f"In none of them, of {len(quadrants)} prompts: {' and '.join(found)} answers."
 
 
 def _detection(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
@@ -157,7 +163,7 @@ def _template(result: Separation) -> Section:
     return Section(
         "Without the template's last tokens",
         f"Refusal of harmful prompts with the full template: {rates['full_template']}; with the prompt cut right after "
-        f"the instruction: {rates['no_post_tokens']}. (The paper's Table 1: refusal falls from 98-100% to 59-85%.)",
+        f"the instruction: {rates['no_post_tokens']}. (The paper's Table 1: refusal falls from 96-100% to 59-85%.)",
     )
 
 

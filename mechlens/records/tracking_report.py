@@ -187,9 +187,17 @@ def _behaviour_text(result: Tracking) -> str:
         for _, row in result.behaviour.iterrows()
         if row["number"].startswith("refusal_rate") and row["step"] in (result.steps[0], result.steps[-1])
     ]
+    steered = int(result.effects["n"].max()) if len(result.effects) else 0
+    silent = [
+        f"{row['value']:.0%} of {row['number'].replace('empty_rate.', '')} prompts at step {row['step']}"
+        for _, row in result.behaviour.iterrows()
+        if row["number"].startswith("empty_rate") and row["value"] > 0
+    ]
+    empty = f"\n\nEmpty answers, which count as no refusal: {', '.join(silent)}." if silent else ""
     return (
-        f"{'; '.join(said)}.\n\nFirst tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}). Each "
-        f"concept's direction was added once, at `inst` and after it, to {result.plan.steered} harmless test prompts."
+        f"{'; '.join(said)}.{empty}\n\nFirst tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}). "
+        f"Each concept's direction was added once, at `inst` and after it, to {steered} harmless test "
+        "prompts."
     )
 
 

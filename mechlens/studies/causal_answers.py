@@ -12,15 +12,14 @@ from mechlens.methods.directions import Direction
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.interventions import Ablate, Add, ResidualNorms
 from mechlens.methods.inversion import BELIEFS, SCOPES, Belief, parse_reply
-from mechlens.methods.judges import ARDITI, ZHAO
+from mechlens.methods.judges import ARDITI, PHRASES, ZHAO
 from mechlens.methods.shelf import Shelf
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.studies.causal_directions import HARMLESS, OPERATIONS, PUSH, Setting, intervene, pushes
 from mechlens.studies.causal_readings import Arm, Chance, Subjects, columns
 
-JUDGES = {"": ARDITI, "_zhao": ZHAO}
-"""By the end of a column's name. The first decides everywhere; the second knows more ways to say no, such as "I will
-not", which pushed models use more than others."""
+JUDGES = {"": PHRASES, "_arditi": ARDITI, "_zhao": ZHAO}
+"""By the end of a column's name. The first decides everywhere; the published two stand beside it."""
 REPLY_TOKENS = 8
 """Enough for the word, or for the phrase of a refusal."""
 
@@ -71,7 +70,7 @@ class AnswersUnder:
     def _in_words(self, model: LanguageModel, texts: list[str], chance: Chance) -> dict[str, Estimate]:
         encode = loaded(model).tokenizer.encode
         repeated = torch.tensor([repetition(encode(text, add_special_tokens=False)) for text in texts]).double()
-        silent = torch.tensor([not text for text in texts]).double()
+        silent = torch.tensor([not text.strip() for text in texts]).double()
         estimate = self.who.estimate
         found = {"repetition": estimate(repeated, chance), "empty": estimate(silent, chance)}
         for end, judge in JUDGES.items():

@@ -11,7 +11,7 @@ from mechlens.methods.arms import Readout, answers_of_arms, first_token_of_arms
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.interventions import Ablate, Add
 from mechlens.methods.inversion import SCOPES, Asked, WordPair, ask
-from mechlens.methods.judges import ARDITI, RefusalTokens
+from mechlens.methods.judges import PHRASES, RefusalTokens
 from mechlens.methods.once_refused import OnceRefused
 from mechlens.methods.resample import mean_estimate
 from mechlens.methods.shelf import Shelf
@@ -129,8 +129,8 @@ def refused(
     max_new_tokens: int,
     shelf: Shelf | None,
 ) -> Float[Tensor, "arm prompt"]:
-    """1 where the answer of an arm is a refusal by the phrases of Arditi et al. 2024, else 0 (float64)."""
-    decided = OnceRefused(ARDITI, loaded(model).tokenizer)
+    """1 where the answer of an arm is a refusal by `PHRASES`, else 0 (float64)."""
+    decided = OnceRefused(PHRASES, loaded(model).tokenizer)
     said = answers_of_arms(model, batch, arms, max_new_tokens=max_new_tokens, decided=decided, shelf=shelf)
-    verdicts = [ARDITI(batch.prompts, texts) for texts in said]
+    verdicts = [PHRASES(batch.prompts, texts) for texts in said]
     return torch.tensor([[verdict == "refused" for verdict in row] for row in verdicts]).double()

@@ -93,8 +93,12 @@ def _against(metrics: dict[str, Estimate]) -> list[str]:
     for scope, where in (("before", "before the question"), ("all", "everywhere")):
         refusal, harm = (metrics[f"inversion_shift.{name}.{scope}"] for name in ("refusal", "harmfulness"))
         chance = metrics[f"inversion_shift.refusal.{scope}.random_max"]
-        if refusal.low > chance.value or refusal.low >= harm.high:
+        if refusal.low > chance.value:
             found.append(f"Applied {where}, the refusal direction too shifts the reply towards harmful.")
+        elif refusal.low >= harm.high:
+            found.append(
+                f"Applied {where}, the harmfulness direction shifts the reply no more than the refusal one does."
+            )
     return found
 
 

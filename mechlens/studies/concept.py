@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
+from mechlens.methods.activations import Activations, column_of
 from mechlens.methods.collect import collect, template_of
 from mechlens.methods.detect import Detection, DetectionPlan
 from mechlens.methods.estimate import Estimate
@@ -61,7 +61,7 @@ class Concept:
         return self.detection.table().assign(reliability=self.reliability.flatten().tolist())
 
     def _column(self, position: str) -> int:
-        return self.acts.positions.index(position)
+        return column_of(position, self.acts.positions, self.acts.last)
 
 
 def find_concept(

@@ -115,10 +115,9 @@ def signed_detector(both: Both, name: str, values: Float[Tensor, " prompt"], not
     return both.detector(name, score, note)
 
 
-def refusal_direction(train: Activations, refused: Sequence[bool], seed: int) -> Direction | None:
+def refusal_direction(train: Activations, verdicts: Sequence[str], seed: int) -> Direction | None:
     """Refused minus accepted training prompts at the last token; None where there are too few of either."""
-    labels = tuple("refused" if flag else "accepted" for flag in refused)
-    return best_direction(replace(train, labels=labels), "refused", "accepted", "last", seed)
+    return best_direction(replace(train, labels=tuple(verdicts)), "refused", "accepted", "last", seed)
 
 
 def refusal_detectors(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from mechlens.methods.activations import Activations
+from mechlens.methods.activations import Activations, column_of
 from mechlens.methods.effects import HARM, INTERACTION, REFUSAL, CosineCurve, Effect, cosine_curve
 from mechlens.methods.estimate import Estimate
 from mechlens.studies.contrasts import LEAST_IN_A_CLASS
@@ -103,7 +103,7 @@ def measure_geometry(
 
 
 def _effect(acts: Activations, position: str, labels: tuple[str, ...], coefficients: dict[str, float]) -> Effect:
-    return Effect(acts.values[:, :, acts.positions.index(position)], labels, coefficients)
+    return Effect(acts.values[:, :, column_of(position, acts.positions, acts.last)], labels, coefficients)
 
 
 def _at_one(

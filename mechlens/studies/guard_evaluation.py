@@ -149,7 +149,7 @@ def evaluate_guard(
     batch = tokenize(prompts, used)
     fitted = collect(model, batch.select(range(len(train))), positions=read_positions(guard.settings), shelf=shelf)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf))
-    direction = refusal_direction(fitted, judged.refused[: len(train)], plan.seed)
+    direction = refusal_direction(fitted, judged.verdicts[judged.judge][: len(train)], plan.seed)
     guards = {"latent_guard": guard, **others}
     levels = {level for one in guards.values() for level in one.levels} | {0, n_layers(model)}
     levels |= {direction.level} if direction is not None else set()

@@ -36,18 +36,18 @@ class _Way:
 
 
 def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdict:
-    """Layers by the rule "mean recovery at least one half"; heads by their recovery at the last token."""
+    """Layers by the rule "recovery at least one half"; heads by their recovery at the last token."""
     ways = {direction: _way(result, direction, seed, n_heads) for direction in DIRECTIONS}
     n = len(result.chosen.pairs)
     numbers: dict[str, Estimate] = {}
     for direction, way in ways.items():
         numbers |= {
-            f"{direction}.recovery.best_before_last": _estimate(way.source, n),
-            f"{direction}.recovery.random_maximum": _estimate(way.control, n),
+            f"{direction}.recovery.best_before_last": _estimate(way.source),
+            f"{direction}.recovery.random_maximum": _estimate(way.control),
             f"{direction}.layer.leaves_source": _layer(way.leaves, n),
             f"{direction}.layer.arrives_last": _layer(way.arrives, n),
-            f"{direction}.recovery.top_head": _estimate(_largest(way.heads), n),
-            f"{direction}.recovery.top_head_random": _estimate(way.head_control, n),
+            f"{direction}.recovery.top_head": _estimate(_largest(way.heads)),
+            f"{direction}.recovery.top_head_random": _estimate(way.head_control),
         }
     numbers["attribution_correlation"] = Estimate.exact(result.correlation(), n)
     heads = pd.concat([way.heads.assign(direction=name) for name, way in ways.items()], ignore_index=True)
@@ -79,8 +79,12 @@ def _way(result: RefusalPath, direction: str, seed: int, n_heads: int) -> _Way:
 def _where(ways: dict[str, _Way]) -> str:
     parts = []
     for direction, way in ways.items():
-        held = f"at least half up to layer {way.leaves}" if way.leaves is not None else "nowhere half"
-        ends = f"at least half from layer {way.arrives} on" if way.arrives is not None else "at no layer half"
+        held = f"at least half for the last time at layer {way.leaves}" if way.leaves is not None else "nowhere half"
+        ends = (
+            f"at least half for the first time at layer {way.arrives}"
+            if way.arrives is not None
+            else "at no layer half"
+        )
         parts.append(
             f"when {direction}, the best place before the last token is {way.source['position']} (recovery "
             f"{_value(way.source)} at layer {way.source['layer']}, {held}; the best random vector anywhere "
@@ -108,8 +112,8 @@ def _value(row: "pd.Series[float]") -> str:
     return f"{row['recovery']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
-def _estimate(row: "pd.Series[float]", n: int) -> Estimate:
-    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), n)
+def _estimate(row: "pd.Series[float]") -> Estimate:
+    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), int(row["n"]))
 
 
 def _layer(value: int | None, n: int) -> Estimate:

@@ -17,6 +17,7 @@ from mechlens.methods.auroc import auroc_estimate
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.judges import (
     ARDITI,
+    PHRASES,
     ZHAO,
     Judge,
     LogOddsJudge,
@@ -29,6 +30,7 @@ from mechlens.models.bridge import LanguageModel, loaded, unembed
 from mechlens.prompts.prompt import Prompt
 
 QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless")
+IN_NO_QUADRANT = ("empty", "unclear")
 LEAST_REFUSALS = 5
 """With fewer refusals than this the model's own refusal tokens can't be found."""
 
@@ -52,20 +54,25 @@ class Judged:
         """By the first judge."""
         return tuple(verdict == "refused" for verdict in self.verdicts[self.judge])
 
+    @property
+    def accepted(self) -> tuple[bool, ...]:
+        """By the first judge; an empty or unclear answer is neither refused nor accepted."""
+        return tuple(verdict == "accepted" for verdict in self.verdicts[self.judge])
+
     def quadrants(self, judge: str | None = None) -> tuple[str, ...]:
-        """Quadrant of every prompt; "unclear" where the judge couldn't say."""
+        """Quadrant of every prompt; "empty" without an answer, "unclear" where the judge couldn't say."""
         verdicts = self.verdicts[judge or self.judge]
         return tuple(
-            verdict if verdict == "unclear" else f"{verdict}_{prompt.label}"
+            verdict if verdict in IN_NO_QUADRANT else f"{verdict}_{prompt.label}"
             for verdict, prompt in zip(verdicts, self.prompts, strict=True)
         )
 
     def counts(self) -> pd.DataFrame:
-        """Prompts in each quadrant by each judge: columns judge, quadrant, n."""
+        """Prompts in each quadrant, and in none, by each judge: columns judge, quadrant, n."""
         rows = []
         for judge in self.verdicts:
             found = Counter(self.quadrants(judge))
-            rows += [{"judge": judge, "quadrant": name, "n": found[name]} for name in (*QUADRANTS, "unclear")]
+            rows += [{"judge": judge, "quadrant": name, "n": found[name]} for name in (*QUADRANTS, *IN_NO_QUADRANT)]
         return pd.DataFrame(rows)
 
     def agreements(self, seed: int) -> list[tuple[str, str, Agreement]]:
@@ -94,8 +101,8 @@ class Judged:
 
 
 def judge_answers(prompts: Sequence[Prompt], answers: Answers, judges: Sequence[Judge] = ()) -> Judged:
-    """Verdicts of the given judges, or of both published substring lists; needs no model."""
-    chosen = judges or (ARDITI, ZHAO)
+    """Verdicts of the given judges, or by `PHRASES` and beside it both published lists; needs no model."""
+    chosen = judges or (PHRASES, ARDITI, ZHAO)
     return Judged(
         prompts=tuple(prompts),
         answers=answers,
@@ -110,7 +117,7 @@ class FirstTokenJudgement:
     tokens: RefusalTokens
     log_odds: Float[Tensor, " prompt"]
     auroc: Estimate
-    """Against the substring judge, on prompts that didn't choose the tokens."""
+    """Against the judge that places the quadrants, on prompts that didn't choose the tokens."""
 
 
 def judge_first_token(

@@ -97,8 +97,8 @@ def find_pairs(
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=max_new_tokens, shelf=shelf))
     acts = collect(model, batch, positions=["last"], shelf=shelf)
     _, first_token = judge_first_token(model, judged, acts, range(len(prompts)), seed)
-    refused = judged.refused
-    fitting = [pair for i, pair in enumerate(candidates) if refused[2 * i] and not refused[2 * i + 1]]
+    refused, accepted = judged.refused, judged.accepted
+    fitting = [pair for i, pair in enumerate(candidates) if refused[2 * i] and accepted[2 * i + 1]]
     if len(fitting) < LEAST_PAIRS:
         raise UserError(
             f"the model refuses one side and accepts the other in {len(fitting)} of {len(candidates)} pairs; "

@@ -11,7 +11,7 @@ from mechlens.methods.candidate_scores import CandidateScores, ablation, additio
 from mechlens.methods.directions import Direction, random_like
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.interventions import Intervention
-from mechlens.methods.judges import ARDITI
+from mechlens.methods.judges import PHRASES
 from mechlens.methods.once_refused import OnceRefused
 from mechlens.methods.resample import mean_estimate
 from mechlens.methods.shelf import Shelf
@@ -56,6 +56,9 @@ class SelectionTest:
         }
         for name, verdicts in self.refused.items():
             found[f"refusal_rate.{name}"] = self._mean(torch.tensor(verdicts).double(), name.split(".")[0])
+        for name, said in self.answers.items():
+            silent = torch.tensor([not text.strip() for text in said.texts]).double()
+            found[f"empty_rate.{name}"] = self._mean(silent, name.split(".")[0])
         return found
 
     def _of(
@@ -100,7 +103,7 @@ def run_selection_test(
         model, [chosen, *rivals, *twins], batch, rows["harmful"], rows["harmless"], tokens, shelf=shelf
     )
     # Only random directions are cut short once they are refused: what the chosen one makes the model say is shown.
-    decided = OnceRefused(ARDITI, loaded(model).tokenizer)
+    decided = OnceRefused(PHRASES, loaded(model).tokenizer)
     verdicts = {label: tuple(refused[i] for i in rows[label]) for label in rows}
     answers = {}
     asked: list[tuple[Intervention, str, str]] = [
@@ -118,7 +121,7 @@ def run_selection_test(
             model, batch.select(rows[label]), [done],
             max_new_tokens=max_new_tokens, decided=None if shown else decided, shelf=shelf,
         )  # fmt: skip
-        judged = ARDITI([batch.prompts[i] for i in rows[label]], said.texts)
+        judged = PHRASES([batch.prompts[i] for i in rows[label]], said.texts)
         verdicts[name] = tuple(verdict == "refused" for verdict in judged)
         if shown:
             answers[name] = said

@@ -40,7 +40,11 @@ def selection_verdict(result: Selection) -> SelectionVerdict:
     induces = _beyond(metrics, "refusal_score.harmless.added", "max", "induce_shift", 1.0)
     word = {2: "controls refusal", 1: "controls refusal in part", 0: "no better than chance"}[bypasses + induces]
     chosen = result.test.chosen
-    bypassing, inducing = "bypasses" if bypasses else "does not bypass", "induces" if induces else "does not induce"
+    silent = [f"{metrics[name]} with it {how}" for name, how in SILENT.items() if metrics[name].value > 0]
+    bypassing, inducing = (
+        "bypasses" if bypasses else "isn't shown to bypass",
+        "induces" if induces else "isn't shown to induce",
+    )
     return SelectionVerdict(
         word,
         f"The direction at {chosen.position}, layer {chosen.level}, chosen among {counts[KEPT]} of "
@@ -49,12 +53,14 @@ def selection_verdict(result: Selection) -> SelectionVerdict:
         f"{metrics['refusal_score.harmful.ablated']}, and {metrics['refusal_rate.harmful.ablated']} of them are "
         f"refused instead of {metrics['refusal_rate.harmful']}; added, harmless ones go from "
         f"{metrics['refusal_score.harmless']} to {metrics['refusal_score.harmless.added']}, and "
-        f"{metrics['refusal_rate.harmless.added']} of them are refused instead of {metrics['refusal_rate.harmless']}.",
+        f"{metrics['refusal_rate.harmless.added']} of them are refused instead of {metrics['refusal_rate.harmless']}."
+        + (f" Empty answers, which are no refusals: {', '.join(silent)}." if silent else ""),
         {name: metrics[name] for name in DECIDING},
         RULE,
     )
 
 
+SILENT = {"empty_rate.harmful.ablated": "taken out", "empty_rate.harmless.added": "added"}
 DECIDING = (
     "bypass_shift",
     "induce_shift",

@@ -29,6 +29,7 @@ from mechlens.prompts.template import ChatTemplate
 from mechlens.studies.contrasts import LEAST_IN_A_CLASS, Measured, Surface, measure, surface_of
 from mechlens.studies.geometry import Geometry, measure_geometry
 from mechlens.studies.quadrants import (
+    IN_NO_QUADRANT,
     QUADRANTS,
     FirstTokenJudgement,
     Judged,
@@ -67,7 +68,8 @@ class Separation:
     geometry: Geometry
     beliefs: Beliefs
     refusal_rates: dict[str, Estimate]
-    """Share of harmful test-side prompts refused with the full template and without the tokens after `inst`."""
+    """Share of all harmful prompts refused with the full template and without the tokens after `inst`; nothing is
+    fitted for it, so no prompt is left out."""
     acts: Activations
     batch: TokenBatch
     plan: SeparationPlan
@@ -81,7 +83,7 @@ class Separation:
         """Every headline number by its name in run.json; what can't be measured is there with its count."""
         last = self.acts.positions[-1]
         harmful, refused = self.contrasts["harmful"], self.contrasts["refused"]
-        counts = {name: float(self.judged.quadrants().count(name)) for name in QUADRANTS}
+        counts = {name: float(self.judged.quadrants().count(name)) for name in (*QUADRANTS, *IN_NO_QUADRANT)}
         missing = Estimate.missing(min(harmful.counts.values()))
         found = {
             "harmful_auroc.inst": harmful.auroc("inst"),

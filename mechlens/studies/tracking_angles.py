@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pandas as pd
+import torch
 
 from mechlens.methods.activations import Activations
 from mechlens.methods.effects import CosineCurve, Effect, cosine_curve
@@ -27,8 +28,11 @@ def angle_table(steps: Sequence[int], acts: Sequence[Activations], concept: Conc
                 if name == "previous" and j == 0:
                     continue  # the same as the reference
                 curve = cosine_curve(effects[k], effects[j], acts[0].families, acts[0].levels, seed=seed)
-                norms = (effects[k].norms() / effects[j].norms()).tolist(), effects[k].norms().tolist()
-                rows += _rows(curve, *norms, {"step": steps[k], "other": name, "to": steps[j], "position": position})
+                own, other = effects[k].norms(), effects[j].norms()
+                # Where all prompts share a vector there is no direction, and no ratio.
+                ratios = torch.where(other > 0, own / other, torch.nan).tolist()
+                where: dict[str, int | str] = {"step": steps[k], "other": name, "to": steps[j], "position": position}
+                rows += _rows(curve, ratios, own.tolist(), where)
     return pd.DataFrame(rows).assign(concept=concept.name)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mechlens.methods.directions import Direction, random_like
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.interventions import Add, Intervention
-from mechlens.methods.judges import ARDITI, RefusalTokens, refusal_log_odds
+from mechlens.methods.judges import PHRASES, RefusalTokens, refusal_log_odds
 from mechlens.methods.resample import family_weights, interval, mean_estimate
 from mechlens.methods.steering import logits_under
 from mechlens.models.bridge import LanguageModel, n_layers
@@ -55,15 +55,17 @@ def steered_log_odds(
 def _added(direction: Direction | None, depth: int) -> list[Intervention]:
     if direction is None or direction.norm == 0:
         return []
-    layer = min(direction.level, depth - 1)  # the last level is nobody's input
+    # The last level is nobody's input, but the last block's output.
+    layer, site = (depth - 1, "resid_post") if direction.level == depth else (direction.level, "resid_pre")
     where = ("inst", "post[*]")
-    return [Add(direction, strength=1.0, unit="raw", layers=(layer,), positions=where, phase="prompt")]
+    return [Add(direction, strength=1.0, unit="raw", layers=(layer,), positions=where, phase="prompt", site=site)]
 
 
 def behaviour_table(found: Sequence[Snapshot], reference: Reference, *, seed: int, n_resamples: int) -> pd.DataFrame:
     """One row for each checkpoint and number: step, number, value, low, high, n, and the change from the base.
 
-    Refusal rates on all prompts; log-odds on those that chose no refusal tokens; changes are paired by prompt.
+    Refusal rates and empty answers on all prompts; log-odds on those that chose no refusal tokens; changes are paired
+    by prompt.
     """
     prompts = reference.judged.prompts
     rest = sorted((*reference.split.validation, *reference.split.test))
@@ -74,6 +76,8 @@ def behaviour_table(found: Sequence[Snapshot], reference: Reference, *, seed: in
             now, before = (refused_by(each)[members] for each in (one, found[0]))
             families = [prompts[i].group for i in members]
             rows.append(_row(one.step, f"refusal_rate.{kind}", now, before, families, seed, n_resamples))
+            now, before = (_silent(each)[members] for each in (one, found[0]))
+            rows.append(_row(one.step, f"empty_rate.{kind}", now, before, families, seed, n_resamples))
             inside = [i for i in members if i in rest]
             now, before = (each.log_odds[inside] for each in (one, found[0]))
             families = [prompts[i].group for i in inside]
@@ -85,8 +89,12 @@ def behaviour_table(found: Sequence[Snapshot], reference: Reference, *, seed: in
 
 def refused_by(found: Snapshot) -> Float[Tensor, " prompt"]:
     """1 where the checkpoint refuses, by the judge that places the quadrants."""
-    verdicts = ARDITI([Prompt(own, "") for own in found.answers.ids], found.answers.texts)
+    verdicts = PHRASES([Prompt(own, "") for own in found.answers.ids], found.answers.texts)
     return torch.tensor([verdict == "refused" for verdict in verdicts], dtype=torch.float64)
+
+
+def _silent(found: Snapshot) -> Float[Tensor, " prompt"]:
+    return torch.tensor([not text.strip() for text in found.answers.texts], dtype=torch.float64)
 
 
 def gaps(one: Snapshot, base: Snapshot, concept: Concept, *, seed: int, n_resamples: int) -> tuple[Estimate, Estimate]:

@@ -16,7 +16,7 @@ from mechlens.methods.answers import Answers
 from mechlens.methods.auroc import auroc
 from mechlens.methods.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.directions import direction_grid
-from mechlens.methods.judges import ARDITI
+from mechlens.methods.judges import PHRASES
 from mechlens.methods.one_thread import one_thread
 from mechlens.methods.resample import family_weights, interval, mean_estimate
 from mechlens.prompts.prompt import Prompt
@@ -66,7 +66,7 @@ def acceptance_table(found: Sequence[Snapshot], *, seed: int, n_resamples: int) 
 def _accepted(one: Snapshot) -> Tensor:
     answers: Answers | None = one.variant_answers
     assert answers is not None
-    verdicts = ARDITI([Prompt(own, "") for own in answers.ids], answers.texts)
+    verdicts = PHRASES([Prompt(own, "") for own in answers.ids], answers.texts)
     return torch.tensor([verdict == "accepted" for verdict in verdicts], dtype=torch.float64)
 
 

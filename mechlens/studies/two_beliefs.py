@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from mechlens.methods.activations import Activations
+from mechlens.methods.activations import Activations, column_of
 from mechlens.methods.beliefs import Centroids, beliefs, centroids, layer_scores
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.resample import family_weights, interval, mean_estimate
@@ -109,7 +109,7 @@ def _level_table(
 ) -> pd.DataFrame:
     frames = []
     for reference, concept in ((harm, "harmfulness"), (refusal, "refusal")):
-        values = held_out.values[:, :, held_out.positions.index(reference.position)]
+        values = held_out.values[:, :, column_of(reference.position, held_out.positions, held_out.last)]
         for centered in (False, True):
             scores = layer_scores(values, reference, centered=centered)
             for name in QUADRANTS:

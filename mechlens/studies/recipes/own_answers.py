@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from mechlens.methods.answers import answer
-from mechlens.methods.judges import ARDITI
+from mechlens.methods.judges import PHRASES
 from mechlens.methods.shelf import Shelf
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
@@ -32,10 +32,10 @@ def own_answers(
     benign prompts are there for.
     """
     own = answer(model, prompts, max_new_tokens=max_tokens, shelf=shelf)
-    verdicts = ARDITI(prompts, own.texts)
+    verdicts = PHRASES(prompts, own.texts)
     examples, left_out = [], []
     for prompt, text, tokens, verdict in zip(prompts, own.texts, own.tokens, verdicts, strict=True):
-        if verdict == "refused" or not text:
+        if verdict != "accepted":
             left_out.append(prompt.id)
         else:
             examples.append(Example(prompt, text, ends=len(tokens) < max_tokens, teaches=teaches))
