@@ -24,7 +24,7 @@ from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate
 from mechlens.studies import training_data
-from mechlens.studies.finetune import finetune
+from mechlens.studies.finetune import STAGING, finetune
 from mechlens.studies.response_loss import IGNORED, collate, encode, end_of_turn
 from mechlens.studies.training_data import (
     Example,
@@ -132,8 +132,9 @@ def test_killed_and_resumed_equals_undisturbed(
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert not (tmp_path / "adapter").exists()
-    (tmp_path / "checkpoint-6").mkdir()  # half-written: it has no record
-    (tmp_path / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"half")
+    half = tmp_path / STAGING / "checkpoint-6"  # where the Trainer writes it
+    half.mkdir(parents=True, exist_ok=True)
+    (half / "adapter_model.safetensors").write_bytes(b"half")
     logged: list[int] = []
     resumed = finetune(config, tmp_path, log=lambda number, _: logged.append(number))
     assert logged[0] == (5 if step == 5 else 1)
