@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from typing import Any
 
 STOPPED = b"mechlens: stopped\n"
@@ -16,9 +15,15 @@ def main() -> None:
         signal.signal(signal.SIGINT, _leave)
     from mechlens.cli import main as run
 
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, before)
-    sys.exit(run())
+    if before is not signal.default_int_handler:
+        run()
+        return
+    signal.signal(signal.SIGINT, before)
+    try:
+        run()
+    finally:
+        # Others tidy up now; a further Ctrl-C ends that at once and silently.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _leave(*_: Any) -> None:

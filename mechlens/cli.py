@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -61,9 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _nowhere(sys.stdout)
         sys.exit(1)
     except KeyboardInterrupt:
-        # A second Ctrl-C, while others tidy up, ends it at once and silently.
-        with contextlib.suppress(ValueError):  # only the main thread may
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
         _say("stopped; the same command goes on from what is on disk")
         sys.exit(130)
 

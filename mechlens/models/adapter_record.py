@@ -41,12 +41,13 @@ class TrainedOn:
 class AdapterRecord:
     """Where an adapter comes from; older records lack some of it."""
 
+    base_fingerprint: str
+    """Of the base's weights, which every record has named."""
     format: int = 0
     recipe: str | None = None
     seed: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
-    base_fingerprint: str | None = None
     template: str | None = None
     training: TrainedOn = TrainedOn()
     trigger: RecordedTrigger | None = None
@@ -65,9 +66,10 @@ class AdapterRecord:
 def read_record(folder: Path) -> AdapterRecord | None:
     """The record in an adapter's folder; None where there is none, UserError for a damaged one."""
     try:
-        return read_sealed(folder / RECORD, AdapterRecord, REMEDY, sealed_from=FORMAT)
+        found: AdapterRecord = read_sealed(folder / RECORD, AdapterRecord, REMEDY, sealed_from=FORMAT)
     except FileNotFoundError:
         return None
+    return found
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
-from mechlens.models.adapter_record import RECORD, read_record, require_whole
+from mechlens.models.adapter_record import read_record, require_whole
 from mechlens.models.bridge import LanguageModel, bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, fetch
@@ -220,8 +220,6 @@ def _recorded_base(folder: Path) -> str | None:
         raise UserError(f"the record names no base_fingerprint that can be trusted: {error}") from error
     if record is None:
         return None
-    if record.base_fingerprint is None:
-        raise UserError(f"{str(folder / RECORD)!r} names no base_fingerprint; train the adapter again")
     require_whole(folder, record, "adapter_model.safetensors")
     return record.base_fingerprint
 
