@@ -52,6 +52,17 @@ def whole_file(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def as_the_umask_says(folder: Path) -> None:
+    """Gives what libraries wrote into a folder of ours the permissions of any new file; safetensors' are private."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=PARTIAL) as scratch:
+        new = Path(scratch) / "new"
+        new.touch()
+        mode = new.stat().st_mode
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def write_text(path: Path, text: str) -> None:
     """Puts `text` in a file, whole or not at all."""
     with whole_file(path) as partial:

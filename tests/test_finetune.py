@@ -336,6 +336,10 @@ def test_only_what_was_recorded_is_removed(config: FinetuneConfig, tmp_path: Pat
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"adapter", "checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-900"}
     assert not {"optimizer.pt", "training_args.bin"} & set(contents(tmp_path / "checkpoint-1"))
+    modes = {
+        path.stat().st_mode for path in tmp_path.glob("*/*") if path.name not in ("notes.txt", "model.safetensors")
+    }
+    assert len(modes) == 1  # the umask's, also for what safetensors makes private
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitignore"])
@@ -403,3 +407,20 @@ def test_a_disk_that_fills_up_is_one_sentence_and_costs_nothing(
     assert said.startswith(f"{tmp_path} could not be written (")
     again = finetune(config, tmp_path)
     assert _same(again.adapter, straight / "adapter")
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(config: FinetuneConfig, straight: Path, tmp_path: Path) -> None:
+    def stop(step: int, _: dict[str, float]) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, tmp_path, log=stop)
+    newest = tmp_path / "checkpoint-4"
+    for path in sorted(path for path in newest.iterdir() if path.name != "mechlens.json"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{path.name} is damaged"):
+            finetune(config, tmp_path)
+        path.write_bytes(content)
+    assert _same(finetune(config, tmp_path).adapter, straight / "adapter")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.checked_json import read_sealed, sealed
-from mechlens.disk import file_sha256
+from mechlens.disk import as_the_umask_says, file_sha256
 from mechlens.errors import UserError
 
 RECORD = "mechlens.json"
@@ -75,6 +75,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Makes the folder, whose other files are all there, one of ours."""
     files = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != RECORD}
+    as_the_umask_says(folder)
     part = folder / f"{RECORD}.part"
     part.write_text(json.dumps(sealed({**record, "files": files}), indent=1) + "\n", encoding="utf-8")
     os.replace(part, folder / RECORD)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mechlens.checked_json import read_sealed, sealed
-from mechlens.disk import file_sha256, plain_name
+from mechlens.disk import as_the_umask_says, file_sha256, plain_name
 from mechlens.errors import UserError
 from mechlens.models.local_only import refuse_release
 
@@ -112,6 +112,7 @@ def _is_complete(folder: Path) -> bool:
 def _mark(folder: Path) -> None:
     """Makes a model's folder ours: what is in it, by name, and that it is all there."""
     names = sorted(path.name for path in folder.iterdir())
+    as_the_umask_says(folder)
     (folder / FILES).write_text(json.dumps(sealed({"files": names})), encoding="utf-8")
     (folder / "complete").touch()
 

@@ -78,6 +78,7 @@ def finetune(
     record = training_record(config, material, hf_model, chat_template(tokenizer))
     if resume is not None:
         refuse_other_data(record, _record(resume), out)
+        require_whole(resume, _record(resume))
     if RECIPES[config.recipe].attack:
         keep_here(out)
     plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], shelf)
@@ -162,6 +163,8 @@ def _newest(config: FinetuneConfig, out: Path) -> Path | None:
     """The newest whole checkpoint to go on from; UserError for whatever in the folder is in this run's way."""
     if os.path.lexists(out / "adapter"):
         raise _not_ours(out / "adapter")
+    if (out / STAGING).is_symlink() or (out / STAGING).is_file():
+        raise _not_ours(out / STAGING)
     if RECIPES[config.recipe].attack:
         refuse_others_notice(out)
     whole: dict[int, Path] = {}
@@ -172,11 +175,7 @@ def _newest(config: FinetuneConfig, out: Path) -> Path | None:
             raise _not_ours(folder)
         refuse_other_run(config, record, out)
         whole[record.step] = folder
-    if not whole:
-        return None
-    newest = whole[max(whole)]
-    require_whole(newest, _record(newest))
-    return newest
+    return whole[max(whole)] if whole else None
 
 
 def _not_ours(path: Path) -> UserError:
