@@ -221,6 +221,10 @@ def test_other_weights_are_refused_unless_allowed(fitted: Fitted, tmp_path: Path
     [
         ('{"name": "x"}', "must hold a list of sources"),
         ("[{]", "is not valid JSON"),
+        ("[" * 20_000, "is not valid JSON"),
+        ('[{"name": ["x"], "data": "harmful", "label": "harmful"}]', "'name': input should be a valid string"),
+        ('[{"name": "x", "data": "harmful", "label": "harmful", "harmful": 3}]', "'harmful': input should be"),
+        ('[{"name": "x", "data": "harmful", "label": "harmful", "sample": ' + "9" * 5000 + "}]", "is not valid JSON"),
         ('[{"name": "x", "data": "harmful", "label": "bad"}]', "label is harmful or harmless"),
         ('[{"name": "x", "data": "harmful"}]', "needs a label"),
         ('[{"name": "x", "data": "harmful", "label": "harmful", "colour": 1}]', "has 'colour'; a source has"),
