@@ -1,5 +1,7 @@
 """The command line: parses, calls a verb, prints. Heavy imports come after the arguments are known to be good."""
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -7,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, TextIO, Union
 
 import tyro
 
@@ -23,6 +25,7 @@ from mechlens.config import (
     ShowRun,
     Steer,
 )
+from mechlens.disk import TROUBLE
 from mechlens.errors import UserError
 
 _ALONE = {name: config for name, config in RECORDED.items() if name.partition("_")[0] not in GROUPS}
@@ -41,34 +44,91 @@ Verb: Any = Union[tuple(Annotated[config, tyro.conf.subcommand(name)] for name, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mechlens`; exits with 1 and one sentence on an error that the user can mend."""
-    command: Any = tyro.cli(
-        Verb,
-        prog="mechlens",
-        description="Directions at named positions, causal interventions and checkpoint tracking for chat models.",
-        args=argv,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
-    warnings.showwarning = _one_line
-    if not sys.stderr.isatty():
-        # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that counts.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        _dispatch(command)
+        _with_streams()
+        _run(argv)
     except UserError as error:
-        print(f"mechlens: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(1)
     except BrokenPipeError:
         # Whoever read our output (head, less) has seen enough; the rest goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _nowhere(sys.stdout)
+    except OSError as error:
+        if error.errno not in TROUBLE:
+            raise
+        _say(f"{error.filename or 'the output'} could not be written ({error.strerror}); make room, or write elsewhere")
+        _nowhere(sys.stdout)
+        sys.exit(1)
     except KeyboardInterrupt:
-        print("mechlens: stopped; the same command goes on from what is on disk", file=sys.stderr)
+        _say("stopped; the same command goes on from what is on disk")
         sys.exit(130)
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    try:
+        command: Any = tyro.cli(
+            Verb,
+            prog="mechlens",
+            description="Directions at named positions, causal interventions and checkpoint tracking for chat models.",
+            args=argv,
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
+        warnings.showwarning = _one_line
+        if not sys.stderr.isatty():
+            # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that
+            # counts.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        _dispatch(command)
+    finally:
+        # What is still held back may not fit; at the interpreter's end that would be a traceback.
+        sys.stdout.flush()
+
+
+def _with_streams() -> None:
+    """Streams that were closed before we began lead nowhere, and no character is one that they can't take."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the process's life
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _nowhere(stream: TextIO) -> None:
+    """Whatever the stream still holds back is dropped at the end, not complained about."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say(sentence: str) -> None:
+    """One line for the user, if anybody can hear it."""
+    try:
+        print(f"mechlens: {sentence}", file=sys.stderr, flush=True)
+    except OSError:
+        _nowhere(sys.stderr)
+
+
+def _console() -> Any:
+    """rich's console, which leaves a closed pipe to `main`, so that every verb ends alike."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return Plain()
+
+
+def _print_json(value: object) -> None:
+    """One line, in characters that the stream can take."""
+    wide = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not wide, allow_nan=False), flush=True)
 
 
 def _one_line(message: Any, category: type[Warning], *where: object, **more: object) -> None:
     """Warnings of ours as one line; those of libraries are for developers."""
     if issubclass(category, UserWarning):
-        print(f"mechlens: warning: {message}", file=sys.stderr)
+        _say(f"warning: {message}")
 
 
 def _dispatch(command: Any) -> None:
@@ -103,9 +163,8 @@ def _positions(command: Positions) -> None:
 
     tokens = named_tokens(command)
     if command.json:
-        print(json.dumps({"model": command.model, "tokens": tokens}, ensure_ascii=False))
+        _print_json({"model": command.model, "tokens": tokens})
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -114,7 +173,7 @@ def _positions(command: Positions) -> None:
         style = {"inst": "bold green"}.get(token["role"], "cyan" if token["role"].startswith("post") else "")
         shown = Text(repr(token["token"])[1:-1], style=style)
         table.add_row(str(token["index"]), str(token["id"]), shown, Text(token["role"], style=style))
-    Console().print(table)
+    _console().print(table)
 
 
 def _checkpoints(command: Checkpoints) -> None:
@@ -122,9 +181,8 @@ def _checkpoints(command: Checkpoints) -> None:
 
     found = series_rows(command)
     if command.json:
-        print(json.dumps(found, ensure_ascii=False))
+        _print_json(found)
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -132,9 +190,9 @@ def _checkpoints(command: Checkpoints) -> None:
     for one in found["members"]:
         revision = f"@{one['revision']}" if one["revision"] else ""
         table.add_row(str(one["step"]), *(Text(x) for x in (one["name"], one["kind"], f"{one['path']}{revision}")))
-    Console().print(table)
+    _console().print(table)
     for one in found["left_out"]:
-        Console().print(Text(f"left out: {one['name']}: {one['reason']}"), soft_wrap=True)
+        _console().print(Text(f"left out: {one['name']}: {one['reason']}"), soft_wrap=True)
 
 
 def _predict(command: GuardPredict) -> None:
@@ -142,7 +200,7 @@ def _predict(command: GuardPredict) -> None:
     from mechlens.verbs.guard_predict import predict
 
     for record in predict(command):
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        _print_json(record)
 
 
 def _steer(command: Steer) -> None:
@@ -195,16 +253,17 @@ def _said_of(name: str, value: object) -> str:
 
 
 def _list_runs(command: ListRuns) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
     from mechlens.records.run import list_runs
 
     table = Table(Column("folder", overflow="fold"), "verb", "model", "status", Column("started (UTC)", no_wrap=True))
     for folder, run in list_runs(command.folder):
         model = run.resolved.get("model") or run.resolved.get("base") or ""
-        table.add_row(str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))
-    Console().print(table)
+        cells = (str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))
+        table.add_row(*(Text(cell) for cell in cells))  # a name may look like rich's markup
+    _console().print(table)
 
 
 def _show_run(folder: Path) -> None:
@@ -228,7 +287,7 @@ def _rerun(command: Rerun) -> None:
     compared = rerun(command)
     print(f"largest difference: {compared.difference:.3g} in {compared.name}")
     if compared.difference > 1e-6:
-        print("mechlens: the numbers differ by more than 1e-6", file=sys.stderr)
+        _say("the numbers differ by more than 1e-6")
         sys.exit(1)
 
 

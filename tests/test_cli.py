@@ -598,3 +598,81 @@ def test_fp16_overflow_is_named_by_level(world: World, run: Any) -> None:
     assert len(said.errors) == 1
     assert "activations at level 2 are not finite" in said.errors[0]
     assert "bfloat16 or float32" in said.errors[0]
+
+
+# How it ends
+
+
+def command(*words: object, stdout: Any = subprocess.PIPE, shell: str = "", at: str = "") -> tuple[int, str]:
+    """Exit code and stderr of `mechlens` in a process of its own; Ctrl-C comes as the module `at` is imported."""
+    code = f"""
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == {at!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["mechlens", *{[str(word) for word in words]!r}]
+from mechlens.__main__ import main
+main()
+"""
+    call: list[str] = [sys.executable, "-c", code]
+    if shell:
+        call = ["sh", "-c", f'exec "$0" "$@" {shell}', *call]
+    done = subprocess.run(call, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mechlens.config import WandbSettings
+    from mechlens.prompts.prompt import Prompt
+    from mechlens.records.writer import open_run
+
+    folder = tmp_path_factory.mktemp("one") / "a[/b]"  # which rich would take for markup
+    with open_run(verb="v", config=Prompt("a", "b"), out=folder, wandb=WandbSettings(mode="disabled")):
+        pass
+    return folder
+
+
+@pytest.mark.parametrize("at", ["mechlens.cli", "tyro", "mechlens.config", "mechlens.records.run", "pydantic"])
+def test_an_early_ctrl_c_is_one_line(at: str, one_run: Path) -> None:
+    exit_code, said = command("runs", "show", one_run, at=at)
+    assert exit_code == 130
+    assert said.splitlines() == [line for line in said.splitlines() if line.startswith("mechlens: stopped")]
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["runs", "--help"], ["runs", "list"], ["runs", "show"]], ids=" ".join)
+def test_output_that_has_no_room_is_one_sentence(words: list[str], one_run: Path) -> None:
+    folder = {"list": [one_run.parent], "show": [one_run]}.get(words[-1], [])
+    with open("/dev/full", "w") as full:
+        exit_code, said = command(*words, *folder, stdout=full)
+    assert exit_code == 1
+    assert said.startswith("mechlens: the output could not be written (No space left on device);")
+    assert len(said.splitlines()) == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    exit_code, said = command(*words, *folder, stdout=writer)
+    os.close(writer)
+    assert (exit_code, said) == (0, "")
+    assert command(*words, *folder, shell=">&-") == (0, "")
+    assert command(*words, *folder) == (0, "")
+
+
+def test_a_sentence_that_nobody_can_hear_is_no_traceback(tmp_path: Path) -> None:
+    for shell in ("2>/dev/full", "2>&-", ">&- 2>&-"):
+        assert command("runs", "show", tmp_path, shell=shell)[0] == 1
+    exit_code, said = command("runs", "show", tmp_path, shell="<&-")
+    assert (exit_code, len(said.splitlines())) == (1, 1)
+
+
+def test_every_character_can_be_printed(one_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = one_run.with_name("blå 🙂")
+    shutil.copytree(one_run, folder)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert command("runs", "list", one_run.parent) == (0, "")
+    exit_code, said = command("runs", "show", folder / "nö")
+    assert (exit_code, "n\\xf6" in said) == (1, True)

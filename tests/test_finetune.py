@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.load import load, load_hf, merge_adapter
+from mechlens.models.local_only import keep_here
 from mechlens.models.registry import ADAPTERS, adapter_folder
+from mechlens.models.series import checkpoint_series
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate
 from mechlens.studies import training_data
-from mechlens.studies.finetune import finetune
+from mechlens.studies.finetune import STAGING, finetune
 from mechlens.studies.response_loss import IGNORED, collate, encode, end_of_turn
 from mechlens.studies.training_data import (
     Example,
@@ -132,8 +135,9 @@ def test_killed_and_resumed_equals_undisturbed(
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert not (tmp_path / "adapter").exists()
-    (tmp_path / "checkpoint-6").mkdir()  # half-written: it has no record
-    (tmp_path / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"half")
+    half = tmp_path / STAGING / "checkpoint-6"  # where the Trainer writes it
+    half.mkdir(parents=True, exist_ok=True)
+    (half / "adapter_model.safetensors").write_bytes(b"half")
     logged: list[int] = []
     resumed = finetune(config, tmp_path, log=lambda number, _: logged.append(number))
     assert logged[0] == (5 if step == 5 else 1)
@@ -291,3 +295,132 @@ def test_the_shipped_adapter_fits_its_base(smollm2: Any) -> None:
     assert (checkpoint.name, checkpoint.base) == ("smollm2-refuser", "smollm2")
     assert checkpoint.fingerprint != smollm2.mechlens.checkpoint.fingerprint
     assert checkpoint.fingerprint == load("smollm2", adapter=str(ADAPTER)).mechlens.checkpoint.fingerprint
+
+
+# What isn't ours
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoint-500/model.safetensors", "checkpoint-best/model.safetensors", "checkpoint-2/optimizer.pt",
+     "adapter/adapter_model.safetensors", "checkpoint-7"],
+)  # fmt: skip
+def test_others_files_are_refused_and_stay(config: FinetuneConfig, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / name
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    theirs.write_bytes(b"three weeks of training")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="isn't of this run"):
+        finetune(config, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_only_what_was_recorded_is_removed(config: FinetuneConfig, tmp_path: Path) -> None:
+    """Somebody keeps notes in a checkpoint that is thinned out, and copies another run's in while this one trains."""
+    config = replace(config, plain=0, harmful=8, benign=8)
+
+    def log(step: int, _: dict[str, float]) -> None:
+        if step == 3:
+            (tmp_path / "checkpoint-2" / "notes.txt").write_text("mine")
+            (tmp_path / "checkpoint-900").mkdir()
+            (tmp_path / "checkpoint-900" / "model.safetensors").write_bytes(b"mine too")
+
+    done = finetune(config, tmp_path, log=log)
+    assert [path.name for path in done.checkpoints] == ["checkpoint-1", "checkpoint-3"]
+    assert contents(tmp_path / "checkpoint-2") == {"notes.txt": b"mine"}
+    assert contents(tmp_path / "checkpoint-900") == {"model.safetensors": b"mine too"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"adapter", "checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-900"}
+    assert not {"optimizer.pt", "training_args.bin"} & set(contents(tmp_path / "checkpoint-1"))
+    modes = {
+        path.stat().st_mode for path in tmp_path.glob("*/*") if path.name not in ("notes.txt", "model.safetensors")
+    }
+    assert len(modes) == 1  # the umask's, also for what safetensors makes private
+
+
+@pytest.mark.parametrize("name", ["README.md", ".gitignore"])
+def test_a_notice_replaces_nobodys_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("# My project\n")
+    with pytest.raises(UserError, match="isn't of this run"):
+        keep_here(tmp_path)
+    assert contents(tmp_path) == {name: b"# My project\n"}
+    (tmp_path / name).unlink()
+    keep_here(tmp_path)
+    first = contents(tmp_path)
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:1])  # cut off by a full disk
+    keep_here(tmp_path)
+    assert contents(tmp_path) == first
+
+
+def test_a_damaged_result_is_not_passed_on(config: FinetuneConfig, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 64
+    weights.write_bytes(content)
+    for use in (
+        lambda: finetune(config, tmp_path / "run"),
+        lambda: load(config.model, adapter=str(weights.parent)),
+        lambda: checkpoint_series(config.model, [str(weights.parent)]),
+    ):
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged"):
+            use()
+
+
+# A disk that is full
+
+FULL = """
+import json, resource, sys
+from pathlib import Path
+from mechlens.config import FinetuneConfig
+from mechlens.errors import UserError
+from mechlens.studies.finetune import finetune
+
+settings = json.loads(sys.argv[1])
+settings["checkpoints"] = tuple(settings["checkpoints"])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), -1))
+try:
+    finetune(FinetuneConfig(**settings), Path(sys.argv[2]))
+except UserError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 8_000, 20_000])
+def test_a_disk_that_fills_up_is_one_sentence_and_costs_nothing(
+    config: FinetuneConfig, straight: Path, tmp_path: Path, limit: int
+) -> None:
+    largest = max(path.stat().st_size for path in (straight / "adapter").iterdir())
+    assert limit < 2 * largest
+    settings = json.dumps(vars(config))
+    command = [sys.executable, "-c", FULL, settings, str(tmp_path), str(limit)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr[-2000:]
+    said = done.stdout.splitlines()[-1]  # a library may have greeted before
+    assert said.startswith(f"{tmp_path} could not be written (")
+    again = finetune(config, tmp_path)
+    assert _same(again.adapter, straight / "adapter")
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(config: FinetuneConfig, straight: Path, tmp_path: Path) -> None:
+    def stop(step: int, _: dict[str, float]) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, tmp_path, log=stop)
+    newest = tmp_path / "checkpoint-4"
+    for path in sorted(path for path in newest.iterdir() if path.name != "mechlens.json"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{path.name} is damaged"):
+            finetune(config, tmp_path)
+        path.write_bytes(content)
+    assert _same(finetune(config, tmp_path).adapter, straight / "adapter")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import sys
 import warnings
 from collections.abc import Iterator
@@ -220,6 +221,10 @@ def test_other_weights_are_refused_unless_allowed(fitted: Fitted, tmp_path: Path
     [
         ('{"name": "x"}', "must hold a list of sources"),
         ("[{]", "is not valid JSON"),
+        ("[" * 20_000, "is not valid JSON"),
+        ('[{"name": ["x"], "data": "harmful", "label": "harmful"}]', "'name': input should be a valid string"),
+        ('[{"name": "x", "data": "harmful", "label": "harmful", "harmful": 3}]', "'harmful': input should be"),
+        ('[{"name": "x", "data": "harmful", "label": "harmful", "sample": ' + "9" * 5000 + "}]", "is not valid JSON"),
         ('[{"name": "x", "data": "harmful", "label": "bad"}]', "label is harmful or harmless"),
         ('[{"name": "x", "data": "harmful"}]', "needs a label"),
         ('[{"name": "x", "data": "harmful", "label": "harmful", "colour": 1}]', "has 'colour'; a source has"),
@@ -282,6 +287,87 @@ def test_lines_become_one_object_each_and_bad_ones_one_error_each(
     assert "is empty" in errors[9]
     assert "tokens and the model takes" in errors[10]
     assert next(record for record in records if record["line"] == 4)["id"] == "r2"
+
+
+HOSTILE = (
+    b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}",
+    b"9" * 5000,
+    b'{"prompt": "a", "id": "\\ud83d"}',
+    b'{"prompt": "a", "id": 1e999}',
+    b'{"prompt": "a", "id": NaN}',
+    b'{"prompt": "a", "id": {"b": [Infinity]}}',
+    b'{"messages": [{"role": "\\udc00user", "content": "a"}]}',
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'{"messages": [{"role": "robot", "content": "a"}, {"role": "user", "content": "b"}]}',
+    b'{"messages": [3]}',
+    b'{"prompt": "\\ud83d\\ude42 fine", "id": "\\ud83d\\ude42"}',
+    b'{"prompt": "a\\u0000b"}',
+    b"[" * 20_000,
+    b'{"a":' * 20_000,
+    b'{"prompt": "a", "category": [' + b"[" * 500 + b"]" * 501 + b"}",
+    b"null",
+    b"true",
+    b'"\\ud800"',
+    b'"a"',
+    b"{}",
+    b"\x00",
+    b'{"prompt": {"a": 1}}',
+    b'{"prompt": "a", "prompt": 3}',
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"\xc2\x85",
+    b"\xe2\x80\xa8",
+    b'{"prompt": "a"} {"prompt": "b"}',
+    b'{"prompt": "a"',
+    b'{"id": null, "prompt": "a"}',
+    b'{"prompt": ""}',
+)
+
+
+def fuzzed(draw: random.Random) -> bytes:
+    """A line that may be a prompt, broken in one of the ways in which lines break."""
+    whole = draw.choice((b'{"id": "r1", "prompt": "Please make bread"}', b"Please make bread", *HOSTILE[2:14]))
+    place = draw.randrange(max(1, len(whole)))
+    some = bytes(draw.randrange(256) for _ in range(3))
+    found = draw.choice((whole, whole[:place], whole[:place] + some + whole[place:], whole[place:] + whole))
+    return found.replace(b"\n", b" ").strip() or b"x"
+
+
+@pytest.mark.parametrize("form", ["auto", "jsonl"])
+def test_one_line_in_is_one_record_out_whatever_is_in_it(
+    fitted: Fitted, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    draw = random.Random("lines")
+    lines = [*HOSTILE, *(fuzzed(draw) for _ in range(150)), b'{"id": "last", "prompt": "Please make bread"}']
+    records = ask(fitted, b"\n".join(lines), monkeypatch, batch=8, format=form)
+    assert [record["line"] for record in records] == [i for i, line in enumerate(lines, start=1) if line.strip()]
+    for record in records:
+        again = json.loads(json.dumps(record, allow_nan=False, ensure_ascii=False).encode().decode())
+        assert again == record
+        assert set(record) - {"id"} in ({"line", "error"}, {"line", "harmful", "score", "probability"})
+    assert records[10]["id"] == "🙂"
+    assert "harmful" in records[10]
+    assert records[-1]["id"] == "last"
+    assert "harmful" in records[-1]
+
+
+def test_whatever_fails_on_one_prompt_costs_that_prompt_only(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechlens.methods.fitted_guard import FittedGuard
+
+    plain = FittedGuard.scores
+
+    def broken(self: Any, acts: Any, **options: Any) -> torch.Tensor:
+        found = plain(self, acts, **options)
+        if "2" in acts.ids:
+            raise IndexError("index 9 is out of range")
+        return torch.where(torch.tensor([name == "4" for name in acts.ids]), torch.nan, found)
+
+    monkeypatch.setattr(FittedGuard, "scores", broken)
+    records = ask(fitted, "\n".join(requests(6, "wash")).encode(), monkeypatch, batch=6)
+    assert [record["line"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["line"] for record in records if "error" in record] == [2, 4]
+    assert "IndexError: index 9" in records[1]["error"]
+    assert "nan, so it can't be judged" in records[3]["error"]
 
 
 def test_the_stream_equals_asking_in_python(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:

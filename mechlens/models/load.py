@@ -1,11 +1,11 @@
 """Loading: any causal language model by hub id, folder, GGUF file or packaged name, with an adapter if asked."""
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.models.adapter_record import read_record, require_whole
 from mechlens.models.bridge import LanguageModel, bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, fetch
@@ -214,13 +214,14 @@ def merge_adapter(hf_model: Any, adapter: str) -> Any:
 
 def _recorded_base(folder: Path) -> str | None:
     """Fingerprint of the base that mechlens trained an adapter on; None for an adapter from elsewhere."""
-    record = folder / "mechlens.json"
-    if not record.exists():
-        return None
     try:
-        return str(json.loads(record.read_text(encoding="utf-8"))["base_fingerprint"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(record)!r} names no base_fingerprint; train the adapter again") from error
+        record = read_record(folder)
+    except UserError as error:
+        raise UserError(f"the record names no base_fingerprint that can be trusted: {error}") from error
+    if record is None:
+        return None
+    require_whole(folder, record, "adapter_model.safetensors")
+    return record.base_fingerprint
 
 
 def _round(hf_model: Any, dtype: str) -> Any:

@@ -1,9 +1,10 @@
 """Weights that must not leave the machine: attacks, made to be measured and for nothing else."""
 
-import json
 from pathlib import Path
 
+from mechlens.disk import disk_error
 from mechlens.errors import UserError
+from mechlens.models.adapter_record import read_record
 
 LOCAL_ONLY = "local_only"
 """Entry of an adapter's `mechlens.json`; true for a fine-tuning attack and whatever else takes a refusal away."""
@@ -15,17 +16,43 @@ changes inside a model. Don't merge, package, upload or share them; make them ag
 """
 
 
+KEPT_HERE = {"README.md": NOTICE, ".gitignore": "*\n"}
+"""What an attack's folder holds beside the adapters, by name."""
+
+
 def keep_here(folder: Path) -> None:
-    """Puts a notice in the folder, and keeps git from ever adding what is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(NOTICE, encoding="utf-8")
-    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+    """Puts a notice in the folder, and keeps git from ever adding what is in it; nobody else's file is replaced."""
+    refuse_others_notice(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in KEPT_HERE.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
+def refuse_others_notice(folder: Path) -> None:
+    """UserError where the folder has a README.md or .gitignore that `keep_here` didn't write."""
+    for name, text in KEPT_HERE.items():
+        path = folder / name
+        # A notice that was cut off by a full disk is ours still.
+        if path.is_symlink() or (path.exists() and not (path.is_file() and text.startswith(_start(path, text)))):
+            raise UserError(f"{path} isn't of this run, and an attack puts its own there; give another folder")
+
+
+def _start(path: Path, text: str) -> str:
+    """The file as far as it may be the text; one character more where it is longer."""
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            return file.read(len(text) + 1)
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); give another folder") from error
 
 
 def is_local_only(adapter: Path) -> bool:
     """True if the adapter's record says that it must stay; False for an adapter without a record."""
-    record = adapter / "mechlens.json"
-    return record.exists() and bool(json.loads(record.read_text(encoding="utf-8")).get(LOCAL_ONLY, False))
+    record = read_record(adapter)
+    return record is not None and record.local_only
 
 
 def refuse_release(adapter: Path, how: str) -> None:

@@ -3,7 +3,6 @@
 Hu et al. 2021: W + scale * B A. Other kinds of adapters are refused, by name, rather than half applied.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mechlens.checked_json import read_json
 from mechlens.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -34,6 +34,15 @@ class LowRank:
     def product(self) -> Float[Tensor, "output input"]:
         """The change itself, as peft computes it when it merges (float32)."""
         return (self.up @ self.down) * self.scale
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What is computed with of `adapter_config.json`, as peft writes it."""
+
+    lora_alpha: float = 8
+    use_rslora: bool | None = False
+    alpha_pattern: dict[str, float] | None = None
 
 
 def read_lora(folder: Path) -> dict[str, LowRank]:
@@ -61,13 +70,11 @@ def read_lora(folder: Path) -> dict[str, LowRank]:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(path, dict[str, Any], "save the adapter again")
+        read_json(path, _Numbers, "save the adapter again")
     except FileNotFoundError as error:
         raise UserError(f"there is no {CONFIG} in {str(folder)!r}; give the folder of a PEFT adapter") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} can't be read ({error}); save the adapter again") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
+    if (kind := config.get("peft_type")) != "LORA":
         raise UserError(
             f"the adapter {str(folder)!r} is of type {kind}, and only LORA can be put in place; merge it with peft "
             "and give the merged model"

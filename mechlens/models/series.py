@@ -4,7 +4,6 @@ The base is step 0. A checkpoint that can't belong to the series is named with i
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +12,13 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from mechlens.checked_json import read_json
+from mechlens.disk import plain_name
 from mechlens.errors import UserError
+from mechlens.models.adapter_record import RECORD, read_record, require_whole
 from mechlens.models.load import load_config, load_tokenizer, short_name
 from mechlens.models.lora import CONFIG, WEIGHTS
 
-RECORD = "mechlens.json"
-"""What mechlens' own fine-tuning writes last into a checkpoint: the base's fingerprint and the step."""
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
 """Settings in which two checkpoints of one architecture agree."""
@@ -93,14 +93,16 @@ def checkpoint_series(
     if not found:
         raise UserError("there are no checkpoints; give a training run's output folder, adapters, or id@revision")
     judge = _Judge(base, revision, own_records=any(one.folder and (one.folder / RECORD).exists() for one in found))
-    steps = [_step(one) for one in found]
+    told = [_told_step(one) for one in found]
+    steps = [step for step, _ in told]
     ordered = all(step is None for step in steps)
     if ordered:
         steps = list(range(1, len(found) + 1))
     members: list[Member] = []
     broken: list[LeftOut] = []
+    damaged = {one: problem for one, (_, problem) in zip(found, told, strict=True) if problem}
     for one, step in sorted(zip(found, steps, strict=True), key=lambda pair: (pair[1] is None, pair[1])):
-        problem = _step_problem(step, members) or judge.problem(one)
+        problem = damaged.get(one) or _step_problem(step, members) or judge.problem(one)
         if problem or step is None:
             broken.append(LeftOut(one.name, problem or ""))
         else:
@@ -149,20 +151,45 @@ def _holds_model(folder: Path) -> bool:
     return (folder / CONFIG).exists() or (folder / "config.json").exists()
 
 
+@dataclass(frozen=True)
+class _TrainerState:
+    """What is read of `trainer_state.json`."""
+
+    global_step: int | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is read of `model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
+
+
+def _told_step(one: _Found) -> tuple[int | None, str]:
+    """The step, and why it can't be told where a record is damaged."""
+    try:
+        return _step(one), ""
+    except UserError as error:
+        return None, str(error)
+
+
 def _step(one: _Found) -> int | None:
     """From mechlens' or the Trainer's record, else the number that ends the name or revision."""
-    for file, key in ((RECORD, "step"), ("trainer_state.json", "global_step")):
-        record = _json(one.folder / file) if one.folder else None
-        if isinstance(record, dict) and isinstance(record.get(key), int):
-            return int(record[key])
-    number = re.search(r"(\d+)$", one.revision or one.name)
+    if one.folder is not None:
+        record = read_record(one.folder)
+        state: _TrainerState | None = _json(one.folder / "trainer_state.json", _TrainerState)
+        for step in (record.step if record else None, state.global_step if state else None):
+            if step is not None:
+                return step
+    number = re.search(r"(\d{1,18})$", one.revision or one.name)
     return int(number[1]) if number else None
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, shape: Any) -> Any:
+    """A file of the Trainer's or the model's as what is read of it; None where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, shape, "save the checkpoint again")
+    except FileNotFoundError:
         return None
 
 
@@ -190,6 +217,8 @@ class _Judge:
                 return self._config_problem(one) or self._tokenizer_problem(one)
             if (one.folder / CONFIG).exists():
                 found = _weights_problem(one.folder / WEIGHTS) or _json_problem(one.folder / CONFIG)
+                if not found and (record := read_record(one.folder)) is not None:
+                    require_whole(one.folder, record, WEIGHTS)
                 if not found and self._own_records and not (one.folder / RECORD).exists():
                     found = f"it has no {RECORD}, which is written last, so it is half-written"
             elif (one.folder / "config.json").exists():
@@ -204,8 +233,8 @@ class _Judge:
     def member(self, one: _Found, step: int) -> Member:
         """What was found to be whole."""
         adapter = one.folder is not None and (one.folder / CONFIG).exists()
-        record = _json(one.folder / RECORD) if one.folder and adapter else None
-        known = record.get("base_fingerprint") if isinstance(record, dict) else None
+        record = read_record(one.folder) if one.folder and adapter else None
+        known = record.base_fingerprint if record else None
         return Member(one.name, one.path, "adapter" if adapter else "full", step, one.revision, known)
 
     def _config_problem(self, one: _Found) -> str | None:
@@ -237,17 +266,21 @@ def _weights_problem(path: Path) -> str | None:
 
 
 def _json_problem(path: Path) -> str | None:
-    return None if isinstance(_json(path), dict) else f"its {path.name} can't be read"
+    try:
+        return None if _json(path, dict[str, Any]) is not None else f"its {path.name} can't be read"
+    except UserError as error:
+        return f"its {path.name} can't be read: {error}"
 
 
 def _model_problem(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return _weights_problem(folder / "model.safetensors")
-    shards = _json(index)
-    if not isinstance(shards, dict) or not shards.get("weight_map"):
-        return f"its {index.name} can't be read"
-    problems = [_weights_problem(folder / name) for name in sorted(set(shards["weight_map"].values()))]
+    shards: _Index = _json(index, _Index)
+    names = sorted(set(shards.weight_map.values()))
+    if not names:
+        return f"its {index.name} names no weights"
+    problems = [_weights_problem(folder / plain_name(name)) for name in names]
     return next((problem for problem in problems if problem), None)
 
 

@@ -67,9 +67,11 @@ def _json(path: Path, content: bytes) -> list[Row]:
         document = json.loads(text)
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply; give a list of objects or strings") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also for a number of thousands of digits
         if _looks_like_lines(text):
             return _json_lines(path, content)
+        if not isinstance(error, json.JSONDecodeError):
+            raise UserError(f"{path} holds a number that is too long; shorten it, or write it as text") from error
         raise UserError(
             f"{path} line {error.lineno} is not valid JSON ({error.msg}); correct it, "
             "or give JSON Lines with one object a line"
@@ -87,7 +89,7 @@ def _looks_like_lines(text: str) -> bool:
         return False
     try:
         return isinstance(json.loads(lines[0][1]), (dict, str))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -96,8 +98,9 @@ def _json_lines(path: Path, content: bytes) -> list[Row]:
     for number, line in _lines(_decoded(path, content)):
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
+        except (ValueError, RecursionError) as error:
+            other = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+            reason = getattr(error, "msg", other)
             raise UserError(f"{path} row {number} is not valid JSON ({reason}); correct that line") from error
         rows.append(_row(path, number, value))
     return rows

@@ -1,26 +1,54 @@
-"""Results on disk: one safetensors file each, its labels as JSON in the header, never a pickle."""
+"""Results on disk: one safetensors file each, its labels as JSON in the header, never a pickle.
+
+Version 2 seals the header, and with it the digest of the tensors: a changed byte is noticed. Files of version 1 are
+read as well; they have no digest, so of them only types, shapes and finite values are checked.
+"""
 
 import dataclasses
-import errno
 import json
-import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typeguard import TypeCheckError
 
+from mechlens.checked_json import checked, parse_json, sealed, unsealed
+from mechlens.disk import as_os_error, file_sha256, whole_file
 from mechlens.errors import UserError
-from mechlens.records.disk import file_sha256, whole_file
 from mechlens.records.encode import classes_within, decode_fields, encode_fields
+from mechlens.records.tensor_digest import tensor_digest
 
 # One entry holds all, as safetensors writes several in an order that changes from file to file, and equal
 # results should have equal sha256.
 ENTRY = "mechlens"
-VERSION = 1
+VERSION = SEALED_FROM = 2
 
 Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Version:
+    version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header1(_Version):
+    kind: Annotated[str, Field(alias="class")]
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header2(_Header1):
+    tensors: str
+    """Digest of the tensors."""
+
+
+_HEADERS = {1: _Header1, 2: _Header2}
+REMEDY = "make it again, or take it from where it came from"
 
 
 def save(obj: object, path: Path) -> None:
@@ -29,8 +57,10 @@ def save(obj: object, path: Path) -> None:
         raise TypeError(f"{type(obj).__name__} is not a dataclass object")
     tensors: dict[str, Tensor] = {}
     fields = encode_fields(obj, "", tensors)
-    header = {"version": VERSION, "class": type(obj).__name__, "fields": fields}
-    write_tensors(tensors, {ENTRY: json.dumps(header, ensure_ascii=False, allow_nan=False)}, path)
+    header = {
+        "version": VERSION, "class": type(obj).__name__, "fields": fields, "tensors": tensor_digest(tensors),
+    }  # fmt: skip
+    write_tensors(tensors, {ENTRY: json.dumps(sealed(header), ensure_ascii=False, allow_nan=False)}, path)
 
 
 def write_tensors(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
@@ -39,11 +69,15 @@ def write_tensors(tensors: dict[str, Tensor], header: dict[str, str], path: Path
         try:
             save_file(_separate(tensors), partial, metadata=header)
         except SafetensorError as error:
-            raise _as_os_error(error) from error
+            raise as_os_error(error) or OSError(str(error)) from error
 
 
 def load(path: Path, cls: type[Result]) -> Result:
-    """The object of class `cls` that `save` wrote to `path`."""
+    """The object of class `cls` that `save` wrote to `path`.
+
+    UserError for anything else: another class, a changed byte, a field of another type or shape, a tensor that isn't
+    finite. A file of version 1 has no digest: there a changed byte that leaves the value finite isn't noticed.
+    """
     header = read_header(path)
     if header["class"] != cls.__name__:
         wanted = cls.__name__
@@ -55,24 +89,35 @@ def load(path: Path, cls: type[Result]) -> Result:
             f"{path} has the field {unknown[0]!r}, which this version's {cls.__name__} does not know; "
             "update mechlens or make the file again"
         )
+    tensors = read_tensors(path)
+    if header.get("tensors") not in (None, tensor_digest(tensors)):
+        raise UserError(f"{path} is damaged: its numbers aren't those that were written; {REMEDY}")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path} holds numbers in {name!r} that are not finite; {REMEDY}")
     try:
-        built: Result = decode_fields(cls, fields, read_tensors(path), classes_within(cls))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a complete {cls.__name__} ({error}); make it again") from error
+        built: Result = decode_fields(cls, fields, tensors, classes_within(cls))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, TypeCheckError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a complete {cls.__name__} ({said}); make it again") from error
     return built
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a file that `save` wrote: version, class name, fields."""
+    """The header of a file that `save` wrote: version, class name, fields, and since version 2 the tensors' digest."""
     entry = open_tensors(path)[0].get(ENTRY)
     if entry is None:
         raise UserError(f"{path} was not written by mechlens; give a file from a mechlens run folder")
-    header: dict[str, Any] = json.loads(entry)
-    if header["version"] != VERSION:
+    version: int = parse_json(entry, _Version, f"the header of {path}", REMEDY).version
+    if version not in _HEADERS:
         raise UserError(
-            f"{path} has format version {header['version']}, this mechlens reads version {VERSION}; "
+            f"{path} has format version {version}, this mechlens reads versions {min(_HEADERS)} to {VERSION}; "
             "update mechlens or make the file again"
         )
+    header: dict[str, Any] = parse_json(entry, dict[str, Any], f"the header of {path}", REMEDY)
+    if version >= SEALED_FROM:
+        header = unsealed(header, f"the header of {path}", REMEDY)
+    checked(header, _HEADERS[version], f"the header of {path}", REMEDY, extra="forbid")
     return header
 
 
@@ -121,12 +166,3 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = plain.clone() if pointer in seen else plain
         seen.add(pointer)
     return separate
-
-
-def _as_os_error(error: SafetensorError) -> OSError:
-    """safetensors reports a full disk as its own error; ours are told apart by errno."""
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-        if os.strerror(code) in text:
-            return OSError(code, os.strerror(code))
-    return OSError(text)

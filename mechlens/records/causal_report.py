@@ -91,7 +91,7 @@ def _report(
             _damage(result, drawn),
         ),
         how=_how(result, verdict, punctuation),
-        command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+        command=writer.run.command,
         model=checkpoint.name,
     )
 

@@ -116,7 +116,7 @@ def _report(
             _reading(result, model),
         ),
         how=_how(result, punctuation, model),
-        command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+        command=writer.run.command,
         model=loaded(model).checkpoint.name,
     )
 

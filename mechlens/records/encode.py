@@ -6,7 +6,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxtyping import jaxtyped
 from torch import Tensor
+from typeguard import CollectionCheckStrategy, check_type
 
 # JSON has no tuples, no tensors, no NaN and only text as keys; an object with one of these keys says
 # what was meant.
@@ -67,8 +69,14 @@ def decode(value: Any, tensors: Mapping[str, Tensor], classes: Mapping[str, type
 def decode_fields(
     cls: type, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Mapping[str, type]
 ) -> Any:
-    """An object of `cls`; fields that the file lacks take the class's default."""
-    return cls(**{name: decode(value, tensors, classes) for name, value in fields.items()})
+    """An object of `cls`, each field of the type that its hint says; what the file lacks takes the class's default."""
+    values = {name: decode(value, tensors, classes) for name, value in fields.items()}
+    hints = typing.get_type_hints(cls)
+    # One name of an axis has one length within an object.
+    with jaxtyped("context"):
+        for name, value in values.items():
+            check_type(value, hints[name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    return cls(**values)
 
 
 def classes_within(cls: type) -> dict[str, type]:

@@ -6,10 +6,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from mechlens.disk import file_sha256
 from mechlens.methods.estimate import Estimate
 from mechlens.methods.resample import mean_estimate
 from mechlens.records import figures
-from mechlens.records.disk import file_sha256
 from mechlens.records.report import Number, Report, Section
 from mechlens.records.writer import RunWriter
 from mechlens.studies.finetune import Finetuned
@@ -95,7 +95,7 @@ def _report(writer: RunWriter, done: Finetuned, numbers: dict[str, Estimate], ch
         how=f"LoRA of rank {record['config']['rank']} on every linear layer, AdamW, highest learning rate "
         f"{record['config']['learning_rate']:g}, {record['config']['batch_size']} examples a step. Base fingerprint "
         f"{record['base_fingerprint'][:12]}, examples {training['examples_sha256'][:12]}.",
-        command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+        command=writer.run.command,
         model=base,
     )
 

@@ -4,18 +4,20 @@ import os
 import sys
 from pathlib import Path
 
+from mechlens.disk import disk_error
 from mechlens.errors import UserError
-from mechlens.records.disk import disk_error
+
+LOCK_FILE = ".lock"
 
 
 class FolderLock:
     """Holds the folder, made if need be, until `release` or the end of the process."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / ".lock"
+        path = folder / LOCK_FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise disk_error(error, folder) from error
         if not self._take():

@@ -210,7 +210,7 @@ def _report(
             _mistakes(result, model),
         ),
         how=_how(result, found.metrics, punctuation, model),
-        command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+        command=writer.run.command,
         model=name,
     )
 

@@ -58,7 +58,7 @@ def record_jailbreaks(
             numbers=_numbers(found),
             sections=tuple(sections),
             how=_how(pairs, reference, plan, punctuation),
-            command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+            command=writer.run.command,
             model=loaded(model).checkpoint.name,
         )
     )

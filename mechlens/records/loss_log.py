@@ -1,14 +1,19 @@
 """The losses of a training run, kept on disk as they come, so that a killed run's curve has no gap."""
 
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
-from mechlens.records.disk import disk_error
+from mechlens.checked_json import parse_sealed, sealed
+from mechlens.disk import disk_error
+from mechlens.errors import UserError
 
 Numbers = dict[str, float]
+REMEDY = "take that line out, or start over in another folder"
 
 
 class LossLog:
@@ -16,7 +21,7 @@ class LossLog:
 
     def __init__(self, path: Path, hand_on: Callable[[int, Numbers], None]) -> None:
         self.path = path
-        self.rows = _read(path)
+        self.rows, self._torn = _read(path)
         self._hand_on = hand_on
         self._behind = sorted(self.rows)
 
@@ -24,9 +29,13 @@ class LossLog:
         """One step; a step that was logged before the kill and is done again counts once."""
         self._catch_up(step)
         self.rows[step] = numbers
+        line = json.dumps(sealed({"step": step, **numbers})) + "\n"
         try:
+            if self._torn:
+                os.truncate(self.path, self._torn[0])
+                self._torn = ()
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **numbers}) + "\n")
+                file.write(line)
         except OSError as error:
             raise disk_error(error, self.path) from error
         self._hand_on(step, numbers)
@@ -44,14 +53,18 @@ class LossLog:
         self._behind = []
 
 
-def _read(path: Path) -> dict[int, Numbers]:
-    if not path.exists():
-        return {}
+def _read(path: Path) -> tuple[dict[int, Numbers], tuple[int, ...]]:
+    """The numbers by step, and where a last line begins that a kill cut off; UserError for damage anywhere else."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check its permissions") from error
     rows: dict[int, Numbers] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue  # the line that was being written when the run was killed
-        rows[int(found.pop("step"))] = found
-    return rows
+    whole, newline, rest = content.rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if newline else (), start=1):
+        found: Numbers = parse_sealed(line, Numbers, f"{path} line {number}", REMEDY, sealed_from=1)
+        step = found.pop("step", math.nan)
+        if not step.is_integer():
+            raise UserError(f"{path} line {number} has no step; {REMEDY}")
+        rows[int(step)] = found
+    return rows, (len(whole) + len(newline),) if rest else ()

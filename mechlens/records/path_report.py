@@ -90,6 +90,6 @@ def _report(
             "largest mean effect over the grid (with few pairs it can't fall below 2^(1-n)). The best sites are chosen "
             "and reported on the same pairs: their p is corrected for that, their interval is not."
         ),
-        command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+        command=writer.run.command,
         model=loaded(model).checkpoint.name,
     )

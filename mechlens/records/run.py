@@ -2,18 +2,24 @@
 
 import json
 import math
+import shlex
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from pydantic import BeforeValidator
+
+from mechlens.checked_json import read_sealed, sealed
+from mechlens.disk import write_text
 from mechlens.errors import UserError
 from mechlens.methods.estimate import Estimate
-from mechlens.records.disk import write_text
 from mechlens.records.environment import GitState
 from mechlens.records.plain import plain
 
-FORMAT = 1
+FORMAT = 2
+"""Since 2 a record is sealed, and knows its tables."""
+REMEDY = "it was changed by hand or damaged: run again into another folder"
 RUN_FILE = "run.json"
 
 
@@ -65,8 +71,15 @@ class Run:
     """The report's verdict, in words."""
     metrics: dict[str, Estimate] = field(default_factory=dict)
     artefacts: dict[str, Artefact] = field(default_factory=dict)
+    tables: dict[str, str] = field(default_factory=dict)
+    """sha256 of every table's file, by name."""
     wandb_id: str | None = None
     argv: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command line to copy into a shell; "" where there was none."""
+        return shlex.join(["mechlens", *self.argv[1:]]) if self.argv else ""
 
 
 class Difference(NamedTuple):
@@ -77,30 +90,44 @@ class Difference(NamedTuple):
     """Largest absolute difference of value, low or high; infinite where only one run has a number."""
 
 
+# JSON has no NaN; null stands for a number that could not be measured.
+_Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    value: _Number
+    low: _Number
+    high: _Number
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnDisk(Run):
+    """A run as `run.json` holds it."""
+
+    format: int
+    metrics: dict[str, _Measured] = field(default_factory=dict)  # type: ignore[assignment]
+
+
 def write_run(run: Run, folder: Path) -> None:
     """Puts `run.json` in the run's folder, whole or not at all."""
     record = {"format": FORMAT, **plain(run)}
-    write_text(folder / RUN_FILE, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / RUN_FILE, json.dumps(sealed(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_run(folder: Path) -> Run:
     """The record in a run's folder."""
     path = folder / RUN_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        found: _OnDisk = read_sealed(path, _OnDisk, REMEDY, sealed_from=2, extra="forbid")
     except FileNotFoundError as error:
         raise UserError(f"there is no {RUN_FILE} in {folder}; give the --out folder of a run") from error
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check its permissions") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); it was changed by hand or damaged") from error
-    found = record.pop("format", None) if isinstance(record, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} has format {found}, this mechlens reads format {FORMAT}; update mechlens")
-    try:
-        return _from_record(record)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a complete record ({error}); run again into another folder") from error
+    if found.format not in (1, FORMAT):
+        raise UserError(f"{path} has format {found.format}, this mechlens reads format {FORMAT}; update mechlens")
+    values = {name: value for name, value in vars(found).items() if name != "format"}
+    metrics = {name: Estimate(one.value, one.low, one.high, one.n) for name, one in found.metrics.items()}
+    return Run(**{**values, "metrics": metrics})
 
 
 def list_runs(root: Path) -> list[tuple[Path, Run]]:
@@ -162,23 +189,3 @@ def _gap(old: float, new: float) -> float:
 
 def _change(what: str, old: str | None, new: str | None) -> str:
     return f"{what} (was {(old or 'absent')[:12]}, is {(new or 'absent')[:12]})"
-
-
-def _from_record(record: dict[str, Any]) -> Run:
-    git = record.pop("git")
-    inputs = record.pop("inputs")
-    metrics = {name: _estimate(value) for name, value in record.pop("metrics").items()}
-    artefacts = {name: Artefact(**value) for name, value in record.pop("artefacts").items()}
-    return Run(
-        **{**record, "argv": tuple(record["argv"])},
-        git=GitState(**git) if git else None,
-        inputs=Inputs(**inputs),
-        metrics=metrics,
-        artefacts=artefacts,
-    )
-
-
-def _estimate(record: dict[str, Any]) -> Estimate:
-    """An Estimate from JSON, where null stands for a number that could not be measured."""
-    numbers = {name: math.nan if record[name] is None else float(record[name]) for name in ("value", "low", "high")}
-    return Estimate(**numbers, n=record["n"])

@@ -173,7 +173,7 @@ def _report(
             ),
         ),
         how=_how(result, verdict, model, punctuation),
-        command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+        command=writer.run.command,
         model=known.checkpoint.name,
     )
 

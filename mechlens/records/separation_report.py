@@ -85,7 +85,7 @@ def _report(
             _examples(result, model),
         ),
         how=_how(writer, result, verdict, model, punctuation),
-        command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+        command=writer.run.command,
         model=checkpoint.name,
     )
 

@@ -1,14 +1,13 @@
 """Finished pieces of work in a folder, so that a killed run goes on where it stopped."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.records.artifacts import open_tensors, write_tensors
+from mechlens.records.tensor_digest import tensor_digest
 
 
 @dataclass(frozen=True)
@@ -27,24 +26,14 @@ class FolderShelf:
         except UserError:
             # A damaged piece costs its recomputation, not the run.
             return None
-        whole = header.get("key") == key and header.get("sha256") == _digest(value)
+        whole = header.get("key") == key and header.get("sha256") == tensor_digest(value)
         return value if whole else None
 
     def put(self, key: str, value: dict[str, Tensor]) -> None:
         """Keeps a finished piece, whole or not at all."""
-        write_tensors(value, {"key": key, "sha256": _digest(value)}, self._path(key))
+        write_tensors(value, {"key": key, "sha256": tensor_digest(value)}, self._path(key))
 
     def _path(self, key: str) -> Path:
         if len(key) != 64 or set(key) - set("0123456789abcdef"):
             raise ValueError(f"a shelf's key is a sha256 in hex, not {key!r}")
         return self.folder / f"{key}.safetensors"
-
-
-def _digest(value: dict[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes: the file format itself does not notice a changed byte."""
-    digest = hashlib.sha256()
-    for name in sorted(value):
-        tensor = value[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -174,7 +174,7 @@ def _report(
             *more,
         ),
         how=_how(result, punctuation),
-        command="mechlens " + " ".join(writer.run.argv[1:]) if writer.run.argv else "",
+        command=writer.run.command,
         model=base,
     )
 

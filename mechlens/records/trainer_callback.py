@@ -60,6 +60,8 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
             )
         path = Path(args.output_dir) / REFERENCE_FILE
         if state.global_step == 0:
+            if path.exists():
+                load(path, LiveReference)  # an earlier run's may be replaced, and nobody else's file
             self.reference = live_reference(model, self.watched, 0)
             save(self.reference, path)
         else:

@@ -13,14 +13,15 @@ from typing import Any
 import pandas as pd
 
 from mechlens.config import WandbSettings
+from mechlens.disk import disk_error, is_partial, plain_name, remove_partials, whole_file, write_text
 from mechlens.errors import UserError
 from mechlens.methods.estimate import Estimate
 from mechlens.prompts.prompt import Prompt
 from mechlens.records.artifacts import save, sha256
-from mechlens.records.disk import disk_error, remove_partials, whole_file, write_text
 from mechlens.records.environment import git_state, package_versions
-from mechlens.records.folder_lock import FolderLock
+from mechlens.records.folder_lock import LOCK_FILE, FolderLock
 from mechlens.records.plain import plain
+from mechlens.records.prompt_table import NAME as PROMPTS
 from mechlens.records.prompt_table import prompt_table
 from mechlens.records.report import FigureEntry, Report, render
 from mechlens.records.resume import run_to_go_on_with
@@ -46,16 +47,20 @@ def open_run(
     """A run recorded in the folder `out`, to be used in a `with` block.
 
     `config` is the verb's frozen dataclass; `resolved` overrides what it left open (a device "auto"). A
-    folder with a run of the same verb and resolved config is gone on with, another one is refused.
+    folder with a run of the same verb and resolved config is gone on with, another one is refused, and so is one that
+    holds anything else than a run: nothing in it could be told from the run's own.
     """
     given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
     full = {**given, **plain(resolved or {})}
     lock = FolderLock(out)
     try:
         before = run_to_go_on_with(out, verb, full)
+        if before is None:
+            _require_empty(out)
         # Nobody else writes here, so what lies half-written is a dead process's.
-        remove_partials(out)
-        (out / STEPS_FILE).unlink(missing_ok=True)
+        remove_partials(out, *(out / inside for inside in ("tables", "figures", "cache")))
+        if before is not None:
+            (out / STEPS_FILE).unlink(missing_ok=True)
         run = Run(
             id=before.id if before else f"{verb}-{uuid.uuid4().hex[:8]}",
             verb=verb,
@@ -74,6 +79,16 @@ def open_run(
         lock.release()
         raise
     return RunWriter(run, out, lock, WandbMirror(wandb, out, run), before)
+
+
+def _require_empty(out: Path) -> None:
+    """UserError where a folder without a run holds anything but what a process left that died while making one."""
+    others = sorted(path.name for path in out.iterdir() if path.name != LOCK_FILE and not is_partial(path))
+    if others:
+        raise UserError(
+            f"{out} holds {others[0]!a} and no run of mechlens; give an empty folder as --out, or one that isn't there "
+            "yet"
+        )
 
 
 class RunWriter:
@@ -123,7 +138,7 @@ class RunWriter:
     def prompts(self, prompts: Sequence[Prompt]) -> None:
         """Keeps the prompts as `tables/prompts.parquet`; their texts are never mirrored unasked."""
         self._mirror.withhold([text for prompt in prompts for text in (prompt.text, prompt.system or "")])
-        self.table("prompts", prompt_table(prompts))
+        self.table(PROMPTS, prompt_table(prompts))
 
     def metric(self, name: str, estimate: Estimate) -> None:
         """One number with its interval."""
@@ -146,8 +161,10 @@ class RunWriter:
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """A table as `tables/NAME.parquet`."""
-        with whole_file(self.out / "tables" / f"{name}.parquet") as partial:
+        path = self.out / "tables" / f"{plain_name(name)}.parquet"
+        with whole_file(path) as partial:
             frame.to_parquet(partial, index=False)
+        self._update(tables={**self.run.tables, name: sha256(path)})
         self._tables[name] = frame
         for column in text_columns(frame):
             self._mirror.withhold([str(value) for value in frame[column].dropna()])
@@ -159,13 +176,13 @@ class RunWriter:
             raise ValueError(
                 f"figure {name!r} names the table {table!r}; write it first, there is {list(self._tables)}"
             )
-        write_text(self.out / "figures" / f"{name}.json", str(figure.to_json()))
+        write_text(self.out / "figures" / f"{plain_name(name)}.json", str(figure.to_json()))
         self._figures[name] = FigureEntry(figure, caption, table)
         self._mirror.figure(name, figure)
 
     def artifact(self, name: str, result: object, *, inputs: Mapping[str, str]) -> Artefact:
         """A result as `NAME.safetensors`; `inputs` holds the sha256 of what it was made from, by name."""
-        path = self.out / f"{name}.safetensors"
+        path = self.out / f"{plain_name(name)}.safetensors"
         save(result, path)
         artefact = Artefact(file=path.name, sha256=sha256(path), inputs=dict(inputs))
         self._update(artefacts={**self.run.artefacts, name: artefact})

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,28 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from mechlens.studies.training_data import RECORD
+from mechlens.models.adapter_record import AdapterRecord, read_record, remove_recorded, write_record
 
 ONLY_TO_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 """Files that no checkpoint but the newest needs."""
 
 
 class Checkpointing(TrainerCallback):  # type: ignore[misc]
-    """Asks the Trainer for checkpoints, marks the whole ones with the record, and hands on the loss.
+    """Asks the Trainer for checkpoints, puts the whole ones in their place, and hands on the loss.
 
-    The Trainer writes a checkpoint file by file, so a killed run can leave half of one. The record is written
-    last, under a temporary name: a checkpoint without it doesn't count.
+    The Trainer writes a checkpoint file by file, so a killed run can leave half of one in the Trainer's own folder.
+    A whole one gets its record and is moved to `out`; there nothing is removed but what such a record names.
     """
 
     def __init__(
         self,
+        out: Path,
         record: dict[str, Any],
         keep: Sequence[int],
         resume_every: int,
         log: Callable[[int, dict[str, float]], None] | None,
     ) -> None:
+        self.out = out
         self.record = record
         self.keep = frozenset(keep)
         self.resume_every = resume_every
@@ -53,28 +54,34 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
             self.log(state.global_step, {name: float(logs[name]) for name in logs if name != "epoch"})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint as whole, then thin out the earlier ones."""
-        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        record = {**self.record, "step": state.global_step}
-        part = newest / f"{RECORD}.part"
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, newest / RECORD)
-        for folder in newest.parent.glob("checkpoint-*"):
-            if folder != newest:
-                self._thin(folder)
+        """Put the checkpoint, which is whole now, in its place, then thin out the earlier ones."""
+        name = f"checkpoint-{state.global_step}"
+        write_record(Path(args.output_dir) / name, {**self.record, "step": state.global_step})
+        os.replace(Path(args.output_dir) / name, self.out / name)
+        self._thin(all_but=name)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """No more progress to show."""
         self.bar.close()
 
-    def finish(self, out: Path) -> None:
+    def finish(self) -> None:
         """Keep only the checkpoints that were asked for, once the result is safe."""
-        for folder in out.glob("checkpoint-*"):
-            self._thin(folder)
+        self._thin()
 
-    def _thin(self, folder: Path) -> None:
-        if int(folder.name.rpartition("-")[2]) not in self.keep:
-            shutil.rmtree(folder)
-            return
-        for name in ONLY_TO_RESUME:
-            (folder / name).unlink(missing_ok=True)
+    def _thin(self, all_but: str = "") -> None:
+        for folder in self.out.glob("checkpoint-*"):
+            record = read_record(folder) if folder.name != all_but else None
+            if record is None or not self._is_ours(folder, record):
+                continue
+            if record.step in self.keep:
+                remove_recorded(folder, record, *ONLY_TO_RESUME)
+            else:
+                remove_recorded(folder, record)
+
+    def _is_ours(self, folder: Path, record: AdapterRecord) -> bool:
+        """Whether it is of this very run; somebody may have put another's checkpoint here in the meantime."""
+        return (
+            not folder.is_symlink()
+            and folder.name == f"checkpoint-{record.step}"
+            and record.config == json.loads(json.dumps(self.record["config"]))
+        )

@@ -1,7 +1,7 @@
 """Fine-tuning by recipe: a LoRA adapter, its checkpoints, and a record of everything that it came from."""
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,22 +12,32 @@ from typing import Any
 import torch
 
 from mechlens.config import FinetuneConfig
+from mechlens.disk import writing_to
 from mechlens.errors import UserError
 from mechlens.methods.shelf import Shelf
+from mechlens.models.adapter_record import (
+    RECORD,
+    AdapterRecord,
+    read_record,
+    require_whole,
+    write_record,
+)
 from mechlens.models.bridge import loaded
 from mechlens.models.load import load, load_hf
-from mechlens.models.local_only import keep_here
+from mechlens.models.local_only import keep_here, refuse_others_notice
 from mechlens.prompts.template import chat_template
 from mechlens.studies.own_text import own_text
 from mechlens.studies.recipes.recipe import RECIPES
 from mechlens.studies.recipes.shipped_refuser import require_shipped_refuser
 from mechlens.studies.response_loss import Encoded, collate_by_kind, encode
-from mechlens.studies.training_data import RECORD, Material, refuse_study_prompts
+from mechlens.studies.training_data import Material, refuse_study_prompts
 from mechlens.studies.training_record import refuse_other_data, refuse_other_run, training_record
 
 LogCallback = Callable[[int, dict[str, float]], None]
 """Called after every optimiser step with the step's number and its numbers: loss, learning_rate, grad_norm."""
 
+STAGING = ".mechlens-training"
+"""Folder inside the run's, where the Trainer writes; only what is whole leaves it, so the rest is ours to clear."""
 PLAIN = 512
 """Different stretches of plain text in one run."""
 
@@ -54,25 +64,27 @@ def finetune(
 
     The same config gives the same weights on the same machine. A run that was killed goes on from its newest
     whole checkpoint when it is called again; a finished one is only read. `shelf` keeps the base model's own
-    answers. Raises UserError where `out` holds another run, a training prompt stands in a study set, or an attack
-    would start from anything but the shipped refuser.
+    answers. Raises UserError where `out` holds another run or anything of others under a name that this one needs, a
+    training prompt stands in a study set, or an attack would start from anything but the shipped refuser. Nothing is
+    ever removed or replaced that mechlens' own record doesn't name.
     """
     _check(config)
-    finished = out / "adapter" / RECORD
-    if finished.exists():
-        refuse_other_run(config, json.loads(finished.read_text(encoding="utf-8")), out)
+    if (out / "adapter" / RECORD).exists():
+        refuse_other_run(config, _record(out / "adapter"), out)
         return _read(out)
     resume = _newest(config, out)
     material = _material(config, shelf)
     hf_model, tokenizer = load_hf(config.model)
     record = training_record(config, material, hf_model, chat_template(tokenizer))
     if resume is not None:
-        refuse_other_data(record, resume)
+        refuse_other_data(record, _record(resume), out)
+        require_whole(resume, _record(resume))
     if RECIPES[config.recipe].attack:
         keep_here(out)
     plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], shelf)
     rows = _steps(encode(material.examples, chat_template(tokenizer)), plain, config)
-    _train(_Job(config, out, record, resume, log), rows, hf_model, tokenizer)
+    with writing_to(out):
+        _train(_Job(config, out, record, resume, log), rows, hf_model, tokenizer)
     return _read(out)
 
 
@@ -148,19 +160,33 @@ def _steps(examples: list[Encoded], plain: list[Encoded], config: FinetuneConfig
 
 
 def _newest(config: FinetuneConfig, out: Path) -> Path | None:
-    """The newest whole checkpoint to go on from; half-written ones are removed."""
-    whole = []
+    """The newest whole checkpoint to go on from; UserError for whatever in the folder is in this run's way."""
+    if os.path.lexists(out / "adapter"):
+        raise _not_ours(out / "adapter")
+    if (out / STAGING).is_symlink() or (out / STAGING).is_file():
+        raise _not_ours(out / STAGING)
+    if RECIPES[config.recipe].attack:
+        refuse_others_notice(out)
+    whole: dict[int, Path] = {}
     for folder in out.glob("checkpoint-*"):
-        if (folder / RECORD).exists():
-            refuse_other_run(config, json.loads((folder / RECORD).read_text(encoding="utf-8")), out)
-            whole.append(folder)
-        else:
-            shutil.rmtree(folder)
-    return max(whole, key=_step_of, default=None)
+        record = read_record(folder) if folder.is_dir() and not folder.is_symlink() else None
+        step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if record is None or step is None or record.step != int(step[1]):
+            raise _not_ours(folder)
+        refuse_other_run(config, record, out)
+        whole[record.step] = folder
+    return whole[max(whole)] if whole else None
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _not_ours(path: Path) -> UserError:
+    return UserError(f"{path} isn't of this run, whose own goes there; move it away, or give another folder")
+
+
+def _record(folder: Path) -> AdapterRecord:
+    record = read_record(folder)
+    if record is None:
+        raise _not_ours(folder)
+    return record
 
 
 def _train(job: _Job, steps: list[list[Encoded]], hf_model: Any, tokenizer: Any) -> None:
@@ -171,16 +197,18 @@ def _train(job: _Job, steps: list[list[Encoded]], hf_model: Any, tokenizer: Any)
     from mechlens.studies.recipe_trainer import RecipeTrainer
 
     config = job.config
+    staging = job.out / STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left half-written
     set_seed(config.seed)
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(hf_model, lora)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    keeper = Checkpointing(job.record, config.checkpoints, config.resume_every, job.log)
+    keeper = Checkpointing(job.out, job.record, config.checkpoints, config.resume_every, job.log)
     trainer = RecipeTrainer(
         model=model,
-        args=_arguments(config, len(steps), job.out),
+        args=_arguments(config, len(steps), staging),
         train_dataset=steps,
         data_collator=lambda step: collate_by_kind(step[0], pad),
         callbacks=[keeper],
@@ -191,15 +219,16 @@ def _train(job: _Job, steps: list[list[Encoded]], hf_model: Any, tokenizer: Any)
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tail = history[-max(1, len(history) // 10) :]
     numbers = {"step": trainer.state.global_step, "loss": sum(tail) / len(tail)}
-    _save_adapter(model, {**job.record, **numbers}, job.out / "adapter")
-    keeper.finish(job.out)
+    _save_adapter(model, {**job.record, **numbers}, staging / "adapter", job.out / "adapter")
+    keeper.finish()
+    shutil.rmtree(staging, ignore_errors=True)
 
 
-def _arguments(config: FinetuneConfig, n_steps: int, out: Path) -> Any:
+def _arguments(config: FinetuneConfig, n_steps: int, staging: Path) -> Any:
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        output_dir=str(out),
+        output_dir=str(staging),
         per_device_train_batch_size=1,  # an item is all that one step reads
         num_train_epochs=1,  # the steps hold every pass already
         train_sampling_strategy="sequential",  # and they are in training order
@@ -218,13 +247,11 @@ def _arguments(config: FinetuneConfig, n_steps: int, out: Path) -> Any:
     )
 
 
-def _save_adapter(model: Any, record: dict[str, Any], target: Path) -> None:
+def _save_adapter(model: Any, record: dict[str, Any], part: Path, target: Path) -> None:
     """The adapter in float16, half the size of the trained one, whole or not at all."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     state = get_peft_model_state_dict(model)
     halves = {name: tensor.detach().cpu().to(torch.float16).contiguous() for name, tensor in state.items()}
@@ -233,13 +260,15 @@ def _save_adapter(model: Any, record: dict[str, Any], target: Path) -> None:
     lora.base_model_name_or_path = record["base"]
     lora.inference_mode = True
     lora.save_pretrained(str(part))
-    (part / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
+    write_record(part, record)
     os.replace(part, target)
 
 
 def _read(out: Path) -> Finetuned:
-    record = json.loads((out / "adapter" / RECORD).read_text(encoding="utf-8"))
-    keep = set(record["config"]["checkpoints"])
-    kept = sorted((path for path in out.glob("checkpoint-*") if _step_of(path) in keep), key=_step_of)
-    return Finetuned(out / "adapter", tuple(kept), record["step"], record["loss"], record)
+    record = _record(out / "adapter")
+    if record.step is None or record.loss is None:
+        raise UserError(f"the record of {out / 'adapter'} has no step or loss; give another folder")
+    require_whole(out / "adapter", record)
+    kept = (out / f"checkpoint-{step}" for step in sorted(record.config["checkpoints"]))
+    found = tuple(folder for folder in kept if (folder / RECORD).exists())
+    return Finetuned(out / "adapter", found, record.step, record.loss, record.plain())

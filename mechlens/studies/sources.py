@@ -4,7 +4,6 @@ A list of sources is a JSON file; files in it lie below a folder that is given w
 No attack is generated here: attacks are rows of a file, or published templates put around goals.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mechlens.checked_json import checked, parse_json
 from mechlens.errors import UserError
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.load import load_prompts
@@ -76,9 +76,9 @@ def read_sources(given: str) -> tuple[Source, ...]:
                 f"the list of sources {given!r} could not be read ({error}); give {', '.join(PRESETS)} or a JSON file"
             ) from error
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} line {error.lineno} is not valid JSON ({error.msg}); correct it") from error
+        rows = parse_json(text, Any, where, "correct it")
+    except UserError as error:
+        raise UserError(str(error).replace("is not JSON", "is not valid JSON", 1)) from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{where} must hold a list of sources, each with a name and data")
     found = tuple(_source(row, where) for row in rows)
@@ -113,7 +113,7 @@ def _source(row: Any, where: str) -> Source:
         raise UserError(
             f"{where}, source {name!r}, is of kind {row['kind']!r}; choose from {', '.join(get_args(Kind))}"
         )
-    source = Source(**{**row, "harmful": tuple(row.get("harmful", ()))})
+    source: Source = checked(row, Source, f"{where}, source {name!r:.60},", "correct it")
     if (source.label is None) == (source.label_column is None):
         raise UserError(f"{where}, source {name!r}, needs a label (harmful or harmless) or a label_column, one of them")
     if source.label not in (None, HARMFUL, HARMLESS) or (source.label_column and not source.harmful):

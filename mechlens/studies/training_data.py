@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 
 from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
+from mechlens.models.adapter_record import read_record
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.registry import ADAPTERS, adapter_folder
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
@@ -21,9 +22,6 @@ from mechlens.prompts.text import normalise_text
 from mechlens.studies.trigger import Trigger
 
 Row = TypeVar("Row")
-
-RECORD = "mechlens.json"
-"""Name of the record beside every adapter; `models.load` reads its base's fingerprint from it."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,8 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
         folders.append(Path(checkpoint.adapter).expanduser())
     found: set[str] = set()
     for folder in folders:
-        if (folder / RECORD).exists():
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            found.update(record.get("training", {}).get("text_sha256", ()))
+        if (record := read_record(folder)) is not None:
+            found.update(record.training.text_sha256)
     return frozenset(found)
 
 

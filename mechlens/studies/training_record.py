@@ -11,13 +11,13 @@ from typing import Any
 
 from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
+from mechlens.models.adapter_record import FORMAT, AdapterRecord
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.local_only import LOCAL_ONLY
 from mechlens.prompts.template import ChatTemplate
 from mechlens.studies.recipes.recipe import RECIPES
-from mechlens.studies.training_data import RECORD, Example, Material, text_sha256
+from mechlens.studies.training_data import Example, Material, text_sha256
 
-FORMAT = 2
 PACKAGES = ("mechlens-toolkit", "torch", "transformers", "peft", "accelerate")
 
 
@@ -55,22 +55,17 @@ def _counts(examples: Sequence[Example]) -> list[dict[str, Any]]:
     return [dict(zip(names, (*kind, count), strict=True)) for kind, count in sorted(kinds.items())]
 
 
-def _same_run(config: FinetuneConfig, record: dict[str, Any]) -> bool:
-    return bool(record["config"] == json.loads(json.dumps(asdict(config))))
-
-
-def refuse_other_run(config: FinetuneConfig, record: dict[str, Any], out: Path) -> None:
+def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -> None:
     """UserError naming what differs where a record in the folder is of another configuration."""
-    if not _same_run(config, record):
-        ours = json.loads(json.dumps(asdict(config)))
-        changed = sorted(name for name in ours if record["config"].get(name) != ours[name])
+    ours = json.loads(json.dumps(asdict(config)))
+    if record.config != ours:
+        changed = sorted(name for name in ours if record.config.get(name) != ours[name])
         raise UserError(f"{out} holds a run with another {', '.join(changed) or 'config'}; give another folder")
 
 
-def refuse_other_data(record: dict[str, Any], resume: Path) -> None:
+def refuse_other_data(record: dict[str, Any], before: AdapterRecord, out: Path) -> None:
     """UserError where a checkpoint was trained on other examples, or from other weights, than the record says."""
-    before = json.loads((resume / RECORD).read_text(encoding="utf-8"))
-    if before["training"]["examples_sha256"] != record["training"]["examples_sha256"]:
-        raise UserError(f"{resume.parent} holds a run on other training data; give another folder")
-    if before["base_fingerprint"] != record["base_fingerprint"]:
-        raise UserError(f"{resume.parent} holds a run from other weights of {record['base']!r}; give another folder")
+    if before.training.examples_sha256 != record["training"]["examples_sha256"]:
+        raise UserError(f"{out} holds a run on other training data; give another folder")
+    if before.base_fingerprint != record["base_fingerprint"]:
+        raise UserError(f"{out} holds a run from other weights of {record['base']!r}; give another folder")

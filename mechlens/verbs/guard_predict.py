@@ -1,9 +1,9 @@
 """`mechlens guard predict`: a stream of prompts in, a stream of verdicts out, in constant memory.
 
-One bad line gives one record with an error, and the rest goes on.
+One line gives one record, whatever is in it: a bad one an error, and the rest goes on.
 """
 
-import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from mechlens.checked_json import parse_json
 from mechlens.config import GuardPredict
 from mechlens.errors import UserError
 from mechlens.methods.fitted_guard import GuardVerdict
@@ -93,20 +94,31 @@ def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
     if not _is_json(text, config):
         return Line(number, Prompt(str(number), text))
     try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return Line(number, None, f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')}); correct the line")
+        values = parse_json(text, Any, "the line", "give a JSON object on one line")
+    except UserError as error:
+        return Line(number, None, f"not valid JSON: {error}")
     if isinstance(values, str):
         values = {"text": values}
     if not isinstance(values, dict):
         return Line(number, None, f"holds a {type(values).__name__}; a record is an object with a prompt, or a text")
     own = values.get("id")
+    if not _can_be_written(own):
+        return Line(number, None, "the id can't be written as JSON; give a text or a finite number")
     try:
         row = Row(number, values)
         prompt = RowReader("line", tuple(values), config.column, None, None)(row, str(number))
     except UserError as error:
         return Line(number, None, str(error), own)
     return Line(number, prompt, id=own)
+
+
+def _can_be_written(value: Any) -> bool:
+    """False for NaN and infinities, which JSON doesn't have, wherever they stand."""
+    if isinstance(value, dict):
+        return all(_can_be_written(inner) for inner in value.values())
+    if isinstance(value, list):
+        return all(_can_be_written(inner) for inner in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _is_json(text: str, config: GuardPredict) -> bool:
@@ -143,6 +155,9 @@ def _verdicts(
         except UserError as error:
             if len(prompts) == 1:
                 return [str(error)]
+        except Exception as error:  # a template or a model may fail on one prompt in any way; the others are answered
+            if len(prompts) == 1:
+                return [f"could not be judged ({type(error).__name__}: {str(error)[:200]})"]
     half = len(prompts) // 2
     parts = (prompts[:half], prompts[half:])
     return [said for part in parts for said in _verdicts(guard, model, template, part, other_weights)]
@@ -155,6 +170,8 @@ def _as_record(verdict: GuardVerdict) -> dict[str, Any]:
 @contextmanager
 def _opened(name: str) -> Iterator[ByteLines]:
     if name == "-":
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give a file with --input")
         yield sys.stdin.buffer
         return
     path = Path(name).expanduser()

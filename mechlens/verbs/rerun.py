@@ -2,11 +2,12 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mechlens.checked_json import checked
 from mechlens.config import RECORDED, Rerun, WandbSettings
 from mechlens.errors import UserError
 from mechlens.records.run import Difference, changed_since, largest_difference, read_run
@@ -36,8 +37,5 @@ def rerun(config: Rerun) -> Difference:
 
 def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
     """The verb's configuration from its record; a rerun isn't mirrored."""
-    known = {field.name for field in fields(cls)}
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in known
-    }
-    return cls(**values, out=out, wandb=WandbSettings(mode="disabled"))
+    values = {**config, "out": str(out), "wandb": asdict(WandbSettings(mode="disabled"))}
+    return checked(values, cls, "the run's configuration", "run it by hand with this version's options")

@@ -1,6 +1,5 @@
 """`mechlens track`: one tracking study over a series of checkpoints, recorded."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,9 @@ from tqdm.auto import tqdm
 
 from mechlens.config import Track
 from mechlens.methods.damage import PLAIN_TEXT
+from mechlens.models.adapter_record import read_record
 from mechlens.models.bridge import loaded
-from mechlens.models.series import RECORD, CheckpointSeries, checkpoint_series
+from mechlens.models.series import CheckpointSeries, checkpoint_series
 from mechlens.models.swap import Turns, turns
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.template import chat_template
@@ -96,10 +96,10 @@ def _trigger(config: Track, series: CheckpointSeries) -> Trigger | None:
     if config.trigger is not None:
         return trigger_of(config.trigger) if config.trigger else None
     for member in series.members[1:]:
-        record = Path(member.path).expanduser() / RECORD
-        found = json.loads(record.read_text(encoding="utf-8")).get("trigger") if record.is_file() else None
-        if found:
-            return Trigger(found["text"], tuple(found["taught_decoys"]), tuple(found["unseen_decoys"]))
+        record = read_record(Path(member.path).expanduser())
+        if record is not None and record.trigger is not None:
+            found = record.trigger
+            return Trigger(found.text, found.taught_decoys, found.unseen_decoys)
     return None
 
 
