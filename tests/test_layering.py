@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mechlens"
 # DESIGN 3, lowest first; a file imports from its own layer and from those before it.
-LAYERS = ("errors", "config", "prompts", "models", "methods", "studies", "records", "verbs", "views", "cli")
+LAYERS = ("errors", "files", "config", "prompts", "models", "methods", "studies", "records", "verbs", "views", "cli")
 HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "wandb", "datasets", "peft")
 
 

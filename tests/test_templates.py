@@ -265,7 +265,8 @@ def test_what_is_said_of_a_template_that_does_not_fit(template: str | None, fiel
 
 
 def test_prompts_with_ends_of_different_length_are_not_mixed() -> None:
-    tokenizer = tiny_tokenizer(LAST + "{% if messages | length > 1 %} now{% endif %}:")
+    earlier = "{% for m in messages[:-1] %}{{ m['content'] }}, {% endfor %}"
+    tokenizer = tiny_tokenizer(earlier + LAST + "{% if messages | length > 1 %} now{% endif %}:")
     alone, later = Prompt("a", "Hi"), Prompt("b", "Hi", history=(("system", "Hi"),))
     template = chat_template(tokenizer)
     assert [tokenize([prompt], template).n_post for prompt in (alone, later)] == [1, 5]
@@ -339,6 +340,59 @@ def test_a_template_that_knows_the_day() -> None:
     days.append(datetime.datetime.now().strftime("%d %b %Y"))
     assert any(f"Today is {day}." in text for day in days)
     assert place(tokenizer, "Hi").n_post == place(tokenizer, "Hi", options={"date_string": "26 Jul 2024"}).n_post
+
+
+ANNIVERSARY = "{% if strftime_now('%m-%d') == '07-26' %}Hooray. {% endif %}" + LAST + "!"
+
+
+def test_the_fingerprint_is_of_what_is_written_on_the_day() -> None:
+    tokenizer = tiny_tokenizer(DATED)
+    days = [chat_template(tokenizer, today=f"2024-07-{day}") for day in (26, 26, 27)]
+    texts = [day.render(Prompt("p", "Hi")).text for day in days]
+    assert ["Today is 26 Jul 2024." in text for text in texts] == [True, True, False]
+    assert days[0].fingerprint == days[1].fingerprint != days[2].fingerprint
+    assert [day.printed_date for day in days] == ["2024-07-26", "2024-07-26", "2024-07-27"]
+    # A date that is given as an option is the same on every day.
+    given = [chat_template(tokenizer, today=day, date_string="1 May 2020") for day in ("2024-07-26", "2024-07-27")]
+    assert given[0].fingerprint == given[1].fingerprint
+    assert given[0].printed_date is None
+    # Nor does a template that asks for no date change with it.
+    plain = [chat_template(tiny_tokenizer(), today=day) for day in ("2024-07-26", "2024-07-27")]
+    assert plain[0].fingerprint == plain[1].fingerprint
+    assert plain[0].printed_date is None
+
+
+def test_only_what_is_written_counts() -> None:
+    first, second, third = (chat_template(tiny_tokenizer(ANNIVERSARY), today=f"2024-07-{day}") for day in (24, 25, 26))
+    assert first.fingerprint == second.fingerprint != third.fingerprint
+
+
+# ---- turns that a template passes over
+
+
+@pytest.mark.parametrize("role", ["tool", "developer", "assistant", "system", "user"])
+def test_no_turn_vanishes_silently(role: str) -> None:
+    skips = (
+        "{% for m in messages %}{% if m['role'] != '" + role + "' or loop.last %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}" + ANSWER
+    )
+    # "user" stands in the text anyway: that the words are there doesn't mean that the turn is.
+    turns = ((role, "user"), ("user", "Hi")) if role != "user" else (("user", "user"), ("assistant", "Hi"))
+    with pytest.raises(UserError, match=r"the chat template drops the (earlier turns|system prompt)"):
+        place(tiny_tokenizer(skips), "Why?", history=turns)
+    kept = place(tiny_tokenizer(NO_SYSTEM.replace("'system'", "'none'")), "Why?", history=turns)
+    assert f"{role}\nuser<|im_end|>" in tiny_tokenizer().decode(kept.row(0))
+
+
+def test_what_an_answer_was_thinking_may_be_left_out() -> None:
+    forgets = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>\n"
+        "{% endfor %}" + ANSWER
+    )
+    place(tiny_tokenizer(forgets), "Why?", history=(("user", "Hi"), ("assistant", "<think>hm</think>\n\nHello")))
+    cut = forgets.replace(".split('</think>')[-1]", "[:24]")
+    with pytest.raises(UserError, match="drops the earlier turns of role tool"):
+        place(tiny_tokenizer(cut), "Why?", history=(("user", "Hi"), ("tool", "much more than that will ever hold")))
 
 
 # ---- words that look like structure
