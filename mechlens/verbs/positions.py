@@ -12,7 +12,7 @@ from mechlens.prompts.template import chat_template
 def named_tokens(config: Positions) -> list[dict[str, Any]]:
     """Every token of the formatted prompt: index, id, text and role."""
     tokenizer = load_tokenizer(config.model, revision=config.revision)
-    template = chat_template(tokenizer, config.template)
+    template = chat_template(tokenizer, config.template, today=config.today)
     prompt = Prompt("prompt", config.text, system=config.system)
     batch = tokenize([prompt], template, allow_special=config.allow_special)
     return [
