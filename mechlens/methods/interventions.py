@@ -237,9 +237,7 @@ def _require_same(made: Checkpoint, now: Checkpoint, made_template: str, templat
         found, needed = f"under the chat template {_short(made_template)}", f"prompts under {_short(template)}"
     else:
         return
-    raise UserError(
-        f"the intervention was made {found} and is used on {needed}; make it anew, or pass force=True (--force)"
-    )
+    raise UserError(f"the intervention was made {found} and is used on {needed}; make it anew, or pass force=True")
 
 
 def _short(fingerprint: str) -> str:

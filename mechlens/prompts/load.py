@@ -165,8 +165,7 @@ def _without_duplicates(prompts: list[Prompt], rows: list[Row], name: str) -> li
     dropped: list[int] = []
     relabelled = 0
     for prompt, row in zip(prompts, rows, strict=True):
-        # A text of marks only has an empty normal form.
-        key = (normalise_text(prompt.text) or prompt.text, prompt.system, prompt.history)
+        key = (normalise_text(prompt.text), prompt.system, prompt.history)
         if key in first:
             dropped.append(row.number)
             relabelled += first[key].label != prompt.label

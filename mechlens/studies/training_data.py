@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,8 @@ from mechlens.studies.trigger import Trigger
 
 Row = TypeVar("Row")
 
+FORMAT = 3
+"""Of the record: 3 tells prompts apart by what `normalise_text` now keeps, such as 3-5 and 3/5."""
 RECORD = "mechlens.json"
 """Name of the record beside every adapter; `models.load` reads its base's fingerprint from it."""
 
@@ -89,6 +92,12 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
     for folder in folders:
         if (folder / RECORD).exists():
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            if record.get("format", FORMAT) != FORMAT:
+                warnings.warn(
+                    f"{folder / RECORD} was written by another mechlens: prompts with marks inside, such as 3-5, that "
+                    "the model was trained on may not be known again",
+                    stacklevel=2,
+                )
             found.update(record.get("training", {}).get("text_sha256", ()))
     return frozenset(found)
 

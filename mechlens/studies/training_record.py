@@ -15,9 +15,8 @@ from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.local_only import LOCAL_ONLY
 from mechlens.prompts.template import ChatTemplate
 from mechlens.studies.recipes.recipe import RECIPES
-from mechlens.studies.training_data import RECORD, Example, Material, text_sha256
+from mechlens.studies.training_data import FORMAT, RECORD, Example, Material, text_sha256
 
-FORMAT = 2
 PACKAGES = ("mechlens-toolkit", "torch", "transformers", "peft", "accelerate")
 
 
