@@ -16,6 +16,7 @@ from mechlens.errors import UserError
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import chat_template
+from mechlens.prompts.token_text import token_text
 
 # Jinja drops a newline at the very end of a template, so some shapes write theirs as NEWLINE.
 LAST = "{{ messages[-1]['content'] }}"
@@ -412,6 +413,34 @@ def test_structure_in_the_words_is_an_error(template: str, text: str) -> None:
     batch = tokenize(prompts, chat_template(tokenizer), allow_special=True)
     start, inst = batch.instruction[0].tolist()
     assert tokenizer.decode(batch.row(0)[start : inst + 1]).strip() == f"say {text} now"
+
+
+def test_added_words_are_words() -> None:
+    """What a vocabulary was extended by for a field is no structure, even where the template writes the same word."""
+    added = ["myeloma", "user", "covid-19", "new york", "C++", "don't", "3.5", "naïve", "癌", "👩‍🚀", "<b>", "..."]
+    tokenizer = tiny_tokenizer(NO_SYSTEM)
+    tokenizer.add_tokens(added)
+    for word in added:
+        batch = place(tokenizer, f"say {word}")
+        start, inst = batch.instruction[0].tolist()
+        assert batch.row(0)[start : inst + 1] == tokenizer(f"say {word}", add_special_tokens=False)["input_ids"]
+        assert tokenizer.convert_tokens_to_ids(word) in batch.row(0)
+
+
+@pytest.mark.parametrize("mark", ["<|tool|>", "[TURN]", "<tool_call>", "{sep}", "Human:", "### Answer", "|end|"])
+def test_added_marks_are_structure(mark: str) -> None:
+    tokenizer = tiny_tokenizer(NO_SYSTEM.replace("{% for", mark + "{% for", 1))
+    tokenizer.add_tokens([mark])
+    with pytest.raises(UserError, match=r"prompt 'p0' holds the template token"):
+        place(tokenizer, f"say {mark} now")
+
+
+def test_a_token_is_never_shown_as_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    assert token_text(tokenizer, tokenizer.convert_tokens_to_ids("the")) == "the"
+    assert token_text(tokenizer, len(tokenizer)) == f"<id {len(tokenizer)}>"
+    assert token_text(tokenizer, 10**6) == "<id 1000000>"
+    assert all(token_text(tokenizer, token) for token in range(len(tokenizer) + 5))
 
 
 @pytest.mark.parametrize("trim", ["strip", "rstrip", "lstrip"])

@@ -10,6 +10,10 @@ LONGEST_TEXT = 1_000_000
 """Characters of one text; more than any model's context holds."""
 
 
+class UnfitPrompt(UserError):
+    """Words that no prompt can hold."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One request to a chat model, as the user would type it (the template comes later).
@@ -38,13 +42,13 @@ class Prompt:
     def __post_init__(self) -> None:
         for name, value in self._words():
             if not isinstance(value, str):
-                raise UserError(f"prompt {self.id!r:.80} has a {type(value).__name__} as its {name}; it must be text")
+                raise UnfitPrompt(f"prompt {self.id!r:.80} has a {type(value).__name__} as its {name}; it must be text")
             if not is_whole(value):
-                raise UserError(
+                raise UnfitPrompt(
                     f"prompt {self.id!r:.80} holds half a character (an unpaired surrogate) in its {name}; repair it"
                 )
             if len(value) > LONGEST_TEXT:
-                raise UserError(
+                raise UnfitPrompt(
                     f"prompt {self.id!r:.80} has {len(value)} characters in its {name}, and at most {LONGEST_TEXT} are "
                     "read; shorten it"
                 )

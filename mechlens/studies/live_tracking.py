@@ -160,6 +160,7 @@ def _cell(acts: Activations, level: int, position: str) -> Activations:
 
 def _read(module: Any, watched: Watched, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:
     names = watched.batch.resolve(watched.positions)
+    watched.batch.require_rows(module.get_input_embeddings().num_embeddings, None)
     found = plain_pass(module, watched.batch, names, levels)
     if not bool(torch.isfinite(found.residuals).all()):
         raise UserError(f"the model's activations are not finite at step {step}; its training has diverged")
