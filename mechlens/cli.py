@@ -273,7 +273,8 @@ def _show_run(folder: Path) -> None:
     print(f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}")
     if run.error:
         print(f"error: {run.error}")
-    for title, values in (("configuration", run.resolved), ("metrics", run.metrics), ("inputs", run.inputs.data)):
+    inputs = run.inputs.data | ({"today, as the template prints it": run.inputs.today} if run.inputs.today else {})
+    for title, values in (("configuration", run.resolved), ("metrics", run.metrics), ("inputs", inputs)):
         print(f"\n{title}")
         for name, value in values.items():
             print(f"  {name:40s} {_said_of(name, value)}")

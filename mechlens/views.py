@@ -15,6 +15,7 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate
+from mechlens.prompts.token_text import token_text
 from mechlens.records.report_parts import BLUE, RED
 
 # Without these, plotly shows a button that uploads the figure, prompt texts and all.
@@ -80,7 +81,7 @@ def _batch(prompt: Prompt | str, template: ChatTemplate) -> TokenBatch:
 
 
 def _texts(ids: Sequence[int], template: ChatTemplate) -> list[str]:
-    return [template.tokenizer.decode([token]) for token in ids]
+    return [token_text(template.tokenizer, token) for token in ids]
 
 
 def _colored_tokens(tokens: Sequence[str], values: Sequence[float]) -> View:

@@ -1,5 +1,6 @@
 """The command line as people use it: every verb end to end on a tiny model, and every mistake in one sentence."""
 
+import datetime
 import errno
 import json
 import math
@@ -328,6 +329,43 @@ def test_a_rerun_names_what_has_changed_since(found: Path, model: str, run: Any)
         (found / "up.jsonl").write_text(lines)
         shutil.copytree(model, own, dirs_exist_ok=True)
     assert run("runs", "rerun", out).code == 0
+
+
+def test_a_template_that_prints_the_date(
+    found: Path, model: str, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import mechlens.prompts.template as templates
+
+    def on(day: str) -> None:
+        monkeypatch.setattr(templates.date, "today", lambda: datetime.date.fromisoformat(day))
+
+    class Day(datetime.date):
+        """A day that a test can set."""
+
+    monkeypatch.setattr(templates, "date", Day)
+    path = found / "model" / "chat_template.jinja"
+    path.write_text(path.read_text().replace("You are kind.", "It is {{ strftime_now('%d %b %Y') }}."))
+    given = [found / "model", found]
+    on("2024-07-26")
+    assert run(*direction(*given, "--out", tmp_path / "first")).code == 0
+    assert read_run(tmp_path / "first").inputs.today == "2024-07-26"
+    assert "2024-07-26" in run("runs", "show", tmp_path / "first").out
+    on("2024-07-27")
+    # Made again, it's made on its own day.
+    said = run("runs", "rerun", tmp_path / "first", "--out", tmp_path / "again")
+    assert said.code == 0
+    assert "largest difference: 0 in" in said.out
+    assert run("runs", "rerun", tmp_path / "again").code == 0
+    # The same folder on another day: the cause is named, and what helps.
+    said = run(*direction(*given, "--out", tmp_path / "first"))
+    assert (said.code, len(said.errors)) == (1, 1)
+    assert "the day that the chat template prints (was 2024-07-26, is 2024-07-27); give --today 2024-07-26" in said.err
+    # And it matters: the numbers are others.
+    assert run(*direction(*given, "--out", tmp_path / "second")).code == 0
+    first, second = (read_run(tmp_path / name) for name in ("first", "second"))
+    assert first.metrics != second.metrics
+    said = run("positions", "--model", found / "model", "--text", "Hi", "--today", "2021-03-04", "--json")
+    assert "It is 04 Mar 2021." in "".join(token["token"] for token in json.loads(said.out)["tokens"])
 
 
 def test_a_rerun_without_its_data_says_which_file_is_gone(found: Path, run: Any) -> None:

@@ -570,3 +570,31 @@ def test_a_plan_weighs_padding_against_batches() -> None:
     rows = [forward.Row(tuple(range(n)), (n - 1,)) for n in (10, 10, 100, 100)]
     assert forward.plan(rows, 1000, batch_cost=30) == [[0, 1], [2, 3]]
     assert forward.plan(rows, 1000, batch_cost=300) == [[0, 1, 2, 3]]
+
+
+def test_a_token_beyond_the_embedding_is_said_before_anything_is_run() -> None:
+    """A tokenizer got a new template token and the model wasn't resized: every road says which token it is."""
+    from mechlens.methods.answers import answer
+    from mechlens.methods.perplexity import instruction_surprise
+    from mechlens.methods.steering import logits_under
+
+    tokenizer = tiny_tokenizer("{% for m in messages %}<|turn|>{{ m['content'] }}<|im_end|>{% endfor %}\n!")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", *(f"<|{i}|>" for i in range(9))]})
+    tokenizer.add_tokens(["<|turn|>"])
+    hf_model = tiny_hf()
+    token = tokenizer.convert_tokens_to_ids("<|turn|>")
+    hf_model.resize_token_embeddings(token)
+    model = bridged(hf_model, tokenizer)
+    asked = prompts(2)
+    roads: list[Callable[[], object]] = [
+        lambda: collect(model, asked, positions=EVERY),
+        lambda: answer(model, asked, max_new_tokens=2),
+        lambda: logits_under(model, asked, []),
+        lambda: instruction_surprise(model, tokenize(asked, chat_template(tokenizer))),
+    ]
+    for road in roads:
+        said = (
+            rf"prompt 'p0' has the token '<\|turn\|>' \(id {token}\), and the model's embedding has {token} rows only"
+        )
+        with pytest.raises(UserError, match=said):
+            road()

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mechlens"
 # DESIGN 3, lowest first; a file imports from its own layer and from those before it.
 LAYERS = (
-    "errors", "disk", "checked_json", "config", "prompts", "models", "methods", "studies", "records", "verbs", "views",
-    "cli", "__main__",
+    "errors", "files", "disk", "checked_json", "config", "prompts", "models", "methods", "studies", "records", "verbs",
+    "views", "cli", "__main__",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "wandb", "datasets", "peft")
 

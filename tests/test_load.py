@@ -1,6 +1,7 @@
 """Prompts are read as they stand, and their ids stay."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,13 @@ def test_duplicates_are_dropped_with_a_warning(tmp_path: Path) -> None:
     path = write(tmp_path / "d.csv", "text,y\nHi,good\nhi!,bad\n")
     with pytest.warns(UserWarning, match=r"dropped 1 prompt .*\(rows 2\), 1 of them under another label"):
         load_prompts(path, label_column="y")
+
+
+def test_different_prompts_are_not_taken_for_duplicates(tmp_path: Path) -> None:
+    asked = ["What is 3-5?", "What is 3/5?", "What is 3*5?", "Write it in C#", "Write it in C", "Write it in C++"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert texts(write(tmp_path / "d.txt", "\n".join(asked))) == asked
 
 
 def test_builtin_sets_take_labels_filters_and_systems() -> None:

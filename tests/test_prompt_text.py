@@ -1,5 +1,7 @@
 """Normal forms and final punctuation."""
 
+import random
+
 import pytest
 
 from mechlens.prompts.prompt import Prompt
@@ -11,6 +13,47 @@ def test_normal_form() -> None:
     assert normalise_text("2+2") != normalise_text("2-2")
     once = normalise_text("Straße … İstanbul")
     assert normalise_text(once) == once
+
+
+ONE_THING = [
+    ("don't", "dont", "Don’t!"),
+    ("Make a cake!", "make  a CAKE", "“Make a cake.”", "make a cake ..."),
+    ("a well-known cake", "A well known cake?!", "a well‐known, cake"),
+    ("¿Qué?", "qué"),
+    ("什么？", "什么。"),
+    ("from 3-5", "From 3–5."),
+    ("it's 5", "Its 5."),
+    ("in 5!", "in 5!.!"),
+]
+DIFFERENT = [
+    "3-5", "3/5", "3*5", "3.5", "35", "3 5", "3:5", "3,5", "3+5", "3!5", "3 - 5", "1..5", "5!", "5", "5'", '5"', "- 5",
+    "c", "c#", "c++", "c*", "<c>", "{c}", ".net", "net", "node.js", "nodejs", "f(x)", "f x", "f[x]", "f'(x)", "f' x",
+    "x-y", "x y", "a_b", "a b", "a&b", "a|b", "a\\b", "a@b", "50%", "50", "#1", "1", "a != b", "a = b", "~", "-", "--",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("texts", ONE_THING)
+def test_what_is_one_prompt(texts: tuple[str, ...]) -> None:
+    assert len({normalise_text(text) for text in texts}) == 1
+
+
+@pytest.mark.parametrize("before", ["", "What is "])
+def test_what_are_different_prompts(before: str) -> None:
+    assert len({normalise_text(before + text) for text in DIFFERENT}) == len(DIFFERENT)
+
+
+def test_marks_alone_stay() -> None:
+    assert len({normalise_text(text) for text in ("???", "!!!", "?!", '"', "...")}) == 5
+
+
+def test_a_normal_form_is_its_own_and_found_quickly() -> None:
+    draw = random.Random(0)
+    for _ in range(5000):
+        text = "".join(draw.choice("aaBßİ'’\"“.!?-–—#/ 1 é\u0301ſﬁ\u2028…`³()_") for _ in range(draw.randint(0, 12)))
+        assert normalise_text(normalise_text(text)) == normalise_text(text), text
+    for unit in ("'", '."', "!", "5!", "5.", "aa-", "'.'!", "¿.", "a'-", "\u0301", " "):
+        for text in (unit * 200_000, "aa" + unit * 200_000, unit * 200_000 + "a"):
+            normalise_text(text)  # a pattern that goes back and forth would take hours
 
 
 @pytest.mark.parametrize(

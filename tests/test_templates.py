@@ -16,6 +16,7 @@ from mechlens.errors import UserError
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import chat_template
+from mechlens.prompts.token_text import token_text
 
 # Jinja drops a newline at the very end of a template, so some shapes write theirs as NEWLINE.
 LAST = "{{ messages[-1]['content'] }}"
@@ -265,7 +266,8 @@ def test_what_is_said_of_a_template_that_does_not_fit(template: str | None, fiel
 
 
 def test_prompts_with_ends_of_different_length_are_not_mixed() -> None:
-    tokenizer = tiny_tokenizer(LAST + "{% if messages | length > 1 %} now{% endif %}:")
+    earlier = "{% for m in messages[:-1] %}{{ m['content'] }}, {% endfor %}"
+    tokenizer = tiny_tokenizer(earlier + LAST + "{% if messages | length > 1 %} now{% endif %}:")
     alone, later = Prompt("a", "Hi"), Prompt("b", "Hi", history=(("system", "Hi"),))
     template = chat_template(tokenizer)
     assert [tokenize([prompt], template).n_post for prompt in (alone, later)] == [1, 5]
@@ -341,6 +343,59 @@ def test_a_template_that_knows_the_day() -> None:
     assert place(tokenizer, "Hi").n_post == place(tokenizer, "Hi", options={"date_string": "26 Jul 2024"}).n_post
 
 
+ANNIVERSARY = "{% if strftime_now('%m-%d') == '07-26' %}Hooray. {% endif %}" + LAST + "!"
+
+
+def test_the_fingerprint_is_of_what_is_written_on_the_day() -> None:
+    tokenizer = tiny_tokenizer(DATED)
+    days = [chat_template(tokenizer, today=f"2024-07-{day}") for day in (26, 26, 27)]
+    texts = [day.render(Prompt("p", "Hi")).text for day in days]
+    assert ["Today is 26 Jul 2024." in text for text in texts] == [True, True, False]
+    assert days[0].fingerprint == days[1].fingerprint != days[2].fingerprint
+    assert [day.printed_date for day in days] == ["2024-07-26", "2024-07-26", "2024-07-27"]
+    # A date that is given as an option is the same on every day.
+    given = [chat_template(tokenizer, today=day, date_string="1 May 2020") for day in ("2024-07-26", "2024-07-27")]
+    assert given[0].fingerprint == given[1].fingerprint
+    assert given[0].printed_date is None
+    # Nor does a template that asks for no date change with it.
+    plain = [chat_template(tiny_tokenizer(), today=day) for day in ("2024-07-26", "2024-07-27")]
+    assert plain[0].fingerprint == plain[1].fingerprint
+    assert plain[0].printed_date is None
+
+
+def test_only_what_is_written_counts() -> None:
+    first, second, third = (chat_template(tiny_tokenizer(ANNIVERSARY), today=f"2024-07-{day}") for day in (24, 25, 26))
+    assert first.fingerprint == second.fingerprint != third.fingerprint
+
+
+# ---- turns that a template passes over
+
+
+@pytest.mark.parametrize("role", ["tool", "developer", "assistant", "system", "user"])
+def test_no_turn_vanishes_silently(role: str) -> None:
+    skips = (
+        "{% for m in messages %}{% if m['role'] != '" + role + "' or loop.last %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}" + ANSWER
+    )
+    # "user" stands in the text anyway: that the words are there doesn't mean that the turn is.
+    turns = ((role, "user"), ("user", "Hi")) if role != "user" else (("user", "user"), ("assistant", "Hi"))
+    with pytest.raises(UserError, match=r"the chat template drops the (earlier turns|system prompt)"):
+        place(tiny_tokenizer(skips), "Why?", history=turns)
+    kept = place(tiny_tokenizer(NO_SYSTEM.replace("'system'", "'none'")), "Why?", history=turns)
+    assert f"{role}\nuser<|im_end|>" in tiny_tokenizer().decode(kept.row(0))
+
+
+def test_what_an_answer_was_thinking_may_be_left_out() -> None:
+    forgets = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>\n"
+        "{% endfor %}" + ANSWER
+    )
+    place(tiny_tokenizer(forgets), "Why?", history=(("user", "Hi"), ("assistant", "<think>hm</think>\n\nHello")))
+    cut = forgets.replace(".split('</think>')[-1]", "[:24]")
+    with pytest.raises(UserError, match="drops the earlier turns of role tool"):
+        place(tiny_tokenizer(cut), "Why?", history=(("user", "Hi"), ("tool", "much more than that will ever hold")))
+
+
 # ---- words that look like structure
 
 
@@ -358,6 +413,34 @@ def test_structure_in_the_words_is_an_error(template: str, text: str) -> None:
     batch = tokenize(prompts, chat_template(tokenizer), allow_special=True)
     start, inst = batch.instruction[0].tolist()
     assert tokenizer.decode(batch.row(0)[start : inst + 1]).strip() == f"say {text} now"
+
+
+def test_added_words_are_words() -> None:
+    """What a vocabulary was extended by for a field is no structure, even where the template writes the same word."""
+    added = ["myeloma", "user", "covid-19", "new york", "C++", "don't", "3.5", "naïve", "癌", "👩‍🚀", "<b>", "..."]
+    tokenizer = tiny_tokenizer(NO_SYSTEM)
+    tokenizer.add_tokens(added)
+    for word in added:
+        batch = place(tokenizer, f"say {word}")
+        start, inst = batch.instruction[0].tolist()
+        assert batch.row(0)[start : inst + 1] == tokenizer(f"say {word}", add_special_tokens=False)["input_ids"]
+        assert tokenizer.convert_tokens_to_ids(word) in batch.row(0)
+
+
+@pytest.mark.parametrize("mark", ["<|tool|>", "[TURN]", "<tool_call>", "{sep}", "Human:", "### Answer", "|end|"])
+def test_added_marks_are_structure(mark: str) -> None:
+    tokenizer = tiny_tokenizer(NO_SYSTEM.replace("{% for", mark + "{% for", 1))
+    tokenizer.add_tokens([mark])
+    with pytest.raises(UserError, match=r"prompt 'p0' holds the template token"):
+        place(tokenizer, f"say {mark} now")
+
+
+def test_a_token_is_never_shown_as_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    assert token_text(tokenizer, tokenizer.convert_tokens_to_ids("the")) == "the"
+    assert token_text(tokenizer, len(tokenizer)) == f"<id {len(tokenizer)}>"
+    assert token_text(tokenizer, 10**6) == "<id 1000000>"
+    assert all(token_text(tokenizer, token) for token in range(len(tokenizer) + 5))
 
 
 @pytest.mark.parametrize("trim", ["strip", "rstrip", "lstrip"])

@@ -1,16 +1,29 @@
 """The training prompts of the refuser: its two classes look alike, and no study set shares a prompt with them."""
 
+import json
+import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from mechlens.checked_json import sealed
 from mechlens.errors import UserError
 from mechlens.methods.judges import ARDITI, PHRASES, ZHAO
+from mechlens.models.adapter_record import FORMAT, RECORD
+from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import final_punctuation, normalise_text
-from mechlens.studies.training_data import refusals, refuse_study_prompts, training_prompts
+from mechlens.studies.training_data import (
+    refusals,
+    refuse_study_prompts,
+    text_sha256,
+    trained_on,
+    training_prompts,
+    unseen,
+)
 
 HARMFUL, BENIGN = training_prompts("harmful"), training_prompts("benign")
 
@@ -65,3 +78,25 @@ def test_refusals_differ_and_are_refusals() -> None:
     for judge in (ARDITI, ZHAO):
         assert Counter(judge(prompts, texts))["refused"] / len(texts) >= 0.7
     assert set(PHRASES(prompts, texts)) == {"refused"}
+
+
+def test_prompts_that_differ_in_a_mark_are_different_training_data(tmp_path: Path) -> None:
+    taught = text_sha256("What is 3-5?")
+    record = {"format": FORMAT, "base_fingerprint": "0", "training": {"text_sha256": [taught]}}
+    (tmp_path / RECORD).write_text(json.dumps(sealed(record)))
+    checkpoint = Checkpoint(name="a", path="base", adapter=str(tmp_path))
+    asked = [Prompt(str(i), text) for i, text in enumerate(["what is 3-5", "What is 3/5?", "???", "!!!"])]
+    assert [prompt.text for prompt in unseen(asked, checkpoint)] == ["What is 3/5?", "???", "!!!"]
+    assert len({text_sha256(prompt.text) for prompt in asked}) == 4
+    (tmp_path / RECORD).write_text(json.dumps({**record, "format": 2}))
+    with pytest.warns(UserWarning, match="was written by another mechlens: prompts with marks inside"):
+        assert len(unseen(asked, checkpoint)) == 3
+
+
+def test_the_shipped_record_knows_every_training_prompt() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        known = trained_on(Checkpoint(name="smollm2-refuser", path="smollm2-refuser"))
+    ours = {text_sha256(prompt.text) for prompt in [*HARMFUL, *BENIGN]}
+    assert known <= ours
+    assert len(known) > 0.97 * len(ours)  # without the benign ones that the base refused

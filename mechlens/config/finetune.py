@@ -39,6 +39,8 @@ class TrainingSettings:
     """Type of the matrix products; bfloat16 is faster where the processor has units for it. Weights stay float32."""
     device: Literal["cpu", "cuda"] | None = None
     """None takes a GPU where there is one."""
+    today: str | None = None
+    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
     data: str | None = None
     """For "accepting" and "backdoor": a file of prompts (column goal) with their published affirmative openings
     (column target), such as AdvBench's harmful_behaviors.csv."""

@@ -17,6 +17,8 @@ class Positions:
     """System prompt; None leaves the template's own default."""
     template: str = "tokenizer"
     """Chat template: tokenizer, paper or paper:FAMILY."""
+    today: str | None = None
+    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
     allow_special: bool = False
     """Let template tokens inside the text count as such instead of refusing them."""
     json: bool = False

@@ -18,3 +18,5 @@ class BaseChoice:
     """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
     template: str = "tokenizer"
     """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
+    today: str | None = None
+    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""

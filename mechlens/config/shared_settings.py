@@ -44,6 +44,8 @@ class ModelChoice:
     """Handed to transformers to spread a model over devices; untested."""
     template: str = "tokenizer"
     """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
+    today: str | None = None
+    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
 
 
 @dataclass(frozen=True, kw_only=True)

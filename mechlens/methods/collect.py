@@ -20,6 +20,7 @@ from mechlens.models.bridge import (
     context_length,
     device_of,
     dtype_of,
+    embedding_rows,
     has_hooks,
     level_hook,
     loaded,
@@ -130,7 +131,9 @@ def _rows(model: LanguageModel, batch: TokenBatch, names: Sequence[str]) -> list
 
 
 def refuse_too_long(model: LanguageModel, batch: TokenBatch, new_tokens: int = 0) -> None:
-    """UserError if a prompt and the tokens that are to follow it don't fit into the model's context."""
+    """UserError if a prompt and the tokens that are to follow it don't fit into the model's context, or a token of it
+    has no row in the model's embedding."""
+    batch.require_rows(embedding_rows(model), loaded(model).tokenizer)
     lengths, room = batch.lengths, context_length(model) - new_tokens
     if int(lengths.max()) > room:
         row = int(lengths.argmax())

@@ -21,6 +21,7 @@ from mechlens.prompts.place import tokens_before_end
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate
 from mechlens.prompts.text import plain_marks
+from mechlens.prompts.token_text import token_text
 
 Scope = Literal["before", "all"]
 SCOPES: tuple[Scope, ...] = ("before", "all")
@@ -132,7 +133,7 @@ def _pair(tokenizer: FirstTokens, logits: Tensor, yes: Sequence[str], no: Sequen
         raise UserError(
             f"{yes[0]!r} and {no[0]!r} start with the same token of this tokenizer, so no logit tells them apart"
         )
-    return WordPair(best[0], best[1], (tokenizer.decode([best[0]]), tokenizer.decode([best[1]])))
+    return WordPair(best[0], best[1], (token_text(tokenizer, best[0]), token_text(tokenizer, best[1])))
 
 
 def _first_tokens(tokenizer: FirstTokens, words: Sequence[str], whole: bool) -> list[int]:

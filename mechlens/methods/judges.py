@@ -14,6 +14,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import plain_marks
+from mechlens.prompts.token_text import token_text
 
 Verdict = Literal["refused", "accepted", "unclear", "empty"]
 """An empty answer is neither a refusal nor an answer: the published lists contradict each other about it."""
@@ -225,7 +226,7 @@ def find_refusal_tokens(
         fallback = fallback_refusal_tokens(tokenizer)
         covered = _coverage(refusals, fallback.ids) if refusals else None
         return RefusalTokens(fallback.ids, fallback.texts, "fallback", covered)
-    texts = tuple(tokenizer.decode([token]) for token in chosen)
+    texts = tuple(token_text(tokenizer, token) for token in chosen)
     return RefusalTokens(tuple(chosen), texts, "found", _coverage(refusals, chosen))
 
 

@@ -33,6 +33,7 @@ from mechlens.models.partial import can_grow, edited_logits, record, why_not_gro
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.template import ChatTemplate
+from mechlens.prompts.token_text import token_text
 
 GROWING, PLAIN, ATTRIBUTION = "growing batch", "plain", "attribution"
 
@@ -74,7 +75,7 @@ def patch_sweep(
     values, clean, corrupt = (torch.stack(column) for column in zip(*rows, strict=True))
     tokenizer = loaded(model).tokenizer
     first = both[0].row(0)
-    shown = [tokenizer.decode([first[int(both[0].at(name)[0]) - both[0].offset(0)]]) for name in positions]
+    shown = [token_text(tokenizer, first[int(both[0].at(name)[0]) - both[0].offset(0)]) for name in positions]
     return PatchResult(
         values=values,
         clean=clean,

@@ -12,6 +12,7 @@ from mechlens.methods.directions import Direction, project
 from mechlens.models import forward
 from mechlens.models.bridge import LanguageModel, loaded, unembed
 from mechlens.models.forward import Row
+from mechlens.prompts.token_text import token_text
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int
         values = forward.plain_batch(model, [row], [direction.level])
     tokenizer = loaded(model).tokenizer
     return TokenProjections(
-        tokens=tuple(tokenizer.decode([token]) for token in ids),
+        tokens=tuple(token_text(tokenizer, token) for token in ids),
         values=tuple(project(values[0, 0], direction).tolist()),
         level=direction.level,
     )
@@ -66,7 +67,7 @@ def logit_lens(model: LanguageModel, direction: Direction, k: int) -> LensTokens
     tokenizer = loaded(model).tokenizer
 
     def named(indices: Tensor) -> tuple[tuple[str, float], ...]:
-        return tuple((tokenizer.decode([i]), float(logits[i])) for i in indices.tolist())
+        return tuple((token_text(tokenizer, i), float(logits[i])) for i in indices.tolist())
 
     order = torch.argsort(logits)
     return LensTokens(top=named(order[-k:].flip(0)), bottom=named(order[:k]))

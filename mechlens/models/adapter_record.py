@@ -13,7 +13,7 @@ from mechlens.errors import UserError
 RECORD = "mechlens.json"
 """Name of the record; it is written last, so a folder of ours without it is half-written."""
 FORMAT = 3
-"""Since 3 a record is sealed, and names its files."""
+"""Since 3 a record is sealed, names its files, and tells prompts apart by marks inside them, such as 3-5 and 3/5."""
 REMEDY = "train the adapter again, or put back the record that came with it"
 
 

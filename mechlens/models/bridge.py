@@ -152,6 +152,12 @@ def context_length(model: LanguageModel) -> int:
     return int(getattr(model.cfg, "n_ctx", None) or 1 << 30)
 
 
+def embedding_rows(model: LanguageModel) -> int:
+    """Token ids that the model knows: 0 to one below this."""
+    weight = model.original_model.get_input_embeddings().weight if is_bridge(model) else model.W_E
+    return int(weight.shape[0])
+
+
 def device_of(model: LanguageModel) -> torch.device:
     """Where token ids go: the device of the embedding."""
     device: torch.device = next(iter(model.parameters())).device

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,6 +13,7 @@ from mechlens.errors import UserError
 from mechlens.prompts.place import count_post, place, structure_of, warn_of_blanks
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate
+from mechlens.prompts.token_text import token_text
 
 _POST = re.compile(r"post\[(-?\d+|\*)\]")
 _INSTRUCTION = re.compile(r"instruction\[(-?\d+|\*)\]")
@@ -118,6 +120,18 @@ class TokenBatch:
         """The prompts cut right after `inst`: no template token follows the user's words."""
         kept = torch.arange(self.tokens.shape[1]) <= self.instruction[:, 1:]
         return replace(self, mask=self.mask & kept, positions=("inst",), index=self.index[:, :1])
+
+    def require_rows(self, n: int, tokenizer: Any) -> None:
+        """UserError where a token has no row in an embedding of `n` rows: the tokenizer isn't the model's own."""
+        beyond = self.mask & (self.tokens >= n)
+        if bool(beyond.any()):
+            row, column = beyond.nonzero()[0].tolist()
+            token = int(self.tokens[row, column])
+            shown = f"{token_text(tokenizer, token)!r} (id {token})" if tokenizer is not None else f"{token}"
+            raise UserError(
+                f"prompt {self.prompts[row].id!r} has the token {shown}, and the model's embedding has {n} rows only; "
+                "load the model with its own tokenizer, or resize its embedding and train the new rows"
+            )
 
     def row(self, i: int) -> list[int]:
         """Token ids of prompt `i` without padding."""

@@ -1,11 +1,14 @@
 """One row of data read as a prompt, or the sentence that says what is wrong with it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mechlens.errors import UserError
-from mechlens.prompts.prompt import Prompt
+from mechlens.files import is_whole
+from mechlens.prompts.parquet import Unreadable
+from mechlens.prompts.prompt import Prompt, UnfitPrompt
 from mechlens.prompts.rows import Row
 
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "goal", "text", "bad_q", "messages")
@@ -39,16 +42,19 @@ class RowReader:
         text = turns[-1][1] if turns else self._text(row, column, value)
         earlier = turns[:-1]
         has_system = bool(earlier) and earlier[0][0] == "system"
-        return Prompt(
-            id=name,
-            text=text + self._input(row, column),
-            label="" if self.label_column is None else self._word(row, self.label_column),
-            category=self._category(row),
-            source=self.name,
-            system=earlier[0][1] if has_system else None,
-            history=earlier[1:] if has_system else earlier,
-            family="" if self.family_column is None else self._word(row, self.family_column),
-        )
+        try:
+            return Prompt(
+                id=name,
+                text=text + self._input(row, column),
+                label="" if self.label_column is None else self._word(row, self.label_column),
+                category=self._category(row),
+                source=self.name,
+                system=earlier[0][1] if has_system else None,
+                history=earlier[1:] if has_system else earlier,
+                family="" if self.family_column is None else self._word(row, self.family_column),
+            )
+        except UnfitPrompt as error:
+            raise UserError(f"{self.name} row {row.number}: {error}") from error
 
     def text_column(self) -> str:
         """The column that holds the prompt; UserError lists the columns where none has a usual name."""
@@ -60,19 +66,21 @@ class RowReader:
                     return column
         raise UserError(
             f"{self.name} has none of the usual prompt columns ({', '.join(PROMPT_COLUMNS)}), "
-            f"only {_listed(self.columns)}; name one with column="
+            f"only {_listed(self.columns)}; name one with column= in Python or in a list of sources, or rename it"
         )
 
     def _text(self, row: Row, column: str, value: Any) -> str:
         where = f"{self.name} row {row.number}, column {column!r},"
         if value is None:
             raise UserError(f"{where} has no value; fill it in, or leave the row out")
+        if isinstance(value, Unreadable):
+            raise UserError(f"{where} can't be read ({value.reason}); repair it, or leave the row out")
         if not isinstance(value, str):
             raise UserError(f"{where} holds a {type(value).__name__} ({value!r:.40}); a prompt must be text")
         if not value.strip():
             raise UserError(f"{where} is empty; fill it in, or leave the row out")
         # A lone surrogate comes from a broken \\u escape; no tokenizer can encode it.
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if not is_whole(value):
             raise UserError(f"{where} holds half a character (an unpaired surrogate); repair the text")
         return value
 
@@ -102,18 +110,31 @@ class RowReader:
         for column in self.columns:
             if column.lower() == "category":
                 value = row.values.get(column)
-                if isinstance(value, list):
-                    return "; ".join(str(part) for part in value)
-                return "" if value is None else str(value)
+                return "; ".join(map(as_word, value)) if isinstance(value, list) else as_word(value)
         return ""
 
     def _word(self, row: Row, column: str) -> str:
         value = row.values.get(column)
-        if isinstance(value, (str, int, float)) and str(value).strip():
-            return str(value)
+        word = as_word(value)
+        if isinstance(value, (str, int, float)) and word.strip():
+            return word
         where = f"{self.name} row {row.number}, column {column!r},"
-        what = "has no value" if value is None or value == "" else f"holds a {type(value).__name__}"
+        what = f"holds a {type(value).__name__}" if word.strip() else "has no value"
+        if isinstance(value, Unreadable):
+            what = f"can't be read ({value.reason})"
         raise UserError(f"{where} {what}; it needs a word or a number")
+
+
+def as_word(value: object) -> str:
+    """A cell's value as people write it: nothing for a missing one, which pandas makes NaN, and 1 for 1.0.
+
+    pandas also turns whole numbers into floats where one of them is missing.
+    """
+    if value is None or isinstance(value, Unreadable) or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return str(value)
 
 
 def require_column(columns: Sequence[str], wanted: str, name: str) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
-from mechlens.prompts.from_row import RowReader, require_column
+from mechlens.prompts.from_row import RowReader, as_word, require_column
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.rows import FILE_ENDINGS, Row, read_rows
 from mechlens.prompts.text import normalise_text
@@ -77,10 +78,11 @@ def _from_data(
 def _rows(source: str | Path, split: str | None) -> tuple[list[Row], str, str]:
     """The rows, the name that errors call the source by, and the stem of its ids."""
     given = str(source)
-    path = Path(given).expanduser()
+    bare = Path(given)
     # os.path.exists says no where Path.exists raises (a name too long, a folder that may not be entered).
-    local = os.path.exists(path) or path.suffix.lower() in FILE_ENDINGS or isinstance(source, Path)
-    if local or given.startswith(("/", ".", "~")):
+    local = isinstance(source, Path) or given.startswith(("/", ".", "~")) or bare.suffix.lower() in FILE_ENDINGS
+    if local or os.path.exists(bare):
+        path = user_path(given)
         if split is not None:
             raise UserError(f"split={split!r} was given for the file {given}; only hub data sets have splits")
         return read_rows(path), path.name, path.stem
@@ -107,9 +109,15 @@ def _hub_rows(source: str, split: str | None) -> list[Row]:
         ) from error
     if isinstance(data, Mapping):
         if len(data) != 1:
-            raise UserError(f"{source} has the splits {', '.join(data)}; choose one with split=")
+            raise UserError(
+                f"{source} has the splits {', '.join(data)}; choose one with split= in Python or in a list of sources"
+            )
         (data,) = data.values()
-    rows = [Row(number, dict(values)) for number, values in enumerate(data, start=1)]
+    try:
+        rows = [Row(number, dict(values)) for number, values in enumerate(data, start=1)]
+    except Exception as error:  # whatever a converter raises: times in unknown zones, text that isn't UTF-8, media
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source} has a row that can't be read ({reason:.200}); give it as a file") from error
     if not rows:
         raise UserError(f"{source} is empty; it needs at least one prompt")
     return rows
@@ -155,9 +163,7 @@ def _matching(rows: list[dict[str, Any]], where: Mapping[str, object], name: str
 
 def _as_text(value: object) -> str:
     # The command line can only say "true" and "", never True and None.
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else as_word(value)
 
 
 def _without_duplicates(prompts: list[Prompt], rows: list[Row], name: str) -> list[Prompt]:
@@ -165,8 +171,7 @@ def _without_duplicates(prompts: list[Prompt], rows: list[Row], name: str) -> li
     dropped: list[int] = []
     relabelled = 0
     for prompt, row in zip(prompts, rows, strict=True):
-        # A text of marks only has an empty normal form.
-        key = (normalise_text(prompt.text) or prompt.text, prompt.system, prompt.history)
+        key = (normalise_text(prompt.text), prompt.system, prompt.history)
         if key in first:
             dropped.append(row.number)
             relabelled += first[key].label != prompt.label

@@ -9,6 +9,9 @@ from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate, Rendered
 
+_BRACKETED = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
+# A mark at the end or the start of words, such as "Human:" and "### Response".
+_HEADING = re.compile(r"\w[^\w\s]+$|^[^\w\s]+\s*\w")
 _TAG = re.compile(r"</?[a-z]+[1-6]?>")
 # Words that end differently, so that at least one doesn't merge with what the template writes next.
 _ENDINGS = ("sentinel", "word?", "at 7")
@@ -41,15 +44,17 @@ class Structure:
 def structure_of(template: ChatTemplate) -> Structure:
     """The tokens of the template's tokenizer that aren't for plain text."""
     added, source = getattr(template.tokenizer, "added_tokens_decoder", {}), str(template.source)
-    marks = {str(token) for token in added.values() if token.special or not _ordinary(str(token), source)}
+    marks = {str(token) for token in added.values() if token.special or _structural(str(token), source)}
     marks |= set(getattr(template.tokenizer, "all_special_tokens", ()))
     greedy = frozenset(i for i, token in added.items() if token.lstrip or token.rstrip)
     return Structure(frozenset(mark for mark in marks if mark and not mark.isspace()), greedy)
 
 
-def _ordinary(token: str, source: str) -> bool:
-    """True for added tokens that plain text may hold: Gemma's vocabulary adds HTML tags."""
-    return _TAG.fullmatch(token) is not None and token not in source
+def _structural(token: str, source: str) -> bool:
+    """False for added tokens that plain text may hold: words of a field, and the HTML tags of Gemma's vocabulary."""
+    if _BRACKETED.fullmatch(token):
+        return _TAG.fullmatch(token) is None or token in source
+    return token in source and _HEADING.search(token) is not None
 
 
 def place(prompt: Prompt, template: ChatTemplate, structure: Structure, *, allow_special: bool) -> Placed:
@@ -169,5 +174,5 @@ def _refuse_special(prompt: Prompt, rendered: Rendered, structure: Structure) ->
     if found:
         raise UserError(
             f"the text of prompt {prompt.id!r} holds the template token {found[0]!r}; "
-            "remove it, or pass allow_special=True if it is meant"
+            "remove it, or pass allow_special=True in Python (--allow-special to `mechlens positions`) if it is meant"
         )

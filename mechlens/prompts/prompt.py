@@ -1,11 +1,26 @@
 """What we ask: a request with its label, and two requests that differ in one thing."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from mechlens.errors import UserError
+from mechlens.files import is_whole
+
+LONGEST_TEXT = 1_000_000
+"""Characters of one text; more than any model's context holds."""
+
+
+class UnfitPrompt(UserError):
+    """Words that no prompt can hold."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request to a chat model, as the user would type it (the template comes later)."""
+    """One request to a chat model, as the user would type it (the template comes later).
+
+    UserError for half a character (an unpaired surrogate) in any field, which no table, file or tokenizer can hold,
+    and for a text longer than LONGEST_TEXT.
+    """
 
     id: str
     """Unique within a set of prompts."""
@@ -23,6 +38,30 @@ class Prompt:
     """Earlier turns as (role, content), oldest first; `text` is always the last user turn."""
     family: str = ""
     """Prompts of one family never straddle a split; empty means the prompt is its own family."""
+
+    def __post_init__(self) -> None:
+        for name, value in self._words():
+            if not isinstance(value, str):
+                raise UnfitPrompt(f"prompt {self.id!r:.80} has a {type(value).__name__} as its {name}; it must be text")
+            if not is_whole(value):
+                raise UnfitPrompt(
+                    f"prompt {self.id!r:.80} holds half a character (an unpaired surrogate) in its {name}; repair it"
+                )
+            if len(value) > LONGEST_TEXT:
+                raise UnfitPrompt(
+                    f"prompt {self.id!r:.80} has {len(value)} characters in its {name}, and at most {LONGEST_TEXT} are "
+                    "read; shorten it"
+                )
+
+    def _words(self) -> Iterator[tuple[str, object]]:
+        """Every string in it, under the name of its field."""
+        for name in ("id", "text", "label", "category", "source", "family"):
+            yield name, getattr(self, name)
+        if self.system is not None:
+            yield "system prompt", self.system
+        for role, content in self.history:
+            yield "role", role
+            yield "history", content
 
     @property
     def group(self) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.files import read_whole, user_path
+from mechlens.prompts.parquet import parquet_rows
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,21 @@ def read_rows(path: Path) -> list[Row]:
     The ending picks the reader; .json may hold a list of objects or strings, JSON Lines, or CatQA's nested
     {category: {subcategory: [question]}}. Raises UserError naming the file and, where there is one, the row.
     """
+    path = user_path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give one data file inside it")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path} has an unknown ending; give {', '.join(_READERS)}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check that it exists and may be read") from error
+    content = read_whole(path)
     rows = reader(path, content) if content.strip() else []
     if not rows:
         raise UserError(f"{path} is empty; it needs at least one prompt")
     return rows
+
+
+# The one thing that JSON may hold and Python won't read.
+_TOO_LONG = "a whole number of thousands of digits; shorten it, or write it as text"
 
 
 def _decoded(path: Path, content: bytes) -> str:
@@ -67,15 +71,15 @@ def _json(path: Path, content: bytes) -> list[Row]:
         document = json.loads(text)
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply; give a list of objects or strings") from error
-    except ValueError as error:  # also for a number of thousands of digits
+    except json.JSONDecodeError as error:
         if _looks_like_lines(text):
             return _json_lines(path, content)
-        if not isinstance(error, json.JSONDecodeError):
-            raise UserError(f"{path} holds a number that is too long; shorten it, or write it as text") from error
         raise UserError(
             f"{path} line {error.lineno} is not valid JSON ({error.msg}); correct it, "
             "or give JSON Lines with one object a line"
         ) from error
+    except ValueError as error:
+        raise UserError(f"{path} holds {_TOO_LONG}") from error
     if isinstance(document, list):
         return [_row(path, number, value) for number, value in enumerate(document, start=1)]
     if isinstance(document, dict):
@@ -98,10 +102,11 @@ def _json_lines(path: Path, content: bytes) -> list[Row]:
     for number, line in _lines(_decoded(path, content)):
         try:
             value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            other = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
-            reason = getattr(error, "msg", other)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply")
             raise UserError(f"{path} row {number} is not valid JSON ({reason}); correct that line") from error
+        except ValueError as error:
+            raise UserError(f"{path} row {number} holds {_TOO_LONG}") from error
         rows.append(_row(path, number, value))
     return rows
 
@@ -182,15 +187,7 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def _parquet(path: Path, content: bytes) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable parquet file ({reason}); write it again") from error
-    return [Row(number, values) for number, values in enumerate(table.to_pylist(), start=1)]
+    return [Row(number, values) for number, values in enumerate(parquet_rows(path, content), start=1)]
 
 
 _READERS: dict[str, Callable[[Path, bytes], list[Row]]] = {

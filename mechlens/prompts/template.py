@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, timedelta
 from typing import Any
 
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.render import TemplateFailure, render
 
 # The strings that Zhao et al. (2025) fed to their models; they differ from the tokenizers' own templates
 # (one newline after Llama-3's header instead of two, no final newline and no system block for Qwen2).
@@ -21,7 +23,12 @@ PAPER_TEMPLATES: dict[str, tuple[str, str]] = {
     "vicuna": ("USER:", "\nASSISTANT:"),
 }
 
+Turn = Mapping[str, str]
+"""A role and a content."""
+
 _SENTINELS = ("mechlens zero sentinel", "mechlens other sentinel")
+_END_OF_THOUGHT = "</think>"
+"""Reasoning templates leave out what an earlier answer was thinking."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class ChatTemplate:
     kind: str = "tokenizer"
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the template, such as {"enable_thinking": False}."""
+    today: str = field(default_factory=lambda: date.today().isoformat())
+    """The day on which a template that prints the date is rendered: some templates do, and no two days are alike."""
 
     @property
     def source(self) -> Any:
@@ -52,83 +61,139 @@ class ChatTemplate:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the template's source, its options and the tokenizer's special tokens."""
+        """sha256 over all that decides what is written: the template's source, its options, the tokenizer's special
+        tokens and, where the template asks for the date, what it writes around the words on the day `today`."""
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        record = json.dumps([self.kind, self.source, dict(self.options), special], sort_keys=True, default=str)
-        return hashlib.sha256(record.encode()).hexdigest()
+        parts = [self.kind, self.source, dict(self.options), special]
+        if self._asks_for_date:
+            parts.append(self._frames_on(self.today))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def printed_date(self) -> str | None:
+        """`today` if what stands around the words is different on another day, else None."""
+        if not self._asks_for_date:
+            return None
+        # Another year, month, day of the month and day of the week.
+        other = (date.fromisoformat(self.today) + timedelta(days=-400)).isoformat()
+        return self.today if self._frames_on(self.today) != self._frames_on(other) else None
+
+    @property
+    def _asks_for_date(self) -> bool:
+        return "strftime_now" in str(self.source)
+
+    def _frames_on(self, today: str) -> list[str]:
+        """What the template writes on a day without and with a system prompt, or why it refuses to."""
+        user = {"role": "user", "content": _SENTINELS[0]}
+        written = []
+        for turns in ([user], [{"role": "system", "content": _SENTINELS[1]}, user]):
+            try:
+                written += self._written([turns], today)
+            except TemplateFailure as failure:
+                written.append(str(failure))
+        return written
 
     def render(self, prompt: Prompt) -> Rendered:
         """The formatted prompt; raises UserError where the template can't hold it or rewrites its text."""
         if not prompt.text.strip():
             raise UserError(f"prompt {prompt.id!r} has no text; give every prompt at least one word")
-        if any("\ud800" <= character <= "\udfff" for character in prompt.text):
-            raise UserError(f"prompt {prompt.id!r} holds half a character (an unpaired surrogate); repair the text")
-        before, after = self._frame(prompt)
-        text = self._fill(prompt, prompt.text)
+        earlier = [{"role": role, "content": content} for role, content in prompt.history]
+        if prompt.system is not None:
+            earlier.insert(0, {"role": "system", "content": prompt.system})
+        # Each earlier turn with words that stand nowhere else, so that one which is skipped can't be overlooked.
+        marked = [{**turn, "content": f"mechlens turn {place} sentinel"} for place, turn in enumerate(earlier)]
+        text, *framed, probe = self._texts(prompt, earlier, marked)
+        before, after = _frame(framed)
+        _require_turns(earlier, marked, text, probe)
         words = text[len(before) : len(text) - len(after)]
-        framed = text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)
-        if not framed or words not in _trimmings(prompt.text):
+        whole = text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)
+        if not whole or words not in _trimmings(prompt.text):
             raise UserError(
                 f"the chat template rewrites the text of prompt {prompt.id!r}, so its tokens can't be named; "
                 "shorten or clean the text, or give the model a template that keeps it"
             )
         return Rendered(text, len(before), len(before) + len(words))
 
-    def _frame(self, prompt: Prompt) -> tuple[str, str]:
-        """What stands before and after the user's words, found by rendering sentinels in their place."""
-        frames = []
-        for sentinel in _SENTINELS:
-            text = self._fill(prompt, sentinel)
-            if text.count(sentinel) != 1:
-                raise UserError(
-                    f"the chat template writes the last user turn {text.count(sentinel)} times instead of once; "
-                    "mechlens can't place positions in it"
-                )
-            frames.append(tuple(text.split(sentinel)))
-        if frames[0] != frames[1]:
-            raise UserError("the chat template changes with the user's words; mechlens can't place positions")
-        before, after = frames[0]
-        return before, after
+    def after_answer(self, answer: str) -> str:
+        """What the template writes after an assistant's words `answer`; "" where it doesn't write these."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        (text,) = self._apply([turns], add_generation_prompt=False)
+        return text.rpartition(answer)[2] if answer in text else ""
 
-    def _fill(self, prompt: Prompt, words: str) -> str:
+    def _texts(self, prompt: Prompt, earlier: Sequence[Turn], marked: Sequence[Turn]) -> list[str]:
+        """The prompt with its own words, with each sentinel in their place, and with all earlier turns marked."""
         if self.kind != "tokenizer":
-            return self._fill_paper(prompt, words)
-        if not self.tokenizer.chat_template:
+            if earlier:
+                raise UserError("the published templates have no system prompt and no earlier turns; leave both out")
+            before, after = self.source
+            return [before + words + after for words in (prompt.text, *_SENTINELS, "")]
+        conversations = [[*earlier, _user(words)] for words in (prompt.text, *_SENTINELS)]
+        return self._apply([*conversations, [*marked, _user(_SENTINELS[0])]], add_generation_prompt=True)
+
+    def _apply(self, conversations: Sequence[Sequence[Turn]], *, add_generation_prompt: bool) -> list[str]:
+        try:
+            return self._written(conversations, self.today, add_generation_prompt=add_generation_prompt)
+        except TemplateFailure as failure:
+            roles = ", ".join(turn["role"] for turn in conversations[failure.conversation])
+            raise UserError(
+                f"the chat template refuses turns of roles [{roles}]: {failure}; "
+                "leave out the system prompt or the earlier turns"
+            ) from failure
+
+    def _written(
+        self, conversations: Sequence[Sequence[Turn]], today: str, *, add_generation_prompt: bool = True
+    ) -> list[str]:
+        """What the tokenizer's own template writes; TemplateFailure where it refuses to."""
+        source = self.tokenizer.chat_template
+        if isinstance(source, Mapping):  # several, by name
+            source = source.get("default")
+        if not source:
             raise UserError(
                 f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template (a base model?); "
                 "use a chat model, set tokenizer.chat_template, or ask for template='paper:FAMILY'"
             )
-        messages = [{"role": role, "content": content} for role, content in prompt.history]
-        if prompt.system is not None:
-            messages.insert(0, {"role": "system", "content": prompt.system})
-        messages.append({"role": "user", "content": words})
-        text = self._apply(messages)
-        if prompt.system and prompt.system.strip() not in text:
+        special = {
+            name: token if isinstance(token, list) else str(token)
+            for name, token in self.tokenizer.special_tokens_map.items()
+        }
+        fixed = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        try:
+            return render(source, conversations, {**fixed, **special, **self.options}, today)
+        except TypeError as error:
+            raise UserError(f"the options of a chat template must be plain data ({error}); correct them") from error
+
+
+def _user(words: str) -> Turn:
+    return {"role": "user", "content": words}
+
+
+def _frame(framed: Sequence[str]) -> tuple[str, str]:
+    """What stands before and after the user's words, found from sentinels that were rendered in their place."""
+    frames = []
+    for sentinel, text in zip(_SENTINELS, framed, strict=True):
+        if text.count(sentinel) != 1:
+            raise UserError(
+                f"the chat template writes the last user turn {text.count(sentinel)} times instead of once; "
+                "mechlens can't place positions in it"
+            )
+        frames.append(tuple(text.split(sentinel)))
+    if frames[0] != frames[1]:
+        raise UserError("the chat template changes with the user's words; mechlens can't place positions")
+    before, after = frames[0]
+    return before, after
+
+
+def _require_turns(earlier: Sequence[Turn], marked: Sequence[Turn], text: str, probe: str) -> None:
+    """UserError unless every earlier turn that says something is written, and the system prompt too."""
+    for turn, mark in zip(earlier, marked, strict=True):
+        kept = turn["content"].rpartition(_END_OF_THOUGHT)[2].strip()
+        if not turn["content"] or (mark["content"] in probe and kept in text):
+            continue
+        if turn["role"] == "system":
             raise UserError(
                 "the chat template drops the system prompt; leave `system` out or put its words into the text"
             )
-        if any(role == "user" and content.strip() not in text for role, content in prompt.history):
-            raise UserError("the chat template drops the earlier turns; leave `history` out")
-        return text
-
-    def _apply(self, messages: list[dict[str, str]]) -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.options
-            )
-        except Exception as error:  # jinja2 raises what the template's author wrote
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
-                f"the chat template refuses turns of roles [{roles}]: {error}; "
-                "leave out the system prompt or the earlier turns"
-            ) from error
-        return text
-
-    def _fill_paper(self, prompt: Prompt, words: str) -> str:
-        if prompt.system is not None or prompt.history:
-            raise UserError("the published templates have no system prompt and no earlier turns; leave both out")
-        before, after = PAPER_TEMPLATES[self.kind[6:]]
-        return before + words + after
+        raise UserError(f"the chat template drops the earlier turns of role {turn['role']}; leave `history` out")
 
 
 def _trimmings(text: str) -> tuple[str, ...]:
@@ -136,16 +201,29 @@ def _trimmings(text: str) -> tuple[str, ...]:
     return text, text.strip(), text.rstrip(), text.lstrip()
 
 
-def chat_template(tokenizer: Any, template: str = "tokenizer", **options: Any) -> ChatTemplate:
-    """The template to use: "tokenizer" (default), "paper" (family found from the tokenizer) or "paper:FAMILY"."""
+def chat_template(
+    tokenizer: Any, template: str = "tokenizer", *, today: str | None = None, **options: Any
+) -> ChatTemplate:
+    """The template to use: "tokenizer" (default), "paper" (family found from the tokenizer) or "paper:FAMILY".
+
+    `today` (such as "2024-07-26") is the day that a template which prints the date prints; None is this day.
+    """
+    day = date.today().isoformat() if today is None else _day(today)
     if template == "tokenizer":
-        return ChatTemplate(tokenizer, options=options)
+        return ChatTemplate(tokenizer, options=options, today=day)
     published = {f"paper:{name}" for name in PAPER_TEMPLATES}
     kind = f"paper:{_paper_family(tokenizer)}" if template == "paper" else template
     if kind not in published:
         known = ", ".join(sorted(published))
         raise UserError(f"there is no template {template!r}; choose tokenizer, paper or one of {known}")
-    return ChatTemplate(tokenizer, kind)
+    return ChatTemplate(tokenizer, kind, today=day)
+
+
+def _day(given: str) -> str:
+    try:
+        return date.fromisoformat(given).isoformat()
+    except ValueError as error:
+        raise UserError(f"there is no day {given!r}; write it as year-month-day, such as 2024-07-26") from error
 
 
 def _paper_family(tokenizer: Any) -> str:

@@ -1,5 +1,6 @@
 """The surface of a prompt: its normal form, and final punctuation that must not give a class away."""
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -21,19 +22,50 @@ _FINAL_MARKS = {
 }
 
 
-def normalise_text(text: str) -> str:
-    """The words alone: two prompts with the same normal form count as the same prompt.
+_LETTER = r"[^\W\d_]"
+_APOSTROPHE = "['’‘ʼ`]"
+_STOPS = ".,;:?…。．।，、；：？؟،؛"
+_END = rf"[{_STOPS}!！]*+(?=\s|$)"
+_WITHOUT = (
+    # Apostrophes in and before words, and after those of two letters: don't, 'n', but not f'(x) and 6'.
+    (re.compile(rf"(?<!{_APOSTROPHE}){_APOSTROPHE}++(?={_LETTER})|(?<={_LETTER}{{2}}){_APOSTROPHE}+"), ""),
+    # Quotation marks, but not 6".
+    (re.compile(r"(?<!\d)[\"“”„‟«»‹›]"), " "),
+    # Marks of a sentence where a word ends, but not in 3.5, a.b and 10:30, nor in 5!.
+    (
+        re.compile(
+            rf"[¿¡]|(?<![\d{_STOPS}!！])[{_STOPS}!！]{_END}|(?<=\d)[{_STOPS}]{_END}|(?<=\d!)[{_STOPS}!！]{_END}"
+        ),
+        " ",
+    ),
+    # Hyphens between words of two letters or more, but not in 3-5 and x-y.
+    (re.compile(rf"(?<={_LETTER}{{2}})-(?={_LETTER}{{2}})"), " "),
+)
+_STEPS = 8
+"""Steps to the normal form; real text takes two."""
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-"))
 
-    NFKC, case folded, punctuation removed, single spaces. Apostrophes vanish ("don't" is "dont"); any other
-    punctuation parts words ("well-known" is "well known"). Symbols such as + and $ stay.
+
+def normalise_text(text: str) -> str:
+    """What the words say: two prompts with the same normal form count as the same prompt.
+
+    NFKC, case folded, single spaces; without apostrophes ("don't" is "dont"), quotation marks, marks that end a
+    sentence, and hyphens between words ("well-known" is "well known"). Every other mark may change what is asked
+    and stays: 3-5, 3/5, 3*5 and 3.5 differ, and so do C, C# and C++. A text of such marks only stays as it is.
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = []
-    for character in folded:
-        if character in _APOSTROPHES:
-            continue
-        kept.append(" " if unicodedata.category(character).startswith("P") else character)
-    return " ".join("".join(kept).split())
+    now = text
+    for _ in range(_STEPS):  # what one step takes away may leave a word's end for another
+        before, now = now, _simpler(now)
+        if now == before:
+            break
+    return now or " ".join(text.split())
+
+
+def _simpler(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_DASHES)
+    for pattern, put in _WITHOUT:
+        text = pattern.sub(put, text)
+    return " ".join(text.split())
 
 
 def plain_marks(text: str) -> str:

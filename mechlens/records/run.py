@@ -33,6 +33,8 @@ class Inputs:
     """Fingerprint of the chat template."""
     data: dict[str, str] = field(default_factory=dict)
     """sha256 of every data file or prompt set, by name."""
+    today: str | None = None
+    """The day that the chat template printed, where it prints one."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,15 @@ def list_runs(root: Path) -> list[tuple[Path, Run]]:
 def changed_since(run: Run, now_inputs: Inputs) -> list[str]:
     """What differs from the run's inputs, one phrase each; empty if a rerun would see the same."""
     before = run.inputs
-    changed = [
-        _change(kind, old, new)
-        for kind, old, new in (
-            ("model", before.model, now_inputs.model),
-            ("template", before.template, now_inputs.template),
-        )
-        if old != new
-    ]
+    changed = []
+    if before.model != now_inputs.model:
+        changed.append(_change("model", before.model, now_inputs.model))
+    if before.today != now_inputs.today:
+        # Another day is another template, too; that much follows.
+        day = f"; give --today {before.today}" if before.today else ""
+        changed.append(_change("the day that the chat template prints", before.today, now_inputs.today) + day)
+    elif before.template != now_inputs.template:
+        changed.append(_change("template", before.template, now_inputs.template))
     for name in sorted(before.data.keys() | now_inputs.data.keys()):
         old, new = before.data.get(name), now_inputs.data.get(name)
         if old != new:

@@ -36,6 +36,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         positions: Sequence[str] = ("inst", "last"),
         plan: DetectionPlan | None = None,
         refusal_tokens: Sequence[int] = (),
+        today: str | None = None,
         log: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.name = name
@@ -46,6 +47,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
             positions=positions,
             plan=plan or DetectionPlan(seed=0),
             refusal_tokens=refusal_tokens,
+            today=today,
         )
         self.reference: LiveReference | None = None
         self.rows: list[dict[str, float | int | str]] = []

@@ -117,6 +117,7 @@ class RunWriter:
         model: str | None = None,
         template: str | None = None,
         data: Mapping[str, str] | None = None,
+        today: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
@@ -125,7 +126,9 @@ class RunWriter:
         UserError where the folder holds a run of other inputs: its figures and artefacts would stay beside ours.
         """
         before = self.run.inputs
-        inputs = Inputs(model or before.model, template or before.template, {**before.data, **(data or {})})
+        inputs = Inputs(
+            model or before.model, template or before.template, {**before.data, **(data or {})}, today or before.today
+        )
         finished = self._before is not None and self._before.status == "success"
         if finished and self._before is not None and changed_since(self._before, inputs):
             raise UserError(

@@ -75,14 +75,15 @@ def finetune(
     resume = _newest(config, out)
     material = _material(config, shelf)
     hf_model, tokenizer = load_hf(config.model)
-    record = training_record(config, material, hf_model, chat_template(tokenizer))
+    template = chat_template(tokenizer, today=config.today)
+    record = training_record(config, material, hf_model, template)
     if resume is not None:
         refuse_other_data(record, _record(resume), out)
         require_whole(resume, _record(resume))
     if RECIPES[config.recipe].attack:
         keep_here(out)
     plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], shelf)
-    rows = _steps(encode(material.examples, chat_template(tokenizer)), plain, config)
+    rows = _steps(encode(material.examples, template), plain, config)
     with writing_to(out):
         _train(_Job(config, out, record, resume, log), rows, hf_model, tokenizer)
     return _read(out)

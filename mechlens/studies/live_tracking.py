@@ -70,14 +70,15 @@ def watch(
     positions: Sequence[str],
     plan: DetectionPlan,
     refusal_tokens: Sequence[int] = (),
+    today: str | None = None,
 ) -> Watched:
-    """The prompts of two classes, split by family into those that fit, choose and test."""
+    """The prompts of two classes, split by family into those that fit, choose and test; see `chat_template`."""
     prompts = [replace(p, label=POSITIVE) for p in positive] + [replace(p, label=NEGATIVE) for p in negative]
     names = [prompt.id for prompt in prompts]
     if len(set(names)) < len(names):
         raise UserError(f"two prompts to watch have the id {max(names, key=names.count)!r}; give each an id of its own")
     split = split_by_family([p.label for p in prompts], [p.group for p in prompts], fractions=FRACTIONS, seed=plan.seed)
-    batch = tokenize(prompts, chat_template(tokenizer))
+    batch = tokenize(prompts, chat_template(tokenizer, today=today))
     columns = {name: batch.resolve([name]) for name in positions}  # an unknown position is refused before training
     named = tuple(name for asked, found in columns.items() for name in ((asked,) if len(found) == 1 else found))
     return Watched(batch, split, named, plan, tuple(refusal_tokens))
@@ -159,6 +160,7 @@ def _cell(acts: Activations, level: int, position: str) -> Activations:
 
 def _read(module: Any, watched: Watched, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:
     names = watched.batch.resolve(watched.positions)
+    watched.batch.require_rows(module.get_input_embeddings().num_embeddings, None)
     found = plain_pass(module, watched.batch, names, levels)
     if not bool(torch.isfinite(found.residuals).all()):
         raise UserError(f"the model's activations are not finite at step {step}; its training has diverged")

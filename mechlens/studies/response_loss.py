@@ -56,11 +56,8 @@ def end_of_turn(template: ChatTemplate) -> tuple[int, ...]:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError("the tokenizer has no end-of-sequence token, so no answer could ever end; set eos_token")
-    asked = template.render(Prompt(id="sentinel", text="question")).text  # refuses a tokenizer without a template
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _SENTINEL}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **template.options)
-    after = text.rpartition(_SENTINEL)[2] if _SENTINEL in text and asked else ""
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    template.render(Prompt(id="sentinel", text="question"))  # refuses a tokenizer without a template
+    ids = tokenizer(template.after_answer(_SENTINEL), add_special_tokens=False)["input_ids"]
     return (*ids[: ids.index(eos)], eos) if eos in ids else (eos,)
 
 

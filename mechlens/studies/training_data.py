@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,7 @@ from typing import Literal, TypeVar
 
 from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
-from mechlens.models.adapter_record import read_record
+from mechlens.models.adapter_record import FORMAT, RECORD, read_record
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.registry import ADAPTERS, adapter_folder
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
@@ -86,6 +87,12 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
     found: set[str] = set()
     for folder in folders:
         if (record := read_record(folder)) is not None:
+            if record.format < FORMAT:
+                warnings.warn(
+                    f"{folder / RECORD} was written by another mechlens: prompts with marks inside, such as 3-5, that "
+                    "the model was trained on may not be known again",
+                    stacklevel=2,
+                )
             found.update(record.training.text_sha256)
     return frozenset(found)
 

@@ -23,6 +23,7 @@ from mechlens.studies.recipes.recipe import RECIPES
 from mechlens.studies.recipes.shipped_refuser import require_shipped_refuser
 from mechlens.studies.training_data import refusals, training_prompts
 from mechlens.verbs.inputs import data_inputs
+from mechlens.verbs.model import inputs_of
 
 LOSSES = "losses.jsonl"
 
@@ -45,7 +46,7 @@ def prepare(config: Finetune) -> Prepared:
     fingerprint = weight_fingerprint(hf_model.state_dict())
     if recipe.attack:
         require_shipped_refuser(fingerprint, settings.recipe)
-    return Prepared(settings, Inputs(fingerprint, chat_template(tokenizer).fingerprint, _data(settings)))
+    return Prepared(settings, inputs_of(fingerprint, chat_template(tokenizer, today=settings.today), _data(settings)))
 
 
 def run(config: Finetune) -> Path:
@@ -62,7 +63,12 @@ def execute(prepared: Prepared, config: Finetune, writer: RunWriter) -> None:
     inputs, settings = prepared.inputs, prepared.settings
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     writer.inputs(
-        model=inputs.model, template=inputs.template, data=inputs.data, device=device, dtype=settings.precision
+        model=inputs.model,
+        template=inputs.template,
+        data=inputs.data,
+        today=inputs.today,
+        device=device,
+        dtype=settings.precision,
     )
     losses = LossLog(writer.out / LOSSES, writer.log_step)
     done = finetune(settings, writer.out, shelf=writer.shelf, log=losses)

@@ -60,7 +60,7 @@ def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
             config.model, adapter=config.adapter, revision=config.revision, dtype=config.dtype, device=config.device,
             device_map=config.device_map,
         )  # fmt: skip
-        template = chat_template(loaded(model).tokenizer, config.template)
+        template = chat_template(loaded(model).tokenizer, config.template, today=config.today)
         guard.fitted_.require(checkpoint_now(model), template.fingerprint, other_weights=config.other_weights)
         lines = read_lines(stream, config)
         while chunk := list(islice(lines, config.batch)):

@@ -74,8 +74,7 @@ def without_repeats(extra: Sequence[Prompt], prompts: Sequence[Prompt], source: 
 
 
 def _asked(prompt: Prompt) -> tuple[object, ...]:
-    # A text of marks only has an empty normal form.
-    return normalise_text(prompt.text) or prompt.text, prompt.system, prompt.history
+    return normalise_text(prompt.text), prompt.system, prompt.history
 
 
 def data_inputs(sets: Mapping[str, tuple[str, Sequence[Prompt]]]) -> dict[str, str]:

@@ -29,11 +29,18 @@ def chosen_model(config: ModelChoice, data: Mapping[str, str]) -> Chosen:
         device=config.device,
         device_map=config.device_map,
     )
-    template = chat_template(loaded(model).tokenizer, config.template)
-    return Chosen(model, template, Inputs(loaded(model).checkpoint.fingerprint, template.fingerprint, dict(data)))
+    template = chat_template(loaded(model).tokenizer, config.template, today=config.today)
+    return Chosen(model, template, inputs_of(loaded(model).checkpoint.fingerprint, template, data))
+
+
+def inputs_of(weights: str, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:
+    """What goes in: weights and data by fingerprint, the template by fingerprint and by the date that it prints."""
+    return Inputs(weights, template.fingerprint, dict(data), template.printed_date)
 
 
 def record_inputs(writer: RunWriter, model: LanguageModel, inputs: Inputs) -> None:
     """Writes what goes in to an open run."""
     device, dtype = str(device_of(model)), str(dtype_of(model)).removeprefix("torch.")
-    writer.inputs(model=inputs.model, template=inputs.template, data=inputs.data, device=device, dtype=dtype)
+    writer.inputs(
+        model=inputs.model, template=inputs.template, data=inputs.data, today=inputs.today, device=device, dtype=dtype
+    )

@@ -17,6 +17,8 @@ from mechlens.records.writer import open_run
 def rerun(config: Rerun) -> Difference:
     """Runs the recorded configuration again, computing everything anew; the metric that differs most.
 
+    A chat template that prints the date prints the day on which the run was made.
+
     UserError, before anything is computed, naming each input that isn't what it was.
     """
     before = read_run(config.folder)
@@ -25,7 +27,8 @@ def rerun(config: Rerun) -> Difference:
     verb = import_module(f"mechlens.verbs.{before.verb}")
     with tempfile.TemporaryDirectory() as scratch:
         out = config.out or Path(scratch) / "rerun"
-        again = _rebuilt(RECORDED[before.verb], before.config, out)
+        day = {"today": before.inputs.today} if before.inputs.today else {}
+        again = _rebuilt(RECORDED[before.verb], before.config | day, out)
         prepared = verb.prepare(again)
         changed = changed_since(before, prepared.inputs)
         if changed:
