@@ -107,7 +107,7 @@ def _choose_engine(model: LanguageModel, site: str, engine: str) -> str:
     if engine in (PLAIN, ATTRIBUTION):
         return engine
     if engine == GROWING and (reason := why_not_growing(model, site)):
-        raise UserError(f"this model can't take the growing batch: {reason}; choose engine='auto' or 'plain'")
+        raise UserError(f"this model can't take the growing-batch engine: {reason}; choose engine='auto' or 'plain'")
     return GROWING if can_grow(model, site) else PLAIN
 
 

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.models.cache_name import cache_by_old_name
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.transformers_versions import cache_by_old_name, in_type_of
 
 LanguageModel = Any
 """A TransformerBridge or a HookedTransformer; neither library types its members well enough to say more."""
@@ -63,21 +63,24 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
             f"TransformerLens can't wrap {type(hf_model).__name__} ({checkpoint.name}): {reason}"
         ) from error
     model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
-    _name_caches(model)
+    _mend_attention(model)
     model.requires_grad_(False)
     gap = float((_probe_logits(model.original_model) - before).abs().max())
     model.mechlens = Loaded(checkpoint, ours, attention, gap, weights_now(model), _count_hooks(model))
     return model
 
 
-def _name_caches(model: LanguageModel) -> None:
-    """Lets bridged attention find the cached keys and values; without it, it attends to the new tokens alone."""
+def _mend_attention(model: LanguageModel) -> None:
+    """Lets bridged attention find the cached keys and values, and keeps it to the type of the weights."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
     for module in model.modules():
         # One that hands its arguments on to Hugging Face's attention needs Hugging Face's name for them.
         if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
             module.register_forward_pre_hook(cache_by_old_name, with_kwargs=True)
+            for point in (getattr(module, name, None) for name in ("hook_rot_q", "hook_rot_k")):
+                if point is not None:
+                    point.register_forward_hook(in_type_of(module))
 
 
 @torch.inference_mode()
@@ -103,7 +106,7 @@ def loaded(model: LanguageModel) -> Loaded:
         fingerprint=weights_now(model),
     )
     if is_bridge(model):
-        _name_caches(model)
+        _mend_attention(model)
     found = Loaded(checkpoint, model.tokenizer, "eager", float("nan"), checkpoint.fingerprint)
     model.mechlens = found
     return found

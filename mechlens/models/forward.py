@@ -31,7 +31,7 @@ from mechlens.models.bridge import (
     native_blocks,
     regime,
 )
-from mechlens.models.cache_name import with_cache
+from mechlens.models.transformers_versions import with_cache
 
 MIN_PREFIX = 4
 """A shared start shorter than this isn't worth a pass of its own."""

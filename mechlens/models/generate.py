@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from mechlens.models.bridge import LanguageModel, device_of, is_bridge, loaded, n_layers, native, native_blocks
-from mechlens.models.cache_name import with_cache
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
 from mechlens.models.merged import Merged
 from mechlens.models.roomy import roomy
+from mechlens.models.transformers_versions import with_cache
 
 Decided = Callable[[list[int]], bool]
 """Whether an answer so far is all that one wants to know; its row then leaves the batch."""

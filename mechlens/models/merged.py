@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers, native, native_blocks
-from mechlens.models.cache_name import with_cache
 from mechlens.models.clock import Clock
+from mechlens.models.transformers_versions import with_cache
 
 _MERGES_ROWS: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 

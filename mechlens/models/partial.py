@@ -30,9 +30,9 @@ from mechlens.models.bridge import (
     native_tap,
     site_hook,
 )
-from mechlens.models.cache_name import with_cache
 from mechlens.models.edit import Edit, Recording, plain_edited_logits, put, site_values, value_at
 from mechlens.models.forward import warn_plain, why_plain
+from mechlens.models.transformers_versions import with_cache
 
 _PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 _NOT_GROWING: "weakref.WeakKeyDictionary[nn.Module, dict[str, str]]" = weakref.WeakKeyDictionary()
@@ -212,6 +212,8 @@ def _growing_fault(model: LanguageModel, site: str) -> str:
 
 
 def _same(model: LanguageModel, a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-4 if dtype_of(model) == torch.float32 else 5e-2
+    # Far above rounding (1.2e-4 in SmolLM2's late heads on some CPUs, where plain float32 is as far from float64)
+    # and far below what a road that doesn't fit gives (0.1 and more).
+    tolerance = 2e-3 if dtype_of(model) == torch.float32 else 5e-2
     scale = max(float(b.abs().max()), 0.01)  # all but zero in a hand-built model
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * scale

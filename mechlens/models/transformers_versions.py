@@ -1,11 +1,14 @@
-"""What a model calls the keys and values handed to it: `cache` since transformers 5.24, `past_key_values` before."""
+"""What differs between the versions of transformers that we support, and mends bridged attention under the newer ones.
+
+transformers 5.24 calls the keys and values handed to a model `cache`, where it was `past_key_values` before.
+"""
 
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 NEW, OLD = "cache", "past_key_values"
 
@@ -26,3 +29,12 @@ def cache_by_old_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if NEW not in kwargs:
         return None
     return args, {OLD if name == NEW else name: value for name, value in kwargs.items()}
+
+
+def in_type_of(attention: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """A forward hook for rotated queries and keys: Hugging Face rotates in float32 and rounds back."""
+
+    def rounded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.to(next(p.dtype for p in attention.parameters() if p.is_floating_point()))
+
+    return rounded
