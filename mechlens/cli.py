@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import sys
 import warnings
@@ -74,6 +75,7 @@ def _run(argv: Sequence[str] | None) -> None:
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
         warnings.showwarning = _one_line
+        logging.raiseExceptions = False  # a library's log that finds the disk full is no traceback of ours
         if not sys.stderr.isatty():
             # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that
             # counts.
