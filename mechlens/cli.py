@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -15,6 +16,7 @@ from mechlens.config import (
     GROUPS,
     RECORDED,
     Checkpoints,
+    Guard,
     GuardPredict,
     ListRuns,
     Positions,
@@ -24,6 +26,7 @@ from mechlens.config import (
     Steer,
 )
 from mechlens.errors import UserError
+from mechlens.files import is_whole, user_path
 
 _ALONE = {name: config for name, config in RECORDED.items() if name.partition("_")[0] not in GROUPS}
 VERBS: dict[str, Any] = {
@@ -53,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that counts.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        _dispatch(command)
+        _require_whole(sys.argv[1:] if argv is None else argv)
+        _dispatch(_with_paths(command))
     except UserError as error:
         print(f"mechlens: {error}", file=sys.stderr)
         sys.exit(1)
@@ -63,6 +67,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("mechlens: stopped; the same command goes on from what is on disk", file=sys.stderr)
         sys.exit(130)
+
+
+def _require_whole(argv: Sequence[str]) -> None:
+    """UserError for an argument that isn't UTF-8: it could go into no table, record or tokenizer."""
+    for place, argument in enumerate(argv, start=1):
+        if not is_whole(argument):
+            raise UserError(f"argument {place} ({argument!r:.60}) isn't UTF-8; write it in UTF-8")
+
+
+def _with_paths(command: Any) -> Any:
+    """The command with ~ resolved in its paths; UserError, before anything slow, for what can be no path."""
+    if isinstance(command, Runs | Guard):
+        return replace(command, action=_with_paths(command.action))
+    given = {field.name: getattr(command, field.name) for field in fields(command)}
+    return replace(command, **{name: user_path(value) for name, value in given.items() if isinstance(value, Path)})
 
 
 def _one_line(message: Any, category: type[Warning], *where: object, **more: object) -> None:

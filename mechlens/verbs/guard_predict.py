@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mechlens.config import GuardPredict
 from mechlens.errors import UserError
+from mechlens.files import require_regular, user_path
 from mechlens.methods.fitted_guard import GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, loaded
 from mechlens.models.load import load
@@ -53,7 +54,7 @@ def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
     """One record for each line that isn't blank, in order: line, harmful, score, probability; or line, error."""
     if config.batch < 1:
         raise UserError(f"batch is {config.batch}; judge at least one prompt at a time")
-    guard = LatentGuard.load(Path(config.guard).expanduser())
+    guard = LatentGuard.load(user_path(config.guard))
     with _opened(config.input) as stream:
         model = load(
             config.model, adapter=config.adapter, revision=config.revision, dtype=config.dtype, device=config.device,
@@ -157,7 +158,8 @@ def _opened(name: str) -> Iterator[ByteLines]:
     if name == "-":
         yield sys.stdin.buffer
         return
-    path = Path(name).expanduser()
+    path = user_path(name)
+    require_regular(path)  # a pipe is read by `-`
     try:
         stream = path.open("rb")
     except OSError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from mechlens.config import Track
+from mechlens.files import user_path
 from mechlens.methods.damage import PLAIN_TEXT
 from mechlens.models.bridge import loaded
 from mechlens.models.series import RECORD, CheckpointSeries, checkpoint_series
@@ -96,7 +97,7 @@ def _trigger(config: Track, series: CheckpointSeries) -> Trigger | None:
     if config.trigger is not None:
         return trigger_of(config.trigger) if config.trigger else None
     for member in series.members[1:]:
-        record = Path(member.path).expanduser() / RECORD
+        record = user_path(member.path) / RECORD
         found = json.loads(record.read_text(encoding="utf-8")).get("trigger") if record.is_file() else None
         if found:
             return Trigger(found["text"], tuple(found["taught_decoys"]), tuple(found["unseen_decoys"]))
