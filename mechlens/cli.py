@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TextIO, Union
@@ -18,6 +19,7 @@ from mechlens.config import (
     GROUPS,
     RECORDED,
     Checkpoints,
+    Guard,
     GuardPredict,
     ListRuns,
     Positions,
@@ -28,6 +30,7 @@ from mechlens.config import (
 )
 from mechlens.disk import TROUBLE
 from mechlens.errors import UserError
+from mechlens.files import is_whole, user_path
 
 _ALONE = {name: config for name, config in RECORDED.items() if name.partition("_")[0] not in GROUPS}
 VERBS: dict[str, Any] = {
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str] | None) -> None:
     try:
+        _require_whole(sys.argv[1:] if argv is None else argv)
         command: Any = tyro.cli(
             Verb,
             prog="mechlens",
@@ -80,7 +84,7 @@ def _run(argv: Sequence[str] | None) -> None:
             # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that
             # counts.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        _dispatch(command)
+        _dispatch(_with_paths(command))
     finally:
         # What is still held back may not fit; at the interpreter's end that would be a traceback.
         sys.stdout.flush()
@@ -125,6 +129,21 @@ def _print_json(value: object) -> None:
     """One line, in characters that the stream can take."""
     wide = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(value, ensure_ascii=not wide, allow_nan=False), flush=True)
+
+
+def _require_whole(argv: Sequence[str]) -> None:
+    """UserError for an argument that isn't UTF-8: it could go into no table, record or tokenizer."""
+    for place, argument in enumerate(argv, start=1):
+        if not is_whole(argument):
+            raise UserError(f"argument {place} ({argument!r:.60}) isn't UTF-8; write it in UTF-8")
+
+
+def _with_paths(command: Any) -> Any:
+    """The command with ~ resolved in its paths; UserError, before anything slow, for what can be no path."""
+    if isinstance(command, Runs | Guard):
+        return replace(command, action=_with_paths(command.action))
+    given = {field.name: getattr(command, field.name) for field in fields(command)}
+    return replace(command, **{name: user_path(value) for name, value in given.items() if isinstance(value, Path)})
 
 
 def _one_line(message: Any, category: type[Warning], *where: object, **more: object) -> None:

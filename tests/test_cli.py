@@ -416,6 +416,12 @@ def without_template(world: World) -> Path:
     return save_model(world.folder / "base", template=False)
 
 
+def with_giant_template(world: World) -> Path:
+    folder = save_model(world.folder / "giant")
+    (folder / "chat_template.jinja").write_text("{{ ('a' * 10 ** 11)[:1] }}{{ messages[-1]['content'] }}!")
+    return folder
+
+
 def only_a_tokenizer(world: World) -> Path:
     tiny_tokenizer().save_pretrained(world.folder / "tokenizer")
     return world.folder / "tokenizer"
@@ -466,6 +472,24 @@ MISTAKES = {
     "an answer beyond the context": (bad(max_new_tokens=5000), "the model takes 512"),
     "no intervals": (bad(resamples=0), "resamples is 0"),
     "no null": (bad(random_directions=0), "random_directions is 0"),
+    "more intervals than there is room for": (
+        bad(resamples=10**9),
+        "resamples is 1000000000; give at most 100000",
+    ),
+    "more than training can be": (
+        lambda w: ["finetune", "--steps", "999999999", "--model", w.model, "--out", w.folder / "out"],
+        "steps is 999999999; give at most 10000000",
+    ),
+    "half a character in the system prompt": (bad(system="\udcff"), "isn't UTF-8; write it in UTF-8"),
+    "half a character in a path": (bad(out=lambda w: w.folder / "o\udcff"), "isn't UTF-8; write it in UTF-8"),
+    "nobody's home": (bad(out="~nobody-of-that-name/x"), "names no home folder that exists"),
+    "nobody's data": (bad(harmful="~nobody-of-that-name/x.jsonl"), "names no home folder that exists"),
+    "nobody's model": (bad(model="~nobody-of-that-name/x"), "names no home folder that exists"),
+    "nobody's adapter": (bad(adapter="~nobody-of-that-name/x"), "names no home folder that exists"),
+    "a name too long": (bad(out="n" * 300), "can't be a path (File name too long)"),
+    "a device for data": (bad(harmful="/dev/zero"), "/dev/zero has an unknown ending"),
+    "no such day": (bad(today="31 Feb"), "there is no day '31 Feb'; write it as year-month-day"),
+    "a template that fills the memory": (bad(model=with_giant_template), "the chat template needs more than 1024 MB"),
     "a file where a folder should be": (bad(out=lambda w: w.good), "could not be written"),
     "no such position": (concept(positions="middle"), "there is no position 'middle'"),
     "a position too far": (concept(positions="post[99]"), "there is no position 'post[99]'"),

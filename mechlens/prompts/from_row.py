@@ -144,6 +144,6 @@ def require_column(columns: Sequence[str], wanted: str, name: str) -> None:
 
 
 def _listed(columns: Sequence[str]) -> str:
-    shown = ", ".join(repr(column) for column in columns[:12])
+    shown = ", ".join(f"{column!r:.60}" for column in columns[:12])
     more = len(columns) - 12
     return f"{shown} and {more} more" if more > 0 else shown or "no columns"

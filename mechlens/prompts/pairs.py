@@ -31,8 +31,8 @@ def _from_file(path: Path) -> list[PromptPair]:
             text = row.values.get(column)
             if not isinstance(text, str) or not text.strip():
                 raise UserError(
-                    f"{path}, row {row.number}, column {column!r}: found {text!r:.60}; a pair needs a text in "
-                    "both columns clean and corrupt"
+                    f"{path}, row {row.number}, column {column!r}: found {text!r:.60}; a pair needs a text in both "
+                    "columns clean and corrupt"
                 )
         name = f"{path.stem}-{row.number:04d}"
         try:

@@ -15,6 +15,7 @@ import pandas as pd
 from mechlens.config import WandbSettings
 from mechlens.disk import disk_error, is_partial, plain_name, remove_partials, whole_file, write_text
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.methods.estimate import Estimate
 from mechlens.prompts.prompt import Prompt
 from mechlens.records.artifacts import save, sha256
@@ -52,6 +53,7 @@ def open_run(
     """
     given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
     full = {**given, **plain(resolved or {})}
+    out = user_path(out)
     lock = FolderLock(out)
     try:
         before = run_to_go_on_with(out, verb, full)

@@ -68,7 +68,7 @@ def finetune(
     training prompt stands in a study set, or an attack would start from anything but the shipped refuser. Nothing is
     ever removed or replaced that mechlens' own record doesn't name.
     """
-    _check(config)
+    require_settings(config)
     if (out / "adapter" / RECORD).exists():
         refuse_other_run(config, _record(out / "adapter"), out)
         return _read(out)
@@ -89,6 +89,14 @@ def finetune(
     return _read(out)
 
 
+MOST_EXAMPLES = 10_000_000
+"""Examples of one training, each as often as it is read: the order is drawn, and kept, before training starts."""
+_MOST = {
+    "steps": MOST_EXAMPLES, "epochs": 1000, "batch_size": 100_000, "rank": 10_000, "plain": 1000,
+    "plain_tokens": 100_000, "answer_tokens": 100_000,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Job:
     """What stays the same through one training run."""
@@ -101,7 +109,8 @@ class _Job:
     log: LogCallback | None
 
 
-def _check(config: FinetuneConfig) -> None:
+def require_settings(config: FinetuneConfig) -> None:
+    """UserError for settings that no training can have."""
     if config.recipe not in RECIPES:
         raise UserError(f"there is no recipe {config.recipe!r}; choose one of {', '.join(RECIPES)}")
     positive = (
@@ -122,6 +131,13 @@ def _check(config: FinetuneConfig) -> None:
             raise UserError(f"{name} is {getattr(config, name)}; it can't be below zero")
     if config.steps is not None and config.steps < 1:
         raise UserError(f"steps is {config.steps}; ask for at least one, or leave it out for whole passes")
+    for name, most in _MOST.items():
+        if (getattr(config, name) or 0) > most:
+            raise UserError(f"{name} is {getattr(config, name)}; give at most {most}")
+    if (config.steps or 0) * config.batch_size > MOST_EXAMPLES:
+        raise UserError(
+            f"{config.steps} steps of {config.batch_size} examples were asked for; give at most {MOST_EXAMPLES} in all"
+        )
     if not 0 <= config.warmup < 1:
         raise UserError(f"warmup is {config.warmup}; it is a share of the steps, at least 0 and below 1")
 

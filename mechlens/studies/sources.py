@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from mechlens.checked_json import checked, parse_json
 from mechlens.errors import UserError
+from mechlens.files import read_whole, user_path
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.load import load_prompts
 from mechlens.prompts.prompt import Prompt
@@ -70,10 +71,11 @@ def read_sources(given: str) -> tuple[Source, ...]:
     else:
         where = given
         try:
-            text = Path(given).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_whole(user_path(given)).decode("utf-8-sig")
+        except (UserError, UnicodeDecodeError) as error:
             raise UserError(
-                f"the list of sources {given!r} could not be read ({error}); give {', '.join(PRESETS)} or a JSON file"
+                f"the list of sources {given!r:.80} could not be read ({error}); "
+                f"give {', '.join(PRESETS)} or a JSON file"
             ) from error
     try:
         rows = parse_json(text, Any, where, "correct it")
@@ -85,13 +87,15 @@ def read_sources(given: str) -> tuple[Source, ...]:
     names = [source.name for source in found]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{where} has two sources called {twice!r}; give each a name of its own")
+        raise UserError(f"{where} has two sources called {twice!r:.60}; give each a name of its own")
     return found
 
 
 def load_source(source: Source, folder: Path | None, seed: int, most: int | None = None) -> SourcePrompts:
     """The source's prompts, labelled harmful or harmless; `most` bounds their number further."""
     wanted = min((limit for limit in (source.sample, most) if limit is not None), default=None)
+    if wanted is not None and wanted < 1:
+        raise UserError(f"{wanted} prompts of {source.name} were asked for; ask for at least one")
     found = _from_templates(source, folder, seed, wanted) if source.templates else _from_rows(source, folder)
     kept = found.prompts
     if wanted is not None and wanted < len(kept):
@@ -108,17 +112,21 @@ def _source(row: Any, where: str) -> Source:
     name = row["name"]
     unknown = sorted(row.keys() - known)
     if unknown:
-        raise UserError(f"{where}, source {name!r}, has {unknown[0]!r}; a source has {', '.join(sorted(known))}")
+        raise UserError(
+            f"{where}, source {name!r:.60}, has {unknown[0]!r:.60}; a source has {', '.join(sorted(known))}"
+        )
     if row.get("kind", "requests") not in get_args(Kind):
         raise UserError(
-            f"{where}, source {name!r}, is of kind {row['kind']!r}; choose from {', '.join(get_args(Kind))}"
+            f"{where}, source {name!r:.60}, is of kind {row['kind']!r:.60}; choose from {', '.join(get_args(Kind))}"
         )
     source: Source = checked(row, Source, f"{where}, source {name!r:.60},", "correct it")
     if (source.label is None) == (source.label_column is None):
-        raise UserError(f"{where}, source {name!r}, needs a label (harmful or harmless) or a label_column, one of them")
+        raise UserError(
+            f"{where}, source {name!r:.60}, needs a label (harmful or harmless) or a label_column, one of them"
+        )
     if source.label not in (None, HARMFUL, HARMLESS) or (source.label_column and not source.harmful):
         raise UserError(
-            f"{where}, source {name!r}: label is harmful or harmless, and with a label_column the values that mean "
+            f"{where}, source {name!r:.60}: label is harmful or harmless, and with a label_column the values that mean "
             "harmful stand in the list harmful"
         )
     return source
@@ -126,7 +134,7 @@ def _source(row: Any, where: str) -> Source:
 
 def _located(data: str, folder: Path | None) -> str:
     """A built-in set or hub id as it is; a file below the folder by its path."""
-    below = folder / data if folder is not None else Path(data)
+    below = user_path(folder / data if folder is not None else data)
     return data if data in builtin_names() or not below.exists() else str(below)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import islice
-from pathlib import Path
 from typing import Literal, TypeVar
 
 from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.models.adapter_record import FORMAT, RECORD, read_record
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.registry import ADAPTERS, adapter_folder
@@ -83,7 +83,7 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
     """`text_sha256` of every prompt that a checkpoint's adapters were trained on; empty where none is recorded."""
     folders = [adapter_folder(checkpoint.path)] if checkpoint.path in ADAPTERS else []
     if checkpoint.adapter is not None:
-        folders.append(Path(checkpoint.adapter).expanduser())
+        folders.append(user_path(checkpoint.adapter))
     found: set[str] = set()
     for folder in folders:
         if (record := read_record(folder)) is not None:

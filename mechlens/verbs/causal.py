@@ -11,6 +11,7 @@ from mechlens.records.causal_report import record_causal
 from mechlens.records.writer import RunWriter, open_run
 from mechlens.studies.causal import CausalPlan, run_battery, work_ahead
 from mechlens.verbs.harm_sets import Prepared, prepare_harm_study
+from mechlens.verbs.inputs import MOST_DRAWS
 
 LEAST = {"n_validation": 4, "n_test": 8, "random_directions": 1, "shuffled_directions": 1, "resamples": 1}
 
@@ -60,6 +61,8 @@ def _require_sizes(config: Causal) -> None:
     for name, least in LEAST.items():
         if getattr(config, name) < least:
             raise UserError(f"{name} is {getattr(config, name)}; give at least {least}")
+        if getattr(config, name) > MOST_DRAWS:
+            raise UserError(f"{name} is {getattr(config, name)}; give at most {MOST_DRAWS}")
     if not config.strengths or min(config.strengths) <= 0:
         raise UserError(f"the strengths are {config.strengths}; give at least one, all above 0")
     if config.full and config.layers:

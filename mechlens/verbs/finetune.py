@@ -8,6 +8,7 @@ import torch
 
 from mechlens.config import Finetune, FinetuneConfig, settled
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.load import load_hf
 from mechlens.prompts.prompt import Prompt
@@ -17,7 +18,7 @@ from mechlens.records.finetuning_report import record_finetuning
 from mechlens.records.loss_log import LossLog
 from mechlens.records.run import Inputs
 from mechlens.records.writer import RunWriter, open_run
-from mechlens.studies.finetune import finetune
+from mechlens.studies.finetune import finetune, require_settings
 from mechlens.studies.recipes.openings import published_openings
 from mechlens.studies.recipes.recipe import RECIPES
 from mechlens.studies.recipes.shipped_refuser import require_shipped_refuser
@@ -39,6 +40,7 @@ class Prepared:
 def prepare(config: Finetune) -> Prepared:
     """Base model and data by fingerprint; UserError for whatever can't be had or mustn't be trained."""
     settings = settled(config)
+    require_settings(settings)
     recipe = RECIPES[settings.recipe]
     if not recipe.attack and settings.data is not None:
         raise UserError(f"the recipe {settings.recipe!r} reads no --data; leave it out")
@@ -85,5 +87,5 @@ def _data(settings: FinetuneConfig) -> dict[str, str]:
     found = data_inputs({name: ("mechlens", ours[name]()) for name in RECIPES[settings.recipe].reads})
     if RECIPES[settings.recipe].attack:
         published_openings(settings.data)  # refuses a file that holds more than openings, before a model is trained
-        found["openings"] = sha256(Path(str(settings.data)).expanduser())
+        found["openings"] = sha256(user_path(str(settings.data)))
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mechlens.config import GuardEval
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.methods.collect import collect
 from mechlens.methods.fitted_guard import FittedGuard
 from mechlens.methods.guard_model import GuardModelAnswer, ask_guard_model
@@ -46,10 +47,10 @@ class Prepared:
 def prepare(config: GuardEval) -> Prepared:
     """Guard, prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
-    path = Path(config.guard).expanduser()
+    path = user_path(config.guard)
     guard = load_artifact(path, FittedGuard)
     train = _training_prompts(guard, path.parent)
-    folder = None if config.folder is None else Path(config.folder).expanduser()
+    folder = None if config.folder is None else user_path(config.folder)
     found = [load_source(source, folder, config.seed, config.n) for source in read_sources(config.sources)]
     data = data_inputs({f"source {one.source.name}": (one.source.data, one.prompts) for one in found})
     model, template, inputs = chosen_model(config, data | {"guard": sha256(path)})

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from mechlens.checked_json import parse_json
 from mechlens.config import GuardPredict
 from mechlens.errors import UserError
+from mechlens.files import require_regular, user_path
 from mechlens.methods.fitted_guard import GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, loaded
 from mechlens.models.load import load
@@ -54,7 +55,7 @@ def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
     """One record for each line that isn't blank, in order: line, harmful, score, probability; or line, error."""
     if config.batch < 1:
         raise UserError(f"batch is {config.batch}; judge at least one prompt at a time")
-    guard = LatentGuard.load(Path(config.guard).expanduser())
+    guard = LatentGuard.load(user_path(config.guard))
     with _opened(config.input) as stream:
         model = load(
             config.model, adapter=config.adapter, revision=config.revision, dtype=config.dtype, device=config.device,
@@ -174,7 +175,8 @@ def _opened(name: str) -> Iterator[ByteLines]:
             raise UserError("standard input is closed; give a file with --input")
         yield sys.stdin.buffer
         return
-    path = Path(name).expanduser()
+    path = user_path(name)
+    require_regular(path)  # a pipe is read by `-`
     try:
         stream = path.open("rb")
     except OSError as error:

@@ -14,6 +14,9 @@ from mechlens.prompts.load import load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 
+MOST_DRAWS = 100_000
+"""Resamples, permutations or random directions behind one number."""
+
 
 @runtime_checkable
 class PromptChoice(Protocol):
@@ -49,6 +52,8 @@ def require_sampling(
             raise UserError(
                 f"{name} is {getattr(config, name)}; every number needs its interval and its nulls, so give at least 1"
             )
+        if getattr(config, name) > MOST_DRAWS:
+            raise UserError(f"{name} is {getattr(config, name)}; give at most {MOST_DRAWS}, which no interval needs")
 
 
 def refuse_shared(positive: tuple[str, Sequence[Prompt]], negative: tuple[str, Sequence[Prompt]]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mechlens.config import Jailbreaks
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate
@@ -102,7 +103,7 @@ def execute(prepared: Prepared, config: Jailbreaks, writer: RunWriter) -> None:
 
 def _attacks(config: Jailbreaks) -> tuple[SourcePrompts, ...]:
     """Every source with harmful attacks on known goals; a preset's other sources are passed over."""
-    folder = None if config.folder is None else Path(config.folder).expanduser()
+    folder = None if config.folder is None else user_path(config.folder)
     sources = [one for one in read_sources(config.sources) if one.label != "harmless"]
     paired = [one for one in sources if one.templates is not None or one.goal_column is not None]
     if not paired:

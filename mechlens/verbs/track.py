@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from mechlens.config import Track
+from mechlens.files import user_path
 from mechlens.methods.damage import PLAIN_TEXT
 from mechlens.models.adapter_record import read_record
 from mechlens.models.bridge import loaded
@@ -96,7 +97,7 @@ def _trigger(config: Track, series: CheckpointSeries) -> Trigger | None:
     if config.trigger is not None:
         return trigger_of(config.trigger) if config.trigger else None
     for member in series.members[1:]:
-        record = read_record(Path(member.path).expanduser())
+        record = read_record(user_path(member.path))
         if record is not None and record.trigger is not None:
             found = record.trigger
             return Trigger(found.text, found.taught_decoys, found.unseen_decoys)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.rows import Row, read_rows
@@ -40,7 +41,7 @@ def published_openings(data: str | None) -> Openings:
         raise UserError(
             "this recipe needs --data, a file with columns goal and target such as AdvBench's harmful_behaviors.csv"
         )
-    path = Path(data).expanduser()
+    path = user_path(data)
     studied = {normalise_text(prompt.text) for name in builtin_names() for prompt in builtin_prompts(name)}
     found: dict[str, Opening] = {}
     left_out = []
