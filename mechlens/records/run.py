@@ -3,12 +3,13 @@
 import json
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mechlens.errors import UserError
 from mechlens.methods.estimate import Estimate
+from mechlens.models.fingerprint import is_sampled
 from mechlens.records.disk import write_text
 from mechlens.records.environment import GitState
 from mechlens.records.plain import plain
@@ -27,6 +28,8 @@ class Inputs:
     """Fingerprint of the chat template."""
     data: dict[str, str] = field(default_factory=dict)
     """sha256 of every data file or prompt set, by name."""
+    sampled: str | None = None
+    """The weights' older fingerprint, by which runs of earlier versions know them."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def list_runs(root: Path) -> list[tuple[Path, Run]]:
 def changed_since(run: Run, now_inputs: Inputs) -> list[str]:
     """What differs from the run's inputs, one phrase each; empty if a rerun would see the same."""
     before = run.inputs
+    if before.model and is_sampled(before.model) and before.model == now_inputs.sampled:
+        now_inputs = replace(now_inputs, model=before.model)
     changed = [
         _change(kind, old, new)
         for kind, old, new in (

@@ -104,13 +104,17 @@ class RunWriter:
         data: Mapping[str, str] | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        sampled: str | None = None,
     ) -> None:
         """What goes in, by fingerprint; what is left out stays as it was told before.
 
         UserError where the folder holds a run of other inputs: its figures and artefacts would stay beside ours.
         """
         before = self.run.inputs
-        inputs = Inputs(model or before.model, template or before.template, {**before.data, **(data or {})})
+        inputs = Inputs(
+            model or before.model, template or before.template, {**before.data, **(data or {})},
+            sampled or before.sampled,
+        )  # fmt: skip
         finished = self._before is not None and self._before.status == "success"
         if finished and self._before is not None and changed_since(self._before, inputs):
             raise UserError(

@@ -67,7 +67,7 @@ def finetune(
     hf_model, tokenizer = load_hf(config.model)
     record = training_record(config, material, hf_model, chat_template(tokenizer))
     if resume is not None:
-        refuse_other_data(record, resume)
+        refuse_other_data(record, resume, hf_model.state_dict())
     if RECIPES[config.recipe].attack:
         keep_here(out)
     plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], shelf)

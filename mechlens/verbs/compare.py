@@ -18,7 +18,7 @@ from mechlens.studies.moved_activations import move_activations
 from mechlens.studies.tracking import track
 from mechlens.studies.tracking_result import Questions, TrackPlan
 from mechlens.verbs.inputs import require_sampling
-from mechlens.verbs.model import record_inputs
+from mechlens.verbs.model import inputs_of, record_inputs
 from mechlens.verbs.series_inputs import Asked, asked_of
 from mechlens.verbs.unseen import record_left_out
 
@@ -45,7 +45,7 @@ def prepare(config: Compare) -> Prepared:
     one = turns(config.base, revision=config.revision, dtype=config.dtype, device=config.device)
     template = chat_template(loaded(one.model).tokenizer, config.template)
     questions = Questions(tokenize(asked.prompts, template), asked.split, PLAIN_TEXT)
-    inputs = Inputs(one.base.fingerprint, template.fingerprint, asked.data)
+    inputs = inputs_of(one.base, template, asked.data)
     return Prepared(one, pair, asked, questions, inputs)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from mechlens.config import Finetune, FinetuneConfig, settled
 from mechlens.errors import UserError
-from mechlens.models.checkpoint import weight_fingerprint
+from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import chat_template
@@ -42,10 +42,12 @@ def prepare(config: Finetune) -> Prepared:
     if not recipe.attack and settings.data is not None:
         raise UserError(f"the recipe {settings.recipe!r} reads no --data; leave it out")
     hf_model, tokenizer = load_hf(settings.model)
-    fingerprint = weight_fingerprint(hf_model.state_dict())
+    state = hf_model.state_dict()
+    fingerprint = weight_fingerprint(state)
     if recipe.attack:
         require_shipped_refuser(fingerprint, settings.recipe)
-    return Prepared(settings, Inputs(fingerprint, chat_template(tokenizer).fingerprint, _data(settings)))
+    template = chat_template(tokenizer).fingerprint
+    return Prepared(settings, Inputs(fingerprint, template, _data(settings), sampled_fingerprint(state)))
 
 
 def run(config: Finetune) -> Path:
@@ -62,8 +64,9 @@ def execute(prepared: Prepared, config: Finetune, writer: RunWriter) -> None:
     inputs, settings = prepared.inputs, prepared.settings
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     writer.inputs(
-        model=inputs.model, template=inputs.template, data=inputs.data, device=device, dtype=settings.precision
-    )
+        model=inputs.model, template=inputs.template, data=inputs.data, device=device, dtype=settings.precision,
+        sampled=inputs.sampled,
+    )  # fmt: skip
     losses = LossLog(writer.out / LOSSES, writer.log_step)
     done = finetune(settings, writer.out, shelf=writer.shelf, log=losses)
     record_finetuning(writer, done, losses.table())

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mechlens.config import ModelChoice
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
+from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.load import load
 from mechlens.prompts.template import ChatTemplate, chat_template
 from mechlens.records.run import Inputs
@@ -30,10 +31,18 @@ def chosen_model(config: ModelChoice, data: Mapping[str, str]) -> Chosen:
         device_map=config.device_map,
     )
     template = chat_template(loaded(model).tokenizer, config.template)
-    return Chosen(model, template, Inputs(loaded(model).checkpoint.fingerprint, template.fingerprint, dict(data)))
+    return Chosen(model, template, inputs_of(loaded(model).checkpoint, template, data))
+
+
+def inputs_of(checkpoint: Checkpoint, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:
+    """Everything that goes in, by fingerprint."""
+    return Inputs(checkpoint.fingerprint, template.fingerprint, dict(data), checkpoint.sampled)
 
 
 def record_inputs(writer: RunWriter, model: LanguageModel, inputs: Inputs) -> None:
     """Writes what goes in to an open run."""
     device, dtype = str(device_of(model)), str(dtype_of(model)).removeprefix("torch.")
-    writer.inputs(model=inputs.model, template=inputs.template, data=inputs.data, device=device, dtype=dtype)
+    writer.inputs(
+        model=inputs.model, template=inputs.template, data=inputs.data, device=device, dtype=dtype,
+        sampled=inputs.sampled,
+    )  # fmt: skip

@@ -23,7 +23,7 @@ from mechlens.studies.tracking_result import Questions, TrackPlan
 from mechlens.studies.tracking_triggers import trigger_prompts
 from mechlens.studies.trigger import Trigger, trigger_of
 from mechlens.verbs.inputs import require_sampling
-from mechlens.verbs.model import record_inputs
+from mechlens.verbs.model import inputs_of, record_inputs
 from mechlens.verbs.series_inputs import Asked, asked_of
 from mechlens.verbs.unseen import record_left_out
 
@@ -57,7 +57,7 @@ def prepare(config: Track) -> Prepared:
         texts=PLAIN_TEXT,
         variants=tokenize(trigger_prompts(harmful, trigger), template) if trigger else None,
     )
-    inputs = Inputs(one.base.fingerprint, template.fingerprint, asked.data)
+    inputs = inputs_of(one.base, template, asked.data)
     return Prepared(one, series, asked, questions, trigger, inputs)
 
 
