@@ -1,6 +1,7 @@
 """Loading: any causal language model by hub id, folder, GGUF file or packaged name, with an adapter if asked."""
 
 import contextlib
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, bridge
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
+from mechlens.models.formats import other_format
 from mechlens.models.lora import CONFIG, keeps_the_base, read_config
 from mechlens.models.merge import first_line, is_path, merge_adapter
+from mechlens.models.own_tokenizer import read_as_trained, tokenizer_folder
 from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, fetch
 from mechlens.models.sealed import sealed
 
@@ -71,6 +74,7 @@ def load_hf(
     if _is_adapter(model):
         hf_model, tokenizer = load_hf(ADAPTERS[model].base, revision=revision, device_map=device_map)
         return _round(merge_adapter(hf_model, str(adapter_folder(model))), dtype), tokenizer
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would have the hub convert pickled weights
     source, gguf = _locate(model)
     where = {"gguf_file": gguf} if gguf else {}
     _check_causal(source, model, revision, gguf)
@@ -82,6 +86,7 @@ def load_hf(
                 dtype=getattr(torch, dtype),
                 device_map=device_map,
                 trust_remote_code=False,
+                use_safetensors=True,
                 **where,
             )
     except (
@@ -105,12 +110,15 @@ def load_merged(
 ) -> tuple[Any, Any]:
     """The plain Hugging Face model with an adapter merged in float32 and rounded then, and its tokenizer.
 
-    In memory it is never larger than its file, or than what was asked for.
+    In memory it is never larger than its file, or than what was asked for. The chat template is the adapter's own,
+    where its folder has one.
     """
     folder = Path(adapter).expanduser()
     whole = (folder / CONFIG).exists() and not keeps_the_base(read_config(folder))  # peft would round the base twice
     first = "float32" if whole else type_without_loss(model, dtype, revision=revision)
     hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=device_map)
+    if (own := tokenizer_folder(folder)) is not None:
+        tokenizer = read_as_trained(tokenizer, load_tokenizer(str(own)), adapter)
     hf_model = merge_adapter(hf_model, adapter)
     return (hf_model if first == dtype else _round(hf_model, dtype)), tokenizer
 
@@ -199,10 +207,14 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
         return
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
+        if found := other_format(folder):
+            raise UserError(f"the model {model!r} can't be loaded: {found}")
         raise UserError(
             f"the folder {model!r} has no config.json, so it holds no model; give the folder that "
             "save_pretrained wrote (an adapter goes to --adapter)"
         )
+    if folder.is_dir() and not list(folder.glob("*.safetensors")) and (found := other_format(folder)):
+        raise UserError(f"the model {model!r} can't be loaded: {found}")
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mechlens.errors import UserError
 from mechlens.models.fingerprint import is_fingerprint_of
+from mechlens.models.formats import adapters_inside, other_format
 from mechlens.models.lora import CONFIG, keeps_the_base
 
 TOLERANCE, IN_HALF = 1e-3, 0.1
@@ -40,7 +41,7 @@ def merge_adapter(hf_model: Any, adapter: str) -> Any:
             _untie(adapted)
             _merge_layers(adapted)
             merged = adapted.merge_and_unload()
-    except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(
             f"the adapter {adapter!r} ({_kind(adapted)}) can't be merged into {name!r}: {first_line(error)}"
         ) from error
@@ -65,7 +66,10 @@ def is_path(name: str) -> bool:
 
 def _require_base(folder: Path, adapter: str, hf_model: Any) -> None:
     if not (folder / CONFIG).exists() and (folder.exists() or is_path(adapter)):
-        raise UserError(f"there is no adapter in {adapter!r}; give the folder that holds {CONFIG}")
+        inside = ", ".join(repr(str(path)) for path in adapters_inside(folder))
+        raise UserError(f"there is no adapter in {adapter!r}; give {inside or f'the folder that holds {CONFIG}'}")
+    if folder.is_dir() and not list(folder.glob("*.safetensors")) and (found := other_format(folder)):
+        raise UserError(f"the adapter {adapter!r} can't be loaded: {found}")
     base = _recorded_base(folder)
     if base is not None and not is_fingerprint_of(base, hf_model.state_dict()):
         raise UserError(

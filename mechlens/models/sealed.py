@@ -5,7 +5,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 _SEALED: ContextVar[bool] = ContextVar("sealed", default=False)
@@ -17,17 +16,11 @@ def sealed() -> Iterator[None]:
 
     TransformerLens runs `pip install` for some multimodal models, and looks on the hub for what belongs to them.
     """
-    _watch()
     before = _SEALED.set(True)
     try:
         yield
     finally:
         _SEALED.reset(before)
-
-
-@cache
-def _watch() -> None:
-    sys.addaudithook(_refuse)  # for good: Python has no way to take one off
 
 
 def _refuse(event: str, args: tuple[Any, ...]) -> None:
@@ -40,3 +33,6 @@ def _refuse(event: str, args: tuple[Any, ...]) -> None:
     elif event == "socket.connect" and args[0].family not in (socket.AF_INET, socket.AF_INET6):
         return
     raise PermissionError(f"loading a model installs and fetches nothing ({event})")
+
+
+sys.addaudithook(_refuse)  # for good: Python has no way to take one off

@@ -74,14 +74,23 @@ class Vault:
         self._file.close()
 
 
-def turns(base: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None) -> "Turns":
+def turns(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    chat_template: str | None = None,
+) -> "Turns":
     """A model in which the checkpoints of a series take turns; `base` is anything that `load` takes.
 
     To be used in a `with` block, or closed. With another `dtype` the changes are still added in float32 and rounded
-    then, as `load` does it.
+    then, as `load` does it. `chat_template` is that of a series whose checkpoints bring their own.
     """
     first = type_without_loss(base, dtype, revision=revision)
     hf_model, tokenizer = load_hf(base, revision=revision, dtype=first)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     vault = Vault(_unnamed_file(hf_model))
     shared = set()
     for known, *others in _names_of_each(hf_model):

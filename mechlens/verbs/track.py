@@ -48,7 +48,10 @@ def prepare(config: Track) -> Prepared:
     )
     asked = asked_of(config, series)
     trigger = _trigger(config, series)
-    one = turns(config.base, revision=config.revision, dtype=config.dtype, device=config.device)
+    one = turns(
+        config.base, revision=config.revision, dtype=config.dtype, device=config.device,
+        chat_template=series.chat_template,
+    )  # fmt: skip
     template = chat_template(loaded(one.model).tokenizer, config.template)
     harmful = [prompt for prompt in asked.prompts if prompt.label == "harmful"][: config.triggered]
     questions = Questions(
