@@ -22,7 +22,7 @@ from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
 from mechlens.models.bridge import native
-from mechlens.models.load import load, load_hf
+from mechlens.models.load import load, load_hf, type_without_loss
 from mechlens.models.series import Member
 from mechlens.models.swap import turns
 
@@ -117,6 +117,15 @@ def test_in_half_precision_each_layer_is_merged_in_float32_and_rounded_once(
         with native(series.put(Member("one", path, "adapter", 1))) as turned:
             for name, value in other.named_parameters():
                 assert torch.equal(value, turned.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_base_is_read_in_the_type_asked_for_only_where_nothing_is_lost(stored: str, tmp_path: Path) -> None:
+    """Half the memory for the bfloat16 file; the float32 one would be rounded before the adapter is added."""
+    base = saved(tmp_path / "base", dtype=getattr(torch, stored))
+    assert type_without_loss(base, "bfloat16") == stored
+    assert type_without_loss(base, "float16") == "float32"
+    assert type_without_loss(base, "float32") == "float32"
 
 
 def test_replicated_blocks_are_merged_apart(tmp_path: Path) -> None:

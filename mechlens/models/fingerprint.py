@@ -76,8 +76,9 @@ def _place(tensor: "Tensor") -> tuple[Any, ...]:
 def _plain_parts(tensor: "Tensor") -> Iterator["Tensor"]:
     """The tensor as a row of values, or those that a quantised one is made of."""
     if hasattr(type(tensor), "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_parts(getattr(tensor, name))
+        packed: Any = tensor
+        for name in packed.__tensor_flatten__()[0]:
+            yield from _plain_parts(getattr(packed, name))
     else:
         yield tensor.detach().reshape(-1)
 
@@ -89,9 +90,9 @@ def _digest(tensor: "Tensor") -> bytes:
     for flat in _plain_parts(tensor):
         small = flat.is_floating_point() and flat.dtype.itemsize <= 4
         digest.update(b"float" if small else str(flat.dtype).encode())
-        for piece in flat.split(PIECE):
+        for piece in torch.split(flat, PIECE):
             values = (piece.float() if small else piece).cpu().contiguous()
-            digest.update(memoryview(values.view(torch.uint8).numpy()))
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.digest()
 
 
@@ -116,7 +117,7 @@ def _read_here(flat: "Tensor") -> bytes:
     import torch
     import xxhash
 
-    return xxhash.xxh3_128(memoryview(flat.view(torch.uint8).numpy())).digest()
+    return xxhash.xxh3_128(flat.view(torch.uint8).numpy().data).digest()
 
 
 def _summed_there(flat: "Tensor") -> bytes:
@@ -131,7 +132,7 @@ def _summed_there(flat: "Tensor") -> bytes:
     odd = len(octets) % 4
     words = torch.cat([octets, octets.new_zeros(4 - odd)]) if odd else octets
     factors = _factors(flat.device)
-    sums = [(piece * factors[: len(piece)]).sum() for piece in words.view(torch.int32).split(WORDS)]
+    sums = [(piece * factors[: len(piece)]).sum() for piece in torch.split(words.view(torch.int32), WORDS)]
     return torch.stack(sums).cpu().numpy().tobytes() if sums else b""
 
 

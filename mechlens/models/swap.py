@@ -228,7 +228,7 @@ class Turns:
         self._changed = set(changes)
         refresh_splits(self.model)
 
-    def _loaded(self, member: Member) -> nn.Module:
+    def _loaded(self, member: Member) -> Any:
         """The member as a plain model of its own, which is let go again."""
         dtype = str(dtype_of(self.model)).removeprefix("torch.")
         if member.kind == "adapter":
@@ -236,7 +236,7 @@ class Turns:
         return load_hf(member.path, revision=member.revision, dtype=dtype)[0]
 
     @torch.no_grad()
-    def _replace(self, other: nn.Module, member: Member) -> None:
+    def _replace(self, other: Any, member: Member) -> None:
         """Every parameter from another model."""
         found = dict(other.named_parameters(remove_duplicate=False))
         with native(self.model) as hf_model:
