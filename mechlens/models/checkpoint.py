@@ -30,13 +30,8 @@ class Checkpoint:
     """The older fingerprint, of a sample, by which records of earlier versions know these weights."""
 
     def has_weights_of(self, other: "Checkpoint") -> bool:
-        """True where both are of the same weights; where either is of an earlier version, as far as its sample tells.
-
-        False where one has no fingerprint.
-        """
-        if "" in (self.fingerprint, other.fingerprint):
-            return False
-        if not is_sampled(self.fingerprint) and not is_sampled(other.fingerprint):
+        """True where both are of the same weights; where one is of an earlier version, as far as its sample tells."""
+        if is_sampled(self.fingerprint) == is_sampled(other.fingerprint):
             return self.fingerprint == other.fingerprint
         ours, theirs = (one.fingerprint if is_sampled(one.fingerprint) else one.sampled for one in (self, other))
         return ours == theirs != ""
