@@ -1,4 +1,4 @@
-"""Random LoRA adapters on disk, as a training run would leave them."""
+"""Random adapters on disk, as a training run would leave them."""
 
 from pathlib import Path
 from typing import Any
@@ -22,3 +22,31 @@ def save_adapter(base: str, folder: Path, *, seed: int, size: float = 0.1, rank:
                 parameter.normal_(std=size)
     model.save_pretrained(str(folder))
     return folder
+
+
+def save_peft(base: str, folder: Path, config: Any, size: float = 0.1) -> Path:
+    """An adapter of any kind for the model in folder `base`, everything that it trains moved at random."""
+    from peft import get_peft_model
+
+    from mechlens.models.load import load_hf
+
+    torch.manual_seed(0)
+    model = get_peft_model(load_hf(base)[0], config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def adapted_logits(base: str, adapter: str, tokens: torch.Tensor) -> torch.Tensor:
+    """What peft's own model says, with nothing merged."""
+    from peft import PeftModel
+
+    from mechlens.models.load import load_hf
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        logits: torch.Tensor = PeftModel.from_pretrained(load_hf(base)[0], adapter).eval()(input_ids=tokens).logits
+    return logits.float()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -598,3 +599,21 @@ def test_a_token_beyond_the_embedding_is_said_before_anything_is_run() -> None:
         )
         with pytest.raises(UserError, match=said):
             road()
+
+
+def test_a_finished_batch_is_let_go_before_the_next(tiny_model: Callable[..., Any]) -> None:
+    """So the result is held once, not as a pile of batches and again as a stack of them."""
+    alive: list[Any] = []
+
+    class Kept:
+        def get(self, key: str) -> None:
+            assert all(piece() is None for piece in alive[:-1])
+
+        def put(self, key: str, value: dict[str, torch.Tensor]) -> None:
+            alive.append(weakref.ref(value["values"]))
+
+    model, asked = tiny_model(), prompts(24)
+    acts = collect(model, asked, shelf=Kept(), max_tokens=64)
+    assert len(alive) > 4
+    assert all(piece() is None for piece in alive)
+    assert torch.equal(acts.values, collect(model, asked, max_tokens=64).values)

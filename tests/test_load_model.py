@@ -18,7 +18,8 @@ from mechlens.errors import UserError
 from mechlens.methods.collect import collect
 from mechlens.models.bridge import dtype_of, loaded, native
 from mechlens.models.checkpoint import weight_fingerprint
-from mechlens.models.load import load, load_hf, load_tokenizer, merge_adapter
+from mechlens.models.load import load, load_hf, load_tokenizer
+from mechlens.models.merge import merge_adapter
 from mechlens.prompts.prompt import Prompt
 
 TOKENS = torch.arange(5, 45).unsqueeze(0)
@@ -290,25 +291,6 @@ def test_equal_weights_have_equal_fingerprints_wherever_they_lie(folder: Path, t
     assert first.weights == second.weights
     other = loaded(load(str(save_model(tmp_path / "other", tiny_hf(seed=1)))))
     assert other.checkpoint.fingerprint != first.checkpoint.fingerprint
-
-
-def test_a_fingerprint_sees_every_value_of_small_tensors_and_a_sample_of_large_ones() -> None:
-    state = {"small": torch.zeros(60, 60), "large": torch.zeros(300, 300)}
-    before = weight_fingerprint(state)
-
-    def changed(name: str, index: int) -> bool:
-        state[name].view(-1)[index] = 1e-6
-        after = weight_fingerprint(state)
-        state[name].view(-1)[index] = 0
-        return after != before
-
-    assert all(changed("small", index) for index in (0, 1, 1234, 3599))
-    # The bound of what it is good for: it tells checkpoints apart, which differ everywhere. One value changed
-    # between two sampled ones isn't seen.
-    stride = 300 * 300 // 4096
-    assert changed("large", 0)
-    assert changed("large", 5 * stride)
-    assert not changed("large", 5 * stride + 1)
 
 
 def test_a_fingerprint_sees_names_and_shapes() -> None:

@@ -13,7 +13,11 @@ from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.cli import main
 from mechlens.errors import UserError
+from mechlens.methods.collect import template_of
+from mechlens.models.load import load
 from mechlens.models.series import checkpoint_series, content_of
+from mechlens.models.swap import turns
+from mechlens.prompts.prompt import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +197,108 @@ def test_revisions_on_the_hub(tmp_path: Path) -> None:
         [0, "tiny", "base", None], [3, "tiny@step3", "full", "step3"], [20, "tiny@step20", "full", "step20"]
     ]  # fmt: skip
     assert read == pytest.approx(list(sums.values()))
+
+
+def test_forms_that_are_not_read_are_called_by_their_names(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for step, (file, config) in enumerate(
+        [
+            ("pytorch_model.bin", "config.json"),
+            ("pytorch_model.bin.index.json", "config.json"),
+            ("adapter_model.bin", "adapter_config.json"),
+            ("pytorch_model_fsdp.bin", "config.json"),
+            ("pytorch_model_fsdp_0/__0_0.distcp", ""),
+            ("global_step7/mp_rank_00_model_states.pt", ""),
+            ("zero_to_fp32.py", "adapter_config.json"),
+        ],
+        start=1,
+    ):
+        folder = out / f"checkpoint-{step}"
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).touch()
+        if config:
+            shutil.copy((root / "base" if config == "config.json" else root / "adapter") / config, folder / config)
+    shutil.copytree(root / "adapter", out / "checkpoint-9")
+    left = checkpoint_series(str(root / "base"), [str(out)], skip_broken=True).left_out
+    kinds = ["pickled", "pickled", "pickled", "FSDP", "FSDP", "DeepSpeed", "DeepSpeed"]
+    assert [one.name for one in left] == [f"checkpoint-{step}" for step in range(1, 8)]
+    for one, kind in zip(left, kinds, strict=True):
+        assert kind in one.reason
+        assert "half-written" not in one.reason
+    for step, kind in enumerate(kinds, start=1):
+        folder = out / f"checkpoint-{step}"
+        if (folder / "adapter_config.json").exists():
+            with pytest.raises(UserError, match=kind):
+                load(str(root / "base"), adapter=str(folder))
+        else:
+            with pytest.raises(UserError, match=kind):
+                load(str(folder))
+    shutil.copytree(out / "checkpoint-5", tmp_path / "run")
+    with pytest.raises(UserError, match="FSDP"):
+        checkpoint_series(str(root / "base"), [str(tmp_path / "run")])
+
+
+def test_an_adapter_with_a_name_of_its_own(root: Path, tmp_path: Path) -> None:
+    """peft puts it into a folder of that name below the step's."""
+    out = tmp_path / "out"
+    for step in (5, 20):
+        shutil.copytree(root / "adapter", out / f"checkpoint-{step}" / "mine")
+    (out / "checkpoint-20" / "trainer_state.json").write_text('{"global_step": 21}')
+    found = checkpoint_series(str(root / "base"), [str(out)]).members[1:]
+    assert [(one.step, one.name, one.path) for one in found] == [
+        (5, "checkpoint-5", str(out / "checkpoint-5" / "mine")),
+        (21, "checkpoint-20", str(out / "checkpoint-20" / "mine")),
+    ]
+    alone = checkpoint_series(str(root / "base"), [str(out / "checkpoint-5")])
+    assert (alone.members[1].step, alone.members[1].name, alone.steps_from) == (5, "checkpoint-5", "their records")
+    inner = checkpoint_series(str(root / "base"), [str(out / "checkpoint-5" / "mine")])
+    assert (inner.members[1].step, inner.steps_from) == (5, "their records")
+    with pytest.raises(UserError, match=r"give '.*checkpoint-5/mine'"):
+        load(str(root / "base"), adapter=str(out / "checkpoint-5"))
+    shutil.copytree(root / "adapter", out / "checkpoint-5" / "other")
+    with pytest.raises(UserError, match=r"2 adapters; name the one .*checkpoint-5/mine, checkpoint-5/other"):
+        checkpoint_series(str(root / "base"), [str(out / "checkpoint-5")])
+    shutil.copytree(out / "checkpoint-20", tmp_path / "again" / "checkpoint-20")
+    (tmp_path / "again" / "checkpoint-20" / "trainer_state.json").write_text('{"global_step": 22}')
+    both = checkpoint_series(
+        str(root / "base"), [str(out / "checkpoint-20"), str(tmp_path / "again" / "checkpoint-20")]
+    )
+    assert [one.name for one in both.members[1:]] == ["out/checkpoint-20", "again/checkpoint-20"]
+
+
+OWN = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+
+
+def test_one_rule_for_an_adapters_own_template(root: Path, tmp_path: Path) -> None:
+    """Alone it is read under it; a series is, base included, where its checkpoints agree."""
+    base, out = str(root / "base"), run_folder(root, tmp_path / "out", (1, 2))
+    own = tiny_tokenizer(template=OWN)
+    for step in (1, 2):
+        own.save_pretrained(out / f"checkpoint-{step}")
+    prompt = Prompt("p", "one thing")
+    alone = load(base, adapter=str(out / "checkpoint-1"))
+    assert template_of(alone).render(prompt).text == "<bos>[one thing]"
+    assert template_of(load(base)).render(prompt).text != "<bos>[one thing]"
+    series = checkpoint_series(base, [str(out)])
+    assert series.chat_template == OWN
+    with turns(base, chat_template=series.chat_template) as one:
+        for member in series.members:
+            assert template_of(one.put(member)).fingerprint == template_of(alone).fingerprint
+    tiny_tokenizer().save_pretrained(out / "checkpoint-1")  # the base's again, and the other's isn't
+    assert checkpoint_series(base, [str(out / "checkpoint-1")]).chat_template is None
+    with pytest.raises(UserError, match="checkpoint-2: its chat template is neither the base's nor"):
+        checkpoint_series(base, [str(out)])
+    lone = load(base, adapter=str(root / "adapter"))
+    assert template_of(lone).fingerprint == template_of(load(base)).fingerprint
+
+
+def test_an_adapters_own_tokenizer(root: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(root / "adapter", tmp_path / "adapter")
+    more = tiny_tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["<tool>"]}, replace_extra_special_tokens=False)
+    more.save_pretrained(path)
+    model = load(str(root / "base"), adapter=str(path))
+    assert model.mechlens.tokenizer.convert_tokens_to_ids("<tool>") == len(tiny_tokenizer())
+    tiny_tokenizer(extra=("<new>",)).save_pretrained(path)  # every later token has another number
+    with pytest.raises(UserError, match="has another number than in the base's"):
+        load(str(root / "base"), adapter=str(path))

@@ -103,12 +103,10 @@ def test_a_full_checkpoint_takes_its_turn(architecture: str, tmp_path: Path) -> 
 def test_what_does_not_fit_is_refused_and_the_base_is_in_place(tmp_path: Path) -> None:
     base, other = saved(tmp_path / "base"), saved(tmp_path / "other", "gpt2")
     fits, odd = (str(save_adapter(b, tmp_path / f"a{i}", seed=1)) for i, b in enumerate((base, other)))
-    dora = str(save_adapter(base, tmp_path / "dora", seed=1, use_dora=True))
     with turns(base) as series:
         before = weights(series.model)
         for member, words in (
             (adapter(odd), "which base doesn't have"),
-            (adapter(dora), "magnitude|use_dora"),
             (Member("other", other, "full", 1), "one architecture"),
             (Member("x", fits, "adapter", 1, base_fingerprint="0" * 64), "another base"),
         ):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -66,8 +66,8 @@ def collect(
         shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
     fast = forward.fits_fast_path(model)
     checkpoint = checkpoint_now(model)
-    values = _compute(model, checkpoint, rows, wanted, fast, shelf, max_tokens or _default_tokens(model))
-    _refuse_non_finite(values, wanted, batch)
+    values, finite = _compute(model, checkpoint, rows, wanted, fast, shelf, max_tokens or _default_tokens(model))
+    _refuse_non_finite(~finite, wanted, batch)
     return Activations(
         values=values,
         levels=wanted,
@@ -152,10 +152,12 @@ def _compute(
     fast: bool,
     shelf: Shelf | None,
     max_tokens: int,
-) -> Float[Tensor, "prompt level position d_model"]:
+) -> tuple[Float[Tensor, "prompt level position d_model"], Bool[Tensor, "prompt level"]]:
+    """The values, in one piece of memory that is filled batch by batch, and which of them are finite."""
     skip = forward.shared_prefix(rows) if fast else 0
     prefix = None
-    found: dict[int, Tensor] = {}
+    values = torch.empty(0)
+    finite = torch.ones(len(rows), len(levels), dtype=torch.bool)
     batches = forward.plan(rows, max_tokens, shared=skip, equal_lengths=not fast)
     for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
         chunk = [rows[i] for i in members]
@@ -168,8 +170,12 @@ def _compute(
             piece = {"values": halving(run, chunk)}
             if shelf is not None:
                 shelf.put(key, piece)
-        found.update(zip(members, piece["values"], strict=True))
-    return torch.stack([found[i] for i in range(len(rows))])
+        found = piece["values"]
+        if not len(values):
+            values = found.new_empty(len(rows), *found.shape[1:])
+        values[members] = found
+        finite[members] = torch.isfinite(found).flatten(2).all(dim=-1)
+    return values, finite
 
 
 def _runner(model: LanguageModel, levels: tuple[int, ...], fast: bool, prefix: Any) -> Callable[[list[Row]], Tensor]:
@@ -217,8 +223,7 @@ def _key(
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
-def _refuse_non_finite(values: Tensor, levels: tuple[int, ...], batch: TokenBatch) -> None:
-    bad = ~torch.isfinite(values).all(dim=-1).all(dim=-1)
+def _refuse_non_finite(bad: Bool[Tensor, "prompt level"], levels: tuple[int, ...], batch: TokenBatch) -> None:
     if bool(bad.any()):
         level = int(bad.any(dim=0).nonzero()[0, 0])
         row = int(bad[:, level].nonzero()[0, 0])

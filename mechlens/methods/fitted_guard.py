@@ -131,7 +131,7 @@ class FittedGuard:
                 f"the guard was fitted on {made.regime} weights and these are {checkpoint.regime} ones; "
                 "fit it anew, or load the model with the same processing"
             )
-        if made.fingerprint != checkpoint.fingerprint and not other_weights:
+        if not made.has_weights_of(checkpoint) and not other_weights:
             raise UserError(
                 f"the guard was fitted on {made.name} (fingerprint {made.fingerprint[:12]}) and this is "
                 f"{checkpoint.name} ({checkpoint.fingerprint[:12]}); load that model, fit a guard for this one, or "

@@ -254,7 +254,7 @@ def require_direction(model: LanguageModel, direction: Direction, *, force: bool
 def _require_same(made: Checkpoint, now: Checkpoint, made_template: str, template: str | None) -> None:
     if made.regime != now.regime:
         found, needed = f"with {made.regime} weights", f"a model with {now.regime} ones"
-    elif made.fingerprint != now.fingerprint:
+    elif not made.has_weights_of(now):
         found, needed = f"in {made.name} ({_short(made.fingerprint)})", f"{now.name} ({_short(now.fingerprint)})"
     elif template is not None and made_template != template:
         found, needed = f"under the chat template {_short(made_template)}", f"prompts under {_short(template)}"

@@ -120,7 +120,7 @@ class SteeredBatch:
         if work.key is None or has_hooks(self.model):
             shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
         prints, checkpoint = Fingerprints(), checkpoint_now(self.model)
-        found: dict[int, Tensor] = {}
+        values = torch.empty(0)
         # Every new token costs a pass of its own for each batch.
         cost = forward.BATCH_COST * max(1, self.new_tokens)
         bar = tqdm(total=len(rows), desc="steering", unit="prompt", delay=2, leave=False)
@@ -137,10 +137,12 @@ class SteeredBatch:
                     piece = {"values": work.keep(halving(self._runner(work, start), list(chunk)), numbers)}
                     if shelf is not None:
                         shelf.put(key, piece)
-                found.update(zip(numbers, piece["values"], strict=True))
+                if not len(values):
+                    values = piece["values"].new_empty(len(rows), *piece["values"].shape[1:])
+                values[numbers] = piece["values"]
                 bar.update(len(members))
         bar.close()
-        return torch.stack([found[i] for i in range(len(rows))])
+        return values
 
     def _piece_key(
         self, work: Work, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints, checkpoint: Checkpoint

@@ -10,7 +10,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.directions import Direction, project
 from mechlens.models import forward
-from mechlens.models.bridge import LanguageModel, loaded, unembed
+from mechlens.models.bridge import LanguageModel, checkpoint_now, loaded, unembed
 from mechlens.models.forward import Row
 from mechlens.prompts.token_text import token_text
 
@@ -45,8 +45,8 @@ def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int
 
 def require_same_model(model: LanguageModel, direction: Direction) -> None:
     """UserError unless the direction was found in these weights and this weight regime."""
-    own = loaded(model).checkpoint
-    if (own.fingerprint, own.regime) != (direction.checkpoint.fingerprint, direction.checkpoint.regime):
+    own = checkpoint_now(model)
+    if own.regime != direction.checkpoint.regime or not own.has_weights_of(direction.checkpoint):
         raise UserError(
             f"the direction was found in {direction.checkpoint.name} ({direction.checkpoint.regime} weights) and "
             f"this model is {own.name} ({own.regime} weights); load the same checkpoint"

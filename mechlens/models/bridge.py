@@ -7,6 +7,7 @@ faster and need no hook points; `native` puts them back for the length of a `wit
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.fingerprint import sampled_fingerprint, stamp, weight_fingerprint
+from mechlens.models.sealed import sealed
 from mechlens.models.transformers_versions import cache_by_old_name, in_type_of
 
 LanguageModel = Any
@@ -35,7 +38,7 @@ class Loaded:
     parity_gap: float
     """Largest |logit difference| to plain Hugging Face on one prompt; NaN if it wasn't measured."""
     weights: str
-    """Fingerprint of the bridged weights at load, which tells whether they were edited since."""
+    """Stamp of the bridged weights at load, which tells whether they were edited since."""
     own_hooks: int = 0
     """Hooks that TransformerLens itself attached; any beyond these are the user's."""
 
@@ -56,7 +59,8 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
     try:
         # The name is only a label here, but TransformerLens takes a bare one for an alias of some hub model.
         label = checkpoint.path if "/" in checkpoint.path else f"local/{checkpoint.path}"
-        model = TransformerBridge.boot_transformers(label, hf_model=hf_model, tokenizer=tokenizer)
+        with sealed():
+            model = TransformerBridge.boot_transformers(label, hf_model=hf_model, tokenizer=tokenizer)
     except ValueError as error:
         reason = str(error).split(". ")[0]  # what follows is a list of every architecture it knows
         raise UserError(
@@ -99,30 +103,55 @@ def loaded(model: LanguageModel) -> Loaded:
     if isinstance(known, Loaded):
         return known
     name = str(getattr(model.cfg, "model_name", None) or "unnamed")
-    checkpoint = Checkpoint(
-        name=name.split("/")[-1],
-        path=name,
-        regime=regime(model),
-        fingerprint=weights_now(model),
-    )
+    checkpoint = _named_as_it_is(Checkpoint(name.split("/")[-1], name), model)
     if is_bridge(model):
         _mend_attention(model)
-    found = Loaded(checkpoint, model.tokenizer, "eager", float("nan"), checkpoint.fingerprint)
+    found = Loaded(checkpoint, model.tokenizer, "eager", float("nan"), weights_now(model))
     model.mechlens = found
     return found
+
+
+_EDITED: "weakref.WeakKeyDictionary[Any, tuple[str, Checkpoint]]" = weakref.WeakKeyDictionary()
 
 
 def checkpoint_now(model: LanguageModel) -> Checkpoint:
     """The checkpoint as it is now: weights edited or folded since loading have another fingerprint and regime."""
     known = loaded(model)
     now = weights_now(model)
-    fingerprint = known.checkpoint.fingerprint if now == known.weights else now
-    return replace(known.checkpoint, regime=regime(model), fingerprint=fingerprint)
+    if now == known.weights:
+        return replace(known.checkpoint, regime=regime(model))
+    if _EDITED.get(model, ("", None))[0] != now:
+        _EDITED[model] = now, _named_as_it_is(known.checkpoint, model)
+    edited = _EDITED[model][1]
+    return replace(known.checkpoint, regime=regime(model), fingerprint=edited.fingerprint, sampled=edited.sampled)
+
+
+def _named_as_it_is(checkpoint: Checkpoint, model: LanguageModel) -> Checkpoint:
+    """The checkpoint with the fingerprint and regime of a model that may have been edited."""
+    parameters = dict((model.original_model if is_bridge(model) else model).named_parameters())
+    return replace(
+        checkpoint,
+        regime=regime(model),
+        fingerprint=weight_fingerprint(_weights(model)),
+        sampled=sampled_fingerprint(parameters),
+    )
 
 
 def weights_now(model: LanguageModel) -> str:
-    """Fingerprint of the bridged weights as they are now."""
-    return weight_fingerprint(dict((model.original_model if is_bridge(model) else model).named_parameters()))
+    """Stamp of the bridged weights as they are now: equal to an earlier one only if nothing was edited between."""
+    return stamp(_weights(model))
+
+
+def _weights(model: LanguageModel) -> dict[str, Tensor]:
+    """Every parameter, and every buffer that a checkpoint would hold, such as packed integers."""
+    whole = model.original_model if is_bridge(model) else model
+    buffers = {
+        f"{place}.{name}": buffer
+        for place, module in whole.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return {**dict(whole.named_parameters()), **buffers}
 
 
 def regime(model: LanguageModel) -> str:

@@ -1,12 +1,9 @@
 """Which weights a number came from."""
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from mechlens.models.fingerprint import is_sampled
+from mechlens.models.fingerprint import weight_fingerprint as weight_fingerprint
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,13 @@ class Checkpoint:
     """"raw": weights as Hugging Face stores them; "processed": folded or centred by TransformerLens.
     Directions of the two regimes differ and are never mixed."""
     fingerprint: str = ""
-    """sha256 over names, shapes and a strided sample of every tensor."""
+    """Of every byte of the weights."""
+    sampled: str = ""
+    """The older fingerprint, of a sample, by which records of earlier versions know these weights."""
 
-
-def weight_fingerprint(state: "Mapping[str, Tensor]", samples: int = 4096) -> str:
-    """sha256 over names, shapes and up to `samples` evenly strided values of every tensor, as float32."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name]
-        if not tensor.is_floating_point():
-            continue
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // samples)].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(picked.numpy().tobytes())
-    return digest.hexdigest()
+    def has_weights_of(self, other: "Checkpoint") -> bool:
+        """True where both are of the same weights; where one is of an earlier version, as far as its sample tells."""
+        if is_sampled(self.fingerprint) == is_sampled(other.fingerprint):
+            return self.fingerprint == other.fingerprint
+        ours, theirs = (one.fingerprint if is_sampled(one.fingerprint) else one.sampled for one in (self, other))
+        return ours == theirs != ""

@@ -1,15 +1,22 @@
 """Loading: any causal language model by hub id, folder, GGUF file or packaged name, with an adapter if asked."""
 
+import contextlib
+import os
 import struct
 from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
 from mechlens.files import user_path
-from mechlens.models.adapter_record import read_record, require_whole
 from mechlens.models.bridge import LanguageModel, bridge
-from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
+from mechlens.models.formats import other_format
+from mechlens.models.lora import CONFIG, keeps_the_base, read_config
+from mechlens.models.merge import first_line, is_path, merge_adapter
+from mechlens.models.own_tokenizer import read_as_trained, tokenizer_folder
 from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, fetch
+from mechlens.models.sealed import sealed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,12 +39,12 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    first = "float32" if adapter is not None else dtype
-    hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=device_map)
     base = ADAPTERS[model].base if _is_adapter(model) else None
     if adapter is not None:
         base = short_name(model)
-        hf_model = _round(merge_adapter(hf_model, adapter), dtype)
+        hf_model, tokenizer = load_merged(model, adapter, revision=revision, dtype=dtype, device_map=device_map)
+    else:
+        hf_model, tokenizer = load_hf(model, revision=revision, dtype=dtype, device_map=device_map)
     if device is not None:
         hf_model = _moved(hf_model, device)
     checkpoint = Checkpoint(
@@ -47,6 +54,7 @@ def load(
         adapter=adapter,
         base=base,
         fingerprint=weight_fingerprint(hf_model.state_dict()),
+        sampled=sampled_fingerprint(hf_model.state_dict()),
     )
     return bridge(hf_model, tokenizer, checkpoint)
 
@@ -67,18 +75,21 @@ def load_hf(
     if _is_adapter(model):
         hf_model, tokenizer = load_hf(ADAPTERS[model].base, revision=revision, device_map=device_map)
         return _round(merge_adapter(hf_model, str(adapter_folder(model))), dtype), tokenizer
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would have the hub convert pickled weights
     source, gguf = _locate(model)
     where = {"gguf_file": gguf} if gguf else {}
     _check_causal(source, model, revision, gguf)
     try:
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=getattr(torch, dtype),
-            device_map=device_map,
-            trust_remote_code=False,
-            **where,
-        )
+        with _at_home(source):
+            hf_model = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=getattr(torch, dtype),
+                device_map=device_map,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **where,
+            )
     except (
         OSError,
         ValueError,
@@ -89,10 +100,45 @@ def load_hf(
         SafetensorError,
         struct.error,
     ) as error:
-        raise UserError(f"the model {model!r} can't be loaded: {_first_line(error)}") from error
+        raise UserError(f"the model {model!r} can't be loaded: {first_line(error)}") from error
     if gguf and hasattr(hf_model.config, "quantization_config"):
         del hf_model.config.quantization_config
     return hf_model.eval(), load_tokenizer(model, revision=revision)
+
+
+def load_merged(
+    model: str, adapter: str, *, revision: str | None = None, dtype: str = "float32", device_map: str | None = None
+) -> tuple[Any, Any]:
+    """The plain Hugging Face model with an adapter merged in float32 and rounded then, and its tokenizer.
+
+    In memory it is never larger than its file, or than what was asked for. The chat template is the adapter's own,
+    where its folder has one.
+    """
+    folder = user_path(adapter)
+    whole = (folder / CONFIG).exists() and not keeps_the_base(read_config(folder))  # peft would round the base twice
+    first = "float32" if whole else type_without_loss(model, dtype, revision=revision)
+    hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=device_map)
+    if (own := tokenizer_folder(folder)) is not None:
+        tokenizer = read_as_trained(tokenizer, load_tokenizer(str(own)), adapter)
+    hf_model = merge_adapter(hf_model, adapter)
+    return (hf_model if first == dtype else _round(hf_model, dtype)), tokenizer
+
+
+def type_without_loss(model: str, dtype: str, *, revision: str | None = None) -> str:
+    """The type asked for where the weights are stored in it, else float32: what to change weights in, and round after.
+
+    Of a model on the hub, the stored type is the one that its configuration names.
+    """
+    if _is_adapter(model):
+        return "float32"
+    source, gguf = _locate(model)
+    if gguf:
+        return "float32"
+    if Path(source).is_dir():
+        stored = _stored_types(Path(source))
+    else:
+        stored = {str(getattr(load_config(model, revision=revision), "dtype", None)).removeprefix("torch.")}
+    return dtype if stored == {dtype} else "float32"
 
 
 def load_config(model: str, *, revision: str | None = None) -> Any:
@@ -102,9 +148,10 @@ def load_config(model: str, *, revision: str | None = None) -> Any:
     source, gguf = _locate(ADAPTERS[model].base if _is_adapter(model) else model)
     where = {"gguf_file": gguf} if gguf else {}
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
+        with _at_home(source):
+            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no model configuration can be read from {model!r}: {_first_line(error)}") from error
+        raise UserError(f"no model configuration can be read from {model!r}: {first_line(error)}") from error
 
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
@@ -114,11 +161,12 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
     source, gguf = _locate(ADAPTERS[model].base if _is_adapter(model) else model)
     where = {"gguf_file": gguf} if gguf else {}
     try:
-        if not gguf and Path(source).is_dir() and not (Path(source) / "config.json").exists():
-            return PreTrainedTokenizerFast.from_pretrained(source)
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
+        with _at_home(source):
+            if not gguf and Path(source).is_dir() and not (Path(source) / "config.json").exists():
+                return PreTrainedTokenizerFast.from_pretrained(source)
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no tokenizer can be loaded from {model!r}: {_first_line(error)}") from error
+        raise UserError(f"no tokenizer can be loaded from {model!r}: {first_line(error)}") from error
 
 
 def _is_adapter(model: str) -> bool:
@@ -141,14 +189,14 @@ def _locate(model: str) -> tuple[str, str | None]:
         raise UserError(f"{model!r} is a file; give the model's folder, a GGUF file or a hub id")
     if path.is_dir():
         return str(path), None
-    if _is_path(model):
+    if is_path(model):
         raise UserError(f"there is no folder {model!r}; check the path")
     return model, None
 
 
-def _is_path(name: str) -> bool:
-    """True for what can only be a local path, because no hub id looks like it."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+def _at_home(source: str) -> contextlib.AbstractContextManager[None]:
+    """Keeps the network shut while a local folder is read; a hub id may be fetched."""
+    return sealed() if Path(source).is_dir() else contextlib.nullcontext()
 
 
 def _check_causal(source: str, model: str, revision: str | None, gguf: str | None) -> None:
@@ -160,15 +208,19 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
         return
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
+        if found := other_format(folder):
+            raise UserError(f"the model {model!r} can't be loaded: {found}")
         raise UserError(
             f"the folder {model!r} has no config.json, so it holds no model; give the folder that "
             "save_pretrained wrote (an adapter goes to --adapter)"
         )
+    if folder.is_dir() and not list(folder.glob("*.safetensors")) and (found := other_format(folder)):
+        raise UserError(f"the model {model!r} can't be loaded: {found}")
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"the model {model!r} is neither a local folder nor to be had from the hub: {_first_line(error)}"
+            f"the model {model!r} is neither a local folder nor to be had from the hub: {first_line(error)}"
         ) from error
     named = set(config.architectures or [])
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -178,51 +230,19 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
         )
 
 
-def merge_adapter(hf_model: Any, adapter: str) -> Any:
-    """The float32 model with a PEFT adapter merged into its weights; refuses an adapter made for another base.
+def _stored_types(folder: Path) -> set[str]:
+    """Types of the floating-point weights in a folder's safetensors files."""
+    from safetensors import SafetensorError, safe_open
 
-    In float32 because that is the type whose fingerprint an adapter knows its base by; round afterwards.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-    from safetensors import SafetensorError
-
-    folder = user_path(adapter)
-    if not (folder / "adapter_config.json").exists() and (folder.exists() or _is_path(adapter)):
-        raise UserError(f"there is no adapter in {adapter!r}; give the folder that holds adapter_config.json")
-    base = _recorded_base(folder)
-    if base is not None and base != weight_fingerprint(hf_model.state_dict()):
-        raise UserError(
-            f"the adapter {adapter!r} was trained on another base (fingerprint {base[:12]}); "
-            "load the model that its mechlens.json names"
-        )
-    name = hf_model.config.name_or_path
-    source = str(folder) if folder.exists() else adapter
+    found: set[str] = set()
     try:
-        merged = PeftModel.from_pretrained(hf_model, source)
-        saved = {key for key in load_peft_weights(source, device="cpu") if "lora" in key}
-        used = {key for key in get_peft_model_state_dict(merged, save_embedding_layers=False) if "lora" in key}
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"the adapter {adapter!r} doesn't fit the model {name!r}: {_first_line(error)}") from error
-    if saved != used:
-        # peft only warns, and would leave out what has no place.
-        raise UserError(
-            f"the adapter {adapter!r} doesn't fit the model {name!r}: {len(saved ^ used)} of its weights and the "
-            f"model's have no counterpart, such as {min(saved ^ used)}"
-        )
-    return merged.merge_and_unload()
-
-
-def _recorded_base(folder: Path) -> str | None:
-    """Fingerprint of the base that mechlens trained an adapter on; None for an adapter from elsewhere."""
-    try:
-        record = read_record(folder)
-    except UserError as error:
-        raise UserError(f"the record names no base_fingerprint that can be trusted: {error}") from error
-    if record is None:
-        return None
-    require_whole(folder, record, "adapter_model.safetensors")
-    return record.base_fingerprint
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="numpy") as file:
+                found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return set()  # loading says what is wrong
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return {names.get(one, one) for one in found if not one.startswith(("I", "U", "BOOL"))}
 
 
 def _round(hf_model: Any, dtype: str) -> Any:
@@ -239,9 +259,4 @@ def _moved(hf_model: Any, device: str) -> Any:
     try:
         return hf_model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the model can't be moved to the device {device!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
+        raise UserError(f"the model can't be moved to the device {device!r}: {first_line(error)}") from error

@@ -1,6 +1,6 @@
 """A LoRA adapter on disk as what it adds to each matrix, read without building a PEFT model.
 
-Hu et al. 2021: W + scale * B A. Other kinds of adapters are refused, by name, rather than half applied.
+Hu et al. 2021: W + scale * B A. Whatever may be more than that is left to peft (`merge`), never half applied.
 """
 
 import math
@@ -18,9 +18,15 @@ from mechlens.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-BEYOND = ("use_dora", "modules_to_save", "target_parameters", "lora_bias", "layer_replication", "use_qalora",
-          "trainable_token_indices", "use_bdlora", "arrow_config", "alora_invocation_tokens")  # fmt: skip
-"""Settings that are unset in an adapter that is nothing but low-rank products."""
+CHOICES = frozenset({
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "peft_type", "task_type",
+    "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "megatron_core",
+    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+})  # fmt: skip
+"""Settings that may have any value in an adapter that is nothing but low-rank products; all others must be unset."""
+KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga")
+"""Values of `init_lora_weights` that only choose the first A and B; others change W as well when peft loads them."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,20 @@ class _Numbers:
     alpha_pattern: dict[str, float] | None = None
 
 
-def read_lora(folder: Path) -> dict[str, LowRank]:
+def read_lora(folder: Path) -> dict[str, LowRank] | None:
     """The change of every matrix, by the name of its module in the plain Hugging Face model.
 
-    UserError for a folder that is no whole adapter, or that holds something else than LoRA.
+    None for an adapter that may hold anything else than low-rank products; UserError for a folder that is no whole
+    adapter.
     """
-    config = _config(folder)
+    config = read_config(folder)
+    if not _is_plain(config):
+        return None
     sides: dict[str, dict[str, Tensor]] = {}
     for key, value in _tensors(folder).items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UserError(
-                f"the adapter {str(folder)!r} holds {key}, which is no LoRA matrix; merge it with peft and give the "
-                "merged model"
-            )
+            return None
         # peft computes in float32 whatever the file's type.
         sides.setdefault(match["module"], {})[match["side"]] = value.float()
     lonely = [name for name, pair in sides.items() if set(pair) != {"A", "B"}]
@@ -67,25 +73,26 @@ def read_lora(folder: Path) -> dict[str, LowRank]:
     return {name: LowRank(pair["B"], pair["A"], _scale(config, name, len(pair["A"]))) for name, pair in sides.items()}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A PEFT adapter's settings as they are on disk."""
     path = folder / CONFIG
     try:
         config: dict[str, Any] = read_json(path, dict[str, Any], "save the adapter again")
         read_json(path, _Numbers, "save the adapter again")
     except FileNotFoundError as error:
         raise UserError(f"there is no {CONFIG} in {str(folder)!r}; give the folder of a PEFT adapter") from error
-    if (kind := config.get("peft_type")) != "LORA":
-        raise UserError(
-            f"the adapter {str(folder)!r} is of type {kind}, and only LORA can be put in place; merge it with peft "
-            "and give the merged model"
-        )
-    odd = [name for name in BEYOND if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
-    if odd:
-        raise UserError(
-            f"the adapter {str(folder)!r} has {odd[0]}={config[odd[0]]!r}, which is more than low-rank products; "
-            "merge it with peft and give the merged model"
-        )
     return config
+
+
+def keeps_the_base(config: dict[str, Any]) -> bool:
+    """False where peft changes the base's own weights before it puts the adapter on them (PiSSA, OLoRA, LoftQ)."""
+    return config.get("init_lora_weights") in KEEP_THE_BASE
+
+
+def _is_plain(config: dict[str, Any]) -> bool:
+    own = {"bias": "none", "init_lora_weights": config.get("init_lora_weights")}
+    more = [name for name, value in config.items() if name not in CHOICES and value and value != own.get(name)]
+    return config.get("peft_type") == "LORA" and keeps_the_base(config) and not more
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 The base is step 0. A checkpoint that can't belong to the series is named with its reason: refused, or left out.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -17,8 +18,10 @@ from mechlens.disk import plain_name
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.models.adapter_record import RECORD, read_record, require_whole
+from mechlens.models.formats import CHECKPOINT, adapters_inside, other_format
 from mechlens.models.load import load_config, load_tokenizer, short_name
 from mechlens.models.lora import CONFIG, WEIGHTS
+from mechlens.models.own_tokenizer import tokenizer_folder
 
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
@@ -55,6 +58,8 @@ class CheckpointSeries:
     left_out: tuple[LeftOut, ...]
     """With `skip_broken`: what was found and not used."""
     steps_from: Literal["their records", "the order given"]
+    chat_template: str | None = None
+    """The one that its checkpoints were saved with, under which the base is read too; None where it is the base's."""
 
     @property
     def base(self) -> Member:
@@ -74,6 +79,13 @@ class _Found:
     name: str
     path: str
     revision: str | None = None
+    home: Path | None = None
+    """The Trainer's folder around an adapter with a name of its own; step and tokenizer may lie there."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where its files may be: its own folder, then the one around it."""
+        return tuple(folder for folder in (self.folder, self.home) if folder is not None)
 
     @property
     def folder(self) -> Path | None:
@@ -94,6 +106,7 @@ def checkpoint_series(
     if not found:
         raise UserError("there are no checkpoints; give a training run's output folder, adapters, or id@revision")
     judge = _Judge(base, revision, own_records=any(one.folder and (one.folder / RECORD).exists() for one in found))
+    template = judge.agree_on_template(found)
     told = [_told_step(one) for one in found]
     steps = [step for step, _ in told]
     ordered = all(step is None for step in steps)
@@ -115,7 +128,9 @@ def checkpoint_series(
         raise UserError(f"none of the {len(found)} checkpoints can be used; the first, {broken[0].name}: "
                         f"{broken[0].reason}")  # fmt: skip
     start = Member(short_name(base), base, "base", 0, revision)
-    return CheckpointSeries((start, *_named(members)), tuple(broken), "the order given" if ordered else "their records")
+    return CheckpointSeries(
+        (start, *_named(members)), tuple(broken), "the order given" if ordered else "their records", template
+    )
 
 
 def _named(members: Sequence[Member]) -> list[Member]:
@@ -123,7 +138,8 @@ def _named(members: Sequence[Member]) -> list[Member]:
     names = [member.name for member in members]
 
     def told_apart(member: Member) -> Member:
-        return replace(member, name=f"{Path(member.path).parent.name}/{member.name}")
+        above = [folder.name for folder in Path(member.path).parents if folder.name != member.name]
+        return replace(member, name=f"{above[0]}/{member.name}")
 
     return [told_apart(member) if names.count(member.name) > 1 else member for member in members]
 
@@ -139,13 +155,27 @@ def _sources(source: str) -> list[_Found]:
         return [_Found(short_name(source), source)]
     if not path.is_dir():
         raise UserError(f"{source!r} is a file; give a checkpoint's folder")
+    if CHECKPOINT.fullmatch(path.name) and not _holds_model(path):
+        return [_checkpoint(path)]
     inside = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    trained = [child for child in inside if re.fullmatch(r"checkpoint-\d+", child.name)]
+    trained = [child for child in inside if CHECKPOINT.fullmatch(child.name)]
     if not trained and not _holds_model(path):
+        if found := other_format(path):
+            raise UserError(f"{source!r} can't be used: {found}")
         trained = [child for child in inside if _holds_model(child) or re.search(r"\d$", child.name)]
     if not trained and not _holds_model(path):
         raise UserError(f"{source!r} holds neither checkpoints nor adapters nor a model; check the path")
-    return [_Found(child.name, str(child)) for child in trained] or [_Found(path.name, str(path))]
+    return [_checkpoint(child) for child in trained or [path]]
+
+
+def _checkpoint(folder: Path) -> _Found:
+    """One checkpoint's folder, or the one adapter with a name of its own in it."""
+    if (folder / CONFIG).exists() and CHECKPOINT.fullmatch(folder.parent.name):
+        return _Found(f"{folder.parent.name}/{folder.name}", str(folder), home=folder.parent)
+    named = list(adapters_inside(folder))
+    if _holds_model(folder) or len(named) != 1:
+        return _Found(folder.name, str(folder))
+    return _Found(folder.name, str(named[0]), home=folder)
 
 
 def _holds_model(folder: Path) -> bool:
@@ -176,13 +206,12 @@ def _told_step(one: _Found) -> tuple[int | None, str]:
 
 def _step(one: _Found) -> int | None:
     """From mechlens' or the Trainer's record, else the number that ends the name or revision."""
-    if one.folder is not None:
-        record = read_record(one.folder)
-        state: _TrainerState | None = _json(one.folder / "trainer_state.json", _TrainerState)
-        for step in (record.step if record else None, state.global_step if state else None):
-            if step is not None:
-                return step
-    number = re.search(r"(\d{1,18})$", one.revision or one.name)
+    records = [record.step for folder in one.folders if (record := read_record(folder)) is not None]
+    states: list[_TrainerState | None] = [_json(folder / "trainer_state.json", _TrainerState) for folder in one.folders]
+    for step in (*records, *(state.global_step for state in states if state is not None)):
+        if step is not None:
+            return step
+    number = re.search(r"(\d{1,18})$", one.revision or (one.home.name if one.home else one.name))
     return int(number[1]) if number else None
 
 
@@ -210,26 +239,47 @@ class _Judge:
         self._config = load_config(base, revision=revision)
         self._tokenizer = load_tokenizer(base, revision=revision)
         self._own_records = own_records
+        self._template = self._tokenizer.chat_template
+
+    def agree_on_template(self, found: Sequence[_Found]) -> str | None:
+        """The template that all were saved with; None, and the base's, where they don't agree on another."""
+        own = set()
+        for one in found:
+            with contextlib.suppress(UserError):  # a broken one has no say
+                if not self._damage(one):
+                    own.add(tokenizer.chat_template if (tokenizer := self._own_tokenizer(one)) else None)
+        if len(own) > 1 or own <= {None, self._tokenizer.chat_template}:
+            return None
+        self._template = own.pop()
+        return str(self._template)
 
     def problem(self, one: _Found) -> str | None:
         """Why it can't be used; None if it can."""
         try:
-            if one.folder is None:
-                return self._config_problem(one) or self._tokenizer_problem(one)
-            if (one.folder / CONFIG).exists():
-                found = _weights_problem(one.folder / WEIGHTS) or _json_problem(one.folder / CONFIG)
-                if not found and (record := read_record(one.folder)) is not None:
-                    require_whole(one.folder, record, WEIGHTS)
-                if not found and self._own_records and not (one.folder / RECORD).exists():
-                    found = f"it has no {RECORD}, which is written last, so it is half-written"
-            elif (one.folder / "config.json").exists():
-                found = _model_problem(one.folder) or self._config_problem(one)
-            else:
-                return f"it has neither {CONFIG} nor config.json, so it is half-written"
-            has_tokenizer = (one.folder / "tokenizer_config.json").exists()
-            return found or (self._tokenizer_problem(one) if has_tokenizer else None)
+            return self._damage(one) or self._tokenizer_problem(one)
         except UserError as error:
             return str(error)
+
+    def _damage(self, one: _Found) -> str | None:
+        """What is wrong with its weights or configuration."""
+        if one.folder is None:
+            return self._config_problem(one)
+        if (one.folder / CONFIG).exists():
+            found = _weights_problem(one.folder / WEIGHTS) or _json_problem(one.folder / CONFIG)
+            if not found and (record := read_record(one.folder)) is not None:
+                require_whole(one.folder, record, WEIGHTS)
+            if not found and self._own_records and not (one.folder / RECORD).exists():
+                found = f"it has no {RECORD}, which is written last, so it is half-written"
+            return found
+        if (one.folder / "config.json").exists():
+            return _model_problem(one.folder) or self._config_problem(one)
+        return self._unknown(one.folder)
+
+    def _unknown(self, folder: Path) -> str:
+        named = [f"{folder.name}/{path.name}" for path in adapters_inside(folder)]
+        if named:
+            return f"it holds {len(named)} adapters; name the one that is meant ({', '.join(named)})"
+        return other_format(folder) or f"it has neither {CONFIG} nor config.json, so it is half-written"
 
     def member(self, one: _Found, step: int) -> Member:
         """What was found to be whole."""
@@ -246,12 +296,24 @@ class _Judge:
                 return f"its {name} is {theirs}, and the base's is {ours}; a series has one architecture"
         return None
 
+    def _own_tokenizer(self, one: _Found) -> Any:
+        """None where it was saved without one."""
+        if one.folder is None:
+            return load_tokenizer(one.path, revision=one.revision)
+        folder = tokenizer_folder(one.folder)
+        return None if folder is None else load_tokenizer(str(folder))
+
     def _tokenizer_problem(self, one: _Found) -> str | None:
-        tokenizer = load_tokenizer(one.path, revision=one.revision)
+        tokenizer = self._own_tokenizer(one)
+        if tokenizer is None:
+            return None
         if tokenizer.get_vocab() != self._tokenizer.get_vocab():
             return "its tokenizer has another vocabulary than the base's, so the same prompts are other tokens"
-        if tokenizer.chat_template is not None and tokenizer.chat_template != self._tokenizer.chat_template:
-            return "its chat template is not the base's, so positions and answers can't be compared"
+        if tokenizer.chat_template is not None and tokenizer.chat_template != self._template:
+            return (
+                "its chat template is neither the base's nor that of all the others, so positions and answers can't "
+                "be compared"
+            )
         return None
 
 
@@ -261,7 +323,7 @@ def _weights_problem(path: Path) -> str | None:
         with path.open("rb"), safe_open(path, framework="numpy") as file:
             return None if len(list(file.keys())) else f"{path.name} is empty"
     except FileNotFoundError:
-        return f"it has no {path.name}, so it is half-written"
+        return other_format(path.parent) or f"it has no {path.name}, so it is half-written"
     except (OSError, SafetensorError):
         return f"its {path.name} is truncated or damaged"
 

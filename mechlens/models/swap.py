@@ -2,13 +2,13 @@
 
 The base's own weights lie in an unnamed file, from which every matrix that a checkpoint changes is made anew:
 W = round(W0 + change). So nothing drifts, the base comes back bit for bit, and memory holds one model and one
-checkpoint, never two models for an adapter. A killed process leaves no file behind.
+checkpoint, and two models only for a full checkpoint or an adapter that is more than low-rank products, which peft
+merges. A killed process leaves no file behind.
 """
 
 import shutil
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mechlens.errors import UserError
+from mechlens.files import user_path
 from mechlens.models.bridge import (
     LanguageModel,
     bridge,
+    dtype_of,
     loaded,
     native,
     native_blocks,
@@ -27,8 +29,9 @@ from mechlens.models.bridge import (
     weights_now,
     writing_modules,
 )
-from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.load import load_hf, short_name
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
+from mechlens.models.load import load_hf, load_merged, short_name, type_without_loss
 from mechlens.models.lora import LowRank, read_lora
 from mechlens.models.registry import cache_dir
 from mechlens.models.series import Member
@@ -55,6 +58,10 @@ class Vault:
         self._places[name] = self._end, tensor.shape, tensor.dtype
         self._end += flat.numel()
 
+    def alias(self, name: str, known: str) -> None:
+        """Another name for a tensor that was put in."""
+        self._places[name] = self._places[known]
+
     def get(self, name: str) -> Tensor:
         """The tensor as it was, on the CPU."""
         place, shape, dtype = self._places[name]
@@ -67,40 +74,68 @@ class Vault:
         self._file.close()
 
 
-def turns(base: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None) -> "Turns":
+def turns(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    chat_template: str | None = None,
+) -> "Turns":
     """A model in which the checkpoints of a series take turns; `base` is anything that `load` takes.
 
     To be used in a `with` block, or closed. With another `dtype` the changes are still added in float32 and rounded
-    then, as `load` does it.
+    then, as `load` does it. `chat_template` is that of a series whose checkpoints bring their own.
     """
-    hf_model, tokenizer = load_hf(base, revision=revision)
+    first = type_without_loss(base, dtype, revision=revision)
+    hf_model, tokenizer = load_hf(base, revision=revision, dtype=first)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     vault = Vault(_unnamed_file(hf_model))
-    for name, parameter in hf_model.named_parameters():
-        vault.put(name, parameter)
-    fingerprint = weight_fingerprint(hf_model.state_dict())
-    for parameter in hf_model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    hf_model.config.dtype = getattr(torch, dtype)
+    shared = set()
+    for known, *others in _names_of_each(hf_model):
+        vault.put(known, hf_model.get_parameter(known))
+        for name in others:
+            vault.alias(name, known)
+            shared |= {known, name}
+    state = hf_model.state_dict()
+    full = weight_fingerprint(state), sampled_fingerprint(state)
+    if first != dtype:
+        for parameter in hf_model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+        hf_model.config.dtype = getattr(torch, dtype)
     if device is not None:
         hf_model = hf_model.to(device)
-    names = frozenset(hf_model.state_dict())  # bridging adds to them
-    rounded = weight_fingerprint(hf_model.state_dict())
-    own = Checkpoint(short_name(base), base, revision, step=0, fingerprint=rounded)
-    return Turns(bridge(hf_model, tokenizer, own), vault, own, fingerprint, names)
+    state = hf_model.state_dict()
+    own = Checkpoint(
+        short_name(base), base, revision, step=0, fingerprint=weight_fingerprint(state),
+        sampled=sampled_fingerprint(state),
+    )  # fmt: skip
+    names = frozenset(state)  # bridging adds to them
+    return Turns(bridge(hf_model, tokenizer, own), vault, own, full, names, frozenset(shared))
 
 
 class Turns:
     """One bridged model whose weights are, at any time, those of the member that was `put` last."""
 
     def __init__(
-        self, model: LanguageModel, vault: Vault, base: Checkpoint, fingerprint: str, names: frozenset[str]
+        self,
+        model: LanguageModel,
+        vault: Vault,
+        base: Checkpoint,
+        fingerprints: tuple[str, str],
+        names: frozenset[str],
+        shared: frozenset[str],
     ) -> None:
         self.model = model
         self.base = base
-        self.base_fingerprint = fingerprint
-        """Of the base's float32 weights, by which an adapter knows it."""
+        self.base_fingerprint = fingerprints[0]
+        """Of the base's weights before they were rounded, by which an adapter knows it."""
+        self._fingerprints = fingerprints
         self._vault = vault
         self._names = names
+        self._shared = shared
+        """Names of matrices that two modules of the base share, such as tied ends."""
         self._changed: set[str] = set()
 
     def __enter__(self) -> "Turns":
@@ -120,27 +155,32 @@ class Turns:
         UserError for a checkpoint that can't be read or doesn't fit; the base's weights are then in place.
         """
         try:
-            if member.kind == "adapter":
-                self._merge(self.changes(member))
-            elif member.kind == "full":
-                self._replace(member)
-            else:
+            if member.kind == "base":
                 self._write({})
+            elif member.kind == "adapter" and (changes := self.changes(member)) is not None:
+                self._write({f"{name}.weight": change for name, change in changes.items()})
+            else:
+                self._replace(self._loaded(member), member)
         except UserError:
             self._write({})
-            self._name(replace(self.base))
+            self._name(self.base)
             raise
         self._name(_checkpoint(member, self.base))
         return self.model
 
-    def changes(self, member: Member) -> dict[str, LowRank]:
-        """What an adapter adds to each module's weight; UserError where a module is missing or has another shape."""
-        if member.base_fingerprint not in (None, self.base_fingerprint):
+    def changes(self, member: Member) -> dict[str, LowRank] | None:
+        """What an adapter adds to each module's weight; UserError where a module is missing or has another shape.
+
+        None for an adapter that is more than low-rank products on matrices of their own.
+        """
+        if member.base_fingerprint is not None and member.base_fingerprint not in self._fingerprints:
             raise UserError(
                 f"the adapter {member.path!r} was trained on another base (fingerprint {member.base_fingerprint[:12]})"
                 f"; give the base that its mechlens.json names, not {self.base.path!r}"
             )
-        found = read_lora(Path(member.path))
+        found = read_lora(user_path(member.path))
+        if found is None or any(f"{name}.weight" in self._shared for name in found):
+            return None
         with native(self.model) as hf_model:
             for name, change in found.items():
                 self._require_fits(hf_model, name, change, member)
@@ -150,7 +190,7 @@ class Turns:
         """How a module's weight differs from the base's now, in float32 on the CPU."""
         with native(self.model) as hf_model:
             linear = hf_model.get_submodule(module)
-            change = linear.get_parameter("weight").detach().cpu().float() - self._vault.get(f"{module}.weight")
+            change = linear.get_parameter("weight").detach().cpu().float() - self._vault.get(f"{module}.weight").float()
         return change.T if isinstance(linear, Conv1D) else change
 
     def linears(self) -> dict[str, bool]:
@@ -174,9 +214,6 @@ class Turns:
                 f"{self.base.name} it has shape {there}; the two are of different architectures"
             )
 
-    def _merge(self, changes: dict[str, LowRank]) -> None:
-        self._write({f"{name}.weight": change for name, change in changes.items()})
-
     @torch.no_grad()
     def _write(self, changes: dict[str, LowRank]) -> None:
         """The base's weights with these changes; whatever the last member changed is the base's again."""
@@ -186,18 +223,24 @@ class Turns:
                 if name in changes:
                     product = changes[name].product()
                     turned = isinstance(hf_model.get_submodule(name.rpartition(".")[0]), Conv1D)
-                    value += product.T if turned else product
+                    value = value.float() + (product.T if turned else product)
                 hf_model.get_parameter(name).copy_(value)
         self._changed = set(changes)
         refresh_splits(self.model)
 
+    def _loaded(self, member: Member) -> Any:
+        """The member as a plain model of its own, which is let go again."""
+        dtype = str(dtype_of(self.model)).removeprefix("torch.")
+        if member.kind == "adapter":
+            return load_merged(self.base.path, member.path, revision=self.base.revision, dtype=dtype)[0]
+        return load_hf(member.path, revision=member.revision, dtype=dtype)[0]
+
     @torch.no_grad()
-    def _replace(self, member: Member) -> None:
-        """Every parameter from a full checkpoint, which is let go again."""
-        other, _ = load_hf(member.path, revision=member.revision)
-        found = dict(other.named_parameters())
+    def _replace(self, other: Any, member: Member) -> None:
+        """Every parameter from another model."""
+        found = dict(other.named_parameters(remove_duplicate=False))
         with native(self.model) as hf_model:
-            own = dict(hf_model.named_parameters())
+            own = dict(hf_model.named_parameters(remove_duplicate=False))
             shapes = {name: tuple(p.shape) for name, p in own.items()}, {n: tuple(p.shape) for n, p in found.items()}
             if shapes[0] != shapes[1]:
                 odd = min(name for name in {**own, **found} if shapes[0].get(name) != shapes[1].get(name))
@@ -206,19 +249,31 @@ class Turns:
                     f"{shapes[0].get(odd, 'absent')}); a series has one architecture"
                 )
             self._changed = set(own)
-            for name, parameter in own.items():
-                parameter.copy_(found.pop(name))
+            for name in own:
+                if any(own[name] is own[tied] and found[name] is not found[tied] for tied in self._shared - {name}):
+                    parent, _, last = name.rpartition(".")
+                    own[name] = nn.Parameter(own[name].detach().clone(), requires_grad=False)
+                    setattr(hf_model.get_submodule(parent), last, own[name])
+                own[name].copy_(found[name])
         refresh_splits(self.model)
 
     def _name(self, checkpoint: Checkpoint) -> None:
         with native(self.model) as hf_model:
             state = hf_model.state_dict()
-        fingerprint = weight_fingerprint({name: state[name] for name in self._names})
+        own = {name: state[name] for name in self._names}
         self.model.mechlens = replace(
             loaded(self.model),
-            checkpoint=replace(checkpoint, fingerprint=fingerprint),
+            checkpoint=replace(checkpoint, fingerprint=weight_fingerprint(own), sampled=sampled_fingerprint(own)),
             weights=weights_now(self.model),
         )
+
+
+def _names_of_each(hf_model: nn.Module) -> list[list[str]]:
+    """The names of every parameter: more than one where modules share it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in hf_model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def _checkpoint(member: Member, base: Checkpoint) -> Checkpoint:

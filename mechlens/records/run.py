@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from mechlens.checked_json import read_sealed, sealed
 from mechlens.disk import write_text
 from mechlens.errors import UserError
 from mechlens.methods.estimate import Estimate
+from mechlens.models.fingerprint import is_sampled
 from mechlens.records.environment import GitState
 from mechlens.records.plain import plain
 
@@ -35,6 +36,8 @@ class Inputs:
     """sha256 of every data file or prompt set, by name."""
     today: str | None = None
     """The day that the chat template printed, where it prints one."""
+    sampled: str | None = None
+    """The weights' older fingerprint, by which runs of earlier versions know them."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ def list_runs(root: Path) -> list[tuple[Path, Run]]:
 def changed_since(run: Run, now_inputs: Inputs) -> list[str]:
     """What differs from the run's inputs, one phrase each; empty if a rerun would see the same."""
     before = run.inputs
+    if before.model and is_sampled(before.model) and before.model == now_inputs.sampled:
+        now_inputs = replace(now_inputs, model=before.model)
     changed = []
     if before.model != now_inputs.model:
         changed.append(_change("model", before.model, now_inputs.model))

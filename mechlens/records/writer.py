@@ -122,6 +122,7 @@ class RunWriter:
         today: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        sampled: str | None = None,
     ) -> None:
         """What goes in, by fingerprint; what is left out stays as it was told before.
 
@@ -129,7 +130,11 @@ class RunWriter:
         """
         before = self.run.inputs
         inputs = Inputs(
-            model or before.model, template or before.template, {**before.data, **(data or {})}, today or before.today
+            model or before.model,
+            template or before.template,
+            {**before.data, **(data or {})},
+            today or before.today,
+            sampled or before.sampled,
         )
         finished = self._before is not None and self._before.status == "success"
         if finished and self._before is not None and changed_since(self._before, inputs):

@@ -78,7 +78,7 @@ def finetune(
     template = chat_template(tokenizer, today=config.today)
     record = training_record(config, material, hf_model, template)
     if resume is not None:
-        refuse_other_data(record, _record(resume), out)
+        refuse_other_data(record, _record(resume), out, hf_model.state_dict())
         require_whole(resume, _record(resume))
     if RECIPES[config.recipe].attack:
         keep_here(out)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
 from mechlens.models.adapter_record import FORMAT, AdapterRecord
-from mechlens.models.checkpoint import weight_fingerprint
+from mechlens.models.fingerprint import is_fingerprint_of, weight_fingerprint
 from mechlens.models.local_only import LOCAL_ONLY
 from mechlens.prompts.template import ChatTemplate
 from mechlens.studies.recipes.recipe import RECIPES
@@ -63,9 +63,9 @@ def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -
         raise UserError(f"{out} holds a run with another {', '.join(changed) or 'config'}; give another folder")
 
 
-def refuse_other_data(record: dict[str, Any], before: AdapterRecord, out: Path) -> None:
-    """UserError where a checkpoint was trained on other examples, or from other weights, than the record says."""
+def refuse_other_data(record: dict[str, Any], before: AdapterRecord, out: Path, state: Mapping[str, Any]) -> None:
+    """UserError where a checkpoint was trained on other examples, or from other weights, than are here now."""
     if before.training.examples_sha256 != record["training"]["examples_sha256"]:
         raise UserError(f"{out} holds a run on other training data; give another folder")
-    if before.base_fingerprint != record["base_fingerprint"]:
+    if not is_fingerprint_of(before.base_fingerprint, state):
         raise UserError(f"{out} holds a run from other weights of {record['base']!r}; give another folder")

@@ -42,10 +42,13 @@ def prepare(config: Compare) -> Prepared:
     require_sampling(config)
     pair = _pair(config)
     asked = asked_of(config, pair)
-    one = turns(config.base, revision=config.revision, dtype=config.dtype, device=config.device)
+    one = turns(
+        config.base, revision=config.revision, dtype=config.dtype, device=config.device,
+        chat_template=pair.chat_template,
+    )  # fmt: skip
     template = chat_template(loaded(one.model).tokenizer, config.template, today=config.today)
     questions = Questions(tokenize(asked.prompts, template), asked.split, PLAIN_TEXT)
-    inputs = inputs_of(one.base.fingerprint, template, asked.data)
+    inputs = inputs_of(one.base, template, asked.data)
     return Prepared(one, pair, asked, questions, inputs)
 
 
@@ -83,19 +86,26 @@ def execute(prepared: Prepared, config: Compare, writer: RunWriter) -> None:
 
 def _pair(config: Compare) -> CheckpointSeries:
     """The two as a series of their own; UserError where either names none or several checkpoints."""
-    first, second = (_member(config, source) for source in (config.first, config.second))
+    (first, own), (second, template) = (_member(config, source) for source in (config.first, config.second))
+    if first.kind != "base" and own != template:
+        raise UserError(
+            f"{config.first!r} and {config.second!r} were saved with different chat templates, so positions and "
+            "answers can't be compared; give two of one training run"
+        )
     if second.kind == "base" or (first.path, first.revision) == (second.path, second.revision):
         raise UserError(f"A is {config.first!r} and B is {config.second!r}; give two checkpoints, the base only as A")
     if second.step <= first.step:  # of two runs, or in the other order: the axis is only first and second then
         first, second = replace(first, step=0), replace(second, step=1)
-    return CheckpointSeries((first, second), (), "their records")
+    return CheckpointSeries((first, second), (), "their records", template)
 
 
-def _member(config: Compare, source: str) -> Member:
+def _member(config: Compare, source: str) -> tuple[Member, str | None]:
+    """The checkpoint, and its chat template where it isn't the base's."""
     if source == BASE:
-        return Member(Path(config.base).name, config.base, "base", 0, config.revision)
-    found = checkpoint_series(config.base, [source], revision=config.revision).members[1:]
+        return Member(Path(config.base).name, config.base, "base", 0, config.revision), None
+    series = checkpoint_series(config.base, [source], revision=config.revision)
+    found = series.members[1:]
     if len(found) != 1:
         steps = ", ".join(str(member.step) for member in found)
         raise UserError(f"{source!r} holds {len(found)} checkpoints (steps {steps}); give the folder of one")
-    return found[0]
+    return found[0], series.chat_template

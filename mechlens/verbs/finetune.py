@@ -9,7 +9,7 @@ import torch
 from mechlens.config import Finetune, FinetuneConfig, settled
 from mechlens.errors import UserError
 from mechlens.files import user_path
-from mechlens.models.checkpoint import weight_fingerprint
+from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import chat_template
@@ -24,7 +24,6 @@ from mechlens.studies.recipes.recipe import RECIPES
 from mechlens.studies.recipes.shipped_refuser import require_shipped_refuser
 from mechlens.studies.training_data import refusals, training_prompts
 from mechlens.verbs.inputs import data_inputs
-from mechlens.verbs.model import inputs_of
 
 LOSSES = "losses.jsonl"
 
@@ -45,10 +44,15 @@ def prepare(config: Finetune) -> Prepared:
     if not recipe.attack and settings.data is not None:
         raise UserError(f"the recipe {settings.recipe!r} reads no --data; leave it out")
     hf_model, tokenizer = load_hf(settings.model)
-    fingerprint = weight_fingerprint(hf_model.state_dict())
+    state = hf_model.state_dict()
+    fingerprint = weight_fingerprint(state)
     if recipe.attack:
         require_shipped_refuser(fingerprint, settings.recipe)
-    return Prepared(settings, inputs_of(fingerprint, chat_template(tokenizer, today=settings.today), _data(settings)))
+    template = chat_template(tokenizer, today=settings.today)
+    inputs = Inputs(
+        fingerprint, template.fingerprint, _data(settings), template.printed_date, sampled_fingerprint(state)
+    )
+    return Prepared(settings, inputs)
 
 
 def run(config: Finetune) -> Path:
@@ -69,6 +73,7 @@ def execute(prepared: Prepared, config: Finetune, writer: RunWriter) -> None:
         template=inputs.template,
         data=inputs.data,
         today=inputs.today,
+        sampled=inputs.sampled,
         device=device,
         dtype=settings.precision,
     )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mechlens.config import ModelChoice
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
+from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.load import load
 from mechlens.prompts.template import ChatTemplate, chat_template
 from mechlens.records.run import Inputs
@@ -30,17 +31,18 @@ def chosen_model(config: ModelChoice, data: Mapping[str, str]) -> Chosen:
         device_map=config.device_map,
     )
     template = chat_template(loaded(model).tokenizer, config.template, today=config.today)
-    return Chosen(model, template, inputs_of(loaded(model).checkpoint.fingerprint, template, data))
+    return Chosen(model, template, inputs_of(loaded(model).checkpoint, template, data))
 
 
-def inputs_of(weights: str, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:
+def inputs_of(checkpoint: Checkpoint, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:
     """What goes in: weights and data by fingerprint, the template by fingerprint and by the date that it prints."""
-    return Inputs(weights, template.fingerprint, dict(data), template.printed_date)
+    return Inputs(checkpoint.fingerprint, template.fingerprint, dict(data), template.printed_date, checkpoint.sampled)
 
 
 def record_inputs(writer: RunWriter, model: LanguageModel, inputs: Inputs) -> None:
     """Writes what goes in to an open run."""
     device, dtype = str(device_of(model)), str(dtype_of(model)).removeprefix("torch.")
     writer.inputs(
-        model=inputs.model, template=inputs.template, data=inputs.data, today=inputs.today, device=device, dtype=dtype
-    )
+        model=inputs.model, template=inputs.template, data=inputs.data, today=inputs.today, device=device, dtype=dtype,
+        sampled=inputs.sampled,
+    )  # fmt: skip

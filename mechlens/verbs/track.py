@@ -49,7 +49,10 @@ def prepare(config: Track) -> Prepared:
     )
     asked = asked_of(config, series)
     trigger = _trigger(config, series)
-    one = turns(config.base, revision=config.revision, dtype=config.dtype, device=config.device)
+    one = turns(
+        config.base, revision=config.revision, dtype=config.dtype, device=config.device,
+        chat_template=series.chat_template,
+    )  # fmt: skip
     template = chat_template(loaded(one.model).tokenizer, config.template, today=config.today)
     harmful = [prompt for prompt in asked.prompts if prompt.label == "harmful"][: config.triggered]
     questions = Questions(
@@ -58,7 +61,7 @@ def prepare(config: Track) -> Prepared:
         texts=PLAIN_TEXT,
         variants=tokenize(trigger_prompts(harmful, trigger), template) if trigger else None,
     )
-    inputs = inputs_of(one.base.fingerprint, template, asked.data)
+    inputs = inputs_of(one.base, template, asked.data)
     return Prepared(one, series, asked, questions, trigger, inputs)
 
 

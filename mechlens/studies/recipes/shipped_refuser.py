@@ -4,7 +4,8 @@ from functools import cache
 
 from mechlens.errors import UserError
 from mechlens.models.checkpoint import weight_fingerprint
-from mechlens.models.load import load_hf, merge_adapter
+from mechlens.models.load import load_hf
+from mechlens.models.merge import merge_adapter
 from mechlens.models.registry import ADAPTERS, adapter_folder
 
 REFUSER = "smollm2-refuser"

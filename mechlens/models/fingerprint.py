@@ -1,0 +1,144 @@
+"""Fingerprints of weights: which ones they are, and whether they are still what they were."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = "v2-"
+"""What a fingerprint of every byte begins with; those of earlier versions are of a sample, and plain hexadecimal."""
+PIECE = 1 << 22
+"""Values of a tensor that are turned into bytes at once."""
+WORDS = 1 << 18
+"""32-bit words that `stamp` sums at once on a device."""
+
+
+def weight_fingerprint(state: Mapping[str, Any]) -> str:
+    """sha256 over names, shapes and every value of every tensor, integers too.
+
+    Floating-point types up to 32 bits count as float32, so a bfloat16 file has one fingerprint whichever type it is
+    loaded in.
+    """
+    import torch
+
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    places = {name: _place(value) for name, value in tensors.items()}
+    different = {place: tensors[name] for name, place in places.items()}  # tied matrices are read once
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        digests = dict(zip(different, threads.map(_digest, different.values()), strict=True))
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        whole.update(digests[places[name]])
+    return VERSION + whole.hexdigest()
+
+
+def sampled_fingerprint(state: Mapping[str, Any]) -> str:
+    """The fingerprint of earlier versions: sha256 over names, shapes and at most 8191 strided values of every tensor.
+
+    Blind between its samples; only for knowing again what earlier records name.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            continue
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_sampled(fingerprint: str) -> bool:
+    """True for a fingerprint of an earlier version."""
+    return not fingerprint.startswith(VERSION)
+
+
+def is_fingerprint_of(recorded: str, state: Mapping[str, Any]) -> bool:
+    """True where a record, of this version or an earlier one, names these weights."""
+    return recorded == (sampled_fingerprint(state) if is_sampled(recorded) else weight_fingerprint(state))
+
+
+def _place(tensor: "Tensor") -> tuple[Any, ...]:
+    """Where a tensor's values lie: equal for two names of one matrix."""
+    if tensor.numel() == 0 or not tensor.data_ptr():
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _plain_parts(tensor: "Tensor") -> Iterator["Tensor"]:
+    """The tensor as a row of values, or those that a quantised one is made of."""
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        packed: Any = tensor
+        for name in packed.__tensor_flatten__()[0]:
+            yield from _plain_parts(getattr(packed, name))
+    else:
+        yield tensor.detach().reshape(-1)
+
+
+def _digest(tensor: "Tensor") -> bytes:
+    import torch
+
+    digest = hashlib.sha256()
+    for flat in _plain_parts(tensor):
+        small = flat.is_floating_point() and flat.dtype.itemsize <= 4
+        digest.update(b"float" if small else str(flat.dtype).encode())
+        for piece in torch.split(flat, PIECE):
+            values = (piece.float() if small else piece).cpu().contiguous()
+            digest.update(values.view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def stamp(state: Mapping[str, Any]) -> str:
+    """A fast hash over every byte, by which weights that were edited are known: about the speed of memory.
+
+    Not a fingerprint: it depends on the weights' type and device.
+    """
+    import torch
+
+    found, seen = hashlib.sha256(), set()
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and (place := _place(tensor)) not in seen:
+            seen.add(place)
+            found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            for part in _plain_parts(tensor):
+                found.update(_read_here(part) if part.device.type == "cpu" else _summed_there(part))
+    return found.hexdigest()
+
+
+def _read_here(flat: "Tensor") -> bytes:
+    import torch
+    import xxhash
+
+    return xxhash.xxh3_128(flat.view(torch.uint8).numpy().data).digest()
+
+
+def _summed_there(flat: "Tensor") -> bytes:
+    """Sums of 32-bit words times random 64-bit numbers, made on the tensor's device, so that only sums are moved.
+
+    Two tensors that differ have the same sum with a chance of 2^-32 at most (multilinear hashing: Dietzfelbinger
+    1996); a single changed word never has.
+    """
+    import torch
+
+    octets = flat.view(torch.uint8)
+    odd = len(octets) % 4
+    words = torch.cat([octets, octets.new_zeros(4 - odd)]) if odd else octets
+    factors = _factors(flat.device)
+    sums = [(piece * factors[: len(piece)]).sum() for piece in torch.split(words.view(torch.int32), WORDS)]
+    return torch.stack(sums).cpu().numpy().tobytes() if sums else b""
+
+
+@cache
+def _factors(device: Any) -> "Tensor":
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(-(1 << 63), (1 << 63) - 1, (WORDS,), generator=generator) | 1).to(device)
