@@ -16,6 +16,7 @@ from saved import requests, save_model, write_prompts
 
 from mechlens.cli import main
 from mechlens.config import GuardPredict
+from mechlens.errors import UserError
 from mechlens.methods.one_thread import one_thread
 from mechlens.records.guard_file import LatentGuard
 from mechlens.records.run import read_run
