@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import sys
 import warnings
@@ -16,11 +17,12 @@ from saved import requests, save_model, write_prompts
 
 from mechlens.cli import main
 from mechlens.config import GuardPredict
+from mechlens.errors import UserError
 from mechlens.methods.one_thread import one_thread
 from mechlens.records.guard_file import LatentGuard
 from mechlens.records.run import read_run
 from mechlens.studies.training_data import text_sha256
-from mechlens.verbs.guard_predict import LONGEST_LINE, predict, read_lines
+from mechlens.verbs.guard_predict import LONGEST_LINE, _opened, predict, read_lines
 
 QUICK = ["--resamples", "20", "--permutations", "4", "--random-directions", "20", "--wandb.mode", "disabled"]
 
@@ -520,3 +522,11 @@ def test_surprise_is_the_mean_loss_of_the_instructions_tokens(tiny_model: Any) -
         told = logits.log_softmax(dim=-1)
         expected = -torch.stack([told[t - 1, ids[t]] for t in range(start, end + 1)]).mean()
         assert float(found[i]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_named_input_is_a_regular_file(tmp_path: Path) -> None:
+    """What has no end, or may never begin, is for stdin, where whoever writes it can be seen."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in (str(tmp_path / "pipe.jsonl"), "/dev/zero"):
+        with pytest.raises(UserError, match="is a pipe or a device; give a regular file"), _opened(name):
+            pass

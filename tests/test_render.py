@@ -188,3 +188,17 @@ def test_a_day_that_is_none(today: str) -> None:
 def test_options_that_are_no_plain_data() -> None:
     with pytest.raises(UserError, match="the options of a chat template must be plain data"):
         chat_template(tiny_tokenizer(), tools=[object()]).render(Prompt("p", "Hi"))
+
+
+def test_many_prompts_are_rendered_as_one_by_one() -> None:
+    template = chat_template(tiny_tokenizer())
+    asked = [
+        Prompt(str(i), f"number {i}" + " long" * (i == 7) * 60_000, system=("Be kind.", None)[i % 2], history=turns)
+        for i, turns in enumerate([(), TURNS, (("user", "Hi"), ("assistant", "Ho"))] * 200)
+    ]
+    together = template.render_all(asked)
+    assert together[::37] == [template.render(prompt) for prompt in asked[::37]]
+    assert [f"number {i}" in rendered.text[rendered.start : rendered.end] for i, rendered in enumerate(together)] == [
+        True
+    ] * len(asked)
+    assert ["Be kind." in rendered.text for rendered in together[::2]] == [True] * 300

@@ -87,7 +87,7 @@ def ask(prompts: Sequence[Prompt], template: ChatTemplate, questions: Sequence[Q
     ]
     return Asked(
         tokenize(asking, template),
-        tuple(tokens_before_end(one, template, len(q.text)) for one, q in zip(asking, chosen, strict=True)),
+        tuple(tokens_before_end(asking, template, [len(question.text) for question in chosen])),
         tuple(question.name for question in chosen),
     )
 

@@ -171,7 +171,10 @@ def tokenize(
         raise UserError(f"there is no padding side {padding_side!r}; choose left or right")
     tokenizer = template.tokenizer
     structure = structure_of(template)
-    placed = [place(prompt, template, structure, allow_special=allow_special) for prompt in prompts]
+    placed = [
+        place(prompt, rendered, template, structure, allow_special=allow_special)
+        for prompt, rendered in zip(prompts, template.render_all(prompts), strict=True)
+    ]
     warn_of_blanks(prompts, placed)
     n_post = count_post({row.after for row in placed}, template, structure)
     width = max(len(row.ids) for row in placed)

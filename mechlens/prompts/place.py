@@ -57,9 +57,10 @@ def _structural(token: str, source: str) -> bool:
     return token in source and _HEADING.search(token) is not None
 
 
-def place(prompt: Prompt, template: ChatTemplate, structure: Structure, *, allow_special: bool) -> Placed:
-    """Renders and tokenises one prompt and finds its instruction; see `tokenize` for what is refused."""
-    rendered = template.render(prompt)
+def place(
+    prompt: Prompt, rendered: Rendered, template: ChatTemplate, structure: Structure, *, allow_special: bool
+) -> Placed:
+    """Tokenises one rendered prompt and finds its instruction; see `tokenize` for what is refused."""
     if not allow_special:
         _refuse_special(prompt, rendered, structure)
     ids, spans = _encode(rendered.text, template)
@@ -78,14 +79,16 @@ def place(prompt: Prompt, template: ChatTemplate, structure: Structure, *, allow
     )
 
 
-def tokens_before_end(prompt: Prompt, template: ChatTemplate, characters: int) -> int:
-    """Tokens of the formatted prompt before the last so many characters of the user's words.
+def tokens_before_end(prompts: Sequence[Prompt], template: ChatTemplate, characters: Sequence[int]) -> list[int]:
+    """Tokens of each formatted prompt before the last so many characters of the user's words.
 
     A token that holds some of those characters is theirs.
     """
-    rendered = template.render(prompt)
-    _, spans = _encode(rendered.text, template)
-    return next(i for i, span in enumerate(spans) if span[1] > rendered.end - characters)
+    found = []
+    for rendered, many in zip(template.render_all(prompts), characters, strict=True):
+        _, spans = _encode(rendered.text, template)
+        found.append(next(i for i, span in enumerate(spans) if span[1] > rendered.end - many))
+    return found
 
 
 def warn_of_blanks(prompts: Sequence[Prompt], placed: Sequence[Placed]) -> None:

@@ -8,6 +8,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.prompts.conversations import SENTINELS, Asked, Conversation, portions
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.render import TemplateFailure, render
 
@@ -24,9 +25,8 @@ PAPER_TEMPLATES: dict[str, tuple[str, str]] = {
 }
 
 Turn = Mapping[str, str]
-"""A role and a content."""
+"""A turn as templates know it, with a role and a content."""
 
-_SENTINELS = ("mechlens zero sentinel", "mechlens other sentinel")
 _END_OF_THOUGHT = "</think>"
 """Reasoning templates leave out what an earlier answer was thinking."""
 
@@ -84,9 +84,9 @@ class ChatTemplate:
 
     def _frames_on(self, today: str) -> list[str]:
         """What the template writes on a day without and with a system prompt, or why it refuses to."""
-        user = {"role": "user", "content": _SENTINELS[0]}
+        user = {"role": "user", "content": SENTINELS[0]}
         written = []
-        for turns in ([user], [{"role": "system", "content": _SENTINELS[1]}, user]):
+        for turns in ([user], [{"role": "system", "content": SENTINELS[1]}, user]):
             try:
                 written += self._written([turns], today)
             except TemplateFailure as failure:
@@ -95,40 +95,39 @@ class ChatTemplate:
 
     def render(self, prompt: Prompt) -> Rendered:
         """The formatted prompt; raises UserError where the template can't hold it or rewrites its text."""
-        if not prompt.text.strip():
-            raise UserError(f"prompt {prompt.id!r} has no text; give every prompt at least one word")
-        earlier = [{"role": role, "content": content} for role, content in prompt.history]
-        if prompt.system is not None:
-            earlier.insert(0, {"role": "system", "content": prompt.system})
-        # Each earlier turn with words that stand nowhere else, so that one which is skipped can't be overlooked.
-        marked = [{**turn, "content": f"mechlens turn {place} sentinel"} for place, turn in enumerate(earlier)]
-        text, *framed, probe = self._texts(prompt, earlier, marked)
-        before, after = _frame(framed)
-        _require_turns(earlier, marked, text, probe)
-        words = text[len(before) : len(text) - len(after)]
-        whole = text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)
-        if not whole or words not in _trimmings(prompt.text):
-            raise UserError(
-                f"the chat template rewrites the text of prompt {prompt.id!r}, so its tokens can't be named; "
-                "shorten or clean the text, or give the model a template that keeps it"
-            )
-        return Rendered(text, len(before), len(before) + len(words))
+        return self.render_all([prompt])[0]
+
+    def render_all(self, prompts: Sequence[Prompt]) -> list[Rendered]:
+        """Every formatted prompt; many together are rendered much faster than one by one."""
+        return [rendered for some in portions(prompts) for rendered in self._rendered(some)]
+
+    def _rendered(self, prompts: Sequence[Prompt]) -> list[Rendered]:
+        for prompt in prompts:
+            if not prompt.text.strip():
+                raise UserError(f"prompt {prompt.id!r} has no text; give every prompt at least one word")
+        asked = [Asked.of(prompt) for prompt in prompts]
+        # Prompts with the same turns before them share everything but the text.
+        wanted = dict.fromkeys(conversation for one in asked for conversation in one.conversations)
+        texts = dict(zip(wanted, self._texts(list(wanted)), strict=True))
+        return [
+            _place(one, prompt, [texts[conversation] for conversation in one.conversations])
+            for one, prompt in zip(asked, prompts, strict=True)
+        ]
+
+    def _texts(self, conversations: Sequence[Conversation]) -> list[str]:
+        if self.kind == "tokenizer":
+            turns = [[{"role": role, "content": content} for role, content in one] for one in conversations]
+            return self._apply(turns, add_generation_prompt=True)
+        if any(len(one) > 1 for one in conversations):
+            raise UserError("the published templates have no system prompt and no earlier turns; leave both out")
+        before, after = self.source
+        return [before + one[-1][1] + after for one in conversations]
 
     def after_answer(self, answer: str) -> str:
         """What the template writes after an assistant's words `answer`; "" where it doesn't write these."""
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
         (text,) = self._apply([turns], add_generation_prompt=False)
         return text.rpartition(answer)[2] if answer in text else ""
-
-    def _texts(self, prompt: Prompt, earlier: Sequence[Turn], marked: Sequence[Turn]) -> list[str]:
-        """The prompt with its own words, with each sentinel in their place, and with all earlier turns marked."""
-        if self.kind != "tokenizer":
-            if earlier:
-                raise UserError("the published templates have no system prompt and no earlier turns; leave both out")
-            before, after = self.source
-            return [before + words + after for words in (prompt.text, *_SENTINELS, "")]
-        conversations = [[*earlier, _user(words)] for words in (prompt.text, *_SENTINELS)]
-        return self._apply([*conversations, [*marked, _user(_SENTINELS[0])]], add_generation_prompt=True)
 
     def _apply(self, conversations: Sequence[Sequence[Turn]], *, add_generation_prompt: bool) -> list[str]:
         try:
@@ -163,14 +162,25 @@ class ChatTemplate:
             raise UserError(f"the options of a chat template must be plain data ({error}); correct them") from error
 
 
-def _user(words: str) -> Turn:
-    return {"role": "user", "content": words}
+def _place(asked: Asked, prompt: Prompt, texts: Sequence[str]) -> Rendered:
+    """Where the user's words stand in the first of the texts; UserError where they aren't as they were given."""
+    text, *framed, probe = texts
+    before, after = _frame(framed)
+    _require_turns(asked, text, probe)
+    words = text[len(before) : len(text) - len(after)]
+    whole = text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)
+    if not whole or words not in _trimmings(prompt.text):
+        raise UserError(
+            f"the chat template rewrites the text of prompt {prompt.id!r}, so its tokens can't be named; "
+            "shorten or clean the text, or give the model a template that keeps it"
+        )
+    return Rendered(text, len(before), len(before) + len(words))
 
 
 def _frame(framed: Sequence[str]) -> tuple[str, str]:
     """What stands before and after the user's words, found from sentinels that were rendered in their place."""
     frames = []
-    for sentinel, text in zip(_SENTINELS, framed, strict=True):
+    for sentinel, text in zip(SENTINELS, framed, strict=True):
         if text.count(sentinel) != 1:
             raise UserError(
                 f"the chat template writes the last user turn {text.count(sentinel)} times instead of once; "
@@ -183,17 +193,16 @@ def _frame(framed: Sequence[str]) -> tuple[str, str]:
     return before, after
 
 
-def _require_turns(earlier: Sequence[Turn], marked: Sequence[Turn], text: str, probe: str) -> None:
+def _require_turns(asked: Asked, text: str, probe: str) -> None:
     """UserError unless every earlier turn that says something is written, and the system prompt too."""
-    for turn, mark in zip(earlier, marked, strict=True):
-        kept = turn["content"].rpartition(_END_OF_THOUGHT)[2].strip()
-        if not turn["content"] or (mark["content"] in probe and kept in text):
+    for (role, content), mark in zip(asked.earlier, asked.marks, strict=True):
+        if not content or (mark in probe and content.rpartition(_END_OF_THOUGHT)[2].strip() in text):
             continue
-        if turn["role"] == "system":
+        if role == "system":
             raise UserError(
                 "the chat template drops the system prompt; leave `system` out or put its words into the text"
             )
-        raise UserError(f"the chat template drops the earlier turns of role {turn['role']}; leave `history` out")
+        raise UserError(f"the chat template drops the earlier turns of role {role}; leave `history` out")
 
 
 def _trimmings(text: str) -> tuple[str, ...]:
