@@ -247,7 +247,7 @@ def test_what_has_no_place_in_the_model_is_refused_even_if_forced(model: Any, ba
     for layer in (3, 4, -1):
         with pytest.raises(UserError, match=f"no layer {layer} to intervene at, only 0 to 2"):
             logits_under(model, batch, [add(v, layers=(0, layer))], force=True)
-    with pytest.raises(UserError, match="level 3 is layer 2 with site='resid_post'"):
+    with pytest.raises(UserError, match="the last level is layer 2 with site='resid_post'"):
         logits_under(model, batch, [add(v, layers=(3,))], force=True)
     with pytest.raises(UserError, match="31 entries and the model 32"):
         logits_under(model, batch, [add(replace(v, vector=v.vector[:31]))], force=True)

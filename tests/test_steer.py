@@ -149,3 +149,10 @@ def test_a_mistake_is_said_in_one_line(
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mechlens: ")]
     assert [line for line in said if "warning" not in line] == said[-1:]
     assert MISTAKES[mistake] in said[-1]
+
+
+def test_the_last_level_is_acted_on_where_it_is_read(folder: Path) -> None:
+    """No block reads it, so it is added to the last block's output, and the next token follows from it at once."""
+    found = steer(config(folder, direction=folder / "grid.safetensors", layer=4, position="last", strength=2.0))
+    assert found.unsteered == "Sure"
+    assert found.steered.startswith("I")

@@ -17,7 +17,8 @@ class Steer(ModelChoice):
     prompt: str
     """What the user says."""
     layer: int | None = None
-    """Block at whose input it acts, and level taken from a file of many; None is the direction's own level."""
+    """Block at whose input it acts (their number: the last one's output), and level taken from a file of many; None is
+    the direction's own level."""
     position: str | None = None
     """Position taken from a file that has several, such as inst or last."""
     operation: Literal["add", "ablate"] = "add"

@@ -198,10 +198,10 @@ def _check(
 def _check_answer(phase: Phase, answer_tokens: int | None) -> None:
     if answer_tokens is None:
         return
-    if phase == "prompt":
-        raise UserError(f"answer_tokens={answer_tokens} with phase='prompt' changes no answer; choose phase='both'")
     if answer_tokens < 1:
         raise UserError(f"answer_tokens is {answer_tokens}; give at least 1, or choose phase='prompt'")
+    if phase == "prompt":
+        raise UserError(f"answer_tokens={answer_tokens} with phase='prompt' changes no answer; choose phase='both'")
 
 
 def _check_strength(direction: Direction, strength: float, unit: Unit, norms: ResidualNorms | None) -> None:
@@ -232,7 +232,7 @@ def require_fits(
     for one in {id(intervention): intervention for intervention in interventions}.values():
         wrong = [layer for layer in (() if one.layers == ALL else one.layers) if not 0 <= layer <= last]
         if wrong:
-            level = f"; level {last + 1} is layer {last} with site='resid_post'" if wrong[0] == last + 1 else ""
+            level = f"; the last level is layer {last} with site='resid_post'" if wrong[0] == last + 1 else ""
             raise UserError(f"there is no layer {wrong[0]} to intervene at, only 0 to {last}{level}")
         vector = one.values if isinstance(one, Replace) else one.direction.vector
         if vector.shape[-1] != width:

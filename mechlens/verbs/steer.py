@@ -54,12 +54,15 @@ def _intervention(
 ) -> Add | Ablate:
     if config.operation == "ablate":
         return Ablate(direction, layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)
-    if not 0 <= layer < n_layers(model):
-        raise UserError(f"there is no layer {layer} to intervene at, only 0 to {n_layers(model) - 1}; choose one")
+    last = n_layers(model)
+    if not 0 <= layer <= last:
+        raise UserError(f"there is no layer {layer} to intervene at, only 0 to {last - 1}; choose one")
+    # The last level is no block's input, but the last block's output.
+    block, site = (layer, "resid_pre") if layer < last else (last - 1, "resid_post")
     norms = _norms(model, template, layer) if config.unit == "share" else None
     return Add(
-        direction, strength=config.strength, unit=config.unit, layers=(layer,), positions=ALL, phase="both",
-        norms=norms,
+        direction, strength=config.strength, unit=config.unit, layers=(block,), positions=ALL, phase="both",
+        site=site, norms=norms,
     )  # fmt: skip
 
 
