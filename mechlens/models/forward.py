@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from mechlens.models.bridge import (
     LanguageModel,
     device_of,
+    dtype_of,
     has_hooks,
     is_bridge,
     level_hook,
@@ -28,7 +29,9 @@ from mechlens.models.bridge import (
     native,
     native_blocks,
     regime,
+    whole,
 )
+from mechlens.models.probes import UNTRIED, apart, is_misfit, probe_tokens, tolerance
 
 MIN_PREFIX = 4
 """A shared start shorter than this isn't worth a pass of its own."""
@@ -103,20 +106,27 @@ def fits_fast_path(model: LanguageModel) -> bool:
 
 @torch.inference_mode()
 def _caches_tokens(model: LanguageModel) -> bool:
-    tokens = torch.arange(1, 6, device=device_of(model)).unsqueeze(0)
+    """Whether tokens that continue a cache of ours have the logits that they have in a whole pass."""
+    cache = DynamicCache()
     with native(model) as hf_model:
+        tokens = probe_tokens(hf_model, 8)
         try:
-            cache = hf_model(tokens, past_key_values=DynamicCache(), use_cache=True).past_key_values
-        except (TypeError, ValueError, AttributeError, IndexError):
+            hf_model(tokens[:, :5], past_key_values=cache, use_cache=True)
+            if not _is_plain_cache(cache, n_layers(model), 5):
+                return False
+            rest = hf_model(tokens[:, 5:], past_key_values=cache, use_cache=True).logits
+        except UNTRIED as error:
+            if not is_misfit(error):
+                raise
             return False
-    return _is_plain_cache(cache, n_layers(model), 5)
+        right = hf_model(tokens, use_cache=False).logits[:, 5:]
+    return apart(rest, right) <= tolerance(dtype_of(model))
 
 
-def _is_plain_cache(cache: Any, layers: int, length: int) -> bool:
+def _is_plain_cache(cache: DynamicCache, layers: int, length: int) -> bool:
     """Keys and values of every token in every layer: not a recurrent state, not a cropped window."""
-    if type(cache) is not DynamicCache or len(cache.layers) != layers:
-        return False
-    return all(isinstance(x.keys, Tensor) and x.keys.shape[-2] == length for x in cache.layers)
+    kept = [getattr(layer, "keys", None) for layer in cache.layers]
+    return len(kept) == layers and all(isinstance(keys, Tensor) and keys.shape[-2] == length for keys in kept)
 
 
 @torch.inference_mode()
@@ -164,8 +174,8 @@ def plain_batch(
     tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
     names = [level_hook(model, level) for level in levels]
     top = max(levels)
-    stop = {"stop_at_layer": top + 1} if top < n_layers(model) else {}
-    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **stop)
+    how = whole(model) | ({"stop_at_layer": top + 1} if top < n_layers(model) else {})
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **how)
     read = torch.tensor([row.read for row in rows])
     return torch.stack([gather(cache[name], read) for name in names], dim=1)
 

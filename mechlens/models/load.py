@@ -9,6 +9,7 @@ from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, fetch
+from mechlens.models.soundness import require_present
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -91,6 +92,7 @@ def load_hf(
         raise UserError(f"the model {model!r} can't be loaded: {_first_line(error)}") from error
     if gguf and hasattr(hf_model.config, "quantization_config"):
         del hf_model.config.quantization_config
+    require_present(hf_model, model)
     return hf_model.eval(), load_tokenizer(model, revision=revision)
 
 
@@ -235,9 +237,11 @@ def _round(hf_model: Any, dtype: str) -> Any:
 
 def _moved(hf_model: Any, device: str) -> Any:
     try:
-        return hf_model.to(device)
+        hf_model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the model can't be moved to the device {device!r}: {_first_line(error)}") from error
+    require_present(hf_model, hf_model.config.name_or_path)
+    return hf_model
 
 
 def _first_line(error: BaseException) -> str:
