@@ -83,11 +83,124 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }  # fmt: skip
 ARCHITECTURES = tuple(CONFIGS)
 
+LINEAR = {
+    "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+STATES = {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 3, "eos_token_id": 4}
+HEAD = {**SMALL, "head_dim": 8}
+FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 4}
+MORE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    # Logits and residuals are scaled.
+    "granite": lambda: transformers.GraniteConfig(
+        logits_scaling=8.0, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, **SMALL
+    ),
+    "cohere": lambda: transformers.CohereConfig(logit_scale=0.0625, **SMALL),
+    "cohere2": lambda: transformers.Cohere2Config(
+        logit_scale=0.0625, layer_types=["sliding_attention", "sliding_attention", "full_attention"], **HEAD
+    ),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(
+        num_local_experts=4, num_experts_per_tok=2, logits_scaling=8.0, **SMALL
+    ),
+    # Some or all blocks keep a state instead of keys and values.
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(
+        layer_types=["linear_attention", "linear_attention", "full_attention"], **LINEAR, **HEAD
+    ),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        layer_types=["linear_attention", "full_attention", "linear_attention"], shared_expert_intermediate_size=16,
+        **EXPERTS, **LINEAR, **HEAD,
+    ),
+    "qwen3_next_linear": lambda: transformers.Qwen3NextConfig(
+        layer_types=["linear_attention"] * 3, shared_expert_intermediate_size=16, **EXPERTS, **LINEAR, **HEAD
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(layer_types=["conv", "conv", "full_attention"], **SMALL),
+    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
+        num_dense_layers=1, layer_types=["conv", "conv", "full_attention"], **EXPERTS, **SMALL
+    ),
+    "olmo_hybrid": lambda: transformers.OlmoHybridConfig(**SMALL),
+    "jamba": lambda: transformers.JambaConfig(
+        num_experts=4, mamba_d_state=8, mamba_dt_rank=4, attn_layer_period=3,
+        attn_layer_offset=1, expert_layer_period=2, **SMALL,
+    ),
+    "bamba": lambda: transformers.BambaConfig(mamba_n_groups=1, attn_layer_indices=[1], **MAMBA, **SMALL),
+    "falcon_h1": lambda: transformers.FalconH1Config(
+        mamba_d_ssm=32, mamba_n_groups=1, lm_head_multiplier=0.25, embedding_multiplier=3.0,
+        **{**MAMBA, "mamba_n_heads": 4}, **HEAD,
+    ),
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, hybrid_override_pattern="M*-", **HEAD
+    ),
+    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(
+        num_local_experts=4, num_experts_per_tok=2, mamba_expand=2, shared_intermediate_size=32,
+        layer_types=["mamba", "mamba", "attention"], **MAMBA, **SMALL,
+    ),
+    "mamba": lambda: transformers.MambaConfig(**STATES),
+    "mamba2": lambda: transformers.Mamba2Config(num_heads=8, head_dim=8, n_groups=2, **STATES),
+    "falcon_mamba": lambda: transformers.FalconMambaConfig(**STATES),
+    "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(
+        lru_width=32, attention_window_size=16, **{k: v for k, v in SMALL.items() if k != "max_position_embeddings"}
+    ),
+    "rwkv": lambda: transformers.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32, rescale_every=2, eos_token_id=4
+    ),
+    # Others that TransformerLens knows.
+    "gemma": lambda: transformers.GemmaConfig(**HEAD),
+    "gemma4": lambda: transformers.Gemma4TextConfig(sliding_window=16, **HEAD),
+    "llama4": lambda: transformers.Llama4TextConfig(num_local_experts=4, intermediate_size_mlp=64, **HEAD),
+    "smollm3": lambda: transformers.SmolLM3Config(**SMALL),
+    "olmo": lambda: transformers.OlmoConfig(**SMALL),
+    "olmo3": lambda: transformers.Olmo3Config(sliding_window=16, **SMALL),
+    "olmoe": lambda: transformers.OlmoeConfig(num_experts=4, num_experts_per_tok=2, **SMALL),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(shared_expert_intermediate_size=16, **EXPERTS, **SMALL),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**EXPERTS, **HEAD),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=16, q_lora_rank=16,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, moe_intermediate_size=16, first_k_dense_replace=1,
+        **NO_GROUPS,
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        num_local_experts=4, num_experts_per_tok=2, sliding_window=16, **HEAD
+    ),
+    "falcon": lambda: transformers.FalconConfig(alibi=False, new_decoder_architecture=False, **FALCON),
+    "mpt": lambda: transformers.MptConfig(
+        vocab_size=VOCAB, d_model=32, n_layers=3, n_heads=4, expansion_ratio=2, max_seq_len=512
+    ),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=3, num_heads=4, window_size=16, max_position_embeddings=512,
+        attention_types=[[["global", "local", "global"], 1]], eos_token_id=4,
+    ),
+    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(**GPT),
+    "xglm": lambda: transformers.XGLMConfig(
+        vocab_size=VOCAB, d_model=32, ffn_dim=64, num_layers=3, attention_heads=4, eos_token_id=4
+    ),
+    "starcoder2": lambda: transformers.Starcoder2Config(**SMALL),
+    "nemotron": lambda: transformers.NemotronConfig(**SMALL),
+    "glm4": lambda: transformers.Glm4Config(**HEAD),
+    "exaone4": lambda: transformers.Exaone4Config(sliding_window=16, **SMALL),
+    "ernie4_5": lambda: transformers.Ernie4_5Config(**SMALL),
+    "hunyuan": lambda: transformers.HunYuanDenseV1Config(**HEAD),
+    "seed_oss": lambda: transformers.SeedOssConfig(**HEAD),
+    "apertus": lambda: transformers.ApertusConfig(**SMALL),
+    "arcee": lambda: transformers.ArceeConfig(**SMALL),
+    "bitnet": lambda: transformers.BitNetConfig(**SMALL),
+    # Those that TransformerLens can't wrap.
+    "codegen": lambda: transformers.CodeGenConfig(rotary_dim=4, **GPT),
+    "helium": lambda: transformers.HeliumConfig(**HEAD),
+    "ministral": lambda: transformers.MinistralConfig(sliding_window=16, **HEAD),
+    "phimoe": lambda: transformers.PhimoeConfig(num_local_experts=4, **SMALL),
+    "minimax": lambda: transformers.MiniMaxConfig(
+        num_local_experts=4, layer_types=["linear_attention", "full_attention", "linear_attention"], block_size=8,
+        **HEAD,
+    ),
+}  # fmt: skip
+"""More architectures, for the table of what each can do and for what is special about some."""
+
 
 def tiny_hf(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random three-layer model in eval mode; weights are scaled up so that layers really differ."""
     torch.manual_seed(seed)
-    config = CONFIGS[architecture]()
+    config = (CONFIGS | MORE)[architecture]()
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

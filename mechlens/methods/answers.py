@@ -16,7 +16,7 @@ from mechlens.models import forward
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.forward import Row
-from mechlens.models.generate import greedy_batch, plain_greedy
+from mechlens.models.generate import greedy_batch, plain_engine, plain_greedy
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 NO_TOKEN = -1
+FAST = "fast"
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Answers:
     checkpoint: Checkpoint
     template: str
     engine: str
-    """"fast" (shared prefix, packed cache) or "plain"."""
+    """"fast" (shared prefix, packed cache), or one of `plain_engine`: "plain", "native" or "uncached"."""
     why_plain: str = field(default="", kw_only=True)
-    """Why the plain path was taken; empty for the fast one."""
+    """Why the fast path was not taken; empty where it was."""
 
     @property
     def first_tokens(self) -> tuple[int, ...]:
@@ -83,6 +84,7 @@ def answer(
     if has_hooks(model):
         shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
     fast = forward.fits_fast_path(model)
+    engine = FAST if fast else plain_engine(model)
     checkpoint = checkpoint_now(model)
     found: dict[int, list[int]] = {}
     skip = forward.shared_prefix(rows) if fast else 0
@@ -92,7 +94,7 @@ def answer(
     batches = forward.plan(rows, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not fast)
     for members in tqdm(batches, desc="answering", unit="batch", delay=2, leave=False):
         chunk = [rows[i] for i in members]
-        key = _key(model, checkpoint, chunk, max_new_tokens, skip, fast)
+        key = _key(model, checkpoint, chunk, max_new_tokens, skip, engine)
         piece = shelf.get(key) if shelf is not None else None
         if piece is None:
             if fast and skip and prefix is None:
@@ -109,7 +111,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         checkpoint=checkpoint,
         template=batch.template,
-        engine="fast" if fast else "plain",
+        engine=engine,
         why_plain=forward.why_plain(model),
     )
 
@@ -127,11 +129,11 @@ def _runner(model: LanguageModel, max_new_tokens: int, fast: bool, prefix: Any) 
 
 
 def _key(
-    model: LanguageModel, checkpoint: Checkpoint, rows: list[Row], max_new_tokens: int, skip: int, fast: bool
+    model: LanguageModel, checkpoint: Checkpoint, rows: list[Row], max_new_tokens: int, skip: int, engine: str
 ) -> str:
     """Fingerprint of a batch: weights, type, every token id and how far to go."""
     record = [
         FORMAT, "answers", checkpoint.fingerprint, checkpoint.regime, str(dtype_of(model)), device_of(model).type,
-        "fast" if fast else "plain", skip, max_new_tokens, [row.ids for row in rows],
+        engine, skip, max_new_tokens, [row.ids for row in rows],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

@@ -28,6 +28,7 @@ from mechlens.models.bridge import (
 )
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.forward import Row
+from mechlens.models.soundness import overflow_advice
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate, chat_template
@@ -67,7 +68,7 @@ def collect(
     fast = forward.fits_fast_path(model)
     checkpoint = checkpoint_now(model)
     values, finite = _compute(model, checkpoint, rows, wanted, fast, shelf, max_tokens or _default_tokens(model))
-    _refuse_non_finite(~finite, wanted, batch)
+    _refuse_non_finite(~finite, wanted, batch, dtype_of(model))
     return Activations(
         values=values,
         levels=wanted,
@@ -223,11 +224,13 @@ def _key(
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
-def _refuse_non_finite(bad: Bool[Tensor, "prompt level"], levels: tuple[int, ...], batch: TokenBatch) -> None:
+def _refuse_non_finite(
+    bad: Bool[Tensor, "prompt level"], levels: tuple[int, ...], batch: TokenBatch, dtype: torch.dtype
+) -> None:
     if bool(bad.any()):
         level = int(bad.any(dim=0).nonzero()[0, 0])
         row = int(bad[:, level].nonzero()[0, 0])
         raise UserError(
             f"activations at level {levels[level]} are not finite (first in prompt {batch.prompts[row].id!r}; "
-            f"{int(bad.any(dim=1).sum())} prompts in all); float16 overflows, so load the model in bfloat16 or float32"
+            f"{int(bad.any(dim=1).sum())} prompts in all); {overflow_advice(dtype)}"
         )

@@ -1,7 +1,7 @@
 """Interventions as values: add a direction, remove it, set it, or replace a residual; where, when and how strongly."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from mechlens.methods.activations import Activations, stored_name
 from mechlens.methods.directions import Direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.intervene import CHANGEABLE
+from mechlens.models.writes import CHANGEABLE, Place, place_hooks, require_seen
 
 Phase = Literal["prompt", "generation", "both"]
 Unit = Literal["raw", "unit", "share"]
@@ -229,7 +229,8 @@ def require_fits(
     """
     last, width = n_layers(model) - 1, d_model(model)
     now = checkpoint_now(model)
-    for one in {id(intervention): intervention for intervention in interventions}.values():
+    distinct = list({id(intervention): intervention for intervention in interventions}.values())
+    for one in distinct:
         wrong = [layer for layer in (() if one.layers == ALL else one.layers) if not 0 <= layer <= last]
         if wrong:
             level = f"; the last level is layer {last} with site='resid_post'" if wrong[0] == last + 1 else ""
@@ -241,6 +242,15 @@ def require_fits(
         for made in () if force else (one if isinstance(one, Replace) else one.direction, norms):
             if made is not None:
                 _require_same(made.checkpoint, now, made.template, template)
+    place_hooks(model, {place for one in distinct for place in _places(one, last + 1)})
+    if any(isinstance(one, Ablate) and {"attn_out", "mlp_out"} <= set(one.sites) for one in distinct):
+        require_seen(model)
+
+
+def _places(one: Intervention, n_layers: int) -> Iterator[Place]:
+    sites = one.sites if isinstance(one, Ablate) else (one.site,)
+    layers = range(n_layers) if one.layers == ALL else one.layers
+    return ((site, layer) for site in sites for layer in layers)
 
 
 def require_direction(model: LanguageModel, direction: Direction, *, force: bool) -> None:

@@ -23,8 +23,9 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
 from mechlens.models.generate import start_cache
-from mechlens.models.intervene import Along, Change, Place, bears_fast, changed
+from mechlens.models.intervene import Along, Change, bears_fast, changed
 from mechlens.models.merged import Merged, merges_rows
+from mechlens.models.writes import Place
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.template import ChatTemplate

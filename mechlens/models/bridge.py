@@ -7,6 +7,7 @@ faster and need no hook points; `native` puts them back for the length of a `wit
 
 import contextlib
 import copy
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from mechlens.errors import UserError
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.fingerprint import sampled_fingerprint, stamp, weight_fingerprint
+from mechlens.models.head import Form, head_logits, watched_pass
+from mechlens.models.probes import UNTRIED, apart, decode_gap, is_misfit, probe_logits, probe_tokens, tolerance
 from mechlens.models.sealed import sealed
+from mechlens.models.soundness import overflow_advice, require_finite_logits, require_finite_weights, require_present
 from mechlens.models.transformers_versions import cache_by_old_name, in_type_of
 
 LanguageModel = Any
@@ -41,6 +45,11 @@ class Loaded:
     """Stamp of the bridged weights at load, which tells whether they were edited since."""
     own_hooks: int = 0
     """Hooks that TransformerLens itself attached; any beyond these are the user's."""
+    decode_gap: float = float("nan")
+    """How far decoding with a cache on the bridged modules is from whole passes, as a share of the largest logit;
+    NaN if it wasn't measured. What decodes takes another way where it is large (see `plain_engine`)."""
+    head_gap: float = float("nan")
+    """The same of `unembed` and the model's own logits."""
 
 
 def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> LanguageModel:
@@ -55,22 +64,29 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.init_kwargs |= {"name_or_path": checkpoint.path, "add_bos_token": True}
     hf_model.eval()
-    before = _probe_logits(hf_model)
+    require_present(hf_model, checkpoint.name)
+    require_finite_weights(hf_model, checkpoint.name)
+    before = probe_logits(hf_model)
     try:
         # The name is only a label here, but TransformerLens takes a bare one for an alias of some hub model.
         label = checkpoint.path if "/" in checkpoint.path else f"local/{checkpoint.path}"
         with sealed():
             model = TransformerBridge.boot_transformers(label, hf_model=hf_model, tokenizer=tokenizer)
-    except ValueError as error:
-        reason = str(error).split(". ")[0]  # what follows is a list of every architecture it knows
+        model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+        _mend_attention(model)
+        model.requires_grad_(False)
+        after = probe_logits(model.original_model)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        reason = str(error).split(". ")[0]  # what follows may be a list of every architecture it knows
         raise UserError(
             f"TransformerLens can't wrap {type(hf_model).__name__} ({checkpoint.name}): {reason}"
         ) from error
-    model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
-    _mend_attention(model)
-    model.requires_grad_(False)
-    gap = float((_probe_logits(model.original_model) - before).abs().max())
+    _warn_of(checkpoint.name, before, after, dtype_of(model))
+    gap = float((after - before).abs().max())
     model.mechlens = Loaded(checkpoint, ours, attention, gap, weights_now(model), _count_hooks(model))
+    model.mechlens = replace(model.mechlens, decode_gap=decode_gap(model.original_model), head_gap=_head(model).gap)
     return model
 
 
@@ -87,14 +103,17 @@ def _mend_attention(model: LanguageModel) -> None:
                     point.register_forward_hook(in_type_of(module))
 
 
-@torch.inference_mode()
-def _probe_logits(hf_model: nn.Module) -> Tensor:
-    """Logits of one fixed prompt, for the comparison with plain Hugging Face."""
-    parameter = next(hf_model.parameters())
-    size = int(hf_model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    tokens = torch.arange(1, 17, device=parameter.device).remainder(size).unsqueeze(0)
-    logits: Tensor = hf_model(tokens).logits
-    return logits.float().cpu()
+def _warn_of(name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+    """One warning for logits that mean nothing, or that TransformerLens' modules compute otherwise."""
+    gap = apart(after, before)
+    if not bool(torch.isfinite(before).all()):
+        warnings.warn(f"the logits of {name} are not finite on a short prompt; {overflow_advice(dtype)}", stacklevel=3)
+    elif gap > tolerance(dtype):
+        warnings.warn(
+            f"{name} computes other logits inside TransformerLens than in plain Hugging Face (apart by {gap:.2g} of "
+            "the largest), so what its hook points show is another model's",
+            stacklevel=3,
+        )
 
 
 def loaded(model: LanguageModel) -> Loaded:
@@ -169,6 +188,11 @@ def is_bridge(model: LanguageModel) -> bool:
     return hasattr(model, "original_model")
 
 
+def whole(model: LanguageModel) -> dict[str, bool]:
+    """Argument of a bridge's pass for one that is never continued: some models' own cache can't even be begun."""
+    return {"use_cache": False} if is_bridge(model) else {}
+
+
 def n_layers(model: LanguageModel) -> int:
     """Number of blocks L; residual levels run from 0 to L."""
     return int(model.cfg.n_layers)
@@ -192,7 +216,8 @@ def embedding_rows(model: LanguageModel) -> int:
 
 def device_of(model: LanguageModel) -> torch.device:
     """Where token ids go: the device of the embedding."""
-    device: torch.device = next(iter(model.parameters())).device
+    first = model.original_model.get_input_embeddings() if is_bridge(model) else model
+    device: torch.device = next(iter(first.parameters())).device
     return device
 
 
@@ -296,16 +321,64 @@ def native_tap(model: LanguageModel, site: str, layer: int) -> nn.Module | None:
     return plain
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What is needed to run a bridge's own head alone, and how far that is `apart` from its logits."""
+
+    forms: list[Form]
+    gap: float
+
+
+_HEADS: "weakref.WeakKeyDictionary[nn.Module, _Head]" = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def _head(model: LanguageModel) -> _Head:
+    if model not in _HEADS:
+        # On the plain modules, where no hook of the user's is called for a prompt that nobody asked for.
+        with native(model) as hf_model:
+            _HEADS[model] = _tried_head(hf_model, model.blocks)
+    return _HEADS[model]
+
+
+def _tried_head(hf_model: nn.Module, blocks: nn.ModuleList) -> _Head:
+    try:
+        forms, residual, logits = watched_pass(hf_model, blocks, probe_tokens(hf_model, 7))
+        return _Head(forms, apart(head_logits(hf_model, blocks, forms, residual), logits))
+    except UNTRIED as error:
+        if not is_misfit(error):
+            raise
+        return _Head([], float("inf"))
+
+
+def _own_logits(model: LanguageModel, residual: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
+    head = _head(model)
+    logits = head_logits(model.original_model, model.blocks, head.forms, residual) if head.forms else None
+    if logits is not None:
+        require_finite_logits(logits)
+    if logits is None or head.gap > tolerance(dtype_of(model)):
+        raise UserError(
+            f"the logits of {type(model.original_model).__name__} can't be worked out from its last residual "
+            f"(apart from its own by {head.gap:.2g} of the largest), so neither can losses or log-odds"
+        )
+    return logits
+
+
 @torch.inference_mode()
 def unembed(model: LanguageModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
-    """Logits of level-L residuals: final norm, unembedding and soft cap (float32, on the CPU)."""
-    x = residual.to(device_of(model), dtype_of(model))
-    x = x.reshape(1, -1, x.shape[-1])
-    norm = getattr(model, "ln_final", None)  # a HookedTransformer may have none
-    logits = model.unembed(x if norm is None else norm(x)).float()
-    cap = getattr(model.cfg, "output_logits_soft_cap", -1.0) or -1.0
-    if cap > 0:
-        logits = cap * torch.tanh(logits / cap)
+    """Logits of level-L residuals: final norm, unembedding and whatever scales or caps them (float32, on the CPU).
+
+    UserError where they are not the model's own logits, or not finite.
+    """
+    x = residual.to(device_of(model), dtype_of(model)).reshape(-1, residual.shape[-1])
+    if is_bridge(model):
+        logits = _own_logits(model, x).float()
+    else:
+        norm = getattr(model, "ln_final", None)  # a HookedTransformer may have none
+        logits = model.unembed(x[None] if norm is None else norm(x[None])).float()
+        cap = getattr(model.cfg, "output_logits_soft_cap", -1.0) or -1.0
+        logits = cap * torch.tanh(logits / cap) if cap > 0 else logits
+        require_finite_logits(logits)
     out: Tensor = logits.reshape(*residual.shape[:-1], -1).cpu()
     return out
 

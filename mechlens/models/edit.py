@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import LanguageModel, device_of, site_hook
+from mechlens.models.bridge import LanguageModel, device_of, site_hook, whole
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plain_record(model: LanguageModel, ids: Sequence[int], read: int, site: str,
     """One run with TransformerLens' own cache; UserError for a site that a block doesn't have."""
     names = {layer: site_hook(site, layer) for layer in layers}
     tokens = torch.tensor([list(ids)], device=device_of(model))
-    logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names.values())
+    logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names.values(), **whole(model))
     missing = [layer for layer, name in names.items() if name not in cache]
     if missing:
         # Parallel blocks have no place between attention and MLP; some models have no attention in some blocks.
@@ -95,7 +95,7 @@ def plain_edited_logits(
 
     tokens = torch.tensor([list(ids)], device=device_of(model))
     # A HookedTransformer would put a BOS in front of tokens only when given text; ids stay as they are.
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, edit.layer), hook)])
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, edit.layer), hook)], **whole(model))
     out: Tensor = logits[0, read].float().cpu()
     return out
 
@@ -115,6 +115,6 @@ def bears_edits(model: LanguageModel, site: str, layer: int) -> bool:
 
     tokens = torch.arange(1, 9, device=device_of(model)).unsqueeze(0)
     reading = (site_hook("z", layer), keep)
-    model.run_with_hooks(tokens, fwd_hooks=[reading])
-    model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, layer), first_token_only), reading])
+    model.run_with_hooks(tokens, fwd_hooks=[reading], **whole(model))
+    model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, layer), first_token_only), reading], **whole(model))
     return len(found) == 2 and not torch.equal(*found)

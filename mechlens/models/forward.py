@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from mechlens.models.bridge import (
     LanguageModel,
     device_of,
+    dtype_of,
     has_hooks,
     is_bridge,
     level_hook,
@@ -30,7 +31,9 @@ from mechlens.models.bridge import (
     native,
     native_blocks,
     regime,
+    whole,
 )
+from mechlens.models.probes import UNTRIED, apart, is_misfit, probe_tokens, tolerance
 from mechlens.models.transformers_versions import with_cache
 
 MIN_PREFIX = 4
@@ -127,21 +130,28 @@ def warn_plain(model: LanguageModel, reason: str) -> None:
 
 @torch.inference_mode()
 def _no_token_cache(model: LanguageModel) -> str:
-    tokens = torch.arange(1, 6, device=device_of(model)).unsqueeze(0)
+    """Why tokens that continue a cache of ours haven't the logits that they have in a whole pass; empty if they do."""
     cache = DynamicCache()
     with native(model) as hf_model:
+        tokens = probe_tokens(hf_model, 8)
         try:
-            hf_model(tokens, **with_cache(hf_model, cache))
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            hf_model(tokens[:, :5], **with_cache(hf_model, cache))
+            if not _is_plain_cache(cache, n_layers(model), 5):
+                return "it doesn't cache keys and values of every token"
+            rest = hf_model(tokens[:, 5:], **with_cache(hf_model, cache)).logits
+        except UNTRIED as error:
+            if not is_misfit(error):
+                raise
             return f"a pass with cached keys and values fails in it ({type(error).__name__})"
-    return "" if _is_plain_cache(cache, n_layers(model), 5) else "it doesn't cache keys and values of every token"
+        right = hf_model(tokens, use_cache=False).logits[:, 5:]
+    same = apart(rest, right) <= tolerance(dtype_of(model))
+    return "" if same else "tokens that continue cached keys and values get other logits in it than in a whole pass"
 
 
-def _is_plain_cache(cache: Any, layers: int, length: int) -> bool:
+def _is_plain_cache(cache: DynamicCache, layers: int, length: int) -> bool:
     """Keys and values of every token in every layer: not a recurrent state, not a cropped window."""
-    if type(cache) is not DynamicCache or len(cache.layers) != layers:
-        return False
-    return all(isinstance(x.keys, Tensor) and x.keys.shape[-2] == length for x in cache.layers)
+    kept = [getattr(layer, "keys", None) for layer in cache.layers]
+    return len(kept) == layers and all(isinstance(keys, Tensor) and keys.shape[-2] == length for keys in kept)
 
 
 @torch.inference_mode()
@@ -189,8 +199,8 @@ def plain_batch(
     tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
     names = [level_hook(model, level) for level in levels]
     top = max(levels)
-    stop = {"stop_at_layer": top + 1} if top < n_layers(model) else {}
-    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **stop)
+    how = whole(model) | ({"stop_at_layer": top + 1} if top < n_layers(model) else {})
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **how)
     read = torch.tensor([row.read for row in rows])
     return torch.stack([gather(cache[name], read) for name in names], dim=1)
 

@@ -1,24 +1,41 @@
 """Greedy answers in batches: the shared start once, rows packed, finished rows leave."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
-from mechlens.models.bridge import LanguageModel, device_of, is_bridge, loaded, n_layers, native, native_blocks
+from mechlens.models.bridge import (
+    LanguageModel,
+    device_of,
+    dtype_of,
+    has_hooks,
+    is_bridge,
+    loaded,
+    n_layers,
+    native,
+    native_blocks,
+    regime,
+)
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
 from mechlens.models.merged import Merged
+from mechlens.models.probes import decode_gap, tolerance
 from mechlens.models.roomy import roomy
+from mechlens.models.soundness import not_finite, require_finite_logits
 from mechlens.models.transformers_versions import with_cache
 
 Decided = Callable[[list[int]], bool]
 """Whether an answer so far is all that one wants to know; its row then leaves the batch."""
+PLAIN, NATIVE, UNCACHED = "plain", "native", "uncached"
+"""Ways of decoding that fit more models than packed batches do; see `plain_engine`."""
+_NATIVE_GAPS: "weakref.WeakKeyDictionary[nn.Module, float]" = weakref.WeakKeyDictionary()
 LEAVING = 8
 """Rows leave once they are one in so many: taking them out copies the keys and values of all others."""
 
@@ -49,7 +66,7 @@ def greedy_batch(
         cache = _packed(cache, width - lengths, merged, max_new_tokens)
         mask = torch.arange(skip + width, device=device) >= (width - lengths).unsqueeze(1)
         rest = _Rest(stop, max_new_tokens, clock, decided)
-        return _decode(hf_model, cache, logits.argmax(dim=-1), mask, skip + lengths, rest)
+        return _decode(hf_model, cache, _likeliest(logits).to(device), mask, skip + lengths, rest)
 
 
 @torch.inference_mode()
@@ -63,7 +80,9 @@ def prompt_logits(
     """Logits of every row's first answer token (float32, on the CPU)."""
     merged = merged or Merged.apart(len(rows), n_layers(model), device_of(model))
     with native(model) as hf_model:
-        return _prompt_pass(model, hf_model, rows, prefix, clock, merged)[0].float().cpu()
+        logits = _prompt_pass(model, hf_model, rows, prefix, clock, merged)[0]
+    require_finite_logits(logits)
+    return logits.float().cpu()
 
 
 @torch.inference_mode()
@@ -75,9 +94,8 @@ def start_cache(model: LanguageModel, ids: Sequence[int], clock: Clock, merged: 
         # Without its head: nobody reads logits here.
         body = model.original_model.base_model
         body(tokens, **with_cache(body, cache))
-    return DynamicCache(
-        [(layer.keys[rows], layer.values[rows]) for layer, rows in zip(cache.layers, merged.of_row, strict=True)]
-    )
+    layers = [(layer, rows.to(layer.keys.device)) for layer, rows in zip(cache.layers, merged.of_row, strict=True)]
+    return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer, rows in layers])
 
 
 def _prompt_pass(
@@ -192,8 +210,16 @@ def _decode(
         where = {} if bool(mask.all()) else {"attention_mask": mask.long(), "position_ids": position.unsqueeze(1)}
         rest.tick(alive, position, step)
         logits = _step(hf_model, token, cache, where)
-        token, position = logits.argmax(dim=-1), position + 1
+        token, position = _likeliest(logits).to(token.device), position + 1
     return answers
+
+
+def _likeliest(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
+    """The likeliest token of every row; UserError where none is, as the logits aren't finite."""
+    value, token = logits.max(dim=-1)
+    if not bool(torch.isfinite(value).all()):
+        raise not_finite(logits.dtype)
+    return token
 
 
 def _step(hf_model: torch.nn.Module, token: Tensor, cache: DynamicCache, where: dict[str, Tensor]) -> Tensor:
@@ -206,22 +232,28 @@ def _step(hf_model: torch.nn.Module, token: Tensor, cache: DynamicCache, where: 
     return logits
 
 
+def plain_engine(model: LanguageModel) -> str:
+    """How `plain_greedy` decodes: by the library's generation on the modules that hooks act on (PLAIN) where its cache
+    loses nothing there, else on the plain modules (NATIVE), or without a cache (UNCACHED), which is always right."""
+    if not is_bridge(model) or loaded(model).decode_gap <= tolerance(dtype_of(model)):
+        return PLAIN
+    if has_hooks(model) or regime(model) != "raw":
+        return UNCACHED
+    if model not in _NATIVE_GAPS:
+        with native(model) as hf_model:
+            _NATIVE_GAPS[model] = decode_gap(hf_model)
+    return NATIVE if _NATIVE_GAPS[model] <= tolerance(dtype_of(model)) else UNCACHED
+
+
 @torch.inference_mode()
 def plain_greedy(model: LanguageModel, rows: list[Row], max_new_tokens: int) -> list[list[int]]:
-    """The same for rows of one length through the library's own generation: the path that fits every model."""
+    """The same for rows of one length, in the way that `plain_engine` names: one of them fits every model."""
+    engine = plain_engine(model)
+    if engine == UNCACHED:
+        return recomputed_greedy(model, rows, max_new_tokens, None, None)
     tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
     stop = stop_tokens(model)
-    if is_bridge(model):
-        hf_model = model.original_model
-        own = hf_model.generation_config
-        try:
-            # A model's own settings may hold a repetition penalty, which greedy answers leave out.
-            hf_model.generation_config = GenerationConfig(eos_token_id=sorted(stop) or None, pad_token_id=0)
-            mask = torch.ones_like(tokens)
-            out = hf_model.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
-        finally:
-            hf_model.generation_config = own
-    else:
+    if not is_bridge(model):
         out = model.generate(
             tokens,
             max_new_tokens=max_new_tokens,
@@ -230,12 +262,39 @@ def plain_greedy(model: LanguageModel, rows: list[Row], max_new_tokens: int) -> 
             verbose=False,
             prepend_bos=False,
         )
+        require_finite_logits(whole_logits(model, out))
+    else:
+        with native(model) if engine == NATIVE else contextlib.nullcontext(model.original_model) as hf_model:
+            out = _generated(hf_model, tokens, stop, max_new_tokens)
     return [_until(row, stop) for row in out[:, tokens.shape[1] :].tolist()]
+
+
+def _generated(hf_model: Any, tokens: Tensor, stop: set[int], max_new_tokens: int) -> Tensor:
+    """Prompt and answer by Hugging Face's own generation."""
+
+    def finite(ids: Tensor, logits: Tensor) -> Tensor:
+        require_finite_logits(logits)
+        return logits
+
+    own = hf_model.generation_config
+    try:
+        # A model's own settings may hold a repetition penalty, which greedy answers leave out.
+        hf_model.generation_config = GenerationConfig(eos_token_id=sorted(stop) or None, pad_token_id=0)
+        out: Tensor = hf_model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([finite]),
+        )
+    finally:
+        hf_model.generation_config = own
+    return out
 
 
 @torch.inference_mode()
 def recomputed_greedy(
-    model: LanguageModel, rows: list[Row], max_new_tokens: int, clock: Clock, decided: Decided | None
+    model: LanguageModel, rows: list[Row], max_new_tokens: int, clock: Clock | None, decided: Decided | None
 ) -> list[list[int]]:
     """The same for rows of one length by running everything again at each step, without keys and values.
 
@@ -248,7 +307,7 @@ def recomputed_greedy(
     alive = torch.arange(len(rows), device=tokens.device)
     for step in range(max_new_tokens):
         rest.tick(alive, torch.zeros_like(alive), step)
-        token = whole_logits(model, tokens).argmax(dim=-1)
+        token = whole_logits(model, tokens).argmax(dim=-1).to(tokens.device)
         going = torch.tensor(rest.written(token, alive, [True] * len(alive), answers), device=tokens.device)
         alive, tokens = alive[going], torch.cat([tokens, token.unsqueeze(1)], dim=1)[going]
         if not len(alive):
@@ -263,6 +322,7 @@ def whole_logits(model: LanguageModel, tokens: Int[Tensor, "row seq"]) -> Float[
         logits: Tensor = model.original_model(tokens, use_cache=False).logits
     else:
         logits = model(tokens, prepend_bos=False)
+    require_finite_logits(logits[:, -1])
     return logits[:, -1]
 
 

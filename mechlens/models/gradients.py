@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import LanguageModel, device_of, site_hook
+from mechlens.models.bridge import LanguageModel, device_of, site_hook, whole
 
 
 class Gradients(NamedTuple):
@@ -50,7 +50,7 @@ def gradients(
 
     stepping = [(name, step(layer)) for name, layer in names.items()]
     with torch.enable_grad(), model.hooks(fwd_hooks=[("hook_embed", rooted), *stepping]):
-        found = metric(model(tokens)[0, read].float()[None]).sum()
+        found = metric(model(tokens, **whole(model))[0, read].float()[None]).sum()
         if not found.requires_grad:
             raise UserError("this metric has no gradient, so it can't be attributed; choose another engine or metric")
         # Zeros where the metric doesn't depend on a step.

@@ -4,7 +4,7 @@ Every row of a batch may carry changes of its own, and the `Clock` says which to
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mechlens.errors import UserError
-from mechlens.models.bridge import LanguageModel, device_of, is_bridge, native, site_hook
+from mechlens.models.bridge import LanguageModel, device_of, is_bridge, native
 from mechlens.models.clock import Clock
+from mechlens.models.writes import Place, place_hooks
 
-CHANGEABLE = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-"""Sites that interventions act on: a block's input, what attention and MLP add to the residual stream, its output."""
-Place = tuple[str, int]
-"""Site and layer."""
 _Edit = Callable[[Tensor], Tensor]
 
 
@@ -63,30 +59,25 @@ def changed(model: LanguageModel, rows: Sequence[Sequence[Change]], clock: Clock
     act at TransformerLens' hook points, which a HookedTransformer has too.
     """
     plan = {place: _through(steps, clock) for place, steps in _steps(rows, clock, device_of(model)).items()}
-    modules = _modules(model, list(plan)) if fast else {}  # before `native` hides TransformerLens' components
-    _require_sites(model, plan)
+    hooks = place_hooks(model, plan)
+    modules = _modules(model, hooks) if fast else {}  # before `native` hides TransformerLens' components
     with contextlib.ExitStack() as stack:
         if fast:
             stack.enter_context(native(model))
-            for place, edit in plan.items():
-                stack.callback(_attach(modules[place], edit, before=place[0] == "resid_pre").remove)
+            for place in hooks:
+                stack.callback(_attach(modules[place], plan[place], before=place[0] == "resid_pre").remove)
         else:
             # By TransformerLens' own hooks: where residuals are scaled it looks for those only.
-            hooks = [(site_hook(*place), _pointed(edit)) for place, edit in plan.items()]
-            stack.enter_context(model.hooks(fwd_hooks=hooks))
+            stack.enter_context(model.hooks(fwd_hooks=[(name, _pointed(plan[place])) for place, name in hooks.items()]))
         yield
 
 
 def bears_fast(model: LanguageModel, places: Sequence[Place]) -> bool:
     """True where every place is the input or output of one plain module, so that `changed(fast=True)` reaches it."""
-    return is_bridge(model) and len(_modules(model, places)) == len(places)
-
-
-def _require_sites(model: LanguageModel, places: Iterable[Place]) -> None:
-    points = model.hook_dict
-    for place in places:
-        if site_hook(*place) not in points:
-            raise UserError(f"this model has no site {place[0]} in block {place[1]}; intervene at resid_pre instead")
+    if not is_bridge(model):
+        return False
+    hooks = place_hooks(model, places)
+    return len(_modules(model, hooks)) == len(hooks)
 
 
 def _through(steps: list["_Step"], clock: Clock) -> _Edit:
@@ -122,12 +113,12 @@ def _pointed(edit: _Edit) -> Callable[..., Tensor]:
     return at_point
 
 
-def _modules(model: LanguageModel, places: Sequence[Place]) -> dict[Place, nn.Module]:
+def _modules(model: LanguageModel, hooks: Mapping[Place, str]) -> dict[Place, nn.Module]:
     """The plain modules whose input or output a hook point sees; a scaled residual is neither, so it is left out."""
     points = model.hook_dict
-    wanted = {points[name]: place for place in places if (name := site_hook(*place)) in points}
+    wanted = {points[name]: place for place, name in hooks.items()}
     found: dict[Place, nn.Module] = {}
-    for block in (model.blocks[layer] for layer in sorted({layer for _, layer in places})):
+    for block in (model.blocks[layer] for layer in sorted({layer for _, layer in hooks})):
         for component in block.modules():
             for end in ("hook_in", "hook_out"):
                 point = component._modules.get(end)

@@ -17,6 +17,7 @@ from mechlens.models.merge import first_line, is_path, merge_adapter
 from mechlens.models.own_tokenizer import read_as_trained, tokenizer_folder
 from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, fetch
 from mechlens.models.sealed import sealed
+from mechlens.models.soundness import require_present
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -103,6 +104,7 @@ def load_hf(
         raise UserError(f"the model {model!r} can't be loaded: {first_line(error)}") from error
     if gguf and hasattr(hf_model.config, "quantization_config"):
         del hf_model.config.quantization_config
+    require_present(hf_model, model)
     return hf_model.eval(), load_tokenizer(model, revision=revision)
 
 
@@ -257,6 +259,8 @@ def _round(hf_model: Any, dtype: str) -> Any:
 
 def _moved(hf_model: Any, device: str) -> Any:
     try:
-        return hf_model.to(device)
+        hf_model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the model can't be moved to the device {device!r}: {first_line(error)}") from error
+    require_present(hf_model, hf_model.config.name_or_path)
+    return hf_model

@@ -31,6 +31,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some of the rows."""
+        indices = indices.to(self.whole_keys.device)  # blocks may lie on several devices
         self.whole_keys, self.whole_values = self.whole_keys[indices], self.whole_values[indices]
         self._show()
 

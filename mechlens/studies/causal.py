@@ -21,6 +21,7 @@ from mechlens.methods.inversion import asked_words, preferred_words
 from mechlens.methods.shelf import Shelf
 from mechlens.methods.steering import logits_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
+from mechlens.models.writes import require_everywhere
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
@@ -139,6 +140,7 @@ def run_battery(
     shelf: Shelf | None = None,
 ) -> Battery:
     """The whole battery on one model; what its refusals or replies don't suffice for is not measurable."""
+    require_everywhere(model)
     layers = grid_layers(model, plan.layers, plan.every)
     template = template or template_of(model)
     prompts = _labelled(harmful, harmless)

@@ -20,6 +20,7 @@ from mechlens.methods.collect import collect, template_of
 from mechlens.methods.directions import Direction, direction_grid, random_like
 from mechlens.methods.shelf import Shelf
 from mechlens.models.bridge import LanguageModel, n_layers
+from mechlens.models.writes import require_everywhere
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
@@ -141,6 +142,7 @@ def select_direction(
     Harmful prompts with a refusal score of at most 0, and harmless ones with at least 0, neither make nor choose a
     direction (as published); on test every prompt counts. UserError, with the counts, where too few are left.
     """
+    require_everywhere(model)
     prompts = [*harmful, *harmless]
     batch = tokenize(prompts, template or template_of(model))
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf))

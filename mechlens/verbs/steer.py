@@ -10,6 +10,7 @@ from mechlens.methods.directions import Direction
 from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add, ResidualNorms, residual_norms
 from mechlens.methods.steering import answer_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
+from mechlens.models.writes import require_everywhere
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
@@ -53,6 +54,7 @@ def _intervention(
     config: Steer, direction: Direction, layer: int, model: LanguageModel, template: ChatTemplate
 ) -> Add | Ablate:
     if config.operation == "ablate":
+        require_everywhere(model)
         return Ablate(direction, layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)
     last = n_layers(model)
     if not 0 <= layer <= last:

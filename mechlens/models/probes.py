@@ -1,0 +1,77 @@
+"""What a model is tried on before anything is believed of it: short passes, compared with whole ones."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+UNTRIED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+"""What a model's code raises when it is run in a way that it can't bear; see `is_misfit`."""
+_NOT_THE_MODEL = ("out of memory", "can't allocate", "same device", "cuda error", "device-side")
+
+
+def is_misfit(error: Exception) -> bool:
+    """Whether an error of a trial tells of the model's code, and not of memory, of devices or of a fault elsewhere."""
+    said = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+        return False
+    return isinstance(error, UNTRIED) and not any(words in said for words in _NOT_THE_MODEL)
+
+
+def apart(found: Tensor, right: Tensor) -> float:
+    """Largest difference of two results, as a share of the largest value of the right one; infinite for NaN."""
+    if found.shape != right.shape:
+        return float("inf")
+    scale = max(float(right.float().abs().max()), 0.01)  # all but zero in a hand-built model
+    gap = float((found.float() - right.float().to(found.device)).abs().max()) / scale
+    return gap if gap == gap else float("inf")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far `apart` two ways of computing the same may be.
+
+    Far above rounding (1.2e-4 in SmolLM2's late heads on some CPUs, where plain float32 is as far from float64) and
+    far below what a way that doesn't fit gives (0.1 and more).
+    """
+    return 2e-3 if dtype == torch.float32 else 5e-2
+
+
+def probe_tokens(hf_model: nn.Module, n: int) -> Int[Tensor, "1 token"]:
+    """Some tokens that every vocabulary has."""
+    weight = hf_model.get_input_embeddings().weight  # type: ignore[operator]
+    return torch.arange(1, n + 1, device=weight.device).remainder(int(weight.shape[0])).unsqueeze(0)
+
+
+@torch.inference_mode()
+def probe_logits(hf_model: nn.Module) -> Tensor:
+    """Logits of one fixed prompt (float32, on the CPU)."""
+    # Without a cache: models whose layers are all recurrent can't count the tokens in theirs.
+    logits: Tensor = hf_model(probe_tokens(hf_model, 16), use_cache=False).logits
+    return logits.float().cpu()
+
+
+@torch.inference_mode()
+def decode_gap(hf_model: nn.Module) -> float:
+    """How far the library's own generation, token by token with its cache, is `apart` from one pass over all tokens.
+
+    Infinite where it can't be run so. Keys and values may get lost between two passes, and recurrent states too,
+    in a model whose every single pass is right.
+    """
+    start = probe_tokens(hf_model, 6)
+    settings = GenerationConfig(
+        max_new_tokens=3, do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True
+    )
+    own: Any = hf_model.generation_config
+    try:
+        hf_model.generation_config = settings
+        out = hf_model.generate(start, attention_mask=torch.ones_like(start))  # type: ignore[operator]
+        whole = hf_model(out.sequences[:, :-1], use_cache=False).logits[0, start.shape[1] - 1 :]
+    except UNTRIED as error:
+        if not is_misfit(error):
+            raise
+        return float("inf")
+    finally:
+        hf_model.generation_config = own
+    return apart(torch.cat(out.logits), whole)
