@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from adapters import save_adapter
+from huggingface_hub.constants import is_offline_mode
 from tiny import SMALL, tiny_hf, tiny_tokenizer
 
 from mechlens.models.sealed import sealed
@@ -67,7 +68,8 @@ def test_loading_starts_and_fetches_nothing(kind: str, tmp_path: Path) -> None:
     assert done.stdout.strip().splitlines()[-1] == "TransformerBridge True []"
 
 
-def test_what_is_sealed_and_what_is_not() -> None:
+def test_what_is_sealed_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = server.getsockname()
         socket.create_connection(place).close()
@@ -79,8 +81,10 @@ def test_what_is_sealed_and_what_is_not() -> None:
                 subprocess.run(["no-such-python", "-m", "pip", "install", "x"], check=False)
             with pytest.raises(FileNotFoundError):
                 subprocess.run(["no-such-compiler"], check=False)
+            assert is_offline_mode()  # so huggingface_hub reads its cache at once, and doesn't try five times
             with sealed():
                 pass
             with pytest.raises(PermissionError):
                 socket.create_connection(place)
         socket.create_connection(place).close()
+    assert not is_offline_mode()

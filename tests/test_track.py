@@ -164,7 +164,7 @@ def test_a_checkpoint_that_turns_out_unreadable_does_not_lose_the_rest(odd: Path
     found = tables(odd)
     assert sorted(found["readouts"]["step"].unique()) == [0, 1, 8]
     assert found["left_out_checkpoints"]["name"].tolist() == ["checkpoint-2"]
-    assert "use_dora" in found["left_out_checkpoints"]["reason"][0]
+    assert "lora_magnitude_vector" in found["left_out_checkpoints"]["reason"][0]
     assert "checkpoint-2" in (odd / "report.html").read_text()
     assert not found["cka"].empty
     assert not found["subspaces"].empty

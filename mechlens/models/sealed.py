@@ -16,10 +16,14 @@ def sealed() -> Iterator[None]:
 
     TransformerLens runs `pip install` for some multimodal models, and looks on the hub for what belongs to them.
     """
-    before = _SEALED.set(True)
+    from huggingface_hub import constants
+
+    before, offline = _SEALED.set(True), constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True  # else each look at the hub is tried five times, with waits between
     try:
         yield
     finally:
+        constants.HF_HUB_OFFLINE = offline
         _SEALED.reset(before)
 
 
