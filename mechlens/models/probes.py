@@ -9,13 +9,13 @@ from transformers import GenerationConfig
 
 UNTRIED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 """What a model's code raises when it is run in a way that it can't bear; see `is_misfit`."""
-_NOT_THE_MODEL = ("out of memory", "can't allocate", "same device", "cuda error", "device-side")
+_NOT_THE_MODEL = ("out of memory", "can't allocate", "same device", "cuda error", "device-side", "meta")
 
 
 def is_misfit(error: Exception) -> bool:
     """Whether an error of a trial tells of the model's code, and not of memory, of devices or of a fault elsewhere."""
     said = str(error).lower()
-    if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+    if isinstance(error, torch.OutOfMemoryError):
         return False
     return isinstance(error, UNTRIED) and not any(words in said for words in _NOT_THE_MODEL)
 
