@@ -273,7 +273,7 @@ def _generated(hf_model: Any, tokens: Tensor, stop: set[int], max_new_tokens: in
     """Prompt and answer by Hugging Face's own generation."""
 
     def finite(ids: Tensor, logits: Tensor) -> Tensor:
-        require_finite_logits(logits)
+        require_finite_logits(logits, hf_model.dtype)  # generation has made them float32
         return logits
 
     own = hf_model.generation_config

@@ -21,7 +21,7 @@ def require_finite_weights(hf_model: nn.Module, name: str) -> None:
     """UserError that names the first tensor with NaN or infinity in it."""
     for key, weight in hf_model.named_parameters():
         if weight.is_floating_point() and weight.numel() and not _is_finite(weight):
-            bad = int((~torch.isfinite(weight)).sum())
+            bad = int((~torch.isfinite(weight.float())).sum())
             raise UserError(
                 f"{key} of the model {name!r} holds NaN or infinity ({bad} of {weight.numel()} values), so nothing "
                 "that it computes means anything; take an earlier checkpoint or save it again"
@@ -35,10 +35,10 @@ def _is_finite(weight: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(weight))
 
 
-def require_finite_logits(logits: Tensor) -> None:
+def require_finite_logits(logits: Tensor, computed_in: torch.dtype | None = None) -> None:
     """UserError where the likeliest of a row's tokens has no finite logit; -inf for tokens ruled out is none."""
     if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-        raise not_finite(logits.dtype)
+        raise not_finite(computed_in or logits.dtype)
 
 
 def not_finite(dtype: torch.dtype) -> UserError:

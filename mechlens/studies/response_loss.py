@@ -90,7 +90,7 @@ def response_loss(model: Any, batches: Mapping[str, Mapping[str, Tensor]], plain
     """
     examples = [kind for kind in ("answer", "base") if kind in batches]
     n_examples = sum(len(batches[kind]["input_ids"]) for kind in examples)
-    total = torch.zeros((), device=model.device)
+    total = torch.zeros(())  # no device: the last block, where logits are, may have another than the first
     for kind in examples:
         share = len(batches[kind]["input_ids"]) / n_examples
         total = total + share * (_answer_loss if kind == "answer" else _divergence)(model, batches[kind])
@@ -114,6 +114,7 @@ def _counted_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
     """Logits (float32) before each counted token, and the tokens; the vocabulary is applied from the first on only."""
     counted = batch["labels"][:, 1:] != IGNORED
     first = int(counted.any(0).nonzero()[0])
-    columns = torch.arange(first, counted.shape[1], device=counted.device)
+    columns = torch.arange(first, counted.shape[1])  # on the CPU: it may index the last block's output, wherever it is
     found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=columns)
-    return found.logits[counted[:, first:]].float(), batch["labels"][:, 1:][counted]
+    logits = found.logits[counted[:, first:].to(found.logits.device)].float()
+    return logits, batch["labels"][:, 1:][counted].to(logits.device)

@@ -1,0 +1,111 @@
+"""A model in parts on two devices gives what it gives on one: nothing is indexed with a tensor from another device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from devices import FIRST, SECOND, place, two_devices
+from tiny import tiny_hf, tiny_tokenizer, words
+
+from mechlens.methods.activations import Activations
+from mechlens.methods.answers import answer
+from mechlens.methods.collect import collect, template_of
+from mechlens.methods.directions import Direction
+from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention, replacement
+from mechlens.methods.steering import answer_under, applied, logits_under
+from mechlens.methods.text_loss import text_loss
+from mechlens.models import generate
+from mechlens.models.bridge import bridge, device_of, loaded, native, native_blocks, unembed
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.edit import Edit
+from mechlens.models.forward import Row, plain_batch
+from mechlens.models.partial import edited_logits, record
+from mechlens.prompts.prompt import Prompt
+
+
+def prompts() -> list[Prompt]:
+    return [Prompt(id=f"p{i}", text=text) for i, text in enumerate(words(6))]
+
+
+def bridged() -> Any:
+    hf_model = tiny_hf()
+    for parameter in hf_model.parameters():
+        parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
+    # Tokens that some answers hold early and others late, so that rows leave the batch.
+    hf_model.generation_config.eos_token_id = [4, 257, 127]
+    return bridge(hf_model, tiny_tokenizer(), Checkpoint("tiny", "tests/tiny"))
+
+
+def split(model: Any) -> Any:
+    """The embedding and the first block on one device, the rest on another."""
+    with native(model) as hf_model:
+        first = [hf_model.model.embed_tokens, hf_model.model.rotary_emb, native_blocks(model)[0]]
+        for part in (*first, *native_blocks(model)[1:], hf_model.model.norm, hf_model.lm_head):
+            place(part, FIRST if part in first else SECOND)
+    return model
+
+
+def interventions(model: Any) -> list[list[Intervention]]:
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    one = Direction(
+        vector=vector, level=1, position="inst", site="resid", method="random", contrast=("a", "b"), train_ids=(),
+        checkpoint=loaded(model).checkpoint, template=template_of(model).fingerprint,
+    )  # fmt: skip
+    add = Add(one, strength=1.0, unit="raw", layers=(1, 2), positions=ALL, phase="both")
+    late = Add(one, strength=1.0, unit="raw", layers=(2,), positions=("last",), phase="prompt", site="mlp_out")
+    ablate = Ablate(one, layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)
+    acts: Activations = collect(model, prompts(), positions=["inst"])
+    put = replacement(acts, "p1", layers=(1,), positions=("inst",))
+    return [[add], [ablate], [put], [late], [add, ablate], []]
+
+
+def under(model: Any) -> torch.Tensor:
+    with applied(model, interventions(model)[1]):
+        return collect(model, prompts()).values
+
+
+def patched(model: Any) -> torch.Tensor:
+    ids = tuple(range(5, 17))
+    start = record(model, ids, 11, "z", (0, 2))
+    edits = [Edit(layer, 9, start.values[layer][4, 1], head=1) for layer in (0, 2)]
+    return edited_logits(model, start, "z", edits, 11)
+
+
+CASES: dict[str, Callable[[Any], Any]] = {
+    "collect": lambda model: collect(model, prompts(), positions=["inst", "last"]).values,
+    "plain pass": lambda model: plain_batch(model, [Row((5, 6, 7, 8), (1, 3)), Row((9, 8, 7, 6), (0, 3))], [0, 1, 3]),
+    "answer": lambda model: answer(model, prompts(), max_new_tokens=8).tokens,
+    "recomputed": lambda model: generate.recomputed_greedy(model, [Row((5, 6, 7), (2,))] * 2, 4, None, None),
+    "answer under": lambda model: answer_under(model, prompts(), interventions(model), max_new_tokens=6).tokens,
+    "logits under": lambda model: logits_under(model, prompts(), interventions(model)),
+    "hook points": under,
+    "unembed": lambda model: unembed(model, torch.linspace(-1, 1, 64).reshape(2, 32)),
+    "text loss": lambda model: text_loss(model, ["the thing is"]),
+    "patch": patched,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_devices_give_what_one_gives(case: str) -> None:
+    right = CASES[case](bridged())
+    model = bridged()
+    with torch.inference_mode(), two_devices():
+        split(model)
+        assert device_of(model) == FIRST
+        got = CASES[case](model)
+    if isinstance(right, torch.Tensor):
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+    else:
+        assert got == right
+
+
+def test_tensors_of_two_devices_refuse_to_meet() -> None:
+    with torch.inference_mode(), two_devices():
+        a, b = torch.zeros(3, device=FIRST), torch.tensor([1, 2], device=SECOND)
+        with pytest.raises(RuntimeError, match="same device"):
+            a + torch.zeros(3, device=SECOND)
+        with pytest.raises(RuntimeError, match="same device"):
+            a[b]
+        assert a[b.cpu()].device == a[b.to(FIRST)].device == FIRST
+        assert b.tolist() == [1, 2]
