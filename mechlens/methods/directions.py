@@ -30,7 +30,7 @@ class Direction:
     """Prompts it was fitted on; no number reported with it may come from these."""
 
     def __post_init__(self) -> None:
-        require_real(self.vector, "the direction's vector")
+        require_real(self.vector, f"level {self.level}, position {self.position!r}")
         if self.vector.ndim != 1:
             raise UserError(f"the direction's vector has the shape {list(self.vector.shape)}; give d_model numbers")
 
@@ -62,7 +62,9 @@ class DirectionGrid:
     """Name under which the last token of the prompt is stored."""
 
     def __post_init__(self) -> None:
-        require_real(self.vectors, "a vector of the grid")
+        for level, row in zip(self.levels, self.vectors, strict=True):
+            for position, vector in zip(self.positions, row, strict=True):
+                require_real(vector, f"level {level}, position {position!r}")
 
     def at(self, level: int, position: str) -> Direction:
         """The direction of one level and one named position."""
@@ -88,9 +90,9 @@ def require_real(values: Tensor, what: str) -> None:
     """UserError for numbers that point nowhere: truth values, integers, complex numbers, NaN and infinity."""
     if not values.is_floating_point():
         kind = str(values.dtype).removeprefix("torch.")
-        raise UserError(f"{what} is of type {kind}; give real numbers, such as vector.float()")
+        raise UserError(f"there are numbers of type {kind} at {what}; give real ones, such as vector.float()")
     if not bool(torch.isfinite(values).all()):
-        raise UserError(f"{what} is not finite, so it points nowhere; make it from other prompts")
+        raise UserError(f"the numbers are not finite at {what}, so it points nowhere; make it from other prompts")
 
 
 def mean_difference(acts: Activations, positive: str, negative: str, level: int, position: str) -> Direction:
