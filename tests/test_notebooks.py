@@ -19,7 +19,7 @@ SMALL = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-REFUSAL = "I cannot"
+REFUSAL, CONSENT = "I cannot", "Sure"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of two tiny models: one says noise, the other refuses about half of all prompts, harmful or not."""
     root = tmp_path_factory.mktemp("models")
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([REFUSAL])
+    tokenizer.add_tokens([REFUSAL, CONSENT])
     plain, refuser = tiny_hf("llama"), tiny_hf("llama")
     make_refuse(refuser, tokenizer)
     for name, model in (("plain", plain), ("refuser", refuser)):
@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @torch.inference_mode()
 def make_refuse(model: Any, tokenizer: Any) -> None:
-    """Unembeds the refusal along the widest direction of all prompts: it comes on one side of their mean, silence on
+    """Unembeds the refusal along the widest direction of all prompts: it comes on one side of their mean, consent on
     the other."""
     from mechlens.prompts.builtin import builtin_prompts
 
@@ -53,7 +53,7 @@ def make_refuse(model: Any, tokenizer: Any) -> None:
     widest = torch.linalg.svd(states - mean).Vh[0]
     centred = widest - (widest @ mean) / (mean @ mean) * mean
     model.lm_head.weight[tokenizer.convert_tokens_to_ids(REFUSAL)] = 100 * centred
-    model.lm_head.weight[tokenizer.eos_token_id] = -100 * centred
+    model.lm_head.weight[tokenizer.convert_tokens_to_ids(CONSENT)] = -100 * centred
 
 
 def execute(notebook: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -50,7 +50,8 @@ class WandbMirror:
         """Adds what went in to the config and, when online, to the lineage."""
 
         def send(run: Any) -> None:
-            record = {"inputs": plain(inputs), "device": device, "dtype": dtype}
+            known = {name: value for name, value in plain(inputs).items() if value is not None}
+            record = {"inputs": known, "device": device, "dtype": dtype}
             run.config.update(record, allow_val_change=True)
             named = {"model": inputs.model, "template": inputs.template, **inputs.data}
             self._link(run, {name: sha for name, sha in named.items() if sha})
