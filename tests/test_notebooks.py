@@ -52,8 +52,10 @@ def make_refuse(model: Any, tokenizer: Any) -> None:
     mean = states.mean(dim=0)
     widest = torch.linalg.svd(states - mean).Vh[0]
     centred = widest - (widest @ mean) / (mean @ mean) * mean
-    model.lm_head.weight[tokenizer.convert_tokens_to_ids(REFUSAL)] = 100 * centred
-    model.lm_head.weight[tokenizer.convert_tokens_to_ids(CONSENT)] = -100 * centred
+    for words, sign in ((REFUSAL, 1), (CONSENT, -1)):
+        token = tokenizer.convert_tokens_to_ids(words)
+        model.lm_head.weight[token] = sign * 100 * centred
+        model.get_input_embeddings().weight[token] = sign * 1000 * centred  # what was said is said again
 
 
 def execute(notebook: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
