@@ -30,8 +30,9 @@ def apart(found: Tensor, right: Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far `apart` two ways of computing the same may be."""
-    return 1e-4 if dtype == torch.float32 else 5e-2
+    """How far `apart` two ways of computing the same may be: far above rounding (1.2e-4 in a real float32 model), far
+    below what a way that loses something gives (0.1 and more)."""
+    return 2e-3 if dtype == torch.float32 else 5e-2
 
 
 def probe_tokens(hf_model: nn.Module, n: int) -> Int[Tensor, "1 token"]:
