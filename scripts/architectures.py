@@ -67,10 +67,13 @@ def main() -> None:
 
 
 def page(rows: dict[str, dict[str, str]]) -> str:
-    made = f"transformers {version('transformers')}, transformer-lens {version('transformer-lens')}."
     lines = [line(("architecture", *COLUMNS)), line(["---"] * (len(COLUMNS) + 1))]
     lines += [line((name, *(cells.get(column, "") for column in COLUMNS))) for name, cells in rows.items()]
-    return f"{INTRODUCTION}\nMeasured with {made}\n\n" + "\n".join(lines) + "\n"
+    return f"{INTRODUCTION}\nMeasured with {versions()}.\n\n" + "\n".join(lines) + "\n"
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens"))
 
 
 def line(cells: Sequence[str]) -> str:

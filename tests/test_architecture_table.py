@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import CONFIGS, MORE
@@ -13,7 +14,7 @@ CHECKED = ("llama", "gpt2", "bloom", "granite", "deepseek_v3", "lfm2", "jamba", 
 
 
 @pytest.fixture
-def architectures(monkeypatch: pytest.MonkeyPatch) -> object:
+def architectures(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.delitem(sys.modules, "architectures", raising=False)
     import architectures
@@ -22,7 +23,9 @@ def architectures(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_a_row_is_what_is_measured(name: str, architectures: object) -> None:
+def test_a_row_is_what_is_measured(name: str, architectures: Any) -> None:
+    if architectures.versions() not in TABLE.read_text(encoding="utf-8"):
+        pytest.skip("the table was measured with other versions")
     cells = architectures.row(name)
     row = architectures.line((name, *(cells.get(column, "") for column in architectures.COLUMNS)))
     assert row in TABLE.read_text(encoding="utf-8").splitlines(), f"run scripts/architectures.py; measured: {row}"
