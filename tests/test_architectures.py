@@ -12,14 +12,18 @@ from mechlens.methods.answers import answer
 from mechlens.methods.collect import collect, template_of
 from mechlens.methods.directions import Direction
 from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add
+from mechlens.methods.metrics import KLDivergence
+from mechlens.methods.patch_plan import PatchPlan
+from mechlens.methods.patching import patch_sweep
 from mechlens.methods.perplexity import instruction_surprise
 from mechlens.methods.steering import answer_under, applied
 from mechlens.methods.text_loss import text_loss
 from mechlens.models.bridge import bridge, loaded, n_layers, unembed
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.generate import UNCACHED
+from mechlens.models.partial import can_grow
 from mechlens.prompts.batch import tokenize
-from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.studies.selection import SelectionPlan, select_direction
 
 NEW = 4
@@ -239,3 +243,16 @@ def test_a_block_that_is_all_mixer_has_no_mlp_to_change_alone() -> None:
 def test_what_transformerlens_can_not_wrap_is_said(architecture: str) -> None:
     with pytest.raises(UserError, match=r"^TransformerLens can't wrap \w+ForCausalLM \(tiny\): [^\n]+$"):
         bridged(tiny_hf(architecture))
+
+
+# --- patches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["q", "z"])
+def test_heads_that_transformerlens_lays_out_in_its_own_way_are_not_patched(site: str) -> None:
+    model, _ = pair("deepseek_v3")
+    pairs = [PromptPair(*(Prompt(id=text, text=text) for text in ("the thing", "the king!")))]
+    with pytest.raises(UserError, match=f"lays out '{site}' of this model in a way of its own, .*choose another site"):
+        patch_sweep(model, pairs, KLDivergence(), PatchPlan(site, positions=("last",)))
+    assert not can_grow(model, site)
+    assert can_grow(model, "resid_pre")

@@ -12,6 +12,7 @@ from mechlens.methods.answers import Answers
 from mechlens.methods.interventions import ALL, Ablate, Add
 from mechlens.methods.steering import applied
 from mechlens.models.bridge import LanguageModel, device_of, is_bridge, loaded
+from mechlens.models.soundness import require_finite_logits
 from mechlens.prompts.batch import TokenBatch
 
 PLAIN_TEXT = (
@@ -114,6 +115,7 @@ def _log_probabilities(model: LanguageModel, tokens: Tensor) -> Float[Tensor, "r
     logits = (
         model.original_model(tokens, use_cache=False).logits if is_bridge(model) else model(tokens, prepend_bos=False)
     )
+    require_finite_logits(logits)
     found: Tensor = logits.double().log_softmax(dim=-1)
     return found
 

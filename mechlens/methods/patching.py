@@ -28,7 +28,7 @@ from mechlens.methods.patch_plan import (
 from mechlens.methods.patch_result import PatchResult
 from mechlens.methods.shelf import Shelf
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded, n_layers
-from mechlens.models.edit import Edit, Recording, bears_edits, plain_edited_logits, plain_record
+from mechlens.models.edit import Edit, Recording, bears_edits, is_laid_out, plain_edited_logits, plain_record
 from mechlens.models.partial import can_grow, edited_logits, record, why_not_growing
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import PromptPair
@@ -64,6 +64,11 @@ def patch_sweep(
     refuse_other_shape(model, source)
     if isinstance(metric, OwnMetric) or has_hooks(model) or has_hooks(source):
         shelf = None  # two functions can't be told apart by name, so nothing of theirs is kept
+    if not is_laid_out(model, plan.site, layers[0]):
+        raise UserError(
+            f"TransformerLens lays out {plan.site!r} of this model in a way of its own, so tokens and heads can't be "
+            "told apart there; choose another site, such as resid_pre or attn_out"
+        )
     if not bears_edits(model, plan.site, layers[0]):
         raise UserError(f"in this model {plan.site!r} can be read and not changed; choose another site, such as z")
     used = _choose_engine(model, plan.site, engine)

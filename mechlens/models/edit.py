@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import LanguageModel, device_of, site_hook, whole
+from mechlens.models.bridge import LanguageModel, d_model, device_of, n_heads, site_hook, whole
+from mechlens.models.soundness import require_finite_logits
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def plain_record(model: LanguageModel, ids: Sequence[int], read: int, site: str,
         # Parallel blocks have no place between attention and MLP; some models have no attention in some blocks.
         raise UserError(f"this model has no site {site!r} in block {missing[0]}; choose another site or other layers")
     values = {layer: cache[name][0].clone() for layer, name in names.items()}
+    require_finite_logits(logits[0, read])
     return Recording(tuple(ids), logits[0, read].float().cpu(), values)
 
 
@@ -96,8 +98,23 @@ def plain_edited_logits(
     tokens = torch.tensor([list(ids)], device=device_of(model))
     # A HookedTransformer would put a BOS in front of tokens only when given text; ids stay as they are.
     logits = model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, edit.layer), hook)], **whole(model))
+    require_finite_logits(logits[0, read])
     out: Tensor = logits[0, read].float().cpu()
     return out
+
+
+def is_laid_out(model: LanguageModel, site: str, layer: int) -> bool:
+    """Whether a site has tokens and heads where edits are put; that of multi-head latent attention has them elsewhere.
+
+    Tried with more tokens than heads, so that one can't be taken for the other.
+    """
+    heads = n_heads(model, site)
+    n = max(8, heads + 1)
+    tokens = [1 + i % 8 for i in range(n)]
+    shape = tuple(plain_record(model, tokens, -1, site, [layer]).values[layer].shape)
+    if site == "pattern":
+        return shape == (heads, n, n)
+    return shape[:-1] == (n, heads) if heads else shape == (n, d_model(model))
 
 
 @torch.inference_mode()

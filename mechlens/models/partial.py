@@ -30,9 +30,10 @@ from mechlens.models.bridge import (
     native_tap,
     site_hook,
 )
-from mechlens.models.edit import Edit, Recording, plain_edited_logits, put, site_values, value_at
+from mechlens.models.edit import Edit, Recording, is_laid_out, plain_edited_logits, put, site_values, value_at
 from mechlens.models.forward import warn_plain, why_plain
 from mechlens.models.probes import UNTRIED, apart, is_misfit, tolerance
+from mechlens.models.soundness import require_finite_logits
 from mechlens.models.transformers_versions import with_cache
 
 _PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -54,6 +55,7 @@ def record(model: LanguageModel, ids: Sequence[int], read: int, site: str, layer
     with native(model) as hf_model, _tapped({tap: keep(layer) for layer, tap in (taps or {}).items()}):
         last = torch.tensor([read])  # on the CPU: it may index the last block's output, wherever that lies
         out = hf_model(tokens, **with_cache(hf_model, cache), logits_to_keep=last)
+    require_finite_logits(out.logits[0, -1])
     return Recording(tuple(ids), out.logits[0, -1].float().cpu(), values, cache)
 
 
@@ -124,6 +126,7 @@ def edited_logits(
     with _growing(model, site, by_layer, first) as hf_model:
         keep = torch.tensor([read - first])  # on the CPU, as in `record`
         out = hf_model(tokens, **with_cache(hf_model, _start(recording, first)), logits_to_keep=keep)
+    require_finite_logits(out.logits[:, -1])
     logits = out.logits[:, -1].float().cpu()
     placed = torch.empty_like(logits)
     placed[torch.tensor([0, *(i + 1 for i in order)])] = logits
@@ -195,6 +198,8 @@ def why_not_growing(model: LanguageModel, site: str) -> str:
 def _growing_fault(model: LanguageModel, site: str) -> str:
     ids, last, top = list(range(1, 9)), 7, n_layers(model) - 1
     layers = sorted({0, top // 2, top})
+    if not is_laid_out(model, site, 0):
+        return f"its heads at {site} are laid out otherwise than by head and dimension"
     source = site_values(model, ids[::-1], site, layers)
     head = 0 if n_heads(model, site) else None
     places = ((layers[0], 3), (layers[-1], 5), (layers[len(layers) // 2], 7))
