@@ -33,7 +33,8 @@ from mechlens.methods.steering import SteeredAnswers, answer_under, applied, log
 from mechlens.models import forward
 from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now, has_hooks, level_hook, site_hook
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.intervene import CHANGEABLE, bears_fast
+from mechlens.models.intervene import bears_fast
+from mechlens.models.writes import CHANGEABLE
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 
