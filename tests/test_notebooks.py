@@ -38,22 +38,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @torch.inference_mode()
 def make_refuse(model: Any, tokenizer: Any) -> None:
-    """Unembeds the refusal along the widest direction of all prompts: it comes on one side of their mean, silence on
-    the other."""
+    """Unembeds the refusal along the widest direction of all prompts: it comes on one side of their mean, a word on
+    the other, since silence is no acceptance."""
     from mechlens.prompts.builtin import builtin_prompts
 
     texts = [prompt.text for name in ("harmful", "harmless", "benign") for prompt in builtin_prompts(name)[:60]]
-    last = []
+    rows = []
     for text in texts:
         turns = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        last.append(model.model(ids["input_ids"]).last_hidden_state[0, -1])
-    states = torch.stack(last)
+        rows.append(ids["input_ids"])
+    states = torch.cat([model.model(row).last_hidden_state[:, -1] for row in rows])
     mean = states.mean(dim=0)
     widest = torch.linalg.svd(states - mean).Vh[0]
     centred = widest - (widest @ mean) / (mean @ mean) * mean
+    # The word whose own state lies furthest on its side, so that no refusal follows on it.
+    letters = tokenizer.convert_tokens_to_ids(list("abcdefghijklmnop"))
+    after = []
+    for own in letters:
+        longer = [torch.cat([row, torch.tensor([[own]])], dim=1) for row in rows[::9]]
+        after.append(torch.cat([model.model(row).last_hidden_state[:, -1] for row in longer]))
+    word = min(zip(letters, after, strict=True), key=lambda one: float((one[1] @ centred).max()))[0]
     model.lm_head.weight[tokenizer.convert_tokens_to_ids(REFUSAL)] = 100 * centred
-    model.lm_head.weight[tokenizer.eos_token_id] = -100 * centred
+    model.lm_head.weight[word] = -100 * centred
 
 
 def execute(notebook: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
