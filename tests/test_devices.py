@@ -16,7 +16,7 @@ from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add, Interve
 from mechlens.methods.steering import answer_under, applied, logits_under
 from mechlens.methods.text_loss import text_loss
 from mechlens.models import generate
-from mechlens.models.bridge import bridge, device_of, loaded, native, native_blocks, unembed
+from mechlens.models.bridge import bridge, checkpoint_now, device_of, native, native_blocks, unembed
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.edit import Edit
 from mechlens.models.forward import Row, plain_batch
@@ -50,7 +50,7 @@ def interventions(model: Any) -> list[list[Intervention]]:
     vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
     one = Direction(
         vector=vector, level=1, position="inst", site="resid", method="random", contrast=("a", "b"), train_ids=(),
-        checkpoint=loaded(model).checkpoint, template=template_of(model).fingerprint,
+        checkpoint=checkpoint_now(model), template=template_of(model).fingerprint,
     )  # fmt: skip
     add = Add(one, strength=1.0, unit="raw", layers=(1, 2), positions=ALL, phase="both")
     late = Add(one, strength=1.0, unit="raw", layers=(2,), positions=("last",), phase="prompt", site="mlp_out")

@@ -490,8 +490,8 @@ def test_models_that_need_the_hook_points_take_the_plain_engine(monkeypatch: pyt
         assert got.tokens == told(model, batch, rows, got.tokens)
         logits, own = logits_under(model, batch, rows), first_logits(model, batch, rows)
         assert torch.allclose(logits, own, atol=1e-4 * float(own.abs().max()))
-    with pytest.raises(UserError, match="this model has no site attn_out in block 0"):
-        logits_under(model, batch, [ablate("mamba")])
+    with pytest.raises(UserError, match="this model has no site mlp_out in block 0"):  # its blocks are all mixer
+        logits_under(model, batch, [ablate("mamba", sites=("mlp_out",))])
 
 
 def test_applied_without_a_batch_reaches_whatever_is_run() -> None:
