@@ -31,7 +31,7 @@ from mechlens.models.bridge import (
     regime,
     whole,
 )
-from mechlens.models.probes import UNTRIED, apart, is_misfit, probe_tokens, tolerance
+from mechlens.models.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
 
 MIN_PREFIX = 4
 """A shared start shorter than this isn't worth a pass of its own."""
@@ -120,7 +120,7 @@ def _caches_tokens(model: LanguageModel) -> bool:
                 raise
             return False
         right = hf_model(tokens, use_cache=False).logits[:, 5:]
-    return apart(rest, right) <= tolerance(dtype_of(model))
+    return not loses(apart(rest, right), dtype_of(model))
 
 
 def _is_plain_cache(cache: DynamicCache, layers: int, length: int) -> bool:
