@@ -73,7 +73,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
 
 
 def versions() -> str:
-    return ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "transformers", "transformer-lens"))
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens"))
 
 
 def line(cells: Sequence[str]) -> str:

@@ -20,8 +20,10 @@ from mechlens.methods.steering import answer_under, applied
 from mechlens.methods.text_loss import text_loss
 from mechlens.models.bridge import bridge, loaded, n_layers, unembed
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.forward import fits_fast_path
 from mechlens.models.generate import UNCACHED
 from mechlens.models.partial import can_grow
+from mechlens.models.probes import loses
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.studies.selection import SelectionPlan, select_direction
@@ -256,3 +258,23 @@ def test_heads_that_transformerlens_lays_out_in_its_own_way_are_not_patched(site
         patch_sweep(model, pairs, KLDivergence(), PatchPlan(site, positions=("last",)))
     assert not can_grow(model, site)
     assert can_grow(model, "resid_pre")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounding_in_a_real_model_is_not_taken_for_a_loss(dtype: str, recwarn: pytest.WarningsRecorder) -> None:
+    from mechlens.models.load import load
+
+    model = load("smollm2", dtype=dtype)
+    assert fits_fast_path(model)
+    assert loaded(model).head_gap < 1e-3
+    assert not [warning for warning in recwarn if "other logits inside TransformerLens" in str(warning.message)]
+
+
+def test_what_counts_as_a_loss() -> None:
+    assert loses(float("nan"), torch.float32)
+    assert loses(float("inf"), torch.bfloat16)
+    assert loses(0.5, torch.bfloat16)
+    assert not loses(0.11, torch.bfloat16)
+    assert loses(0.01, torch.float32)
+    assert not loses(1e-5, torch.float32)

@@ -33,7 +33,7 @@ from mechlens.models.bridge import (
     regime,
     whole,
 )
-from mechlens.models.probes import UNTRIED, apart, is_misfit, probe_tokens, tolerance
+from mechlens.models.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
 from mechlens.models.transformers_versions import with_cache
 
 MIN_PREFIX = 4
@@ -144,8 +144,9 @@ def _no_token_cache(model: LanguageModel) -> str:
                 raise
             return f"a pass with cached keys and values fails in it ({type(error).__name__})"
         right = hf_model(tokens, use_cache=False).logits[:, 5:]
-    same = apart(rest, right) <= tolerance(dtype_of(model))
-    return "" if same else "tokens that continue cached keys and values get other logits in it than in a whole pass"
+    if loses(apart(rest, right), dtype_of(model)):
+        return "tokens that continue cached keys and values get other logits in it than in a whole pass"
+    return ""
 
 
 def _is_plain_cache(cache: DynamicCache, layers: int, length: int) -> bool:

@@ -26,7 +26,7 @@ from mechlens.models.bridge import (
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
 from mechlens.models.merged import Merged
-from mechlens.models.probes import decode_gap, tolerance
+from mechlens.models.probes import decode_gap, loses
 from mechlens.models.roomy import roomy
 from mechlens.models.soundness import not_finite, require_finite_logits
 from mechlens.models.transformers_versions import with_cache
@@ -235,14 +235,14 @@ def _step(hf_model: torch.nn.Module, token: Tensor, cache: DynamicCache, where: 
 def plain_engine(model: LanguageModel) -> str:
     """How `plain_greedy` decodes: by the library's generation on the modules that hooks act on (PLAIN) where its cache
     loses nothing there, else on the plain modules (NATIVE), or without a cache (UNCACHED), which is always right."""
-    if not is_bridge(model) or loaded(model).decode_gap <= tolerance(dtype_of(model)):
+    if not is_bridge(model) or not loses(loaded(model).decode_gap, dtype_of(model)):
         return PLAIN
     if has_hooks(model) or regime(model) != "raw":
         return UNCACHED
     if model not in _NATIVE_GAPS:
         with native(model) as hf_model:
             _NATIVE_GAPS[model] = decode_gap(hf_model)
-    return NATIVE if _NATIVE_GAPS[model] <= tolerance(dtype_of(model)) else UNCACHED
+    return UNCACHED if loses(_NATIVE_GAPS[model], dtype_of(model)) else NATIVE
 
 
 @torch.inference_mode()
