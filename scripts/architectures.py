@@ -5,6 +5,7 @@ Run it when a dependency or a path through the models has changed.
 """
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -73,7 +74,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
 
 
 def versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens"))
+    return ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "transformers", "transformer-lens"))
 
 
 def line(cells: Sequence[str]) -> str:
@@ -101,7 +102,8 @@ def said(trial: Callable[[Any, Any], str], model: Any, plain: Any) -> str:
     try:
         return trial(model, plain)
     except UserError as error:
-        return "no: " + str(error).replace(loaded(model).checkpoint.name, "it").replace("|", "/")
+        sentence = str(error).replace(loaded(model).checkpoint.name, "it").replace("|", "/")
+        return "no: " + re.sub(r" \(up to [^)]*\)", "", sentence)  # a number of this random model's
 
 
 def judged(how: str, right: bool) -> str:
