@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 UNTRIED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 """What a model's code raises when it is run in a way that it can't bear; see `is_misfit`."""
-_NOT_THE_MODEL = ("out of memory", "can't allocate", "same device", "cuda error", "device-side", "meta")
+_NOT_THE_MODEL = ("out of memory", "can't allocate", "same device", "cuda error", "device-side", "meta tensor")
 
 
 def is_misfit(error: Exception) -> bool:
