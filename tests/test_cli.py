@@ -650,15 +650,23 @@ def test_a_mistake_after_the_model_was_loaded_is_one_line_for_a_pipe_too(world: 
     assert re.fullmatch(r"mechlens: prompt 'l-0021' has 20\d+ tokens and the model takes 512.*\n", done.stderr)
 
 
-def test_fp16_overflow_is_named_by_level(world: World, run: Any) -> None:
-    own = Path(shutil.copytree(world.model, world.folder / "hot"))
+@pytest.mark.parametrize(
+    ("factor", "sentence"),
+    [
+        (1e5, "activations at level 2 are not finite"),
+        (1e7, "proj.weight of the model 'hot1e+07' holds NaN or inf"),
+    ],
+)
+def test_fp16_overflow_is_named_by_level_or_weight(world: World, run: Any, factor: float, sentence: str) -> None:
+    own = Path(shutil.copytree(world.model, world.folder / f"hot{factor:g}"))
     state = load_file(own / "model.safetensors")
-    state["model.layers.1.mlp.down_proj.weight"] *= torch.tensor(1e6)
+    for name in ("up_proj", "down_proj"):
+        state[f"model.layers.1.mlp.{name}.weight"] *= torch.tensor(factor)
     save_file(state, own / "model.safetensors", metadata={"format": "pt"})
     said = run(*bad(model=own, dtype="float16")(world))
     assert said.code == 1
     assert len(said.errors) == 1
-    assert "activations at level 2 are not finite" in said.errors[0]
+    assert sentence in said.errors[0]
     assert "bfloat16 or float32" in said.errors[0]
 
 

@@ -76,7 +76,7 @@ def helps() -> str:
 
 
 def test_scripts_and_the_file_tree_are_there() -> None:
-    for name in re.findall(r"(?:\./)?(scripts/\w+(?:\.py)?)", README):
+    for name in re.findall(r"(?:\./)?(scripts/\w+(?:\.\w+)?)", README):
         assert (ROOT / name).is_file(), name
     (tree,) = (block for block in blocks("text") if block.startswith("mechlens/"))
     folder = ROOT

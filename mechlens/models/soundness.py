@@ -22,9 +22,12 @@ def require_finite_weights(hf_model: nn.Module, name: str) -> None:
     for key, weight in hf_model.named_parameters():
         if weight.is_floating_point() and weight.numel() and not _is_finite(weight):
             bad = int((~torch.isfinite(weight.float())).sum())
+            remedy = "take an earlier checkpoint or save it again"
+            if weight.dtype == torch.float16:
+                remedy = f"{overflow_advice(weight.dtype)}, or {remedy}"
             raise UserError(
                 f"{key} of the model {name!r} holds NaN or infinity ({bad} of {weight.numel()} values), so nothing "
-                "that it computes means anything; take an earlier checkpoint or save it again"
+                f"that it computes means anything; {remedy}"
             )
 
 
