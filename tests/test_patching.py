@@ -143,7 +143,9 @@ def test_every_site_equals_one_whole_forward(architecture: str) -> None:
         recording = record(model, ids, 39, site, (0, 2))
         assert gap(recording.logits, run) < CLOSE
         values = site_values(model, ids, site, (0, 2))
-        assert all(gap(recording.values[layer], values[layer]) < CLOSE for layer in (0, 2))
+        for layer in (0, 2):  # in units of the largest value, which is 7 in Gemma 2
+            scale = max(1.0, float(values[layer].abs().max()))
+            assert gap(recording.values[layer], values[layer]) < CLOSE * scale
         got = edited_logits(model, recording, site, later, 39)
         assert gap(got[1:], truth) < CLOSE
         assert gap(got[0], run) < CLOSE
