@@ -95,14 +95,23 @@ def require_whole(folder: Path, record: AdapterRecord, *names: str) -> None:
         except OSError as error:
             raise UserError(f"{folder / name} could not be read ({error.strerror}); {REMEDY}") from error
         if found != known:
-            raise UserError(f"{folder / name} is damaged: it isn't the file that was written there; {REMEDY}")
+            raise UserError(
+                f"{folder / name} is damaged or changed: it isn't the file that was written there; put that back, or "
+                "train the adapter again"
+            )
 
 
 def remove_recorded(folder: Path, record: AdapterRecord, *names: str) -> None:
-    """Removes files that the record names (`names`, else all of them and the folder); what isn't ours stays."""
-    for name in record.files:
-        if Path(name).name == name and name not in (".", "..") and (not names or name in names):
-            (folder / name).unlink(missing_ok=True)
+    """Removes files that the record names (`names`, else all of them and the folder), as they were written.
+
+    What isn't ours stays, and so does a file that somebody has changed since.
+    """
+    for name, written in record.files.items():
+        path = folder / name
+        if Path(name).name != name or name in (".", "..") or (names and name not in names):
+            continue
+        if path.is_file() and not path.is_symlink() and file_sha256(path) == written:
+            path.unlink()
     if not names and record.files:
         (folder / RECORD).unlink(missing_ok=True)
         if not any(folder.iterdir()):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import require_regular, user_path
 from mechlens.models.bridge import LanguageModel, bridge
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
@@ -239,6 +239,7 @@ def _stored_types(folder: Path) -> set[str]:
     found: set[str] = set()
     try:
         for path in folder.glob("*.safetensors"):
+            require_regular(path)
             with safe_open(path, framework="numpy") as file:
                 found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechlens.checked_json import read_json
 from mechlens.errors import UserError
+from mechlens.files import require_regular
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -97,6 +98,7 @@ def _is_plain(config: dict[str, Any]) -> bool:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
+    require_regular(path)
     try:
         with path.open("rb"), safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

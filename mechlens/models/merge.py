@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import require_regular, user_path
 from mechlens.models.adapter_record import read_record, require_whole
 from mechlens.models.fingerprint import is_fingerprint_of
 from mechlens.models.formats import adapters_inside, other_format
@@ -71,6 +71,8 @@ def _require_base(folder: Path, adapter: str, hf_model: Any) -> None:
         raise UserError(f"there is no adapter in {adapter!r}; give {inside or f'the folder that holds {CONFIG}'}")
     if folder.is_dir() and not list(folder.glob("*.safetensors")) and (found := other_format(folder)):
         raise UserError(f"the adapter {adapter!r} can't be loaded: {found}")
+    for path in folder.glob("adapter_*"):
+        require_regular(path)
     base = _recorded_base(folder)
     if base is not None and not is_fingerprint_of(base, hf_model.state_dict()):
         raise UserError(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from mechlens.checked_json import read_json
 from mechlens.disk import plain_name
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import require_regular, user_path
 from mechlens.models.adapter_record import RECORD, read_record, require_whole
 from mechlens.models.formats import CHECKPOINT, adapters_inside, other_format
 from mechlens.models.load import load_config, load_tokenizer, short_name
@@ -320,6 +320,7 @@ class _Judge:
 def _weights_problem(path: Path) -> str | None:
     """The header is read, and the file's length must be what it says."""
     try:
+        require_regular(path)
         with path.open("rb"), safe_open(path, framework="numpy") as file:
             return None if len(list(file.keys())) else f"{path.name} is empty"
     except FileNotFoundError:

@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from mechlens.errors import UserError
@@ -62,10 +63,22 @@ def normalise_text(text: str) -> str:
 
 
 def _simpler(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).casefold().translate(_DASHES)
+    text = "".join(_composed(part) for part in _raised().split(text)).casefold().translate(_DASHES)
     for pattern, put in _WITHOUT:
         text = pattern.sub(put, text)
     return " ".join(text.split())
+
+
+def _composed(text: str) -> str:
+    """NFKC, but for what is raised, lowered or a fraction: it would make 2¹⁰ the number 210."""
+    return text if _raised().fullmatch(text) else unicodedata.normalize("NFKC", text)
+
+
+@cache
+def _raised() -> re.Pattern[str]:
+    characters = (chr(code) for code in range(0x20000))
+    raised = [c for c in characters if unicodedata.decomposition(c).startswith(("<super>", "<sub>", "<fraction>"))]
+    return re.compile(f"([{''.join(raised)}]+)")
 
 
 def plain_marks(text: str) -> str:

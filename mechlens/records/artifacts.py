@@ -19,6 +19,7 @@ from typeguard import TypeCheckError
 from mechlens.checked_json import checked, parse_json, sealed, unsealed
 from mechlens.disk import as_os_error, file_sha256, whole_file
 from mechlens.errors import UserError
+from mechlens.files import require_regular
 from mechlens.records.encode import classes_within, decode_fields, encode_fields
 from mechlens.records.tensor_digest import tensor_digest
 
@@ -136,6 +137,7 @@ def sha256(path: Path) -> str:
 
 def open_tensors(path: Path, tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and, where asked for, tensors of any safetensors file."""
+    require_regular(path)
     try:
         # safetensors says "No such file" for a file that it may not read; opening it first tells them apart.
         with path.open("rb"):

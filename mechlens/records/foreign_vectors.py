@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mechlens.errors import UserError
+from mechlens.files import require_regular
 from mechlens.methods.directions import Direction
 from mechlens.models.checkpoint import Checkpoint
 
@@ -230,6 +231,7 @@ def _text(reader: Any, name: str) -> str:
 
 
 def _require_readable(path: Path) -> None:
+    require_regular(path)
     try:
         with path.open("rb"):
             pass

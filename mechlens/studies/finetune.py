@@ -1,8 +1,8 @@
 """Fine-tuning by recipe: a LoRA adapter, its checkpoints, and a record of everything that it came from."""
 
+import contextlib
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -37,6 +37,12 @@ LogCallback = Callable[[int, dict[str, float]], None]
 """Called after every optimiser step with the step's number and its numbers: loss, learning_rate, grad_norm."""
 
 STAGING = ".mechlens-training"
+_STAGED = re.compile(r"checkpoint-\d+|adapter")
+STAGED_FILES = frozenset({
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
+    "trainer_state.json", "training_args.bin", RECORD,
+})  # fmt: skip
+"""What the Trainer and peft write into a checkpoint."""
 """Folder inside the run's, where the Trainer writes; only what is whole leaves it, so the rest is ours to clear."""
 PLAIN = 512
 """Different stretches of plain text in one run."""
@@ -215,7 +221,10 @@ def _train(job: _Job, steps: list[list[Encoded]], hf_model: Any, tokenizer: Any)
 
     config = job.config
     staging = job.out / STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left half-written
+    clear_staging(staging)  # what a killed run left half-written
+    if staging.exists():
+        left = min(path for path in staging.rglob("*") if not path.is_dir() or path.is_symlink())
+        raise UserError(f"{left} was not written by mechlens; move it elsewhere, since training writes in that folder")
     set_seed(config.seed)
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -238,7 +247,20 @@ def _train(job: _Job, steps: list[list[Encoded]], hf_model: Any, tokenizer: Any)
     numbers = {"step": trainer.state.global_step, "loss": sum(tail) / len(tail)}
     _save_adapter(model, {**job.record, **numbers}, staging / "adapter", job.out / "adapter")
     keeper.finish()
-    shutil.rmtree(staging, ignore_errors=True)
+    clear_staging(staging)
+
+
+def clear_staging(staging: Path) -> None:
+    """Removes what training writes on its way, by name and place; anything else in the folder stays, and so does it."""
+    for folder in staging.glob("*"):
+        if _STAGED.fullmatch(folder.name) and not folder.is_symlink():
+            for path in folder.glob("*"):
+                if path.name.removesuffix(".part") in STAGED_FILES and path.is_file() and not path.is_symlink():
+                    path.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    with contextlib.suppress(OSError):
+        staging.rmdir()
 
 
 def _arguments(config: FinetuneConfig, n_steps: int, staging: Path) -> Any:

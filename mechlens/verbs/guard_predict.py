@@ -93,7 +93,10 @@ def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
     except UnicodeDecodeError as error:
         return Line(number, None, f"byte {error.start + 1} is not UTF-8; save the text as UTF-8")
     if not _is_json(text, config):
-        return Line(number, Prompt(str(number), text))
+        try:
+            return Line(number, Prompt(str(number), text))
+        except UserError as error:
+            return Line(number, None, str(error))
     try:
         values = parse_json(text, Any, "the line", "give a JSON object on one line")
     except UserError as error:
