@@ -326,20 +326,42 @@ def test_only_what_was_recorded_is_removed(config: FinetuneConfig, tmp_path: Pat
     def log(step: int, _: dict[str, float]) -> None:
         if step == 3:
             (tmp_path / "checkpoint-2" / "notes.txt").write_text("mine")
+            (tmp_path / "checkpoint-2" / "README.md").write_text("my notes")
             (tmp_path / "checkpoint-900").mkdir()
             (tmp_path / "checkpoint-900" / "model.safetensors").write_bytes(b"mine too")
 
     done = finetune(config, tmp_path, log=log)
     assert [path.name for path in done.checkpoints] == ["checkpoint-1", "checkpoint-3"]
-    assert contents(tmp_path / "checkpoint-2") == {"notes.txt": b"mine"}
+    assert contents(tmp_path / "checkpoint-2") == {"notes.txt": b"mine", "README.md": b"my notes"}
     assert contents(tmp_path / "checkpoint-900") == {"model.safetensors": b"mine too"}
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"adapter", "checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-900"}
     assert not {"optimizer.pt", "training_args.bin"} & set(contents(tmp_path / "checkpoint-1"))
     modes = {
-        path.stat().st_mode for path in tmp_path.glob("*/*") if path.name not in ("notes.txt", "model.safetensors")
+        path.stat().st_mode
+        for path in tmp_path.glob("*/*")
+        if path.name not in ("notes.txt", "README.md", "model.safetensors")
     }
     assert len(modes) == 1  # the umask's, also for what safetensors makes private
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "sub/f", "checkpoint-4/notes/f", "checkpoint-4/mine.txt"])
+def test_nobodys_file_is_lost_where_training_writes(config: FinetuneConfig, tmp_path: Path, name: str) -> None:
+    config = replace(config, plain=0, harmful=8, benign=8)
+    half = tmp_path / STAGING / "checkpoint-4" / "optimizer.pt"
+    theirs = tmp_path / STAGING / name
+    for path in (half, theirs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"three weeks")
+    with pytest.raises(UserError, match=rf"{theirs.name} was not written by mechlens; move it elsewhere"):
+        finetune(config, tmp_path)
+    assert contents(tmp_path / STAGING) == {name: b"three weeks"}
+    theirs.unlink()
+    for folder in sorted(theirs.parents, reverse=True):
+        if folder.is_relative_to(tmp_path / STAGING) and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+    assert finetune(config, tmp_path).adapter.is_dir()
+    assert not (tmp_path / STAGING).exists()
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitignore"])

@@ -340,7 +340,12 @@ def test_one_line_in_is_one_record_out_whatever_is_in_it(
     fitted: Fitted, monkeypatch: pytest.MonkeyPatch, form: Any
 ) -> None:
     draw = random.Random("lines")
-    lines = [*HOSTILE, *(fuzzed(draw) for _ in range(150)), b'{"id": "last", "prompt": "Please make bread"}']
+    lines = [
+        *HOSTILE,
+        b"a" * 1_000_001,
+        *(fuzzed(draw) for _ in range(150)),
+        b'{"id": "last", "prompt": "Please make bread"}',
+    ]
     records = ask(fitted, b"\n".join(lines), monkeypatch, batch=8, format=form)
     assert [record["line"] for record in records] == [i for i, line in enumerate(lines, start=1) if line.strip()]
     for record in records:
@@ -530,3 +535,34 @@ def test_a_named_input_is_a_regular_file(tmp_path: Path) -> None:
     for name in (str(tmp_path / "pipe.jsonl"), "/dev/zero"):
         with pytest.raises(UserError, match="is a pipe or a device; give a regular file"), _opened(name):
             pass
+
+
+def test_weights_guards_and_directions_are_regular_files(tmp_path: Path) -> None:
+    from mechlens.methods.fitted_guard import FittedGuard
+    from mechlens.models.lora import read_lora
+    from mechlens.records import artifacts
+    from mechlens.records.direction_files import read_direction
+
+    for name in ("x.safetensors", "x.pt", "x.gguf", "adapter_model.safetensors"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for read in (
+        lambda: artifacts.load(tmp_path / "x.safetensors", FittedGuard),
+        *(lambda name=name: read_direction(tmp_path / name) for name in ("x.safetensors", "x.pt", "x.gguf")),
+        lambda: read_lora(tmp_path),
+    ):
+        with pytest.raises(UserError, match="is a pipe or a device; give a regular file"):
+            read()
+
+
+def test_a_system_prompt_in_a_column_is_the_models_system_prompt() -> None:
+    def line(**record: Any) -> Any:
+        stream = io.BytesIO(json.dumps(record).encode())
+        (found,) = read_lines(stream, GuardPredict(model="m", guard="g"))
+        return found
+
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    in_turns, in_column = line(messages=turns).prompt, line(prompt="hi", system="Be brief.").prompt
+    assert in_column.system == in_turns.system == "Be brief."
+    assert line(prompt="hi", system=None).prompt.system is None
+    assert "column 'system', holds a int" in line(prompt="hi", system=5).error

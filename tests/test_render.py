@@ -174,6 +174,11 @@ def test_the_worker_imports_nothing_but_jinja() -> None:
     assert not {"mechlens", "torch", "transformers", "numpy"} & {name.split(".")[0] for name in done.stdout.split()}
 
 
+def test_half_a_character_from_a_template_is_said() -> None:
+    with pytest.raises(UserError, match="the chat template writes half a character"):
+        render("{{ messages[0].content }}{{ '\\ud83d' }}", [[{"role": "user", "content": "hi"}]], {}, "2026-01-01")
+
+
 def test_the_same_template_draws_the_same_by_chance() -> None:
     source = "{{ range(10 ** 5) | random }} {{ lipsum() }}"
     assert written(source) == written(source) == render(source, HELLO * 2, {}, DAY)[1:]

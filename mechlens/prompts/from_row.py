@@ -42,6 +42,7 @@ class RowReader:
         text = turns[-1][1] if turns else self._text(row, column, value)
         earlier = turns[:-1]
         has_system = bool(earlier) and earlier[0][0] == "system"
+        system = earlier[0][1] if has_system else self._system(row)
         try:
             return Prompt(
                 id=name,
@@ -49,7 +50,7 @@ class RowReader:
                 label="" if self.label_column is None else self._word(row, self.label_column),
                 category=self._category(row),
                 source=self.name,
-                system=earlier[0][1] if has_system else None,
+                system=system,
                 history=earlier[1:] if has_system else earlier,
                 family="" if self.family_column is None else self._word(row, self.family_column),
             )
@@ -105,6 +106,13 @@ class RowReader:
             return ""
         extra = row.values.get("input")
         return f"\n{extra}" if isinstance(extra, str) and extra.strip() else ""
+
+    def _system(self, row: Row) -> str | None:
+        """The column of system prompts, where there is one and this row has something in it."""
+        value = row.values.get("system")
+        if not isinstance(value, Unreadable) and not as_word(value).strip():
+            return None
+        return self._text(row, "system", value)
 
     def _category(self, row: Row) -> str:
         for column in self.columns:

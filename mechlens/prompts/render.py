@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.files import is_whole
 from mechlens.prompts import render_worker
 
 LONGEST = 20_000_000
@@ -59,6 +60,11 @@ def render(source: str, conversations: Sequence[Turns], variables: Mapping[str, 
     if "error" in reply:
         raise TemplateFailure(reply["failed"], reply["error"])
     texts: list[str] = reply["texts"]
+    if not all(map(is_whole, texts)):
+        raise UserError(
+            "the chat template writes half a character (an unpaired surrogate), which no tokenizer can read; "
+            "give the tokenizer a sound chat template"
+        )
     return texts
 
 
