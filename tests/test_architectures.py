@@ -1,5 +1,6 @@
 """What is special about some architectures: states instead of keys and values, scaled logits, blocks of other parts."""
 
+import copy
 import functools
 from typing import Any
 
@@ -70,8 +71,8 @@ def recomputed(hf_model: Any, rows: list[list[int]]) -> tuple[tuple[int, ...], .
     return tuple(found)
 
 
-def rows(model: Any) -> list[list[int]]:
-    batch = tokenize(prompts(), template_of(model))
+def rows(model: Any, n: int = 2) -> list[list[int]]:
+    batch = tokenize(prompts(n), template_of(model))
     return [batch.row(i) for i in range(len(batch.prompts))]
 
 
@@ -278,3 +279,46 @@ def test_what_counts_as_a_loss() -> None:
     assert not loses(0.11, torch.bfloat16)
     assert loses(0.01, torch.float32)
     assert not loses(1e-5, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_loss_is_told_from_rounding(dtype: torch.dtype) -> None:
+    """One layer with a state among five without, whose loss moves logits by less than half precision may round."""
+    from tiny import HEAD, LINEAR
+    from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
+
+    layers = ["linear_attention", *["full_attention"] * 5]
+    torch.manual_seed(0)
+    hf_model = AutoModelForCausalLM.from_config(
+        Qwen3_5TextConfig(layer_types=layers, **LINEAR, **{**HEAD, "num_hidden_layers": 6})
+    )
+    hf_model = hf_model.to(dtype).eval()
+    plain = copy.deepcopy(hf_model)
+    model = bridged(hf_model)
+    assert 0.002 < loaded(model).decode_gap < 0.2
+    got = answer(model, prompts(4), max_new_tokens=NEW)
+    assert got.engine == "native"
+    for said, ids in zip(got.tokens, rows(model, 4), strict=True):
+        start = torch.tensor([ids])
+        with torch.inference_mode():
+            out = plain.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=NEW, do_sample=False)
+        assert said == tuple(out[0, len(ids) :].tolist())[: len(said)]
+
+
+def test_rotary_tables_that_change_with_length_are_not_shared() -> None:
+    from tiny import SMALL
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 4.0, 8.0, 16.0], "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = Phi3Config(**SMALL, original_max_position_embeddings=64, rope_parameters=rope)
+    model = bridged(AutoModelForCausalLM.from_config(config).eval())
+    short, long = prompts(2)[0], Prompt("long", "the thing is " * 20)
+    with pytest.warns(UserWarning, match="rotary frequencies depend on the longest prompt"):
+        both = collect(model, [short, long])
+    assert torch.equal(both.values[0], collect(model, [short]).values[0])
+    assert torch.equal(both.values[1], collect(model, [long]).values[0])
+    assert both.engine == "plain"

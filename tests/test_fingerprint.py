@@ -23,6 +23,7 @@ from mechlens.models.bridge import bridge, checkpoint_now, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.fingerprint import (
     _summed_there,
+    config_fingerprint,
     is_fingerprint_of,
     is_sampled,
     sampled_fingerprint,
@@ -218,3 +219,47 @@ def test_the_shipped_adapter_knows_its_base(smollm2: Any) -> None:
     record = json.loads((adapter_folder("smollm2-refuser") / "mechlens.json").read_text())
     assert record["base_fingerprint"] == loaded(smollm2).checkpoint.fingerprint
     assert loaded(smollm2).checkpoint.sampled == "589605dd3b621126fadad486042b6ec23799e84edbed9d8278479757ed889852"
+
+
+def test_one_set_of_weights_under_two_configurations_is_two_models(tmp_path: Path) -> None:
+    """Same bytes, other scales or rotary tables: no kept piece and no guard of the one serves the other."""
+
+    class Kept(dict[str, Any]):
+        def put(self, key: str, value: Any) -> None:
+            self[key] = value
+
+    hf_model = tiny_hf("llama")
+    models = []
+    for theta in (1e4, 1e2):
+        hf_model.config.rope_parameters["rope_theta"] = theta
+        hf_model.save_pretrained(tmp_path / f"{theta:g}")
+        tiny_tokenizer().save_pretrained(tmp_path / f"{theta:g}")
+        models.append(load(str(tmp_path / f"{theta:g}")))
+    asked = [Prompt("a", "the thing is here and there")]
+    first, second = (checkpoint_now(model) for model in models)
+    assert first.fingerprint == second.fingerprint
+    assert not first.has_weights_of(second)
+    assert first.has_weights_of(replace(second, config=""))  # as far as an earlier record tells
+    shelf = Kept()
+    kept = [collect(model, asked, shelf=shelf).values for model in models]
+    assert torch.equal(kept[1], collect(models[1], asked).values)
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_an_edited_rotary_table_is_noticed(tmp_path: Path) -> None:
+    tiny_hf("llama").save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    model = load(str(tmp_path / "m"))
+    before = checkpoint_now(model)
+    table = next(b for name, b in model.original_model.named_buffers() if name.endswith(".inv_freq"))
+    table.mul_(3)
+    assert checkpoint_now(model).fingerprint != before.fingerprint
+
+
+def test_what_a_tool_adds_to_a_configuration_changes_no_model() -> None:
+    config = tiny_hf("llama").config
+    before = config_fingerprint(config)
+    config.unsloth_version, config.use_cache, config.max_position_embeddings = "2026.1", False, 99
+    assert config_fingerprint(config) == before
+    config.rms_norm_eps = 0.1
+    assert config_fingerprint(config) != before

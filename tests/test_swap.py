@@ -127,3 +127,19 @@ def test_the_vault_gives_back_every_bit_and_leaves_no_file(tmp_path: Path) -> No
             assert torch.equal(vault.get(name).reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
     with turns(saved(tmp_path / "base")):
         assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"])
+def test_a_member_with_nan_weights_is_refused_by_name_and_the_base_is_back(name: str, tmp_path: Path) -> None:
+    """Attention may swallow NaN in its queries and keys, so that every number looks sound."""
+    base = saved(tmp_path / "base")
+    hf_model = tiny_hf("llama", seed=3)
+    with torch.no_grad():
+        hf_model.get_parameter(f"model.layers.0.{name}.weight")[0, 0] = float("nan")
+    hf_model.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    with turns(base) as series:
+        before = weights(series.model)
+        with pytest.raises(UserError, match=rf"{name}.* holds NaN or infinity \(1 of"):
+            series.put(Member("checkpoint-1", str(tmp_path / "nan"), "full", 1))
+        assert same(weights(series.model), before)

@@ -133,7 +133,7 @@ def _key(
 ) -> str:
     """Fingerprint of a batch: weights, type, every token id and how far to go."""
     record = [
-        FORMAT, "answers", checkpoint.fingerprint, checkpoint.regime, str(dtype_of(model)), device_of(model).type,
+        FORMAT, "answers", *checkpoint.identity, str(dtype_of(model)), device_of(model).type,
         engine, skip, max_new_tokens, [row.ids for row in rows],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

@@ -218,7 +218,7 @@ def _key(
 ) -> str:
     """Fingerprint of a batch: weights, type, what is read and every token id (so template and prompts too)."""
     record = [
-        FORMAT, checkpoint.fingerprint, checkpoint.regime, str(dtype_of(model)), device_of(model).type,
+        FORMAT, *checkpoint.identity, str(dtype_of(model)), device_of(model).type,
         "fast" if fast else "plain", skip, levels, [(row.ids, row.read) for row in rows],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

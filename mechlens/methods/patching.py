@@ -72,7 +72,7 @@ def patch_sweep(
     if not bears_edits(model, plan.site, layers[0]):
         raise UserError(f"in this model {plan.site!r} can be read and not changed; choose another site, such as z")
     used = _choose_engine(model, plan.site, engine)
-    weights = tuple((now.fingerprint, now.regime) for now in map(checkpoint_now, (model, source)))
+    weights = tuple(now.identity for now in map(checkpoint_now, (model, source)))
     work = _Sweep(model, source, metric, plan, layers, heads, used, weights)
     rows = []
     for i in tqdm(range(len(pairs)), desc=f"patching {plan.site}", unit="pair", delay=2, leave=False):
@@ -127,8 +127,8 @@ class _Sweep:
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     engine: str
-    weights: tuple[tuple[str, str], ...]
-    """Fingerprint and regime of the model and of the source as they are now."""
+    weights: tuple[tuple[str, str, str], ...]
+    """Identity of the model and of the source as they are now."""
 
     def pair(
         self, clean: TokenBatch, corrupt: TokenBatch, i: int, positions: tuple[str, ...], shelf: Shelf | None

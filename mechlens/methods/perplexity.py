@@ -32,7 +32,7 @@ def instruction_surprise(
     refuse_too_long(model, batch)
     keep = None if shelf is None or has_hooks(model) else shelf
     checkpoint = checkpoint_now(model)
-    made_by = [FORMAT, "surprise", checkpoint.fingerprint, checkpoint.regime, str(dtype_of(model))]
+    made_by = [FORMAT, "surprise", *checkpoint.identity, str(dtype_of(model))]
     rows = [_words(batch, i) for i in range(len(batch.prompts))]
     found = []
     bar = tqdm(total=len(rows), desc="perplexity", unit="prompt", delay=2, leave=False)

@@ -41,7 +41,7 @@ def piece_key(
 ) -> str:
     """Fingerprint of a batch: weights, type, what is made of it, every token id and everything done to it."""
     record = [
-        FORMAT, "steered", checkpoint.fingerprint, checkpoint.regime, str(dtype_of(model)), device_of(model).type,
+        FORMAT, "steered", *checkpoint.identity, str(dtype_of(model)), device_of(model).type,
         list(work), [row.ids for row in rows], [[_done(change, prints) for change in row] for row in changes],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mechlens.errors import UserError
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.fingerprint import sampled_fingerprint, stamp, weight_fingerprint
+from mechlens.models.fingerprint import config_fingerprint, sampled_fingerprint, stamp, weight_fingerprint
 from mechlens.models.head import Form, head_logits, watched_pass
 from mechlens.models.probes import UNTRIED, apart, decode_gap, is_misfit, probe_logits, probe_tokens, tolerance
 from mechlens.models.sealed import sealed
@@ -66,6 +66,7 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
     hf_model.eval()
     require_present(hf_model, checkpoint.name)
     require_finite_weights(hf_model, checkpoint.name)
+    checkpoint = replace(checkpoint, config=config_fingerprint(config))
     before = probe_logits(hf_model)
     try:
         # The name is only a label here, but TransformerLens takes a bare one for an alias of some hub model.
@@ -161,14 +162,19 @@ def weights_now(model: LanguageModel) -> str:
     return stamp(_weights(model))
 
 
+def _is_fixed_table(module: nn.Module, name: str) -> bool:
+    """A rotary table that no pass changes; LongRoPE's and dynamic NTK's change with the number of tokens."""
+    return name.endswith("inv_freq") and getattr(module, "rope_type", "") in ("default", "linear", "llama3", "yarn")
+
+
 def _weights(model: LanguageModel) -> dict[str, Tensor]:
-    """Every parameter, and every buffer that a checkpoint would hold, such as packed integers."""
+    """Every parameter, every buffer that a checkpoint would hold, such as packed integers, and rotary tables."""
     whole = model.original_model if is_bridge(model) else model
     buffers = {
         f"{place}.{name}": buffer
         for place, module in whole.named_modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
+        if buffer is not None and (name not in module._non_persistent_buffers_set or _is_fixed_table(module, name))
     }
     return {**dict(whole.named_parameters()), **buffers}
 

@@ -29,8 +29,21 @@ class Checkpoint:
     sampled: str = ""
     """The older fingerprint, of a sample, by which records of earlier versions know these weights."""
 
+    config: str = ""
+    """Fingerprint of the configuration with which the weights are run; empty in records of earlier versions."""
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What decides every number: weights, configuration and regime."""
+        return self.fingerprint, self.config, self.regime
+
     def has_weights_of(self, other: "Checkpoint") -> bool:
-        """True where both are of the same weights; where one is of an earlier version, as far as its sample tells."""
+        """True where both are of the same weights, run with the same configuration.
+
+        Where one is of an earlier version, as far as its sample tells, and whatever its configuration.
+        """
+        if "" not in (self.config, other.config) and self.config != other.config:
+            return False
         if is_sampled(self.fingerprint) == is_sampled(other.fingerprint):
             return self.fingerprint == other.fingerprint
         ours, theirs = (one.fingerprint if is_sampled(one.fingerprint) else one.sampled for one in (self, other))

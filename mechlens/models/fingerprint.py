@@ -1,6 +1,8 @@
 """Fingerprints of weights: which ones they are, and whether they are still what they were."""
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -35,6 +37,32 @@ def weight_fingerprint(state: Mapping[str, Any]) -> str:
         whole.update(f"{name}{tuple(tensors[name].shape)}".encode())
         whole.update(digests[places[name]])
     return VERSION + whole.hexdigest()
+
+
+NO_NUMBERS = re.compile(
+    r"_.*|transformers_version|(torch_)?dtype|architectures|use_cache|.*dropout|.*_pdrop|initializer_range|name_or_path|"
+    r"(bos|eos|pad)_token_id|tie_word_embeddings|attn_implementation|quantization_config|id2label|label2id|num_labels|output_.*|return_dict"
+)
+"""Settings of a configuration that change no number computed from given weights and tokens."""
+
+
+def computing_settings(config: Any) -> dict[str, Any]:
+    """A Hugging Face configuration's settings that decide what is computed with the weights, where not the default.
+
+    What tools add of their own, and a context length that no rotary table depends on, decide nothing.
+    """
+    settings: dict[str, Any] = config.to_diff_dict()
+    try:
+        known = set(type(config)().to_dict())
+    except (TypeError, ValueError, AttributeError):
+        known = set(settings)
+    known -= set() if "dynamic" in str(settings.get("rope_parameters")) else {"max_position_embeddings"}
+    return {name: value for name, value in settings.items() if name in known and not NO_NUMBERS.fullmatch(name)}
+
+
+def config_fingerprint(config: Any) -> str:
+    """sha256 of `computing_settings`: one set of weights gives other numbers with other scales or rotary tables."""
+    return hashlib.sha256(json.dumps(computing_settings(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sampled_fingerprint(state: Mapping[str, Any]) -> str:

@@ -114,9 +114,18 @@ def why_plain(model: LanguageModel) -> str:
         return "hooks are attached to it, which only whole passes fire"
     if regime(model) != "raw":
         return "its weights are folded or centred"
+    if _rotates_by_length(model):
+        return "its rotary frequencies depend on the longest prompt of a batch"
     if model not in _NO_TOKEN_CACHE:
         _NO_TOKEN_CACHE[model] = _no_token_cache(model)
     return _NO_TOKEN_CACHE[model]
+
+
+def _rotates_by_length(model: LanguageModel) -> bool:
+    """Whether rotary tables change with the number of tokens (LongRoPE, dynamic NTK), which no short trial shows."""
+    found = (getattr(module, "rope_type", None) for module in model.original_model.modules())
+    kinds = [kind for kinds in found for kind in (kinds.values() if isinstance(kinds, dict) else (kinds,))]
+    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
 
 
 def warn_plain(model: LanguageModel, reason: str) -> None:

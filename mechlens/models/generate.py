@@ -26,7 +26,7 @@ from mechlens.models.bridge import (
 from mechlens.models.clock import Clock
 from mechlens.models.forward import Row
 from mechlens.models.merged import Merged
-from mechlens.models.probes import decode_gap, loses
+from mechlens.models.probes import decode_gap, loses, tolerance
 from mechlens.models.roomy import roomy
 from mechlens.models.soundness import not_finite, require_finite_logits
 from mechlens.models.transformers_versions import with_cache
@@ -36,6 +36,8 @@ Decided = Callable[[list[int]], bool]
 PLAIN, NATIVE, UNCACHED = "plain", "native", "uncached"
 """Ways of decoding that fit more models than packed batches do; see `plain_engine`."""
 _NATIVE_GAPS: "weakref.WeakKeyDictionary[nn.Module, float]" = weakref.WeakKeyDictionary()
+MORE_THAN_ROUNDING = 4
+"""Times the plain modules' own gap between cached and whole passes, which on the bridged ones tells of a loss."""
 LEAVING = 8
 """Rows leave once they are one in so many: taking them out copies the keys and values of all others."""
 
@@ -235,14 +237,18 @@ def _step(hf_model: torch.nn.Module, token: Tensor, cache: DynamicCache, where: 
 def plain_engine(model: LanguageModel) -> str:
     """How `plain_greedy` decodes: by the library's generation on the modules that hooks act on (PLAIN) where its cache
     loses nothing there, else on the plain modules (NATIVE), or without a cache (UNCACHED), which is always right."""
-    if not is_bridge(model) or not loses(loaded(model).decode_gap, dtype_of(model)):
+    if not is_bridge(model) or loaded(model).decode_gap <= tolerance(torch.float32):
         return PLAIN
-    if has_hooks(model) or regime(model) != "raw":
-        return UNCACHED
     if model not in _NATIVE_GAPS:
         with native(model) as hf_model:
             _NATIVE_GAPS[model] = decode_gap(hf_model)
-    return UNCACHED if loses(_NATIVE_GAPS[model], dtype_of(model)) else NATIVE
+    bridged, plain = loaded(model).decode_gap, _NATIVE_GAPS[model]
+    # What half precision rounds, it rounds in both; what TransformerLens' modules lose, the plain ones keep.
+    if not loses(bridged, dtype_of(model)) and bridged <= MORE_THAN_ROUNDING * max(plain, tolerance(torch.float32)):
+        return PLAIN
+    if has_hooks(model) or regime(model) != "raw":
+        return UNCACHED
+    return UNCACHED if loses(plain, dtype_of(model)) else NATIVE
 
 
 @torch.inference_mode()

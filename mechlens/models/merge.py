@@ -57,6 +57,8 @@ def merge_adapter(hf_model: Any, adapter: str) -> Any:
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # what it is about comes behind
+        lines[0] = f"{lines[0]} {lines[1]}"
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
 
 
@@ -102,16 +104,18 @@ def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
     config = None
     try:
         config = PeftConfig.from_pretrained(source)
-        if config.is_prompt_learning:
+        if config.is_prompt_learning or config.peft_type.value == "ADAPTION_PROMPT":
             raise UserError(
-                f"the adapter {adapter!r} is of type {config.peft_type.value}, which adds tokens and leaves the "
-                "weights as they are, so it can't be merged; give an adapter of the model's weights, such as LoRA"
+                f"the adapter {adapter!r} is of type {config.peft_type.value}, which adds prompts of its own and leaves "
+                "the weights as they are, so it can't be merged; give an adapter of the model's weights, such as LoRA"
             )
         with torch.random.fork_rng():
             torch.manual_seed(0)  # some (PiSSA with `niter`) draw while they load, and must come out the same again
             adapted = PeftModel.from_pretrained(hf_model, source).eval()
         saved = set(load_peft_weights(source, device="cpu"))
         used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"the adapter {adapter!r} doesn't fit the model {name!r}: {first_line(error)}{_needs(config)}"

@@ -18,6 +18,7 @@ from mechlens.disk import plain_name
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
 from mechlens.models.adapter_record import RECORD, read_record, require_whole
+from mechlens.models.fingerprint import computing_settings
 from mechlens.models.formats import CHECKPOINT, adapters_inside, other_format
 from mechlens.models.load import load_config, load_tokenizer, short_name
 from mechlens.models.lora import CONFIG, WEIGHTS
@@ -294,6 +295,11 @@ class _Judge:
             ours, theirs = getattr(self._config, name, None), getattr(config, name, None)
             if ours != theirs:
                 return f"its {name} is {theirs}, and the base's is {ours}; a series has one architecture"
+        ours, theirs = computing_settings(self._config), computing_settings(config)
+        for name in sorted({**ours, **theirs}):
+            values = [settings.get(name, "the default") for settings in (theirs, ours)]
+            if values[0] != values[1]:
+                return f"its {name} is {values[0]} and the base's {values[1]}, so its weights mean other numbers there"
         return None
 
     def _own_tokenizer(self, one: _Found) -> Any:

@@ -18,8 +18,10 @@ def require_present(hf_model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def require_finite_weights(hf_model: nn.Module, name: str) -> None:
-    """UserError that names the first tensor with NaN or infinity in it."""
-    for key, weight in hf_model.named_parameters():
+    """UserError that names the first tensor of a checkpoint, buffers included, with NaN or infinity in it."""
+    kept = {key for key in hf_model.state_dict() if "." in key}
+    buffers = ((key, buffer) for key, buffer in hf_model.named_buffers() if key in kept)
+    for key, weight in (*hf_model.named_parameters(), *buffers):
         if weight.is_floating_point() and weight.numel() and not _is_finite(weight):
             bad = int((~torch.isfinite(weight.float())).sum())
             remedy = "take an earlier checkpoint or save it again"

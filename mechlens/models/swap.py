@@ -35,6 +35,7 @@ from mechlens.models.load import load_hf, load_merged, short_name, type_without_
 from mechlens.models.lora import LowRank, read_lora
 from mechlens.models.registry import cache_dir
 from mechlens.models.series import Member
+from mechlens.models.soundness import require_finite_weights
 
 
 class Vault:
@@ -161,6 +162,8 @@ class Turns:
                 self._write({f"{name}.weight": change for name, change in changes.items()})
             else:
                 self._replace(self._loaded(member), member)
+            with native(self.model) as hf_model:
+                require_finite_weights(hf_model, member.path)
         except UserError:
             self._write({})
             self._name(self.base)
@@ -263,7 +266,12 @@ class Turns:
         own = {name: state[name] for name in self._names}
         self.model.mechlens = replace(
             loaded(self.model),
-            checkpoint=replace(checkpoint, fingerprint=weight_fingerprint(own), sampled=sampled_fingerprint(own)),
+            checkpoint=replace(
+                checkpoint,
+                fingerprint=weight_fingerprint(own),
+                sampled=sampled_fingerprint(own),
+                config=loaded(self.model).checkpoint.config,
+            ),
             weights=weights_now(self.model),
         )
 

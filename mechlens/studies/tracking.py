@@ -76,7 +76,8 @@ def _keys(turns: Turns, questions: Questions, plan: TrackPlan, series: Checkpoin
     asked = [[[batch.row(i) for i in range(len(batch.prompts))], batch.template] for batch in batches]
     labels = [[(p.id, p.label, p.group) for p in batch.prompts] for batch in batches]
     common = [
-        FORMAT, turns.base_fingerprint, str(dtype_of(turns.model)), device_of(turns.model).type, asked, labels,
+        FORMAT, turns.base_fingerprint, loaded(turns.model).checkpoint.config, str(dtype_of(turns.model)),
+        device_of(turns.model).type, asked, labels,
         asdict(questions.split), questions.texts, asdict(plan), content_of(series.base),
     ]  # fmt: skip
     stem = hashlib.sha256(json.dumps(common).encode()).hexdigest()
