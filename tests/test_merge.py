@@ -142,11 +142,11 @@ def test_replicated_blocks_are_merged_apart(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "prompt tuning": (
         lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        "is of type PROMPT_TUNING, which adds tokens",
+        "is of type PROMPT_TUNING, which adds prompts of its own",
     ),
     "prefix tuning": (
         lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        "is of type PREFIX_TUNING, which adds tokens",
+        "is of type PREFIX_TUNING, which adds prompts of its own",
     ),
     "a bias where there is none": (lambda: lora("q_proj", lora_bias=True), r"can't be merged .*no bias"),
     "activated": (lambda: lora("q_proj", alora_invocation_tokens=[1, 2]), "can't be merged|gives other logits"),

@@ -106,8 +106,8 @@ def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
         config = PeftConfig.from_pretrained(source)
         if config.is_prompt_learning or config.peft_type.value == "ADAPTION_PROMPT":
             raise UserError(
-                f"the adapter {adapter!r} is of type {config.peft_type.value}, which adds prompts of its own and leaves "
-                "the weights as they are, so it can't be merged; give an adapter of the model's weights, such as LoRA"
+                f"the adapter {adapter!r} is of type {config.peft_type.value}, which adds prompts of its own and leaves"
+                " the weights as they are, so it can't be merged; give an adapter of the model's weights, such as LoRA"
             )
         with torch.random.fork_rng():
             torch.manual_seed(0)  # some (PiSSA with `niter`) draw while they load, and must come out the same again
