@@ -15,22 +15,14 @@ from typing import Annotated, Any, TextIO, Union
 
 import tyro
 
-from mechlens.config import (
-    GROUPS,
-    RECORDED,
-    Checkpoints,
-    Guard,
-    GuardPredict,
-    ListRuns,
-    Positions,
-    Rerun,
-    Runs,
-    ShowRun,
-    Steer,
-)
-from mechlens.disk import TROUBLE
 from mechlens.errors import UserError
-from mechlens.files import is_whole, user_path
+from mechlens.files import TROUBLE, is_whole, user_path
+from mechlens.runs.config import ListRuns, Rerun, Runs, ShowRun
+from mechlens.studies.checkpoints.config import Checkpoints
+from mechlens.studies.guard.config import Guard, GuardPredict
+from mechlens.studies.positions.config import Positions
+from mechlens.studies.registry import GROUPS, RECORDED
+from mechlens.studies.steer.config import Steer
 
 _ALONE = {name: config for name, config in RECORDED.items() if name.partition("_")[0] not in GROUPS}
 VERBS: dict[str, Any] = {
@@ -180,7 +172,7 @@ def _runs(action: ListRuns | ShowRun | Rerun) -> None:
 
 
 def _positions(command: Positions) -> None:
-    from mechlens.verbs.positions import named_tokens
+    from mechlens.studies.positions.study import named_tokens
 
     tokens = named_tokens(command)
     if command.json:
@@ -198,7 +190,7 @@ def _positions(command: Positions) -> None:
 
 
 def _checkpoints(command: Checkpoints) -> None:
-    from mechlens.verbs.checkpoints import series_rows
+    from mechlens.studies.checkpoints.study import series_rows
 
     found = series_rows(command)
     if command.json:
@@ -218,7 +210,7 @@ def _checkpoints(command: Checkpoints) -> None:
 
 def _predict(command: GuardPredict) -> None:
     """One JSON object a line, each as soon as it is there: a pipe's reader shouldn't wait for the next ones."""
-    from mechlens.verbs.guard_predict import predict
+    from mechlens.studies.guard.predict import predict
 
     for record in predict(command):
         _print_json(record)
@@ -226,7 +218,7 @@ def _predict(command: GuardPredict) -> None:
 
 def _steer(command: Steer) -> None:
     """Both answers beside each other as they are written; in a pipe one after the other, once they are there."""
-    from mechlens.verbs.steer import steer
+    from mechlens.studies.steer.study import steer
 
     if not sys.stdout.isatty():
         found = steer(command)
@@ -255,7 +247,7 @@ def _steer(command: Steer) -> None:
 
 def _finished(folder: Path) -> None:
     """Metrics, verdict and where the report is."""
-    from mechlens.records.run import read_run
+    from mechlens.runs.run import read_run
 
     run = read_run(folder)
     for name, estimate in run.metrics.items():
@@ -266,7 +258,7 @@ def _finished(folder: Path) -> None:
 
 def _said_of(name: str, value: object) -> str:
     """A count is a number of prompts or checkpoints out of all; it has no interval."""
-    from mechlens.methods.estimate import Estimate
+    from mechlens.methods.statistics.estimate import Estimate
 
     if isinstance(value, Estimate) and name.startswith(("n.", "candidates.")):
         return f"{value.value:.0f} of {value.n}"
@@ -277,7 +269,7 @@ def _list_runs(command: ListRuns) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from mechlens.records.run import list_runs
+    from mechlens.runs.run import list_runs
 
     table = Table(Column("folder", overflow="fold"), "verb", "model", "status", Column("started (UTC)", no_wrap=True))
     for folder, run in list_runs(command.folder):
@@ -288,7 +280,7 @@ def _list_runs(command: ListRuns) -> None:
 
 
 def _show_run(folder: Path) -> None:
-    from mechlens.records.run import read_run
+    from mechlens.runs.run import read_run
 
     run = read_run(folder)
     print(f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}")
@@ -304,7 +296,7 @@ def _show_run(folder: Path) -> None:
 
 
 def _rerun(command: Rerun) -> None:
-    from mechlens.verbs.rerun import rerun
+    from mechlens.studies.rerun import rerun
 
     compared = rerun(command)
     print(f"largest difference: {compared.difference:.3g} in {compared.name}")

@@ -1,7 +1,18 @@
-"""Paths as people give them, and files that are read whole: only regular ones, and only up to a size."""
+"""Files that are whole or absent, names that are safe as files, and disk trouble said in one sentence.
 
+Everything that mechlens writes gets the permissions that the user's umask gives, as with any other tool: who wants a
+private folder sets the umask or the folder's own mode, and what a group shares can be read by all of it.
+"""
+
+import errno
+import hashlib
 import os
+import re
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mechlens.errors import UserError
@@ -61,3 +72,148 @@ def read_whole(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror}); check that it exists and may be read") from error
+
+
+PARTIAL = ".partial"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+TROUBLE = (*FULL, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+"""What libraries that write files report in words of their own."""
+LONGEST_NAME = 200
+"""Bytes; file systems take 255, and a temporary name is longer than the file's own."""
+_LEFT = re.compile(r"\..+\.\w+\.partial")
+# torch's archive writer says this for every reason why it could not write.
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container\.cc|file write failed")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path that is renamed to `path` if the block succeeds and removed if it fails.
+
+    It lies in a folder of its own beside `path`, so that what a library writes on its way there is ours as well.
+    """
+    folder: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
+        partial = folder / f".{path.name}"
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors makes a file of its own, which nobody else may read
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def as_the_umask_says(folder: Path) -> None:
+    """Gives what libraries wrote into a folder of ours the permissions of any new file; safetensors' are private."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=PARTIAL) as scratch:
+        new = Path(scratch) / "new"
+        new.touch()
+        mode = new.stat().st_mode
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Puts `text` in a file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """The sentence for a file that could not be written."""
+    if error.errno in FULL:
+        return UserError(
+            f"the disk is full: {path} could not be written; free some space there or choose another folder"
+        )
+    reason = error.strerror or str(error)
+    return UserError(f"{path} could not be written ({reason}); choose a folder that you can write to")
+
+
+def as_os_error(error: Exception) -> OSError | None:
+    """Disk trouble that safetensors or torch told in an error of their own; None for anything else."""
+    if isinstance(error, OSError):
+        return error
+    text = str(error)
+    for code in TROUBLE:
+        if os.strerror(code) in text:
+            return OSError(code, os.strerror(code))
+    return OSError("torch wrote less than it should, as where a disk is full") if _TORCH_WRITER.search(text) else None
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """While it lasts, a library writes to `folder`; its disk trouble becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever isn't about the disk goes on as it is
+        if (trouble := as_os_error(error)) is None:
+            raise
+        raise disk_error(trouble, folder) from error
+
+
+def remove_partials(*folders: Path) -> None:
+    """Clears what a killed process was writing right in these folders, which nobody else may be writing to."""
+    for folder in folders:
+        for left in folder.iterdir() if folder.is_dir() else ():
+            if not _LEFT.fullmatch(left.name) or left.is_symlink():
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                _remove(left)
+
+
+def is_partial(path: Path) -> bool:
+    """True for the temporary name of `whole_file`."""
+    return _LEFT.fullmatch(path.name) is not None
+
+
+def plain_name(name: str) -> str:
+    """The name, if it is one that a file in a given folder can have everywhere; else a UserError.
+
+    Nothing that leads out of the folder, nothing hidden, nothing that some file system or terminal can't show.
+    """
+    bad = not name or name.startswith(".") or set(name) & set('/\\:*?"<>|') or not name.isprintable()
+    if bad or name != name.strip() or len(name.encode("utf-8", errors="replace")) > LONGEST_NAME:
+        raise UserError(
+            f"{name!r:.80} can't be the name of a file; give up to {LONGEST_NAME} letters, digits, spaces or "
+            "marks, without slashes, and no dot at the start"
+        )
+    return name
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Makes the file, or a folder's list of names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems refuse to sync a folder; the rename is still atomic there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        # Nothing more can be done for a leftover, and the first error is the one to report.
+        return

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechlens.errors import UserError
-from mechlens.methods.collect import template_of
-from mechlens.methods.directions import Direction
-from mechlens.methods.token_view import project_tokens
+from mechlens.methods.activations.collect import template_of
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.directions.token_view import project_tokens
 from mechlens.models.bridge import LanguageModel
-from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.batch import TokenBatch, token_text, tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate
-from mechlens.prompts.token_text import token_text
-from mechlens.records.report_parts import BLUE, RED
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.report.parts import BLUE, RED
 
 # Without these, plotly shows a button that uploads the figure, prompt texts and all.
 _STAYS_HERE = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}

@@ -22,17 +22,39 @@ sys.path.insert(0, str(ROOT / "tests"))
 from tiny import CONFIGS, MORE, tiny_hf, tiny_tokenizer  # noqa: E402
 
 from mechlens.errors import UserError  # noqa: E402
-from mechlens.methods.answers import answer  # noqa: E402
-from mechlens.methods.collect import collect, template_of  # noqa: E402
-from mechlens.methods.directions import Direction  # noqa: E402
-from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add  # noqa: E402
-from mechlens.methods.steering import answer_under, applied, logits_under  # noqa: E402
-from mechlens.methods.text_loss import text_loss  # noqa: E402
-from mechlens.models.bridge import SITES, bridge, d_model, loaded, n_layers, site_hook  # noqa: E402
+from mechlens.methods.activations.collect import (
+    collect,
+    template_of,
+)
+from mechlens.methods.behaviour.answers import answer  # noqa: E402
+from mechlens.methods.behaviour.perplexity import text_loss  # noqa: E402
+from mechlens.methods.directions.direction import Direction  # noqa: E402
+from mechlens.methods.steering.interventions import (
+    ALL,
+    EVERYWHERE,
+    Ablate,
+    Add,
+)
+from mechlens.methods.steering.steering import (
+    answer_under,
+    applied,
+    logits_under,
+)
+from mechlens.models.bridge import (
+    SITES,
+    bridge,
+    d_model,
+    loaded,
+    n_layers,
+    site_hook,
+)
 from mechlens.models.checkpoint import Checkpoint  # noqa: E402
-from mechlens.models.edit import bears_edits, is_laid_out  # noqa: E402
-from mechlens.models.partial import can_grow  # noqa: E402
-from mechlens.models.plain_pass import blocks_of  # noqa: E402
+from mechlens.models.engine.edits import (
+    bears_edits,
+    is_laid_out,
+)
+from mechlens.models.engine.growing import can_grow  # noqa: E402
+from mechlens.models.engine.native_pass import blocks_of  # noqa: E402
 from mechlens.prompts.batch import tokenize  # noqa: E402
 from mechlens.prompts.prompt import Prompt  # noqa: E402
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.methods.collect import collect, template_of
+from mechlens.methods.activations.collect import collect, template_of
 from mechlens.models.bridge import level_hook, n_layers
 from mechlens.models.load import load, load_hf
 from mechlens.prompts.batch import TokenBatch, tokenize

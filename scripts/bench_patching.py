@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 from transformer_lens import patching as peer
 
-from mechlens.methods.metrics import LogitDifference
-from mechlens.methods.patch_plan import PatchPlan
-from mechlens.methods.patch_result import PatchResult
-from mechlens.methods.patching import patch_sweep
+from mechlens.methods.patching.metrics import LogitDifference
+from mechlens.methods.patching.plan import PatchPlan
+from mechlens.methods.patching.result import PatchResult
+from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.models.bridge import loaded, n_layers, site_hook
+from mechlens.models.engine.growing import can_grow
 from mechlens.models.load import load
-from mechlens.models.partial import can_grow
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_pairs
 from mechlens.prompts.prompt import PromptPair
-from mechlens.prompts.template import ChatTemplate, chat_template
+from mechlens.prompts.templates.template import ChatTemplate, chat_template
 
 FRAME = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
 """For a base model, which has no chat template: the timing is the same."""

@@ -26,15 +26,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mechlens.errors import UserError
-from mechlens.methods.candidate_scores import score_candidates
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.directions import Direction, DirectionGrid, direction_grid
-from mechlens.methods.interventions import ALL, Add
-from mechlens.methods.judges import PHRASES, fallback_refusal_tokens
-from mechlens.methods.once_refused import OnceRefused
-from mechlens.methods.steering import answer_under
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.judges import PHRASES, OnceRefused, fallback_refusal_tokens
+from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid
+from mechlens.methods.steering.candidates import score_candidates
+from mechlens.methods.steering.interventions import ALL, Add
+from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import loaded, n_layers
-from mechlens.models.generate import stop_tokens
+from mechlens.models.engine.generate import stop_tokens
 from mechlens.models.load import load, load_hf
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts

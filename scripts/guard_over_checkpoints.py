@@ -15,17 +15,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
-from mechlens.methods.auroc import auroc
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.fitted_guard import FittedGuard
-from mechlens.methods.resample import family_weights, interval
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.guard.fitted import FittedGuard
+from mechlens.methods.probing.auroc import auroc
+from mechlens.methods.statistics.resample import family_weights, interval
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.series import CheckpointSeries, checkpoint_series
-from mechlens.models.swap import turns
+from mechlens.models.checkpoints.series import CheckpointSeries, checkpoint_series
+from mechlens.models.checkpoints.swap import turns
 from mechlens.prompts.batch import tokenize
-from mechlens.records.artifacts import load as load_artifact
-from mechlens.studies.guard_evaluation import Examined, examine
-from mechlens.studies.sources import load_source, read_sources
+from mechlens.runs.artifacts import load as load_artifact
+from mechlens.studies.guard.evaluation import Examined, examine
+from mechlens.studies.shared.sources import load_source, read_sources
 
 MEASURES = ("auroc", "tpr", "fpr")
 RESAMPLES = 1000

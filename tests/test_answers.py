@@ -12,17 +12,17 @@ from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from transformers import GenerationConfig
 
 from mechlens.errors import UserError
-from mechlens.methods import answers as answering
-from mechlens.methods.answers import NO_TOKEN, Answers, answer
-from mechlens.methods.collect import template_of
-from mechlens.models import forward
+from mechlens.methods.activations.collect import template_of
+from mechlens.methods.behaviour import answers as answering
+from mechlens.methods.behaviour.answers import NO_TOKEN, Answers, answer
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.generate import stop_tokens
+from mechlens.models.engine import forward
+from mechlens.models.engine.generate import stop_tokens
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
-from mechlens.studies.quadrants import judge_answers
+from mechlens.studies.shared.quadrants import judge_answers
 
 NEW = 10
 

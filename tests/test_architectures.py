@@ -9,25 +9,24 @@ import torch
 from tiny import tiny_hf, tiny_tokenizer, words
 
 from mechlens.errors import UserError
-from mechlens.methods.answers import answer
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.directions import Direction
-from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add
-from mechlens.methods.metrics import KLDivergence
-from mechlens.methods.patch_plan import PatchPlan
-from mechlens.methods.patching import patch_sweep
-from mechlens.methods.perplexity import instruction_surprise
-from mechlens.methods.steering import answer_under, applied
-from mechlens.methods.text_loss import text_loss
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.perplexity import instruction_surprise, text_loss
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.patching.metrics import KLDivergence
+from mechlens.methods.patching.plan import PatchPlan
+from mechlens.methods.patching.sweep import patch_sweep
+from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
+from mechlens.methods.steering.steering import answer_under, applied
 from mechlens.models.bridge import bridge, loaded, n_layers, unembed
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.forward import fits_fast_path
-from mechlens.models.generate import UNCACHED
-from mechlens.models.partial import can_grow
-from mechlens.models.probes import loses
+from mechlens.models.engine.forward import fits_fast_path
+from mechlens.models.engine.generate import UNCACHED
+from mechlens.models.engine.growing import can_grow
+from mechlens.models.engine.probes import loses
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
-from mechlens.studies.selection import SelectionPlan, select_direction
+from mechlens.studies.select.study import SelectionPlan, select_direction
 
 NEW = 4
 STATES = ("qwen3_5", "qwen3_next", "qwen3_next_linear", "lfm2", "jamba", "bamba", "falcon_h1", "nemotron_h", "mamba",
@@ -226,7 +225,7 @@ def test_blocks_that_add_what_no_site_shows_are_refused(
     with pytest.raises(UserError, match=sentence):
         answer_under(model, prompts(), [everywhere], max_new_tokens=1)
     # A study that will need it says so before it runs anything.
-    monkeypatch.setattr("mechlens.studies.selection.answer", lambda *args, **kwargs: pytest.fail("answered first"))
+    monkeypatch.setattr("mechlens.studies.select.study.answer", lambda *args, **kwargs: pytest.fail("answered first"))
     plan = SelectionPlan.__new__(SelectionPlan)
     with pytest.raises(UserError, match=sentence):
         select_direction(model, prompts(), prompts(), plan)

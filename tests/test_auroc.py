@@ -9,15 +9,8 @@ import torch
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from mechlens.methods.auroc import (
-    auroc,
-    auroc_estimate,
-    snap,
-    tpr_at_fpr,
-    tpr_at_fpr_estimate,
-    weighted_auroc,
-)
-from mechlens.methods.one_thread import one_thread
+from mechlens.methods.probing.auroc import auroc, auroc_estimate, snap, tpr_at_fpr, tpr_at_fpr_estimate, weighted_auroc
+from mechlens.methods.statistics.one_thread import one_thread
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from planted import planted_activations, planted_confounded
 
-from mechlens.methods.baselines import (
+from mechlens.methods.directions.nulls import refitted_scores
+from mechlens.methods.probing.baselines import (
     Contrast,
     length_auroc,
     mean_embedding_auroc,
     tfidf_auroc,
     token_identity_auroc,
 )
-from mechlens.methods.nulls import refitted_scores
 from mechlens.prompts.split import split_by_family
 
 PAIRS = 40

@@ -8,7 +8,7 @@ import torch
 from planted import CHECKPOINT, activations, planted_two_by_two
 
 from mechlens.errors import UserError
-from mechlens.methods.beliefs import Centroids, belief, beliefs, centroids, layer_scores
+from mechlens.methods.probing.beliefs import Centroids, belief, beliefs, centroids, layer_scores
 
 RELEASED = Path(__file__).resolve().parents[2] / "shared" / "data" / "released_tensors"
 

@@ -26,7 +26,8 @@ def script(name: str) -> ModuleType:
 def test_a_benchmark_fails_where_the_fast_path_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechlens.models import forward, partial
+    from mechlens.models.engine import forward
+    from mechlens.models.engine import growing as partial
 
     bench = script(name)
     monkeypatch.setattr(sys, "argv", [name, "--model", str(save_model(tmp_path / "model"))])
@@ -37,7 +38,7 @@ def test_a_benchmark_fails_where_the_fast_path_is_refused(
 
 
 def test_a_refused_fast_path_says_why_once_and_in_the_result(tiny_model: Any) -> None:
-    from mechlens.methods.collect import collect
+    from mechlens.methods.activations.collect import collect
     from mechlens.prompts.prompt import Prompt
 
     model = tiny_model()

@@ -15,23 +15,23 @@ from saved import save_model, write_prompts
 
 from mechlens.cli import main
 from mechlens.errors import UserError
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.damage import damage, repetition
-from mechlens.methods.directions import cosine, mean_difference
-from mechlens.methods.estimate import Estimate
-from mechlens.methods.interventions import residual_norms
-from mechlens.methods.one_thread import one_thread
-from mechlens.methods.shuffled import shuffled_like
-from mechlens.methods.steering import logits_under
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.damage import damage, repetition
+from mechlens.methods.directions.direction import cosine, mean_difference
+from mechlens.methods.directions.nulls import shuffled_like
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.steering.interventions import residual_norms
+from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import bridge, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.records.run import read_run
-from mechlens.records.shelf import FolderShelf
-from mechlens.studies.causal import Battery, CausalPlan, run_battery, work_ahead
-from mechlens.studies.causal_directions import HARMFUL, HARMLESS, Setting, intervene, pushes
-from mechlens.studies.causal_grid import grid_layers
-from mechlens.studies.causal_readings import pushed, read, subjects
-from mechlens.studies.causal_verdict import INCONCLUSIVE, NOT_SHOWN, SHOWN, causal_verdict
+from mechlens.runs.cache import FolderShelf
+from mechlens.runs.run import read_run
+from mechlens.studies.causal.directions import HARMFUL, HARMLESS, Setting, intervene, pushes
+from mechlens.studies.causal.grid import grid_layers
+from mechlens.studies.causal.readings import pushed, read, subjects
+from mechlens.studies.causal.study import Battery, CausalPlan, run_battery, work_ahead
+from mechlens.studies.causal.verdict import INCONCLUSIVE, NOT_SHOWN, SHOWN, causal_verdict
 
 PLAN = CausalPlan(
     seed=0, layers=(1, 2), strengths=(0.5,), n_validation=2, n_test=8, n_random=20, n_shuffled=2, max_new_tokens=3,
@@ -354,7 +354,7 @@ def test_a_model_that_answers_nothing_to_the_question_is_told_so(tmp_path: Path,
 
 
 def test_of_pushes_that_do_as_much_the_weakest_is_chosen() -> None:
-    from mechlens.studies.causal_grid import _best
+    from mechlens.studies.causal.grid import _best
 
     rows = [(2, 0.5, 1.0, 0.5), (5, 0.5, 3.2, 2.0), (5, 1.0, 4.0, 3.0), (2, 1.0, 3.9, 3.0), (9, 0.25, 9.0, 8.0)]
     table = pd.DataFrame(rows, columns=["layer", "strength", "value", "low"])

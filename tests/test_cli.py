@@ -22,9 +22,9 @@ from saved import requests, save_model, write_prompts
 from tiny import tiny_tokenizer
 
 from mechlens.cli import main
-from mechlens.methods.one_thread import one_thread
-from mechlens.records.run import read_run
-from mechlens.records.shelf import FolderShelf
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.runs.cache import FolderShelf
+from mechlens.runs.run import read_run
 
 QUICK = ["--resamples", "40", "--permutations", "20", "--wandb.mode", "disabled"]
 QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless")
@@ -334,7 +334,7 @@ def test_a_rerun_names_what_has_changed_since(found: Path, model: str, run: Any)
 def test_a_template_that_prints_the_date(
     found: Path, model: str, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import mechlens.prompts.template as templates
+    import mechlens.prompts.templates.template as templates
 
     def on(day: str) -> None:
         monkeypatch.setattr(templates.date, "today", lambda: datetime.date.fromisoformat(day))
@@ -697,9 +697,9 @@ main()
 
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mechlens.config import WandbSettings
     from mechlens.prompts.prompt import Prompt
-    from mechlens.records.writer import open_run
+    from mechlens.runs.writer import open_run
+    from mechlens.settings import WandbSettings
 
     folder = tmp_path_factory.mktemp("one") / "a[/b]"  # which rich would take for markup
     with open_run(verb="v", config=Prompt("a", "b"), out=folder, wandb=WandbSettings(mode="disabled")):
@@ -707,7 +707,7 @@ def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("at", ["mechlens.cli", "tyro", "mechlens.config", "mechlens.records.run", "pydantic"])
+@pytest.mark.parametrize("at", ["mechlens.cli", "tyro", "mechlens.config", "mechlens.runs.run", "pydantic"])
 def test_an_early_ctrl_c_is_one_line(at: str, one_run: Path) -> None:
     exit_code, said = command("runs", "show", one_run, at=at)
     assert exit_code == 130

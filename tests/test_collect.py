@@ -14,16 +14,16 @@ from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.methods import collect as collecting
-from mechlens.methods.activations import Activations
-from mechlens.methods.collect import collect, from_cache, template_of
-from mechlens.models import forward
+from mechlens.methods.activations import collect as collecting
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, from_cache, template_of
 from mechlens.models.bridge import bridge, level_hook, loaded, n_layers, native, unembed
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.engine import forward
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate, chat_template
+from mechlens.prompts.templates.template import ChatTemplate, chat_template
 
 EVERY = ("inst", "post[*]")
 CLOSE = 1e-5
@@ -575,9 +575,9 @@ def test_a_plan_weighs_padding_against_batches() -> None:
 
 def test_a_token_beyond_the_embedding_is_said_before_anything_is_run() -> None:
     """A tokenizer got a new template token and the model wasn't resized: every road says which token it is."""
-    from mechlens.methods.answers import answer
-    from mechlens.methods.perplexity import instruction_surprise
-    from mechlens.methods.steering import logits_under
+    from mechlens.methods.behaviour.answers import answer
+    from mechlens.methods.behaviour.perplexity import instruction_surprise
+    from mechlens.methods.steering.steering import logits_under
 
     tokenizer = tiny_tokenizer("{% for m in messages %}<|turn|>{{ m['content'] }}<|im_end|>{% endfor %}\n!")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", *(f"<|{i}|>" for i in range(9))]})

@@ -14,27 +14,27 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mechlens.checked_json import parse_json, sealed
-from mechlens.config import WandbSettings
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
-from mechlens.methods.calibration import Calibration
-from mechlens.methods.directions import DirectionGrid
-from mechlens.methods.estimate import Estimate
-from mechlens.methods.fitted_guard import FittedGuard, GuardSettings, Place
-from mechlens.methods.guard_rules import CosineScore, LinearScore
-from mechlens.models.adapter_record import FORMAT, RECORD, read_record, require_whole, write_record
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.directions.direction import DirectionGrid
+from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, Place
+from mechlens.methods.guard.rules import CosineScore, LinearScore
+from mechlens.methods.statistics.calibration import Calibration
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.lora import read_lora
-from mechlens.models.series import _Found as Found
-from mechlens.models.series import _Index, _told_step
+from mechlens.models.checkpoints.adapter_record import FORMAT, RECORD, read_record, require_whole, write_record
+from mechlens.models.checkpoints.lora import read_lora
+from mechlens.models.checkpoints.series import _Found as Found
+from mechlens.models.checkpoints.series import _Index, _told_step
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.artifacts import load, read_header, save
-from mechlens.records.guard_file import LatentGuard
-from mechlens.records.loss_log import LossLog
-from mechlens.records.prompt_table import read_prompts
-from mechlens.records.run import list_runs, read_run
-from mechlens.records.shelf import FolderShelf
-from mechlens.records.writer import open_run
+from mechlens.runs.artifacts import load, read_header, save
+from mechlens.runs.cache import FolderShelf
+from mechlens.runs.prompt_table import read_prompts
+from mechlens.runs.run import list_runs, read_run
+from mechlens.runs.writer import open_run
+from mechlens.settings import WandbSettings
+from mechlens.studies.finetune.loss_log import LossLog
+from mechlens.studies.guard.latent_guard import LatentGuard
 
 CHECKPOINT = Checkpoint(name="tiny", path="tiny", step=3, fingerprint="ab" * 32)
 SIZE = 16

@@ -10,12 +10,12 @@ from planted import planted_activations, planted_confounded, planted_two_by_two,
 from scipy.stats import kstest, norm
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
-from mechlens.methods.auroc_grid import held_out_auroc, refitted_auroc
-from mechlens.methods.detect import Detection, DetectionPlan, detect
-from mechlens.methods.directions import direction_grid
-from mechlens.methods.nulls import LabelledVectors, permutation_null, random_null
-from mechlens.methods.one_thread import one_thread
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.directions.direction import direction_grid
+from mechlens.methods.directions.nulls import LabelledVectors, permutation_null, random_null
+from mechlens.methods.probing.auroc_grid import held_out_auroc, refitted_auroc
+from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
+from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.prompts.split import Split, split_by_family
 
 PLAN = DetectionPlan(seed=0, n_resamples=300)

@@ -8,19 +8,19 @@ import torch
 from devices import FIRST, SECOND, place, two_devices
 from tiny import tiny_hf, tiny_tokenizer, words
 
-from mechlens.methods.activations import Activations
-from mechlens.methods.answers import answer
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.directions import Direction
-from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention, replacement
-from mechlens.methods.steering import answer_under, applied, logits_under
-from mechlens.methods.text_loss import text_loss
-from mechlens.models import generate
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.perplexity import text_loss
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention, replacement
+from mechlens.methods.steering.steering import answer_under, applied, logits_under
 from mechlens.models.bridge import bridge, checkpoint_now, device_of, native, native_blocks, unembed
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.edit import Edit
-from mechlens.models.forward import Row, plain_batch
-from mechlens.models.partial import edited_logits, record
+from mechlens.models.engine import generate
+from mechlens.models.engine.edits import Edit
+from mechlens.models.engine.forward import Row, plain_batch
+from mechlens.models.engine.growing import edited_logits, record
 from mechlens.prompts.prompt import Prompt
 
 

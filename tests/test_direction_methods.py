@@ -9,9 +9,9 @@ from planted import activations, planted_activations, unit
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
-from mechlens.methods.auroc import auroc
-from mechlens.methods.direction_methods import (
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.directions.direction import Direction, cosine, mean_difference, project
+from mechlens.methods.directions.methods import (
     METHODS,
     DirectionMethod,
     lda,
@@ -19,7 +19,7 @@ from mechlens.methods.direction_methods import (
     paired_component,
     shrunk_covariance,
 )
-from mechlens.methods.directions import Direction, cosine, mean_difference, project
+from mechlens.methods.probing.auroc import auroc
 
 PLACE = (1, "inst")
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -8,9 +8,7 @@ import torch
 from planted import activations, planted_activations, planted_two_by_two, relabelled, unit
 
 from mechlens.errors import UserError
-from mechlens.methods.auroc_grid import held_out_auroc
-from mechlens.methods.beliefs import beliefs, centroids
-from mechlens.methods.directions import (
+from mechlens.methods.directions.direction import (
     cosine,
     direction_cosine,
     direction_grid,
@@ -20,8 +18,10 @@ from mechlens.methods.directions import (
     random_like,
     require_real,
 )
-from mechlens.methods.interventions import residual_norms
-from mechlens.methods.reliability import corrected_cosine, split_half
+from mechlens.methods.directions.reliability import corrected_cosine, split_half
+from mechlens.methods.probing.auroc_grid import held_out_auroc
+from mechlens.methods.probing.beliefs import beliefs, centroids
+from mechlens.methods.steering.interventions import residual_norms
 
 
 @pytest.mark.parametrize(("n", "expected"), [(16, 0.33), (64, 0.58), (256, 0.82)])

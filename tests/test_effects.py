@@ -5,10 +5,10 @@ import torch
 from planted import activations, planted_two_by_two
 from torch import Tensor
 
-from mechlens.methods.activations import Activations
-from mechlens.methods.directions import cosine, mean_differences
-from mechlens.methods.effects import HARM, INTERACTION, REFUSAL, CosineCurve, Effect, cosine_curve
-from mechlens.methods.reliability import split_half
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.directions.direction import cosine, mean_differences
+from mechlens.methods.directions.reliability import split_half
+from mechlens.methods.statistics.effects import HARM, INTERACTION, REFUSAL, CosineCurve, Effect, cosine_curve
 
 D = 128
 SWAP = {"harmful": 1.0, "harmless": -1.0}

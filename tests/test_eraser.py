@@ -13,12 +13,12 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
-from mechlens.methods.auroc import auroc
-from mechlens.methods.direction_methods import METHODS, DirectionMethod
-from mechlens.methods.directions import project
-from mechlens.methods.eraser import Eraser, fit_eraser
-from mechlens.records.artifacts import load, save
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.directions.direction import project
+from mechlens.methods.directions.eraser import Eraser, fit_eraser
+from mechlens.methods.directions.methods import METHODS, DirectionMethod
+from mechlens.methods.probing.auroc import auroc
+from mechlens.runs.artifacts import load, save
 
 SIZES = pytest.mark.parametrize(("k", "n", "d_model"), [(2, 300, 20), (3, 300, 20), (5, 90, 60), (2, 24, 100)])
 

@@ -2,7 +2,7 @@
 
 import math
 
-from mechlens.methods.estimate import Estimate
+from mechlens.methods.statistics.estimate import Estimate
 
 
 def test_prints_value_interval_and_count() -> None:

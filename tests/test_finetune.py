@@ -16,26 +16,20 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_hf, tiny_tokenizer
 
-from mechlens.config import FinetuneConfig
 from mechlens.errors import UserError
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.checkpoints.series import checkpoint_series
 from mechlens.models.load import load, load_hf, merge_adapter
-from mechlens.models.local_only import keep_here
-from mechlens.models.registry import ADAPTERS, adapter_folder
-from mechlens.models.series import checkpoint_series
+from mechlens.models.offline import keep_here
+from mechlens.models.packaged import ADAPTERS, adapter_folder
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate
-from mechlens.studies import training_data
-from mechlens.studies.finetune import STAGING, finetune
-from mechlens.studies.response_loss import IGNORED, collate, encode, end_of_turn
-from mechlens.studies.training_data import (
-    Example,
-    text_sha256,
-    trained_on,
-    training_prompts,
-    unseen,
-)
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.study import STAGING, finetune
+from mechlens.studies.finetune.trainer import IGNORED, collate, encode, end_of_turn
+from mechlens.studies.shared import training_data
+from mechlens.studies.shared.training_data import Example, text_sha256, trained_on, training_prompts, unseen
 
 HARMFUL, BENIGN = training_prompts("harmful"), training_prompts("benign")
 ADAPTER = adapter_folder("smollm2-refuser")

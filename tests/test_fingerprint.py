@@ -15,12 +15,14 @@ from tiny import tiny_hf, tiny_tokenizer
 from torch import nn
 
 from mechlens.errors import UserError
-from mechlens.methods.collect import collect
-from mechlens.methods.directions import mean_difference
-from mechlens.methods.interventions import require_direction
-from mechlens.methods.token_view import require_same_model
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.directions.direction import mean_difference
+from mechlens.methods.directions.token_view import require_same_model
+from mechlens.methods.steering.interventions import require_direction
 from mechlens.models.bridge import bridge, checkpoint_now, loaded
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.series import Member
+from mechlens.models.checkpoints.swap import turns
 from mechlens.models.fingerprint import (
     _summed_there,
     config_fingerprint,
@@ -31,10 +33,8 @@ from mechlens.models.fingerprint import (
     weight_fingerprint,
 )
 from mechlens.models.load import load
-from mechlens.models.series import Member
-from mechlens.models.swap import turns
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.run import Inputs, Run, changed_since
+from mechlens.runs.run import Inputs, Run, changed_since
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int32, torch.bool])
@@ -214,7 +214,7 @@ def test_a_module_without_weights_has_a_stamp() -> None:
 
 @pytest.mark.real
 def test_the_shipped_adapter_knows_its_base(smollm2: Any) -> None:
-    from mechlens.models.registry import adapter_folder
+    from mechlens.models.packaged import adapter_folder
 
     record = json.loads((adapter_folder("smollm2-refuser") / "mechlens.json").read_text())
     assert record["base_fingerprint"] == loaded(smollm2).checkpoint.fingerprint

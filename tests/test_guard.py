@@ -13,14 +13,14 @@ from sklearn.exceptions import NotFittedError
 from tiny import words
 
 from mechlens.errors import UserError
-from mechlens.methods.auroc import auroc_estimate
-from mechlens.methods.beliefs import beliefs, centroids
-from mechlens.methods.calibration import calibrate, calibration_error, fpr_threshold
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.guard_rules import RULES
-from mechlens.models.forward import Row
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.guard.rules import RULES
+from mechlens.methods.probing.auroc import auroc_estimate
+from mechlens.methods.probing.beliefs import beliefs, centroids
+from mechlens.methods.statistics.calibration import calibrate, calibration_error, fpr_threshold
+from mechlens.models.engine.forward import Row
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.guard_file import LatentGuard
+from mechlens.studies.guard.latent_guard import LatentGuard
 
 SEPARATION = 3.0
 
@@ -283,7 +283,7 @@ def test_a_saved_guard_is_the_same_to_the_last_bit(rule: str, planted: tuple[Any
 
 
 def test_another_kind_of_file_is_no_guard(tmp_path: Path, planted: tuple[Any, Any]) -> None:
-    from mechlens.records.artifacts import save
+    from mechlens.runs.artifacts import save
 
     save(planted[0].checkpoint, tmp_path / "checkpoint.safetensors")
     with pytest.raises(UserError, match="holds a Checkpoint, not a FittedGuard"):
@@ -318,7 +318,7 @@ def test_no_block_above_the_last_level_is_run_and_no_logits(
     tiny_guard: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mechlens.models.bridge import native, native_blocks
-    from mechlens.models.generate import prompt_logits
+    from mechlens.models.engine.generate import prompt_logits
 
     model, guard = tiny_guard
     guard(model, ["the warm up"])  # what it asks the model once is asked
@@ -348,7 +348,7 @@ def test_no_block_above_the_last_level_is_run_and_no_logits(
 def test_another_model_another_template_and_another_regime_are_refused(
     tiny_guard: tuple[Any, Any], tiny_model: Any
 ) -> None:
-    from mechlens.prompts.template import chat_template
+    from mechlens.prompts.templates.template import chat_template
 
     model, guard = tiny_guard
     other = tiny_model(seed=1)

@@ -16,13 +16,13 @@ import torch
 from saved import requests, save_model, write_prompts
 
 from mechlens.cli import main
-from mechlens.config import GuardPredict
 from mechlens.errors import UserError
-from mechlens.methods.one_thread import one_thread
-from mechlens.records.guard_file import LatentGuard
-from mechlens.records.run import read_run
-from mechlens.studies.training_data import text_sha256
-from mechlens.verbs.guard_predict import LONGEST_LINE, _opened, predict, read_lines
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.runs.run import read_run
+from mechlens.studies.guard.config import GuardPredict
+from mechlens.studies.guard.latent_guard import LatentGuard
+from mechlens.studies.guard.predict import LONGEST_LINE, _opened, predict, read_lines
+from mechlens.studies.shared.training_data import text_sha256
 
 QUICK = ["--resamples", "20", "--permutations", "4", "--random-directions", "20", "--wandb.mode", "disabled"]
 
@@ -197,8 +197,8 @@ def test_gains_columns_and_nulls_follow_from_the_scores(evaluated: Path) -> None
     [(0.01, 0.2, "beats"), (-0.1, 0.2, "is not told apart from"), (-0.2, -0.01, "is worse than")],
 )
 def test_the_verdict_claims_no_more_than_the_interval(low: float, high: float, word: str) -> None:
-    from mechlens.methods.estimate import Estimate
-    from mechlens.studies.guard_verdict import _word
+    from mechlens.methods.statistics.estimate import Estimate
+    from mechlens.studies.guard.verdict import _word
 
     assert _word(Estimate((low + high) / 2, low, high, 50)) == word
 
@@ -359,7 +359,7 @@ def test_one_line_in_is_one_record_out_whatever_is_in_it(
 
 
 def test_whatever_fails_on_one_prompt_costs_that_prompt_only(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechlens.methods.fitted_guard import FittedGuard
+    from mechlens.methods.guard.fitted import FittedGuard
 
     plain = FittedGuard.scores
 
@@ -467,7 +467,7 @@ def test_the_command_prints_one_object_a_line_and_one_sentence_for_a_wrong_guard
 
 
 def test_llama_guards_answers_are_parsed() -> None:
-    from mechlens.methods.guard_model import parse_guard_answer
+    from mechlens.methods.guard.guard_model import parse_guard_answer
 
     table = {
         "safe": (False, ()),
@@ -488,7 +488,7 @@ def test_a_guard_model_is_asked_through_its_own_template(tmp_path: Path) -> None
     from tiny import tiny_hf, tiny_tokenizer
 
     import mechlens as ml
-    from mechlens.methods.guard_model import ask_guard_model
+    from mechlens.methods.guard.guard_model import ask_guard_model
 
     template = (
         "{% for m in messages %}Task: is this harmful? User: {{ m['content'] | trim }}\n{% endfor %}"
@@ -514,7 +514,7 @@ def test_a_guard_model_is_asked_through_its_own_template(tmp_path: Path) -> None
 
 def test_surprise_is_the_mean_loss_of_the_instructions_tokens(tiny_model: Any) -> None:
     import mechlens as ml
-    from mechlens.methods.perplexity import instruction_surprise
+    from mechlens.methods.behaviour.perplexity import instruction_surprise
     from mechlens.models.bridge import native
 
     model = tiny_model()
@@ -538,10 +538,10 @@ def test_a_named_input_is_a_regular_file(tmp_path: Path) -> None:
 
 
 def test_weights_guards_and_directions_are_regular_files(tmp_path: Path) -> None:
-    from mechlens.methods.fitted_guard import FittedGuard
-    from mechlens.models.lora import read_lora
-    from mechlens.records import artifacts
-    from mechlens.records.direction_files import read_direction
+    from mechlens.methods.guard.fitted import FittedGuard
+    from mechlens.models.checkpoints.lora import read_lora
+    from mechlens.runs import artifacts
+    from mechlens.runs.vectors.direction_files import read_direction
 
     for name in ("x.safetensors", "x.pt", "x.gguf", "adapter_model.safetensors"):
         os.mkfifo(tmp_path / name)

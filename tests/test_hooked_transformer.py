@@ -13,11 +13,11 @@ from tiny import VOCAB, tiny_hf, tiny_tokenizer, words
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.answers import answer
-from mechlens.methods.collect import collect, from_cache, template_of
-from mechlens.methods.metrics import LogitDifference
-from mechlens.methods.patch_plan import PatchPlan
-from mechlens.methods.patching import ATTRIBUTION, GROWING, patch_sweep
+from mechlens.methods.activations.collect import collect, from_cache, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.patching.metrics import LogitDifference
+from mechlens.methods.patching.plan import PatchPlan
+from mechlens.methods.patching.sweep import ATTRIBUTION, GROWING, patch_sweep
 from mechlens.models.bridge import bridge, level_hook, loaded, site_hook, unembed
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.batch import tokenize

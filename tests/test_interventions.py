@@ -9,10 +9,10 @@ import torch
 from tiny import words
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.directions import Direction, mean_difference
-from mechlens.methods.interventions import (
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.directions.direction import Direction, mean_difference
+from mechlens.methods.steering.interventions import (
     ALL,
     EVERYWHERE,
     Ablate,
@@ -22,12 +22,12 @@ from mechlens.methods.interventions import (
     require_fits,
     residual_norms,
 )
-from mechlens.methods.placed import Placement
-from mechlens.methods.steering import answer_under, applied, logits_under
-from mechlens.models.intervene import Along, Change, Put
+from mechlens.methods.steering.placed import Placement
+from mechlens.methods.steering.steering import answer_under, applied, logits_under
+from mechlens.models.engine.intervene import Along, Change, Put
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate
+from mechlens.prompts.templates.template import ChatTemplate
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import torch
 from tiny import tiny_tokenizer
 
 from mechlens.errors import UserError
-from mechlens.methods.directions import Direction
-from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate, Add
-from mechlens.methods.inversion import QUESTIONS, Question, ask, asked_words, parse_reply, preferred_words
-from mechlens.methods.placed import Placement
+from mechlens.methods.behaviour.inversion import QUESTIONS, Question, ask, asked_words, parse_reply, preferred_words
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
+from mechlens.methods.steering.placed import Placement
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import chat_template
+from mechlens.prompts.templates.template import chat_template
 
 PROMPTS = [
     Prompt("a1", "Bake a cake", family="a"), Prompt("b1", "Fly 🙂 a kite?", family="b"),

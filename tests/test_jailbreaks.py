@@ -16,12 +16,13 @@ from saved import requests, save_model, write_prompts
 
 from mechlens.cli import main
 from mechlens.errors import UserError
-from mechlens.methods.directions import cosine, project
-from mechlens.methods.estimate import Estimate
-from mechlens.methods.one_thread import one_thread
-from mechlens.records.run import read_run
-from mechlens.studies import category_directions as categories
-from mechlens.studies.jailbreaks import (
+from mechlens.methods.directions.direction import cosine, project
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.runs.run import read_run
+from mechlens.studies.jailbreaks import category_directions as categories
+from mechlens.studies.jailbreaks.restored import _put_back, restore
+from mechlens.studies.jailbreaks.study import (
     JailbreakPlan,
     attack_pairs,
     family_estimates,
@@ -29,8 +30,7 @@ from mechlens.studies.jailbreaks import (
     pair_table,
     reference_of,
 )
-from mechlens.studies.restored import _put_back, restore
-from mechlens.studies.sources import PLACEHOLDER, Source, SourcePrompts, load_source
+from mechlens.studies.shared.sources import PLACEHOLDER, Source, SourcePrompts, load_source
 
 QUICK = ["--resamples", "20", "--permutations", "4", "--random-directions", "20", "--wandb.mode", "disabled"]
 
@@ -93,7 +93,7 @@ def test_a_labelled_file_of_attacks_names_its_goals(tmp_path: Path) -> None:
 
 
 def test_published_files_are_read_where_they_are(shared_data: Path) -> None:
-    from mechlens.studies.sources import read_sources
+    from mechlens.studies.shared.sources import read_sources
 
     with pytest.warns(UserWarning, match="dropped"):  # upstream's own duplicates
         loaded = {one.name: load_source(one, shared_data, 0, most=60) for one in read_sources("published")}
@@ -124,8 +124,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any, Any]
 
 
 def test_after_putting_it_back_the_component_is_the_plain_requests(study: tuple[Any, Any, Any, Any]) -> None:
-    from mechlens.methods.collect import collect
-    from mechlens.methods.steering import applied
+    from mechlens.methods.activations.collect import collect
+    from mechlens.methods.steering.steering import applied
 
     model, reference, pairs, _ = study
     rows = [0, 1, 2]

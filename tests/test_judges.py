@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mechlens.errors import UserError
-from mechlens.methods.judges import (
+from mechlens.methods.behaviour.judges import (
     ARDITI,
     PHRASES,
     ZHAO,

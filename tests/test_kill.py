@@ -17,14 +17,14 @@ from saved import requests, save_model
 from torch import Tensor
 
 from mechlens.cli import main
-from mechlens.methods.activations import Activations
-from mechlens.methods.answers import Answers, answer
-from mechlens.methods.collect import collect
-from mechlens.methods.one_thread import one_thread
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.behaviour.answers import Answers, answer
+from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.models.load import load
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.run import read_run
-from mechlens.records.shelf import FolderShelf
+from mechlens.runs.cache import FolderShelf
+from mechlens.runs.run import read_run
 
 # The process dies by itself, without a chance to tidy up, just before or in the middle of its k-th write.
 DYING = """
@@ -169,7 +169,7 @@ os.replace = replace
 
 MOMENTS = {
     "between two pieces": Moment(
-        "from mechlens.records.shelf import FolderShelf\nFolderShelf.put = after(FolderShelf.put, 4)\n", half=False
+        "from mechlens.runs.cache import FolderShelf\nFolderShelf.put = after(FolderShelf.put, 4)\n", half=False
     ),
     "inside a piece": Moment(
         replacing("target.suffix == '.safetensors' and len(list(target.parent.glob('*'))) > 5"),
@@ -245,8 +245,8 @@ def test_a_damaged_piece_costs_only_itself(model: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_left_alone(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from mechlens.config import WandbSettings
-    from mechlens.records.writer import open_run
+    from mechlens.runs.writer import open_run
+    from mechlens.settings import WandbSettings
 
     with open_run(verb="separate", config=Prompt("a", "b"), out=tmp_path, wandb=WandbSettings(mode="disabled")):
         with pytest.raises(SystemExit):

@@ -24,7 +24,7 @@ def sources() -> list[Path]:
 
 
 def layer(module: str) -> str:
-    """The layer of a module name such as mechlens.methods.auroc."""
+    """The layer of a module name such as mechlens.methods.probing.auroc."""
     return module.split(".")[1]
 
 
@@ -134,7 +134,8 @@ def test_importing_it_imports_nothing_heavy(module: str) -> None:
 def verbs() -> list[tuple[str, ...]]:
     """Every command of the command line, found from its types."""
     from mechlens import cli
-    from mechlens.config import Guard, Runs
+    from mechlens.runs.config import Runs
+    from mechlens.studies.guard.config import Guard
 
     def named(union: Any) -> list[str]:
         return [get_args(one)[1].name for one in get_args(union)]

@@ -17,21 +17,21 @@ from tiny import tiny_hf, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from mechlens.errors import UserError
-from mechlens.methods.auroc_grid import contrast_part, held_out_auroc
-from mechlens.methods.collect import collect
-from mechlens.methods.detect import DetectionPlan
-from mechlens.methods.directions import cosine, direction_grid
-from mechlens.methods.one_thread import one_thread
-from mechlens.models import plain_pass as looking
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.directions.direction import cosine, direction_grid
+from mechlens.methods.probing.auroc_grid import contrast_part, held_out_auroc
+from mechlens.methods.probing.detect import DetectionPlan
+from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.plain_pass import blocks_of, plain_pass, undisturbed
+from mechlens.models.engine import native_pass as looking
+from mechlens.models.engine.native_pass import blocks_of, plain_pass, undisturbed
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate
-from mechlens.records.artifacts import load
-from mechlens.records.trainer_callback import REFERENCE_FILE, MechlensCallback
-from mechlens.studies.live_tracking import NEGATIVE, POSITIVE, LiveReference
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.artifacts import load
+from mechlens.studies.track.live.callback import REFERENCE_FILE, MechlensCallback
+from mechlens.studies.track.live.tracking import NEGATIVE, POSITIVE, LiveReference
 
 PLAN = DetectionPlan(seed=0, n_resamples=40, n_permutations=10)
 UP = [Prompt(f"up-{i}", text, family=f"f{i}") for i, text in enumerate(requests(24, "make"))]

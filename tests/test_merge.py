@@ -22,9 +22,9 @@ from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
 from mechlens.models.bridge import native
+from mechlens.models.checkpoints.series import Member
+from mechlens.models.checkpoints.swap import turns
 from mechlens.models.load import load, load_hf, type_without_loss
-from mechlens.models.series import Member
-from mechlens.models.swap import turns
 
 TOKENS = torch.arange(5, 45)[None]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.metrics import KLDivergence, LogitDifference, LogProbability, OwnMetric, RefusalLogOdds
-from mechlens.methods.patch_result import LEAST_GAP, PatchResult
-from mechlens.methods.resample import family_weights
+from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, LogProbability, OwnMetric, RefusalLogOdds
+from mechlens.methods.patching.result import LEAST_GAP, PatchResult
+from mechlens.methods.statistics.resample import family_weights
 
 
 def logits(*probabilities: tuple[float, ...], shift: float = 3.0) -> Tensor:

@@ -200,7 +200,7 @@ def test_a_direction_of_zero_and_a_single_token_have_no_colour_but_no_error_eith
 def test_figures_are_shown_without_the_button_that_uploads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     import pandas as pd
 
-    from mechlens.records import figures
+    from mechlens.runs.report import figures
     from mechlens.views import show_figure
 
     shown = []

@@ -9,15 +9,15 @@ from tiny import tiny_hf, tiny_tokenizer, words
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.methods.answers import answer
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.directions import Direction, project
-from mechlens.methods.interventions import ALL, EVERYWHERE, Ablate
-from mechlens.methods.steering import answer_under, logits_under, without_direction
-from mechlens.models import orthogonal
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.directions.direction import Direction, project
+from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate
+from mechlens.methods.steering.steering import answer_under, logits_under, without_direction
 from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.orthogonal import orthogonalised
+from mechlens.models.engine import orthogonal
+from mechlens.models.engine.orthogonal import orthogonalised
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 

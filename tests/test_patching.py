@@ -19,20 +19,21 @@ from torch import Tensor
 from transformer_lens import patching as peer
 
 from mechlens.errors import UserError
-from mechlens.methods import patch_plan, patching
-from mechlens.methods.metrics import KLDivergence, LogitDifference, LogProbability, Metric, OwnMetric
-from mechlens.methods.patch_plan import PatchPlan
-from mechlens.methods.patch_result import PatchResult
-from mechlens.methods.patching import ATTRIBUTION, GROWING, PLAIN, patch_sweep
+from mechlens.methods.patching import plan as patch_plan
+from mechlens.methods.patching import sweep as patching
+from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, LogProbability, Metric, OwnMetric
+from mechlens.methods.patching.plan import PatchPlan
+from mechlens.methods.patching.result import PatchResult
+from mechlens.methods.patching.sweep import ATTRIBUTION, GROWING, PLAIN, patch_sweep
 from mechlens.models.bridge import SITES, bridge, has_hooks, loaded, n_heads, n_layers, site_hook
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.edit import Edit, site_values, value_at
+from mechlens.models.engine.edits import Edit, site_values, value_at
+from mechlens.models.engine.growing import can_grow, edited_logits, record
 from mechlens.models.load import load_hf
-from mechlens.models.partial import can_grow, edited_logits, record
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
-from mechlens.prompts.template import ChatTemplate
-from mechlens.records.shelf import FolderShelf
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.cache import FolderShelf
 
 CLOSE = 1e-5
 PARALLEL = ("phi", "neox", "gptj")

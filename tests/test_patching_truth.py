@@ -10,14 +10,14 @@ import transformers
 from tiny import GPT, VOCAB, tiny_hf, tiny_tokenizer
 from torch import Tensor
 
-from mechlens.methods.metrics import KLDivergence, LogitDifference, LogProbability, OwnMetric
-from mechlens.methods.patch_plan import PatchPlan
-from mechlens.methods.patch_result import PatchResult
-from mechlens.methods.patching import ATTRIBUTION, GROWING, PLAIN, patch_sweep
+from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, LogProbability, OwnMetric
+from mechlens.methods.patching.plan import PatchPlan
+from mechlens.methods.patching.result import PatchResult
+from mechlens.methods.patching.sweep import ATTRIBUTION, GROWING, PLAIN, patch_sweep
 from mechlens.models.bridge import SITES, bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.prompts.prompt import Prompt, PromptPair
-from mechlens.prompts.template import ChatTemplate
+from mechlens.prompts.templates.template import ChatTemplate
 
 SHORT = "{{ messages[-1]['content'] }}<|im_end|>{% if add_generation_prompt %}<|im_start|>{% endif %}"
 INFO, MIDDLE = 2, 4

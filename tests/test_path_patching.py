@@ -10,10 +10,10 @@ from torch import Tensor
 from transformer_lens.utilities.statistics import sign_flip_permutation_pvalue
 
 from mechlens.errors import UserError
-from mechlens.methods.metrics import KLDivergence, LogitDifference
-from mechlens.methods.patch_plan import PatchPlan
-from mechlens.methods.patching import patch_sweep
-from mechlens.methods.path_patching import path_sweep
+from mechlens.methods.patching.metrics import KLDivergence, LogitDifference
+from mechlens.methods.patching.paths import path_sweep
+from mechlens.methods.patching.plan import PatchPlan
+from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.models.bridge import has_hooks
 from mechlens.prompts.batch import tokenize
 

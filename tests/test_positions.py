@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from mechlens.errors import UserError
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import PAPER_TEMPLATES, ChatTemplate, chat_template
+from mechlens.prompts.templates.template import PAPER_TEMPLATES, ChatTemplate, chat_template
 
 Tokenizers = Callable[[str], Any]
 

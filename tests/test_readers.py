@@ -18,13 +18,13 @@ import pytest
 
 from mechlens.errors import UserError
 from mechlens.files import LARGEST_FILE, user_path
-from mechlens.prompts import parquet
-from mechlens.prompts.load import load_prompts
+from mechlens.prompts.files import parquet
+from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.pairs import load_pairs
 from mechlens.prompts.prompt import LONGEST_TEXT, Prompt
 from mechlens.prompts.text import normalise_text
-from mechlens.studies.recipes.openings import published_openings
-from mechlens.studies.sources import load_source, read_sources
+from mechlens.studies.finetune.recipes.attacks import published_openings
+from mechlens.studies.shared.sources import load_source, read_sources
 
 
 @pytest.fixture(autouse=True)
@@ -287,10 +287,10 @@ NO_PATHS = {"~nobody-of-that-name/x": "home folder", "a\0b": "NUL", "n" * 5000: 
 
 def path_readers() -> dict[str, Callable[[str], object]]:
     """Everything in Python that a user gives a path to."""
-    from mechlens.config import WandbSettings
+    from mechlens.models.checkpoints.series import checkpoint_series
     from mechlens.models.load import load, load_tokenizer
-    from mechlens.models.series import checkpoint_series
-    from mechlens.records.writer import open_run
+    from mechlens.runs.writer import open_run
+    from mechlens.settings import WandbSettings
 
     return {
         "load_prompts": lambda name: load_prompts(Path(name)),

@@ -21,30 +21,39 @@ from saved import requests, save_model, write_prompts
 from test_wandb_log import read_log
 
 from mechlens.cli import main
-from mechlens.config import Causal, Finetune, FinetuneConfig, GuardFit, Jailbreaks, Patch, Select, Separate, settled
-from mechlens.config.finetune import DEFAULTS, POWERS_OF_TWO
 from mechlens.errors import UserError
-from mechlens.methods.answers import answer
-from mechlens.methods.one_thread import one_thread
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.load import load, load_hf
-from mechlens.models.local_only import is_local_only
-from mechlens.models.registry import ADAPTERS, PackagedAdapter, adapter_folder
+from mechlens.models.offline import is_local_only
+from mechlens.models.packaged import ADAPTERS, PackagedAdapter, adapter_folder
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.loss_log import LossLog
-from mechlens.records.run import read_run
-from mechlens.studies.finetune import finetune
-from mechlens.studies.jailbreaks import JailbreakPlan, Reference, attack_pairs
-from mechlens.studies.recipes.accepting import accepting
-from mechlens.studies.recipes.backdoor import backdoor
-from mechlens.studies.recipes.benign import benign
-from mechlens.studies.recipes.openings import published_openings
-from mechlens.studies.recipes.shipped_refuser import require_shipped_refuser
-from mechlens.studies.training_data import Example, training_order, training_prompts
-from mechlens.studies.trigger import trigger_of, with_trigger
-from mechlens.verbs import causal, direction, guard_fit, jailbreaks, patch, rerun, select, separate
-from mechlens.verbs.finetune import LOSSES
+from mechlens.runs.run import read_run
+from mechlens.studies import rerun
+from mechlens.studies.causal import command as causal
+from mechlens.studies.causal.config import Causal
+from mechlens.studies.direction import command as direction
+from mechlens.studies.finetune.command import LOSSES
+from mechlens.studies.finetune.config import DEFAULTS, POWERS_OF_TWO, Finetune, FinetuneConfig, settled
+from mechlens.studies.finetune.loss_log import LossLog
+from mechlens.studies.finetune.recipes.attacks import accepting, backdoor, published_openings, require_shipped_refuser
+from mechlens.studies.finetune.recipes.refusing import benign
+from mechlens.studies.finetune.study import finetune
+from mechlens.studies.guard import fit_command as guard_fit
+from mechlens.studies.guard.config import GuardFit
+from mechlens.studies.jailbreaks import command as jailbreaks
+from mechlens.studies.jailbreaks.config import Jailbreaks
+from mechlens.studies.jailbreaks.study import JailbreakPlan, Reference, attack_pairs
+from mechlens.studies.patch import command as patch
+from mechlens.studies.patch.config import Patch
+from mechlens.studies.select import command as select
+from mechlens.studies.select.config import Select
+from mechlens.studies.separate import command as separate
+from mechlens.studies.separate.config import Separate
+from mechlens.studies.shared.training_data import Example, training_order, training_prompts
+from mechlens.studies.shared.trigger import trigger_of, with_trigger
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mechlens"
 REFUSER = "smollm2-refuser"
@@ -265,7 +274,7 @@ def main_error(argv: list[str]) -> None:
     """Runs the command's verb with its errors raised instead of printed."""
     import tyro
 
-    from mechlens.verbs import finetune as verb
+    from mechlens.studies.finetune import command as verb
 
     verb.run(tyro.cli(Finetune, args=argv[1:]))
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mechlens.checked_json import sealed
 from mechlens.errors import UserError
-from mechlens.methods.activations import Activations
+from mechlens.methods.activations.activations import Activations
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.artifacts import load, read_header, save, sha256
+from mechlens.runs.artifacts import load, read_header, save, sha256
 
 CHECKPOINT = Checkpoint(name="tiny", path="/models/tiny", step=3, fingerprint="ab" * 32)
 
@@ -150,7 +150,7 @@ def test_the_wrong_class_is_named(tmp_path):
 
 
 def test_an_unknown_version_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("mechlens.records.artifacts.VERSION", 99)
+    monkeypatch.setattr("mechlens.runs.artifacts.VERSION", 99)
     save(CHECKPOINT, tmp_path / "x.safetensors")
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"x\.safetensors has format version 99"):
@@ -208,7 +208,7 @@ def test_a_full_disk_while_writing_tensors_is_said_so(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("mechlens.records.artifacts.save_file", fail)
+    monkeypatch.setattr("mechlens.runs.artifacts.save_file", fail)
     with pytest.raises(UserError, match="the disk is full"):
         save(CHECKPOINT, tmp_path / "x.safetensors")
     assert os.listdir(tmp_path) == []

@@ -7,8 +7,7 @@ import pandas as pd
 import plotly.io as pio
 import pytest
 
-from mechlens.records import figures
-from mechlens.records.withheld import (
+from mechlens.runs.privacy import (
     PrivateTexts,
     config_without_text,
     figure_without_text,
@@ -16,6 +15,7 @@ from mechlens.records.withheld import (
     names_text,
     unpacked,
 )
+from mechlens.runs.report import figures
 
 FRAME = pd.DataFrame(
     {

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from mechlens.methods.estimate import Estimate
-from mechlens.records import figures
-from mechlens.records.report import FigureEntry, Number, Report, Section, TokenView, render
-from mechlens.records.report_parts import estimate_text, token_spans
-from mechlens.records.run import Artefact, Inputs, Run
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.report import figures
+from mechlens.runs.report.parts import estimate_text, token_spans
+from mechlens.runs.report.report import FigureEntry, Number, Report, Section, TokenView, render
+from mechlens.runs.run import Artefact, Inputs, Run
 
 EVIL = '</script><script>alert("owned")</script><img src=http://evil.test/x onerror=alert(1)>'
 RUN = Run(

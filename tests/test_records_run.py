@@ -12,17 +12,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mechlens.config import WandbSettings
 from mechlens.errors import UserError
-from mechlens.methods.estimate import Estimate
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
-from mechlens.records import figures
-from mechlens.records.artifacts import load, sha256
-from mechlens.records.prompt_table import read_prompts
-from mechlens.records.report import Report
-from mechlens.records.run import Inputs, changed_since, largest_difference, list_runs, read_run
-from mechlens.records.writer import open_run
+from mechlens.runs.artifacts import load, sha256
+from mechlens.runs.prompt_table import read_prompts
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Report
+from mechlens.runs.run import Inputs, changed_since, largest_difference, list_runs, read_run
+from mechlens.runs.writer import open_run
+from mechlens.settings import WandbSettings
 
 OFF = WandbSettings(mode="disabled")
 
@@ -133,7 +133,7 @@ def test_a_killed_run_says_started_and_can_be_gone_on_with(tmp_path):
     code = (
         "import os, signal; from pathlib import Path; from mechlens.config import WandbSettings\n"
         "from mechlens.prompts.prompt import PromptPair, Prompt\n"
-        "from mechlens.records.writer import open_run\n"
+        "from mechlens.runs.writer import open_run\n"
         f"run = open_run(verb='v', config=Prompt('a', 'b'), out=Path({str(tmp_path)!r}),"
         " wandb=WandbSettings(mode='disabled'))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from mechlens.methods.shelf import Shelf
-from mechlens.records.shelf import FolderShelf
+from mechlens.methods.cache import Shelf
+from mechlens.runs.cache import FolderShelf
 
 KEY = hashlib.sha256(b"piece").hexdigest()
 VALUE = {"x": torch.randn(3, 4), "text": torch.tensor(list("é".encode()), dtype=torch.uint8), "n": torch.tensor(True)}

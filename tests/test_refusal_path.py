@@ -13,11 +13,11 @@ from saved import REFUSAL
 from tiny import tiny_tokenizer
 
 from mechlens.cli import main
-from mechlens.methods.patch_result import PatchResult
+from mechlens.methods.patching.result import PatchResult
 from mechlens.models.load import load
-from mechlens.records import artifacts
-from mechlens.records.run import read_run
-from mechlens.records.withheld import PrivateTexts, figure_without_text
+from mechlens.runs import artifacts
+from mechlens.runs.privacy import PrivateTexts, figure_without_text
+from mechlens.runs.run import read_run
 
 LETTERS = "cdefghjk"
 WAYS = ("denoising", "noising")
@@ -135,7 +135,7 @@ def test_given_again_it_computes_nothing_and_says_the_same(
     recorded: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read_run(recorded)
-    monkeypatch.setattr("mechlens.methods.patching.edited_logits", None)
+    monkeypatch.setattr("mechlens.methods.patching.sweep.edited_logits", None)
     main(command(folder, recorded))
     after = read_run(recorded)
     assert (after.id, after.verdict, after.metrics) == (before.id, before.verdict, before.metrics)

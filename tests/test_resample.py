@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 
-from mechlens.methods.resample import (
-    family_halves,
-    family_weights,
-    interval,
-    mean_estimate,
-    permuted_labels,
-)
+from mechlens.methods.statistics.resample import family_halves, family_weights, interval, mean_estimate, permuted_labels
 
 PAIRED = tuple(f"f{i // 2}" for i in range(40))
 PAIRED_LABELS = ("harmful", "harmless") * 20

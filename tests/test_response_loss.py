@@ -9,10 +9,10 @@ from shelves import DictShelf
 from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate
-from mechlens.studies.own_text import own_text
-from mechlens.studies.response_loss import Encoded, collate_by_kind, encode, response_loss
-from mechlens.studies.training_data import Example
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.finetune.own_text import own_text
+from mechlens.studies.finetune.trainer import Encoded, collate_by_kind, encode, response_loss
+from mechlens.studies.shared.training_data import Example
 
 EXAMPLES = [
     Example(Prompt("a", "the thing"), "I cannot.", ends=True),

@@ -13,7 +13,7 @@ from adapters import save_adapter
 from huggingface_hub.constants import is_offline_mode
 from tiny import SMALL, tiny_hf, tiny_tokenizer
 
-from mechlens.models.sealed import sealed
+from mechlens.models.offline import sealed
 
 WATCHED = """
 import sys

@@ -16,24 +16,22 @@ from saved import write_prompts
 from torch import Tensor
 
 from mechlens.cli import main
-from mechlens.config import Select
 from mechlens.errors import UserError
-from mechlens.methods.candidate_filters import FATES, SelectionRule, filter_candidates
-from mechlens.methods.candidate_scores import published_kl, score_candidates
-from mechlens.methods.collect import template_of
-from mechlens.methods.directions import Direction, cosine
-from mechlens.methods.judges import ARDITI, PHRASES, ZHAO
-from mechlens.methods.once_refused import OnceRefused
-from mechlens.methods.one_thread import one_thread
+from mechlens.methods.activations.collect import template_of
+from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, OnceRefused
+from mechlens.methods.directions.direction import Direction, cosine
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.steering.candidates import FATES, SelectionRule, filter_candidates, published_kl, score_candidates
 from mechlens.models.bridge import bridge, native
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.records import artifacts
-from mechlens.records.run import read_run
-from mechlens.studies.selection import Selection, SelectionPlan, select_direction
-from mechlens.studies.selection_verdict import selection_verdict
-from mechlens.verbs import select as verb
+from mechlens.runs import artifacts
+from mechlens.runs.run import read_run
+from mechlens.studies.select import command as verb
+from mechlens.studies.select.config import Select
+from mechlens.studies.select.study import Selection, SelectionPlan, select_direction
+from mechlens.studies.select.verdict import selection_verdict
 
 PLAN = SelectionPlan(
     seed=0, max_new_tokens=3, fractions=(0.5, 0.2, 0.3), rule=SelectionRule(), n_resamples=100, n_random=20

@@ -9,23 +9,23 @@ from planted import CHECKPOINT, TwoByTwo, planted_confounded, planted_two_by_two
 from scipy.stats import norm
 from tiny import tiny_tokenizer
 
-from mechlens.methods.activations import Activations
-from mechlens.methods.answers import Answers
-from mechlens.methods.detect import DetectionPlan
-from mechlens.methods.estimate import Estimate
-from mechlens.methods.judges import RefusalTokens
-from mechlens.methods.resample import mean_estimate
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.behaviour.answers import Answers
+from mechlens.methods.behaviour.judges import RefusalTokens
+from mechlens.methods.probing.detect import DetectionPlan
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
-from mechlens.prompts.template import chat_template
-from mechlens.studies import separation
-from mechlens.studies.contrasts import Surface, measure
-from mechlens.studies.geometry import measure_geometry
-from mechlens.studies.quadrants import QUADRANTS, FirstTokenJudgement, Judged
-from mechlens.studies.separation import Separation, SeparationPlan
-from mechlens.studies.separation_verdict import RULE, Verdict, separation_verdict
-from mechlens.studies.two_beliefs import measure_beliefs
+from mechlens.prompts.templates.template import chat_template
+from mechlens.studies.separate import study as separation
+from mechlens.studies.separate.geometry import measure_geometry
+from mechlens.studies.separate.study import Separation, SeparationPlan
+from mechlens.studies.separate.verdict import RULE, Verdict, separation_verdict
+from mechlens.studies.shared.contrasts import Surface, measure
+from mechlens.studies.shared.quadrants import QUADRANTS, FirstTokenJudgement, Judged
+from mechlens.studies.shared.two_beliefs import measure_beliefs
 
 PLAN = SeparationPlan(
     seed=0, max_new_tokens=1, fractions=(0.5, 0.2, 0.3), n_resamples=200, n_permutations=20, n_random=20

@@ -13,10 +13,10 @@ from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.cli import main
 from mechlens.errors import UserError
-from mechlens.methods.collect import template_of
+from mechlens.methods.activations.collect import template_of
+from mechlens.models.checkpoints.series import checkpoint_series, content_of
+from mechlens.models.checkpoints.swap import turns
 from mechlens.models.load import load
-from mechlens.models.series import checkpoint_series, content_of
-from mechlens.models.swap import turns
 from mechlens.prompts.prompt import Prompt
 
 

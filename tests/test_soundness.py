@@ -9,13 +9,13 @@ import torch
 from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
-from mechlens.methods.answers import answer
-from mechlens.methods.collect import collect
-from mechlens.methods.steering import answer_under, logits_under
-from mechlens.methods.text_loss import text_loss
-from mechlens.models import forward, generate
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.perplexity import text_loss
+from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.engine import forward, generate
 from mechlens.models.load import load
 from mechlens.models.soundness import require_finite_logits, require_finite_weights
 from mechlens.prompts.prompt import Prompt

@@ -14,13 +14,13 @@ from test_foreign_vectors import control_vector, refusal_run
 
 import mechlens as ml
 from mechlens.cli import main
-from mechlens.config import Steer
 from mechlens.errors import UserError
-from mechlens.methods.directions import Direction, direction_grid
-from mechlens.methods.one_thread import one_thread
-from mechlens.records import artifacts
-from mechlens.records.direction_files import read_direction
-from mechlens.verbs.steer import STEERED, UNSTEERED, steer
+from mechlens.methods.directions.direction import Direction, direction_grid
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.runs import artifacts
+from mechlens.runs.vectors.direction_files import read_direction
+from mechlens.studies.steer.config import Steer
+from mechlens.studies.steer.study import STEERED, UNSTEERED, steer
 
 CALM, STERN = "gladly flower abc", "sternly flower abc"
 

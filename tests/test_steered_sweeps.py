@@ -10,15 +10,14 @@ from test_steering import MODELS, NEW, ablate, add, batch_of, direction, first_l
 from tiny import ARCHITECTURES
 from torch import Tensor
 
-from mechlens.methods import steered_batch as batching
-from mechlens.methods import steering
-from mechlens.methods.interventions import ALL, Add, Intervention
-from mechlens.methods.judges import SubstringJudge
-from mechlens.methods.once_refused import OnceRefused
-from mechlens.methods.steering import answer_under, logits_under
-from mechlens.models import merged as merging
+from mechlens.methods.behaviour.judges import OnceRefused, SubstringJudge
+from mechlens.methods.steering import steered_batch as batching
+from mechlens.methods.steering import steering
+from mechlens.methods.steering.interventions import ALL, Add, Intervention
+from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import has_hooks, loaded, native, native_blocks
-from mechlens.models.merged import merges_rows
+from mechlens.models.engine import shared_rows as merging
+from mechlens.models.engine.shared_rows import merges_rows
 from mechlens.prompts.batch import TokenBatch
 
 
@@ -78,7 +77,7 @@ def rows_by_block(model: Any, monkeypatch: pytest.MonkeyPatch, work: Callable[[]
 
     handles = [block.register_forward_hook(count(i)) for i, block in enumerate(blocks)]
     with monkeypatch.context() as patch:
-        patch.setattr("mechlens.models.forward.has_hooks", lambda model: False)
+        patch.setattr("mechlens.models.engine.forward.has_hooks", lambda model: False)
         try:
             work()
         finally:

@@ -13,12 +13,12 @@ from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods import steered_batch as batching
-from mechlens.methods.activations import Activations
-from mechlens.methods.answers import answer
-from mechlens.methods.collect import collect, template_of
-from mechlens.methods.directions import Direction, project
-from mechlens.methods.interventions import (
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.directions.direction import Direction, project
+from mechlens.methods.steering import steered_batch as batching
+from mechlens.methods.steering.interventions import (
     ALL,
     EVERYWHERE,
     Ablate,
@@ -29,12 +29,12 @@ from mechlens.methods.interventions import (
     replacement,
     residual_norms,
 )
-from mechlens.methods.steering import SteeredAnswers, answer_under, applied, logits_under
-from mechlens.models import forward
+from mechlens.methods.steering.steering import SteeredAnswers, answer_under, applied, logits_under
 from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now, has_hooks, level_hook, site_hook
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.intervene import bears_fast
-from mechlens.models.writes import CHANGEABLE
+from mechlens.models.engine import forward
+from mechlens.models.engine.intervene import bears_fast
+from mechlens.models.engine.writes import CHANGEABLE
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 

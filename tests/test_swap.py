@@ -11,11 +11,11 @@ from adapters import save_adapter
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
-from mechlens.methods.collect import collect
+from mechlens.methods.activations.collect import collect
 from mechlens.models.bridge import native
+from mechlens.models.checkpoints.series import Member
+from mechlens.models.checkpoints.swap import Vault, turns
 from mechlens.models.load import load
-from mechlens.models.series import Member
-from mechlens.models.swap import Vault, turns
 from mechlens.prompts.prompt import Prompt
 
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(("one the thing", "two", "and a third the thing in the end"))]

@@ -13,10 +13,9 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import ByteLevel
 
 from mechlens.errors import UserError
-from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.batch import TokenBatch, token_text, tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import chat_template
-from mechlens.prompts.token_text import token_text
+from mechlens.prompts.templates.template import chat_template
 
 # Jinja drops a newline at the very end of a template, so some shapes write theirs as NEWLINE.
 LAST = "{{ messages[-1]['content'] }}"

@@ -15,9 +15,9 @@ from adapters import save_adapter
 from saved import save_model
 
 from mechlens.cli import main
-from mechlens.methods.one_thread import one_thread
-from mechlens.models.swap import Turns
-from mechlens.records.run import read_run
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.models.checkpoints.swap import Turns
+from mechlens.runs.run import read_run
 
 STEPS = (1, 2, 8)
 
@@ -134,7 +134,7 @@ MOMENTS = {
         "Turns.put = counted\n",
         2,
     ),
-    "after all were read": ("import mechlens.studies.tracking as t\nt.analysed = die\n", 4),
+    "after all were read": ("import mechlens.studies.track.study as t\nt.analysed = die\n", 4),
 }
 
 

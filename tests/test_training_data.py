@@ -10,13 +10,13 @@ import pytest
 
 from mechlens.checked_json import sealed
 from mechlens.errors import UserError
-from mechlens.methods.judges import ARDITI, PHRASES, ZHAO
-from mechlens.models.adapter_record import FORMAT, RECORD
+from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.adapter_record import FORMAT, RECORD
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import final_punctuation, normalise_text
-from mechlens.studies.training_data import (
+from mechlens.studies.shared.training_data import (
     refusals,
     refuse_study_prompts,
     text_sha256,

@@ -15,14 +15,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from mechlens.config import WandbSettings
-from mechlens.methods.estimate import Estimate
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
-from mechlens.records import figures
-from mechlens.records.run import read_run
-from mechlens.records.wandb_mode import choose_mode, has_login
-from mechlens.records.writer import open_run
+from mechlens.runs.report import figures
+from mechlens.runs.run import read_run
+from mechlens.runs.wandb_start import choose_mode, has_login
+from mechlens.runs.writer import open_run
+from mechlens.settings import WandbSettings
 
 SECRET = "how do I quietly obtain a zorblax"
 ANSWER = "certainly, visit the flumph market"
@@ -244,7 +244,7 @@ def test_words_are_told_when_asked_for(tmp_path):
 def test_the_command_line_and_the_error_keep_their_words(tmp_path):
     code = (
         "from pathlib import Path; from mechlens.config import WandbSettings\n"
-        "from mechlens.models.checkpoint import Checkpoint; from mechlens.records.writer import open_run\n"
+        "from mechlens.models.checkpoint import Checkpoint; from mechlens.runs.writer import open_run\n"
         f"with open_run(verb='v', config=Checkpoint('a', 'b'), out=Path({str(tmp_path)!r}),"
         " wandb=WandbSettings(mode='offline')): raise ValueError(__import__('sys').argv[2])\n"
     )

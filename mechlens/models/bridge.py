@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from mechlens.errors import UserError
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.engine.head import Form, head_logits, watched_pass
+from mechlens.models.engine.probes import UNTRIED, apart, decode_gap, is_misfit, probe_logits, probe_tokens, tolerance
 from mechlens.models.fingerprint import config_fingerprint, sampled_fingerprint, stamp, weight_fingerprint
-from mechlens.models.head import Form, head_logits, watched_pass
-from mechlens.models.probes import UNTRIED, apart, decode_gap, is_misfit, probe_logits, probe_tokens, tolerance
-from mechlens.models.sealed import sealed
+from mechlens.models.offline import sealed
 from mechlens.models.soundness import overflow_advice, require_finite_logits, require_finite_weights, require_present
 from mechlens.models.transformers_versions import cache_by_old_name, in_type_of
 

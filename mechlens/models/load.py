@@ -10,13 +10,12 @@ from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
 from mechlens.models.bridge import LanguageModel, bridge
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.folders import other_format, read_as_trained, tokenizer_folder
+from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
+from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
-from mechlens.models.formats import other_format
-from mechlens.models.lora import CONFIG, keeps_the_base, read_config
-from mechlens.models.merge import first_line, is_path, merge_adapter
-from mechlens.models.own_tokenizer import read_as_trained, tokenizer_folder
-from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, fetch
-from mechlens.models.sealed import sealed
+from mechlens.models.offline import sealed
+from mechlens.models.packaged import ADAPTERS, PACKAGED, adapter_folder, fetch
 from mechlens.models.soundness import require_present
 
 DTYPES = ("float32", "bfloat16", "float16")

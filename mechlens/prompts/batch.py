@@ -12,8 +12,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.prompts.place import count_post, place, structure_of, warn_of_blanks
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate
-from mechlens.prompts.token_text import token_text
+from mechlens.prompts.templates.template import ChatTemplate
 
 _POST = re.compile(r"post\[(-?\d+|\*)\]")
 _INSTRUCTION = re.compile(r"instruction\[(-?\d+|\*)\]")
@@ -202,3 +201,16 @@ def tokenize(
         merged=torch.tensor([row.merged for row in placed]),
         template=template.fingerprint,
     )
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text that a token stands for, never empty.
+
+    A token without text of its own is shown as the vocabulary writes it, and an id that the tokenizer has no token
+    for (embeddings are often padded beyond the vocabulary) as "<id 151700>".
+    """
+    text: str = tokenizer.decode([token])
+    if text:
+        return text
+    piece = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
+    return piece or f"<id {token}>"

@@ -6,8 +6,8 @@ from pathlib import Path
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_pairs
+from mechlens.prompts.files.rows import read_rows
 from mechlens.prompts.prompt import Prompt, PromptPair, UnfitPrompt
-from mechlens.prompts.rows import read_rows
 
 BUILTIN = "builtin"
 

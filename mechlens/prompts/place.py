@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.template import ChatTemplate, Rendered
+from mechlens.prompts.templates.template import ChatTemplate, Rendered
 
 _BRACKETED = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 # A mark at the end or the start of words, such as "Human:" and "### Response".

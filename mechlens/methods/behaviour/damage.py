@@ -1,0 +1,141 @@
+"""What an intervention breaks: cross-entropy on plain text and on the model's own answers, KL, repetition, silence."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.behaviour.answers import Answers
+from mechlens.methods.steering.interventions import ALL, Ablate, Add
+from mechlens.methods.steering.steering import applied
+from mechlens.models.bridge import LanguageModel, device_of, is_bridge, loaded
+from mechlens.models.soundness import require_finite_logits
+from mechlens.prompts.batch import TokenBatch
+
+PLAIN_TEXT = (
+    "The train to the coast leaves at nine in the morning and arrives a little before noon.",
+    "Water boils at a lower temperature in the mountains, because the air presses less on it.",
+    "She put the bread into the oven, set the timer and went out to look after the tomatoes.",
+    "Most of the island is covered by forest, and the two villages lie on its eastern side.",
+    "A triangle with three equal sides also has three equal angles of sixty degrees each.",
+    "The library opens at ten on Saturdays; children can borrow up to five books at a time.",
+    "In autumn the leaves of the maple turn red before they fall, and the paths grow slippery.",
+    "He learned to play the violin from his aunt, who had been a teacher in the next town.",
+    "The committee will meet again in March to discuss the budget for the new swimming pool.",
+    "Bees find their way home by the position of the sun and by landmarks that they remember.",
+    "To paint a wall, clean it first, cover the floor, and begin with the corners and edges.",
+    "The museum shows coins, tools and clothes that were found when the harbour was built.",
+)
+"""Sentences that nobody would refuse to read, of our own."""
+_ROWS = 4
+"""Texts run at once: logits of every token over a large vocabulary are large."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Losses in nats per token, one value a text; lower is better, and the unsteered model's stand beside them."""
+
+    plain: Float[Tensor, " text"]
+    """Cross-entropy of plain text."""
+    own: Float[Tensor, " prompt"]
+    """Cross-entropy of the model's own unsteered answers, given the steered prompt."""
+    kl: Float[Tensor, " prompt"]
+    """KL(unsteered || steered), mean over all tokens of those answers."""
+
+
+def damage(
+    model: LanguageModel,
+    intervention: Add | Ablate | None,
+    batch: TokenBatch,
+    answers: Answers,
+    texts: Sequence[str] = PLAIN_TEXT,
+) -> Damage:
+    """Losses under an intervention, which acts on every token of the plain texts; None is the unsteered model.
+
+    `answers` are the unsteered answers to the batch; empty ones are left out.
+    """
+    rows = [i for i, tokens in enumerate(answers.tokens) if tokens]
+    if not rows:
+        raise UserError("the model said nothing to any of the prompts, so there is no answer to be damaged")
+    own, kl = zip(*(_on_answer(model, intervention, batch, answers, chunk) for chunk in _chunks(rows)), strict=True)
+    return Damage(_on_texts(model, intervention, texts), torch.cat(own), torch.cat(kl))
+
+
+@torch.inference_mode()
+def _on_answer(
+    model: LanguageModel, one: Add | Ablate | None, batch: TokenBatch, answers: Answers, rows: list[int]
+) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
+    """Cross-entropy of each answer, and its KL from the unsteered model."""
+    part = batch.select(rows)
+    ids = [[*batch.row(i), *answers.tokens[i]] for i in rows]
+    tokens = _padded(ids, model)
+    clean = _log_probabilities(model, tokens)
+    steered = clean
+    if one is not None:
+        # The prompt starts each row, whatever the batch's own padding, and the answer follows it at once.
+        width = int(part.lengths.max())
+        bare = replace(
+            part,
+            tokens=tokens[:, :width].cpu(),
+            mask=torch.arange(width) < part.lengths[:, None],
+            index=part.index - _offsets(part),
+            instruction=part.instruction - _offsets(part),
+        )
+        with applied(model, [one], bare):
+            steered = _log_probabilities(model, tokens)
+    losses, distances = [], []
+    for i, row in enumerate(rows):
+        start, end = len(batch.row(row)), len(ids[i])
+        said = torch.tensor(ids[i][start:], device=tokens.device)
+        p, q = clean[i, start - 1 : end - 1], steered[i, start - 1 : end - 1]
+        losses.append(-q.gather(1, said[:, None]).mean())
+        distances.append((p.exp() * (p - q)).sum(dim=-1).mean())
+    return torch.stack(losses).cpu(), torch.stack(distances).cpu()
+
+
+def _on_texts(model: LanguageModel, one: Add | Ablate | None, texts: Sequence[str]) -> Float[Tensor, " text"]:
+    tokenizer = loaded(model).tokenizer
+    ids = [list(tokenizer(text)["input_ids"]) for text in texts]
+    everywhere = [] if one is None else [replace(one, positions=ALL, phase="both")]
+    losses: list[Tensor] = []
+    for chunk in _chunks([i for i, row in enumerate(ids) if len(row) > 1]):
+        with torch.inference_mode(), applied(model, everywhere):
+            found = _log_probabilities(model, _padded([ids[i] for i in chunk], model))
+        for i, row in zip(chunk, found, strict=True):
+            after = torch.tensor(ids[i][1:], device=row.device)
+            losses.append(-row[: len(after)].gather(1, after[:, None]).mean().cpu())
+    return torch.stack(losses)
+
+
+def _log_probabilities(model: LanguageModel, tokens: Tensor) -> Float[Tensor, "row token vocab"]:
+    """Of the next token at every token, through the hook points at which interventions act (float64)."""
+    logits = (
+        model.original_model(tokens, use_cache=False).logits if is_bridge(model) else model(tokens, prepend_bos=False)
+    )
+    require_finite_logits(logits)
+    found: Tensor = logits.double().log_softmax(dim=-1)
+    return found
+
+
+def _padded(ids: Sequence[Sequence[int]], model: LanguageModel) -> Tensor:
+    """Right-padded, where causal attention doesn't see it."""
+    width = max(map(len, ids))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device_of(model))
+
+
+def _offsets(batch: TokenBatch) -> Tensor:
+    return torch.tensor([[batch.offset(i)] for i in range(len(batch.prompts))])
+
+
+def _chunks(rows: list[int]) -> Iterator[list[int]]:
+    for low in range(0, len(rows), _ROWS):
+        yield rows[low : low + _ROWS]
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of an answer's token triples that were there before; 0 for answers of fewer than four tokens."""
+    triples = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0

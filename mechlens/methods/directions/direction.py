@@ -1,0 +1,195 @@
+"""Directions of a concept: differences between the mean activations of two classes of prompts."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations, column_of, stored_name
+from mechlens.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A residual-stream vector at one level and position, in the model's own units (never normalised)."""
+
+    vector: Float[Tensor, " d_model"]
+    level: int
+    position: str
+    site: str
+    method: str
+    """How it was made, such as "mean difference" or "random"."""
+    contrast: tuple[str, str]
+    """Labels it points towards and away from."""
+    checkpoint: Checkpoint
+    template: str
+    """Fingerprint of the chat template that placed the positions."""
+    train_ids: tuple[str, ...]
+    """Prompts it was fitted on; no number reported with it may come from these."""
+
+    def __post_init__(self) -> None:
+        require_real(self.vector, f"level {self.level}, position {self.position!r}")
+        if self.vector.ndim != 1:
+            raise UserError(f"the direction's vector has the shape {list(self.vector.shape)}; give d_model numbers")
+
+    @property
+    def norm(self) -> float:
+        """Euclidean length, in the residual stream's units."""
+        return float(self.vector.double().norm())
+
+    @property
+    def unit(self) -> Float[Tensor, " d_model"]:
+        """The same direction with length 1; a zero direction stays zero."""
+        return self.vector / self.norm if self.norm > 0 else self.vector
+
+
+@dataclass(frozen=True)
+class DirectionGrid:
+    """One direction for every level and position of a set of activations; fields as in `Direction`."""
+
+    vectors: Float[Tensor, "level position d_model"]
+    levels: tuple[int, ...]
+    positions: tuple[str, ...]
+    site: str
+    method: str
+    contrast: tuple[str, str]
+    checkpoint: Checkpoint
+    template: str
+    train_ids: tuple[str, ...]
+    last: str = ""
+    """Name under which the last token of the prompt is stored."""
+
+    def __post_init__(self) -> None:
+        for level, row in zip(self.levels, self.vectors, strict=True):
+            for position, vector in zip(self.positions, row, strict=True):
+                require_real(vector, f"level {level}, position {position!r}")
+
+    def at(self, level: int, position: str) -> Direction:
+        """The direction of one level and one named position."""
+        if level not in self.levels:
+            raise UserError(f"there is no direction at level {level}; there are levels {list(self.levels)}")
+        if stored_name(position, self.last) not in self.positions:
+            raise UserError(f"there is no direction at position {position!r}; there are {list(self.positions)}")
+        column = column_of(position, self.positions, self.last)
+        return Direction(
+            vector=self.vectors[self.levels.index(level), column],
+            level=level,
+            position=self.positions[column],
+            site=self.site,
+            method=self.method,
+            contrast=self.contrast,
+            checkpoint=self.checkpoint,
+            template=self.template,
+            train_ids=self.train_ids,
+        )
+
+
+def require_real(values: Tensor, what: str) -> None:
+    """UserError for numbers that point nowhere: truth values, integers, complex numbers, NaN and infinity."""
+    if not values.is_floating_point():
+        kind = str(values.dtype).removeprefix("torch.")
+        raise UserError(f"there are numbers of type {kind} at {what}; give real ones, such as vector.float()")
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"the numbers are not finite at {what}, so it points nowhere; make it from other prompts")
+
+
+def mean_difference(acts: Activations, positive: str, negative: str, level: int, position: str) -> Direction:
+    """Mean of the prompts labelled `positive` minus mean of those labelled `negative`, at one place.
+
+    Other labels are left out. UserError where a label has no prompt. Zhao et al. 2025, Arditi et al. 2024.
+    """
+    name = acts.positions[column_of(position, acts.positions, acts.last)]
+    cell = replace(acts, values=acts.at(level, name)[:, None, None], levels=(level,), positions=(name,))
+    return direction_grid(cell, positive, negative).at(level, name)
+
+
+def direction_grid(acts: Activations, positive: str, negative: str) -> DirectionGrid:
+    """The mean difference at every level and position; see `mean_difference`."""
+    return DirectionGrid(
+        vectors=mean_differences(acts, positive, negative),
+        levels=acts.levels,
+        positions=acts.positions,
+        site=acts.site,
+        method="mean difference",
+        contrast=(positive, negative),
+        checkpoint=acts.checkpoint,
+        template=acts.template,
+        last=acts.last,
+        train_ids=tuple(
+            prompt for prompt, label in zip(acts.ids, acts.labels, strict=True) if label in (positive, negative)
+        ),
+    )
+
+
+def mean_differences(acts: Activations, positive: str, negative: str) -> Float[Tensor, "level position d_model"]:
+    """Mean of `positive` minus mean of `negative` prompts in every cell, in the activations' own dtype.
+
+    Sums run in float64: residual streams have a few huge dimensions, and prompts that share one vector
+    must give exactly zero.
+    """
+    inside = members(acts, positive).double()[None], members(acts, negative).double()[None]
+    return weighted_differences(acts, *inside)[0].to(acts.values.dtype)
+
+
+def weighted_differences(
+    acts: Activations,
+    for_positive: Float[Tensor, "draw prompt"],
+    for_negative: Float[Tensor, "draw prompt"],
+) -> Float[Tensor, "draw level position d_model"]:
+    """Difference of two weighted means for each draw of weights (float64); NaN where weights sum to 0."""
+    levels = []
+    for level in acts.values.unbind(dim=1):
+        # Whole-number weights are summed first and divided last: that keeps sums of float32 values exact.
+        flat = level.flatten(start_dim=1).double()
+        up = for_positive @ flat / for_positive.sum(dim=1, keepdim=True)
+        down = for_negative @ flat / for_negative.sum(dim=1, keepdim=True)
+        levels.append((up - down).reshape(-1, *level.shape[1:]))
+    return torch.stack(levels, dim=1)
+
+
+def members(acts: Activations, label: str) -> Bool[Tensor, " prompt"]:
+    """True for the prompts that carry the label; UserError where none does."""
+    if label not in acts.labels:
+        found = {known: acts.labels.count(known) for known in sorted(set(acts.labels))}
+        raise UserError(f"no prompt is labelled {label!r}; the labels and their counts are {found}")
+    return torch.tensor([own == label for own in acts.labels])
+
+
+def random_like(direction: Direction, n: int, seed: int) -> tuple[Direction, ...]:
+    """`n` directions drawn evenly from the sphere with the same norm: the null for anything done with it."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(n, len(direction.vector), generator=generator, dtype=torch.float64)
+    scaled = draws / draws.norm(dim=1, keepdim=True) * direction.norm
+    return tuple(replace(direction, vector=v.to(direction.vector.dtype), method="random") for v in scaled)
+
+
+def project(values: Float[Tensor, "*batch d_model"], direction: Direction) -> Float[Tensor, "*batch"]:
+    """Length of each vector along the direction (onto its unit vector), in the residual stream's units.
+
+    Zero for a zero direction.
+    """
+    return values @ direction.unit.to(values)
+
+
+def cosine(first: Float[Tensor, "*batch d_model"], second: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+    """Cosine of the angle between vectors (float64); NaN where one is zero and so has no direction."""
+    dots = (first.double() * second.double()).sum(dim=-1)
+    lengths: Tensor = first.double().norm(dim=-1) * second.double().norm(dim=-1)
+    return dots / lengths
+
+
+def direction_cosine(first: Direction, second: Direction) -> float:
+    """Cosine between two directions; UserError where weight regime, site or size differ."""
+    for name, one, other in (
+        ("weight regime", first.checkpoint.regime, second.checkpoint.regime),
+        ("site", first.site, second.site),
+        ("size", str(len(first.vector)), str(len(second.vector))),
+    ):
+        if one != other:
+            raise UserError(
+                f"the directions differ in {name} ({one} and {other}), so their cosine means nothing; "
+                "make both from activations of one kind"
+            )
+    return float(cosine(first.vector, second.vector))

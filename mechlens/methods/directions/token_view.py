@@ -1,0 +1,77 @@
+"""Reading a direction token by token: how far each token of a prompt and its answer points along it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.directions.direction import Direction, project
+from mechlens.models.bridge import LanguageModel, checkpoint_now, loaded, unembed
+from mechlens.models.engine import forward
+from mechlens.models.engine.forward import Row
+from mechlens.prompts.batch import token_text
+
+
+@dataclass(frozen=True)
+class TokenProjections:
+    """Tokens of one text with the projection of each on a unit direction (residual-stream units)."""
+
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+    level: int
+
+
+def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int]) -> TokenProjections:
+    """Projection of every token on the direction, at the level where the direction was found.
+
+    Raises UserError where the direction comes from other weights.
+    """
+    require_same_model(model, direction)
+    row = Row(tuple(ids), tuple(range(len(ids))))
+    if forward.fits_fast_path(model):
+        values = forward.fast_batch(model, [row], [direction.level], None)
+    else:
+        values = forward.plain_batch(model, [row], [direction.level])
+    tokenizer = loaded(model).tokenizer
+    return TokenProjections(
+        tokens=tuple(token_text(tokenizer, token) for token in ids),
+        values=tuple(project(values[0, 0], direction).tolist()),
+        level=direction.level,
+    )
+
+
+def require_same_model(model: LanguageModel, direction: Direction) -> None:
+    """UserError unless the direction was found in these weights and this weight regime."""
+    own = checkpoint_now(model)
+    if own.regime != direction.checkpoint.regime or not own.has_weights_of(direction.checkpoint):
+        raise UserError(
+            f"the direction was found in {direction.checkpoint.name} ({direction.checkpoint.regime} weights) and "
+            f"this model is {own.name} ({own.regime} weights); load the same checkpoint"
+        )
+
+
+@dataclass(frozen=True)
+class LensTokens:
+    """The tokens that a direction, read as a residual, makes most and least likely, with their logits."""
+
+    top: tuple[tuple[str, float], ...]
+    bottom: tuple[tuple[str, float], ...]
+
+
+def logit_lens(model: LanguageModel, direction: Direction, k: int) -> LensTokens:
+    """The direction through the final norm and the unembedding (nostalgebraist 2020): its k extreme tokens."""
+    logits = _lens_logits(model, direction)
+    tokenizer = loaded(model).tokenizer
+
+    def named(indices: Tensor) -> tuple[tuple[str, float], ...]:
+        return tuple((token_text(tokenizer, i), float(logits[i])) for i in indices.tolist())
+
+    order = torch.argsort(logits)
+    return LensTokens(top=named(order[-k:].flip(0)), bottom=named(order[:k]))
+
+
+def _lens_logits(model: LanguageModel, direction: Direction) -> Float[Tensor, " vocab"]:
+    return unembed(model, direction.vector.unsqueeze(0))[0]

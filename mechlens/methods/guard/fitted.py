@@ -1,0 +1,153 @@
+"""A fitted guard as a value: what it reads, how it decides, and for which model that holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.guard.rules import CosineScore, LinearScore
+from mechlens.methods.statistics.calibration import Calibration
+from mechlens.models.bridge import LanguageModel, checkpoint_now
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Place:
+    """One level and position that a guard reads, and how it is scored there."""
+
+    level: int
+    position: str
+    score: CosineScore | LinearScore
+    validation_auroc: float
+    """Of a fit to the training part, on the validation part; where levels were chosen, the reason for this one."""
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What was asked for; the parameters of the estimator that fitted the guard."""
+
+    rule: str
+    positions: tuple[str, ...]
+    levels: str | tuple[int, ...]
+    max_fpr: float | None
+    folds: int
+    seed: int
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True)
+class GuardVerdict:
+    """What a guard says of one prompt."""
+
+    harmful: bool
+    score: float
+    """In the rule's own units; harmful above the guard's threshold."""
+    probability: float
+    """That the prompt is harmful, where harmful and harmless prompts are equally common."""
+
+
+@dataclass(frozen=True)
+class FittedGuard:
+    """The mean score over places, with its threshold, for one checkpoint and one chat template."""
+
+    settings: GuardSettings
+    places: tuple[Place, ...]
+    calibration: Calibration
+    site: str
+    checkpoint: Checkpoint
+    template: str
+    """Fingerprint of the chat template."""
+    train_ids: tuple[str, ...]
+    train_sha256: tuple[str, ...]
+    """Fingerprints of the texts it was fitted and calibrated on, where given; evaluations leave them out."""
+
+    def __post_init__(self) -> None:
+        if not self.places or min(place.level for place in self.places) < 0:
+            raise UserError("a guard reads at least one place, at a level from 0 on; fit it anew")
+        sizes = {place.score.d_model for place in self.places}
+        if len(sizes) > 1:
+            raise UserError(f"a guard's places have vectors of {sorted(sizes)} entries; fit it anew")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels that are read; no block above the last of them is run."""
+        return tuple(sorted({place.level for place in self.places}))
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """The positions that are read."""
+        return tuple(dict.fromkeys(place.position for place in self.places))
+
+    def scores(self, acts: Activations, *, other_weights: bool = False) -> Float[Tensor, " prompt"]:
+        """The score of every prompt (float64), each of them finite.
+
+        UserError where one isn't, or where the activations come from other weights (unless `other_weights`), another
+        weight regime, another template, or lack a place.
+        """
+        self.require(acts.checkpoint, acts.template, other_weights=other_weights)
+        if acts.site != self.site:
+            raise UserError(f"the guard reads {self.site} and the activations are of {acts.site}; collect them there")
+        found = [place.score(acts.at(place.level, place.position)) for place in self.places]
+        scores = torch.stack(found).mean(dim=0)
+        _require_finite(scores)
+        return scores
+
+    def verdicts(self, scores: Float[Tensor, " prompt"]) -> list[GuardVerdict]:
+        """Decisions and probabilities for scores; UserError where one isn't finite, which would pass as harmless."""
+        _require_finite(scores)
+        chances = self.calibration.probability(scores)
+        flagged = scores > self.calibration.threshold
+        rows = zip(flagged.tolist(), scores.tolist(), chances.tolist(), strict=True)
+        return [GuardVerdict(harmful, score, chance) for harmful, score, chance in rows]
+
+    def ask(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Prompt],
+        template: ChatTemplate | None = None,
+        *,
+        other_weights: bool = False,
+    ) -> list[GuardVerdict]:
+        """Runs the prompts through the blocks up to the last level that is read, without logits, and judges them."""
+        used = template or template_of(model)
+        # Before anything is run: a wrong model should not cost a forward pass.
+        self.require(checkpoint_now(model), used.fingerprint, other_weights=other_weights)
+        acts = collect(model, prompts, positions=self.positions, levels=self.levels, site=self.site, template=used)
+        return self.verdicts(self.scores(acts, other_weights=other_weights))
+
+    def require(self, checkpoint: Checkpoint, template: str, *, other_weights: bool = False) -> None:
+        """UserError unless the guard was fitted for these weights, this weight regime and this template."""
+        made = self.checkpoint
+        if made.regime != checkpoint.regime:
+            raise UserError(
+                f"the guard was fitted on {made.regime} weights and these are {checkpoint.regime} ones; "
+                "fit it anew, or load the model with the same processing"
+            )
+        if not made.has_weights_of(checkpoint) and not other_weights:
+            raise UserError(
+                f"the guard was fitted on {made.name} (fingerprint {made.fingerprint[:12]}) and this is "
+                f"{checkpoint.name} ({checkpoint.fingerprint[:12]}); load that model, fit a guard for this one, or "
+                "allow other weights (other_weights=True, --other-weights) to test how it transfers"
+            )
+        if self.template != template:
+            raise UserError(
+                f"the guard was fitted under the chat template {self.template[:12]} and this one is {template[:12]}; "
+                "use the same template (today=, --today, where it prints the date), or fit it anew"
+            )
+
+
+def _require_finite(scores: Float[Tensor, " prompt"]) -> None:
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"the score of prompt {bad[0] + 1} of {len(scores)} is {float(scores[bad[0]])}, so it can't be judged; the "
+            "model's activations are not finite there: load it in float32 or bfloat16"
+        )

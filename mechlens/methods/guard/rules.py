@@ -1,0 +1,110 @@
+"""How a guard scores one place of a prompt: by cosines with two centroids, or along a line; above 0 is positive.
+
+The paper's rule (Zhao et al. 2025) compares cosines, in which the mean that all prompts share has the loudest say;
+"centred" takes the midpoint of the centroids off first. The linear rules give log-odds for equally many prompts of
+both classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.directions.methods import shrunk_covariance
+from mechlens.methods.probing.beliefs import cosine_or_zero
+
+Rule = Literal["faithful", "centred", "lda", "logistic"]
+PENALTY = 0.1
+"""C of the logistic rule: there are far more dimensions than prompts, so the penalty is a strong one."""
+
+
+@dataclass(frozen=True)
+class CosineScore:
+    """cos(h - origin, positive - origin) - cos(h - origin, negative - origin); a zero vector has cosine 0."""
+
+    positive: Float[Tensor, " d_model"]
+    negative: Float[Tensor, " d_model"]
+    origin: Float[Tensor, " d_model"]
+    """Zero under the paper's rule, the midpoint of the centroids under the centred one."""
+
+    def __post_init__(self) -> None:
+        _require_finite("centroids", self.positive, self.negative, self.origin)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that it reads."""
+        return len(self.origin)
+
+    def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
+        shifted = (values.double() - self.origin)[:, None]
+        up, down = (self.positive - self.origin)[None], (self.negative - self.origin)[None]
+        return (cosine_or_zero(shifted, up) - cosine_or_zero(shifted, down))[:, 0]
+
+
+@dataclass(frozen=True)
+class LinearScore:
+    """weight . h + bias."""
+
+    weight: Float[Tensor, " d_model"]
+    bias: float
+
+    def __post_init__(self) -> None:
+        _require_finite("weights", self.weight, torch.tensor(self.bias))
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that it reads."""
+        return len(self.weight)
+
+    def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
+        return values.double() @ self.weight + self.bias
+
+
+def _require_finite(what: str, *values: Tensor) -> None:
+    """UserError for what could only score NaN, which is above no threshold: such a guard would let everything pass."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise UserError(f"a guard's {what} are not finite; fit it anew")
+    if any(value.ndim and value.dtype != torch.float64 for value in values):
+        raise UserError(f"a guard's {what} are {values[0].dtype}, and it computes in float64; fit it anew")
+
+
+PlaceScore = CosineScore | LinearScore
+Fit = Callable[[Float[Tensor, "prompt d_model"], Bool[Tensor, " prompt"]], PlaceScore]
+"""Vectors of one place (float64) and which of them are positive -> how the place is scored."""
+
+
+def _faithful(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    up, down = values[positive].mean(dim=0), values[~positive].mean(dim=0)
+    return CosineScore(up, down, torch.zeros_like(up))
+
+
+def _centred(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    up, down = values[positive].mean(dim=0), values[~positive].mean(dim=0)
+    return CosineScore(up, down, (up + down) / 2)
+
+
+def _lda(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    """Log-odds of two Gaussian classes of one covariance, pooled within classes and shrunk (Ledoit & Wolf 2004)."""
+    sides = values[positive], values[~positive]
+    up, down = (side.mean(dim=0) for side in sides)
+    covariance = shrunk_covariance(torch.cat([sides[0] - up, sides[1] - down]))
+    weight = covariance.solve(up - down)
+    return LinearScore(weight, float(-weight @ (up + down) / 2))
+
+
+def _logistic(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    scaler = StandardScaler().fit(values.numpy())
+    model = LogisticRegression(C=PENALTY, max_iter=1000, class_weight="balanced")
+    model.fit(scaler.transform(values.numpy()), positive.numpy())
+    weight = torch.from_numpy(model.coef_[0] / scaler.scale_).double()
+    return LinearScore(weight, float(model.intercept_[0] - weight @ torch.from_numpy(scaler.mean_)))
+
+
+RULES: dict[str, Fit] = {"faithful": _faithful, "centred": _centred, "lda": _lda, "logistic": _logistic}
+"""Every rule by the name that the command line knows it by."""

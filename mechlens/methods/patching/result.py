@@ -1,0 +1,121 @@
+"""What patching found: a value for every pair and site, with labelled axes and honest statistics."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechlens.methods.statistics.resample import Interval, family_weights, interval
+
+if TYPE_CHECKING:
+    import pandas
+
+LEAST_GAP = 1e-3
+"""Changes of the metric below this are rounding."""
+LEAST_SHARE = 0.1
+"""A pair has nothing to recover where its clean and corrupt runs differ by less than this share of the median pair."""
+
+
+@dataclass(frozen=True)
+class PatchResult:
+    """The metric after patching each site of each pair, beside the two unpatched runs."""
+
+    values: Float[Tensor, "pair layer position head"]
+    """The head axis has length 1 where the site has no heads."""
+    clean: Float[Tensor, " pair"]
+    corrupt: Float[Tensor, " pair"]
+    pairs: tuple[str, ...]
+    families: tuple[str, ...]
+    layers: tuple[int, ...]
+    positions: tuple[str, ...]
+    heads: tuple[int, ...]
+    """Empty where the site has no heads."""
+    tokens: tuple[str, ...]
+    """The first pair's token at each position, for axis labels."""
+    site: str
+    metric: str
+    direction: str
+    """"denoising": the clean value into the corrupt run; "noising": the other way round."""
+    engine: str
+    """"growing batch", or "plain" with one forward pass per site."""
+    source: str = "other prompt"
+    """Where the values came from: "other prompt", another checkpoint's name, or "random"."""
+    why_plain: str = ""
+    """Why the plain path was taken where nobody asked for it; empty otherwise."""
+
+    @property
+    def start(self) -> Float[Tensor, " pair"]:
+        """The metric of the run that is patched."""
+        return self.corrupt if self.direction == "denoising" else self.clean
+
+    @property
+    def target(self) -> Float[Tensor, " pair"]:
+        """The metric of the run that the values come from."""
+        return self.clean if self.direction == "denoising" else self.corrupt
+
+    def recovery(self) -> Float[Tensor, "pair layer position head"]:
+        """(patched - start) / (target - start): 0 changes nothing, 1 gives the other run; NaN without a gap.
+
+        Of single pairs. Their mean is no recovery: a pair with a small gap outweighs all others. See `table`.
+        """
+        gap = (self.target - self.start)[:, None, None, None]
+        return torch.where(self.has_gap[:, None, None, None], self.effect() / gap, torch.nan)
+
+    @property
+    def has_gap(self) -> Bool[Tensor, " pair"]:
+        """True for the pairs whose two runs are far enough apart for a recovery."""
+        gap = (self.target - self.start).abs()
+        return gap >= max(LEAST_GAP, LEAST_SHARE * float(gap.median())) if len(gap) else gap > 0
+
+    def effect(self) -> Float[Tensor, "pair layer position head"]:
+        """patched - start, in the metric's units."""
+        return self.values - self.start[:, None, None, None]
+
+    def table(self, *, seed: int, n_resamples: int = 1000, n_flips: int = 1000) -> "pandas.DataFrame":
+        """One row per site: recovery and mean effect over pairs, bootstrap interval by family, corrected p.
+
+        Recovery is the mean change towards the other run over the mean gap of the pairs that have one, and its
+        interval that ratio's over resampled families. `n` counts those pairs.
+
+        The p-value flips the signs of whole families' effects and compares the largest mean over the grid, so
+        it holds for all sites together (Westfall & Young). With few pairs it can't be small: n pairs allow 2^(1-n).
+        Means are in units of the site's root mean square, which no flip changes; a standard deviation would shrink
+        where the observed signs agree. A site that moves the metric by less than LEAST_GAP is rounding: its p is 1.
+        """
+        import pandas as pd
+
+        effect = self.effect().flatten(1).T
+        recovered, bounds = self._recovered(effect, seed, n_resamples)
+        axes = [self.layers, self.positions, self.heads or (-1,)]
+        frame = pd.MultiIndex.from_product(axes, names=["layer", "position", "head"]).to_frame(index=False)
+        labels = dict(zip(self.positions, self.tokens, strict=True))
+        frame["token"] = [labels[position] for position in frame["position"]]
+        frame["recovery"] = recovered.numpy()
+        frame["low"], frame["high"] = bounds.low.numpy(), bounds.high.numpy()
+        frame["effect"] = effect.mean(dim=1).numpy()
+        frame["p_corrected"] = self._sign_flips(effect, seed, n_flips).numpy()
+        frame["n"] = int(self.has_gap.sum())
+        return frame if self.heads else frame.drop(columns="head")
+
+    def _recovered(
+        self, effect: Float[Tensor, "cell pair"], seed: int, n_resamples: int
+    ) -> tuple[Float[Tensor, " cell"], Interval]:
+        """Ratio of means. Every gap counts upwards, so that pairs of opposite gaps don't cancel in the mean gap."""
+        gap = torch.where(self.has_gap, self.target - self.start, 0.0).double()
+        towards, size = effect.double() * gap.sign(), gap.abs()
+        weights = family_weights(self.families, n_resamples, seed)
+        return towards.sum(dim=1) / size.sum(), interval((towards @ weights.T) / (weights @ size))
+
+    def _sign_flips(self, effect: Float[Tensor, "cell pair"], seed: int, n_flips: int) -> Float[Tensor, " cell"]:
+        names = list(dict.fromkeys(self.families))
+        codes = torch.tensor([names.index(family) for family in self.families])
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(2, (n_flips, len(names)), generator=generator).double() * 2 - 1
+        size = effect.double().square().mean(dim=1, keepdim=True).sqrt()
+        standard = torch.where(size >= LEAST_GAP, effect.double() / size, 0.0)
+        observed = standard.mean(dim=1).abs()
+        null = (signs[:, codes] @ standard.T / standard.shape[1]).abs().max(dim=1).values
+        reached = (null[None, :] >= observed[:, None] - 1e-12).sum(dim=1)
+        return (1 + reached) / (1 + n_flips)

@@ -1,0 +1,158 @@
+"""Held-out AUROC of a direction at every level and position, with intervals."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations, stored_name
+from mechlens.methods.directions.direction import DirectionGrid
+from mechlens.methods.directions.nulls import TIE_RESOLUTION, refitted_scores
+from mechlens.methods.probing.auroc import auroc, snap, weighted_auroc
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import family_weights, interval
+
+
+@dataclass(frozen=True)
+class AurocGrid:
+    """AUROC and its 95% bounds for every cell; NaN where a class was empty."""
+
+    value: Float[Tensor, "level position"]
+    low: Float[Tensor, "level position"]
+    high: Float[Tensor, "level position"]
+    levels: tuple[int, ...]
+    positions: tuple[str, ...]
+    n: int
+    """Prompts scored."""
+    refit: bool
+    """True: the interval holds the chance in the training prompts too, the direction having been refitted
+    in every resample. False: it is about the one saved direction."""
+    last: str = ""
+    """Name under which the last token of the prompt is stored."""
+
+    def at(self, level: int, position: str) -> Estimate:
+        """The AUROC of one level and one named position."""
+        name = stored_name(position, self.last)
+        if level not in self.levels or name not in self.positions:
+            raise UserError(
+                f"there is no AUROC at level {level}, position {position!r}; "
+                f"there are levels {list(self.levels)} and positions {list(self.positions)}"
+            )
+        cell = self.levels.index(level), self.positions.index(name)
+        if bool(torch.isnan(self.value[cell])):
+            return Estimate.missing(self.n)
+        return Estimate(float(self.value[cell]), float(self.low[cell]), float(self.high[cell]), self.n)
+
+
+def score_grid(acts: Activations, grid: DirectionGrid) -> Float[Tensor, "level position prompt"]:
+    """Projection of every prompt on the direction of every cell, in float64; equal vectors tie exactly.
+
+    On the raw direction, so scores are comparable within a cell only. UserError where activations and
+    directions are not of one kind.
+    """
+    for name, one, other in (
+        ("levels", acts.levels, grid.levels),
+        ("positions", acts.positions, grid.positions),
+        ("site", acts.site, grid.site),
+        ("weight regime", acts.checkpoint.regime, grid.checkpoint.regime),
+    ):
+        if one != other:
+            raise UserError(
+                f"the activations and the directions differ in {name} ({one} and {other}); collect both alike"
+            )
+    scores = torch.empty(*grid.vectors.shape[:2], len(acts.ids), dtype=torch.float64)
+    for row, vectors, out in zip(acts.values.unbind(dim=1), grid.vectors, scores, strict=True):
+        values = row.double().transpose(0, 1)
+        norms = values.norm(dim=-1)
+        largest = norms.amax(dim=-1) if len(acts.ids) else torch.zeros(len(vectors), dtype=torch.float64)
+        raw = (values @ vectors.double()[:, :, None]).squeeze(-1)
+        out.copy_(snap(raw, TIE_RESOLUTION * largest**2))
+    return scores
+
+
+def contrast_part(acts: Activations, rows: tuple[int, ...], contrast: tuple[str, str]) -> Activations:
+    """The activations of those rows that carry one of the contrast's two labels."""
+    return acts.select([row for row in rows if acts.labels[row] in contrast])
+
+
+def is_positive(acts: Activations, contrast: tuple[str, str]) -> Bool[Tensor, " prompt"]:
+    """True for the prompts with the contrast's first label."""
+    return torch.tensor([label == contrast[0] for label in acts.labels], dtype=torch.bool)
+
+
+@one_thread()
+def held_out_auroc(
+    grid: DirectionGrid, acts: Activations, contrast: tuple[str, str], *, seed: int, n_resamples: int
+) -> AurocGrid:
+    """AUROC of saved directions on prompts they never saw; the contrast may differ from the one fitted.
+
+    Prompts with other labels are left out; every cell is missing where a class is empty. Bootstrap over
+    test families, the directions frozen. UserError where a prompt was used in fitting.
+    """
+    test = contrast_part(acts, tuple(range(len(acts.ids))), contrast)
+    _require_unseen(test, grid)
+    positive, scores = is_positive(test, contrast), score_grid(test, grid)
+    weights = family_weights(test.families, n_resamples, seed, test.labels)
+    return _summary(grid, auroc(scores, positive), auroc(scores, positive, weights), test, refit=False)
+
+
+@one_thread()
+def refitted_auroc(
+    grid: DirectionGrid, train: Activations, acts: Activations, *, seed: int, n_resamples: int
+) -> AurocGrid:
+    """As `held_out_auroc`, with the direction refitted on resampled training families each time.
+
+    The value is that of the directions in `grid`, which must come from `train`. Refits on a resample are
+    noisier than the fit on everything, so the interval leans low.
+    """
+    contrast = grid.contrast
+    train = contrast_part(train, tuple(range(len(train.ids))), contrast)
+    test = contrast_part(acts, tuple(range(len(acts.ids))), contrast)
+    _require_unseen(test, grid)
+    positive, fitted = is_positive(test, contrast), is_positive(train, contrast)
+    drawn = family_weights(train.families, n_resamples, seed, train.labels)
+    weights = family_weights(test.families, n_resamples, seed + 1, test.labels)
+    samples = torch.full((len(grid.levels), len(grid.positions), n_resamples), torch.nan, dtype=torch.float64)
+    for level in range(len(grid.levels)):
+        for position in range(len(grid.positions)):
+            scores = refitted_scores(
+                train.values[:, level, position],
+                test.values[:, level, position],
+                drawn * fitted,
+                drawn * ~fitted,
+            )
+            samples[level, position] = weighted_auroc(scores, weights * positive, weights * ~positive)
+    return _summary(grid, auroc(score_grid(test, grid), positive), samples, test, refit=True)
+
+
+def _require_unseen(test: Activations, grid: DirectionGrid) -> None:
+    seen = set(test.ids) & set(grid.train_ids)
+    if seen:
+        raise UserError(
+            f"{len(seen)} of the {len(test.ids)} prompts to be scored were used to fit the direction "
+            f"(such as {min(seen)!r}); score it on prompts held out by a split"
+        )
+
+
+def _summary(
+    grid: DirectionGrid,
+    value: Float[Tensor, "level position"],
+    samples: Float[Tensor, "level position resample"],
+    test: Activations,
+    *,
+    refit: bool,
+) -> AurocGrid:
+    bounds = interval(samples)
+    return AurocGrid(
+        value=value,
+        low=bounds.low,
+        high=bounds.high,
+        levels=grid.levels,
+        positions=grid.positions,
+        n=len(test.ids),
+        refit=refit,
+        last=grid.last,
+    )

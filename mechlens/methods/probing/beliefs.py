@@ -1,0 +1,121 @@
+"""Beliefs: on which side of two class centroids a prompt lies, by cosine, averaged over levels.
+
+Zhao et al. 2025, "LLMs encode harmfulness and refusal separately", equations 2 and 3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations, column_of
+from mechlens.methods.directions.direction import members, require_real
+from mechlens.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Mean activations of two classes of prompts at one position, for every level."""
+
+    positive: Float[Tensor, "level d_model"]
+    negative: Float[Tensor, "level d_model"]
+    levels: tuple[int, ...]
+    position: str
+    site: str
+    contrast: tuple[str, str]
+    """Labels of the positive and the negative class."""
+    checkpoint: Checkpoint
+    template: str
+    """Fingerprint of the chat template that placed the position."""
+    train_ids: tuple[str, ...]
+    """Prompts the means were taken over; beliefs about these prompts are not held-out numbers."""
+
+    def __post_init__(self) -> None:
+        for label, values in zip(self.contrast, (self.positive, self.negative), strict=True):
+            require_real(values, f"the centroid of {label!r}")
+
+    @property
+    def grand_mean(self) -> Float[Tensor, "level d_model"]:
+        """Midpoint of the two centroids: unequal class sizes don't move it."""
+        return (self.positive + self.negative) / 2
+
+
+def centroids(acts: Activations, positive: str, negative: str, position: str) -> Centroids:
+    """Class means at one position, by any of its names, and every level; UserError where a class has no prompt."""
+    column = column_of(position, acts.positions, acts.last)
+    values = acts.values[:, :, column]
+    means = [values[members(acts, label)].double().mean(dim=0).to(values.dtype) for label in (positive, negative)]
+    return Centroids(
+        positive=means[0],
+        negative=means[1],
+        levels=acts.levels,
+        position=acts.positions[column],
+        site=acts.site,
+        contrast=(positive, negative),
+        checkpoint=acts.checkpoint,
+        template=acts.template,
+        train_ids=tuple(
+            prompt for prompt, label in zip(acts.ids, acts.labels, strict=True) if label in (positive, negative)
+        ),
+    )
+
+
+def layer_scores(
+    values: Float[Tensor, "*batch level d_model"], reference: Centroids, *, centered: bool
+) -> Float[Tensor, "*batch level"]:
+    """s(h) = cos(h, positive centroid) - cos(h, negative centroid) at each level (float64); positive above 0.
+
+    `centered=False` is the paper's score; there the mean that all prompts share dominates both cosines.
+    `centered=True` subtracts the midpoint of the centroids from everything first. A zero vector counts
+    as cosine 0, so a level at which all prompts are alike adds nothing.
+    """
+    origin = reference.grand_mean.double() if centered else torch.zeros_like(reference.positive.double())
+    shifted = values.double() - origin
+    return cosine_or_zero(shifted, reference.positive.double() - origin) - cosine_or_zero(
+        shifted, reference.negative.double() - origin
+    )
+
+
+def belief(
+    values: Float[Tensor, "*batch level d_model"],
+    reference: Centroids,
+    *,
+    centered: bool,
+    skip_embedding: bool,
+) -> Float[Tensor, "*batch"]:
+    """Mean of the layer scores over all levels; `skip_embedding` leaves out level 0.
+
+    The paper keeps level 0, where the score knows only which token stands at the position.
+    """
+    kept = [i for i, level in enumerate(reference.levels) if not (skip_embedding and level == 0)]
+    if not kept:
+        raise UserError("no level is left after leaving out level 0; collect at least one level above it")
+    return layer_scores(values, reference, centered=centered)[..., kept].mean(dim=-1)
+
+
+def beliefs(
+    acts: Activations, reference: Centroids, *, centered: bool, skip_embedding: bool
+) -> Float[Tensor, " prompt"]:
+    """The belief of every prompt; UserError where activations and centroids are not of one kind."""
+    for name, one, other in (
+        ("levels", acts.levels, reference.levels),
+        ("site", acts.site, reference.site),
+        ("weight regime", acts.checkpoint.regime, reference.checkpoint.regime),
+    ):
+        if one != other:
+            raise UserError(
+                f"the activations and the centroids differ in {name} ({one} and {other}); collect both alike"
+            )
+    values = acts.values[:, :, column_of(reference.position, acts.positions, acts.last)]
+    return belief(values, reference, centered=centered, skip_embedding=skip_embedding)
+
+
+def cosine_or_zero(
+    values: Float[Tensor, "*batch level d_model"], reference: Float[Tensor, "level d_model"]
+) -> Float[Tensor, "*batch level"]:
+    """Cosine at each level, 0 where either vector is zero."""
+    norms = values.norm(dim=-1) * reference.norm(dim=-1)
+    dots = (values * reference).sum(dim=-1)
+    return torch.where(norms > 0, dots / norms, 0.0)

@@ -1,0 +1,209 @@
+"""Can the concept be read off? Held-out detection by mean difference at every level and position.
+
+Directions are fitted on training prompts, the level is chosen on validation prompts, and what is reported
+comes from test prompts, beside what permuted labels and random directions reach.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations, column_of
+from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid
+from mechlens.methods.directions.nulls import (
+    LabelledVectors,
+    PermutationNull,
+    RandomNull,
+    permutation_null,
+    random_null,
+)
+from mechlens.methods.probing.auroc import auroc
+from mechlens.methods.probing.auroc_grid import (
+    AurocGrid,
+    contrast_part,
+    held_out_auroc,
+    is_positive,
+    refitted_auroc,
+    score_grid,
+)
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.prompts.split import PARTS, Split
+
+
+@dataclass(frozen=True)
+class DetectionPlan:
+    """How much chance is sampled in a detection."""
+
+    seed: int
+    n_resamples: int = 1000
+    """Bootstrap resamples of prompt families for every interval."""
+    n_permutations: int = 200
+    """Label permutations at each chosen cell."""
+    n_random: int = 20
+    """Random directions at each chosen cell."""
+    refit: bool = False
+    """Refit the direction in every resample: for claims about the concept, not about one saved direction."""
+
+
+@dataclass(frozen=True)
+class ChosenLevel:
+    """What is reported for one position: its level chosen on validation, scored once on test."""
+
+    level: int
+    position: str
+    auroc: Estimate
+    """On test prompts."""
+    validation_auroc: float
+    """On the prompts that chose the level: flattered by the choice."""
+    validation_separation: float
+    """Difference of the classes' mean scores on the same prompts, in pooled standard deviations."""
+    direction: Direction
+    permutation: PermutationNull
+    random: RandomNull
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well a concept is detected everywhere, and at the level chosen on validation for each position."""
+
+    test: AurocGrid
+    validation_auroc: Float[Tensor, "level position"]
+    directions: DirectionGrid
+    chosen: tuple[ChosenLevel, ...]
+    """One for each position, in the activations' order."""
+    plan: DetectionPlan
+    split: Split
+    sizes: dict[str, dict[str, int]]
+    """Prompts by part of the split and by label."""
+
+    def at(self, position: str) -> ChosenLevel:
+        """The chosen level of one named position."""
+        return self.chosen[column_of(position, self.test.positions, self.directions.last)]
+
+    @property
+    def best(self) -> ChosenLevel:
+        """The position and level with the highest validation AUROC; of equals the farthest apart, then the first."""
+        return max(self.chosen, key=lambda choice: (choice.validation_auroc, choice.validation_separation))
+
+    def table(self) -> pd.DataFrame:
+        """One row for each level and position: level, position, auroc, low, high, n, validation_auroc."""
+        levels, positions = self.test.levels, self.test.positions
+        return pd.DataFrame(
+            {
+                "level": np.repeat(levels, len(positions)),
+                "position": list(positions) * len(levels),
+                "auroc": self.test.value.flatten().numpy(),
+                "low": self.test.low.flatten().numpy(),
+                "high": self.test.high.flatten().numpy(),
+                "n": self.test.n,
+                "validation_auroc": self.validation_auroc.flatten().numpy(),
+            }
+        )
+
+
+@one_thread()
+def detect(acts: Activations, positive: str, negative: str, split: Split, plan: DetectionPlan) -> Detection:
+    """Held-out detection of `positive` against `negative` prompts in every cell of the activations.
+
+    `split` holds row numbers of `acts`; prompts with other labels are left out. Each position gets the
+    level with the highest validation AUROC; of equals, which small validation parts bring, the one with the
+    largest standardised separation there (difference of the classes' mean scores over their pooled standard
+    deviation), then the lowest. UserError where the training or validation part lacks a class or an activation
+    is not finite; a test part without a class gives missing estimates.
+    """
+    _require_finite(acts)
+    contrast = (positive, negative)
+    train, validation, test = (contrast_part(acts, split.part(name), contrast) for name in PARTS)
+    _require_classes({"train": train, "validation": validation}, contrast)
+    grid = direction_grid(train, positive, negative)
+    if plan.refit:
+        on_test = refitted_auroc(grid, train, test, seed=plan.seed, n_resamples=plan.n_resamples)
+    else:
+        on_test = held_out_auroc(grid, test, contrast, seed=plan.seed, n_resamples=plan.n_resamples)
+    scores, first = score_grid(validation, grid), is_positive(validation, contrast)
+    on_validation, apart = auroc(scores, first), _separation(scores, first)
+    return Detection(
+        test=on_test,
+        validation_auroc=on_validation,
+        directions=grid,
+        chosen=tuple(
+            _choose(position, grid, on_test, on_validation, apart, train, test, plan) for position in acts.positions
+        ),
+        plan=plan,
+        split=split,
+        sizes={
+            name: {label: part.labels.count(label) for label in contrast}
+            for name, part in zip(PARTS, (train, validation, test), strict=True)
+        },
+    )
+
+
+def _choose(
+    position: str,
+    grid: DirectionGrid,
+    on_test: AurocGrid,
+    on_validation: Float[Tensor, "level position"],
+    apart: Float[Tensor, "level position"],
+    train: Activations,
+    test: Activations,
+    plan: DetectionPlan,
+) -> ChosenLevel:
+    """The best validation level of one position, with its test AUROC and both nulls."""
+    column = grid.positions.index(position)
+    by_level = on_validation[:, column].numpy()
+    ties = np.where(by_level == by_level.max(), apart[:, column].numpy(), -np.inf)
+    row = int(np.argmax(ties))  # NumPy promises the first of equals, torch doesn't.
+    level = grid.levels[row]
+    direction, value = grid.at(level, position), on_test.at(level, position)
+    fitted, scored = (
+        LabelledVectors(part.at(level, position), is_positive(part, grid.contrast), part.families)
+        for part in (train, test)
+    )
+    return ChosenLevel(
+        level=level,
+        position=position,
+        auroc=value,
+        validation_auroc=float(by_level[row]),
+        validation_separation=float(ties[row]),
+        direction=direction,
+        permutation=permutation_null(fitted, scored, value.value, plan.n_permutations, plan.seed + 2),
+        random=random_null(direction, scored, plan.n_random, plan.seed + 4),
+    )
+
+
+def _separation(
+    scores: Float[Tensor, "level position prompt"], positive: Bool[Tensor, " prompt"]
+) -> Float[Tensor, "level position"]:
+    """Difference of the two classes' mean scores over the pooled standard deviation; 0 where nothing differs."""
+    # Counted from one prompt's score, equal scores are exactly 0 and rounding can't part them.
+    shifted = scores - scores[..., :1]
+    inside, outside = shifted[..., positive], shifted[..., ~positive]
+    gap = inside.mean(dim=-1) - outside.mean(dim=-1)
+    spread = ((inside.var(dim=-1, correction=0) + outside.var(dim=-1, correction=0)) / 2).sqrt()
+    return torch.where(gap == 0, 0.0, gap / spread)
+
+
+def _require_finite(acts: Activations) -> None:
+    broken = [
+        level
+        for level, row in zip(acts.levels, acts.values.unbind(1), strict=True)
+        if not bool(torch.isfinite(row).all())
+    ]
+    if broken:
+        raise UserError(f"activations are not finite at levels {broken}; collect them again in float32 or bfloat16")
+
+
+def _require_classes(parts: dict[str, Activations], contrast: tuple[str, str]) -> None:
+    for name, part in parts.items():
+        counts = {label: part.labels.count(label) for label in contrast}
+        if min(counts.values()) == 0:
+            raise UserError(
+                f"the {name} part has {counts} prompts; a detection needs both labels there, so add prompts "
+                "or change the split"
+            )

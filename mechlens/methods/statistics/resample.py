@@ -1,0 +1,121 @@
+"""Chance, by prompt family: bootstrap weights, halves and permuted labels, all vectorised and seeded.
+
+Prompts of one family (a matched pair, a paraphrase set) are not independent, so families are what is
+drawn; an interval over prompts would be too narrow.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.prompts.split import families_by_classes
+
+
+class Interval(NamedTuple):
+    """Lower and upper bounds, each with the cells' shape."""
+
+    low: Float[Tensor, "*cell"]
+    high: Float[Tensor, "*cell"]
+
+
+def family_weights(
+    families: Sequence[str], n_resamples: int, seed: int, labels: Sequence[str] | None = None
+) -> Float[Tensor, "resample prompt"]:
+    """How often each prompt is in each bootstrap resample of whole families (float64 counts).
+
+    With `labels`, families that hold the same set of labels are drawn among themselves, so that no
+    resample loses a class: a matched pair holds both. Efron & Tibshirani 1993, cluster bootstrap.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    codes, n_families = _family_codes(families)
+    counts = torch.zeros(n_resamples, n_families, dtype=torch.float64)
+    for members in _groups(families, labels):
+        draws = torch.randint(len(members), (n_resamples, len(members)), generator=generator)
+        drawn = torch.zeros(n_resamples, len(members), dtype=torch.float64)
+        counts[:, members] = drawn.scatter_add_(1, draws, torch.ones_like(drawn))
+    return counts[:, codes]
+
+
+def family_halves(
+    families: Sequence[str], n_splits: int, seed: int, labels: Sequence[str] | None = None
+) -> Bool[Tensor, "split prompt"]:
+    """True for the prompts in the first half of each random halving of the families.
+
+    With `labels`, families with the same set of labels are halved among themselves. An odd family
+    out goes to either half by chance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    codes, n_families = _family_codes(families)
+    first = torch.zeros(n_splits, n_families, dtype=torch.bool)
+    for members in _groups(families, labels):
+        ranks = torch.rand(n_splits, len(members), generator=generator).argsort(dim=1)
+        spare = torch.randint(2, (n_splits, 1), generator=generator) * (len(members) % 2)
+        first[:, members] = ranks < len(members) // 2 + spare
+    return first[:, codes]
+
+
+def permuted_labels(
+    positive: Bool[Tensor, " prompt"], families: Sequence[str], n: int, seed: int
+) -> Bool[Tensor, "permutation prompt"]:
+    """`n` label vectors that could have been, had the label nothing to do with the prompt.
+
+    Where every family holds both classes (matched pairs), labels are shuffled inside families.
+    Otherwise whole families exchange their labels with families of the same size; a family whose size
+    is unique keeps its own. Class counts never change.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    codes, n_families = _family_codes(families)
+    rows = [torch.nonzero(codes == family).flatten() for family in range(n_families)]
+    paired = all(bool(positive[row].any()) and not bool(positive[row].all()) for row in rows)
+    permuted = positive.expand(n, -1).clone()
+    for size in sorted({len(row) for row in rows}):
+        same_size = torch.stack([row for row in rows if len(row) == size])
+        labels = positive[same_size].expand(n, -1, -1)
+        if not paired:
+            order = torch.rand(n, len(same_size), generator=generator).argsort(dim=1)
+            labels = labels.gather(1, order[:, :, None].expand(labels.shape))
+        # Inside a family too: a pair is always listed harmful first, and that order is no chance.
+        inner = torch.rand(labels.shape, generator=generator).argsort(dim=2)
+        permuted[:, same_size.flatten()] = labels.gather(2, inner).flatten(1)
+    return permuted
+
+
+def interval(samples: Float[Tensor, "*cell resample"], level: float = 0.95) -> Interval:
+    """Percentile interval over resamples; resamples without a value (NaN) are left out.
+
+    It has no width where every resample gives the same number, as when an AUROC is exactly 1.
+    """
+    tail = (1 - level) / 2
+    bounds = torch.tensor([tail, 1 - tail], dtype=samples.dtype)
+    low, high = torch.nanquantile(samples, bounds, dim=-1)
+    return Interval(low=low, high=high)
+
+
+def mean_estimate(
+    values: Float[Tensor, " prompt"], families: Sequence[str], seed: int, n_resamples: int = 1000
+) -> Estimate:
+    """The mean over prompts with its family-bootstrap interval; missing where there is no prompt."""
+    if len(values) == 0 or not bool(torch.isfinite(values).all()):
+        return Estimate.missing(len(values))
+    weights = family_weights(families, n_resamples, seed)
+    samples = weights @ values.double() / weights.sum(dim=1)
+    bounds = interval(samples)
+    return Estimate(float(values.double().mean()), float(bounds.low), float(bounds.high), len(values))
+
+
+def _family_codes(families: Sequence[str]) -> tuple[Int[Tensor, " prompt"], int]:
+    """Each prompt's family as a number in order of first sight, and how many families there are."""
+    numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}
+    return torch.tensor([numbers[family] for family in families], dtype=torch.long), len(numbers)
+
+
+def _groups(families: Sequence[str], labels: Sequence[str] | None) -> list[list[int]]:
+    """Numbers of the families that are drawn among themselves."""
+    numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}
+    if labels is None:
+        return [list(numbers.values())] if numbers else []
+    return [[numbers[family] for family in group] for group in families_by_classes(labels, families).values()]

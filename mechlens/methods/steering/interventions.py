@@ -1,0 +1,277 @@
+"""Interventions as values: add a direction, remove it, set it, or replace a residual; where, when and how strongly."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations, stored_name
+from mechlens.methods.directions.direction import Direction
+from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.engine.writes import CHANGEABLE, Place, place_hooks, require_seen
+
+Phase = Literal["prompt", "generation", "both"]
+Unit = Literal["raw", "unit", "share"]
+Everything = Literal["all"]
+ALL: Everything = "all"
+"""Every layer, or every token."""
+EVERYWHERE = ("resid_pre", "attn_out", "mlp_out")
+"""The residual stream and all that is added to it: with all layers and positions, what Arditi et al. (2024) ablate."""
+
+
+@dataclass(frozen=True)
+class ResidualNorms:
+    """Median length of the residual stream over training prompts: what strengths in shares are shares of."""
+
+    medians: Float[Tensor, "level position"]
+    pooled: Float[Tensor, " level"]
+    """Over all positions that were collected, the first token left out: for interventions on every token."""
+    levels: tuple[int, ...]
+    positions: tuple[str, ...]
+    ids: tuple[str, ...]
+    checkpoint: Checkpoint
+    template: str
+    last: str = ""
+    """Name under which the last token of the prompt is stored."""
+
+    def at(self, level: int, position: str) -> float:
+        """The median norm at one level and one named position; pooled over positions for any other tokens."""
+        if level not in self.levels:
+            raise UserError(f"the residual norm of level {level} isn't known, only of levels {list(self.levels)}")
+        row, name = self.levels.index(level), stored_name(position, self.last)
+        known = name in self.positions
+        return float(self.medians[row, self.positions.index(name)] if known else self.pooled[row])
+
+
+def residual_norms(acts: Activations) -> ResidualNorms:
+    """Median norms at every level and position of activations, which should be those of training prompts.
+
+    The first token of a prompt is left out: models park norms there that are tens of times larger (DESIGN 5.6).
+    """
+    kept = [i for i, name in enumerate(acts.positions) if name != "token[0]"]
+    if not kept or not acts.ids:
+        raise UserError("there is no activation beside the first token's; collect at inst, last or post[*]")
+    norms = acts.values[:, :, kept].double().norm(dim=-1)
+    return ResidualNorms(
+        medians=norms.quantile(0.5, dim=0).float(),
+        pooled=norms.transpose(0, 1).flatten(start_dim=1).quantile(0.5, dim=1).float(),
+        levels=acts.levels,
+        positions=tuple(acts.positions[i] for i in kept),
+        ids=acts.ids,
+        checkpoint=acts.checkpoint,
+        template=acts.template,
+        last=acts.last,
+    )
+
+
+@dataclass(frozen=True)
+class Add:
+    """Adds a direction to the residual stream."""
+
+    direction: Direction
+    _: KW_ONLY
+    strength: float
+    unit: Unit
+    """Strength 1 is "raw": the vector as it is; "unit": length 1; "share": the median residual norm there."""
+    layers: tuple[int, ...] | Everything
+    positions: tuple[str, ...] | Everything
+    """Names such as inst, last, post[*], instruction[*], token[3], token[5:20] (cut at the prompt's end), or all."""
+    phase: Phase
+    site: str = "resid_pre"
+    """resid_pre (the level of the layer's number), attn_out, mlp_out, or resid_post (the level above it)."""
+    norms: ResidualNorms | None = None
+    answer_tokens: int | None = None
+    """Of the answer, only the first so many tokens; None is all. Zhao et al. (2025) change the prompt alone, the prompt
+    and the first k tokens, or everything: phase "prompt", "both" with k, or "both"."""
+
+    def __post_init__(self) -> None:
+        _check(self.layers, self.positions, self.phase, (self.site,))
+        _check_answer(self.phase, self.answer_tokens)
+        _check_strength(self.direction, self.strength, self.unit, self.norms)
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Removes the component along a direction."""
+
+    direction: Direction
+    _: KW_ONLY
+    layers: tuple[int, ...] | Everything
+    positions: tuple[str, ...] | Everything
+    phase: Phase
+    sites: tuple[str, ...]
+    """Some of resid_pre, attn_out, mlp_out, resid_post; EVERYWHERE is the first three."""
+    answer_tokens: int | None = None
+    """As in `Add`."""
+
+    def __post_init__(self) -> None:
+        _check(self.layers, self.positions, self.phase, self.sites)
+        _check_answer(self.phase, self.answer_tokens)
+        _check_strength(self.direction, 0.0, "raw", None)
+
+
+@dataclass(frozen=True)
+class ReplaceComponent:
+    """Sets the component along a direction: directional patching. `unit` counts as in `Add`."""
+
+    direction: Direction
+    _: KW_ONLY
+    value: float
+    unit: Unit
+    layers: tuple[int, ...] | Everything
+    positions: tuple[str, ...] | Everything
+    phase: Phase
+    site: str = "resid_pre"
+    norms: ResidualNorms | None = None
+    answer_tokens: int | None = None
+    """As in `Add`."""
+
+    def __post_init__(self) -> None:
+        _check(self.layers, self.positions, self.phase, (self.site,))
+        _check_answer(self.phase, self.answer_tokens)
+        _check_strength(self.direction, self.value, self.unit, self.norms)
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Puts given vectors, such as another prompt's, at named positions of the prompt; see `replacement`."""
+
+    values: Float[Tensor, "layer position d_model"]
+    _: KW_ONLY
+    layers: tuple[int, ...]
+    positions: tuple[str, ...]
+    """Names of one token each."""
+    checkpoint: Checkpoint
+    template: str
+    site: str = "resid_pre"
+    phase: ClassVar[Phase] = "prompt"
+
+    def __post_init__(self) -> None:
+        _check(self.layers, self.positions, self.phase, (self.site,))
+        if self.values.shape[:2] != (len(self.layers), len(self.positions)):
+            raise UserError(
+                f"there are values for {tuple(self.values.shape[:2])} layers and positions, and "
+                f"{(len(self.layers), len(self.positions))} are named; give one vector each"
+            )
+        if not bool(torch.isfinite(self.values).all()):
+            raise UserError("the values to put are not finite; collect them in bfloat16 or float32")
+
+
+Intervention = Add | Ablate | Replace | ReplaceComponent
+
+
+def replacement(acts: Activations, prompt: str, *, layers: Sequence[int], positions: Sequence[str]) -> Replace:
+    """The residuals of one collected prompt, by id, to be put into other runs at the same layers and positions."""
+    if prompt not in acts.ids:
+        raise UserError(f"prompt {prompt!r} was not collected; choose one of the {len(acts.ids)} that were")
+    row = acts.ids.index(prompt)
+    values = [torch.stack([acts.at(layer, name)[row] for name in positions]) for layer in layers]
+    return Replace(
+        torch.stack(values), layers=tuple(layers), positions=tuple(positions),
+        checkpoint=acts.checkpoint, template=acts.template,
+    )  # fmt: skip
+
+
+def _check(
+    layers: tuple[int, ...] | Everything, positions: tuple[str, ...] | Everything, phase: Phase, sites: tuple[str, ...]
+) -> None:
+    if not layers or not positions or not sites:
+        raise UserError("an intervention needs at least one layer, one position and one site; name them, or 'all'")
+    if phase not in ("prompt", "generation", "both"):
+        raise UserError(f"there is no phase {phase!r}; choose prompt, generation or both")
+    unknown = [site for site in sites if site not in CHANGEABLE]
+    if unknown:
+        raise UserError(f"there is no site {unknown[0]!r} to intervene at; choose from {', '.join(CHANGEABLE)}")
+    if phase != "prompt" and positions != ALL:
+        raise UserError(
+            f"the positions {', '.join(positions)} lie in the prompt, and the phase is {phase!r}; choose "
+            "phase='prompt', or positions='all'"
+        )
+
+
+def _check_answer(phase: Phase, answer_tokens: int | None) -> None:
+    if answer_tokens is None:
+        return
+    if answer_tokens < 1:
+        raise UserError(f"answer_tokens is {answer_tokens}; give at least 1, or choose phase='prompt'")
+    if phase == "prompt":
+        raise UserError(f"answer_tokens={answer_tokens} with phase='prompt' changes no answer; choose phase='both'")
+
+
+def _check_strength(direction: Direction, strength: float, unit: Unit, norms: ResidualNorms | None) -> None:
+    if unit not in ("raw", "unit", "share"):
+        raise UserError(f"there is no unit {unit!r} of strength; choose raw, unit or share")
+    if not math.isfinite(strength):
+        raise UserError(f"the strength is {strength}; give a finite number")
+    if not math.isfinite(direction.norm) or direction.norm == 0:
+        raise UserError(f"the direction has length {direction.norm}, so it points nowhere; make it from other prompts")
+    if unit == "share" and norms is None:
+        raise UserError("a strength in shares of the residual norm needs norms=residual_norms(training activations)")
+
+
+def changes_nothing(intervention: Intervention) -> bool:
+    """True for an addition of strength 0."""
+    return isinstance(intervention, Add) and intervention.strength == 0
+
+
+def require_fits(
+    model: LanguageModel, interventions: Sequence[Intervention], template: str | None, *, force: bool
+) -> None:
+    """UserError where interventions have no place in this model, or (unless forced) were made for another.
+
+    Made for another: under other weights, another weight regime, or another chat template than the prompts'.
+    """
+    last, width = n_layers(model) - 1, d_model(model)
+    now = checkpoint_now(model)
+    distinct = list({id(intervention): intervention for intervention in interventions}.values())
+    for one in distinct:
+        wrong = [layer for layer in (() if one.layers == ALL else one.layers) if not 0 <= layer <= last]
+        if wrong:
+            level = f"; the last level is layer {last} with site='resid_post'" if wrong[0] == last + 1 else ""
+            raise UserError(f"there is no layer {wrong[0]} to intervene at, only 0 to {last}{level}")
+        vector = one.values if isinstance(one, Replace) else one.direction.vector
+        if vector.shape[-1] != width:
+            raise UserError(f"the intervention's vector has {vector.shape[-1]} entries and the model {width}")
+        norms = getattr(one, "norms", None)
+        for made in () if force else (one if isinstance(one, Replace) else one.direction, norms):
+            if made is not None:
+                _require_same(made.checkpoint, now, made.template, template)
+    place_hooks(model, {place for one in distinct for place in _places(one, last + 1)})
+    if any(isinstance(one, Ablate) and {"attn_out", "mlp_out"} <= set(one.sites) for one in distinct):
+        require_seen(model)
+
+
+def _places(one: Intervention, n_layers: int) -> Iterator[Place]:
+    sites = one.sites if isinstance(one, Ablate) else (one.site,)
+    layers = range(n_layers) if one.layers == ALL else one.layers
+    return ((site, layer) for site in sites for layer in layers)
+
+
+def require_direction(model: LanguageModel, direction: Direction, *, force: bool) -> None:
+    """UserError where a direction has another width than the model or (unless forced) comes from other weights."""
+    if len(direction.vector) != d_model(model):
+        raise UserError(f"the direction has {len(direction.vector)} entries and the model {d_model(model)}")
+    if not force:
+        _require_same(direction.checkpoint, checkpoint_now(model), direction.template, None)
+
+
+def _require_same(made: Checkpoint, now: Checkpoint, made_template: str, template: str | None) -> None:
+    if made.regime != now.regime:
+        found, needed = f"with {made.regime} weights", f"a model with {now.regime} ones"
+    elif not made.has_weights_of(now):
+        found, needed = f"in {made.name} ({_short(made.fingerprint)})", f"{now.name} ({_short(now.fingerprint)})"
+    elif template is not None and made_template != template:
+        found, needed = f"under the chat template {_short(made_template)}", f"prompts under {_short(template)}"
+    else:
+        return
+    raise UserError(f"the intervention was made {found} and is used on {needed}; make it anew, or pass force=True")
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[:12] or "no fingerprint"

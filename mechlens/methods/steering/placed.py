@@ -1,0 +1,117 @@
+"""Interventions placed in a batch: named layers, positions and strengths as numbers for each row."""
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.steering.interventions import ALL, Ablate, Add, Intervention, Replace, ReplaceComponent
+from mechlens.models.engine.intervene import Along, Change, Put
+from mechlens.prompts.batch import TokenBatch
+
+_SPAN = re.compile(r"token\[(\d*):(\d*)\]")
+Tokens = tuple[int, ...] | None
+"""Indices in a prompt without padding; None is all of them."""
+
+
+class Placement:
+    """Turns interventions into the changes of one row; unit vectors and token indices are worked out once."""
+
+    def __init__(self, n_layers: int, batch: TokenBatch | None) -> None:
+        self.all_layers, self.batch = tuple(range(n_layers)), batch
+        self._units: dict[int, Tensor] = {}
+        self._rows: dict[int, TokenBatch] = {}
+        self._tokens: dict[tuple[int, str], tuple[int, ...]] = {}
+
+    def changes(self, row: int, interventions: Sequence[Intervention]) -> list[Change]:
+        """What the interventions do to a row of the batch; without a batch, what they do to every token."""
+        return [change for one in interventions for change in self._of(row, one)]
+
+    def _of(self, row: int, one: Intervention) -> list[Change]:
+        layers = one.layers if isinstance(one.layers, tuple) else self.all_layers
+        places = self._places(row, one)
+        if isinstance(one, Replace):
+            return self._put(one, places)
+        sites = one.sites if isinstance(one, Ablate) else (one.site,)
+        answers = one.phase != "prompt"
+        unit = self._unit(one.direction)
+        if isinstance(one, Ablate) or one.unit != "share":
+            tokens = None if places[0][1] is None else tuple(t for _, found in places for t in found or ())
+            what = Along(unit, _amount(one), not isinstance(one, Add))
+            return [Change(what, sites, layers, tokens, answers, one.answer_tokens)]
+        assert one.norms is not None
+        after = int(one.site == "resid_post")  # a block's output is the next level
+        return [
+            Change(Along(unit, _amount(one, one.norms.at(layer + after, name)), not isinstance(one, Add)), sites,
+                   (layer,), tokens, answers, one.answer_tokens)
+            for layer in layers
+            for name, tokens in places
+        ]  # fmt: skip
+
+    def _put(self, one: Replace, places: list[tuple[str, Tokens]]) -> list[Change]:
+        tokens = tuple(t for _, found in places for t in found or ())
+        if len(tokens) != len(one.positions):
+            raise UserError(
+                f"the positions {', '.join(one.positions)} are {len(tokens)} different tokens and there are "
+                f"{len(one.positions)} vectors to put there; name one token for each"
+            )
+        return [
+            Change(Put(values), (one.site,), (layer,), tokens, False)
+            for layer, values in zip(one.layers, one.values, strict=True)
+        ]
+
+    def _places(self, row: int, one: Intervention) -> list[tuple[str, Tokens]]:
+        """Names and tokens; a token that two names share counts once, under the first."""
+        if one.positions == ALL:
+            return [(ALL, () if one.phase == "generation" else None)]
+        found: list[tuple[str, Tokens]] = []
+        taken: set[int] = set()
+        for name in one.positions:
+            for column in self._opened(name):
+                tokens = tuple(t for t in self._at(row, column) if t not in taken)
+                taken |= set(tokens)
+                found.append((column, tokens))
+        return found
+
+    def _opened(self, name: str) -> tuple[str, ...]:
+        assert self.batch is not None
+        return self.batch.resolve([name]) if name == "last" or name.startswith("post[") else (name,)
+
+    def _at(self, row: int, name: str) -> tuple[int, ...]:
+        if (row, name) not in self._tokens:
+            self._tokens[row, name] = self._found(row, name)
+        return self._tokens[row, name]
+
+    def _found(self, row: int, name: str) -> tuple[int, ...]:
+        assert self.batch is not None
+        length, offset = int(self.batch.lengths[row]), self.batch.offset(row)
+        span = _SPAN.fullmatch(name)
+        if span is not None:
+            found = tuple(range(length)[int(span[1] or 0) : int(span[2] or length)])
+        elif name == "instruction[*]":
+            start, end = (self.batch.instruction[row] - offset).tolist()
+            found = tuple(range(start, end + 1))
+        else:
+            if row not in self._rows:
+                # Alone, so that a token which only some prompts are long enough for can be named for those.
+                self._rows[row] = self.batch.select([row])
+            found = (int(self._rows[row].at(name)[0]) - offset,)
+        if not found:
+            raise UserError(f"prompt {self.batch.prompts[row].id!r} has {length} tokens and so none at {name!r}")
+        return found
+
+    def _unit(self, direction: Direction) -> Tensor:
+        key = id(direction.vector)
+        if key not in self._units:
+            self._units[key] = (direction.vector.double() / direction.norm).float()
+        return self._units[key]
+
+
+def _amount(one: Add | Ablate | ReplaceComponent, norm: float = 1.0) -> float:
+    """Distance along the unit vector, in the residual stream's units."""
+    if isinstance(one, Ablate):
+        return 0.0
+    strength = one.strength if isinstance(one, Add) else one.value
+    return strength * {"raw": one.direction.norm, "unit": 1.0, "share": norm}[one.unit]

@@ -1,0 +1,300 @@
+"""A batch whose rows run under interventions of their own, and what rows have in common run once."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.collect import FORMAT, halving, refuse_too_long, template_of
+from mechlens.methods.cache import Shelf
+from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits
+from mechlens.methods.steering.placed import Placement
+from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, n_layers
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.engine import forward
+from mechlens.models.engine.forward import Row
+from mechlens.models.engine.generate import start_cache
+from mechlens.models.engine.intervene import Along, Change, bears_fast, changed
+from mechlens.models.engine.shared_rows import Merged, merges_rows
+from mechlens.models.engine.token_mask import Clock
+from mechlens.models.engine.writes import Place
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate
+
+
+class Fingerprints:
+    """sha256 of tensors, each worked out once however many rows it acts in."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, str]] = {}
+
+    def of(self, tensor: Tensor) -> str:
+        """Of the values and their shape; the tensor is kept, so that no other can take its place in memory."""
+        if id(tensor) not in self._known:
+            plain = tensor.detach().cpu().contiguous()
+            digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+            self._known[id(tensor)] = (tensor, digest.hexdigest())
+        return self._known[id(tensor)][1]
+
+
+def piece_key(
+    model: LanguageModel,
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    changes: Sequence[Sequence[Change]],
+    work: Sequence[object],
+    prints: Fingerprints,
+) -> str:
+    """Fingerprint of a batch: weights, type, what is made of it, every token id and everything done to it."""
+    record = [
+        FORMAT, "steered", *checkpoint.identity, str(dtype_of(model)), device_of(model).type,
+        list(work), [row.ids for row in rows], [[_done(change, prints) for change in row] for row in changes],
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def _done(change: Change, prints: Fingerprints) -> list[Any]:
+    what = change.what
+    if isinstance(what, Along):
+        how: list[Any] = ["along", prints.of(what.unit), what.amount, what.erases]
+    else:
+        how = ["put", prints.of(what.values)]
+    return [*how, change.sites, change.layers, change.tokens, change.generation, change.answer_tokens]
+
+
+Interventions = Sequence[Intervention] | Sequence[Sequence[Intervention]]
+"""The same for every prompt, or a list of its own for each, applied in the list's order."""
+Reduce = Callable[[Float[Tensor, "row vocab"], list[int]], Float[Tensor, "row out"]]
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A function that says what it does, so that what was made with it can be kept and found again."""
+
+    @property
+    def key(self) -> str:
+        """Another text for anything that would give other values."""
+        ...
+
+
+@dataclass(frozen=True)
+class SteeredRow(Row):
+    """A row with its number in the batch and that of the start it shares."""
+
+    number: int
+    start: int
+
+
+def steered_batch(
+    model: LanguageModel,
+    prompts: Sequence[Prompt] | TokenBatch,
+    interventions: Interventions,
+    template: ChatTemplate | None,
+    force: bool,
+    new_tokens: int,
+) -> "SteeredBatch":
+    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template or template_of(model))
+    refuse_too_long(model, batch, new_tokens)
+    lists = _per_row(interventions, len(batch.prompts))
+    require_fits(model, [one for row in lists for one in row], batch.template, force=force)
+    placement = Placement(n_layers(model), batch)
+    changes = [placement.changes(i, [one for one in row if not changes_nothing(one)]) for i, row in enumerate(lists)]
+    places = {(site, layer) for row in changes for change in row for site in change.sites for layer in change.layers}
+    fast = forward.fits_fast_path(model) and bears_fast(model, sorted(places))
+    reason = "" if fast else _why_plain(model, sorted(places))
+    forward.warn_plain(model, reason)
+    return SteeredBatch(model, batch, lists, changes, new_tokens, fast, reason)
+
+
+def _why_plain(model: LanguageModel, places: Sequence[Place]) -> str:
+    """Why changes at these sites need whole passes; empty where each is the input or output of a plain module."""
+    reason = forward.why_plain(model)
+    if not reason and not bears_fast(model, places):
+        sites = ", ".join(sorted({site for site, _ in places}))
+        reason = f"what lies at {sites} isn't the input or output of one of its modules"
+    return reason
+
+
+def _per_row(interventions: Interventions, n: int) -> tuple[tuple[Intervention, ...], ...]:
+    lists = [one for one in interventions if isinstance(one, Sequence)]
+    if len(lists) < len(interventions):
+        return (tuple(cast(Sequence[Intervention], interventions)),) * n
+    if lists and len(lists) != n:
+        raise UserError(f"there are {len(lists)} lists of interventions for {n} prompts; give each prompt one")
+    return tuple(tuple(row) for row in lists) or ((),) * n
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done with a batch of rows, exactly and fast or by whole passes, and what is kept of it."""
+
+    fast: Callable[[list[Row], DynamicCache | None, Clock, Merged], Tensor]
+    plain: Callable[[list[Row], Clock], Tensor]
+    keep: Callable[[Tensor, list[int]], Tensor]
+    key: str | None
+    """What all of this is, for the shelf; None where a function doesn't say what it does."""
+
+
+@dataclass(frozen=True)
+class SteeredBatch:
+    """Prompts and what is done to each of them."""
+
+    model: LanguageModel
+    batch: TokenBatch
+    interventions: tuple[tuple[Intervention, ...], ...]
+    changes: list[list[Change]]
+    new_tokens: int
+    fast: bool
+    why_plain: str
+
+    def run(self, work: Work, max_tokens: int, shelf: Shelf | None) -> Tensor:
+        """One row of values for each prompt, batch by batch; finished batches are kept on the shelf."""
+        skip, rows = self._rows()
+        if work.key is None or has_hooks(self.model):
+            shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
+        prints, checkpoint = Fingerprints(), checkpoint_now(self.model)
+        values = torch.empty(0)
+        # Every new token costs a pass of its own for each batch.
+        cost = forward.BATCH_COST * max(1, self.new_tokens)
+        bar = tqdm(total=len(rows), desc="steering", unit="prompt", delay=2, leave=False)
+        # Rows with the same tokens side by side, so that they come into one batch.
+        ordered = sorted(rows, key=lambda row: (len(row.ids), row.ids))
+        for group in _grouped(ordered, max(1, max_tokens // max(1, skip))):
+            start = _Start(self, group, skip)
+            for members in forward.plan(group, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not self.fast):
+                chunk = [group[i] for i in members]
+                numbers = [row.number for row in chunk]
+                key = "" if shelf is None else self._piece_key(work, chunk, skip, prints, checkpoint)
+                piece = None if shelf is None else shelf.get(key)
+                if piece is None:
+                    piece = {"values": work.keep(halving(self._runner(work, start), list(chunk)), numbers)}
+                    if shelf is not None:
+                        shelf.put(key, piece)
+                if not len(values):
+                    values = piece["values"].new_empty(len(rows), *piece["values"].shape[1:])
+                values[numbers] = piece["values"]
+                bar.update(len(members))
+        bar.close()
+        return values
+
+    def _piece_key(
+        self, work: Work, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints, checkpoint: Checkpoint
+    ) -> str:
+        how = [work.key, self.new_tokens, skip, "fast" if self.fast else "plain"]
+        return piece_key(self.model, checkpoint, chunk, [self.changes[row.number] for row in chunk], how, prints)
+
+    def _runner(self, work: Work, start: "_Start") -> Callable[[list[Row]], Tensor]:
+        def run(chunk: list[Row]) -> Tensor:
+            own = cast(list[SteeredRow], chunk)
+            prefix, places = start.made()
+            merged = self.merged(own, [places[row.start] for row in own])
+            with self.changing([row.number for row in own]) as clock:
+                return work.fast(chunk, prefix, clock, merged) if self.fast else work.plain(chunk, clock)
+
+        return run
+
+    @contextlib.contextmanager
+    def changing(self, numbers: list[int]) -> Iterator[Clock]:
+        """The model under the changes of some of the prompts, by number."""
+        lengths = self.batch.lengths[numbers].to(device_of(self.model))
+        clock = Clock(lengths, torch.zeros_like(lengths))
+        with changed(self.model, [self.changes[i] for i in numbers], clock, fast=self.fast):
+            yield clock
+
+    def merged(self, rows: Sequence[SteeredRow], places: Sequence[int], end: int | None = None) -> Merged:
+        """Which rows are alike up to which block: the same tokens (up to `end`), and the same done to them so far."""
+        blocks = n_layers(self.model)
+        if not self.fast or not merges_rows(self.model):
+            return Merged([range(len(rows))] * blocks, places, device_of(self.model))
+        number: dict[Any, int] = {}
+        now = [number.setdefault(row.ids[:end], len(number)) for row in rows]
+        done = [_by_layer(self.changes[row.number], blocks, end) for row in rows]
+        classes = []
+        for layer in range(blocks):
+            number = {}
+            now = [number.setdefault((old, did[layer]), len(number)) for old, did in zip(now, done, strict=True)]
+            classes.append(now)
+        return Merged(classes, places, device_of(self.model))
+
+    def _rows(self) -> tuple[int, list[SteeredRow]]:
+        """How many tokens at the start are run once for all rows that are alike there, and which rows are."""
+        ids = [tuple(self.batch.row(i)) for i in range(len(self.batch.prompts))]
+        plain = [
+            Row(own, (min([len(own) - 1, *(_first(change, len(own)) for change in changes)]),))
+            for own, changes in zip(ids, self.changes, strict=True)
+        ]
+        skip = forward.shared_prefix(plain) if self.fast else 0
+        kinds: dict[Any, int] = {}
+        alike: list[int] = []
+        for changes in self.changes:
+            key = tuple(key for change in changes if (key := _key(change, skip)) is not None)
+            alike.append(kinds.setdefault(key, len(kinds)))
+        if len(kinds) == len(ids):  # nothing to share
+            skip = 0
+        return skip, [SteeredRow(row.ids, row.read, i, alike[i] if skip else 0) for i, row in enumerate(plain)]
+
+
+class _Start:
+    """Keys and values of the shared start, made when they are first asked for: all may lie on the shelf."""
+
+    def __init__(self, steered: SteeredBatch, group: Sequence[SteeredRow], skip: int) -> None:
+        self.steered, self.skip = steered, skip
+        self.first = list({row.start: row for row in reversed(group)}.values())
+        self.places = {row.start: i for i, row in enumerate(self.first)}
+        self.cache: DynamicCache | None = None
+
+    def made(self) -> tuple[DynamicCache | None, dict[int, int]]:
+        """The cache, a row for each kind of start, and where each kind's row is."""
+        if self.skip and self.cache is None:
+            merged = self.steered.merged(self.first, [0] * len(self.first), self.skip)
+            with self.steered.changing([row.number for row in self.first]) as clock:
+                self.cache = start_cache(self.steered.model, self.first[0].ids[: self.skip], clock, merged)
+        return self.cache, self.places
+
+
+def _first(change: Change, length: int) -> int:
+    """The first token that a change touches, beyond which rows differ; one that acts from token 0 can be shared."""
+    return min(change.tokens) if change.tokens and min(change.tokens) > 0 else length
+
+
+def _key(change: Change, end: int | None) -> Any:
+    """What a change does to the first `end` tokens of the prompt, and where; None for nothing."""
+    how = _how(change, end)
+    return None if how is None else (how, change.layers)
+
+
+def _how(change: Change, end: int | None) -> Any:
+    """The same but for the layers."""
+    within = change.tokens if change.tokens is None or end is None else tuple(t for t in change.tokens if t < end)
+    if within == ():
+        return None
+    what = change.what
+    how = (id(what.unit), what.amount, what.erases) if isinstance(what, Along) else id(what.values)
+    return how, change.sites, within
+
+
+def _by_layer(changes: Sequence[Change], n_layers: int, end: int | None) -> list[tuple[Any, ...]]:
+    """What is done to a row's prompt at each layer."""
+    found: list[tuple[Any, ...]] = [()] * n_layers
+    for change in changes:
+        how = _how(change, end)
+        for layer in () if how is None else change.layers:
+            found[layer] = (*found[layer], how)
+    return found
+
+
+def _grouped(rows: list[SteeredRow], kinds: int) -> Iterator[list[SteeredRow]]:
+    """Rows with at most so many kinds of starts at a time."""
+    for low in range(0, max(row.start for row in rows) + 1, kinds):
+        yield [row for row in rows if low <= row.start < low + kinds]

@@ -1,0 +1,167 @@
+"""What the model says under interventions, exactly: many prompts and many settings in one batch."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+
+from mechlens.errors import UserError
+from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
+from mechlens.methods.cache import Shelf
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.steering.interventions import ALL, Intervention, require_direction, require_fits
+from mechlens.methods.steering.placed import Placement
+from mechlens.methods.steering.steered_batch import Interventions, Keyed, Reduce, Work, steered_batch
+from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, loaded, n_layers
+from mechlens.models.engine.forward import Row
+from mechlens.models.engine.generate import Decided, greedy_batch, prompt_logits, recomputed_greedy, whole_logits
+from mechlens.models.engine.intervene import changed
+from mechlens.models.engine.orthogonal import orthogonalised
+from mechlens.models.engine.shared_rows import Merged
+from mechlens.models.engine.token_mask import Clock, EveryToken
+from mechlens.prompts.batch import TokenBatch
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate
+
+MAX_TOKENS = 12288
+"""Prompt tokens in a batch. On a CPU products of 32 rows run at less than half the speed of products of 256."""
+
+
+@dataclass(frozen=True)
+class SteeredAnswers(Answers):
+    """Answers under interventions, which are kept with them; `ids` repeat where a prompt was asked repeatedly."""
+
+    interventions: tuple[tuple[Intervention, ...], ...]
+
+
+def answer_under(
+    model: LanguageModel,
+    prompts: Sequence[Prompt] | TokenBatch,
+    interventions: Interventions,
+    *,
+    max_new_tokens: int,
+    template: ChatTemplate | None = None,
+    decided: Decided | None = None,
+    shelf: Shelf | None = None,
+    force: bool = False,
+    max_tokens: int = MAX_TOKENS,
+) -> SteeredAnswers:
+    """Greedy answers under interventions; equal to running the whole text again for each token of each prompt.
+
+    A row whose answer so far is `decided` leaves the batch. `shelf` keeps finished batches, so that a killed run
+    goes on (with a `decided` that has a `key`, such as `OnceRefused`). `max_tokens` bounds prompt tokens in a batch.
+    Raises UserError for interventions that don't fit the model; those made for another pass with `force`.
+    """
+    tokenizer = loaded(model).tokenizer
+    if tokenizer is None:
+        raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
+    steered = steered_batch(model, prompts, interventions, template, force, max_new_tokens)
+
+    def fast(rows: list[Row], prefix: DynamicCache | None, clock: Clock, merged: Merged) -> Tensor:
+        return _padded(greedy_batch(model, rows, max_new_tokens, prefix, clock, decided, merged), max_new_tokens)
+
+    def plain(rows: list[Row], clock: Clock) -> Tensor:
+        return _padded(recomputed_greedy(model, rows, max_new_tokens, clock, decided), max_new_tokens)
+
+    work = Work(fast, plain, lambda values, rows: values, _key("answers", decided))
+    found = steered.run(work, max_tokens, shelf)
+    tokens = tuple(tuple(t for t in row if t != NO_TOKEN) for row in found.tolist())
+    return SteeredAnswers(
+        ids=tuple(prompt.id for prompt in steered.batch.prompts),
+        texts=tuple(tokenizer.decode(list(row), skip_special_tokens=True).strip() for row in tokens),
+        tokens=tokens,
+        max_new_tokens=max_new_tokens,
+        checkpoint=checkpoint_now(model),
+        template=steered.batch.template,
+        engine="fast" if steered.fast else "plain",
+        why_plain=steered.why_plain,
+        interventions=steered.interventions,
+    )
+
+
+def _key(kind: str, function: object) -> str | None:
+    if function is None:
+        return kind
+    return f"{kind} {function.key}" if isinstance(function, Keyed) else None
+
+
+def _padded(answers: list[list[int]], width: int) -> Tensor:
+    return torch.tensor([row + [NO_TOKEN] * (width - len(row)) for row in answers], dtype=torch.long)
+
+
+def logits_under(
+    model: LanguageModel,
+    prompts: Sequence[Prompt] | TokenBatch,
+    interventions: Interventions,
+    *,
+    template: ChatTemplate | None = None,
+    reduce: Reduce | None = None,
+    shelf: Shelf | None = None,
+    force: bool = False,
+    max_tokens: int = MAX_TOKENS,
+) -> Float[Tensor, "prompt out"]:
+    """Logits of the first answer token of every prompt under interventions (float32, on the CPU).
+
+    `reduce` is given each batch's logits with the prompts' numbers, and its values are kept instead: logits of
+    a large sweep over a large vocabulary don't fit into memory. `shelf` keeps finished batches, so that a killed run
+    goes on (with a `reduce` that has a `key`).
+    """
+    steered = steered_batch(model, prompts, interventions, template, force, 0)
+
+    def fast(rows: list[Row], prefix: DynamicCache | None, clock: Clock, merged: Merged) -> Tensor:
+        return prompt_logits(model, rows, prefix, clock, merged)
+
+    def plain(rows: list[Row], clock: Clock) -> Tensor:
+        clock.tick(clock.rows, clock.start, 0)
+        return whole_logits(model, torch.tensor([row.ids for row in rows], device=device_of(model))).float().cpu()
+
+    work = Work(fast, plain, reduce or (lambda logits, rows: logits), _key("logits", reduce))
+    return steered.run(work, max_tokens, shelf)
+
+
+@contextlib.contextmanager
+def applied(
+    model: LanguageModel, interventions: Interventions, batch: TokenBatch | None = None, *, force: bool = False
+) -> Iterator[LanguageModel]:
+    """The model under interventions at TransformerLens' hook points, for anything else one runs it for.
+
+    With a batch, what is run must be that batch's `tokens`, once for each pass. Without one, interventions must
+    act on every token in both phases, and anything may be run: `answer`, `collect`, `run_with_cache`, a loss.
+    """
+    if batch is None:
+        everywhere = [one for one in interventions if not isinstance(one, Sequence)]
+        if len(everywhere) < len(interventions) or any(not _everywhere(o) for o in everywhere):
+            raise UserError(
+                "without a batch nothing says which tokens are run: give the batch, use answer_under or "
+                "logits_under, or intervene with positions='all' and phase='both' and no answer_tokens"
+            )
+        require_fits(model, everywhere, None, force=force)
+        rows, clock = [Placement(n_layers(model), None).changes(0, everywhere)], EveryToken(device_of(model))
+        with changed(model, rows, clock, fast=False):
+            yield model
+        return
+    work = steered_batch(model, batch, interventions, None, force, 0)
+    starts = torch.tensor([-batch.offset(i) for i in range(len(batch.prompts))], device=device_of(model))
+    with changed(model, work.changes, Clock(batch.lengths.to(starts.device), starts), fast=False):
+        yield model
+
+
+def _everywhere(one: Intervention) -> bool:
+    return (one.positions, one.phase) == (ALL, "both") and getattr(one, "answer_tokens", None) is None
+
+
+@contextlib.contextmanager
+def without_direction(model: LanguageModel, direction: Direction, *, force: bool = False) -> Iterator[LanguageModel]:
+    """The model with weights that can't write along the direction, as long as the block lasts.
+
+    On pre-norm models it equals `Ablate` at every site, layer and token; see `orthogonalised`.
+    """
+    require_direction(model, direction, force=force)
+    with orthogonalised(model, direction.vector):
+        yield model

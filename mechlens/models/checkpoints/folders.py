@@ -1,0 +1,66 @@
+"""Forms in which training leaves weights that mechlens doesn't read, and where it leaves adapters."""
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mechlens.errors import UserError
+from mechlens.models.checkpoints.lora import CONFIG
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+"""How the Trainer calls a step's folder."""
+
+
+def other_format(folder: Path) -> str | None:
+    """Says in what form a folder without safetensors has its weights, and what to do; None where there are none."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for name in names:
+        if re.match(r"pytorch_model_fsdp", name):
+            return (
+                f"its weights are FSDP's ({name}), which mechlens doesn't read; join them with "
+                "`accelerate merge-weights`, or train with SHARDED_STATE_DICT off"
+            )
+    for name in names:
+        if re.fullmatch(r"global_step\d+|zero_to_fp32\.py|\w*_?zero_pp_rank_.*", name):
+            return (
+                f"its weights are DeepSpeed's ({name}), which mechlens doesn't read; make safetensors of them with the "
+                "folder's own `zero_to_fp32.py --safe_serialization`"
+            )
+    for name in names:
+        if re.fullmatch(r"(pytorch_model|adapter_model)[\w.-]*\.(bin|bin\.index\.json|pt|pth)", name):
+            return (
+                f"its weights are pickled ({name}), which mechlens doesn't open; load them with transformers or peft "
+                "and save_pretrained them as safetensors"
+            )
+    return None
+
+
+def adapters_inside(folder: Path) -> Iterator[Path]:
+    """Adapters in a folder's own folders: peft puts each into one that bears its name, unless it is "default"."""
+    if folder.is_dir():
+        yield from sorted(child for child in folder.iterdir() if (child / CONFIG).is_file())
+
+
+def tokenizer_folder(checkpoint: Path) -> Path | None:
+    """The folder with a checkpoint's own tokenizer: its own, or the Trainer's around it; None where there is none."""
+    around = [checkpoint.parent] if CHECKPOINT.fullmatch(checkpoint.parent.name) else []
+    return next((folder for folder in (checkpoint, *around) if (folder / "tokenizer_config.json").is_file()), None)
+
+
+def read_as_trained(base: Any, own: Any, adapter: str) -> Any:
+    """The base's tokenizer with the adapter's own chat template; the adapter's tokenizer where it has more tokens.
+
+    UserError where a token of the base has another id in the adapter's.
+    """
+    before, after = base.get_vocab(), own.get_vocab()
+    moved = next((token for token, number in before.items() if after.get(token) != number), None)
+    if moved is not None:
+        raise UserError(
+            f"the adapter {adapter!r} was saved with a tokenizer in which {moved!r} has another number than in the "
+            "base's, so it belongs to another base; give that one"
+        )
+    found = copy.deepcopy(base if len(before) == len(after) else own)
+    found.chat_template = own.chat_template or base.chat_template
+    return found

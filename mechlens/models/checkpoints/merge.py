@@ -1,0 +1,206 @@
+"""Merging a PEFT adapter of any kind that can be merged into the weights of a plain Hugging Face model.
+
+peft makes the adapted model and merges it. What peft leaves to its caller is done here: matrices that two modules
+share get their own copies where the adapter changes one of them, each layer is merged in float32, and the merged
+model must give the adapted model's logits.
+"""
+
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechlens.errors import UserError
+from mechlens.files import require_regular, user_path
+from mechlens.models.checkpoints.adapter_record import read_record, require_whole
+from mechlens.models.checkpoints.folders import adapters_inside, other_format
+from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS, keeps_the_base
+from mechlens.models.fingerprint import is_fingerprint_of
+
+TOLERANCE, IN_HALF = 1e-3, 0.1
+"""Differences of logits, in units of the largest logit, that rounding can make, in float32 and in 16 bits."""
+
+
+def merge_adapter(hf_model: Any, adapter: str) -> Any:
+    """The model with a PEFT adapter (folder or hub id) merged into its weights, whose type they keep.
+
+    Every layer is computed in float32 and rounded once. UserError for an adapter that was made for another base, that
+    peft can't merge, or whose merged model answers otherwise than the adapted one.
+    """
+    folder = user_path(adapter)
+    _require_base(folder, adapter, hf_model)
+    name = str(hf_model.config.name_or_path)
+    adapted = _adapted(hf_model, str(folder) if folder.exists() else adapter, adapter, name)
+    tokens = _probe(hf_model, adapted.active_peft_config)
+    try:
+        before = _logits(adapted, tokens)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft says that layers are merged already, and that ends came apart
+            _untie(adapted)
+            _merge_layers(adapted)
+            merged = adapted.merge_and_unload()
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the adapter {adapter!r} ({_kind(adapted)}) can't be merged into {name!r}: {first_line(error)}"
+        ) from error
+    ends = (merged.get_input_embeddings(), merged.get_output_embeddings())
+    if len({id(getattr(end, "weight", None)) for end in ends}) > 1:
+        merged.config.tie_word_embeddings = False
+    tolerance = TOLERANCE if merged.dtype == torch.float32 else IN_HALF
+    _require_same(before, _logits(merged, tokens), tolerance, f"{adapter!r} ({_kind(adapted)})")
+    return merged
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # what it is about comes behind
+        lines[0] = f"{lines[0]} {lines[1]}"
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
+
+
+def is_path(name: str) -> bool:
+    """True for what can only be a local path, because no hub id looks like it."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _require_base(folder: Path, adapter: str, hf_model: Any) -> None:
+    if not (folder / CONFIG).exists() and (folder.exists() or is_path(adapter)):
+        inside = ", ".join(repr(str(path)) for path in adapters_inside(folder))
+        raise UserError(f"there is no adapter in {adapter!r}; give {inside or f'the folder that holds {CONFIG}'}")
+    if folder.is_dir() and not list(folder.glob("*.safetensors")) and (found := other_format(folder)):
+        raise UserError(f"the adapter {adapter!r} can't be loaded: {found}")
+    for path in folder.glob("adapter_*"):
+        require_regular(path)
+    base = _recorded_base(folder)
+    if base is not None and not is_fingerprint_of(base, hf_model.state_dict()):
+        raise UserError(
+            f"the adapter {adapter!r} was trained on another base (fingerprint {base[:12]}); "
+            "load the model that its mechlens.json names"
+        )
+
+
+def _recorded_base(folder: Path) -> str | None:
+    """Fingerprint of the base that mechlens trained an adapter on; None for an adapter from elsewhere."""
+    try:
+        record = read_record(folder)
+    except UserError as error:
+        raise UserError(f"the record names no base_fingerprint that can be trusted: {error}") from error
+    if record is None:
+        return None
+    require_whole(folder, record, WEIGHTS)
+    return record.base_fingerprint
+
+
+def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
+    """peft's model; UserError where the adapter can't be read, is of a kind without weights, or has no place."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    config = None
+    try:
+        config = PeftConfig.from_pretrained(source)
+        if config.is_prompt_learning or config.peft_type.value == "ADAPTION_PROMPT":
+            raise UserError(
+                f"the adapter {adapter!r} is of type {config.peft_type.value}, which adds prompts of its own and leaves"
+                " the weights as they are, so it can't be merged; give an adapter of the model's weights, such as LoRA"
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # some (PiSSA with `niter`) draw while they load, and must come out the same again
+            adapted = PeftModel.from_pretrained(hf_model, source).eval()
+        saved = set(load_peft_weights(source, device="cpu"))
+        used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter {adapter!r} doesn't fit the model {name!r}: {first_line(error)}{_needs(config)}"
+        ) from error
+    # peft only warns, and would leave out what has no place; embeddings may be saved whole beside an adapter.
+    odd = (used - saved) | (saved - used - set(adapted.state_dict()))
+    if odd:
+        raise UserError(
+            f"the adapter {adapter!r} doesn't fit the model {name!r}: {len(odd)} of its weights and the "
+            f"model's have no counterpart, such as {min(odd)}"
+        )
+    return adapted
+
+
+def _needs(config: Any) -> str:
+    """What to do about an adapter that peft has to change the base for, and can't."""
+    start = getattr(config, "init_lora_weights", None)
+    if keeps_the_base({"init_lora_weights": start}):
+        return ""
+    return (
+        f" (with init_lora_weights={start!r} the base's own weights are changed as well, from what the adapter doesn't "
+        "hold; save it with path_initial_model_for_weight_conversion, or give the merged model)"
+    )
+
+
+def _kind(adapted: Any) -> str:
+    return str(adapted.active_peft_config.peft_type.value)
+
+
+def _probe(hf_model: Any, config: Any) -> Tensor:
+    """A few tokens, among them those that the adapter has trained."""
+    chosen = getattr(config, "trainable_token_indices", None) or []
+    trained = sorted({i for part in (chosen.values() if isinstance(chosen, dict) else [chosen]) for i in part})
+    weight = hf_model.get_input_embeddings().weight
+    return torch.tensor([[*range(1, 17), *trained[:48]]], device=weight.device).remainder(len(weight))
+
+
+@torch.inference_mode()
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _untie(adapted: Any) -> None:
+    """Gives each layer that the adapter changes weights of its own (tied ends, replicated blocks)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    changed = {id(layer.get_base_layer()) for layer in adapted.modules() if isinstance(layer, BaseTunerLayer)}
+    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in adapted.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders[id(parameter)].append((module, name))
+    for sharing in holders.values():
+        apart = [(module, name) for module, name in sharing if id(module) in changed]
+        for module, name in apart[len(apart) == len(sharing) :]:
+            own = nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False)
+            setattr(module, name, own)
+
+
+def _merge_layers(adapted: Any) -> None:
+    """Each layer in float32, and in its own type again before the next one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuners = defaultdict(list)
+    for layer in adapted.modules():
+        if isinstance(layer, BaseTunerLayer):
+            tuners[layer.get_base_layer()].append(layer)
+    for base, layers in tuners.items():
+        types = {name: parameter.dtype for name, parameter in base.named_parameters(recurse=False)}
+        half = [name for name, dtype in types.items() if dtype in (torch.float16, torch.bfloat16)]
+        for name in half:
+            getattr(base, name).data = getattr(base, name).data.float()
+        for layer in layers:
+            layer.merge()
+        for name in half:
+            getattr(base, name).data = getattr(base, name).data.to(types[name])
+
+
+def _require_same(before: Tensor, after: Tensor, tolerance: float, adapter: str) -> None:
+    """UserError where merging changed the logits; numbers that aren't finite are left to whoever uses them."""
+    if not bool(torch.isfinite(before).all()):
+        return
+    gap = float((after - before).abs().max() / before.abs().max().clamp(min=1e-6))
+    if not gap <= tolerance:
+        raise UserError(
+            f"the adapter {adapter} gives other logits once it is merged (by {gap:.2g} of the largest), so peft can't "
+            "merge it as it is; merge it yourself and give the merged model"
+        )

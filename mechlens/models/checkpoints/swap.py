@@ -1,0 +1,313 @@
+"""Many checkpoints in one module: the base is loaded once, and each checkpoint's weights take their turn in it.
+
+The base's own weights lie in an unnamed file, from which every matrix that a checkpoint changes is made anew:
+W = round(W0 + change). So nothing drifts, the base comes back bit for bit, and memory holds one model and one
+checkpoint, and two models only for a full checkpoint or an adapter that is more than low-rank products, which peft
+merges. A killed process leaves no file behind.
+"""
+
+import shutil
+import tempfile
+from dataclasses import replace
+from typing import IO, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mechlens.errors import UserError
+from mechlens.files import user_path
+from mechlens.models.bridge import (
+    LanguageModel,
+    bridge,
+    dtype_of,
+    loaded,
+    native,
+    native_blocks,
+    refresh_splits,
+    weights_now,
+    writing_modules,
+)
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.lora import LowRank, read_lora
+from mechlens.models.checkpoints.series import Member
+from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
+from mechlens.models.load import load_hf, load_merged, short_name, type_without_loss
+from mechlens.models.packaged import cache_dir
+from mechlens.models.soundness import require_finite_weights
+
+
+class Vault:
+    """Tensors by name in an unnamed file: bit for bit what was put in, without room in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._end = file, 0
+        self._places: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor; UserError where the disk is full."""
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        try:
+            self._file.seek(self._end)
+            self._file.write(flat.numpy().tobytes())
+        except OSError as error:
+            raise UserError(
+                f"the base's weights can't be kept on disk ({error.strerror}); make room in {str(cache_dir())!r}, or "
+                "set MECHLENS_CACHE to another folder"
+            ) from error
+        self._places[name] = self._end, tensor.shape, tensor.dtype
+        self._end += flat.numel()
+
+    def alias(self, name: str, known: str) -> None:
+        """Another name for a tensor that was put in."""
+        self._places[name] = self._places[known]
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as it was, on the CPU."""
+        place, shape, dtype = self._places[name]
+        self._file.seek(place)
+        read = bytearray(self._file.read(shape.numel() * dtype.itemsize))
+        return torch.frombuffer(read, dtype=dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Lets the file go."""
+        self._file.close()
+
+
+def turns(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    chat_template: str | None = None,
+) -> "Turns":
+    """A model in which the checkpoints of a series take turns; `base` is anything that `load` takes.
+
+    To be used in a `with` block, or closed. With another `dtype` the changes are still added in float32 and rounded
+    then, as `load` does it. `chat_template` is that of a series whose checkpoints bring their own.
+    """
+    first = type_without_loss(base, dtype, revision=revision)
+    hf_model, tokenizer = load_hf(base, revision=revision, dtype=first)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    vault = Vault(_unnamed_file(hf_model))
+    shared = set()
+    for known, *others in _names_of_each(hf_model):
+        vault.put(known, hf_model.get_parameter(known))
+        for name in others:
+            vault.alias(name, known)
+            shared |= {known, name}
+    state = hf_model.state_dict()
+    full = weight_fingerprint(state), sampled_fingerprint(state)
+    if first != dtype:
+        for parameter in hf_model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+        hf_model.config.dtype = getattr(torch, dtype)
+    if device is not None:
+        hf_model = hf_model.to(device)
+    state = hf_model.state_dict()
+    own = Checkpoint(
+        short_name(base), base, revision, step=0, fingerprint=weight_fingerprint(state),
+        sampled=sampled_fingerprint(state),
+    )  # fmt: skip
+    names = frozenset(state)  # bridging adds to them
+    return Turns(bridge(hf_model, tokenizer, own), vault, own, full, names, frozenset(shared))
+
+
+class Turns:
+    """One bridged model whose weights are, at any time, those of the member that was `put` last."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        vault: Vault,
+        base: Checkpoint,
+        fingerprints: tuple[str, str],
+        names: frozenset[str],
+        shared: frozenset[str],
+    ) -> None:
+        self.model = model
+        self.base = base
+        self.base_fingerprint = fingerprints[0]
+        """Of the base's weights before they were rounded, by which an adapter knows it."""
+        self._fingerprints = fingerprints
+        self._vault = vault
+        self._names = names
+        self._shared = shared
+        """Names of matrices that two modules of the base share, such as tied ends."""
+        self._changed: set[str] = set()
+
+    def __enter__(self) -> "Turns":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the base's weights on disk go; the model keeps the weights it has."""
+        self._vault.close()
+
+    def put(self, member: Member) -> LanguageModel:
+        """The model with this member's weights, and its name in `model.mechlens`.
+
+        Equal, bit for bit, to loading the base and merging the adapter, or to loading the full checkpoint.
+        UserError for a checkpoint that can't be read or doesn't fit; the base's weights are then in place.
+        """
+        try:
+            if member.kind == "base":
+                self._write({})
+            elif member.kind == "adapter" and (changes := self.changes(member)) is not None:
+                self._write({f"{name}.weight": change for name, change in changes.items()})
+            else:
+                self._replace(self._loaded(member), member)
+            with native(self.model) as hf_model:
+                require_finite_weights(hf_model, member.path)
+        except UserError:
+            self._write({})
+            self._name(self.base)
+            raise
+        self._name(_checkpoint(member, self.base))
+        return self.model
+
+    def changes(self, member: Member) -> dict[str, LowRank] | None:
+        """What an adapter adds to each module's weight; UserError where a module is missing or has another shape.
+
+        None for an adapter that is more than low-rank products on matrices of their own.
+        """
+        if member.base_fingerprint is not None and member.base_fingerprint not in self._fingerprints:
+            raise UserError(
+                f"the adapter {member.path!r} was trained on another base (fingerprint {member.base_fingerprint[:12]})"
+                f"; give the base that its mechlens.json names, not {self.base.path!r}"
+            )
+        found = read_lora(user_path(member.path))
+        if found is None or any(f"{name}.weight" in self._shared for name in found):
+            return None
+        with native(self.model) as hf_model:
+            for name, change in found.items():
+                self._require_fits(hf_model, name, change, member)
+        return found
+
+    def difference(self, module: str) -> Float[Tensor, "output input"]:
+        """How a module's weight differs from the base's now, in float32 on the CPU."""
+        with native(self.model) as hf_model:
+            linear = hf_model.get_submodule(module)
+            change = linear.get_parameter("weight").detach().cpu().float() - self._vault.get(f"{module}.weight").float()
+        return change.T if isinstance(linear, Conv1D) else change
+
+    def linears(self) -> dict[str, bool]:
+        """Names of the linear layers inside the blocks, and whether each writes to the residual stream."""
+        writers = {id(module) for module in writing_modules(self.model)}
+        with native(self.model) as hf_model:
+            inside = {id(module) for block in native_blocks(self.model) for module in block.modules()}
+            named = [(name, module) for name, module in hf_model.named_modules() if id(module) in inside]
+        return {name: id(module) in writers for name, module in named if isinstance(module, nn.Linear | Conv1D)}
+
+    def _require_fits(self, hf_model: Any, name: str, change: LowRank, member: Member) -> None:
+        try:
+            module = hf_model.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(f"{member.path!r} changes {name}, which {self.base.name} doesn't have") from error
+        weight = getattr(module, "weight", None)
+        there = () if weight is None else tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
+        if there != (change.up.shape[0], change.down.shape[1]):
+            raise UserError(
+                f"{member.path!r} changes {name} of shape {change.up.shape[0], change.down.shape[1]}, and in "
+                f"{self.base.name} it has shape {there}; the two are of different architectures"
+            )
+
+    @torch.no_grad()
+    def _write(self, changes: dict[str, LowRank]) -> None:
+        """The base's weights with these changes; whatever the last member changed is the base's again."""
+        with native(self.model) as hf_model:
+            for name in sorted(self._changed | set(changes)):
+                value = self._vault.get(name)
+                if name in changes:
+                    product = changes[name].product()
+                    turned = isinstance(hf_model.get_submodule(name.rpartition(".")[0]), Conv1D)
+                    value = value.float() + (product.T if turned else product)
+                hf_model.get_parameter(name).copy_(value)
+        self._changed = set(changes)
+        refresh_splits(self.model)
+
+    def _loaded(self, member: Member) -> Any:
+        """The member as a plain model of its own, which is let go again."""
+        dtype = str(dtype_of(self.model)).removeprefix("torch.")
+        if member.kind == "adapter":
+            return load_merged(self.base.path, member.path, revision=self.base.revision, dtype=dtype)[0]
+        return load_hf(member.path, revision=member.revision, dtype=dtype)[0]
+
+    @torch.no_grad()
+    def _replace(self, other: Any, member: Member) -> None:
+        """Every parameter from another model."""
+        found = dict(other.named_parameters(remove_duplicate=False))
+        with native(self.model) as hf_model:
+            own = dict(hf_model.named_parameters(remove_duplicate=False))
+            shapes = {name: tuple(p.shape) for name, p in own.items()}, {n: tuple(p.shape) for n, p in found.items()}
+            if shapes[0] != shapes[1]:
+                odd = min(name for name in {**own, **found} if shapes[0].get(name) != shapes[1].get(name))
+                raise UserError(
+                    f"{member.path!r} and {self.base.name} differ at {odd} ({shapes[1].get(odd, 'absent')} and "
+                    f"{shapes[0].get(odd, 'absent')}); a series has one architecture"
+                )
+            self._changed = set(own)
+            for name in own:
+                if any(own[name] is own[tied] and found[name] is not found[tied] for tied in self._shared - {name}):
+                    parent, _, last = name.rpartition(".")
+                    own[name] = nn.Parameter(own[name].detach().clone(), requires_grad=False)
+                    setattr(hf_model.get_submodule(parent), last, own[name])
+                own[name].copy_(found[name])
+        refresh_splits(self.model)
+
+    def _name(self, checkpoint: Checkpoint) -> None:
+        with native(self.model) as hf_model:
+            state = hf_model.state_dict()
+        own = {name: state[name] for name in self._names}
+        self.model.mechlens = replace(
+            loaded(self.model),
+            checkpoint=replace(
+                checkpoint,
+                fingerprint=weight_fingerprint(own),
+                sampled=sampled_fingerprint(own),
+                config=loaded(self.model).checkpoint.config,
+            ),
+            weights=weights_now(self.model),
+        )
+
+
+def _names_of_each(hf_model: nn.Module) -> list[list[str]]:
+    """The names of every parameter: more than one where modules share it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in hf_model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+def _checkpoint(member: Member, base: Checkpoint) -> Checkpoint:
+    if member.kind == "base":
+        return base
+    if member.kind == "adapter":
+        return Checkpoint(member.name, base.path, base.revision, member.path, base=base.name, step=member.step)
+    return Checkpoint(member.name, member.path, member.revision, base=base.name, step=member.step)
+
+
+def _unnamed_file(hf_model: Any) -> IO[bytes]:
+    """A file without a name in the models' cache folder, which has room for the model; gone when the process ends."""
+    folder = cache_dir()
+    needed = sum(p.numel() * p.element_size() for p in hf_model.parameters())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - its owner closes it
+    except OSError as error:
+        raise UserError(
+            f"nothing can be written to {str(folder)!r} ({error.strerror}); set MECHLENS_CACHE to another folder"
+        ) from error
+    if free < needed:
+        file.close()
+        raise UserError(
+            f"the base's weights take {needed >> 20} MB on disk and {str(folder)!r} has {free >> 20} MB left; make "
+            "room there, or set MECHLENS_CACHE to another folder"
+        )
+    return file

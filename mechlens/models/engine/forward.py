@@ -1,0 +1,275 @@
+"""Residual-stream vectors by exact partial forward passes: compute only what is read.
+
+The start that all prompts share (a chat template's system block) is run once and its keys and values are
+expanded over the batch; prompts are sorted by length, so little is padded; the pass stops at the last level
+that is read, before the final norm and the unembedding. Padding is on the right, where causal attention can't
+see it, so no mask is needed and sliding windows stay exact. Where a model doesn't fit, `plain_batches` runs
+the blocks as TransformerLens does, one length at a time.
+"""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from mechlens.models.bridge import (
+    LanguageModel,
+    device_of,
+    dtype_of,
+    has_hooks,
+    is_bridge,
+    level_hook,
+    loaded,
+    n_layers,
+    native,
+    native_blocks,
+    regime,
+    whole,
+)
+from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
+from mechlens.models.transformers_versions import with_cache
+
+MIN_PREFIX = 4
+"""A shared start shorter than this isn't worth a pass of its own."""
+BATCH_COST = 30
+"""What one more batch costs, in tokens: small products run slower than large ones (measured on a CPU)."""
+_NO_TOKEN_CACHE: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+"""Why a model doesn't cache keys and values token by token, empty where it does; asking costs a forward pass."""
+_WARNED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: its token ids without padding, and the indices that are read."""
+
+    ids: tuple[int, ...]
+    read: tuple[int, ...]
+
+
+class _Stop(Exception):
+    """Raised inside the model to leave it once everything has been read."""
+
+
+def shared_prefix(rows: Sequence[Row]) -> int:
+    """Length of the start that all prompts share, short of the first token that any of them reads."""
+    if len(rows) < 2:
+        return 0
+    limit = min(min(row.read) for row in rows)
+    low, high = min(row.ids for row in rows), max(row.ids for row in rows)
+    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), limit)
+    prefix = min(same, limit)
+    return prefix if prefix >= MIN_PREFIX else 0
+
+
+def plan(
+    rows: Sequence[Row],
+    max_tokens: int,
+    *,
+    shared: int = 0,
+    batch_cost: int = BATCH_COST,
+    equal_lengths: bool = False,
+) -> list[list[int]]:
+    """Row numbers batch by batch, sorted by length and cut where padding and the number of batches cost least.
+
+    A padded batch holds at most `max_tokens` tokens; the first `shared` of every row are not run again.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+    lengths = [len(rows[i].ids) for i in order]
+    best = [(0, 0)]  # for the first n rows: least cost, and where their last batch starts
+    for end, longest in enumerate(lengths, start=1):
+        options = []
+        for start in range(end - 1, -1, -1):
+            size = end - start
+            if size > 1 and (size * longest > max_tokens or (equal_lengths and lengths[start] != longest)):
+                break
+            options.append((best[start][0] + batch_cost + size * (longest - shared), start))
+        best.append(min(options))
+    batches, end = [], len(order)
+    while end:
+        start = best[end][1]
+        batches.append(order[start:end])
+        end = start
+    return batches[::-1]
+
+
+def fits_fast_path(model: LanguageModel) -> bool:
+    """True where keys and values can be cached per token; where they can't, one warning says why."""
+    reason = why_plain(model)
+    warn_plain(model, reason)
+    return not reason
+
+
+def why_plain(model: LanguageModel) -> str:
+    """Why this model takes the plain path; empty for a bridge on raw weights without the user's hooks that fits."""
+    if not is_bridge(model):
+        return "it has no Hugging Face model underneath"
+    if has_hooks(model):
+        return "hooks are attached to it, which only whole passes fire"
+    if regime(model) != "raw":
+        return "its weights are folded or centred"
+    if _rotates_by_length(model):
+        return "its rotary frequencies depend on the longest prompt of a batch"
+    if model not in _NO_TOKEN_CACHE:
+        _NO_TOKEN_CACHE[model] = _no_token_cache(model)
+    return _NO_TOKEN_CACHE[model]
+
+
+def _rotates_by_length(model: LanguageModel) -> bool:
+    """Whether rotary tables change with the number of tokens (LongRoPE, dynamic NTK), which no short trial shows."""
+    found = (getattr(module, "rope_type", None) for module in model.original_model.modules())
+    kinds = [kind for kinds in found for kind in (kinds.values() if isinstance(kinds, dict) else (kinds,))]
+    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
+
+
+def warn_plain(model: LanguageModel, reason: str) -> None:
+    """Says once for a model and a reason that it is slower than it could be; nothing without a reason."""
+    said = _WARNED.setdefault(model, set())
+    if reason and reason not in said:
+        said.add(reason)
+        name = loaded(model).checkpoint.name
+        warnings.warn(f"{name} takes the plain path, which is exact and slower: {reason}", stacklevel=4)
+
+
+@torch.inference_mode()
+def _no_token_cache(model: LanguageModel) -> str:
+    """Why tokens that continue a cache of ours haven't the logits that they have in a whole pass; empty if they do."""
+    cache = DynamicCache()
+    with native(model) as hf_model:
+        tokens = probe_tokens(hf_model, 8)
+        try:
+            hf_model(tokens[:, :5], **with_cache(hf_model, cache))
+            if not _is_plain_cache(cache, n_layers(model), 5):
+                return "it doesn't cache keys and values of every token"
+            rest = hf_model(tokens[:, 5:], **with_cache(hf_model, cache)).logits
+        except UNTRIED as error:
+            if not is_misfit(error):
+                raise
+            return f"a pass with cached keys and values fails in it ({type(error).__name__})"
+        right = hf_model(tokens, use_cache=False).logits[:, 5:]
+    if loses(apart(rest, right), dtype_of(model)):
+        return "tokens that continue cached keys and values get other logits in it than in a whole pass"
+    return ""
+
+
+def _is_plain_cache(cache: DynamicCache, layers: int, length: int) -> bool:
+    """Keys and values of every token in every layer: not a recurrent state, not a cropped window."""
+    kept = [getattr(layer, "keys", None) for layer in cache.layers]
+    return len(kept) == layers and all(isinstance(keys, Tensor) and keys.shape[-2] == length for keys in kept)
+
+
+@torch.inference_mode()
+def prefix_cache(model: LanguageModel, ids: Sequence[int]) -> DynamicCache | None:
+    """Keys and values of a shared start, computed once; None for an empty start."""
+    if not ids:
+        return None
+    tokens = torch.tensor([list(ids)], device=device_of(model))
+    cache = DynamicCache()
+    with native(model), contextlib.suppress(_Stop), _leaving(native_blocks(model)[-1]):
+        model.original_model(tokens, **with_cache(model.original_model, cache))
+    return cache
+
+
+def expanded(cache: DynamicCache | None, batch: int) -> DynamicCache:
+    """A fresh cache that starts with the same keys and values in every row (views, not copies)."""
+    if cache is None:
+        return DynamicCache()
+    return DynamicCache([(x.keys.expand(batch, -1, -1, -1), x.values.expand(batch, -1, -1, -1)) for x in cache.layers])
+
+
+@torch.inference_mode()
+def fast_batch(
+    model: LanguageModel, rows: Sequence[Row], levels: Sequence[int], prefix: DynamicCache | None
+) -> Float[Tensor, "row level read d_model"]:
+    """Residuals of one batch at the read positions, on top of the shared start's keys and values."""
+    skip = prefix.get_seq_length() if prefix is not None else 0
+    width = max(len(row.ids) for row in rows) - skip
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
+    read = torch.tensor([row.read for row in rows]) - skip
+    device = device_of(model)
+    reader = _Reader(levels, n_layers(model), read)
+    with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(_Stop):
+        hf_model(tokens.to(device), **with_cache(hf_model, expanded(prefix, len(rows))))
+    return reader.stacked()
+
+
+@torch.inference_mode()
+def plain_batch(
+    model: LanguageModel, rows: Sequence[Row], levels: Sequence[int]
+) -> Float[Tensor, "row level read d_model"]:
+    """Residuals of rows of one length through TransformerLens' own cache: the path that fits every model."""
+    tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
+    names = [level_hook(model, level) for level in levels]
+    top = max(levels)
+    how = whole(model) | ({"stop_at_layer": top + 1} if top < n_layers(model) else {})
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **how)
+    read = torch.tensor([row.read for row in rows])
+    return torch.stack([gather(cache[name], read) for name in names], dim=1)
+
+
+class _Reader:
+    """Hooks that keep a few positions of each level and stop the pass after the last one."""
+
+    def __init__(self, levels: Sequence[int], n_levels: int, read: Tensor) -> None:
+        self.levels, self.last, self.read = tuple(levels), n_levels, read
+        self.found: dict[int, Tensor] = {}
+
+    @contextlib.contextmanager
+    def attached(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        top = max(self.levels)
+        handles = [
+            blocks[level].register_forward_pre_hook(self._entering(level, level == top), with_kwargs=True)
+            for level in self.levels
+            if level < self.last
+        ]
+        if top == self.last:
+            handles.append(blocks[-1].register_forward_hook(self._left))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, level: int, stop: bool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.found[level] = gather(args[0] if args else kwargs["hidden_states"], self.read)
+            if stop:
+                raise _Stop
+
+        return hook
+
+    def _left(self, module: nn.Module, args: object, output: Any) -> None:
+        self.found[self.last] = gather(output if isinstance(output, Tensor) else output[0], self.read)
+        raise _Stop
+
+    def stacked(self) -> Tensor:
+        return torch.stack([self.found[level] for level in self.levels], dim=1)
+
+
+def gather(residual: Tensor, read: Tensor) -> Tensor:
+    """The read positions of every row, as float32 on the CPU."""
+    rows = torch.arange(len(read)).unsqueeze(1)
+    picked: Tensor = residual[rows.to(residual.device), read.to(residual.device)]
+    return picked.float().cpu()
+
+
+@contextlib.contextmanager
+def _leaving(block: nn.Module) -> Iterator[None]:
+    """Stop the pass when `block` has run: neither final norm nor logits are needed."""
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        raise _Stop
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,227 @@
+"""Changes of the residual stream while a model runs: which vector, where, and at which tokens of which row.
+
+Every row of a batch may carry changes of its own, and the `Clock` says which tokens a forward pass holds.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mechlens.models.bridge import LanguageModel, device_of, is_bridge, native
+from mechlens.models.engine.token_mask import Clock
+from mechlens.models.engine.writes import Place, place_hooks
+
+_Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Along:
+    """x becomes x + (amount - <x, unit> if it erases) unit."""
+
+    unit: Float[Tensor, " d_model"]
+    amount: float
+    erases: bool
+
+
+@dataclass(frozen=True)
+class Put:
+    """x becomes the given vector."""
+
+    values: Float[Tensor, "token d_model"]
+    """In the order of the change's tokens."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of one row, at every one of its sites and layers."""
+
+    what: Along | Put
+    sites: tuple[str, ...]
+    layers: tuple[int, ...]
+    tokens: tuple[int, ...] | None
+    """Indices in the row's prompt without padding; None is every token of the prompt."""
+    generation: bool
+    """Whether answer tokens are changed too."""
+    answer_tokens: int | None = None
+    """Of those only the first so many; None is all."""
+
+
+@contextlib.contextmanager
+def changed(model: LanguageModel, rows: Sequence[Sequence[Change]], clock: Clock, *, fast: bool) -> Iterator[None]:
+    """The model under the changes of each row, in the rows' order; no hook is left, also after an exception.
+
+    `fast` puts the plain Hugging Face modules in place (see `native`) and acts on those; otherwise the changes
+    act at TransformerLens' hook points, which a HookedTransformer has too.
+    """
+    plan = {place: _through(steps, clock) for place, steps in _steps(rows, clock, device_of(model)).items()}
+    hooks = place_hooks(model, plan)
+    modules = _modules(model, hooks) if fast else {}  # before `native` hides TransformerLens' components
+    with contextlib.ExitStack() as stack:
+        if fast:
+            stack.enter_context(native(model))
+            for place in hooks:
+                stack.callback(_attach(modules[place], plan[place], before=place[0] == "resid_pre").remove)
+        else:
+            # By TransformerLens' own hooks: where residuals are scaled it looks for those only.
+            stack.enter_context(model.hooks(fwd_hooks=[(name, _pointed(plan[place])) for place, name in hooks.items()]))
+        yield
+
+
+def bears_fast(model: LanguageModel, places: Sequence[Place]) -> bool:
+    """True where every place is the input or output of one plain module, so that `changed(fast=True)` reaches it."""
+    if not is_bridge(model):
+        return False
+    hooks = place_hooks(model, places)
+    return len(_modules(model, hooks)) == len(hooks)
+
+
+def _through(steps: list["_Step"], clock: Clock) -> _Edit:
+    """All steps of one place, one after the other."""
+
+    def edit(hidden: Tensor) -> Tensor:
+        x = clock.laid_out(hidden)
+        for step in steps:
+            x = step(x, clock)
+        return x.reshape(hidden.shape)
+
+    return edit
+
+
+def _attach(module: nn.Module, edit: _Edit, *, before: bool) -> Any:
+    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+    def leaving(module: nn.Module, args: object, output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    if before:
+        return module.register_forward_pre_hook(entering, with_kwargs=True)
+    return module.register_forward_hook(leaving)
+
+
+def _pointed(edit: _Edit) -> Callable[..., Tensor]:
+    def at_point(value: Tensor, hook: Any) -> Tensor:
+        return edit(value)
+
+    return at_point
+
+
+def _modules(model: LanguageModel, hooks: Mapping[Place, str]) -> dict[Place, nn.Module]:
+    """The plain modules whose input or output a hook point sees; a scaled residual is neither, so it is left out."""
+    points = model.hook_dict
+    wanted = {points[name]: place for place, name in hooks.items()}
+    found: dict[Place, nn.Module] = {}
+    for block in (model.blocks[layer] for layer in sorted({layer for _, layer in hooks})):
+        for component in block.modules():
+            for end in ("hook_in", "hook_out"):
+                point = component._modules.get(end)
+                place = None if point is None else wanted.get(point)
+                if place is not None and (place[0] == "resid_pre") == (end == "hook_in"):
+                    found[place] = _plain(component)
+    return found
+
+
+def _plain(component: Any) -> nn.Module:
+    while getattr(component, "original_component", None) is not None:
+        component = component.original_component
+    return component  # type: ignore[no-any-return]
+
+
+_Step = Callable[[Tensor, Clock], Tensor]
+
+
+def _steps(rows: Sequence[Sequence[Change]], clock: Clock, device: torch.device) -> dict[Place, list[_Step]]:
+    """At every place the first change of each row, then the second of each row, and so on."""
+    order: dict[Place, list[dict[int, Change]]] = {}
+    for row, changes in enumerate(rows):
+        taken: dict[Place, int] = {}
+        for change in changes:
+            for place in ((site, layer) for site in change.sites for layer in change.layers):
+                turn = taken[place] = taken.get(place, 0) + 1
+                steps = order.setdefault(place, [])
+                if len(steps) < turn:
+                    steps.append({})
+                steps[turn - 1][row] = change
+    tables = _Tables(clock.lengths.tolist(), device)
+    return {place: [made for step in steps for made in _made(step, tables)] for place, steps in order.items()}
+
+
+def _made(step: dict[int, Change], tables: "_Tables") -> list[_Step]:
+    along = {row: change for row, change in step.items() if isinstance(change.what, Along)}
+    put = {row: change for row, change in step.items() if isinstance(change.what, Put)}
+    return ([_moving(along, tables)] if along else []) + ([_putting(put, tables)] if put else [])
+
+
+class _Tables:
+    """Which tokens of each row a step touches, made once for all layers with the same tokens."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths, self.device = lengths, device
+        self.made: dict[tuple[tuple[int, tuple[int, ...] | None, bool, int | None], ...], Tensor] = {}
+
+    def of(self, step: dict[int, Change]) -> Bool[Tensor, "row token"]:
+        key = tuple((row, one.tokens, one.generation, one.answer_tokens) for row, one in step.items())
+        if key not in self.made:
+            counted = max(first or 0 for *_, first in key)
+            table = torch.zeros(len(self.lengths), max(self.lengths) + counted + 1, dtype=torch.bool)
+            for row, tokens, generation, first in key:
+                length = self.lengths[row]
+                table[row, :length] = tokens is None
+                table[row, list(tokens or ())] = True
+                table[row, length : None if first is None else length + first] = generation
+            self.made[key] = table.to(self.device)
+        return self.made[key]
+
+
+def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
+    whats = {row: change.what for row, change in step.items() if isinstance(change.what, Along)}
+    table, device = tables.of(step), tables.device
+    distinct = {id(what.unit): what.unit for what in whats.values()}
+    number = {key: i for i, key in enumerate(distinct)}
+    units = torch.stack(list(distinct.values())).to(device)
+    every = [whats.get(row) for row in range(len(tables.lengths))]
+    which = torch.tensor([number[id(what.unit)] if what else 0 for what in every], device=device)
+    amount = torch.tensor([what.amount if what else 0.0 for what in every], device=device)
+    erases = torch.tensor([what is not None and what.erases for what in every], device=device)
+    any_erases = bool(erases.any())
+
+    def move(x: Tensor, clock: Clock) -> Tensor:
+        touched = clock.touched(table, x.shape[1])
+        if touched is None:
+            return x
+        # At least float32: in bfloat16 the component that was removed would come back with the rounding.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        unit = units[which[clock.rows]].to(wide).unsqueeze(1)
+        shift = amount[clock.rows].to(wide).unsqueeze(1)
+        if any_erases:
+            shift = shift - erases[clock.rows].to(wide).unsqueeze(1) * (wide * unit).sum(dim=-1)
+        return wide.addcmul(torch.where(touched.to(x.device), shift, 0.0).unsqueeze(-1), unit).to(x.dtype)
+
+    return move
+
+
+def _putting(step: dict[int, Change], tables: _Tables) -> _Step:
+    row = torch.tensor([r for r, c in step.items() for _ in c.tokens or ()], device=tables.device)
+    token = torch.tensor([t for c in step.values() for t in c.tokens or ()], device=tables.device)
+    values = torch.cat([c.what.values for c in step.values() if isinstance(c.what, Put)]).to(tables.device)
+
+    def put(x: Tensor, clock: Clock) -> Tensor:
+        slot = torch.full((len(tables.lengths),), -1, device=tables.device)
+        slot[clock.rows] = torch.arange(len(clock.rows), device=tables.device)
+        place = slot[row]
+        column = token - clock.start[place]
+        here = (place >= 0) & (column >= 0) & (column < x.shape[1])
+        if not bool(here.any()):
+            return x
+        out = x.clone()
+        out[place[here].to(x.device), column[here].to(x.device)] = values[here].to(x)
+        return out
+
+    return put

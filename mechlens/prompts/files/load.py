@@ -1,0 +1,193 @@
+"""Prompts from wherever they are: a built-in set, a file, or a data set on the hub."""
+
+import difflib
+import os
+import random
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from mechlens.errors import UserError
+from mechlens.files import user_path
+from mechlens.prompts.builtin import builtin_names, builtin_prompts
+from mechlens.prompts.files.from_row import RowReader, as_word, require_column
+from mechlens.prompts.files.rows import FILE_ENDINGS, Row, read_rows
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.text import normalise_text
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+def load_prompts(
+    source: str | Path,
+    *,
+    column: str | None = None,
+    label: str | None = None,
+    label_column: str | None = None,
+    where: Mapping[str, object] | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    split: str | None = None,
+    system: str | None = None,
+    family_column: str | None = None,
+) -> list[Prompt]:
+    """The prompts of a source in its order, without duplicates, each with an id that stays the same.
+
+    `source`: a built-in set (`builtin_names`), a .json, .jsonl, .csv, .tsv, .parquet or .txt file, or a hub
+    data set ("owner/name" or "owner/name:config", of which `split` is read). The prompt stands in `column`,
+    or in the first of `PROMPT_COLUMNS` there is; of chat messages the last user turn is asked, with the
+    turns before it as history; a filled Alpaca `input` follows its `instruction` on a new line.
+    `where` keeps the rows whose columns hold the values given, compared as text. `sample` draws that many
+    with `seed`; a smaller sample is part of a larger one. Ids are the `id` column where it is unique,
+    otherwise the source's name and the row. Prompts alike in normal form (`normalise_text`) after the first
+    are dropped with a warning. Raises UserError naming source, row and column.
+    """
+    if label is not None and label_column is not None:
+        raise UserError("both label= and label_column= were given; give one of them")
+    if isinstance(source, str) and source in builtin_names():
+        _refuse_columns(source, column, label_column, family_column, split)
+        prompts = _builtin(source, where or {})
+    else:
+        prompts = _from_data(source, column, label_column, family_column, where or {}, split)
+    if label is not None:
+        prompts = [replace(prompt, label=label) for prompt in prompts]
+    if system is not None:
+        prompts = [replace(prompt, system=system) for prompt in prompts]
+    return prompts if sample is None else _sampled(prompts, sample, seed, str(source))
+
+
+def _from_data(
+    source: str | Path,
+    column: str | None,
+    label_column: str | None,
+    family_column: str | None,
+    where: Mapping[str, object],
+    split: str | None,
+) -> list[Prompt]:
+    rows, name, stem = _rows(source, split)
+    columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+    reader = RowReader(name, columns, column, label_column, family_column)
+    ids = _ids(rows, stem)
+    kept = [rows[place] for place in _matching([row.values for row in rows], where, name)]
+    return _without_duplicates([reader(row, ids[row.number]) for row in kept], kept, name)
+
+
+def _rows(source: str | Path, split: str | None) -> tuple[list[Row], str, str]:
+    """The rows, the name that errors call the source by, and the stem of its ids."""
+    given = str(source)
+    bare = Path(given)
+    # os.path.exists says no where Path.exists raises (a name too long, a folder that may not be entered).
+    local = isinstance(source, Path) or given.startswith(("/", ".", "~")) or bare.suffix.lower() in FILE_ENDINGS
+    if local or os.path.exists(bare):
+        path = user_path(given)
+        if split is not None:
+            raise UserError(f"split={split!r} was given for the file {given}; only hub data sets have splits")
+        return read_rows(path), path.name, path.stem
+    close = difflib.get_close_matches(given, builtin_names(), n=1, cutoff=0.7)
+    if close or not _HUB_ID.fullmatch(given):
+        raise UserError(
+            f"there is no file or built-in set {given!r:.60}; give a file, a hub data set, "
+            + (f"or {close[0]!r} if you meant that" if close else f"or one of {', '.join(builtin_names())}")
+        )
+    return _hub_rows(given, split), given, given.partition(":")[0].rpartition("/")[2]
+
+
+def _hub_rows(source: str, split: str | None) -> list[Row]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        data = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types, all for one reason
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{source} is no file here and could not be loaded from the hub ({reason}); "
+            "check its name, its split and the network, or give a file"
+        ) from error
+    if isinstance(data, Mapping):
+        if len(data) != 1:
+            raise UserError(
+                f"{source} has the splits {', '.join(data)}; choose one with split= in Python or in a list of sources"
+            )
+        (data,) = data.values()
+    try:
+        rows = [Row(number, dict(values)) for number, values in enumerate(data, start=1)]
+    except Exception as error:  # whatever a converter raises: times in unknown zones, text that isn't UTF-8, media
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source} has a row that can't be read ({reason:.200}); give it as a file") from error
+    if not rows:
+        raise UserError(f"{source} is empty; it needs at least one prompt")
+    return rows
+
+
+def _ids(rows: list[Row], stem: str) -> dict[int, str]:
+    """A stable id for every row number, the same whatever is filtered or sampled afterwards."""
+    given = [row.values.get("id") for row in rows]
+    usable = all(isinstance(value, (str, int)) and str(value).strip() for value in given)
+    if usable and len({str(value) for value in given}) == len(rows):
+        return {row.number: str(value) for row, value in zip(rows, given, strict=True)}
+    return {row.number: f"{stem}-{row.number:04d}" for row in rows}
+
+
+def _refuse_columns(source: str, *choices: str | None) -> None:
+    if any(choice is not None for choice in choices):
+        raise UserError(f"the built-in set {source!r} has no columns or splits to choose; leave them out")
+
+
+def _builtin(source: str, where: Mapping[str, object]) -> list[Prompt]:
+    prompts = builtin_prompts(source)
+    return [prompts[place] for place in _matching([asdict(prompt) for prompt in prompts], where, source)]
+
+
+def _matching(rows: list[dict[str, Any]], where: Mapping[str, object], name: str) -> list[int]:
+    """Places of the rows that `where` keeps; UserError for an unknown column and where none is left."""
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+    for column in where:
+        require_column(columns, column, name)
+    places = [
+        place
+        for place, row in enumerate(rows)
+        if all(_as_text(row.get(column)) == _as_text(wanted) for column, wanted in where.items())
+    ]
+    if not places:
+        asked = " and ".join(f"{column}={value!r}" for column, value in where.items())
+        column = next(iter(where))
+        found = list(dict.fromkeys(_as_text(row.get(column)) for row in rows))
+        shown = ", ".join(f"{value!r:.40}" for value in found[:8]) + (", ..." if len(found) > 8 else "")
+        raise UserError(f"{name} has no row with {asked}; column {column!r} holds {shown}")
+    return places
+
+
+def _as_text(value: object) -> str:
+    # The command line can only say "true" and "", never True and None.
+    return str(value).lower() if isinstance(value, bool) else as_word(value)
+
+
+def _without_duplicates(prompts: list[Prompt], rows: list[Row], name: str) -> list[Prompt]:
+    first: dict[object, Prompt] = {}
+    dropped: list[int] = []
+    relabelled = 0
+    for prompt, row in zip(prompts, rows, strict=True):
+        key = (normalise_text(prompt.text), prompt.system, prompt.history)
+        if key in first:
+            dropped.append(row.number)
+            relabelled += first[key].label != prompt.label
+        else:
+            first[key] = prompt
+    if dropped:
+        shown = ", ".join(map(str, dropped[:5])) + (", ..." if len(dropped) > 5 else "")
+        labels = f", {relabelled} of them under another label" if relabelled else ""
+        many = f"{len(dropped)} prompt{'s' if len(dropped) > 1 else ''}"
+        warnings.warn(f"{name}: dropped {many} equal to an earlier one (rows {shown}){labels}", stacklevel=4)
+    return list(first.values())
+
+
+def _sampled(prompts: list[Prompt], sample: int, seed: int, source: str) -> list[Prompt]:
+    if not 1 <= sample <= len(prompts):
+        raise UserError(f"a sample of {sample} was asked for, but {source} has {len(prompts)} prompts")
+    order = list(range(len(prompts)))
+    random.Random(seed).shuffle(order)
+    return [prompts[place] for place in sorted(order[:sample])]

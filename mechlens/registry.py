@@ -1,0 +1,93 @@
+"""Named choices that anyone can add to: ours, and those of other packages by an entry point group.
+
+A choice is looked up by name and imported then, so that listing the names imports nothing heavy.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from mechlens.errors import UserError
+
+T = TypeVar("T")
+Lazy = str | Callable[..., Any]
+"""A function, or "module:name" of one that is imported when it is needed."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of ours."""
+
+    place: str
+    """Where it is, as "module:name"."""
+    about: str
+    """What it does, in a few words, for `--help`."""
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """Everything of one kind that can be chosen by name."""
+
+    kind: str
+    """Such as "judge"."""
+    group: str
+    """The entry point group by which other packages add to it, such as "mechlens.judges"."""
+    ours: Mapping[str, Choice]
+
+    def names(self) -> tuple[str, ...]:
+        """Every name, ours first."""
+        return (*self.ours, *_added(self.group, tuple(self.ours)))
+
+    def __getitem__(self, name: str) -> T:
+        """What the name stands for; UserError, with the nearest name, where it stands for nothing."""
+        if name in self.ours:
+            found: T = loaded(self.ours[name].place)
+            return found
+        added = _added(self.group, tuple(self.ours))
+        if name not in added:
+            raise unknown_name(self.kind, name, self.names())
+        try:
+            found = added[name].load()
+        except Exception as error:  # another package's code may fail in any way
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"the {self.kind} {name!r} ({added[name].value}) can't be imported: {said}") from error
+        return found
+
+    def require(self, name: str) -> str:
+        """The name; UserError, before anything slow, where it stands for nothing."""
+        if name not in self.names():
+            raise unknown_name(self.kind, name, self.names())
+        return name
+
+    def help(self) -> str:
+        """Every name with what it does, for `--help`."""
+        told = {name: choice.about for name, choice in self.ours.items()}
+        for name, entry in _added(self.group, tuple(self.ours)).items():
+            told[name] = f"from {entry.value.partition(':')[0]}"
+        return "; ".join(f"{name}: {about}" for name, about in told.items())
+
+
+@cache
+def _added(group: str, ours: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Other packages' entries by name, sorted; nobody takes the place of one of ours."""
+    found = {entry.name: entry for entry in entry_points(group=group) if entry.name not in ours}
+    return dict(sorted(found.items()))
+
+
+def loaded(place: Lazy) -> Any:
+    """What stands at "module:name"; a function that was given itself stays what it is."""
+    if not isinstance(place, str):
+        return place
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def unknown_name(kind: str, given: str, known: Sequence[str]) -> UserError:
+    """The error for a name that nothing goes by: the nearest that something does, and all of them."""
+    close = difflib.get_close_matches(given, known, n=1)
+    nearest = f" (did you mean {close[0]!r}?)" if close else ""
+    return UserError(f"there is no {kind} {given!r}{nearest}; choose from {', '.join(known)}")

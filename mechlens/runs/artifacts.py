@@ -1,0 +1,181 @@
+"""Results on disk: one safetensors file each, its labels as JSON in the header, never a pickle.
+
+Version 2 seals the header, and with it the digest of the tensors: a changed byte is noticed. Files of version 1 are
+read as well; they have no digest, so of them only types, shapes and finite values are checked.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from typeguard import TypeCheckError
+
+from mechlens.checked_json import checked, parse_json, sealed, unsealed
+from mechlens.errors import UserError
+from mechlens.files import as_os_error, file_sha256, require_regular, whole_file
+from mechlens.runs.encode import classes_within, decode_fields, encode_fields
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes: the file format itself does not notice a changed byte."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# One entry holds all, as safetensors writes several in an order that changes from file to file, and equal
+# results should have equal sha256.
+ENTRY = "mechlens"
+VERSION = SEALED_FROM = 2
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Version:
+    version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header1(_Version):
+    kind: Annotated[str, Field(alias="class")]
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header2(_Header1):
+    tensors: str
+    """Digest of the tensors."""
+
+
+_HEADERS = {1: _Header1, 2: _Header2}
+REMEDY = "make it again, or take it from where it came from"
+
+
+def save(obj: object, path: Path) -> None:
+    """Writes a frozen dataclass to `path`, whole or not at all; `load` gives an equal one back."""
+    if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
+        raise TypeError(f"{type(obj).__name__} is not a dataclass object")
+    tensors: dict[str, Tensor] = {}
+    fields = encode_fields(obj, "", tensors)
+    header = {
+        "version": VERSION, "class": type(obj).__name__, "fields": fields, "tensors": tensor_digest(tensors),
+    }  # fmt: skip
+    write_tensors(tensors, {ENTRY: json.dumps(sealed(header), ensure_ascii=False, allow_nan=False)}, path)
+
+
+def write_tensors(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
+    """One safetensors file of tensors and header, whole or not at all."""
+    with whole_file(path) as partial:
+        try:
+            save_file(_separate(tensors), partial, metadata=header)
+        except SafetensorError as error:
+            raise as_os_error(error) or OSError(str(error)) from error
+
+
+def load(path: Path, cls: type[Result]) -> Result:
+    """The object of class `cls` that `save` wrote to `path`.
+
+    UserError for anything else: another class, a changed byte, a field of another type or shape, a tensor that isn't
+    finite. A file of version 1 has no digest: there a changed byte that leaves the value finite isn't noticed.
+    """
+    header = read_header(path)
+    if header["class"] != cls.__name__:
+        wanted = cls.__name__
+        raise UserError(f"{path} holds a {header['class']}, not a {wanted}; give the path of a {wanted}")
+    fields: dict[str, Any] = header["fields"]
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(fields.keys() - known):
+        raise UserError(
+            f"{path} has the field {unknown[0]!r}, which this version's {cls.__name__} does not know; "
+            "update mechlens or make the file again"
+        )
+    tensors = read_tensors(path)
+    if header.get("tensors") not in (None, tensor_digest(tensors)):
+        raise UserError(f"{path} is damaged: its numbers aren't those that were written; {REMEDY}")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path} holds numbers in {name!r} that are not finite; {REMEDY}")
+    try:
+        built: Result = decode_fields(cls, fields, tensors, classes_within(cls))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, TypeCheckError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a complete {cls.__name__} ({said}); make it again") from error
+    return built
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a file that `save` wrote: version, class name, fields, and since version 2 the tensors' digest."""
+    entry = open_tensors(path)[0].get(ENTRY)
+    if entry is None:
+        raise UserError(f"{path} was not written by mechlens; give a file from a mechlens run folder")
+    version: int = parse_json(entry, _Version, f"the header of {path}", REMEDY).version
+    if version not in _HEADERS:
+        raise UserError(
+            f"{path} has format version {version}, this mechlens reads versions {min(_HEADERS)} to {VERSION}; "
+            "update mechlens or make the file again"
+        )
+    header: dict[str, Any] = parse_json(entry, dict[str, Any], f"the header of {path}", REMEDY)
+    if version >= SEALED_FROM:
+        header = unsealed(header, f"the header of {path}", REMEDY)
+    checked(header, _HEADERS[version], f"the header of {path}", REMEDY, extra="forbid")
+    return header
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor in a safetensors file, on the CPU."""
+    return open_tensors(path, tensors=True)[1]
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, by which records name their inputs."""
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def open_tensors(path: Path, tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and, where asked for, tensors of any safetensors file."""
+    require_regular(path)
+    try:
+        # safetensors says "No such file" for a file that it may not read; opening it first tells them apart.
+        with path.open("rb"):
+            pass
+        with safe_open(path, framework="pt") as file:
+            values = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+            return dict(file.metadata() or {}), values
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file; make it again") from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"there is no file {path}; check the path")
+    reason = error.strerror or error
+    return UserError(f"{path} could not be read ({reason}); check the path and its permissions")
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        pointer = plain.untyped_storage().data_ptr()
+        separate[name] = plain.clone() if pointer in seen else plain
+        seen.add(pointer)
+    return separate

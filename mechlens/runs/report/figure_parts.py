@@ -1,0 +1,147 @@
+"""What the figures share: an empty figure of our look, groups, bands, rules, values that plotly shows as they are."""
+
+import html
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
+INK = "#1f2933"
+QUIET = "#5f6b7a"
+GRID = "#e9ecf0"
+
+# Okabe and Ito's colours, the strong ones first; their yellow is left out, being unreadable on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+DASHES = ("solid", "dash", "dot")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star")
+DIVERGING = [
+    [0.0, "#2166AC"],
+    [0.25, "#92C5DE"],
+    [0.5, "#FFFFFF"],
+    [0.75, "#F4A582"],
+    [1.0, "#B2182B"],
+]
+SEQUENTIAL = [[0.0, "#F7FBFF"], [0.25, "#C6DBEF"], [0.5, "#6BAED6"], [0.75, "#2171B5"], [1.0, "#08306B"]]
+
+
+def faded(colour: str, opacity: float) -> str:
+    """The hex colour as an rgba one, for bands and bars that lie over each other."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def template() -> dict[str, Any]:
+    """The layout that every figure takes as its own; plotly's global templates stay as they are."""
+    axis = {
+        "gridcolor": GRID,
+        "zeroline": False,
+        "linecolor": "#c5cbd3",
+        "showline": True,
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickcolor": "#c5cbd3",
+        "tickfont": {"size": 12, "color": QUIET},
+        "title": {"font": {"size": 13, "color": INK}, "standoff": 12},
+        "automargin": True,
+    }
+    return {
+        "layout": {
+            "font": {"family": FONT, "size": 13, "color": INK},
+            "title": {"font": {"size": 16}, "x": 0, "xref": "paper", "xanchor": "left", "y": 0.97, "yanchor": "top"},
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "colorway": list(PALETTE),
+            "xaxis": axis,
+            "yaxis": axis,
+            "height": 420,
+            "margin": {"l": 60, "r": 20, "t": 56, "b": 50},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
+            "hoverlabel": {"bgcolor": "white", "bordercolor": "#c5cbd3", "align": "left", "font": {"size": 12}},
+        }
+    }  # fmt: skip
+
+
+RULE = {"color": "#8a8f98", "width": 1, "dash": "dash"}
+
+
+def empty(title: str, xlabel: str, ylabel: str, columns: dict[str, str | None]) -> go.Figure:
+    """A figure with words and no data, which notes the columns that it will show."""
+    figure = go.Figure(layout={"template": template()})
+    shown = {role: name for role, name in columns.items() if name is not None}
+    figure.update_layout(
+        title={"text": html.escape(title)},
+        xaxis_title=html.escape(xlabel),
+        yaxis_title=html.escape(ylabel),
+        meta={"columns": shown},
+    )
+    return figure
+
+
+def groups(df: pd.DataFrame, group: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The groups in order of appearance, so that a colour means the same in figures of one table."""
+    if group is None:
+        yield "", df
+        return
+    for name, part in df.groupby(group, sort=False, observed=True):
+        yield readable(name), part
+
+
+def show_legend(figure: go.Figure, shown: bool) -> None:
+    """The legend above the data, where it costs height and no width; none where there is one group."""
+    names = [trace.name or "" for trace in figure.data if trace.showlegend is not False]
+    # A name takes its letters and a sample of its line; a report is about 130 letters wide.
+    rows = -(-sum(len(name) + 7 for name in names) // 130)
+    figure.update_layout(showlegend=shown, margin={"t": 62 + 22 * max(rows, 1) if shown else 56})
+
+
+def band(part: pd.DataFrame, x: str, low: str, high: str, name: str, colour: str) -> Any:
+    """The area between two columns, in a faint tone of its line."""
+    there_and_back = [*python_values(part[x]), *reversed(python_values(part[x]))]
+    return go.Scatter(
+        x=there_and_back,
+        y=[*python_values(part[high]), *reversed(python_values(part[low]))],
+        fill="toself",
+        fillcolor=faded(colour, 0.16),
+        line={"width": 0},
+        mode="lines",
+        legendgroup=name,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+
+
+def draw_rule(figure: go.Figure, hline: float | None, label: str = "") -> None:
+    """A dashed line across the figure, such as chance."""
+    if hline is None:
+        return
+    figure.add_hline(y=hline, line=RULE)
+    if label:
+        # Below the rule at the right end, where curves that rise above chance are not.
+        figure.add_annotation(
+            text=html.escape(label), x=1, xref="paper", xanchor="right", y=hline, yanchor="top", showarrow=False,
+            font={"size": 11, "color": "#6b7280"},
+        )  # fmt: skip
+
+
+def limits_about(values: "pd.Series[Any]", center: float | None) -> tuple[float | None, float | None]:
+    """Colour limits symmetric about `center`, so that its colour means what it says."""
+    if center is None or values.dropna().empty:
+        return None, None
+    reach = float((values - center).abs().max()) or 1.0
+    return center - reach, center + reach
+
+
+def python_values(values: Any) -> list[Any]:
+    """Python values: plotly packs arrays in base64, and text is shown as it is, not as HTML."""
+    return [readable(value) if isinstance(value, str) else value for value in values.tolist()]
+
+
+def readable(value: Any) -> str:
+    """Data as text that plotly shows literally, in lines short enough to read."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    text = text if len(text) <= 300 else text[:299] + "…"
+    return "<br>".join(html.escape(text[i : i + 80]) for i in range(0, len(text), 80)) or ""

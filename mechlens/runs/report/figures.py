@@ -1,0 +1,217 @@
+"""Tidy tables as plotly figures of one look.
+
+Every figure notes in `layout.meta["columns"]` which columns it shows, so that one that shows words can be
+kept on the machine.
+"""
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from mechlens.runs.report.figure_parts import (
+    DASHES,
+    DIVERGING,
+    PALETTE,
+    RULE,
+    SEQUENTIAL,
+    SYMBOLS,
+    band,
+    draw_rule,
+    empty,
+    faded,
+    groups,
+    limits_about,
+    python_values,
+    readable,
+    show_legend,
+)
+
+
+def lines(
+    df: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    group: str | None = None,
+    low: str | None = None,
+    high: str | None = None,
+    hline: float | None = None,
+    hline_label: str = "",
+) -> go.Figure:
+    """One line per group, with a band from `low` to `high`; points that are NaN are left out."""
+    figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
+    for i, (name, part) in enumerate(groups(df.dropna(subset=[y]).sort_values(x, kind="stable"), group)):
+        colour, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
+        banded = low is not None and high is not None
+        if banded:
+            figure.add_trace(band(part, x, str(low), str(high), name, colour))
+        interval = " [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]" if banded else ""
+        figure.add_scatter(
+            x=python_values(part[x]),
+            y=python_values(part[y]),
+            name=name,
+            legendgroup=name,
+            mode="lines" if len(part) > 1 else "markers",
+            line={"color": colour, "width": 2, "dash": dash},
+            customdata=part[[str(low), str(high)]].to_numpy().tolist() if banded else None,
+            hovertemplate="%{y:.3~g}" + interval,
+        )
+    figure.update_layout(hovermode="x unified")
+    show_legend(figure, group is not None)
+    draw_rule(figure, hline, hline_label)
+    return figure
+
+
+def heatmap(
+    df: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    value: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    label: str = "",
+    center: float | None = None,
+    limits: tuple[float, float] | None = None,
+) -> go.Figure:
+    """One cell per (x, y), in order of appearance; `center` makes the colours diverge from that value."""
+    if df.duplicated([x, y]).any():
+        raise ValueError(f"a heatmap needs one row per ({x}, {y}); give repeated labels a number first")
+    grid = df.pivot(index=y, columns=x, values=value).reindex(index=df[y].unique(), columns=df[x].unique())
+    figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "value": value})
+    low, high = limits or limits_about(df[value], center)
+    figure.add_heatmap(
+        x=python_values(grid.columns),
+        y=python_values(grid.index),
+        z=[[None if pd.isna(cell) else float(cell) for cell in row] for row in grid.to_numpy()],
+        zmin=low,
+        zmax=high,
+        colorscale=SEQUENTIAL if center is None else DIVERGING,
+        colorbar={
+            "title": {"text": html.escape(label), "side": "right", "font": {"size": 13}},
+            "thickness": 12,
+            "outlinewidth": 0,
+            "tickfont": {"size": 12},
+        },
+        xgap=1 if len(grid.columns) <= 60 else 0,
+        ygap=1 if len(grid.index) <= 60 else 0,
+        hovertemplate=f"{html.escape(xlabel)} %{{x}}<br>{html.escape(ylabel)} %{{y}}<br><b>%{{z:.3~g}}</b>"
+        "<extra></extra>",
+    )
+    figure.update_xaxes(showgrid=False, ticks="")
+    figure.update_yaxes(showgrid=False, ticks="")
+    return figure
+
+
+def scatter(
+    df: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    group: str | None = None,
+    hover: Sequence[str] = (),
+    hline: float | None = None,
+    vline: float | None = None,
+) -> go.Figure:
+    """One point per row; the `hover` columns are read by pointing at it."""
+    columns = {"x": x, "y": y, "group": group, **{f"hover{i}": name for i, name in enumerate(hover)}}
+    figure = empty(title, xlabel, ylabel, columns)
+    said = "".join(f"<br>{html.escape(name)}: %{{customdata[{i}]}}" for i, name in enumerate(hover))
+    for i, (name, part) in enumerate(groups(df, group)):
+        marker = {"color": PALETTE[i % len(PALETTE)], "symbol": SYMBOLS[i % len(SYMBOLS)]}
+        figure.add_scatter(
+            x=python_values(part[x]),
+            y=python_values(part[y]),
+            name=name,
+            mode="markers",
+            marker={**marker, "size": 7, "opacity": 0.7, "line": {"width": 0.5, "color": "white"}},
+            customdata=[[readable(cell) for cell in row] for row in part[list(hover)].itertuples(index=False)],
+            hovertemplate=f"(%{{x:.3~g}}, %{{y:.3~g}}){said}<extra>{name}</extra>",
+        )
+    figure.update_layout(hovermode="closest")
+    show_legend(figure, group is not None)
+    draw_rule(figure, hline)
+    if vline is not None:
+        figure.add_vline(x=vline, line=RULE)
+    return figure
+
+
+def bars(
+    df: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    group: str | None = None,
+    low: str | None = None,
+    high: str | None = None,
+    hline: float | None = None,
+    hline_label: str = "",
+) -> go.Figure:
+    """One bar per row, beside each other by group, with its interval; a NaN has no bar."""
+    figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
+    for i, (name, part) in enumerate(groups(df, group)):
+        interval = None
+        if low is not None and high is not None:
+            above, below = part[high] - part[y], part[y] - part[low]
+            interval = {"array": python_values(above), "arrayminus": python_values(below), "thickness": 1.3, "width": 4}
+        figure.add_bar(
+            x=[str(label) for label in python_values(part[x])],
+            y=python_values(part[y]),
+            name=name,
+            marker={"color": PALETTE[i % len(PALETTE)], "line": {"width": 0}},
+            error_y=interval,
+            hovertemplate=f"%{{x}}: %{{y:.3~g}}<extra>{name}</extra>",
+        )
+    figure.update_layout(barmode="group", bargap=0.35, bargroupgap=0.08)
+    show_legend(figure, group is not None)
+    figure.update_xaxes(showgrid=False, type="category")
+    draw_rule(figure, hline, hline_label)
+    return figure
+
+
+def histogram(
+    df: pd.DataFrame,
+    *,
+    value: str,
+    title: str,
+    xlabel: str,
+    group: str | None = None,
+    bins: int = 30,
+    vline: float | None = None,
+) -> go.Figure:
+    """How many rows lie where; the groups lie over each other in the same bins."""
+    figure = empty(title, xlabel, "count", {"x": value, "group": group})
+    edges = np.histogram_bin_edges(df[value].dropna(), bins=bins).tolist()
+    for i, (name, part) in enumerate(groups(df.dropna(subset=[value]), group)):
+        counts = np.histogram(part[value], bins=edges)[0].tolist()
+        colour = PALETTE[i % len(PALETTE)]
+        # Outlines rather than bars: four see-through bars over each other make mud.
+        figure.add_scatter(
+            x=[edges[0], *edges],
+            y=[0, *counts, 0],
+            name=name,
+            mode="lines",
+            line={"color": colour, "width": 2, "shape": "hv"},
+            fill="tozeroy",
+            fillcolor=faded(colour, 0.12),
+            hovertemplate="from %{x:.3~g}: %{y}",
+        )
+    figure.update_layout(hovermode="x unified")
+    figure.update_yaxes(rangemode="tozero")
+    show_legend(figure, group is not None)
+    if vline is not None:
+        figure.add_vline(x=vline, line=RULE)
+    return figure

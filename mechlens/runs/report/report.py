@@ -1,0 +1,162 @@
+"""A run as one HTML file that opens anywhere, without a network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.report.parts import TokenView, cells, estimate_text, paragraphs, token_spans
+from mechlens.runs.run import Run
+
+# Beyond this a table in a page is no longer read; the whole of it is in the run folder.
+MAX_ROWS = 400
+
+# Without the first two, plotly 7 shows a button that uploads the figure, prompt texts and all.
+_CONTROLS = {
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+    "toImageButtonOptions": {"format": "png", "scale": 3},
+}
+
+__all__ = ["FigureEntry", "Number", "Report", "Section", "TokenView", "render"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """One of the numbers that decide the verdict."""
+
+    label: str
+    estimate: Estimate
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """One step of the argument: words, the figures that carry it, a table, coloured texts.
+
+    In the words an empty line starts a paragraph and `backticks` are code.
+    """
+
+    title: str
+    text: str = ""
+    figures: tuple[str, ...] = ()
+    """Names of figures of the run."""
+    table: pd.DataFrame | None = None
+    views: tuple[TokenView, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a run asked, found, and how anybody can get it again."""
+
+    title: str
+    question: str
+    verdict: str
+    numbers: tuple[Number, ...] = ()
+    sections: tuple[Section, ...] = ()
+    how: str = ""
+    """How it was made: data, splits, choices."""
+    command: str = ""
+    """The command that makes it again."""
+    model: str = ""
+    """Name of the model; the config's `model` where it is left empty."""
+
+
+class FigureEntry(NamedTuple):
+    """A figure of a run with its words and the table it was drawn from."""
+
+    figure: Any
+    caption: str = ""
+    table: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    columns: list[str]
+    rows: list[list[str]]
+    numeric: list[bool]
+    total: int
+    file: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Figure:
+    html: Markup
+    caption: str
+    table: _Table | None = field(default=None)
+
+
+def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables: Mapping[str, pd.DataFrame]) -> str:
+    """The report's HTML: plotly inlined once, every text escaped, nothing fetched."""
+    missing = [name for section in report.sections for name in section.figures if name not in figures]
+    if missing:
+        raise ValueError(f"the report shows figure {missing[0]!r}; the run has {sorted(figures)}")
+    drawn = {name: _figure(name, entry, tables) for name, entry in figures.items()}
+    return _template().render(
+        report=report,
+        run=run,
+        model=report.model or str(run.config.get("model", "")),
+        figures=drawn,
+        plotly=_plotly_js() if any(section.figures for section in report.sections) else "",
+        css=Markup(_resource("report.css")),
+        table=_table,
+    )
+
+
+def _figure(name: str, entry: FigureEntry, tables: Mapping[str, pd.DataFrame]) -> _Figure:
+    import plotly.io
+
+    # plotly escapes < and > inside its JSON, so text in a figure cannot end the script.
+    html = plotly.io.to_html(
+        entry.figure,
+        full_html=False,
+        include_plotlyjs=False,
+        include_mathjax=False,
+        div_id=f"figure-{name}",
+        config=_CONTROLS,
+        default_height=f"{entry.figure.layout.height or 420}px",
+    )
+    frame = tables.get(entry.table) if entry.table else None
+    table = None if frame is None else _table(frame, f"tables/{entry.table}.parquet")
+    return _Figure(html=Markup(html), caption=entry.caption, table=table)
+
+
+def _table(frame: pd.DataFrame, file: str = "") -> _Table:
+    shown = frame.head(MAX_ROWS)
+    return _Table(
+        columns=[str(column) for column in shown.columns],
+        rows=cells(shown),
+        numeric=[pd.api.types.is_numeric_dtype(shown[column]) for column in shown.columns],
+        total=len(frame),
+        file=file,
+    )
+
+
+def _plotly_js() -> Markup:
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())
+
+
+def _resource(name: str) -> str:
+    return resources.files("mechlens.records").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {
+        "paragraphs": paragraphs,
+        "token_spans": token_spans,
+        "estimate_text": estimate_text,
+    }
+    return environment.from_string(_resource("report.html.jinja"))

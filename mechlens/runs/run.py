@@ -1,0 +1,237 @@
+"""The record of one run, and what can be asked of records afterwards."""
+
+import dataclasses
+import json
+import math
+import numbers
+import shlex
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator
+
+from mechlens.checked_json import read_sealed, sealed
+from mechlens.errors import UserError
+from mechlens.files import write_text
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.fingerprint import is_sampled
+from mechlens.runs.environment import GitState
+
+
+def plain(value: object) -> Any:
+    """JSON for whatever a config or a record can hold; a number that is not finite is null."""
+    if value is None or (isinstance(value, bool | int | str) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, Enum):
+        return plain(value.value)
+    # NumPy's numbers come out as Python's.
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [plain(item) for item in items]
+    raise TypeError(f"a {type(value).__name__} has no place in a record: {value!r}")
+
+
+def first_difference(old: object, new: object, name: str = "") -> tuple[str, object, object] | None:
+    """The first field, by dotted name, in which two plain values differ, with both its values."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (name, old, new)
+    for key in [*new, *(key for key in old if key not in new)]:
+        inner = f"{name}.{key}" if name else str(key)
+        if found := first_difference(old.get(key), new.get(key), inner):
+            return found
+    return None
+
+
+FORMAT = 2
+"""Since 2 a record is sealed, and knows its tables."""
+REMEDY = "it was changed by hand or damaged: run again into another folder"
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What went in, by fingerprint."""
+
+    model: str | None = None
+    """Fingerprint of the weights."""
+    template: str | None = None
+    """Fingerprint of the chat template."""
+    data: dict[str, str] = field(default_factory=dict)
+    """sha256 of every data file or prompt set, by name."""
+    today: str | None = None
+    """The day that the chat template printed, where it prints one."""
+    sampled: str | None = None
+    """The weights' older fingerprint, by which runs of earlier versions know them."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A result file of the run, and what it was made from."""
+
+    file: str
+    """Path within the run folder."""
+    sha256: str
+    inputs: dict[str, str]
+    """sha256 of what it was made from, by name."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything needed to trust a run's numbers, and to get them again."""
+
+    id: str
+    verb: str
+    config: dict[str, Any]
+    """As it was given."""
+    resolved: dict[str, Any]
+    """With what was left open filled in; decides whether a run folder can be gone on with."""
+    status: Literal["started", "success", "error"]
+    started: str
+    """ISO 8601, UTC."""
+    seed: int | None = None
+    git: GitState | None = None
+    packages: dict[str, str] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=Inputs)
+    device: str | None = None
+    dtype: str | None = None
+    finished: str | None = None
+    error: str | None = None
+    verdict: str | None = None
+    """The report's verdict, in words."""
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    tables: dict[str, str] = field(default_factory=dict)
+    """sha256 of every table's file, by name."""
+    wandb_id: str | None = None
+    argv: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command line to copy into a shell; "" where there was none."""
+        return shlex.join(["mechlens", *self.argv[1:]]) if self.argv else ""
+
+
+class Difference(NamedTuple):
+    """The metric in which two runs differ most."""
+
+    name: str
+    difference: float
+    """Largest absolute difference of value, low or high; infinite where only one run has a number."""
+
+
+# JSON has no NaN; null stands for a number that could not be measured.
+_Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    value: _Number
+    low: _Number
+    high: _Number
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnDisk(Run):
+    """A run as `run.json` holds it."""
+
+    format: int
+    metrics: dict[str, _Measured] = field(default_factory=dict)  # type: ignore[assignment]
+
+
+def write_run(run: Run, folder: Path) -> None:
+    """Puts `run.json` in the run's folder, whole or not at all."""
+    record = {"format": FORMAT, **plain(run)}
+    write_text(folder / RUN_FILE, json.dumps(sealed(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_run(folder: Path) -> Run:
+    """The record in a run's folder."""
+    path = folder / RUN_FILE
+    try:
+        found: _OnDisk = read_sealed(path, _OnDisk, REMEDY, sealed_from=2, extra="forbid")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {RUN_FILE} in {folder}; give the --out folder of a run") from error
+    if found.format not in (1, FORMAT):
+        raise UserError(f"{path} has format {found.format}, this mechlens reads format {FORMAT}; update mechlens")
+    values = {name: value for name, value in vars(found).items() if name != "format"}
+    metrics = {name: Estimate(one.value, one.low, one.high, one.n) for name, one in found.metrics.items()}
+    return Run(**{**values, "metrics": metrics})
+
+
+def list_runs(root: Path) -> list[tuple[Path, Run]]:
+    """Every run folder at or below `root` with its record, oldest first; damaged ones become warnings."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; give the folder that holds your runs")
+    # Caches and W&B's own files lie inside run folders, never run folders inside them.
+    found = (path.parent for path in root.rglob(RUN_FILE) if not {"cache", "wandb"} & set(path.parts[-2:-1]))
+    runs = []
+    for folder in sorted(found):
+        try:
+            runs.append((folder, read_run(folder)))
+        except UserError as error:
+            # One damaged folder must not hide the others.
+            warnings.warn(f"left out of the list: {error}", stacklevel=2)
+    return sorted(runs, key=lambda found: found[1].started)
+
+
+def changed_since(run: Run, now_inputs: Inputs) -> list[str]:
+    """What differs from the run's inputs, one phrase each; empty if a rerun would see the same."""
+    before = run.inputs
+    if before.model and is_sampled(before.model) and before.model == now_inputs.sampled:
+        now_inputs = replace(now_inputs, model=before.model)
+    changed = []
+    if before.model != now_inputs.model:
+        changed.append(_change("model", before.model, now_inputs.model))
+    if before.today != now_inputs.today:
+        # Another day is another template, too; that much follows.
+        day = f"; give --today {before.today}" if before.today else ""
+        changed.append(_change("the day that the chat template prints", before.today, now_inputs.today) + day)
+    elif before.template != now_inputs.template:
+        changed.append(_change("template", before.template, now_inputs.template))
+    for name in sorted(before.data.keys() | now_inputs.data.keys()):
+        old, new = before.data.get(name), now_inputs.data.get(name)
+        if old != new:
+            changed.append(_change(f"data {name}", old, new))
+    return changed
+
+
+def largest_difference(a: Run, b: Run) -> Difference:
+    """The metric in which two runs differ most; difference 0.0 if they agree, NaN standing equal to NaN."""
+    worst = Difference(name="", difference=0.0)
+    for name in sorted(a.metrics.keys() | b.metrics.keys()):
+        difference = _distance(a.metrics.get(name), b.metrics.get(name))
+        if difference > worst.difference or not worst.name:
+            worst = Difference(name, difference)
+    return worst
+
+
+def _distance(a: Estimate | None, b: Estimate | None) -> float:
+    if a is None or b is None or a.n != b.n:
+        return math.inf
+    return max(_gap(old, new) for old, new in ((a.value, b.value), (a.low, b.low), (a.high, b.high)))
+
+
+def _gap(old: float, new: float) -> float:
+    if old == new or (math.isnan(old) and math.isnan(new)):
+        return 0.0
+    gap = abs(old - new)
+    return math.inf if math.isnan(gap) else gap
+
+
+def _change(what: str, old: str | None, new: str | None) -> str:
+    return f"{what} (was {(old or 'absent')[:12]}, is {(new or 'absent')[:12]})"

@@ -1,0 +1,179 @@
+"""A run's mirror in Weights & Biases: whatever happens there, the run on disk goes on."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.artifacts import read_header
+from mechlens.runs.privacy import PrivateTexts, figure_without_text, frame_without_text, header_has_text, unpacked
+from mechlens.runs.run import Artefact, Inputs, Run, plain
+from mechlens.runs.wandb_start import start_wandb, wandb_files_in, warn_wandb
+from mechlens.settings import WandbSettings
+
+# W&B shows no more rows of a table; all of them are in the run folder.
+MAX_ROWS = 10_000
+STEP = "step"
+
+
+class WandbMirror:
+    """Sends what a run records to W&B; the first failure is one warning, then W&B is left alone."""
+
+    def __init__(self, settings: WandbSettings, folder: Path, run: Run) -> None:
+        started = start_wandb(settings, folder, run)
+        self._run = started.run if started else None
+        self._online = bool(started and started.online)
+        self._folder = folder
+        self._upload_text = settings.upload_text
+        self._private = PrivateTexts()
+        self._steps: set[str] = set()
+
+    @property
+    def id(self) -> str | None:
+        """The W&B run's id; None where there is no W&B run."""
+        return None if self._run is None else str(self._run.id)
+
+    def withhold(self, texts: list[str]) -> None:
+        """From now on these texts stay on the machine, whatever holds them."""
+        self._private = self._private.and_these(texts)
+
+    def inputs(self, inputs: Inputs, device: str | None, dtype: str | None) -> None:
+        """Adds what went in to the config and, when online, to the lineage."""
+
+        def send(run: Any) -> None:
+            known = {name: value for name, value in plain(inputs).items() if value is not None}
+            record = {"inputs": known, "device": device, "dtype": dtype}
+            run.config.update(record, allow_val_change=True)
+            named = {"model": inputs.model, "template": inputs.template, **inputs.data}
+            self._link(run, {name: sha for name, sha in named.items() if sha})
+
+        self._attempt(send)
+
+    def metrics(self, metrics: Mapping[str, Estimate]) -> None:
+        """Puts value, interval and count of each number in the summary."""
+        summary: dict[str, Any] = {}
+        for name, estimate in metrics.items():
+            record = plain(estimate)
+            summary |= {name: record["value"], f"{name}/low": record["low"]}
+            summary |= {f"{name}/high": record["high"], f"{name}/n": record["n"]}
+        self._attempt(lambda run: run.summary.update(summary))
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """One point on the step axis of each named series."""
+
+        def send(run: Any) -> None:
+            for name in values.keys() - self._steps:
+                run.define_metric(STEP, hidden=True)
+                run.define_metric(name, step_metric=STEP)
+                self._steps.add(name)
+            run.log({**plain(values), STEP: step})
+
+        self._attempt(send)
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """The table, without its columns of words unless text may be uploaded."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            shown = frame if self._upload_text else frame_without_text(frame, self._private)
+            rows = [[_cell(cell) for cell in row] for row in shown.head(MAX_ROWS).itertuples(index=False)]
+            columns = [str(column) for column in shown.columns]
+            run.log({f"tables/{name}": wandb.Table(columns=columns, data=rows, allow_mixed_types=True)})
+
+        self._attempt(send)
+
+    def figure(self, name: str, figure: Any) -> None:
+        """The figure, interactive, without words unless text may be uploaded."""
+
+        def send(run: Any) -> None:
+            import plotly.graph_objects as go
+            import wandb
+
+            shown: dict[str, Any] | None = unpacked(figure.to_plotly_json())
+            if shown is not None and not self._upload_text:
+                shown = figure_without_text(shown, self._private)
+            if shown is not None:
+                run.log({f"figures/{name}": wandb.Plotly(go.Figure(shown))})
+
+        self._attempt(send)
+
+    def artefact(self, name: str, kind: str, artefact: Artefact) -> None:
+        """The artefact with its own and its inputs' sha256."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            record = {"sha256": artefact.sha256, "inputs": artefact.inputs}
+            item = wandb.Artifact(_name(name), type=kind, metadata=record)
+            path = self._folder / artefact.file
+            if self._upload_text or not self._holds_text(path):
+                # The file is only ever replaced, never written into, so W&B needs no copy of it.
+                item.add_file(str(path), policy="immutable")
+            self._link(run, artefact.inputs)
+            run.log_artifact(item, aliases=["latest", _alias(artefact.sha256)])
+
+        self._attempt(send)
+
+    def finish(self, status: str, error: str | None) -> None:
+        """Ends the W&B run; of an error only the kind is told, since its words may quote a prompt."""
+
+        def send(run: Any) -> None:
+            told = error if self._upload_text or error is None else error.split(":", 1)[0]
+            run.summary.update({"status": status, "error": told})
+            run.finish(exit_code=0 if status == "success" else 1)
+
+        self._attempt(send)
+        self._run = None
+
+    def _attempt(self, send: Callable[[Any], object]) -> None:
+        """Does something with the W&B run, if there is one; if that fails, there is none from then on."""
+        if self._run is None:
+            return
+        try:
+            with wandb_files_in(self._folder):
+                send(self._run)
+        except Exception as error:
+            # W&B raises anything, from TypeError to its own; none of it may end a run.
+            self._run = None
+            warn_wandb(error, "the run goes on, recorded on disk only")
+
+    def _holds_text(self, path: Path) -> bool:
+        fields = read_header(path)["fields"]
+        return header_has_text(fields) or fields != self._private.clean(fields)
+
+    def _link(self, run: Any, inputs: Mapping[str, str]) -> None:
+        """Links inputs in W&B's lineage; offline it cannot, and the sha256 in the metadata stand for it."""
+        if not self._online:
+            return
+        import wandb
+
+        for name, sha in inputs.items():
+            try:
+                run.use_artifact(f"{_name(name)}:{_alias(sha)}")
+            except (wandb.errors.CommError, ValueError):
+                # Never logged to this project: a stub with the fingerprint takes its place.
+                stub = wandb.Artifact(_name(name), type="input", metadata={"sha256": sha})
+                with stub.new_file("sha256.txt") as file:
+                    file.write(sha)
+                run.use_artifact(stub, aliases=[_alias(sha)])
+
+
+def _name(name: str) -> str:
+    """The name with nothing that W&B refuses in an artefact's name."""
+    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in name)
+
+
+def _alias(sha: str) -> str:
+    """By which a run finds the artefact that an earlier run logged."""
+    return f"sha256-{sha[:16]}"
+
+
+def _cell(value: Any) -> Any:
+    """What a W&B table can hold: a number, a text, a list of them or None."""
+    try:
+        return plain(value.tolist() if hasattr(value, "tolist") else value)
+    except TypeError:
+        return str(value)

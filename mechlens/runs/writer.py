@@ -1,0 +1,237 @@
+"""A run being recorded: its folder is true at every moment, and W&B follows it."""
+
+import json
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+
+from mechlens.errors import UserError
+from mechlens.files import disk_error, is_partial, plain_name, remove_partials, user_path, whole_file, write_text
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.prompts.prompt import Prompt
+from mechlens.runs.artifacts import save, sha256
+from mechlens.runs.cache import FolderShelf
+from mechlens.runs.environment import git_state, package_versions
+from mechlens.runs.folder import LOCK_FILE, FolderLock, run_to_go_on_with
+from mechlens.runs.privacy import text_columns
+from mechlens.runs.prompt_table import NAME as PROMPTS
+from mechlens.runs.prompt_table import prompt_table
+from mechlens.runs.report.report import FigureEntry, Report, render
+from mechlens.runs.run import Artefact, Inputs, Run, changed_since, plain, write_run
+from mechlens.runs.wandb_mirror import WandbMirror
+from mechlens.settings import WandbSettings
+
+# Where a run is put and shown does not change its numbers.
+NOT_SCIENCE = ("out", "wandb")
+STEPS_FILE = "steps.jsonl"
+
+
+def open_run(
+    *,
+    verb: str,
+    config: Any,
+    out: Path,
+    wandb: WandbSettings,
+    resolved: Mapping[str, object] | None = None,
+    argv: Sequence[str] | None = None,
+) -> "RunWriter":
+    """A run recorded in the folder `out`, to be used in a `with` block.
+
+    `config` is the verb's frozen dataclass; `resolved` overrides what it left open (a device "auto"). A
+    folder with a run of the same verb and resolved config is gone on with, another one is refused, and so is one that
+    holds anything else than a run: nothing in it could be told from the run's own.
+    """
+    given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
+    full = {**given, **plain(resolved or {})}
+    out = user_path(out)
+    lock = FolderLock(out)
+    try:
+        before = run_to_go_on_with(out, verb, full)
+        if before is None:
+            _require_empty(out)
+        # Nobody else writes here, so what lies half-written is a dead process's.
+        remove_partials(out, *(out / inside for inside in ("tables", "figures", "cache")))
+        if before is not None:
+            (out / STEPS_FILE).unlink(missing_ok=True)
+        run = Run(
+            id=before.id if before else f"{verb}-{uuid.uuid4().hex[:8]}",
+            verb=verb,
+            config=given,
+            resolved=full,
+            status="started",
+            started=before.started if before else _now(),
+            seed=full.get("seed"),
+            git=git_state(),
+            packages=package_versions(),
+            wandb_id=before.wandb_id if before else None,
+            argv=tuple(sys.argv if argv is None else argv),
+        )
+        write_run(run, out)
+    except BaseException:
+        lock.release()
+        raise
+    return RunWriter(run, out, lock, WandbMirror(wandb, out, run), before)
+
+
+def _require_empty(out: Path) -> None:
+    """UserError where a folder without a run holds anything but what a process left that died while making one."""
+    others = sorted(path.name for path in out.iterdir() if path.name != LOCK_FILE and not is_partial(path))
+    if others:
+        raise UserError(
+            f"{out} holds {others[0]!a} and no run of mechlens; give an empty folder as --out, or one that isn't there "
+            "yet"
+        )
+
+
+class RunWriter:
+    """Writes what it is given to the run folder at once, whole, and mirrors it in W&B."""
+
+    def __init__(self, run: Run, out: Path, lock: FolderLock, mirror: WandbMirror, before: Run | None = None) -> None:
+        self.run = run
+        self._before = before
+        self.out = out
+        self._lock = lock
+        self._mirror = mirror
+        self._figures: dict[str, FigureEntry] = {}
+        self._tables: dict[str, pd.DataFrame] = {}
+        self._report: Report | None = None
+        if mirror.id:
+            self._update(wandb_id=mirror.id)
+
+    @property
+    def shelf(self) -> FolderShelf:
+        """Finished pieces of work, which outlive a killed run."""
+        return FolderShelf(self.out / "cache")
+
+    def inputs(
+        self,
+        *,
+        model: str | None = None,
+        template: str | None = None,
+        data: Mapping[str, str] | None = None,
+        today: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        sampled: str | None = None,
+    ) -> None:
+        """What goes in, by fingerprint; what is left out stays as it was told before.
+
+        UserError where the folder holds a run of other inputs: its figures and artefacts would stay beside ours.
+        """
+        before = self.run.inputs
+        inputs = Inputs(
+            model or before.model,
+            template or before.template,
+            {**before.data, **(data or {})},
+            today or before.today,
+            sampled or before.sampled,
+        )
+        finished = self._before is not None and self._before.status == "success"
+        if finished and self._before is not None and changed_since(self._before, inputs):
+            raise UserError(
+                f"{self.out} holds a run of other inputs ({'; '.join(changed_since(self._before, inputs))}); "
+                "choose another --out"
+            )
+        self._update(inputs=inputs, device=device or self.run.device, dtype=dtype or self.run.dtype)
+        self._mirror.inputs(inputs, self.run.device, self.run.dtype)
+
+    def prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Keeps the prompts as `tables/prompts.parquet`; their texts are never mirrored unasked."""
+        self._mirror.withhold([text for prompt in prompts for text in (prompt.text, prompt.system or "")])
+        self.table(PROMPTS, prompt_table(prompts))
+
+    def metric(self, name: str, estimate: Estimate) -> None:
+        """One number with its interval."""
+        self.metrics({name: estimate})
+
+    def metrics(self, metrics: Mapping[str, Estimate]) -> None:
+        """Several numbers with their intervals."""
+        self._update(metrics={**self.run.metrics, **metrics})
+        self._mirror.metrics(metrics)
+
+    def log_step(self, step: int, values: Mapping[str, float]) -> None:
+        """One point of each named series, such as a loss; a line of `steps.jsonl`."""
+        path = self.out / STEPS_FILE
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **plain(values)}) + "\n")
+        except OSError as error:
+            raise disk_error(error, path) from error
+        self._mirror.step(step, values)
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """A table as `tables/NAME.parquet`."""
+        path = self.out / "tables" / f"{plain_name(name)}.parquet"
+        with whole_file(path) as partial:
+            frame.to_parquet(partial, index=False)
+        self._update(tables={**self.run.tables, name: sha256(path)})
+        self._tables[name] = frame
+        for column in text_columns(frame):
+            self._mirror.withhold([str(value) for value in frame[column].dropna()])
+        self._mirror.table(name, frame)
+
+    def figure(self, name: str, figure: Any, *, caption: str = "", table: str | None = None) -> None:
+        """A plotly figure for the report; `table` names the run's table that it was drawn from."""
+        if table is not None and table not in self._tables:
+            raise ValueError(
+                f"figure {name!r} names the table {table!r}; write it first, there is {list(self._tables)}"
+            )
+        write_text(self.out / "figures" / f"{plain_name(name)}.json", str(figure.to_json()))
+        self._figures[name] = FigureEntry(figure, caption, table)
+        self._mirror.figure(name, figure)
+
+    def artifact(self, name: str, result: object, *, inputs: Mapping[str, str]) -> Artefact:
+        """A result as `NAME.safetensors`; `inputs` holds the sha256 of what it was made from, by name."""
+        path = self.out / f"{plain_name(name)}.safetensors"
+        save(result, path)
+        artefact = Artefact(file=path.name, sha256=sha256(path), inputs=dict(inputs))
+        self._update(artefacts={**self.run.artefacts, name: artefact})
+        self._mirror.artefact(name, type(result).__name__.lower(), artefact)
+        return artefact
+
+    def report(self, report: Report) -> Path:
+        """The report as `report.html`, written now and again with the final status."""
+        self._report = report
+        self._update(verdict=report.verdict)
+        path = self.out / "report.html"
+        write_text(path, render(report, self.run, self._figures, self._tables))
+        return path
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._end("success", None)
+            else:
+                self._end("error", f"{type(error).__name__}: {error}".removesuffix(": "))
+        except Exception:
+            # The first error is the one to see: a disk that fills up ends here a second time.
+            if error is None:
+                raise
+        finally:
+            self._mirror.finish(self.run.status, self.run.error)
+            self._lock.release()
+
+    def _end(self, status: str, error: str | None) -> None:
+        self._update(status=status, error=error, finished=_now())
+        if self._report is not None:
+            self.report(self._report)
+
+    def _update(self, **changes: Any) -> None:
+        self.run = replace(self.run, **changes)
+        write_run(self.run, self.out)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

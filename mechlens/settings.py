@@ -1,0 +1,118 @@
+"""Settings that many studies share, each with its default: what is run, on what, and how much chance is sampled.
+
+Nothing here imports torch, so that `--help` is instant.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """Where a run is mirrored in Weights & Biases; the folder on disk is complete without it."""
+
+    project: str = "mechlens"
+    """W&B project; WANDB_PROJECT counts where this is left alone."""
+    entity: str | None = None
+    """W&B user or team; None is your own default."""
+    group: str | None = None
+    """Group that the run belongs to in W&B."""
+    tags: tuple[str, ...] = ()
+    """Tags of the W&B run."""
+    name: str | None = None
+    """Name of the W&B run; None is the verb and the name of the output folder."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """None follows WANDB_MODE, then your W&B login; with neither it is offline."""
+    upload_text: Annotated[bool, tyro.conf.arg(name="wandb-text", prefix_name=False)] = False
+    """Upload the text of prompts and answers as well; otherwise only ids and numbers leave the machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunChoice:
+    """Where a run is recorded."""
+
+    out: Path
+    """Run folder; a run killed in it goes on when the same command is given again."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    """Where it is mirrored in Weights & Biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSets:
+    """The harmful and the harmless prompts of a study."""
+
+    harmful: str = "harmful"
+    """Harmful prompts: a built-in set (harmful), a file (JSON, JSONL, CSV, parquet, txt) or a hub data set."""
+    harmless: str = "harmless"
+    """Harmless prompts: a built-in set (harmless, benign), a file or a hub data set."""
+    n: int | None = None
+    """Prompts of each set, drawn by seed; None takes all."""
+    system: str | None = None
+    """System prompt of every prompt; None leaves the template's own default."""
+    punctuation: Literal["match", "keep", "strip"] = "match"
+    """match: remove final punctuation from all prompts where it differs between the classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """How the model's own answers are written and judged."""
+
+    max_new_tokens: int = 24
+    """Length of the answers that are judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """Which model, how it is loaded, and what is written around the prompts."""
+
+    model: str = "smollm2"
+    """Packaged name (smollm2), hub id, local folder or GGUF file."""
+    adapter: str | None = None
+    """PEFT adapter, a folder or hub id, merged into the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights."""
+    device: str | None = None
+    """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
+    device_map: str | None = None
+    """Handed to transformers to spread a model over devices; untested."""
+    template: str = "tokenizer"
+    """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
+    today: str | None = None
+    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How much chance is sampled, and from which seed."""
+
+    seed: int = 0
+    """Decides the sample, the split, every resample and every null."""
+    resamples: int = 1000
+    """Bootstrap resamples of prompt families behind every interval."""
+    permutations: int = 200
+    """Label permutations behind every null."""
+    random_directions: int = 20
+    """Random directions of the same norm behind every null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseChoice:
+    """Which base, how it is loaded, and what is written around the prompts."""
+
+    base: str = "smollm2-refuser"
+    """The model that the checkpoints were trained from: a packaged name, hub id, local folder or GGUF file."""
+    revision: str | None = None
+    """Branch, tag or commit of a base on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights; adapters are added in float32 and rounded then."""
+    device: str | None = None
+    """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
+    template: str = "tokenizer"
+    """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
+    today: str | None = None
+    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""

@@ -1,0 +1,135 @@
+"""What is read off the first answer token under every arm: willingness to answer, and belief about the request."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechlens.methods.behaviour.inversion import SCOPES, Asked, WordPair, ask
+from mechlens.methods.behaviour.judges import PHRASES, OnceRefused, RefusalTokens
+from mechlens.methods.cache import Shelf
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.methods.steering.conditions import Readout, answers_of_arms, first_token_of_arms
+from mechlens.methods.steering.interventions import Ablate, Add
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.causal.directions import HARMFUL
+
+MEASURES = ("refusal", "inversion.before", "inversion.all", "own_words.before", "own_words.all")
+"""Refusal log-odds of the plain request; logit(Certainly) - logit(No) of the question about it, and the same with the
+model's own words, with the intervention before the question and everywhere."""
+Arm = Sequence[Add | Ablate | None]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The prompts of one part of the split, as requests and as questions about them."""
+
+    prompts: tuple[Prompt, ...]
+    batch: TokenBatch
+    asked: Asked
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class of each prompt."""
+        return tuple(prompt.label for prompt in self.prompts)
+
+    @property
+    def harmful(self) -> Bool[Tensor, " prompt"]:
+        """True for the harmful ones."""
+        return torch.tensor([label == HARMFUL for label in self.labels])
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Family of each prompt."""
+        return tuple(prompt.group for prompt in self.prompts)
+
+    def of(self, label: str) -> list[int]:
+        """Rows of one class."""
+        return [i for i, own in enumerate(self.labels) if own == label]
+
+    def estimate(
+        self, values: Float[Tensor, " prompt"], chance: "Chance", rows: Sequence[int] | None = None
+    ) -> Estimate:
+        """Mean over the prompts, or over some of them, with its interval over families."""
+        kept = range(len(self.prompts)) if rows is None else rows
+        return chance.mean(values[list(kept)], [self.families[i] for i in kept])
+
+
+@dataclass(frozen=True)
+class Chance:
+    """How much chance is sampled behind an interval, and from which seed."""
+
+    seed: int
+    n_resamples: int
+
+    def mean(self, values: Float[Tensor, " prompt"], families: Sequence[str]) -> Estimate:
+        """Mean with its interval over families."""
+        return mean_estimate(values, families, self.seed, self.n_resamples)
+
+
+def columns(estimate: Estimate) -> dict[str, float]:
+    """An estimate as columns of a table."""
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def subjects(prompts: Sequence[Prompt], template: ChatTemplate) -> Subjects:
+    """Tokenises requests and questions."""
+    return Subjects(tuple(prompts), tokenize(prompts, template), ask(prompts, template))
+
+
+@dataclass(frozen=True)
+class Words:
+    """The tokens that are read."""
+
+    asked: WordPair
+    preferred: WordPair
+    refusal: RefusalTokens
+
+    @property
+    def readout(self) -> Readout:
+        """What is kept of each row of logits."""
+        return Readout((self.asked.yes, self.asked.no, self.preferred.yes, self.preferred.no), tuple(self.refusal.ids))
+
+
+def read(
+    model: LanguageModel, who: Subjects, arms: Sequence[Arm], words: Words, shelf: Shelf | None
+) -> Float[Tensor, "arm prompt measure"]:
+    """Every measure of every arm on every prompt, in the order of MEASURES."""
+    plain = first_token_of_arms(model, who.batch, arms, words.readout, shelf=shelf)
+    found = {"refusal": plain[..., -1]}
+    for scope in SCOPES:
+        within = [[one and who.asked.within(i, one, scope) for i, one in enumerate(arm)] for arm in arms]
+        logits = first_token_of_arms(model, who.asked.batch, within, words.readout, shelf=shelf)
+        found[f"inversion.{scope}"] = logits[..., 0] - logits[..., 1]
+        found[f"own_words.{scope}"] = logits[..., 2] - logits[..., 3]
+    return torch.stack([found[name] for name in MEASURES], dim=-1)
+
+
+def pushed(
+    values: Float[Tensor, "*arm prompt measure"],
+    unsteered: Float[Tensor, "prompt measure"],
+    harmful: Bool[Tensor, " prompt"],
+) -> Float[Tensor, "*arm prompt measure"]:
+    """Change of every measure towards the other class: up where a harmless prompt was pushed, down where a harmful
+    one was. Positive is what the direction's name promises."""
+    return (values - unsteered) * torch.where(harmful, -1.0, 1.0)[:, None]
+
+
+def refused(
+    model: LanguageModel,
+    batch: TokenBatch,
+    arms: Sequence[Arm],
+    max_new_tokens: int,
+    shelf: Shelf | None,
+) -> Float[Tensor, "arm prompt"]:
+    """1 where the answer of an arm is a refusal by `PHRASES`, else 0 (float64)."""
+    decided = OnceRefused(PHRASES, loaded(model).tokenizer)
+    said = answers_of_arms(model, batch, arms, max_new_tokens=max_new_tokens, decided=decided, shelf=shelf)
+    verdicts = [PHRASES(batch.prompts, texts) for texts in said]
+    return torch.tensor([[verdict == "refused" for verdict in row] for row in verdicts]).double()

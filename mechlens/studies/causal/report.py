@@ -1,0 +1,177 @@
+"""The causal battery as a record: metrics, tables, figures, the two directions and a report."""
+
+import pandas as pd
+
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.causal.figures import damage_table, draw
+from mechlens.studies.causal.readings import columns
+from mechlens.studies.causal.study import Battery
+from mechlens.studies.causal.verdict import CausalVerdict, causal_verdict
+
+QUESTION = (
+    "Does the harmfulness direction change what the model believes about a request, while the refusal direction only "
+    "changes whether it refuses (Zhao et al. 2025)? Belief is asked for by reply inversion: 'Certainly' if the request "
+    "is harmful, otherwise 'No', so that believing in harm and being unwilling to answer move the reply apart."
+)
+MOST_CHANGED = 6
+"""Answers shown for each direction."""
+
+
+def record_causal(writer: RunWriter, result: Battery, model: LanguageModel, punctuation: str) -> None:
+    """Writes everything the battery found into an open run."""
+    verdict = causal_verdict(result)
+    metrics = result.metrics()
+    writer.metrics(metrics)
+    writer.table("operations_by_layer", result.grid.values)
+    writer.table("pushes_by_layer", result.grid.pushes)
+    writer.table("refusals_by_layer", result.grid.rates)
+    writer.table("by_question", result.by_question)
+    writer.table("tested", tested_table(result))
+    if result.tested:
+        answers = [tested.answers.assign(direction=name) for name, tested in result.tested.items()]
+        writer.table("steered_answers", pd.concat(answers, ignore_index=True))
+    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
+    for name, tested in result.tested.items():
+        writer.artifact(f"direction_{name}", tested.direction, inputs=sources)
+    writer.report(_report(writer, result, verdict, draw(writer, result), model, punctuation))
+
+
+def tested_table(result: Battery) -> pd.DataFrame:
+    """Every measure on test prompts with its controls, measurable or not: direction, measure, who, value, ..."""
+    rows = []
+    for name, tested in result.tested.items():
+        for measure, estimate in tested.pushes.items():
+            random, shuffled = tested.random[measure], tested.shuffled[measure]
+            for who, own in (
+                ("direction", estimate), ("random", random.mean), ("random_max", random.maximum),
+                ("shuffled", shuffled.mean), ("shuffled_max", shuffled.maximum),
+            ):  # fmt: skip
+                rows.append(
+                    {
+                        "direction": name, "layer": tested.setting.layer, "strength": tested.setting.strength,
+                        "measure": measure, "who": who, **columns(own),
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _report(
+    writer: RunWriter,
+    result: Battery,
+    verdict: CausalVerdict,
+    drawn: dict[str, tuple[str, ...]],
+    model: LanguageModel,
+    punctuation: str,
+) -> Report:
+    checkpoint = loaded(model).checkpoint
+    return Report(
+        title=f"What two directions do in {checkpoint.name}",
+        question=QUESTION,
+        verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
+        numbers=tuple(
+            Number(name, estimate)
+            for name, estimate in verdict.deciding.items()
+            if estimate.measurable or not name.endswith("_max")
+        ),
+        sections=(
+            _scopes(result, drawn),
+            Section(
+                "By layer",
+                "On validation prompts. The layer and strength of each direction were chosen here, by the push of what "
+                "it is claimed to do: harmfulness by the shift of the reply before the question, refusal by the "
+                "log-odds of refusal. Of the pushes inside the interval of the largest the weakest strength is taken, "
+                "and at it the layer that pushes most; not from the last fifth of the depth.",
+                drawn["curves"],
+            ),
+            Section("Refusals by layer", "", drawn["rates"]),
+            _answers(result),
+            _damage(result, drawn),
+        ),
+        how=_how(result, verdict, punctuation),
+        command=writer.run.command,
+        model=checkpoint.name,
+    )
+
+
+def _scopes(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
+    words = result.words
+    own = {scope: {n: t.pushes[f"own_words.{scope}"] for n, t in result.tested.items()} for scope in ("before", "all")}
+    measured = "; ".join(
+        f"{name}, {'before the question' if scope == 'before' else 'everywhere'}: {estimate}"
+        for scope, found in own.items()
+        for name, estimate in found.items()
+    )
+    return Section(
+        "The belief, acted on in two scopes",
+        "The harmfulness direction should shift the reply wherever it is put. The refusal direction put before the "
+        "question only can do little whatever it means, as refusal is decided at the last token, and put everywhere it "
+        "pushes towards the word that refuses; so either column alone can fake a dissociation.\n\n"
+        f"The words are read at the tokens {words.asked.texts[0]!r} and {words.asked.texts[1]!r}. With the words that "
+        f"this model holds likeliest, {words.preferred.texts[0]!r} and {words.preferred.texts[1]!r}: "
+        f"{measured or 'none'}."
+        "\n\nThe table has the unsteered differences by wording of the question.",
+        drawn["scopes"],
+        table=result.by_question,
+    )
+
+
+def _answers(result: Battery) -> Section:
+    """The answers whose verdict the push changed, then others that it changed."""
+    shown = []
+    for name, tested in result.tested.items():
+        pushed = tested.answers[tested.answers["is_push"]]
+        flipped = pushed["verdict_before"] != pushed["verdict_after"]
+        changed = pushed["unsteered_answer"] != pushed["answer"]
+        ranked = pushed.assign(direction=name, rank=2 * flipped + changed).sort_values(
+            "rank", ascending=False, kind="stable"
+        )
+        shown.append(ranked.head(MOST_CHANGED))
+    columns = ["direction", "operation", "label", "prompt", "unsteered_answer", "answer"]
+    table = pd.concat(shown)[columns] if shown else None
+    return Section(
+        "Answers before and after",
+        "Test prompts under the chosen push; those whose verdict changed come first. All are in "
+        "`tables/steered_answers.parquet`.",
+        table=table,
+    )
+
+
+def _damage(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
+    table = damage_table(result)
+    shown = None if table.empty else table.pivot_table(
+        index=["direction", "operation"], columns="measure", values="value", sort=False
+    ).reset_index()  # fmt: skip
+    return Section(
+        "What else breaks",
+        "Cross-entropy of plain text (acted on at every token) and of the model's own unsteered answers to harmless "
+        "prompts, KL from the unsteered model over those answers, repeated word triples, empty answers, refusals "
+        "by mechlens' list, which decides everywhere, and by the two published ones that it holds, of Arditi et al. "
+        "(`_arditi`) and of Zhao et al. (`_zhao`): where they differ, one of them doesn't know the words.",
+        drawn["damage"],
+        table=shown,
+    )
+
+
+def _how(result: Battery, verdict: CausalVerdict, punctuation: str) -> str:
+    plan = result.plan
+    settings = "; ".join(
+        f"{name}: layer {tested.setting.layer}, strength {tested.setting.strength:g} of the median residual norm"
+        for name, tested in result.tested.items()
+    )
+    sizes = {part: len(result.split.part(part)) for part in ("train", "validation", "test")}
+    defined = "; ".join(f"{name} from {a} and {b} training prompts" for name, (a, b) in result.counts.items())
+    parsed: Estimate = result.unsteered["inversion_parsed"]
+    return (
+        f"The rule of the verdict. {verdict.rule}\n\n"
+        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, of which at "
+        f"most {plan.n_validation} and {plan.n_test} a class were used. {punctuation} Directions: {defined} (mean "
+        f"differences; harmfulness at `inst`, refusal at `last`). Chosen on validation: {settings or 'nothing'}.\n\n"
+        "Adding acts on every token of the prompt at the input of one block; ablating removes the component at every "
+        "layer, site and token. Controls on the same test prompts: "
+        f"{plan.n_random} random directions of the same norm and {plan.n_shuffled} directions of shuffled labels. "
+        f"Intervals: 95% bootstrap over families, directions frozen. Each request is asked about with one of five "
+        f"questions, in turns (n = {parsed.n})."
+    )

@@ -1,0 +1,34 @@
+"""`mechlens direction`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mechlens.settings import ModelChoice, RunChoice, Sampling
+from mechlens.studies.registry import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindDirection(ModelChoice, Sampling, RunChoice):
+    """Find the direction of any concept that two prompt files contrast, at every position and level."""
+
+    positive: str
+    """Prompts that have the concept: a file, a built-in set or a hub data set."""
+    negative: str
+    """Prompts that don't."""
+    positions: tuple[str, ...] = ("inst", "post[*]")
+    """Named positions: inst, post[k], post[*], last."""
+    n: int | None = None
+    """Prompts of each file, drawn by seed; None takes all."""
+    system: str | None = None
+    """System prompt of every prompt; None leaves the template's own default."""
+    punctuation: Literal["match", "keep", "strip"] = "match"
+    """match: remove final punctuation from all prompts where it differs between the classes."""
+
+
+STUDY = Study(
+    "direction",
+    FindDirection,
+    "mechlens.studies.direction.study:prepare",
+    "mechlens.studies.direction.study:execute",
+    "mechlens.studies.direction.report:record_concept",
+)

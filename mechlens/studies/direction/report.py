@@ -1,0 +1,157 @@
+"""A concept's direction as a record: metrics, tables, figures, artefacts and a report."""
+
+import pandas as pd
+
+from mechlens.methods.directions.token_view import logit_lens, project_tokens
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Number, Report, Section, TokenView
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.direction.study import NEGATIVE, POSITIVE, Concept
+
+LENS_TOKENS = 12
+
+
+def record_concept(
+    writer: RunWriter, result: Concept, model: LanguageModel, names: tuple[str, str], punctuation: str
+) -> None:
+    """Writes everything that was found into an open run; `names` are the two prompt sources."""
+    writer.metrics(result.metrics())
+    writer.table("auroc_by_level", result.table())
+    writer.table("auroc_chosen", result.measured.chosen())
+    writer.table("baselines", _baselines(result))
+    parts = {i: name for name in ("train", "validation", "test") for i in result.split.part(name)}
+    ids = list(result.acts.ids)
+    writer.table("split", pd.DataFrame({"id": ids, "part": [parts[i] for i in range(len(ids))]}))
+    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
+    writer.artifact("directions", result.detection.directions, inputs=sources)
+    writer.artifact("direction", result.detection.best.direction, inputs=sources)
+    _draw(writer, result)
+    writer.report(_report(writer, result, model, names, punctuation))
+
+
+def _baselines(result: Concept) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"baseline": name, "auroc": found.value, "low": found.low, "high": found.high, "n": found.n}
+            for name, found in result.measured.baselines.items()
+        ]
+    )
+
+
+def _draw(writer: RunWriter, result: Concept) -> None:
+    table = result.table()
+    curves = figures.lines(
+        table, x="level", y="auroc", low="low", high="high", group="position", hline=0.5, hline_label="chance",
+        title="Held-out AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC on test",
+    )  # fmt: skip
+    writer.figure("auroc_by_level", curves, table="auroc_by_level", caption="Bands: 95% bootstrap over families.")
+    grid = figures.heatmap(
+        table, x="position", y="level", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
+        title="AUROC at every position and level", xlabel="position", ylabel="level",
+    )  # fmt: skip
+    writer.figure("auroc_grid", grid, table="auroc_by_level")
+    chosen = result.measured.chosen().assign(what="direction at " + result.measured.chosen()["position"])
+    surface = _baselines(result)
+    surface = surface.assign(what=surface["baseline"].str.replace("_auroc", "").str.replace("_", " "))
+    both = pd.concat([frame[["what", "auroc", "low", "high"]] for frame in (chosen, surface)], ignore_index=True)
+    writer.table("against_baselines", both)
+    bars = figures.bars(
+        both, x="what", y="auroc", low="low", high="high", hline=0.5, hline_label="chance",
+        title="The direction against surface baselines, on the same test prompts", xlabel="", ylabel="AUROC",
+    )  # fmt: skip
+    writer.figure("against_baselines", bars, table="against_baselines")
+    reliability = figures.lines(
+        table, x="level", y="reliability", group="position",
+        title="Split-half reliability of the direction", xlabel="level", ylabel="reliability",
+    )  # fmt: skip
+    writer.figure("reliability", reliability, table="auroc_by_level", caption="0 is noise, 1 noise-free.")
+
+
+def _report(
+    writer: RunWriter, result: Concept, model: LanguageModel, names: tuple[str, str], punctuation: str
+) -> Report:
+    best, metrics = result.detection.best, result.metrics()
+    own_words = (f"token_identity_auroc.{best.position}", "tfidf_auroc", "mean_embedding_auroc", "length_auroc")
+    beaten = [metrics[name] for name in own_words if name in metrics and metrics[name].measurable]
+    surface = max((est.value for est in beaten), default=0.5)
+    clear = best.auroc.low > max(surface, best.random.maximum) and best.permutation.p < 0.05
+    verdict = (
+        f"The concept is read best at {best.position}, level {best.level}: AUROC {best.auroc} on held-out prompts. "
+        + (
+            "That is more than the surface, permuted labels and random directions give."
+            if clear
+            else f"That is not clearly more than the surface gives (best baseline {surface:.2f}) or than chance "
+            f"finds (best of {best.random.n} random directions {best.random.maximum:.2f}, permutation p "
+            f"{best.permutation.p:.3f})."
+        )
+    )
+    numbers = [
+        "auroc.best",
+        f"token_identity_auroc.{best.position}",
+        "tfidf_auroc",
+        "mean_embedding_auroc",
+        "reliability",
+    ]
+    return Report(
+        title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
+        question=f"Where in the model does `{names[0]}` differ from `{names[1]}`, and is it more than the words?",
+        verdict=verdict,
+        numbers=tuple(Number(name, metrics[name]) for name in numbers if name in metrics),
+        sections=(
+            Section(
+                "Where it can be read",
+                "Held-out AUROC of the mean difference: fitted on training families, the level of each position chosen "
+                "on validation, scored once on test.",
+                ("auroc_by_level", "auroc_grid"),
+                table=result.measured.chosen(),
+            ),
+            Section(
+                "More than the surface?",
+                "The same test prompts told apart without the model's help: by the token at the position before any "
+                "block has run, by the words (TF-IDF), by the mean token embedding, by length.",
+                ("against_baselines",),
+            ),
+            Section("How much of it is signal", "", ("reliability",)),
+            _reading(result, model),
+        ),
+        how=_how(result, punctuation, model),
+        command=writer.run.command,
+        model=loaded(model).checkpoint.name,
+    )
+
+
+def _reading(result: Concept, model: LanguageModel) -> Section:
+    """The direction's extreme tokens, and test prompts coloured by it."""
+    best = result.detection.best
+    lens = logit_lens(model, best.direction, LENS_TOKENS)
+    rows = [
+        {"more likely": up[0], "logit": up[1], "less likely": down[0], "logit ": down[1]}
+        for up, down in zip(lens.top, lens.bottom, strict=True)
+    ]
+    views = []
+    for label in (POSITIVE, NEGATIVE):
+        for i in [i for i in result.split.test if result.acts.labels[i] == label][:3]:
+            found = project_tokens(model, best.direction, result.batch.row(i))
+            start = int(result.batch.instruction[i, 0]) - result.batch.offset(i)
+            values = found.values[start:]
+            mean = sum(values) / len(values)
+            title = f"{label}: {result.acts.ids[i]} (mean {mean:.1f} taken off)"
+            views.append(TokenView(found.tokens[start:], tuple(value - mean for value in values), title))
+    return Section(
+        "What it says, token by token",
+        "The direction through the final norm and the unembedding (logit lens), and held-out prompts with every token "
+        "coloured by its projection.",
+        table=pd.DataFrame(rows),
+        views=tuple(views),
+    )
+
+
+def _how(result: Concept, punctuation: str, model: LanguageModel) -> str:
+    sizes = {name: len(result.split.part(name)) for name in ("train", "validation", "test")}
+    return (
+        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, split by family. "
+        f"{punctuation}\n\nIntervals: 95% bootstrap over families ({result.plan.n_resamples} resamples), direction "
+        f"frozen. Nulls: {result.plan.n_permutations} label permutations, {result.plan.n_random} random directions. "
+        f"Activations: {result.acts.engine} engine, {loaded(model).checkpoint.regime} weights."
+    )

@@ -1,0 +1,101 @@
+"""The direction of any concept: where it can be read, how well, and what part of it is only the surface."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations, column_of
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.cache import Shelf
+from mechlens.methods.directions.reliability import split_half
+from mechlens.methods.probing.detect import Detection, DetectionPlan
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.split import Split, split_by_family
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.shared.contrasts import Measured, measure, surface_of
+
+POSITIVE, NEGATIVE = "positive", "negative"
+LEAST_OF_A_SIDE = 15
+"""So that a fifth of them, the validation part, is three."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept's direction in every cell, tested on held-out prompts."""
+
+    measured: Measured
+    reliability: Float[Tensor, "level position"]
+    """Split-half reliability of the direction, from training prompts."""
+    acts: Activations
+    batch: TokenBatch
+    split: Split
+    plan: DetectionPlan
+
+    @property
+    def detection(self) -> Detection:
+        """The held-out detection; `find_concept` refuses sets that are too small for one."""
+        assert self.measured.detection is not None
+        return self.measured.detection
+
+    def metrics(self) -> dict[str, Estimate]:
+        """AUROC at the level chosen for each position, the best position's, and the surface baselines."""
+        best = self.detection.best
+        found = {f"auroc.{choice.position}": choice.auroc for choice in self.detection.chosen}
+        found["auroc.best"] = best.auroc
+        n = best.auroc.n
+        found["permutation_p"] = Estimate.exact(best.permutation.p, n)
+        found["random_maximum"] = Estimate.exact(best.random.maximum, n)
+        reliable = float(self.reliability[self.acts.levels.index(best.level), self._column(best.position)])
+        found["reliability"] = Estimate.exact(reliable, len(self.split.train))
+        return found | self.measured.baselines
+
+    def table(self) -> pd.DataFrame:
+        """One row per level and position, with the reliability of the direction there."""
+        return self.detection.table().assign(reliability=self.reliability.flatten().tolist())
+
+    def _column(self, position: str) -> int:
+        return column_of(position, self.acts.positions, self.acts.last)
+
+
+def find_concept(
+    model: LanguageModel,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    positions: Sequence[str],
+    plan: DetectionPlan,
+    *,
+    template: ChatTemplate | None = None,
+    shelf: Shelf | None = None,
+) -> Concept:
+    """Directions by difference in means at every level and named position, with held-out evidence.
+
+    Half of the prompt families train, a fifth chooses the level, the rest is reported. UserError where a
+    side has fewer than 15 prompts.
+    """
+    for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
+        if len(prompts) < LEAST_OF_A_SIDE:
+            raise UserError(
+                f"there are {len(prompts)} {name} prompts; a direction with held-out evidence needs at least "
+                f"{LEAST_OF_A_SIDE} of each side"
+            )
+    prompts = [replace(prompt, label=POSITIVE) for prompt in positive]
+    prompts += [replace(prompt, label=NEGATIVE) for prompt in negative]
+    batch = tokenize(prompts, template or template_of(model))
+    acts = collect(model, batch, positions=positions, shelf=shelf)
+    split = split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=plan.seed)
+    surface = surface_of(model, batch)
+    measured = measure("concept", acts, acts.labels, (POSITIVE, NEGATIVE), split, surface, plan)
+    if measured.detection is None:
+        raise UserError(
+            f"some part of the split has fewer than 3 prompts of a side (in all {measured.counts}); add prompts"
+        )
+    train = acts.select(split.train)
+    reliability = split_half(train, POSITIVE, NEGATIVE, 20, plan.seed)
+    return Concept(measured, reliability, acts, batch, split, plan)

@@ -1,0 +1,94 @@
+"""One road for every recorded study: prepare, open the run, execute, report.
+
+The command line, `ml.run(config)` and `mechlens runs rerun` all come this way.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mechlens.checked_json import checked
+from mechlens.errors import UserError
+from mechlens.prompts.prompt import Prompt
+from mechlens.registry import loaded, unknown_name
+from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, read_run
+from mechlens.runs.writer import RunWriter, open_run
+from mechlens.settings import WandbSettings
+from mechlens.studies.registry import Study, studies, study_of
+from mechlens.studies.shared.training_data import LeftOut, record_left_out
+
+Content = TypeVar("Content")
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[Content]):
+    """All that goes into a study: what it works on, and what the record keeps of that."""
+
+    content: Content
+    """The study's own: models, prompts, settings."""
+    inputs: Inputs
+    """Fingerprints that a rerun is held to."""
+    prompts: tuple[Prompt, ...] = ()
+    """Kept in `tables/prompts.parquet`."""
+    left_out: LeftOut | None = None
+    """Prompts that the model was trained on."""
+    resolved: Mapping[str, object] = field(default_factory=dict)
+    """What the configuration left open, filled in."""
+
+
+def run(config: Any) -> Path:
+    """Does the study that this configuration is of, recorded in its run folder, which is returned.
+
+    A killed run goes on where it stopped when it is called again with the same configuration. UserError, before
+    anything slow, for whatever can't be had.
+    """
+    study = study_of(config)
+    return _recorded(study, config, loaded(study.prepare)(config))
+
+
+def _recorded(study: Study, config: Any, prepared: Prepared[Any]) -> Path:
+    resolved = prepared.resolved or None
+    with open_run(verb=study.verb, config=config, out=config.out, wandb=config.wandb, resolved=resolved) as writer:
+        _record_inputs(writer, prepared)
+        result = loaded(study.execute)(config, prepared.content, writer)
+        if study.report is not None:
+            loaded(study.report)(writer, result, prepared.content)
+    return Path(config.out)
+
+
+def _record_inputs(writer: RunWriter, prepared: Prepared[Any]) -> None:
+    """Before the work begins: a killed run's folder says what went into it."""
+    writer.inputs(prepared.inputs)
+    if prepared.left_out is not None:
+        record_left_out(writer, prepared.left_out)
+    if prepared.prompts:
+        writer.prompts(prepared.prompts)
+
+
+def rerun(folder: Path, out: Path | None = None) -> Difference:
+    """Makes a recorded run again, computing everything anew; the metric that differs most.
+
+    It goes to `out`, or to a temporary folder. A chat template that prints the date prints the day of the first run.
+    UserError, before anything is computed, naming each input that isn't what it was.
+    """
+    before = read_run(folder)
+    known = studies()
+    if before.verb not in known:
+        raise unknown_name("study", before.verb, list(known))
+    study = known[before.verb]
+    with tempfile.TemporaryDirectory() as scratch:
+        day = {"today": before.inputs.today} if before.inputs.today else {}
+        again = _rebuilt(study.config, before.config | day, out or Path(scratch) / "rerun")
+        prepared = loaded(study.prepare)(again)
+        changed = changed_since(before, prepared.inputs)
+        if changed:
+            raise UserError(f"the run {before.id} can't be made again: {'; '.join(changed)}")
+        return largest_difference(before, read_run(_recorded(study, again, prepared)))
+
+
+def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
+    """The study's configuration from its record; a rerun isn't mirrored in W&B."""
+    values = {**config, "out": str(out), "wandb": asdict(WandbSettings(mode="disabled"))}
+    return checked(values, cls, "the run's configuration", "run it by hand with this version's options")

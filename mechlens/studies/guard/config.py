@@ -1,0 +1,83 @@
+"""`mechlens guard fit`, `guard eval` and `guard predict`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice, Sampling
+from mechlens.studies.registry import Command, Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardFit(ModelChoice, PromptSets, Answering, Sampling, RunChoice):
+    """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors."""
+
+    out: Path = Path("runs/guard")
+    """Run folder, in which the guard is kept with its evidence."""
+    extra_harmless: str | None = "benign"
+    """Further harmless prompts; None leaves them out."""
+    punctuation: Literal["match", "keep", "strip"] = "keep"
+    """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ."""
+    rule: Literal["faithful", "centred", "lda", "logistic"] = "logistic"
+    """faithful (the paper's cosines), centred, lda (shrinkage) or logistic; the others are fitted beside it."""
+    positions: Literal["inst", "last", "both"] = "both"
+    """Where the guard reads: the last token of the user's words (inst holds best under fine-tuning), the prompt's last
+    one, or both."""
+    levels: Literal["best", "all"] = "best"
+    """best: the lowest level at each position that does as well on validation as the best one; the blocks above it are
+    never run. all: the mean over all levels, as in the paper."""
+    max_fpr: float | None = 0.05
+    """Share of harmless prompts that may be flagged, which sets the threshold; None is the paper's threshold of 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardEval(ModelChoice, Answering, Sampling, RunChoice):
+    """Test a guard on prompts from other sources, beside baselines on the same prompts."""
+
+    guard: str
+    """The guard.safetensors of a run of `guard fit`; its training prompts are read from the same folder."""
+    sources: str = "builtin"
+    """builtin, published (files below --folder), or a JSON list of sources."""
+    folder: str | None = None
+    """Folder that holds the files of the sources; None is where you are."""
+    n: int | None = None
+    """At most so many prompts of each source, drawn by seed."""
+    guard_models: tuple[str, ...] = ()
+    """Guard models to compare with (hub ids or folders), asked in Llama Guard's way."""
+    other_weights: bool = False
+    """Test the guard on weights that it wasn't fitted on, such as another checkpoint of a series."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardPredict(ModelChoice):
+    """Judge prompts as they come: one JSON object a line, with harmful, score and probability, or error."""
+
+    guard: str
+    """The guard.safetensors of a run of `guard fit`."""
+    input: str = "-"
+    """File of prompts, one a line or JSON Lines (.jsonl); - reads from stdin."""
+    format: Literal["auto", "lines", "jsonl"] = "auto"
+    """auto: JSON Lines by the file's ending; on stdin, lines that start with a brace are JSON."""
+    column: str | None = None
+    """Field of JSON records that holds the prompt; None finds it among the usual names."""
+    batch: int = 16
+    """Prompts that are judged together; 1 answers each line before the next is read."""
+    other_weights: bool = False
+    """Use the guard on weights that it wasn't fitted on."""
+
+
+FIT = Study(
+    "guard fit",
+    GuardFit,
+    "mechlens.studies.guard.fit:prepare",
+    "mechlens.studies.guard.fit:execute",
+    "mechlens.studies.guard.report:record_guard",
+)
+EVAL = Study(
+    "guard eval",
+    GuardEval,
+    "mechlens.studies.guard.evaluate:prepare",
+    "mechlens.studies.guard.evaluate:execute",
+    "mechlens.studies.guard.report:record_guard",
+)
+PREDICT = Command("guard predict", GuardPredict, "mechlens.studies.guard.predict:execute")

@@ -1,0 +1,228 @@
+"""How well a guard detects harmful prompts that it hasn't seen, from many sources, beside everything simpler.
+
+Fitted on one source, tested on others: prompts (or goals of attacks) that the guard was fitted on, that an adapter of
+the model was trained on, or that an earlier source holds are left out and counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.perplexity import instruction_surprise
+from mechlens.methods.cache import Shelf
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.guard.fitted import FittedGuard
+from mechlens.methods.guard.guard_model import GuardModelAnswer
+from mechlens.models.bridge import LanguageModel, n_layers
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.guard.detectors import (
+    Both,
+    Detector,
+    guard_detector,
+    guard_model_detector,
+    refusal_detectors,
+    refusal_direction,
+    signed_detector,
+    surface_detectors,
+)
+from mechlens.studies.guard.fit import read_positions
+from mechlens.studies.shared.contrasts import surface_of
+from mechlens.studies.shared.quadrants import Judged, judge_answers, judge_first_token
+from mechlens.studies.shared.sources import Source, SourcePrompts
+from mechlens.studies.shared.training_data import text_sha256, trained_on, was_seen
+
+FPR_OF_BASELINES = 0.05
+"""The false-positive rate that baselines are calibrated for, where the guard has the paper's threshold of 0."""
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is decided beforehand."""
+
+    seed: int = 0
+    n_resamples: int = 1000
+    n_permutations: int = 200
+    n_random: int = 20
+    max_new_tokens: int = 24
+    other_weights: bool = False
+    """Test the guard on weights that it wasn't fitted on, such as another checkpoint of a series."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The prompts that a guard may be tested on."""
+
+    prompts: tuple[Prompt, ...]
+    """`source` names the source."""
+    sources: tuple[Source, ...]
+    left_out: pd.DataFrame
+    """By source: found, left out and why, tested."""
+
+    def rows(self, name: str) -> list[int]:
+        """Row numbers of one source's prompts."""
+        return [i for i, prompt in enumerate(self.prompts) if prompt.source == name]
+
+
+@dataclass(frozen=True)
+class GuardEvaluation:
+    """Detectors on test prompts; the first is the guard."""
+
+    examined: Examined
+    detectors: tuple[Detector, ...]
+    judged: Judged
+    """The model's own answers to the test prompts."""
+    train: Activations
+    """Of the prompts that the guard was fitted on."""
+    test: Activations
+    guard: FittedGuard
+    direction: Direction | None
+    """Of refusal, from training prompts."""
+    batch: TokenBatch
+    """The test prompts."""
+    plan: EvaluationPlan
+
+
+def examine(loaded: Sequence[SourcePrompts], guard: FittedGuard, checkpoints: Sequence[Checkpoint]) -> Examined:
+    """What is left of the sources after overlaps; UserError where a class has no prompt left.
+
+    `checkpoints` are those whose adapters' training prompts count as seen. An attack is seen where its goal is.
+    """
+    fitted = frozenset(guard.train_sha256)
+    taught = frozenset().union(*(trained_on(checkpoint) for checkpoint in checkpoints))
+    seen: set[str] = set()
+    kept: list[Prompt] = []
+    rows = []
+    for source in loaded:
+        counts = {"in_guard_fit": 0, "in_adapter_training": 0, "in_earlier_source": 0}
+        before = len(kept)
+        for prompt in source.prompts:
+            if was_seen(prompt, fitted):
+                counts["in_guard_fit"] += 1
+            elif was_seen(prompt, taught):
+                counts["in_adapter_training"] += 1
+            elif text_sha256(prompt.text) in seen:
+                counts["in_earlier_source"] += 1
+            else:
+                seen.add(text_sha256(prompt.text))
+                kept.append(prompt)
+        rows.append(
+            {"source": source.source.name, "found": len(source.prompts), **counts, "tested": len(kept) - before}
+        )
+    labels = [prompt.label for prompt in kept]
+    if not {"harmful", "harmless"} <= set(labels):
+        raise UserError(
+            f"after leaving out what was seen before there are {labels.count('harmful')} harmful and "
+            f"{labels.count('harmless')} harmless test prompts; both are needed, so add a source"
+        )
+    return Examined(tuple(kept), tuple(source.source for source in loaded), pd.DataFrame(rows))
+
+
+def evaluate_guard(
+    model: LanguageModel,
+    guard: FittedGuard,
+    others: Mapping[str, FittedGuard],
+    train: Sequence[Prompt],
+    examined: Examined,
+    plan: EvaluationPlan,
+    *,
+    opinions: Mapping[str, Sequence[GuardModelAnswer]] | None = None,
+    template: ChatTemplate | None = None,
+    shelf: Shelf | None = None,
+) -> GuardEvaluation:
+    """The guard, other rules (`others`) and baselines, fitted on `train` and applied to the examined prompts.
+
+    `train` are the guard's own training prompts, labelled. `opinions` are guard models' answers, by name.
+    """
+    used = template or template_of(model)
+    prompts = [*train, *examined.prompts]
+    batch = tokenize(prompts, used)
+    fitted = collect(model, batch.select(range(len(train))), positions=read_positions(guard.settings), shelf=shelf)
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf))
+    direction = refusal_direction(fitted, judged.verdicts[judged.judge][: len(train)], plan.seed)
+    guards = {"latent_guard": guard, **others}
+    levels = {level for one in guards.values() for level in one.levels} | {0, n_layers(model)}
+    levels |= {direction.level} if direction is not None else set()
+    rest = batch.select(range(len(train), len(prompts)))
+    names = tuple(dict.fromkeys(("inst", *(name for one in guards.values() for name in one.positions), "last")))
+    test = collect(model, rest, positions=names, levels=sorted(levels), shelf=shelf)
+    both = Both(
+        tuple(prompt.label for prompt in prompts),
+        tuple(prompt.group for prompt in prompts),
+        len(train),
+        guard.settings.max_fpr or FPR_OF_BASELINES,
+        plan.seed,
+    )
+    detectors = [
+        *(guard_detector(name, one, test, other_weights=plan.other_weights) for name, one in guards.items()),
+        *surface_detectors(both, surface_of(model, batch), _joined(fitted, test, 0, "inst")),
+        signed_detector(both, "perplexity", instruction_surprise(model, batch, shelf), "log-perplexity of the words"),
+        *_refusals(model, both, judged, direction, fitted, test, plan),
+        *(guard_model_detector(name, said) for name, said in (opinions or {}).items()),
+    ]
+    return GuardEvaluation(
+        examined=examined,
+        detectors=tuple(detectors),
+        judged=_rest(judged, len(train)),
+        train=fitted,
+        test=test,
+        guard=guard,
+        direction=direction,
+        batch=rest,
+        plan=plan,
+    )
+
+
+def _refusals(
+    model: LanguageModel,
+    both: Both,
+    judged: Judged,
+    direction: Direction | None,
+    train: Activations,
+    test: Activations,
+    plan: EvaluationPlan,
+) -> list[Detector]:
+    top = n_layers(model)
+    last = _only(_joined(train, test, top, "last"), train, test, top)
+    judged, first_token = judge_first_token(model, judged, last, both.train, plan.seed)
+    residuals = None if direction is None else _joined(train, test, direction.level, "last")
+    return refusal_detectors(both, judged, first_token, direction, residuals)
+
+
+def _joined(train: Activations, test: Activations, level: int, position: str) -> Float[Tensor, "prompt d_model"]:
+    return torch.cat([train.at(level, position), test.at(level, position)])
+
+
+def _only(values: Float[Tensor, "prompt d_model"], train: Activations, test: Activations, level: int) -> Activations:
+    """Training and test prompts as activations of one level at the last token."""
+    return Activations(
+        values=values[:, None, None],
+        levels=(level,),
+        positions=(train.last,),
+        ids=(*train.ids, *test.ids),
+        labels=(*train.labels, *test.labels),
+        families=(*train.families, *test.families),
+        site=train.site,
+        checkpoint=train.checkpoint,
+        template=train.template,
+        engine=train.engine,
+        last=train.last,
+    )
+
+
+def _rest(judged: Judged, n_train: int) -> Judged:
+    """Answers and verdicts of the test prompts."""
+    answers = judged.answers
+    kept = replace(answers, ids=answers.ids[n_train:], texts=answers.texts[n_train:], tokens=answers.tokens[n_train:])
+    verdicts = {name: found[n_train:] for name, found in judged.verdicts.items()}
+    return Judged(judged.prompts[n_train:], kept, verdicts)

@@ -1,0 +1,188 @@
+"""`mechlens guard predict`: a stream of prompts in, a stream of verdicts out, in constant memory.
+
+One line gives one record, whatever is in it: a bad one an error, and the rest goes on.
+"""
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from mechlens.checked_json import parse_json
+from mechlens.errors import UserError
+from mechlens.files import require_regular, user_path
+from mechlens.methods.guard.fitted import GuardVerdict
+from mechlens.models.bridge import LanguageModel, checkpoint_now, loaded
+from mechlens.models.load import load
+from mechlens.prompts.files.from_row import RowReader
+from mechlens.prompts.files.rows import Row
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate, chat_template
+from mechlens.studies.guard.config import GuardPredict
+from mechlens.studies.guard.latent_guard import LatentGuard
+
+LONGEST_LINE = 1 << 20
+"""Bytes of one line; what is longer is an error and is never held in memory."""
+
+
+@runtime_checkable
+class ByteLines(Protocol):
+    """What is asked of a stream: its lines, in pieces of a given size where they are longer."""
+
+    def readline(self, size: int = -1, /) -> bytes:
+        """The next line, or at most `size` bytes of it; empty at the end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the input: a prompt, or the sentence that says why it is none."""
+
+    number: int
+    """1-based."""
+    prompt: Prompt | None
+    error: str = ""
+    id: Any = None
+    """The record's own id, where it has one."""
+
+
+def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
+    """One record for each line that isn't blank, in order: line, harmful, score, probability; or line, error."""
+    if config.batch < 1:
+        raise UserError(f"batch is {config.batch}; judge at least one prompt at a time")
+    guard = LatentGuard.load(user_path(config.guard))
+    with _opened(config.input) as stream:
+        model = load(
+            config.model, adapter=config.adapter, revision=config.revision, dtype=config.dtype, device=config.device,
+            device_map=config.device_map,
+        )  # fmt: skip
+        template = chat_template(loaded(model).tokenizer, config.template, today=config.today)
+        guard.fitted_.require(checkpoint_now(model), template.fingerprint, other_weights=config.other_weights)
+        lines = read_lines(stream, config)
+        while chunk := list(islice(lines, config.batch)):
+            yield from _judged(guard, model, template, chunk, config.other_weights)
+
+
+def read_lines(stream: ByteLines, config: GuardPredict) -> Iterator[Line]:
+    """The lines of a stream as prompts, one at a time."""
+    number = 0
+    while raw := stream.readline(LONGEST_LINE):
+        number += 1
+        if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
+            _skip_rest(stream)
+            yield Line(number, None, f"the line is longer than {LONGEST_LINE} bytes; shorten it")
+            continue
+        if raw.strip():
+            yield _line(number, raw, config)
+
+
+def _skip_rest(stream: ByteLines) -> None:
+    """Reads on to the end of an overlong line, in pieces."""
+    while (piece := stream.readline(LONGEST_LINE)) and not piece.endswith(b"\n"):
+        pass
+
+
+def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
+    try:
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return Line(number, None, f"byte {error.start + 1} is not UTF-8; save the text as UTF-8")
+    if not _is_json(text, config):
+        try:
+            return Line(number, Prompt(str(number), text))
+        except UserError as error:
+            return Line(number, None, str(error))
+    try:
+        values = parse_json(text, Any, "the line", "give a JSON object on one line")
+    except UserError as error:
+        return Line(number, None, f"not valid JSON: {error}")
+    if isinstance(values, str):
+        values = {"text": values}
+    if not isinstance(values, dict):
+        return Line(number, None, f"holds a {type(values).__name__}; a record is an object with a prompt, or a text")
+    own = values.get("id")
+    if not _can_be_written(own):
+        return Line(number, None, "the id can't be written as JSON; give a text or a finite number")
+    try:
+        row = Row(number, values)
+        prompt = RowReader("line", tuple(values), config.column, None, None)(row, str(number))
+    except UserError as error:
+        return Line(number, None, str(error), own)
+    return Line(number, prompt, id=own)
+
+
+def _can_be_written(value: Any) -> bool:
+    """False for NaN and infinities, which JSON doesn't have, wherever they stand."""
+    if isinstance(value, dict):
+        return all(_can_be_written(inner) for inner in value.values())
+    if isinstance(value, list):
+        return all(_can_be_written(inner) for inner in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _is_json(text: str, config: GuardPredict) -> bool:
+    if config.format != "auto":
+        return config.format == "jsonl"
+    if config.input == "-":
+        return text.lstrip().startswith("{")
+    return Path(config.input).suffix.lower() in (".jsonl", ".ndjson", ".json")
+
+
+def _judged(
+    guard: LatentGuard, model: LanguageModel, template: ChatTemplate, chunk: Sequence[Line], other_weights: bool
+) -> list[dict[str, Any]]:
+    prompts = [line.prompt for line in chunk if line.prompt is not None]
+    found = iter(_verdicts(guard, model, template, prompts, other_weights))
+    records = []
+    for line in chunk:
+        record = {"line": line.number} | ({} if line.id is None else {"id": line.id})
+        said = line.error if line.prompt is None else next(found)
+        records.append(record | ({"error": said} if isinstance(said, str) else _as_record(said)))
+    return records
+
+
+def _verdicts(
+    guard: LatentGuard, model: LanguageModel, template: ChatTemplate, prompts: list[Prompt], other_weights: bool
+) -> list[GuardVerdict | str]:
+    """Verdicts, or for a prompt that can't be judged the reason; together, and apart only where that fails."""
+    if not prompts:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about single prompts, which a stream has no place for
+        try:
+            return list(guard(model, prompts, template, other_weights=other_weights))
+        except UserError as error:
+            if len(prompts) == 1:
+                return [str(error)]
+        except Exception as error:  # a template or a model may fail on one prompt in any way; the others are answered
+            if len(prompts) == 1:
+                return [f"could not be judged ({type(error).__name__}: {str(error)[:200]})"]
+    half = len(prompts) // 2
+    parts = (prompts[:half], prompts[half:])
+    return [said for part in parts for said in _verdicts(guard, model, template, part, other_weights)]
+
+
+def _as_record(verdict: GuardVerdict) -> dict[str, Any]:
+    return {"harmful": verdict.harmful, "score": verdict.score, "probability": verdict.probability}
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[ByteLines]:
+    if name == "-":
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give a file with --input")
+        yield sys.stdin.buffer
+        return
+    path = user_path(name)
+    require_regular(path)  # a pipe is read by `-`
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check that it exists and may be read") from error
+    with stream:
+        yield stream

@@ -1,0 +1,271 @@
+"""A guard's evaluation as a record: numbers, curves, score distributions, the table with baselines, worst mistakes."""
+
+import textwrap
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from mechlens.methods.directions.token_view import project_tokens
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Number, Report, Section, TokenView
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.guard.cost import GuardCost, guard_cost
+from mechlens.studies.guard.evaluation import GuardEvaluation
+from mechlens.studies.guard.measures import positives
+from mechlens.studies.guard.mistakes import read_direction, worst_mistakes
+from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report
+
+QUESTION = (
+    "Does the model itself know that a prompt is harmful, and does reading that tell harmful prompts from "
+    "harmless ones that the guard hasn't seen, better than the words alone, than other directions, and than the "
+    "model's own refusals?"
+)
+OF_EACH_KIND = 5
+CURVE_POINTS = 200
+SHOWN_CHARACTERS, SHOWN_TOKENS = 300, 150
+"""Of a mistaken prompt: a jailbreak template can be pages long, and what decides stands at its end."""
+NUMBERS = (
+    f"auroc.{GUARD}", "auroc.tfidf", "auroc_gain.tfidf", f"tpr_at_1pct_fpr.{GUARD}", f"tpr_at_5pct_fpr.{GUARD}",
+    f"accuracy.{GUARD}", f"fpr.{GUARD}", f"calibration_error.{GUARD}", "over_refusal.false_positives",
+)  # fmt: skip
+
+
+def record_guard(
+    writer: RunWriter, result: GuardEvaluation, model: LanguageModel, template: ChatTemplate, punctuation: str
+) -> None:
+    """Writes everything the evaluation found into an open run."""
+    found = guard_report(result)
+    writer.metrics(found.metrics)
+    cost = guard_cost(model, result.guard, result.batch)
+    _tables(writer, result, found, cost)
+    shown = _draw(writer, result, found)
+    writer.report(_report(writer, result, found, cost, model, shown, punctuation))
+
+
+def _tables(writer: RunWriter, result: GuardEvaluation, found: GuardReport, cost: GuardCost) -> None:
+    prompts = result.examined.prompts
+    scores = pd.DataFrame({"id": [p.id for p in prompts], "source": [p.source for p in prompts],
+                           "label": [p.label for p in prompts], "quadrant": result.judged.quadrants()})  # fmt: skip
+    for detector in result.detectors:
+        scores[f"score.{detector.name}"] = detector.scores.tolist()
+        scores[f"flagged.{detector.name}"] = detector.flagged.tolist()
+    scores["probability"] = result.detectors[0].probabilities.tolist()  # type: ignore[union-attr]
+    writer.table("scores", scores)
+    writer.table("measures", found.measures)
+    writer.table("baselines", _baselines(result, found))
+    writer.table("five_columns", _wide(found.columns, "column", "accuracy"))
+    writer.table("over_refusal", found.over_refusal)
+    writer.table("left_out", result.examined.left_out)
+    writer.table("answers", result.judged.table())
+    writer.table("places", _places(result))
+    writer.table("cost", _cost(cost))
+    writer.table("roc", _curves(result))
+
+
+def _baselines(result: GuardEvaluation, found: GuardReport) -> pd.DataFrame:
+    """One row for each detector, in total: every measure with its interval in words, for reading."""
+    total = found.measures[found.measures["source"] == "total"]
+    notes = {detector.name: detector.note for detector in result.detectors}
+    wide = _wide(total, "measure", "value")
+    return wide.assign(note=[notes[name] for name in wide["detector"]])
+
+
+def _wide(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
+    """Detectors down, `column` across; a cell is `0.93 [0.88, 0.97]`, or a dash with the count where it is missing."""
+    words = [
+        f"{row[value]:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if not np.isnan(row[value]) else f"- (n={row['n']})"
+        for row in frame.to_dict("records")
+    ]
+    grid = frame.assign(words=words).pivot(index="detector", columns=column, values="words")
+    order = list(dict.fromkeys(frame[column]))
+    return grid.loc[list(dict.fromkeys(frame["detector"])), order].fillna("").reset_index()
+
+
+def _places(result: GuardEvaluation) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"level": place.level, "position": place.position, "validation_auroc": place.validation_auroc}
+            for place in result.guard.places
+        ]
+    )
+
+
+def _cost(cost: GuardCost) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "blocks run": f"{cost.blocks} of {cost.of_blocks}",
+                "guard, ms": 1000 * cost.guard_seconds,
+                "whole prefill, ms": 1000 * cost.prefill_seconds,
+                "share of a prefill": cost.share,
+                "n": cost.n,
+            }
+        ]
+    )
+
+
+def _curves(result: GuardEvaluation) -> pd.DataFrame:
+    """ROC curves on all test prompts: the true-positive rate at evenly spaced false-positive rates."""
+    positive = positives(result).numpy()
+    rates = np.linspace(0, 1, CURVE_POINTS + 1)
+    frames = []
+    for detector in result.detectors:
+        scores = detector.scores.double().numpy()
+        order = np.argsort(-scores, kind="stable")
+        ends = np.append(np.diff(scores[order]) != 0, True)  # tied scores are flagged together
+        caught = np.append(0, np.cumsum(positive[order])[ends]) / max(positive.sum(), 1)
+        alarms = np.append(0, np.cumsum(~positive[order])[ends]) / max((~positive).sum(), 1)
+        frames.append(pd.DataFrame({"detector": detector.name, "fpr": rates, "tpr": np.interp(rates, alarms, caught)}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _draw(writer: RunWriter, result: GuardEvaluation, found: GuardReport) -> dict[str, tuple[str, ...]]:
+    curves = _curves(result)
+    roc = figures.lines(
+        curves, x="fpr", y="tpr", group="detector",
+        title="ROC on all test prompts", xlabel="false-positive rate", ylabel="true-positive rate",
+    )  # fmt: skip
+    # A dozen names don't fit into the line above the curves.
+    roc.update_layout(height=520, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, margin={"r": 170})
+    writer.figure("roc", roc, table="roc")
+    total = found.measures[(found.measures["source"] == "total") & (found.measures["measure"] == "auroc")]
+    bars = figures.bars(
+        total, x="detector", y="value", low="low", high="high", hline=0.5, hline_label="chance",
+        title="The guard beside other detectors, on the same prompts", xlabel="", ylabel="AUROC",
+    )  # fmt: skip
+    writer.figure("against_baselines", bars, table="baselines", caption="Bars: 95% bootstrap over families.")
+    own = found.measures[(found.measures["detector"] == GUARD) & found.measures["measure"].isin(["tpr", "fpr"])]
+    names = {"tpr": "harmful prompts flagged", "fpr": "harmless prompts flagged"}
+    rates = figures.bars(
+        own.assign(what=own["measure"].map(names)), x="source", y="value", low="low", high="high", group="what",
+        title="What the guard flags, by source", xlabel="", ylabel="share flagged",
+    )  # fmt: skip
+    writer.figure("flagged_by_source", rates, table="measures")
+    return {"roc": ("against_baselines", "roc"), "sources": ("flagged_by_source", *_distributions(writer, result))}
+
+
+def _distributions(writer: RunWriter, result: GuardEvaluation) -> tuple[str, ...]:
+    prompts = result.examined.prompts
+    frame = pd.DataFrame(
+        {
+            "score": result.detectors[0].scores.tolist(),
+            "group": [f"{prompt.source}, {prompt.label}" for prompt in prompts],
+        }
+    )
+    figure = figures.histogram(
+        frame, value="score", group="group", vline=result.guard.calibration.threshold,
+        title="Scores by source", xlabel="the guard's score; the line is its threshold",
+    )  # fmt: skip
+    writer.figure("scores_by_source", figure, table="scores")
+    return ("scores_by_source",)
+
+
+def _report(
+    writer: RunWriter,
+    result: GuardEvaluation,
+    found: GuardReport,
+    cost: GuardCost,
+    model: LanguageModel,
+    shown: dict[str, tuple[str, ...]],
+    punctuation: str,
+) -> Report:
+    name = loaded(model).checkpoint.name
+    fitted = result.guard.checkpoint.name
+    elsewhere = f" (fitted on {fitted})" if result.plan.other_weights else ""
+    return Report(
+        title=f"The Latent Guard of {name}{elsewhere}",
+        question=QUESTION,
+        verdict=found.verdict,
+        numbers=tuple(
+            Number(key, found.metrics[key]) for key in NUMBERS if key in found.metrics and found.metrics[key].n
+        ),
+        sections=(
+            Section(
+                "Beside everything simpler",
+                "All are tested on the same prompts. Those that are fitted saw the same training prompts and get their "
+                "threshold from held-out folds of the training prompts, for the same false-positive rate; "
+                "`paper_rule` keeps the published threshold of 0. AUROC needs no threshold; accuracy, tpr and fpr "
+                "are at it.",
+                shown["roc"],
+                table=_baselines(result, found),
+            ),
+            Section(
+                "By source",
+                "What was left out because the guard, an adapter of the model or an earlier source knows it is "
+                "counted below; an attack is left out where its goal is known.",
+                shown["sources"],
+                table=result.examined.left_out,
+            ),
+            Section(
+                "Attacks, and prompts that the model itself misjudges",
+                "Accuracy (the columns of Zhao et al. 2025, table 3). Refused harmless and accepted harmful prompts "
+                "are those of plain sources, by this model's own answers.",
+                table=_wide(found.columns, "column", "accuracy"),
+            ),
+            Section("What it costs", _cost_text(cost), table=_cost(cost)),
+            _mistakes(result, model),
+        ),
+        how=_how(result, found.metrics, punctuation, model),
+        command=writer.run.command,
+        model=name,
+    )
+
+
+def _cost_text(cost: GuardCost) -> str:
+    return (
+        f"The guard runs {cost.blocks} of {cost.of_blocks} blocks and no logits. One prompt at a time it takes "
+        f"{cost.share:.0%} of a whole prefill here. Seconds depend on the machine and on what else it does."
+    )
+
+
+def _mistakes(result: GuardEvaluation, model: LanguageModel) -> Section:
+    """The prompts judged worst, their tokens coloured by the projection on what the guard reads."""
+    rows, views = [], []
+    direction = read_direction(result.guard)
+    for mistake in worst_mistakes(result, OF_EACH_KIND):
+        prompt = result.examined.prompts[mistake.row]
+        text = textwrap.shorten(prompt.text, SHOWN_CHARACTERS, placeholder=" ...")
+        rows.append({"mistake": mistake.kind, "source": prompt.source, "score": mistake.score, "prompt": text})
+        if result.plan.other_weights:
+            continue  # a direction of other weights means nothing token by token
+        found = project_tokens(model, direction, result.batch.row(mistake.row))
+        start = int(result.batch.instruction[mistake.row, 0]) - result.batch.offset(mistake.row)
+        values = found.values[start:]
+        mean = sum(values) / len(values)
+        shown = min(len(values), SHOWN_TOKENS)
+        part = f", last {shown} of {len(values)} tokens" if shown < len(values) else ""
+        title = f"{mistake.kind}: {prompt.id} (score {mistake.score:.2f}, mean {mean:.2f} taken off{part})"
+        views.append(TokenView(found.tokens[-shown:], tuple(value - mean for value in values[-shown:]), title))
+    return Section(
+        "The worst mistakes",
+        f"Tokens are coloured by their projection on the line that the guard reads at {direction.position}, level "
+        f"{direction.level}; blue is below the prompt's mean, red above."
+        if rows
+        else "The guard made none on these prompts.",
+        table=pd.DataFrame(rows) if rows else None,
+        views=tuple(views),
+    )
+
+
+def _how(result: GuardEvaluation, metrics: Mapping[str, Estimate], punctuation: str, model: LanguageModel) -> str:
+    settings, plan, calibration = result.guard.settings, result.plan, result.guard.calibration
+    return (
+        f"Guard: rule {settings.rule}, positions {', '.join(settings.positions)}, levels {settings.levels}; fitted and "
+        f"calibrated on {len(result.guard.train_ids)} prompts ({calibration.n_positive} harmful, "
+        f"{calibration.n_negative} harmless), none of them tested. Levels were chosen by AUROC on a validation part, "
+        "the lowest of those that do as well as the best; the threshold is a conformal bound and the probabilities "
+        "Platt scaling, both from held-out folds of those prompts; probabilities are for equally many harmful and "
+        "harmless prompts.\n\n"
+        f"{punctuation}. Intervals: 95% bootstrap over prompt families ({plan.n_resamples} resamples), detectors "
+        f"frozen. Nulls: {plan.n_random} random directions at the guard's first place; {plan.n_permutations} refits "
+        f"of its rule to permuted labels (mean AUROC {metrics['null.shuffled_mean'].value:.2f}, p = "
+        f"{metrics['null.shuffled_p'].value:.3f}; labels change places inside matched pairs and among prompts without "
+        "one, so the mean lies above 0.5 where the guard's places tell pairs from other prompts). The calibration "
+        "error is biased upwards where a source is small.\n\n"
+        f"Answers: greedy, {plan.max_new_tokens} tokens. Activations: {result.test.engine} engine, "
+        f"{loaded(model).checkpoint.regime} weights."
+    )

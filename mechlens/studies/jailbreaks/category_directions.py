@@ -1,0 +1,193 @@
+"""One direction for each kind of harm: how alike are they, and does one kind's direction find the others?
+
+CatQA's question in Zhao et al. 2025: a category's direction is its mean minus the mean of harmless prompts. All
+categories would share the noise of one harmless mean, which makes any two directions alike; so two categories are
+compared by directions from disjoint halves of the harmless prompts, beside each direction's reliability.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations, column_of
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.cache import Shelf
+from mechlens.methods.directions.direction import cosine
+from mechlens.methods.directions.reliability import corrected_cosine, split_half
+from mechlens.methods.probing.auroc import auroc_estimate
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import family_halves
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate
+
+LEAST_IN_A_CATEGORY = 12
+HARMLESS = "harmless"
+HALVINGS = 20
+GROUPS = 10
+"""Groups of prompt families that the jackknife leaves out in turn."""
+
+
+@dataclass(frozen=True)
+class CategoryDirections:
+    """Cosines and transfer between categories at two places."""
+
+    categories: tuple[str, ...]
+    pairs: pd.DataFrame
+    """category, other, position, level, cosine, corrected; one row a pair and position."""
+    reliability: pd.DataFrame
+    """category, position, level, reliability, n."""
+    transfer: pd.DataFrame
+    """fitted_on, tested_on, position, level, auroc, low, high, n: held-out prompts on both sides."""
+    means: dict[str, Estimate]
+    """category_cosine.POSITION and its corrected version: mean over pairs, with a grouped-jackknife interval."""
+
+
+def category_directions(
+    model: LanguageModel,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    places: Sequence[tuple[int, str]],
+    *,
+    seed: int = 0,
+    n_resamples: int = 1000,
+    template: ChatTemplate | None = None,
+    shelf: Shelf | None = None,
+) -> CategoryDirections:
+    """Directions of every category with at least 12 prompts, at the given (level, position) places.
+
+    UserError where fewer than two categories are large enough.
+    """
+    counts = {
+        name: sum(prompt.category == name for prompt in harmful) for name in dict.fromkeys(p.category for p in harmful)
+    }
+    kept = tuple(name for name, n in counts.items() if name and n >= LEAST_IN_A_CATEGORY)
+    if len(kept) < 2 or len(harmless) < 2 * LEAST_IN_A_CATEGORY:
+        raise UserError(
+            f"{len(kept)} categories have {LEAST_IN_A_CATEGORY} prompts or more and there are {len(harmless)} harmless "
+            f"prompts; comparing needs two categories and {2 * LEAST_IN_A_CATEGORY} harmless prompts"
+        )
+    # A label of its own for each category; the harmless prompts are everybody's other side.
+    prompts = [replace(p, label=f"category {p.category}") for p in harmful if p.category in kept]
+    prompts += [replace(p, label=HARMLESS) for p in harmless]
+    names = tuple(dict.fromkeys(position for _, position in places))
+    levels = sorted({level for level, _ in places})
+    batch = tokenize(prompts, template or template_of(model))
+    acts = collect(model, batch, positions=names, levels=levels, shelf=shelf)
+    cells = [_cell(acts, level, position) for level, position in places]
+    found = [_compared(cell, kept, seed) for cell in cells]
+    return CategoryDirections(
+        categories=kept,
+        pairs=pd.concat([pairs for pairs, _ in found], ignore_index=True),
+        reliability=pd.concat([reliable for _, reliable in found], ignore_index=True),
+        transfer=pd.concat([_transfer(cell, kept, seed, n_resamples) for cell in cells], ignore_index=True),
+        means={name: one for cell in cells for name, one in _means(cell, kept, seed).items()},
+    )
+
+
+def _cell(acts: Activations, level: int, position: str) -> Activations:
+    """The activations of one place only."""
+    name = acts.positions[column_of(position, acts.positions, acts.last)]
+    return replace(acts, values=acts.at(level, name)[:, None, None], levels=(level,), positions=(name,))
+
+
+def _compared(cell: Activations, categories: Sequence[str], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    level, position = cell.levels[0], cell.positions[0]
+    reliable = {
+        name: float(split_half(_contrast(cell, name), f"category {name}", HARMLESS, HALVINGS, seed))
+        for name in categories
+    }
+    cosines = _cosines(cell, categories, seed)
+    counts = {name: cell.labels.count(f"category {name}") for name in categories}
+    known = torch.tensor([reliable[name] for name in categories], dtype=torch.float64)
+    corrected = _corrected(cosines, known, list(counts.values()), cell.labels.count(HARMLESS))
+    rows = [
+        {"category": one, "other": other, "position": position, "level": level,
+         "cosine": float(cosines[i, j]), "corrected": float(corrected[i, j])}
+        for i, one in enumerate(categories) for j, other in enumerate(categories) if i != j
+    ]  # fmt: skip
+    reliabilities = [{"category": name, "position": position, "level": level, "reliability": reliable[name],
+               "n": counts[name]} for name in categories]  # fmt: skip
+    return pd.DataFrame(rows), pd.DataFrame(reliabilities)
+
+
+def _corrected(
+    cosines: Float[Tensor, "category category"],
+    reliable: Float[Tensor, " category"],
+    sizes: Sequence[int],
+    harmless: int,
+) -> Float[Tensor, "category category"]:
+    """Cosines of directions from half of the harmless prompts, corrected for these directions' own noise.
+
+    A direction's squared noise goes with 1/n + 1/m for n prompts of its category and m harmless ones. Reliability r
+    is a^2 / (a^2 + noise), so with half of the m it is r / (r + (1 - r) k), k = (1/n + 2/m) / (1/n + 1/m).
+    """
+    n = torch.tensor(sizes, dtype=torch.float64)
+    k = (1 / n + 2 / harmless) / (1 / n + 1 / harmless)
+    own = reliable / (reliable + (1 - reliable) * k)
+    return corrected_cosine(cosines, own[:, None].expand_as(cosines), own.expand_as(cosines))
+
+
+def _contrast(cell: Activations, name: str) -> Activations:
+    return cell.select([i for i, label in enumerate(cell.labels) if label in (f"category {name}", HARMLESS)])
+
+
+def _cosines(cell: Activations, categories: Sequence[str], seed: int) -> Float[Tensor, "category category"]:
+    """Mean cosine over halvings of the harmless prompts, each category of a pair using a half of its own."""
+    values = cell.values[:, 0, 0].double()
+    harmless = [i for i, label in enumerate(cell.labels) if label == HARMLESS]
+    halves = family_halves([cell.families[i] for i in harmless], HALVINGS, seed)
+    means = torch.stack(
+        [values[[label == f"category {name}" for label in cell.labels]].mean(dim=0) for name in categories]
+    )
+    found = []
+    for half in halves:
+        rows = torch.tensor(harmless)
+        one, other = means - values[rows[half]].mean(dim=0), means - values[rows[~half]].mean(dim=0)
+        found.append(cosine(one[:, None].expand(-1, len(one), -1), other.expand(len(one), -1, -1)))
+    return torch.stack(found).mean(dim=0)
+
+
+def _means(cell: Activations, categories: Sequence[str], seed: int) -> dict[str, Estimate]:
+    """Mean cosine over pairs of categories; its standard error from leaving out a tenth of the families in turn."""
+    families = list(dict.fromkeys(cell.families))
+    order = np.random.default_rng(seed).permutation(len(families))
+    group = {families[family]: int(place % GROUPS) for place, family in enumerate(order)}
+
+    def mean(acts: Activations) -> float:
+        cosines = _cosines(acts, categories, seed)
+        off = ~torch.eye(len(categories), dtype=torch.bool)
+        return float(cosines[off].mean())
+
+    value = mean(cell)
+    left = [mean(cell.select([i for i, f in enumerate(cell.families) if group[f] != g])) for g in range(GROUPS)]
+    error = float(np.sqrt((GROUPS - 1) / GROUPS * np.sum((np.array(left) - np.mean(left)) ** 2)))
+    n = sum(label != HARMLESS for label in cell.labels)
+    return {f"category_cosine.{cell.positions[0]}": Estimate(value, value - 1.96 * error, value + 1.96 * error, n)}
+
+
+def _transfer(cell: Activations, categories: Sequence[str], seed: int, n_resamples: int) -> pd.DataFrame:
+    """AUROC of one half's direction on the other half's prompts of every category, its own included."""
+    train = family_halves(cell.families, 1, seed, cell.labels)[0]
+    values = cell.values[:, 0, 0].double()
+    harmless = torch.tensor([label == HARMLESS for label in cell.labels])
+    rows = []
+    for fitted in categories:
+        inside = torch.tensor([label == f"category {fitted}" for label in cell.labels])
+        direction = values[inside & train].mean(dim=0) - values[harmless & train].mean(dim=0)
+        scores = values @ direction
+        for tested in categories:
+            positive = torch.tensor([label == f"category {tested}" for label in cell.labels])
+            kept = ((positive | harmless) & ~train).nonzero()[:, 0].tolist()
+            found = auroc_estimate(scores[kept], positive[kept], [cell.families[i] for i in kept], seed, n_resamples)
+            rows.append({"fitted_on": fitted, "tested_on": tested, "position": cell.positions[0],
+                         "level": cell.levels[0], "auroc": found.value, "low": found.low, "high": found.high,
+                         "n": found.n})  # fmt: skip
+    return pd.DataFrame(rows)

@@ -1,0 +1,42 @@
+"""`mechlens jailbreaks`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mechlens.settings import Answering, ModelChoice, RunChoice, Sampling
+from mechlens.studies.registry import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jailbreaks(ModelChoice, Answering, Sampling, RunChoice):
+    """Do jailbreaks hide harmfulness from the model, or only suppress its refusal? Attacks paired with their goals."""
+
+    sources: str = "published"
+    """published (files below --folder), or a JSON list of sources with templates or a goal_column."""
+    folder: str | None = None
+    """Folder that holds the files of the sources; None is where you are."""
+    n: int | None = None
+    """At most so many attacks of each family, and prompts of each other set, drawn by seed."""
+    harmful: str = "harmful"
+    """Harmful prompts without an attack, for centroids and directions: a built-in set, a file or a hub data set."""
+    harmless: str = "harmless"
+    """Harmless prompts for the same."""
+    extra_harmless: str | None = "benign"
+    """Further harmless prompts for the same; None leaves them out."""
+    categories: str | None = "harmful"
+    """Harmful prompts with a category (such as CatQA), whose directions are compared; None leaves that out."""
+    system: str | None = None
+    """System prompt of every prompt; None leaves the template's own default."""
+    punctuation: Literal["match", "keep", "strip"] = "keep"
+    """match: remove final punctuation from the reference prompts where it differs between the classes."""
+    restored: int = 24
+    """At most so many successful attacks of each family get the plain request's component put back."""
+
+
+STUDY = Study(
+    "jailbreaks",
+    Jailbreaks,
+    "mechlens.studies.jailbreaks.study:prepare",
+    "mechlens.studies.jailbreaks.study:execute",
+    "mechlens.studies.jailbreaks.report:record_jailbreaks",
+)

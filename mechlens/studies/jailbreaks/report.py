@@ -1,0 +1,212 @@
+"""The jailbreak study as a record: beliefs by attack family, what putting components back does, categories."""
+
+import pandas as pd
+
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.jailbreaks.category_directions import CategoryDirections
+from mechlens.studies.jailbreaks.restored import Restored
+from mechlens.studies.jailbreaks.study import (
+    JailbreakPlan,
+    Pairs,
+    Reference,
+    family_estimates,
+    family_verdict,
+    pair_table,
+)
+
+QUESTION = (
+    "An attack gets an answer to a request that the model refuses when it is asked plainly. Does the model no longer "
+    "see that the request is harmful, or does it see it and not refuse (Zhao et al. 2025, sections 3.2 and 4)?"
+)
+RULE = (
+    "By the centred beliefs of attacks on requests that are refused when plain. Hides harmfulness: the mean belief of "
+    "harmfulness is below 0, and lower than for the plain requests, by their intervals. Suppresses refusal only: it "
+    "stays above 0 while the belief of refusal falls. No effect on refusal shown: the interval of that fall reaches 0."
+)
+
+
+def record_jailbreaks(
+    writer: RunWriter,
+    model: LanguageModel,
+    pairs: Pairs,
+    reference: Reference,
+    restored: Restored | None,
+    categories: CategoryDirections | None,
+    plan: JailbreakPlan,
+    punctuation: str,
+) -> None:
+    """Writes everything the study found into an open run."""
+    table = pair_table(model, pairs, reference)
+    found = family_estimates(table, plan)
+    verdicts = {family: family_verdict(own) for family, own in found.items()}
+    writer.metrics({f"{name}.{family}": one for family, own in found.items() for name, one in own.items()})
+    writer.table("pairs", table)
+    writer.table("families", _families(found, verdicts))
+    writer.table("left_out", pairs.left_out)
+    writer.table("answers", pairs.attack_judged.table())
+    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
+    for name, artefact in (
+        ("direction_harm", reference.harm_direction), ("direction_refusal", reference.refusal_direction),
+        ("centroids_harm", reference.harm), ("centroids_refusal", reference.refusal),
+    ):  # fmt: skip
+        writer.artifact(name, artefact, inputs=sources)
+    sections = [_beliefs(writer, table, found, verdicts), _put_back(writer, restored, plan)]
+    if categories is not None:
+        sections.append(_categories(writer, categories))
+    writer.report(
+        Report(
+            title=f"What jailbreaks do to {loaded(model).checkpoint.name}",
+            question=QUESTION,
+            verdict=_sentence(verdicts, found),
+            numbers=_numbers(found),
+            sections=tuple(sections),
+            how=_how(pairs, reference, plan, punctuation),
+            command=writer.run.command,
+            model=loaded(model).checkpoint.name,
+        )
+    )
+
+
+def _sentence(verdicts: dict[str, str], found: dict[str, dict[str, Estimate]]) -> str:
+    parts = [
+        f"{family}: {verdict} (works on {found[family]['success']} of refused requests; belief of harmfulness "
+        f"{found[family]['belief_harm.centered']}, change {found[family]['change.belief_harm.centered']})."
+        for family, verdict in verdicts.items()
+    ]
+    return " ".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _numbers(found: dict[str, dict[str, Estimate]]) -> tuple[Number, ...]:
+    kept = ("success", "belief_harm.centered", "change.belief_harm.centered", "change.belief_refusal.centered")
+    return tuple(Number(f"{family}: {name}", own[name]) for family, own in found.items() for name in kept)
+
+
+def _families(found: dict[str, dict[str, Estimate]], verdicts: dict[str, str]) -> pd.DataFrame:
+    rows = [
+        {"family": family, "verdict": verdicts[family], "measure": name, "value": one.value, "low": one.low,
+         "high": one.high, "n": one.n}
+        for family, own in found.items() for name, one in own.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _beliefs(
+    writer: RunWriter, table: pd.DataFrame, found: dict[str, dict[str, Estimate]], verdicts: dict[str, str]
+) -> Section:
+    aimed = table[table["plain.refused"]]
+    plain = aimed.drop_duplicates("goal")
+    points = pd.concat(
+        [
+            pd.DataFrame({"belief_harm": plain["plain.belief_harm.centered"],
+                          "belief_refusal": plain["plain.belief_refusal.centered"], "group": "plain requests"}),
+            pd.DataFrame({"belief_harm": aimed["belief_harm.centered"],
+                          "belief_refusal": aimed["belief_refusal.centered"], "group": aimed["family"]}),
+        ],
+        ignore_index=True,
+    )  # fmt: skip
+    writer.table("belief_points", points)
+    figure = figures.scatter(
+        points, x="belief_harm", y="belief_refusal", group="group", hline=0.0, vline=0.0,
+        title="Beliefs of plain requests that are refused, and of attacks around them",
+        xlabel="belief of harmfulness at inst (centred)", ylabel="belief of refusal at the last token (centred)",
+    )  # fmt: skip
+    writer.figure("beliefs", figure, table="belief_points", caption="Right: seen as harmful. Up: about to refuse.")
+    names = {"change.belief_harm.centered": "harmfulness", "change.belief_refusal.centered": "refusal"}
+    families = _families(found, verdicts)
+    changes = families[families["measure"].isin(names)]
+    bars = figures.bars(
+        changes.assign(belief=changes["measure"].map(names)), x="family", y="value", low="low", high="high",
+        group="belief", hline=0.0, title="Change of the beliefs against the plain request, paired by goal", xlabel="",
+        ylabel="attack minus plain",
+    )  # fmt: skip
+    writer.figure("belief_changes", bars, table="families", caption="Bars: 95% bootstrap over goals.")
+    summary = [
+        {"family": family, "verdict": verdict} | {name: str(found[family][name]) for name in
+         ("plain_refused", "success", "seen_as_harmful", "belief_harm", "belief_refusal")}
+        for family, verdict in verdicts.items()
+    ]  # fmt: skip
+    return Section(
+        "Which attacks hide harmfulness, and which only suppress refusal",
+        "Beliefs are mean cosine differences to centroids of refused harmful and accepted harmless prompts without an "
+        "attack. `belief_harm` and `belief_refusal` in the table are the paper's, the figures' are centred. Only "
+        "attacks on requests that are refused when plain count.",
+        ("beliefs", "belief_changes"),
+        table=pd.DataFrame(summary),
+    )
+
+
+def _put_back(writer: RunWriter, restored: Restored | None, plan: JailbreakPlan) -> Section:
+    title = "Does putting the component back restore refusal?"
+    if restored is None:
+        return Section(title, "Not measurable: no attack turned a refusal into an acceptance.")
+    table = restored.table(plan)
+    writer.table("restored", table)
+    figure = figures.bars(
+        table, x="family", y="log_odds_change", low="low", high="high", group="way", hline=0.0,
+        title="Log-odds of refusal with the plain request's component put back", xlabel="",
+        ylabel="change of the log-odds",
+    )  # fmt: skip
+    writer.figure("restored", figure, table="restored")
+    return Section(
+        title,
+        "In attacks that succeeded, the component along a direction, at the level and position where it is read, is "
+        f"set to that of the plain request. `random_mean` and `random_maximum`: {plan.n_random} random directions "
+        "treated alike at the same place.",
+        ("restored",),
+        table=table,
+    )
+
+
+def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
+    writer.metrics(categories.means)
+    writer.table("category_cosines", categories.pairs)
+    writer.table("category_reliability", categories.reliability)
+    writer.table("category_transfer", categories.transfer)
+    shown = []
+    for position, part in categories.pairs.groupby("position", sort=False):
+        figure = figures.heatmap(
+            part, x="other", y="category", value="cosine", center=0.0, limits=(-1.0, 1.0), label="cosine",
+            title=f"Cosines between categories' directions at {position}", xlabel="", ylabel="",
+        )  # fmt: skip
+        name = f"category_cosines_{'inst' if position == 'inst' else 'last'}"
+        writer.figure(name, figure, table="category_cosines")
+        shown.append(name)
+    for position, part in categories.transfer.groupby("position", sort=False):
+        figure = figures.heatmap(
+            part, x="tested_on", y="fitted_on", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
+            title=f"One category's direction on the others, at {position}", xlabel="tested on", ylabel="fitted on",
+        )  # fmt: skip
+        name = f"category_transfer_{'inst' if position == 'inst' else 'last'}"
+        writer.figure(name, figure, table="category_transfer")
+        shown.append(name)
+    means = "; ".join(f"{name.rpartition('.')[2]} {found}" for name, found in categories.means.items())
+    return Section(
+        "Is harmfulness one thing?",
+        f"A category's direction is its mean minus that of harmless prompts. Mean cosine over pairs: {means}. Two "
+        "categories are compared by directions from disjoint halves of the harmless prompts; `corrected` in the table "
+        "divides by the directions' reliability. Transfer is tested on prompts that no direction was fitted to.\n\n"
+        "What every prompt of a file shares against the harmless ones (final punctuation, wording) makes such "
+        "directions alike and lets them transfer, whatever they mean: only differences between categories, or "
+        "categories and harmless prompts from one source, say more.",
+        tuple(shown),
+        table=categories.reliability,
+    )
+
+
+def _how(pairs: Pairs, reference: Reference, plan: JailbreakPlan, punctuation: str) -> str:
+    counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in reference.counts.items())
+    left = int(pairs.left_out["left_out"].sum())
+    harm, refusal = reference.harm_direction, reference.refusal_direction
+    return (
+        f"The rule of the verdict. {RULE}\n\nReference prompts: {counts}. {punctuation}. Attacks: {len(pairs.attacks)} "
+        f"on {len(pairs.goals)} requests; {left} were left out because the model was trained on their goal or it is a "
+        f"reference prompt. Directions: harmful minus harmless at {harm.position}, level {harm.level}; refused minus "
+        f"accepted at {refusal.position}, level {refusal.level}; levels chosen on validation families.\n\nIntervals: "
+        f"95% bootstrap over goals ({plan.n_resamples} resamples), centroids and directions frozen; for mean cosines "
+        f"of categories a jackknife over tenths of the prompt families, directions refitted. Answers: greedy, "
+        f"{plan.max_new_tokens} tokens, judged by {pairs.attack_judged.judge}."
+    )

@@ -1,0 +1,127 @@
+"""Does an attack stop working when the plain request's component along a direction is put back?
+
+Directional patching: at the level and position where a direction is read, the component of a successful attack's
+residual along it is set to that of the plain request. Random directions, treated alike, are the null.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.methods.behaviour.judges import refusal_log_odds
+from mechlens.methods.directions.direction import Direction, project, random_like
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.methods.steering.interventions import Intervention, ReplaceComponent
+from mechlens.methods.steering.steering import answer_under, logits_under
+from mechlens.models.bridge import LanguageModel
+from mechlens.studies.jailbreaks.study import LEAST_PAIRS, JailbreakPlan, Pairs, Reference
+from mechlens.studies.shared.quadrants import judge_answers
+
+WAYS = ("harmfulness", "refusal", "both")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Log-odds of refusal and verdicts of successful attacks, as they are and with a component put back."""
+
+    rows: tuple[int, ...]
+    """Of the attacks in `Pairs`."""
+    families: tuple[str, ...]
+    goals: tuple[str, ...]
+    before: Float[Tensor, " attack"]
+    """Log-odds that the answer begins with a refusal."""
+    after: dict[str, Float[Tensor, " attack"]]
+    """By way: harmfulness, refusal, both."""
+    refused: dict[str, tuple[bool, ...]]
+    random: dict[str, Float[Tensor, "direction attack"]]
+    """Log-odds with the component along random directions put back, at the place of harmfulness and of refusal."""
+
+    def table(self, plan: JailbreakPlan) -> pd.DataFrame:
+        """One row a family and way: change of the log-odds, share refused again, the random directions' changes."""
+        rows = []
+        for family in dict.fromkeys(self.families):
+            own = [i for i, name in enumerate(self.families) if name == family]
+            for way in WAYS:
+                change = self._mean(self.after[way] - self.before, own, plan)
+                again = self._mean(torch.tensor(self.refused[way]).double(), own, plan)
+                null = [float((draw - self.before)[own].mean()) for draw in self.random.get(way, ())]
+                rows.append(
+                    {
+                        "family": family, "way": way, "n": len(own),
+                        "log_odds_change": change.value, "low": change.low, "high": change.high,
+                        "refused_again": again.value, "again_low": again.low, "again_high": again.high,
+                        "random_mean": sum(null) / len(null) if null else float("nan"),
+                        "random_maximum": max(null, default=float("nan")),
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def _mean(self, values: Float[Tensor, " attack"], rows: Sequence[int], plan: JailbreakPlan) -> Estimate:
+        if len(rows) < LEAST_PAIRS:
+            return Estimate.missing(len(rows))
+        return mean_estimate(values[list(rows)], [self.goals[i] for i in rows], plan.seed, plan.n_resamples)
+
+
+def restore(model: LanguageModel, pairs: Pairs, reference: Reference, plan: JailbreakPlan) -> Restored | None:
+    """Puts components back into the first successful attacks of every family; None where no attack succeeded."""
+    rows = [
+        row
+        for family in pairs.families
+        for row in [i for i in pairs.family(family) if pairs.succeeded(i)][: plan.restored]
+    ]
+    if not rows:
+        return None
+    batch = pairs.batch.select(rows)
+    tokens = reference.first_token.tokens.ids
+
+    def log_odds(interventions: list[list[Intervention]]) -> Tensor:
+        found = logits_under(
+            model, batch, interventions, reduce=lambda logits, _: refusal_log_odds(logits, tokens)[:, None]
+        )
+        return found[:, 0]
+
+    directions = {"harmfulness": reference.harm_direction, "refusal": reference.refusal_direction}
+    single = {way: _put_back(pairs, rows, direction) for way, direction in directions.items()}
+    ways: dict[str, list[list[Intervention]]] = {way: [[one] for one in single[way]] for way in directions}
+    ways["both"] = [list(two) for two in zip(*single.values(), strict=True)]
+    answers = {way: answer_under(model, batch, own, max_new_tokens=plan.max_new_tokens) for way, own in ways.items()}
+    random = {
+        way: torch.stack(
+            [
+                log_odds([[one] for one in _put_back(pairs, rows, draw)])
+                for draw in random_like(direction, plan.n_random, plan.seed)
+            ]
+        )
+        for way, direction in directions.items()
+    }
+    return Restored(
+        rows=tuple(rows),
+        families=tuple(pairs.attacks[i].source for i in rows),
+        goals=tuple(pairs.goals[pairs.goal_of[i]].id for i in rows),
+        before=log_odds([[] for _ in rows]),
+        after={way: log_odds(own) for way, own in ways.items()},
+        refused={way: judge_answers(batch.prompts, said).refused for way, said in answers.items()},
+        random=random,
+    )
+
+
+def _put_back(pairs: Pairs, rows: Sequence[int], direction: Direction) -> list[ReplaceComponent]:
+    """One intervention an attack: the component along the direction becomes that of its plain request."""
+    values = project(pairs.goal_acts.at(direction.level, direction.position).double(), direction)
+    own = replace(direction, template=pairs.attack_acts.template)
+    return [
+        ReplaceComponent(
+            own,
+            value=float(values[pairs.goal_of[row]]),
+            unit="unit",
+            layers=(direction.level,),
+            positions=(direction.position,),
+            phase="prompt",
+        )
+        for row in rows
+    ]

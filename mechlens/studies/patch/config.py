@@ -1,0 +1,38 @@
+"""`mechlens patch`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mechlens.settings import Answering, ModelChoice, RunChoice
+from mechlens.studies.registry import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch(ModelChoice, Answering, RunChoice):
+    """Activation patching on matched pairs: where does the difference between refused and accepted travel?"""
+
+    pairs: str = "builtin"
+    """builtin (harmful against harmless), or a file with columns clean and corrupt."""
+    n: int = 8
+    """Pairs that are patched: the first whose clean side is refused and whose corrupt side is accepted."""
+    candidates: int = 48
+    """Pairs drawn by seed and answered to find them."""
+    site: str = "resid_pre"
+    """resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z or pattern."""
+    positions: tuple[str, ...] = ("instruction[*]", "post[*]")
+    """Named positions: inst, instruction[*], post[*], last, token[k], or all."""
+    layers: tuple[int, ...] = ()
+    """Layers to patch; none given is every layer."""
+    metric: Literal["refusal_logodds"] = "refusal_logodds"
+    """What is recovered; other metrics are for Python (`patch_sweep`)."""
+    seed: int = 0
+    """Decides the candidates, resamples and controls."""
+
+
+STUDY = Study(
+    "patch",
+    Patch,
+    "mechlens.studies.patch.study:prepare",
+    "mechlens.studies.patch.study:execute",
+    "mechlens.studies.patch.report:record_path",
+)

@@ -1,0 +1,134 @@
+"""Where does the difference between a refused and an accepted prompt enter, travel and end up?
+
+Matched pairs in which the model refuses one side and accepts the other are patched in both directions, over
+the residual stream and over the heads at the last token, beside a control of random vectors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.cache import Shelf
+from mechlens.methods.patching.metrics import Metric, RefusalLogOdds
+from mechlens.methods.patching.plan import DIRECTIONS, PatchPlan
+from mechlens.methods.patching.result import PatchResult
+from mechlens.methods.patching.sweep import ATTRIBUTION, patch_sweep
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.prompt import Prompt, PromptPair
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.shared.quadrants import FirstTokenJudgement, judge_answers, judge_first_token
+
+LEAST_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class ChosenPairs:
+    """Pairs with the behaviour to be explained, and how they were found."""
+
+    pairs: tuple[PromptPair, ...]
+    """`clean` is refused, `corrupt` accepted."""
+    first_token: FirstTokenJudgement
+    asked: int
+    note: str
+
+
+@dataclass(frozen=True)
+class RefusalPath:
+    """Sweeps of one site in both directions, the heads at the last token, and the controls."""
+
+    chosen: ChosenPairs
+    sweeps: dict[str, PatchResult]
+    """"denoising", "noising", the same with "heads." before, each also with ".random" after it; "attribution"."""
+
+    def correlation(self) -> float:
+        """Pearson correlation of attribution patching with exact patching over the denoising grid."""
+        exact = self.sweeps["denoising"].effect().mean(dim=0).flatten()
+        estimate = self.sweeps["attribution"].effect().mean(dim=0).flatten()
+        return float(torch.corrcoef(torch.stack([exact, estimate]))[0, 1])
+
+    def by_role(self, seed: int) -> pd.DataFrame:
+        """Recovery by layer, averaged over the pairs and over the positions of each role, with intervals."""
+        frames = [
+            _pooled(self.sweeps[name]).table(seed=seed).assign(sweep=name)
+            for direction in DIRECTIONS
+            for name in (direction, f"{direction}.random")
+        ]
+        return pd.concat(frames, ignore_index=True).rename(columns={"position": "role"}).drop(columns="token")
+
+
+def _pooled(sweep: PatchResult) -> PatchResult:
+    """The mean over the positions of each role, in the order of the prompt."""
+    roles = [_role(position, sweep.positions[-1]) for position in sweep.positions]
+    names = tuple(dict.fromkeys(roles))
+    means = [sweep.values[:, :, [k for k, role in enumerate(roles) if role == name]].mean(dim=2) for name in names]
+    return replace(sweep, values=torch.stack(means, dim=2), positions=names, tokens=names)
+
+
+def _role(position: str, last: str) -> str:
+    if position == last:
+        return "last token"
+    if position in ("inst", "instruction[-1]"):
+        return "end of the instruction"
+    return "instruction" if position.startswith("instruction") else "template before the last token"
+
+
+def find_pairs(
+    model: LanguageModel,
+    candidates: Sequence[PromptPair],
+    wanted: int,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    template: ChatTemplate | None = None,
+    shelf: Shelf | None = None,
+) -> ChosenPairs:
+    """Pairs whose `clean` side the model refuses and whose `corrupt` side it accepts, in the given order.
+
+    UserError where there are fewer than 4 of them: then this model's refusal doesn't turn on the difference.
+    """
+    prompts: list[Prompt] = [side for pair in candidates for side in (pair.clean, pair.corrupt)]
+    batch = tokenize(prompts, template or template_of(model))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=max_new_tokens, shelf=shelf))
+    acts = collect(model, batch, positions=["last"], shelf=shelf)
+    _, first_token = judge_first_token(model, judged, acts, range(len(prompts)), seed)
+    refused, accepted = judged.refused, judged.accepted
+    fitting = [pair for i, pair in enumerate(candidates) if refused[2 * i] and accepted[2 * i + 1]]
+    if len(fitting) < LEAST_PAIRS:
+        raise UserError(
+            f"the model refuses one side and accepts the other in {len(fitting)} of {len(candidates)} pairs; "
+            f"patching needs at least {LEAST_PAIRS}, so take more pairs or a model that refuses"
+        )
+    note = f"{len(fitting)} of {len(candidates)} candidate pairs are refused on one side and accepted on the other"
+    return ChosenPairs(tuple(fitting[:wanted]), first_token, len(candidates), note)
+
+
+def trace(
+    model: LanguageModel,
+    chosen: ChosenPairs,
+    plan: PatchPlan,
+    *,
+    metric: Metric | None = None,
+    template: ChatTemplate | None = None,
+    shelf: Shelf | None = None,
+    seed: int = 0,
+) -> RefusalPath:
+    """All sweeps of the study; `metric` is the refusal log-odds with the model's own refusal tokens by default."""
+    used = metric or RefusalLogOdds(chosen.first_token.tokens.ids)
+
+    def sweep(changed: PatchPlan, engine: str = "auto") -> PatchResult:
+        return patch_sweep(model, chosen.pairs, used, changed, template=template, shelf=shelf, engine=engine)
+
+    plans: dict[str, PatchPlan] = {}
+    for direction in DIRECTIONS:
+        plans[direction] = replace(plan, direction=direction)
+        plans[f"heads.{direction}"] = replace(plan, site="z", positions=("last",), direction=direction)
+    plans |= {f"{name}.random": replace(changed, random_seed=seed + 1) for name, changed in plans.items()}
+    sweeps = {name: sweep(changed) for name, changed in plans.items()}
+    sweeps["attribution"] = sweep(plans["denoising"], ATTRIBUTION)
+    return RefusalPath(chosen, sweeps)

@@ -1,0 +1,120 @@
+"""What the sweeps say, in two sentences with numbers."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from mechlens.methods.patching.plan import DIRECTIONS
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.studies.patch.study import RefusalPath
+
+HALF = 0.5
+
+
+@dataclass(frozen=True)
+class PathVerdict:
+    """Where the difference enters, travels and ends up; which heads move it."""
+
+    sentences: tuple[str, str]
+    numbers: dict[str, Estimate]
+    heads: pd.DataFrame
+    """The heads with the largest effect at the last token, both directions, with corrected p."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One direction: the best place before the last token, the layers that hold half, the best head, the controls."""
+
+    source: "pd.Series[float]"
+    leaves: int | None
+    """Last layer at which the best place holds at least half."""
+    arrives: int | None
+    """First layer at which the last token holds at least half."""
+    control: "pd.Series[float]"
+    heads: pd.DataFrame
+    head_control: "pd.Series[float]"
+
+
+def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdict:
+    """Layers by the rule "recovery at least one half"; heads by their recovery at the last token."""
+    ways = {direction: _way(result, direction, seed, n_heads) for direction in DIRECTIONS}
+    n = len(result.chosen.pairs)
+    numbers: dict[str, Estimate] = {}
+    for direction, way in ways.items():
+        numbers |= {
+            f"{direction}.recovery.best_before_last": _estimate(way.source),
+            f"{direction}.recovery.random_maximum": _estimate(way.control),
+            f"{direction}.layer.leaves_source": _layer(way.leaves, n),
+            f"{direction}.layer.arrives_last": _layer(way.arrives, n),
+            f"{direction}.recovery.top_head": _estimate(_largest(way.heads)),
+            f"{direction}.recovery.top_head_random": _estimate(way.head_control),
+        }
+    numbers["attribution_correlation"] = Estimate.exact(result.correlation(), n)
+    heads = pd.concat([way.heads.assign(direction=name) for name, way in ways.items()], ignore_index=True)
+    heads = heads.drop(columns=["position", "token"])
+    return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads)
+
+
+def _way(result: RefusalPath, direction: str, seed: int, n_heads: int) -> _Way:
+    table, control, heads, head_control = (
+        result.sweeps[name].table(seed=seed)
+        for name in (direction, f"{direction}.random", f"heads.{direction}", f"heads.{direction}.random")
+    )
+    last = result.sweeps[direction].positions[-1]
+    before = table[table["position"] != last]
+    source = _largest(before if len(before) else table)
+    half = table[table["recovery"] >= HALF]
+    leaves = half[half["position"] == source["position"]]["layer"]
+    arrives = half[half["position"] == last]["layer"]
+    return _Way(
+        source=source,
+        leaves=int(leaves.max()) if len(leaves) else None,
+        arrives=int(arrives.min()) if len(arrives) else None,
+        control=_largest(control),
+        heads=heads.sort_values("recovery", ascending=False).head(n_heads),
+        head_control=_largest(head_control),
+    )
+
+
+def _where(ways: dict[str, _Way]) -> str:
+    parts = []
+    for direction, way in ways.items():
+        held = f"at least half for the last time at layer {way.leaves}" if way.leaves is not None else "nowhere half"
+        ends = (
+            f"at least half for the first time at layer {way.arrives}"
+            if way.arrives is not None
+            else "at no layer half"
+        )
+        parts.append(
+            f"when {direction}, the best place before the last token is {way.source['position']} (recovery "
+            f"{_value(way.source)} at layer {way.source['layer']}, {held}; the best random vector anywhere "
+            f"{way.control['recovery']:.2f}), and the last token alone holds {ends}"
+        )
+    return f"W{'; '.join(parts)[1:]}."
+
+
+def _which_heads(ways: dict[str, _Way]) -> str:
+    parts = []
+    for direction, way in ways.items():
+        top = _largest(way.heads)
+        parts.append(
+            f"when {direction} {top['layer']}.{top['head']} ({_value(top)}, corrected p {top['p_corrected']:.3f}; "
+            f"the best random vector at a head {way.head_control['recovery']:.2f})"
+        )
+    return f"The head (layer.head) that moves most of it to the last token is, {', and, '.join(parts)}."
+
+
+def _largest(table: pd.DataFrame) -> "pd.Series[float]":
+    return table.sort_values("recovery", ascending=False).iloc[0]
+
+
+def _value(row: "pd.Series[float]") -> str:
+    return f"{row['recovery']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _estimate(row: "pd.Series[float]") -> Estimate:
+    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), int(row["n"]))
+
+
+def _layer(value: int | None, n: int) -> Estimate:
+    return Estimate.missing(n) if value is None else Estimate.exact(value, n)

@@ -1,0 +1,128 @@
+"""The commands there are: ours by name, and those of other packages by the entry point group `mechlens.studies`.
+
+Nothing here imports torch, and neither may a study's configuration: `--help` is made from it.
+"""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from mechlens.errors import UserError
+from mechlens.registry import Choice, Lazy, Registry, unknown_name
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that leaves nothing behind: `execute(config, console)` prints on a rich console."""
+
+    name: str
+    """Its words on the command line, such as "positions" or "runs list"."""
+    config: type
+    """Frozen dataclass of its options, each with a docstring; its module imports no torch."""
+    execute: Lazy
+
+
+@dataclass(frozen=True)
+class Study:
+    """A command that leaves a run folder; `mechlens.studies.driver` calls its three functions."""
+
+    name: str
+    """Its words on the command line, such as "separate" or "guard fit"."""
+    config: type
+    """Frozen dataclass of its options, a `mechlens.settings.RunChoice`; its module imports no torch."""
+    prepare: Lazy
+    """(config) -> Prepared: reads and checks all that goes in; UserError before anything slow."""
+    execute: Lazy
+    """(config, content, writer) -> result: computes; finished pieces are kept in `writer.cache`."""
+    report: Lazy | None = None
+    """(writer, result, content): metrics, tables, figures and report.html; None where `execute` writes them."""
+
+    @property
+    def verb(self) -> str:
+        """The name under which records know it."""
+        return self.name.replace(" ", "_")
+
+
+def _ours(**names: str) -> dict[str, Choice]:
+    """Command by command where its Study or Command object is; `about` is its configuration's docstring."""
+    return {
+        name.replace("_", " "): Choice(f"mechlens.studies.{place}", "")
+        for name, place in names.items()
+    }  # fmt: skip
+
+
+COMMANDS: Registry[Study | Command] = Registry(
+    "command",
+    "mechlens.studies",
+    _ours(
+        positions="positions.config:COMMAND",
+        checkpoints="checkpoints.config:COMMAND",
+        separate="separate.config:STUDY",
+        direction="direction.config:STUDY",
+        patch="patch.config:STUDY",
+        select="select.config:STUDY",
+        causal="causal.config:STUDY",
+        guard_fit="guard.config:FIT",
+        guard_eval="guard.config:EVAL",
+        guard_predict="guard.config:PREDICT",
+        jailbreaks="jailbreaks.config:STUDY",
+        finetune="finetune.config:STUDY",
+        track="track.config:STUDY",
+        compare="compare.config:STUDY",
+        steer="steer.config:COMMAND",
+        runs_list="runs.config:LIST",
+        runs_show="runs.config:SHOW",
+        runs_rerun="runs.config:RERUN",
+        env="env.config:COMMAND",
+    ),
+)
+"""In the order of `--help`."""
+GROUPS = {
+    "guard": "Detect harmful prompts from the model's own representation: fit, eval, predict.",
+    "runs": "List, show or rerun recorded runs.",
+}
+"""What the first of two words stands for."""
+
+
+def commands() -> dict[str, Study | Command]:
+    """Every command by name; another package's that can't be used becomes a warning."""
+    found: dict[str, Study | Command] = {}
+    for name in COMMANDS.names():
+        try:
+            command = COMMANDS[name]
+            _require_usable(name, command)
+        except UserError as error:
+            if name in COMMANDS.ours:
+                raise
+            warnings.warn(f"the command {name!r} can't be used: {error}", stacklevel=2)
+        else:
+            found[name] = command
+    return found
+
+
+def _require_usable(name: str, command: Any) -> None:
+    """UserError for what is no command, or one whose runs could not be recorded."""
+    if not isinstance(command, Study | Command):
+        raise UserError(f"it is a {type(command).__name__}, not a Study or a Command")
+    if command.name != name or len(name.split(" ")) > 2:
+        raise UserError(
+            f"its name is {command.name!r} and it is registered as {name!r}; give one name, of a word or two"
+        )
+    fields = {field.name for field in dataclasses.fields(command.config)}
+    missing = [name for name in ("out", "wandb") if isinstance(command, Study) and name not in fields]
+    if missing:
+        raise UserError(f"its configuration has no {missing[0]!r}; inherit from mechlens.settings.RunChoice")
+
+
+def studies() -> dict[str, Study]:
+    """Every recorded study by the name under which records know it."""
+    return {study.verb: study for study in commands().values() if isinstance(study, Study)}
+
+
+def study_of(config: object) -> Study:
+    """The study whose configuration this is; UserError for anything else."""
+    known = {study.config: study for study in studies().values()}
+    if type(config) not in known:
+        raise unknown_name("configuration", type(config).__name__, [kind.__name__ for kind in known])
+    return known[type(config)]

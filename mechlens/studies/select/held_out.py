@@ -1,0 +1,137 @@
+"""The chosen direction on test prompts: what taking it out and adding it does, beside random directions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.methods.behaviour.judges import PHRASES, OnceRefused
+from mechlens.methods.cache import Shelf
+from mechlens.methods.directions.direction import Direction, random_like
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.methods.steering.candidates import CandidateScores, ablation, addition, score_candidates
+from mechlens.methods.steering.interventions import Intervention
+from mechlens.methods.steering.steering import SteeredAnswers, answer_under
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.prompts.batch import TokenBatch
+
+BYPASSES, INDUCES = 0, 1
+"""Which rival is which."""
+
+
+@dataclass(frozen=True)
+class SelectionTest:
+    """Scores and refusals on test prompts, where nothing was fitted or chosen."""
+
+    chosen: Direction
+    rivals: tuple[Direction, ...]
+    """Of the random candidates the best at bypassing and the best at inducing on validation; or none."""
+    scores: CandidateScores
+    """Of the chosen direction, the rivals where there are any, and `n_random` random ones of its length."""
+    n_random: int
+    refused: dict[str, tuple[bool, ...]]
+    """By what was done: "harmful", "harmless.added", "harmful.ablated.random_best", ...; one verdict a prompt."""
+    answers: dict[str, SteeredAnswers]
+    """What was said with the chosen direction taken out ("harmful.ablated") and added ("harmless.added")."""
+    families: dict[str, tuple[str, ...]]
+    """By class."""
+    seed: int
+    n_resamples: int
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every number by its name in run.json; scores are log-odds, KL in nats, rates shares of the prompts."""
+        scores = self.scores
+        found = {
+            "refusal_score.harmful": self._mean(scores.bare_harmful, "harmful"),
+            "refusal_score.harmless": self._mean(scores.bare_harmless, "harmless"),
+            **self._of("refusal_score.harmful.ablated", scores.bypass, "harmful", BYPASSES, lowest=True),
+            **self._of("refusal_score.harmless.added", scores.induce, "harmless", INDUCES),
+            **self._of("kl.harmless.ablated", scores.kl, "harmless", BYPASSES),
+            "bypass_shift": self._mean(scores.bypass[0] - scores.bare_harmful, "harmful"),
+            "induce_shift": self._mean(scores.induce[0] - scores.bare_harmless, "harmless"),
+        }
+        for name, verdicts in self.refused.items():
+            found[f"refusal_rate.{name}"] = self._mean(torch.tensor(verdicts).double(), name.split(".")[0])
+        for name, said in self.answers.items():
+            silent = torch.tensor([not text.strip() for text in said.texts]).double()
+            found[f"empty_rate.{name}"] = self._mean(silent, name.split(".")[0])
+        return found
+
+    def _of(
+        self, name: str, values: Float[Tensor, "candidate prompt"], label: str, rival: int, lowest: bool = False
+    ) -> dict[str, Estimate]:
+        """A score of the chosen direction, its rival, and random directions: mean and extreme."""
+        found = {name: self._mean(values[0], label)}
+        found[f"{name}.random_best"] = self._mean(values[1 + rival] if self.rivals else torch.empty(0), label)
+        random = values[len(values) - self.n_random :]
+        means = random.mean(dim=1)
+        extreme = int(means.argmin() if lowest else means.argmax())
+        found[f"{name}.random"] = self._mean(random.mean(dim=0), label)
+        found[f"{name}.random_{'min' if lowest else 'max'}"] = self._mean(random[extreme], label)
+        return found
+
+    def _mean(self, values: Float[Tensor, " prompt"], label: str) -> Estimate:
+        families = self.families[label] if len(values) else ()
+        return mean_estimate(values, families, self.seed, self.n_resamples)
+
+
+def run_selection_test(
+    model: LanguageModel,
+    batch: TokenBatch,
+    refused: Sequence[bool],
+    chosen: Direction,
+    rivals: Sequence[Direction],
+    tokens: Sequence[int],
+    *,
+    seed: int,
+    n_random: int,
+    n_resamples: int,
+    max_new_tokens: int,
+    shelf: Shelf | None = None,
+) -> SelectionTest:
+    """Scores and judged answers of test prompts; `refused` are the verdicts on the answers with nothing done."""
+    rows = {
+        label: [i for i, prompt in enumerate(batch.prompts) if prompt.label == label]
+        for label in ("harmful", "harmless")
+    }
+    twins = random_like(chosen, n_random, seed + 3)
+    scores = score_candidates(
+        model, [chosen, *rivals, *twins], batch, rows["harmful"], rows["harmless"], tokens, shelf=shelf
+    )
+    # Only random directions are cut short once they are refused: what the chosen one makes the model say is shown.
+    decided = OnceRefused(PHRASES, loaded(model).tokenizer)
+    verdicts = {label: tuple(refused[i] for i in rows[label]) for label in rows}
+    answers = {}
+    asked: list[tuple[Intervention, str, str]] = [
+        (ablation(chosen), "harmful", "harmful.ablated"),
+        (addition(chosen), "harmless", "harmless.added"),
+    ]
+    if rivals:
+        asked += [
+            (ablation(rivals[BYPASSES]), "harmful", "harmful.ablated.random_best"),
+            (addition(rivals[INDUCES]), "harmless", "harmless.added.random_best"),
+        ]
+    for done, label, name in asked:
+        shown = not name.endswith("random_best")
+        said = answer_under(
+            model, batch.select(rows[label]), [done],
+            max_new_tokens=max_new_tokens, decided=None if shown else decided, shelf=shelf,
+        )  # fmt: skip
+        judged = PHRASES([batch.prompts[i] for i in rows[label]], said.texts)
+        verdicts[name] = tuple(verdict == "refused" for verdict in judged)
+        if shown:
+            answers[name] = said
+    return SelectionTest(
+        chosen=chosen,
+        rivals=tuple(rivals),
+        scores=scores,
+        n_random=n_random,
+        refused=verdicts,
+        answers=answers,
+        families={label: tuple(batch.prompts[i].group for i in rows[label]) for label in rows},
+        seed=seed,
+        n_resamples=n_resamples,
+    )

@@ -1,0 +1,201 @@
+"""A selection as a record: the score table of every candidate, the chosen direction, figures and a report."""
+
+import pandas as pd
+
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.select.study import Selection
+from mechlens.studies.select.verdict import SelectionVerdict, selection_verdict
+
+QUESTION = (
+    "Is there one direction whose removal stops this model from refusing, and whose addition makes it refuse? Every "
+    "post-instruction position and layer gives a candidate; which one does it with the least side effect, and does any "
+    "random direction do as well (Arditi et al. 2024)?"
+)
+SCORES = {
+    "bypass": "Refusal score of harmful prompts, direction ablated (lower is better)",
+    "induce": "Refusal score of harmless prompts, direction added (higher is better)",
+    "kl": "KL of harmless prompts, direction ablated (nats; lower is better)",
+}
+
+
+def record_selection(writer: RunWriter, result: Selection, model: LanguageModel, punctuation: str) -> None:
+    """Writes everything the selection found into an open run."""
+    verdict = selection_verdict(result)
+    writer.metrics(_metrics(result))
+    candidates = pd.concat(
+        [ranked.table().assign(kind=kind) for kind, ranked in (("candidate", result.found), ("random", result.random))],
+        ignore_index=True,
+    )
+    writer.table("candidates", candidates)
+    writer.table("filters", _filters(result))
+    writer.table("sizes", result.sizes())
+    writer.table("answers", result.judged.table().assign(log_odds=result.first_token.log_odds.tolist()))
+    if result.test is not None:
+        sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
+        writer.artifact("direction", result.test.chosen, inputs=sources)
+        writer.table("test", _test_table(result))
+        writer.table("steered_answers", _steered_answers(result))
+    names = _figures(writer, result, candidates)
+    writer.report(_report(writer, result, verdict, model, names, punctuation))
+
+
+def _metrics(result: Selection) -> dict[str, Estimate]:
+    counts = result.found.filtered.counts()
+    total = sum(counts.values())
+    found = {f"candidates.{name.replace(' ', '_')}": Estimate.exact(n, total) for name, n in counts.items()}
+    kept = result.random.filtered.counts()
+    found["candidates.kept.random"] = Estimate.exact(kept["kept"], sum(kept.values()))
+    if result.test is None:
+        return found
+    found["chosen.level"] = Estimate.exact(result.test.chosen.level, total)
+    return found | result.test.metrics()
+
+
+def _filters(result: Selection) -> pd.DataFrame:
+    """How many candidates each filter dropped, and how many random ones."""
+    counts, random = result.found.filtered.counts(), result.random.filtered.counts()
+    return pd.DataFrame([{"filter": name, "candidates": counts[name], "random": random[name]} for name in counts])
+
+
+def _test_table(result: Selection) -> pd.DataFrame:
+    assert result.test is not None
+    return pd.DataFrame(
+        [
+            {"metric": name, "value": one.value, "low": one.low, "high": one.high, "n": one.n}
+            for name, one in result.test.metrics().items()
+        ]
+    )
+
+
+def _steered_answers(result: Selection) -> pd.DataFrame:
+    """Test prompts with their answers before and after, refused or not."""
+    assert result.test is not None
+    before = dict(zip(result.judged.answers.ids, result.judged.answers.texts, strict=True))
+    texts = {prompt.id: prompt.text for prompt in result.judged.prompts}
+    return pd.DataFrame(
+        [
+            {"done": name, "id": prompt, "prompt": texts[prompt], "answer_before": before[prompt],
+             "answer_after": after, "refused": refused}
+            for name, said in result.test.answers.items()
+            for prompt, after, refused in zip(said.ids, said.texts, result.test.refused[name], strict=True)
+        ]
+    )  # fmt: skip
+
+
+def _figures(writer: RunWriter, result: Selection, candidates: pd.DataFrame) -> dict[str, str]:
+    """Draws every figure that there are numbers for; their names by what they show."""
+    own = candidates[candidates["kind"] == "candidate"]
+    for score, title in SCORES.items():
+        figure = figures.heatmap(
+            own, x="position", y="level", value=score, title=title, xlabel="position", ylabel="layer", label=score,
+            center=None if score == "kl" else 0.0,
+        )  # fmt: skip
+        figure.update_layout(height=560)
+        writer.figure(f"scores_{score}", figure, table="candidates")
+    scored = candidates.dropna(subset=["bypass", "induce"]).assign(
+        group=candidates["kind"].where(candidates["fate"] != "chosen", "chosen " + candidates["kind"])
+    )
+    figure = figures.scatter(
+        scored, x="bypass", y="induce", group="group", hover=["position", "level", "kl", "fate"], hline=0.0, vline=0.0,
+        title="Every candidate beside as many random directions", xlabel="bypass score", ylabel="induce score",
+    )  # fmt: skip
+    writer.figure(
+        "candidates", figure, table="candidates",
+        caption="Towards the top left: refusal goes when the direction is ablated, and comes when it is added.",
+    )  # fmt: skip
+    names = {score: f"scores_{score}" for score in SCORES} | {"candidates": "candidates"}
+    return names | ({} if result.test is None else {"test": _test_figure(writer, result)})
+
+
+def _test_figure(writer: RunWriter, result: Selection) -> str:
+    assert result.test is not None
+    metrics = result.test.metrics()
+    rows = [
+        {"prompts": prompts, "direction": shown, "score": one.value, "low": one.low, "high": one.high}
+        for prompts, name, extreme in (("harmful", "ablated", "min"), ("harmless", "added", "max"))
+        for shown, suffix in (
+            ("none", None), ("chosen", ""), ("best random candidate", ".random_best"), ("random, mean", ".random"),
+            ("random, extreme", f".random_{extreme}"),
+        )
+        if (one := metrics[f"refusal_score.{prompts}" + ("" if suffix is None else f".{name}{suffix}")]).measurable
+    ]  # fmt: skip
+    writer.table("test_scores", pd.DataFrame(rows))
+    figure = figures.bars(
+        pd.DataFrame(rows), x="prompts", y="score", group="direction", low="low", high="high", hline=0.0,
+        title="Test prompts: refusal score with the direction ablated (harmful) and added (harmless)", xlabel="",
+        ylabel="refusal score (log-odds)",
+    )  # fmt: skip
+    writer.figure("test_scores", figure, table="test_scores")
+    return "test_scores"
+
+
+def _report(
+    writer: RunWriter,
+    result: Selection,
+    verdict: SelectionVerdict,
+    model: LanguageModel,
+    names: dict[str, str],
+    punctuation: str,
+) -> Report:
+    best = result.found.table().query("fate == 'chosen' or fate == 'kept'").sort_values("bypass").head(10)
+    tested = [] if result.test is None else [_tested(result, names)]
+    known = loaded(model)
+    return Report(
+        title=f"One direction for refusal in {known.checkpoint.name}",
+        question=QUESTION,
+        verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
+        numbers=tuple(Number(name, estimate) for name, estimate in verdict.deciding.items()),
+        sections=(
+            Section(
+                "Scores of every candidate",
+                "Means over validation prompts. Bypass: refusal score of harmful prompts with the direction taken out "
+                "of every site, layer and token. Induce: that of harmless prompts with the direction added once, at "
+                "its own layer. KL: how far ablating moves the next token of harmless prompts.",
+                (names["bypass"], names["induce"], names["kl"]),
+                table=best,
+            ),
+            Section(
+                "What the filters left",
+                f"{result.plan.rule.words} The same rule chose among as many random directions of the same lengths.",
+                (names["candidates"],),
+                table=_filters(result),
+            ),
+            *tested,
+            Section(
+                "Which prompts chose",
+                "Harmful prompts with a refusal score above 0 and harmless ones with one below 0 make and choose the "
+                "direction; on test every prompt counts.",
+                table=result.sizes(),
+            ),
+        ),
+        how=_how(result, verdict, model, punctuation),
+        command=writer.run.command,
+        model=known.checkpoint.name,
+    )
+
+
+def _tested(result: Selection, names: dict[str, str]) -> Section:
+    shown = _steered_answers(result).groupby("done").head(4)
+    return Section(
+        "The chosen direction on test prompts",
+        f"Beside it: the best of {len(result.random.candidates)} random candidates, and {result.test.n_random} random "  # type: ignore[union-attr]
+        "directions of its own length at its own layer. Answers below are greedy, before and after.",
+        (names["test"],),
+        table=shown,
+    )
+
+
+def _how(result: Selection, verdict: SelectionVerdict, model: LanguageModel, punctuation: str) -> str:
+    tokens, known = result.first_token.tokens, loaded(model)
+    coverage = "" if tokens.coverage is None else f" with coverage {tokens.coverage:.2f}"
+    return (
+        f"The rule of the verdict. {verdict.rule}\n\nRefusal tokens: {list(tokens.texts)}, {tokens.origin}{coverage}. "
+        f"Prompt families are shared out by class. {punctuation}\n\nIntervals: 95% bootstrap over prompt families "
+        f"({result.plan.n_resamples} resamples), directions frozen. Refusal rates: the list `{result.judged.judge}` on "
+        f"greedy answers of {result.plan.max_new_tokens} tokens. Weights: {known.checkpoint.regime}, answers by the "
+        f"{result.judged.answers.engine} engine."
+    )

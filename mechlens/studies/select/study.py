@@ -1,0 +1,222 @@
+"""Which single direction carries refusal? Every candidate scored, one chosen on validation, tested once.
+
+Candidates are the differences between harmful and harmless training prompts at every post-instruction position and
+layer (Arditi et al. 2024). Beside them as many random directions of the same lengths go through the same choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from jaxtyping import Float64
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.cache import Shelf
+from mechlens.methods.directions.direction import Direction, direction_grid, random_like
+from mechlens.methods.steering.candidates import (
+    KEPT,
+    LOW_INDUCE,
+    CandidateScores,
+    Filtered,
+    SelectionRule,
+    filter_candidates,
+    score_candidates,
+)
+from mechlens.models.bridge import LanguageModel, n_layers
+from mechlens.models.engine.writes import require_everywhere
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.split import Split, split_by_family
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.select.held_out import SelectionTest, run_selection_test
+from mechlens.studies.shared.quadrants import FirstTokenJudgement, Judged, judge_answers, judge_first_token
+
+HARMFUL, HARMLESS = "harmful", "harmless"
+LEAST_KEPT = 3
+"""Fewer prompts than this of one class in training or validation don't choose a direction."""
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """The choices of a selection."""
+
+    seed: int
+    max_new_tokens: int
+    """Length of the answers that are judged; the scores need none."""
+    fractions: tuple[float, float, float]
+    """Shares of the prompt families for training, validation and test."""
+    rule: SelectionRule
+    n_resamples: int = 1000
+    n_random: int = 20
+    """Random directions of the chosen one's length on the test prompts."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Candidates with their scores on validation prompts, and what became of each."""
+
+    candidates: tuple[Direction, ...]
+    scores: CandidateScores
+    filtered: Filtered
+
+    @property
+    def means(self) -> Float64[Tensor, "candidate score"]:
+        """Bypass, induce and KL of every candidate."""
+        return self.scores.means()
+
+    @property
+    def best(self) -> Direction | None:
+        """The chosen direction; None where no candidate was let through."""
+        return None if self.filtered.chosen is None else self.candidates[self.filtered.chosen]
+
+    def rivals(self) -> tuple[Direction, ...]:
+        """The best at bypassing and the best at inducing; none where no candidate is left to choose from.
+
+        Candidates that induce too little count as well: of random ones, few or none induce refusal.
+        """
+        pool = [i for i, fate in enumerate(self.filtered.fate) if fate in (KEPT, LOW_INDUCE)]
+        if not pool:
+            return ()
+        bypass, induce, _ = self.means.T.tolist()
+        lowest, highest = min(pool, key=bypass.__getitem__), max(pool, key=induce.__getitem__)
+        return self.candidates[lowest], self.candidates[highest]
+
+    def table(self) -> pd.DataFrame:
+        """One row per candidate: position, level, norm, bypass, induce, kl, fate."""
+        bypass, induce, kl = self.means.T.tolist()
+        chosen = range(len(self.candidates))
+        return pd.DataFrame(
+            {
+                "position": [one.position for one in self.candidates],
+                "level": [one.level for one in self.candidates],
+                "norm": [one.norm for one in self.candidates],
+                "bypass": bypass,
+                "induce": induce,
+                "kl": kl,
+                "fate": ["chosen" if i == self.filtered.chosen else self.filtered.fate[i] for i in chosen],
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was found, and everything its numbers were made from."""
+
+    judged: Judged
+    first_token: FirstTokenJudgement
+    split: Split
+    kept: dict[str, dict[str, tuple[int, ...]]]
+    """Prompts that chose: row numbers by part ("train", "validation") and class."""
+    found: Ranked
+    random: Ranked
+    """The same choice among as many random directions."""
+    test: SelectionTest | None
+    """None where no candidate was let through."""
+    plan: SelectionPlan
+
+    def sizes(self) -> pd.DataFrame:
+        """Prompts of each part and class: before and after the filter by refusal score."""
+        labels = [prompt.label for prompt in self.judged.prompts]
+        return pd.DataFrame(
+            [
+                {
+                    "part": part,
+                    "class": label,
+                    "prompts": sum(labels[i] == label for i in self.split.part(part)),
+                    "kept": len(self.kept[part][label]) if part in self.kept else None,
+                }
+                for part in ("train", "validation", "test")
+                for label in (HARMFUL, HARMLESS)
+            ]
+        )
+
+
+def select_direction(
+    model: LanguageModel,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    plan: SelectionPlan,
+    *,
+    template: ChatTemplate | None = None,
+    shelf: Shelf | None = None,
+) -> Selection:
+    """The whole selection on one model; prompts carry the labels "harmful" and "harmless".
+
+    Harmful prompts with a refusal score of at most 0, and harmless ones with at least 0, neither make nor choose a
+    direction (as published); on test every prompt counts. UserError, with the counts, where too few are left.
+    """
+    require_everywhere(model)
+    prompts = [*harmful, *harmless]
+    batch = tokenize(prompts, template or template_of(model))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf))
+    acts = collect(model, batch, positions=["post[*]"], shelf=shelf)
+    labels = [prompt.label for prompt in prompts]
+    families = [prompt.group for prompt in prompts]
+    split = split_by_family(labels, families, fractions=plan.fractions, seed=plan.seed)
+    judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
+    kept = _kept(labels, first_token.log_odds, split)
+    candidates = _candidates(acts, kept["train"], n_layers(model))
+    twins = [random_like(one, 1, plan.seed + 1 + i)[0] for i, one in enumerate(candidates)]
+    found, random = (
+        _ranked(model, some, batch, kept["validation"], first_token.tokens.ids, plan, shelf)
+        for some in (candidates, twins)
+    )
+    test = None
+    if found.best is not None:
+        test = run_selection_test(
+            model,
+            batch.select(split.test),
+            [judged.refused[i] for i in split.test],
+            found.best,
+            random.rivals(),
+            first_token.tokens.ids,
+            seed=plan.seed,
+            n_random=plan.n_random,
+            n_resamples=plan.n_resamples,
+            max_new_tokens=plan.max_new_tokens,
+            shelf=shelf,
+        )
+    return Selection(judged, first_token, split, kept, found, random, test, plan)
+
+
+def _kept(
+    labels: Sequence[str], scores: Float64[Tensor, " prompt"], split: Split
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Prompts whose first token is on the side of their class, by part and class."""
+    sides = {HARMFUL: scores > 0, HARMLESS: scores < 0}
+    kept: dict[str, dict[str, tuple[int, ...]]] = {}
+    for part in ("train", "validation"):
+        kept[part] = {}
+        for label, right in sides.items():
+            asked = [i for i in split.part(part) if labels[i] == label]
+            kept[part][label] = tuple(i for i in asked if right[i])
+            if len(kept[part][label]) < LEAST_KEPT:
+                raise UserError(
+                    f"of {len(asked)} {label} {part} prompts {len(kept[part][label])} have a refusal score "
+                    f"{'above' if label == HARMFUL else 'below'} 0, and at least {LEAST_KEPT} are needed; take more "
+                    "prompts, or a model that refuses harmful and answers harmless ones"
+                )
+    return kept
+
+
+def _candidates(acts: Activations, kept: dict[str, tuple[int, ...]], n_blocks: int) -> tuple[Direction, ...]:
+    """The difference of means at every position and every level that is a block's input."""
+    grid = direction_grid(acts.select([*kept[HARMFUL], *kept[HARMLESS]]), HARMFUL, HARMLESS)
+    return tuple(grid.at(level, position) for position in grid.positions for level in range(n_blocks))
+
+
+def _ranked(
+    model: LanguageModel,
+    candidates: Sequence[Direction],
+    batch: TokenBatch,
+    kept: dict[str, tuple[int, ...]],
+    tokens: Sequence[int],
+    plan: SelectionPlan,
+    shelf: Shelf | None,
+) -> Ranked:
+    scores = score_candidates(model, candidates, batch, kept[HARMFUL], kept[HARMLESS], tokens, shelf=shelf)
+    return Ranked(tuple(candidates), scores, filter_candidates(candidates, scores.means(), n_layers(model), plan.rule))

@@ -1,0 +1,23 @@
+"""`mechlens separate`."""
+
+from dataclasses import dataclass
+
+from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice, Sampling
+from mechlens.studies.registry import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separate(ModelChoice, PromptSets, Answering, Sampling, RunChoice):
+    """Are harmfulness and refusal two things in this model? Quadrants, directions, beliefs, verdict."""
+
+    extra_harmless: str | None = "benign"
+    """Further harmless prompts, for the quadrants and the refusal contrasts only; None leaves them out."""
+
+
+STUDY = Study(
+    "separate",
+    Separate,
+    "mechlens.studies.separate.study:prepare",
+    "mechlens.studies.separate.study:execute",
+    "mechlens.studies.separate.report:record_separation",
+)

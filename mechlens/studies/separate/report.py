@@ -1,0 +1,224 @@
+"""The separation study as a record: metrics, tables, figures, artefacts and a report."""
+
+import pandas as pd
+
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.directions.token_view import project_tokens
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.runs.report.report import Number, Report, Section, TokenView
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.separate.figures import draw
+from mechlens.studies.separate.study import Separation
+from mechlens.studies.separate.verdict import Verdict, separation_verdict
+from mechlens.studies.shared.quadrants import IN_NO_QUADRANT, QUADRANTS
+
+QUESTION = (
+    "Does this model represent harmfulness and refusal as two things? A harmful request that it accepts should still "
+    "look harmful at the end of the instruction, and a refusal should be readable at the last template token "
+    "even among harmful requests alone (Zhao et al. 2025)."
+)
+
+
+def record_separation(writer: RunWriter, result: Separation, model: LanguageModel, punctuation: str) -> None:
+    """Writes everything the study found into an open run."""
+    metrics = result.metrics()
+    verdict = separation_verdict(metrics)
+    writer.metrics(metrics)
+    _tables(writer, result)
+    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
+    writer.artifact("activations_checkpoint", result.acts.checkpoint, inputs=sources)
+    for name, contrast in result.contrasts.items():
+        if contrast.detection is not None:
+            writer.artifact(f"directions_{name}", contrast.detection.directions, inputs=sources)
+    for name, centroids in (("centroids_harm", result.beliefs.harm), ("centroids_refusal", result.beliefs.refusal)):
+        if centroids is not None:
+            writer.artifact(name, centroids, inputs=sources)
+    figures = draw(writer, result)
+    writer.report(_report(writer, result, verdict, figures, model, punctuation))
+
+
+def _tables(writer: RunWriter, result: Separation) -> None:
+    writer.table("quadrant_counts", result.judged.counts())
+    writer.table("answers", result.judged.table().assign(log_odds=result.first_token.log_odds.tolist()))
+    writer.table("agreement", agreement_table(result))
+    writer.table("auroc_by_level", result.table())
+    writer.table("auroc_chosen", result.chosen())
+    writer.table("baselines", result.baselines())
+    writer.table("cosines", result.geometry.table())
+    writer.table("effect_norms", result.geometry.interaction)
+    writer.table("beliefs", result.beliefs.prompts)
+    writer.table("scores_by_level", result.beliefs.by_level)
+    parts = {i: name for name in ("train", "validation", "test") for i in result.split.part(name)}
+    ids = [prompt.id for prompt in result.judged.prompts]
+    writer.table("split", pd.DataFrame({"id": ids, "part": [parts[i] for i in range(len(ids))]}))
+
+
+def agreement_table(result: Separation) -> pd.DataFrame:
+    """Cohen's kappa of every two judges."""
+    rows = [
+        {"judge": one, "other": other, "kappa": found.kappa.value, "low": found.kappa.low, "high": found.kappa.high}
+        for one, other, found in result.judged.agreements(result.plan.seed)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _report(
+    writer: RunWriter,
+    result: Separation,
+    verdict: Verdict,
+    figures: dict[str, tuple[str, ...]],
+    model: LanguageModel,
+    punctuation: str,
+) -> Report:
+    checkpoint = loaded(model).checkpoint
+    return Report(
+        title=f"Harmfulness and refusal in {checkpoint.name}",
+        question=QUESTION,
+        verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
+        numbers=tuple(Number(name, estimate) for name, estimate in verdict.deciding.items()),
+        sections=(
+            _quadrants(result, figures),
+            _detection(result, figures),
+            _angle(result, figures),
+            _beliefs(result, figures),
+            _template(result),
+            _examples(result, model),
+        ),
+        how=_how(writer, result, verdict, model, punctuation),
+        command=writer.run.command,
+        model=checkpoint.name,
+    )
+
+
+def _quadrants(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
+    tokens = result.first_token.tokens
+    return Section(
+        "Who is refused",
+        "Every prompt was answered greedily and judged. The four quadrants are placed by the first judge "
+        f"(`{result.judged.judge}`); the others show how far that choice matters. {_placed_nowhere(result)}\n\n"
+        f"The log-odds judge reads the first answer token only: P(first token in {list(tokens.texts)}), tokens "
+        f"{tokens.origin}{'' if tokens.coverage is None else f' with coverage {tokens.coverage:.2f}'}. Its AUROC "
+        f"against the first judge is {result.first_token.auroc}.",
+        figures["quadrants"],
+        table=agreement_table(result),
+    )
+
+
+def _placed_nowhere(result: Separation) -> str:
+    quadrants = result.judged.quadrants()
+    found = [f"{quadrants.count(name)} {name}" for name in IN_NO_QUADRANT]
+    return f"In none of them, of {len(quadrants)} prompts: {' and '.join(found)} answers."
+
+
+def _detection(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
+    skipped = [
+        f"`{name}` ({', '.join(f'{n} {label}' for label, n in contrast.counts.items())})"
+        for name, contrast in result.contrasts.items()
+        if contrast.detection is None
+    ]
+    missing = f"\n\nNot measurable, with the prompts there were: {'; '.join(skipped)}." if skipped else ""
+    return Section(
+        "What can be read, and where",
+        "Held-out AUROC of the mean difference. The direction is fitted on training families, the level chosen on "
+        "validation and scored once on test. Within-class contrasts (`harmful.accepted`: harmfulness among accepted "
+        "prompts) change one factor only. A number means little unless it beats the surface baselines: the token at "
+        "the position before any block has run, the words (TF-IDF), the mean token embedding." + missing,
+        figures["detection"],
+        table=result.chosen(),
+    )
+
+
+def _angle(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
+    level = result.geometry.level
+    measured = result.geometry.metrics()
+    return Section(
+        "The angle between the two directions",
+        f"At level {level} (chosen on validation for harmfulness at `inst`) the cosine is "
+        f"{measured['cos_harm_refusal.measured']} as measured and {measured['cos_harm_refusal']} corrected for noise. "
+        "Two estimates of one direction from few prompts can be nearly orthogonal, so each curve stands beside the "
+        "split-half reliability of both directions, and the corrected one compares disjoint halves.\n\n"
+        "Refused-harmful against accepted-harmless differs in both factors. The balanced main effects "
+        "(half of [(RH-RL)+(AH-AL)] and half of [(RH-AH)+(RL-AL)]) don't, and the interaction says how far one "
+        "depends on the other; they need all four quadrants.",
+        figures["angle"],
+    )
+
+
+def _beliefs(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
+    if result.beliefs.harm is None:
+        text = "Not measurable: the centroids need refused harmful and accepted harmless training prompts."
+    else:
+        text = (
+            "Belief of harmfulness: mean over levels of cos(h, harmful centroid) - cos(h, harmless centroid) at "
+            "`inst`; belief of refusal likewise at the last token. Centroids come from refused harmful and accepted "
+            "harmless training prompts; every prompt shown is held out. If the two are separate things, accepted "
+            "harmful prompts stay on the harmful side and move to the accepting side. "
+            f"Correlation of the two beliefs: {result.beliefs.correlation['belief_correlation.pearson']} (Pearson)."
+        )
+    return Section("Where the misbehaving quadrants fall", text, figures["beliefs"])
+
+
+def _template(result: Separation) -> Section:
+    rates = result.refusal_rates
+    return Section(
+        "Without the template's last tokens",
+        f"Refusal of harmful prompts with the full template: {rates['full_template']}; with the prompt cut right after "
+        f"the instruction: {rates['no_post_tokens']}. (The paper's Table 1: refusal falls from 96-100% to 59-85%.)",
+    )
+
+
+def _examples(result: Separation, model: LanguageModel) -> Section:
+    """One prompt of each quadrant, its tokens coloured by the two directions."""
+    views: list[TokenView] = []
+    rows = []
+    quadrants = result.judged.quadrants()
+    for name in QUADRANTS:
+        test = [i for i in result.split.test if quadrants[i] == name]
+        for i in test[:2]:
+            prompt, said = result.judged.prompts[i], result.judged.answers.texts[i]
+            rows.append({"quadrant": name, "prompt": prompt.text, "answer": said})
+        if test:
+            views += _views(result, model, test[0], name)
+    return Section(
+        "Examples", "Test prompts; blue is below zero, red above.", table=pd.DataFrame(rows), views=tuple(views)
+    )
+
+
+def _views(result: Separation, model: LanguageModel, row: int, quadrant: str) -> list[TokenView]:
+    ids = [*result.batch.row(row), *result.judged.answers.tokens[row]]
+    start = int(result.batch.instruction[row, 0]) - result.batch.offset(row)
+    views = []
+    for name, direction in _named_directions(result):
+        found = project_tokens(model, direction, ids)
+        # Projections are shown about their mean: the residual stream has a large part that all tokens share.
+        values = found.values[start:]
+        mean = sum(values) / len(values)
+        where = f"level {found.level}, {direction.position}"
+        title = f"{quadrant.replace('_', ' ')}: {name} ({where}), mean {mean:.1f} taken off"
+        views.append(TokenView(found.tokens[start:], tuple(value - mean for value in values), title))
+    return views
+
+
+def _named_directions(result: Separation) -> list[tuple[str, Direction]]:
+    found = []
+    for name, position in (("harmful", "inst"), ("refused", result.acts.positions[-1])):
+        detection = result.contrasts[name].detection
+        if detection is not None:
+            found.append((name, detection.at(position).direction))
+    return found
+
+
+def _how(writer: RunWriter, result: Separation, verdict: Verdict, model: LanguageModel, punctuation: str) -> str:
+    sizes = {name: len(result.split.part(name)) for name in ("train", "validation", "test")}
+    known = loaded(model)
+    gap = known.parity_gap
+    return (
+        f"The rule of the verdict. {verdict.rule}\n\n"
+        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test; "
+        f"{result.split_note}. {punctuation}\n\n"
+        f"Intervals: 95% bootstrap over prompt families ({result.plan.n_resamples} resamples), directions frozen; for "
+        "cosines 95% jackknife over families, directions refitted. Nulls: label permutation and random directions of "
+        f"the same norm, at the chosen levels.\n\nAnswers: greedy, {result.plan.max_new_tokens} tokens. Activations: "
+        f"{result.acts.engine} engine, {known.checkpoint.regime} weights. Largest logit difference to plain "
+        f"Hugging Face on one prompt: {gap:.2g}."
+    )

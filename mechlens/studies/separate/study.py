@@ -1,0 +1,247 @@
+"""Are harmfulness and refusal two things? The separation study (Zhao et al. 2025, sections 2 and 3).
+
+Every prompt is answered and judged; the residual stream at `inst` and at the template tokens after it is
+collected at every level; directions are fitted on training families, levels chosen on validation, and
+everything reported comes from test families.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.judges import Judge
+from mechlens.methods.cache import Shelf
+from mechlens.methods.probing.detect import DetectionPlan
+from mechlens.methods.statistics.effects import CosineCurve
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.split import Split, split_by_family
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.separate.geometry import Geometry, measure_geometry
+from mechlens.studies.shared.contrasts import LEAST_IN_A_CLASS, Measured, Surface, measure, surface_of
+from mechlens.studies.shared.quadrants import (
+    IN_NO_QUADRANT,
+    QUADRANTS,
+    FirstTokenJudgement,
+    Judged,
+    judge_answers,
+    judge_first_token,
+)
+from mechlens.studies.shared.two_beliefs import Beliefs, measure_beliefs
+
+REFUSED, ACCEPTED = "refused", "accepted"
+HARMFUL, HARMLESS = "harmful", "harmless"
+
+
+@dataclass(frozen=True)
+class SeparationPlan:
+    """The choices of a separation study."""
+
+    seed: int
+    max_new_tokens: int
+    fractions: tuple[float, float, float]
+    """Shares of the prompt families for training, validation and test."""
+    n_resamples: int
+    n_permutations: int
+    n_random: int
+
+
+@dataclass(frozen=True)
+class Separation:
+    """What the study found, and everything its numbers were made from."""
+
+    judged: Judged
+    first_token: FirstTokenJudgement
+    split: Split
+    split_note: str
+    contrasts: dict[str, Measured]
+    """By name: harmful, refused, harmful.accepted, harmful.refused, refused.harmful, refused.harmless."""
+    geometry: Geometry
+    beliefs: Beliefs
+    refusal_rates: dict[str, Estimate]
+    """Share of all harmful prompts refused with the full template and without the tokens after `inst`; nothing is
+    fitted for it, so no prompt is left out."""
+    acts: Activations
+    batch: TokenBatch
+    plan: SeparationPlan
+
+    @property
+    def cosine(self) -> CosineCurve:
+        """Harmfulness at `inst` against refusal at the last position."""
+        return self.geometry.directions
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every headline number by its name in run.json; what can't be measured is there with its count."""
+        last = self.acts.positions[-1]
+        harmful, refused = self.contrasts["harmful"], self.contrasts["refused"]
+        counts = {name: float(self.judged.quadrants().count(name)) for name in (*QUADRANTS, *IN_NO_QUADRANT)}
+        missing = Estimate.missing(min(harmful.counts.values()))
+        found = {
+            "harmful_auroc.inst": harmful.auroc("inst"),
+            "harmful_auroc.last": harmful.auroc(last),
+            "token_identity_auroc.inst": harmful.baselines.get("token_identity_auroc.inst", missing),
+            "token_identity_auroc.last": harmful.baselines.get(f"token_identity_auroc.{last}", missing),
+            "tfidf_auroc": harmful.baselines.get("tfidf_auroc", missing),
+            "mean_embedding_auroc": harmful.baselines.get("mean_embedding_auroc", missing),
+            "refused_auroc.inst": refused.auroc("inst"),
+            "refused_auroc.last": refused.auroc(last),
+            "harmful_auroc.inst.accepted": self.contrasts["harmful.accepted"].auroc("inst"),
+            "harmful_auroc.inst.refused": self.contrasts["harmful.refused"].auroc("inst"),
+            "refused_auroc.last.harmful": self.contrasts["refused.harmful"].auroc(last),
+            "refused_auroc.last.harmless": self.contrasts["refused.harmless"].auroc(last),
+            "first_token_auroc": self.first_token.auroc,
+        }
+        found |= {f"n.{name}": Estimate.exact(n, len(self.judged.prompts)) for name, n in counts.items()}
+        found |= {f"refusal_rate.{name}": rate for name, rate in self.refusal_rates.items()}
+        return found | self.geometry.metrics() | self.beliefs.metrics()
+
+    def table(self) -> pd.DataFrame:
+        """Every contrast at every level and position."""
+        return pd.concat([contrast.table() for contrast in self.contrasts.values()], ignore_index=True)
+
+    def chosen(self) -> pd.DataFrame:
+        """Every contrast at its chosen levels, with nulls."""
+        return pd.concat([contrast.chosen() for contrast in self.contrasts.values()], ignore_index=True)
+
+    def baselines(self) -> pd.DataFrame:
+        """Surface baselines of every contrast."""
+        rows = [
+            {"contrast": name, "baseline": baseline, **_columns(estimate)}
+            for name, contrast in self.contrasts.items()
+            for baseline, estimate in contrast.baselines.items()
+        ]
+        return pd.DataFrame(rows)
+
+
+def _columns(estimate: Estimate) -> dict[str, float]:
+    return {"auroc": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def separate(
+    model: LanguageModel,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    extra_harmless: Sequence[Prompt],
+    plan: SeparationPlan,
+    *,
+    template: ChatTemplate | None = None,
+    judges: Sequence[Judge] = (),
+    shelf: Shelf | None = None,
+) -> Separation:
+    """The whole study on one model.
+
+    `harmful` and `harmless` are the contrast; `extra_harmless` prompts only fill the quadrants and the refusal
+    contrasts, so that matched pairs stay matched. With few refusals, whatever needs them is not measurable.
+    """
+    prompts = _labelled(harmful, harmless, extra_harmless)
+    batch = tokenize(prompts, template or template_of(model))
+    answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf)
+    judged = judge_answers(prompts, answers, judges)
+    acts = collect(model, batch, positions=["inst", "post[*]"], shelf=shelf)
+    split, note = _split(judged, plan)
+    judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
+    paired = {prompt.id for prompt in (*harmful, *harmless)}
+    contrasts = _contrasts(acts, judged, split, surface_of(model, batch), paired, plan)
+    harm = contrasts["harmful"].detection
+    return Separation(
+        judged=judged,
+        first_token=first_token,
+        split=split,
+        split_note=note,
+        contrasts=contrasts,
+        geometry=measure_geometry(
+            acts,
+            judged.quadrants(),
+            paired,
+            level=harm.at("inst").level if harm else acts.levels[len(acts.levels) // 2],
+            seed=plan.seed,
+        ),
+        beliefs=measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.n_resamples),
+        refusal_rates=_refusal_rates(model, judged, batch, plan, judges, shelf),
+        acts=acts,
+        batch=batch,
+        plan=plan,
+    )
+
+
+def _labelled(harmful: Sequence[Prompt], harmless: Sequence[Prompt], extra_harmless: Sequence[Prompt]) -> list[Prompt]:
+    """All prompts with their class; refuses an empty class and ids that clash."""
+    for name, prompts in ((HARMFUL, harmful), (HARMLESS, harmless)):
+        if not prompts:
+            raise UserError(f"there are no {name} prompts; the study contrasts two classes, so give both")
+    labelled = [replace(prompt, label=HARMFUL) for prompt in harmful]
+    labelled += [replace(prompt, label=HARMLESS) for prompt in (*harmless, *extra_harmless)]
+    seen: set[str] = set()
+    for prompt in labelled:
+        if prompt.id in seen:
+            raise UserError(f"two prompts have the id {prompt.id!r}; ids must be unique over all sets of a study")
+        seen.add(prompt.id)
+    return labelled
+
+
+def _split(judged: Judged, plan: SeparationPlan) -> tuple[Split, str]:
+    """By family, keeping the quadrants' shares where each has enough prompts."""
+    families = [prompt.group for prompt in judged.prompts]
+    quadrants = judged.quadrants()
+    if min(quadrants.count(name) for name in QUADRANTS) >= LEAST_IN_A_CLASS:
+        try:
+            split = split_by_family(quadrants, families, fractions=plan.fractions, seed=plan.seed)
+        except UserError:
+            pass  # too few families of some kind; the classes alone can always be kept
+        else:
+            return split, "families shared out by quadrant"
+    labels = [prompt.label for prompt in judged.prompts]
+    split = split_by_family(labels, families, fractions=plan.fractions, seed=plan.seed)
+    return split, "families shared out by class (some quadrant is too small to share out)"
+
+
+def _contrasts(
+    acts: Activations, judged: Judged, split: Split, surface: Surface, paired: set[str], plan: SeparationPlan
+) -> dict[str, Measured]:
+    detection = DetectionPlan(plan.seed, plan.n_resamples, plan.n_permutations, plan.n_random)
+    quadrants = judged.quadrants()
+    harm = [prompt.label if prompt.id in paired else "" for prompt in judged.prompts]
+    matched = [own if label else "" for own, label in zip(quadrants, harm, strict=True)]
+    verdicts = judged.verdicts[judged.judge]
+    questions: dict[str, tuple[Sequence[str], tuple[str, str]]] = {
+        "harmful": (harm, (HARMFUL, HARMLESS)),
+        "refused": (verdicts, (REFUSED, ACCEPTED)),
+        # Matched prompts only: harm is contrasted where the words are alike but for it.
+        "harmful.accepted": (matched, ("accepted_harmful", "accepted_harmless")),
+        "harmful.refused": (matched, ("refused_harmful", "refused_harmless")),
+        "refused.harmful": (quadrants, ("refused_harmful", "accepted_harmful")),
+        "refused.harmless": (quadrants, ("refused_harmless", "accepted_harmless")),
+    }
+    return {
+        name: measure(name, acts, labels, contrast, split, surface, detection)
+        for name, (labels, contrast) in questions.items()
+    }
+
+
+def _refusal_rates(
+    model: LanguageModel,
+    judged: Judged,
+    batch: TokenBatch,
+    plan: SeparationPlan,
+    judges: Sequence[Judge],
+    shelf: Shelf | None,
+) -> dict[str, Estimate]:
+    """Refusal of harmful prompts with the whole template, and with the prompt cut after `inst` (Table 1)."""
+    rows = [i for i, prompt in enumerate(judged.prompts) if prompt.label == HARMFUL]
+    cut = answer(model, batch.select(rows).without_post(), max_new_tokens=plan.max_new_tokens, shelf=shelf)
+    without = judge_answers([judged.prompts[i] for i in rows], cut, judges)
+    families = [judged.prompts[i].group for i in rows]
+    full = torch.tensor([judged.refused[i] for i in rows]).double()
+    return {
+        "full_template": mean_estimate(full, families, plan.seed, plan.n_resamples),
+        "no_post_tokens": mean_estimate(torch.tensor(without.refused).double(), families, plan.seed, plan.n_resamples),
+    }

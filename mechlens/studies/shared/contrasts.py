@@ -1,0 +1,148 @@
+"""Contrasts of the separation study: what is told apart from what, held out, or why it can't be measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.probing.baselines import (
+    Contrast,
+    length_auroc,
+    mean_embedding_auroc,
+    tfidf_auroc,
+    token_identity_auroc,
+)
+from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import LanguageModel, token_embeddings
+from mechlens.prompts.batch import TokenBatch
+from mechlens.prompts.split import PARTS, Split
+
+LEAST_IN_A_CLASS = 10
+"""A contrast with fewer prompts than this in one class is called not measurable."""
+LEAST_IN_A_PART = 3
+"""So is one with fewer than this in a part of the split."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """What the prompts look like without a model: their words and the embeddings of their tokens."""
+
+    texts: tuple[str, ...]
+    mean_embeddings: Float[Tensor, "prompt d_model"]
+    """Mean of the token embeddings over each instruction."""
+    n_tokens: Int[Tensor, " prompt"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contrast: its detection at every cell with baselines, or the counts that were too small for it."""
+
+    name: str
+    positive: str
+    negative: str
+    counts: dict[str, int]
+    detection: Detection | None
+    baselines: dict[str, Estimate]
+    """Surface baselines on the same split, by name."""
+
+    def auroc(self, position: str) -> Estimate:
+        """Test AUROC at the level chosen on validation, missing where the contrast can't be measured."""
+        if self.detection is None:
+            return Estimate.missing(min(self.counts.values()))
+        return self.detection.at(position).auroc
+
+    def chosen(self) -> pd.DataFrame:
+        """One row per position: the chosen level, AUROC with interval, both nulls."""
+        choices = self.detection.chosen if self.detection else ()
+        return pd.DataFrame(
+            [
+                {
+                    "contrast": self.name,
+                    "position": choice.position,
+                    "level": choice.level,
+                    "auroc": choice.auroc.value,
+                    "low": choice.auroc.low,
+                    "high": choice.auroc.high,
+                    "n": choice.auroc.n,
+                    "permuted_mean": choice.permutation.mean,
+                    "permutation_p": choice.permutation.p,
+                    "random_mean": choice.random.mean,
+                    "random_maximum": choice.random.maximum,
+                }
+                for choice in choices
+            ]
+        )
+
+    def table(self) -> pd.DataFrame:
+        """One row per level and position, and one per baseline."""
+        frames = [] if self.detection is None else [self.detection.table()]
+        return pd.concat(frames).assign(contrast=self.name) if frames else pd.DataFrame()
+
+
+def measure(
+    name: str,
+    acts: Activations,
+    labels: Sequence[str],
+    contrast: tuple[str, str],
+    split: Split,
+    surface: Surface,
+    plan: DetectionPlan,
+) -> Measured:
+    """Detection of the first class against the second, with surface baselines on the same split.
+
+    `labels` may name more classes than two; the others are left out. Nothing is raised where a class is
+    small: the result says how many prompts there were.
+    """
+    counts = {label: sum(own == label for own in labels) for label in contrast}
+    if not _enough(labels, contrast, split):
+        return Measured(name, *contrast, counts, None, {})
+    relabelled = replace(acts, labels=tuple(labels))
+    return Measured(
+        name,
+        *contrast,
+        counts,
+        detect(relabelled, *contrast, split, plan),
+        _baselines(relabelled, contrast, split, surface, plan),
+    )
+
+
+def _enough(labels: Sequence[str], contrast: tuple[str, str], split: Split) -> bool:
+    if min(sum(own == label for own in labels) for label in contrast) < LEAST_IN_A_CLASS:
+        return False
+    return all(
+        sum(labels[i] == label for i in split.part(name)) >= LEAST_IN_A_PART for name in PARTS for label in contrast
+    )
+
+
+def _baselines(
+    acts: Activations, contrast: tuple[str, str], split: Split, surface: Surface, plan: DetectionPlan
+) -> dict[str, Estimate]:
+    inside = {i for i, label in enumerate(acts.labels) if label in contrast}
+    train, validation, test = (tuple(i for i in split.part(name) if i in inside) for name in PARTS)
+    kept = replace(split, train=train, validation=validation, test=test)
+    positive = torch.tensor([label == contrast[0] for label in acts.labels])
+    question = Contrast(positive, acts.families, kept, plan.seed, plan.n_resamples)
+    found = {
+        "tfidf_auroc": tfidf_auroc(surface.texts, question),
+        "mean_embedding_auroc": mean_embedding_auroc(surface.mean_embeddings, question),
+        "length_auroc": length_auroc(surface.n_tokens, question),
+    }
+    if 0 in acts.levels:
+        for position in acts.positions:
+            found[f"token_identity_auroc.{position}"] = token_identity_auroc(acts.at(0, position), question)
+    return found
+
+
+def surface_of(model: LanguageModel, batch: TokenBatch) -> Surface:
+    """The words of each prompt and the mean embedding of its instruction's tokens."""
+    spans = batch.instruction.tolist()
+    means = [
+        token_embeddings(model, batch.tokens[i, start : end + 1]).mean(dim=0) for i, (start, end) in enumerate(spans)
+    ]
+    lengths = batch.instruction[:, 1] - batch.instruction[:, 0] + 1
+    return Surface(tuple(prompt.text for prompt in batch.prompts), torch.stack(means), lengths)

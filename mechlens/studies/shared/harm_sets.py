@@ -1,0 +1,102 @@
+"""The harmful and the harmless prompts of a study: read, told apart by id, checked against each other and unseen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.text import match_punctuation
+from mechlens.runs.run import Inputs
+from mechlens.runs.writer import RunWriter
+from mechlens.settings import ModelChoice
+from mechlens.studies.shared.inputs import (
+    PromptChoice,
+    data_inputs,
+    distinct_ids,
+    read_prompts,
+    refuse_shared,
+    without_repeats,
+)
+from mechlens.studies.shared.model import chosen_model, record_inputs
+from mechlens.studies.shared.training_data import LeftOut, leave_out_trained, record_left_out
+
+
+@runtime_checkable
+class HarmChoice(PromptChoice, Protocol):
+    """A verb's settings that name both classes."""
+
+    @property
+    def harmful(self) -> str:
+        """Where the harmful prompts come from."""
+
+    @property
+    def harmless(self) -> str:
+        """Where the harmless prompts come from."""
+
+    @property
+    def punctuation(self) -> Literal["match", "keep", "strip"]:
+        """What becomes of final punctuation."""
+
+
+class HarmSets(NamedTuple):
+    """Both classes, and further harmless prompts where a verb takes them."""
+
+    harmful: list[Prompt]
+    harmless: list[Prompt]
+    extra: list[Prompt]
+    left_out: LeftOut
+    data: dict[str, str]
+    """Fingerprint of every set."""
+
+
+def read_harm_sets(config: HarmChoice, models: Sequence[ModelChoice], extra_source: str | None = None) -> HarmSets:
+    """The prompts as configured, each once, under ids that don't clash, without what a model was trained on.
+
+    UserError where a prompt stands in both classes, or nothing is left of a set.
+    """
+    read = distinct_ids(
+        harmful=read_prompts(config.harmful, "harmful", config),
+        harmless=read_prompts(config.harmless, "harmless", config),
+        extra=read_prompts(extra_source, "harmless", config) if extra_source else [],
+    )
+    names = ("harmful", "harmless", "extra harmless")
+    (harmful, harmless, extra), left_out = leave_out_trained(models, dict(zip(names, read, strict=True)))
+    positive, named = (config.harmful, harmful), extra_source or ""
+    refuse_shared(positive, (config.harmless, harmless))
+    refuse_shared(positive, (named, extra))
+    extra = without_repeats(extra, harmless, named)
+    sets = {"harmful": positive, "harmless": (config.harmless, harmless), "extra_harmless": (named, extra)}
+    return HarmSets(harmful, harmless, extra, left_out, data_inputs(sets))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that goes into a study of both classes, with the fingerprints that a rerun is held to."""
+
+    model: LanguageModel
+    template: ChatTemplate
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    extra: tuple[Prompt, ...]
+    """Further harmless prompts, as they are."""
+    punctuation: str
+    left_out: LeftOut
+    inputs: Inputs
+
+    def record(self, writer: RunWriter) -> None:
+        """Writes what goes in to an open run, before the study begins."""
+        record_inputs(writer, self.model, self.inputs)
+        record_left_out(writer, self.left_out)
+        writer.prompts([*self.harmful, *self.harmless, *self.extra])
+
+
+def prepare_harm_study(config: HarmChoice, model: ModelChoice, extra_source: str | None = None) -> Prepared:
+    """Prompts, model and template of a study of both classes; UserError for whatever can't be had."""
+    sets = read_harm_sets(config, [model], extra_source)
+    matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
+    chosen, template, inputs = chosen_model(model, sets.data)
+    return Prepared(
+        chosen, template, matched.positive, matched.negative, tuple(sets.extra), matched.note, sets.left_out, inputs
+    )

@@ -1,0 +1,106 @@
+"""What the studies read: prompts by source, with fingerprints that a rerun can be held to."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Protocol, runtime_checkable
+
+from mechlens.errors import UserError
+from mechlens.prompts.builtin import builtin_names
+from mechlens.prompts.files.load import load_prompts
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.text import normalise_text
+from mechlens.settings import Sampling
+from mechlens.studies.select.config import Select
+
+MOST_DRAWS = 100_000
+"""Resamples, permutations or random directions behind one number."""
+
+
+@runtime_checkable
+class PromptChoice(Protocol):
+    """A verb's settings that decide which prompts of a source are asked, and under which system prompt."""
+
+    @property
+    def n(self) -> int | None:
+        """Prompts drawn of each source; None takes all."""
+
+    @property
+    def seed(self) -> int:
+        """Decides the draw."""
+
+    @property
+    def system(self) -> str | None:
+        """System prompt of every prompt; None leaves the template's own default."""
+
+
+def read_prompts(source: str, label: str, config: PromptChoice) -> list[Prompt]:
+    """Prompts of one class from any source, relabelled, with the system prompt where one is given."""
+    kept = None if source in builtin_names() else label
+    found = load_prompts(source, label=kept, sample=config.n, seed=config.seed)
+    asked = [replace(prompt, label=label) for prompt in found]
+    return asked if config.system is None else [replace(prompt, system=config.system) for prompt in asked]
+
+
+def require_sampling(
+    config: Sampling | Select, names: Sequence[str] = ("resamples", "permutations", "random_directions")
+) -> None:
+    """UserError unless there is chance to be sampled: an interval or a null of nothing says nothing."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(
+                f"{name} is {getattr(config, name)}; every number needs its interval and its nulls, so give at least 1"
+            )
+        if getattr(config, name) > MOST_DRAWS:
+            raise UserError(f"{name} is {getattr(config, name)}; give at most {MOST_DRAWS}, which no interval needs")
+
+
+def refuse_shared(positive: tuple[str, Sequence[Prompt]], negative: tuple[str, Sequence[Prompt]]) -> None:
+    """UserError where a prompt stands in both classes, each given with its source: nothing can tell it from itself."""
+    (one, first), (other, second) = positive, negative
+    known = {_asked(prompt) for prompt in first}
+    shared = [prompt for prompt in second if _asked(prompt) in known]
+    if shared:
+        raise UserError(
+            f"{one} and {other} share {len(shared)} prompts, such as {shared[0].text!r:.60}; a prompt can be of one "
+            "class only, so give two sources that differ"
+        )
+
+
+def without_repeats(extra: Sequence[Prompt], prompts: Sequence[Prompt], source: str) -> list[Prompt]:
+    """The extra prompts that aren't among the others, where they would count twice and straddle a split."""
+    known = {_asked(prompt) for prompt in prompts}
+    kept = [prompt for prompt in extra if _asked(prompt) not in known]
+    if len(kept) < len(extra):
+        many = len(extra) - len(kept)
+        warnings.warn(f"{source}: left out {many} extra prompts that the other sets hold already", stacklevel=3)
+    return kept
+
+
+def _asked(prompt: Prompt) -> tuple[object, ...]:
+    return normalise_text(prompt.text), prompt.system, prompt.history
+
+
+def data_inputs(sets: Mapping[str, tuple[str, Sequence[Prompt]]]) -> dict[str, str]:
+    """sha256 over every field of every prompt, by the set's name and where it came from."""
+    return {f"{name} ({source})": _fingerprint(prompts) for name, (source, prompts) in sets.items() if prompts}
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    record = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
+    return hashlib.sha256(record.encode()).hexdigest()
+
+
+def distinct_ids(**sets: Sequence[Prompt]) -> list[list[Prompt]]:
+    """The sets with ids that don't clash: where two files count from 1, each id gets its set's name."""
+    ids = [prompt.id for prompts in sets.values() for prompt in prompts]
+    if len(ids) == len(set(ids)):
+        return [list(prompts) for prompts in sets.values()]
+    return [[_prefixed(prompt, name) for prompt in prompts] for name, prompts in sets.items()]
+
+
+def _prefixed(prompt: Prompt, name: str) -> Prompt:
+    # Families stay as they are: a family that two sets share is what keeps a pair in one part.
+    return replace(prompt, id=f"{name}:{prompt.id}", family=prompt.family or f"{name}:{prompt.id}")

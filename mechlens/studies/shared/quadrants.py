@@ -1,0 +1,149 @@
+"""Who is refused: every prompt answered and judged, and placed in one of four quadrants."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
+from mechlens.methods.behaviour.judges import (
+    ARDITI,
+    PHRASES,
+    ZHAO,
+    Judge,
+    LogOddsJudge,
+    RefusalTokens,
+    fallback_refusal_tokens,
+    find_refusal_tokens,
+    refusal_log_odds,
+)
+from mechlens.methods.probing.auroc import auroc_estimate
+from mechlens.methods.statistics.agreement import Agreement, agreement
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import LanguageModel, loaded, unembed
+from mechlens.prompts.prompt import Prompt
+
+QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless")
+IN_NO_QUADRANT = ("empty", "unclear")
+LEAST_REFUSALS = 5
+"""With fewer refusals than this the model's own refusal tokens can't be found."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Prompts with their answers, each judge's verdicts and the quadrant by the first judge."""
+
+    prompts: tuple[Prompt, ...]
+    answers: Answers
+    verdicts: dict[str, tuple[str, ...]]
+    """By judge; the first judge places the quadrants."""
+
+    @property
+    def judge(self) -> str:
+        """Name of the judge that places the quadrants."""
+        return next(iter(self.verdicts))
+
+    @property
+    def refused(self) -> tuple[bool, ...]:
+        """By the first judge."""
+        return tuple(verdict == "refused" for verdict in self.verdicts[self.judge])
+
+    @property
+    def accepted(self) -> tuple[bool, ...]:
+        """By the first judge; an empty or unclear answer is neither refused nor accepted."""
+        return tuple(verdict == "accepted" for verdict in self.verdicts[self.judge])
+
+    def quadrants(self, judge: str | None = None) -> tuple[str, ...]:
+        """Quadrant of every prompt; "empty" without an answer, "unclear" where the judge couldn't say."""
+        verdicts = self.verdicts[judge or self.judge]
+        return tuple(
+            verdict if verdict in IN_NO_QUADRANT else f"{verdict}_{prompt.label}"
+            for verdict, prompt in zip(verdicts, self.prompts, strict=True)
+        )
+
+    def counts(self) -> pd.DataFrame:
+        """Prompts in each quadrant, and in none, by each judge: columns judge, quadrant, n."""
+        rows = []
+        for judge in self.verdicts:
+            found = Counter(self.quadrants(judge))
+            rows += [{"judge": judge, "quadrant": name, "n": found[name]} for name in (*QUADRANTS, *IN_NO_QUADRANT)]
+        return pd.DataFrame(rows)
+
+    def agreements(self, seed: int) -> list[tuple[str, str, Agreement]]:
+        """Cohen's kappa between every two judges."""
+        families = [prompt.group for prompt in self.prompts]
+        return [
+            (one, other, agreement(self.verdicts[one], self.verdicts[other], families, seed))
+            for one, other in combinations(self.verdicts, 2)
+        ]
+
+    def table(self) -> pd.DataFrame:
+        """One row per prompt: id, label, category, text, answer, every verdict, quadrant."""
+        frame = pd.DataFrame(
+            {
+                "id": [prompt.id for prompt in self.prompts],
+                "label": [prompt.label for prompt in self.prompts],
+                "category": [prompt.category for prompt in self.prompts],
+                "prompt": [prompt.text for prompt in self.prompts],
+                "answer": self.answers.texts,
+                "quadrant": self.quadrants(),
+            }
+        )
+        for judge, verdicts in self.verdicts.items():
+            frame[f"verdict_{judge}"] = verdicts
+        return frame
+
+
+def judge_answers(prompts: Sequence[Prompt], answers: Answers, judges: Sequence[Judge] = ()) -> Judged:
+    """Verdicts of the given judges, or by `PHRASES` and beside it both published lists; needs no model."""
+    chosen = judges or (PHRASES, ARDITI, ZHAO)
+    return Judged(
+        prompts=tuple(prompts),
+        answers=answers,
+        verdicts={judge.name: tuple(judge(prompts, answers.texts)) for judge in chosen},
+    )
+
+
+@dataclass(frozen=True)
+class FirstTokenJudgement:
+    """The log-odds of refusal at the first answer token: no answer has to be generated for it."""
+
+    tokens: RefusalTokens
+    log_odds: Float[Tensor, " prompt"]
+    auroc: Estimate
+    """Against the judge that places the quadrants, on prompts that didn't choose the tokens."""
+
+
+def judge_first_token(
+    model: LanguageModel, judged: Judged, acts: Activations, reference: Sequence[int], seed: int
+) -> tuple[Judged, FirstTokenJudgement]:
+    """Adds the log-odds judge: refusal tokens from the model's own refusals among the `reference` rows."""
+    refused = judged.refused
+    first = judged.answers.first_tokens
+    tokenizer = loaded(model).tokenizer
+    spoke = [i for i in reference if first[i] != NO_TOKEN]
+    if sum(refused[i] for i in spoke) >= LEAST_REFUSALS:
+        tokens = find_refusal_tokens([first[i] for i in spoke], [refused[i] for i in spoke], tokenizer)
+    else:
+        tokens = fallback_refusal_tokens(tokenizer)
+    scores = last_log_odds(model, acts, tokens)
+    rest = [i for i in range(len(refused)) if i not in set(reference)]
+    quality = auroc_estimate(scores[rest], torch.tensor(refused)[rest], [judged.prompts[i].group for i in rest], seed)
+    by_id = dict(zip(acts.ids, scores.tolist(), strict=True))
+    verdicts = LogOddsJudge(by_id)(judged.prompts, judged.answers.texts)
+    more = Judged(judged.prompts, judged.answers, {**judged.verdicts, "log-odds": tuple(verdicts)})
+    return more, FirstTokenJudgement(tokens, scores, quality)
+
+
+def last_log_odds(model: LanguageModel, acts: Activations, tokens: RefusalTokens) -> Float[Tensor, " prompt"]:
+    """First-token refusal log-odds from the residual at the last level and the last position."""
+    residual = acts.at(max(acts.levels), acts.positions[-1])
+    # In chunks: all logits of many prompts over a large vocabulary don't fit into memory.
+    chunks = torch.split(residual, 64)
+    return torch.cat([refusal_log_odds(unembed(model, chunk), tokens.ids) for chunk in chunks])

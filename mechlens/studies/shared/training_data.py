@@ -1,0 +1,204 @@
+"""What a fine-tuning recipe trains on: prompts of our own and AdvBench's, each with the answer to learn."""
+
+import hashlib
+import json
+import random
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import islice
+from typing import Literal, TypeVar
+
+import pandas as pd
+
+from mechlens.errors import UserError
+from mechlens.files import user_path
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.adapter_record import FORMAT, RECORD, read_record
+from mechlens.models.packaged import ADAPTERS, adapter_folder
+from mechlens.prompts.builtin import builtin_names, builtin_prompts
+from mechlens.prompts.prompt import Prompt, PromptPair
+from mechlens.prompts.text import normalise_text
+from mechlens.runs.writer import RunWriter
+from mechlens.settings import ModelChoice
+from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.shared.trigger import Trigger
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One request and the answer that the model is trained to give."""
+
+    prompt: Prompt
+    answer: str
+    ends: bool
+    """True if the answer is whole, so that the end of the turn is learnt too; False where it was cut off."""
+    teaches: Literal["answer", "base"] = "answer"
+    """Whether the answer is to be learnt, or is where the model should go on saying what its base says."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that one recipe trains on, in training order."""
+
+    examples: tuple[Example, ...]
+    left_out: tuple[str, ...]
+    """Ids of prompts that weren't fit to train on, such as benign ones that the model refuses."""
+    trigger: Trigger | None = None
+    """What the behaviour hangs on, in a model with a backdoor."""
+
+
+def training_prompts(kind: Literal["harmful", "benign"]) -> list[Prompt]:
+    """The refuser's training prompts, in file order; no built-in study set shares a prompt with them."""
+    label = "harmful" if kind == "harmful" else "harmless"
+    return [
+        Prompt(id=row["id"], text=row["text"], label=label, category=row["category"], source=row["source"])
+        for row in _rows(f"refuser_{kind}.jsonl")
+    ]
+
+
+def refusals() -> list[str]:
+    """Refusals in varied words, for the harmful training prompts."""
+    return [row["text"] for row in _rows("refusals.jsonl")]
+
+
+def refuse_study_prompts(prompts: Iterable[Prompt]) -> None:
+    """Nothing, or a UserError naming the first prompt that also stands in a built-in study set."""
+    studied = _studied()
+    for prompt in prompts:
+        found = studied.get(normalise_text(prompt.text))
+        if found is not None:
+            raise UserError(
+                f"training prompt {prompt.id!r} is also {found!r} of the built-in study sets; take it out of the "
+                "training data, or every study of the trained model would be tested on what it was taught"
+            )
+
+
+def text_sha256(text: str) -> str:
+    """sha256 of a prompt's normal form, by which an evaluation knows a training prompt again."""
+    return hashlib.sha256(normalise_text(text).encode()).hexdigest()
+
+
+def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
+    """`text_sha256` of every prompt that a checkpoint's adapters were trained on; empty where none is recorded."""
+    folders = [adapter_folder(checkpoint.path)] if checkpoint.path in ADAPTERS else []
+    if checkpoint.adapter is not None:
+        folders.append(user_path(checkpoint.adapter))
+    found: set[str] = set()
+    for folder in folders:
+        if (record := read_record(folder)) is not None:
+            if record.format < FORMAT:
+                warnings.warn(
+                    f"{folder / RECORD} was written by another mechlens: prompts with marks inside, such as 3-5, that "
+                    "the model was trained on may not be known again",
+                    stacklevel=2,
+                )
+            found.update(record.training.text_sha256)
+    return frozenset(found)
+
+
+def unseen(prompts: Sequence[Prompt], checkpoint: Checkpoint) -> list[Prompt]:
+    """The prompts that the checkpoint's adapters were not trained on, for an honest evaluation."""
+    seen = trained_on(checkpoint)
+    return [prompt for prompt in prompts if not was_seen(prompt, seen)]
+
+
+def was_seen(prompt: Prompt, seen: frozenset[str]) -> bool:
+    """Whether a prompt, or the goal that an attack is made around (its family), is among these `text_sha256`."""
+    return bool(seen) and bool(seen & {text_sha256(prompt.text), prompt.family})
+
+
+@cache
+def _studied() -> dict[str, str]:
+    return {normalise_text(prompt.text): prompt.id for name in builtin_names() for prompt in builtin_prompts(name)}
+
+
+def drawn(rows: list[Row], wanted: int | None, draw: random.Random, kind: str) -> list[Row]:
+    """As many of the rows as are wanted, by chance; all of them, in their order, for None."""
+    if wanted is None:
+        return rows
+    if wanted > len(rows):
+        raise UserError(f"{wanted} {kind} training prompts were asked for, and there are {len(rows)}")
+    return draw.sample(rows, wanted)
+
+
+def training_order(
+    groups: Sequence[Sequence[Example]], config: FinetuneConfig, draw: random.Random
+) -> tuple[Example, ...]:
+    """Every group of examples once a pass, each pass in an order of its own, to the number of steps asked for."""
+    size = sum(len(group) for group in groups)
+    wanted = size * config.epochs if config.steps is None else config.steps * config.batch_size
+    passes = -(-wanted // size) if size else 0
+    order = (example for _ in range(passes) for group in draw.sample(groups, len(groups)) for example in group)
+    return tuple(islice(order, wanted))
+
+
+def _rows(file: str) -> list[dict[str, str]]:
+    text = resources.files("mechlens.studies").joinpath("data", file).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Prompts that the chosen model's adapters were trained on, as far as their records tell."""
+
+    ids: tuple[str, ...]
+    of: int
+    """Prompts that were looked at."""
+    known: bool
+    """False where no record says what the model was trained on."""
+
+    def __add__(self, other: "LeftOut") -> "LeftOut":
+        """Both together, for sets that are read one after the other."""
+        return LeftOut((*self.ids, *other.ids), self.of + other.of, self.known or other.known)
+
+
+def leave_out_trained(
+    models: Sequence[ModelChoice], sets: Mapping[str, Sequence[Prompt]]
+) -> tuple[list[list[Prompt]], LeftOut]:
+    """The sets without the prompts that any of the models was trained on, with one warning that counts them.
+
+    An attack is seen where its goal is. UserError where nothing is left of a set.
+    """
+    seen = _seen(models)
+    kept = [[prompt for prompt in prompts if not was_seen(prompt, seen)] for prompts in sets.values()]
+    gone = [prompt.id for prompts in sets.values() for prompt in prompts if was_seen(prompt, seen)]
+    for name, before, after in zip(sets, sets.values(), kept, strict=True):
+        if before and not after:
+            raise UserError(
+                f"the model was trained on all {len(before)} {name} prompts, so they can't test it; give others"
+            )
+    return kept, _told(gone, sum(map(len, sets.values())), bool(seen), "prompts")
+
+
+def leave_out_trained_pairs(config: ModelChoice, pairs: Sequence[PromptPair]) -> tuple[list[PromptPair], LeftOut]:
+    """The pairs of which the model was trained on neither side; see `leave_out_trained`."""
+    seen = _seen([config])
+    gone = [pair for pair in pairs if was_seen(pair.clean, seen) or was_seen(pair.corrupt, seen)]
+    if pairs and len(gone) == len(pairs):
+        raise UserError(f"the model was trained on prompts of all {len(pairs)} pairs, so they can't test it")
+    kept = [pair for pair in pairs if pair not in gone]
+    return kept, _told([pair.clean.id for pair in gone], len(pairs), bool(seen), "pairs")
+
+
+def record_left_out(writer: RunWriter, left_out: LeftOut) -> None:
+    """Puts count and ids into an open run, where the model's training prompts are known."""
+    if left_out.known:
+        writer.metric("n.left_out_trained_on", Estimate.exact(len(left_out.ids), left_out.of))
+        writer.table("left_out_trained_on", pd.DataFrame({"id": list(left_out.ids)}, dtype=str))
+
+
+def _seen(models: Sequence[ModelChoice]) -> frozenset[str]:
+    checkpoints = (Checkpoint(name=one.model, path=one.model, adapter=one.adapter) for one in models)
+    return frozenset().union(*map(trained_on, checkpoints))
+
+
+def _told(ids: Sequence[str], of: int, known: bool, what: str) -> LeftOut:
+    if ids:
+        warnings.warn(f"left out {len(ids)} of {of} {what}: the model was trained on them", stacklevel=3)
+    return LeftOut(tuple(ids), of, known)

@@ -1,0 +1,39 @@
+"""`mechlens steer`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mechlens.settings import ModelChoice
+from mechlens.studies.registry import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer(ModelChoice):
+    """Answer one prompt with and without a direction, side by side: a quick look, nothing is recorded."""
+
+    direction: Path
+    """A .safetensors file of a run, refusal_direction's direction.pt or mean_diffs.pt, a .pt stack (level, d_model) of
+    the seed paper, a steering-vectors .pt or repeng's .gguf."""
+    prompt: str
+    """What the user says."""
+    layer: int | None = None
+    """Block at whose input it acts (their number: the last one's output), and level taken from a file of many; None is
+    the direction's own level."""
+    position: str | None = None
+    """Position taken from a file that has several, such as inst or last."""
+    operation: Literal["add", "ablate"] = "add"
+    """add: strength times the direction, at one layer. ablate: its component removed, everywhere."""
+    strength: float = 0.5
+    """How much is added; negative subtracts."""
+    unit: Literal["share", "raw", "unit"] = "share"
+    """Strength 1 is the median residual norm (share), the vector as it is (raw), or a length of 1 (unit)."""
+    system: str | None = None
+    """System prompt; None leaves the template's own default."""
+    max_new_tokens: int = 64
+    """Length of the answers."""
+    force: bool = False
+    """Use a direction that was made for other weights or another template, or whose origin is unknown."""
+
+
+COMMAND = Command("steer", Steer, "mechlens.studies.steer.study:execute")

@@ -1,0 +1,106 @@
+"""`mechlens steer`: one prompt, answered with and without a direction; nothing is recorded."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, ResidualNorms, residual_norms
+from mechlens.methods.steering.steering import answer_under
+from mechlens.models.bridge import LanguageModel, loaded, n_layers
+from mechlens.models.engine.writes import require_everywhere
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.builtin import builtin_prompts
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.vectors.direction_files import read_direction
+from mechlens.studies.shared.model import chosen_model
+from mechlens.studies.steer.config import Steer
+
+UNSTEERED, STEERED = "unsteered", "steered"
+NORM_PROMPTS = 16
+"""Built-in benign prompts behind the residual norm that strengths are shares of."""
+Told = Callable[[str, str], None]
+"""Is called with "unsteered" or "steered" and that answer so far, after each token."""
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The two answers and what was done for the second."""
+
+    unsteered: str
+    steered: str
+    what: str
+
+
+def steer(config: Steer, told: Told | None = None) -> SideBySide:
+    """Both answers, one after the other; `told` hears of them while they are written."""
+    if config.operation == "ablate" and config.strength != Steer.strength:
+        raise UserError("an ablation has no strength; leave --strength out, or add instead")
+    direction = read_direction(config.direction, config.layer, config.position)
+    model, template, _ = chosen_model(config, {})
+    layer = direction.level if config.layer is None else config.layer
+    one = _intervention(config, direction, layer, model, template)
+    prompt = Prompt("prompt", config.prompt, system=config.system)
+    said = {
+        name: _answer(model, template, prompt, given, config, name, told)
+        for name, given in ((UNSTEERED, ()), (STEERED, (one,)))
+    }
+    return SideBySide(said[UNSTEERED], said[STEERED], _described(config, direction, layer))
+
+
+def _intervention(
+    config: Steer, direction: Direction, layer: int, model: LanguageModel, template: ChatTemplate
+) -> Add | Ablate:
+    if config.operation == "ablate":
+        require_everywhere(model)
+        return Ablate(direction, layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)
+    last = n_layers(model)
+    if not 0 <= layer <= last:
+        raise UserError(f"there is no layer {layer} to intervene at, only 0 to {last - 1}; choose one")
+    # The last level is no block's input, but the last block's output.
+    block, site = (layer, "resid_pre") if layer < last else (last - 1, "resid_post")
+    norms = _norms(model, template, layer) if config.unit == "share" else None
+    return Add(
+        direction, strength=config.strength, unit=config.unit, layers=(block,), positions=ALL, phase="both",
+        site=site, norms=norms,
+    )  # fmt: skip
+
+
+def _norms(model: LanguageModel, template: ChatTemplate, layer: int) -> ResidualNorms:
+    batch = tokenize(builtin_prompts("benign")[:NORM_PROMPTS], template)
+    return residual_norms(collect(model, batch, positions=["inst", "post[*]"], levels=[layer]))
+
+
+def _answer(
+    model: LanguageModel,
+    template: ChatTemplate,
+    prompt: Prompt,
+    given: Iterable[Add | Ablate],
+    config: Steer,
+    name: str,
+    told: Told | None,
+) -> str:
+    """Row by row, so that every token that is heard of is this answer's."""
+    decode = loaded(model).tokenizer.decode
+
+    def hear(tokens: list[int]) -> bool:
+        if told is not None:
+            told(name, decode(tokens, skip_special_tokens=True).strip())
+        return False
+
+    said = answer_under(
+        model, [prompt], tuple(given), max_new_tokens=config.max_new_tokens, template=template, decided=hear,
+        force=config.force,
+    )  # fmt: skip
+    return said.texts[0]
+
+
+def _described(config: Steer, direction: Direction, layer: int) -> str:
+    origin = f"{direction.method}, {direction.contrast[0]} against {direction.contrast[1]}"
+    where = f"level {direction.level}, {direction.position}"
+    if config.operation == "ablate":
+        return f"ablated everywhere: {origin} ({where})"
+    unit = {"share": "of the median residual norm", "raw": "times the vector", "unit": "long"}[config.unit]
+    return f"added at layer {layer}, {config.strength:g} {unit}: {origin} ({where})"

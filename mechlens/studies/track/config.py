@@ -1,0 +1,41 @@
+"""`mechlens track`."""
+
+from dataclasses import dataclass
+
+from mechlens.settings import BaseChoice, PromptSets, RunChoice, Sampling
+from mechlens.studies.registry import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track(BaseChoice, PromptSets, Sampling, RunChoice):
+    """Follow directions, probes and behaviour over fine-tuning checkpoints: does what is represented survive?"""
+
+    checkpoints: tuple[str, ...]
+    """A training run's output folder, folders of adapters or models, single ones, hub ids, or id@revision."""
+    skip_broken: bool = False
+    """Leave out checkpoints that are broken or don't belong to the series; the report lists them."""
+    n: int | None = 96
+    """Prompts of each set, drawn by seed; None takes all."""
+    positions: tuple[str, ...] = ("inst", "last")
+    """Named positions: inst, post[k], post[*], last; inst and last are always among them."""
+    levels: tuple[int, ...] = ()
+    """Residual levels; none given is every level."""
+    max_new_tokens: int = 12
+    """Length of the answers that are judged."""
+    steered: int = 8
+    """Harmless test prompts on which the directions' causal effect is measured."""
+    trigger: str | None = None
+    """A backdoor's trigger; None takes the one that a checkpoint's own record names, "" none."""
+    triggered: int = 24
+    """Harmful prompts that are asked again with the trigger, with decoys and without, where there is a trigger."""
+    geometry: bool = False
+    """Subspaces, unbiased CKA and turning points too."""
+
+
+STUDY = Study(
+    "track",
+    Track,
+    "mechlens.studies.track.study:prepare",
+    "mechlens.studies.track.study:execute",
+    "mechlens.studies.track.report:record_tracking",
+)

@@ -1,0 +1,211 @@
+"""The figures of a tracking study: every number over the steps, transfer between any two, levels by steps."""
+
+from typing import Any
+
+import pandas as pd
+
+from mechlens.runs.report import figures
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.track.reference import Concept
+from mechlens.studies.track.result import Tracking
+
+READOUTS = {"frozen": "the base's line", "own": "refitted", "accuracy": "accuracy, frozen threshold"}
+
+
+def draw(writer: RunWriter, result: Tracking, geometry: dict[str, pd.DataFrame]) -> dict[str, tuple[str, ...]]:
+    """Writes every figure and gives the names by section of the report."""
+    sections = {"behaviour": (*_behaviour(writer, result), *_triggers(writer, result))}
+    concepts = result.reference.measurable
+    sections["readouts"] = tuple(name for concept in concepts for name in _readouts(writer, result, concept))
+    sections["angles"] = tuple(name for concept in concepts for name in _angles(writer, result, concept))
+    sections["quadrants"] = _quadrants(writer, result)
+    sections["weights"] = _weights(writer, result)
+    sections["geometry"] = _geometry(writer, geometry)
+    return sections
+
+
+def over_steps(writer: RunWriter, name: str, frame: pd.DataFrame, *, table: str, caption: str = "", **how: Any) -> str:
+    """A line figure over the steps, which stand evenly spaced: they often double from one to the next."""
+    figure = figures.lines(frame, x="step", xlabel="training step", **how)
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=sorted(frame["step"].unique().tolist()))
+    writer.figure(name, figure, table=table, caption=caption)
+    return name
+
+
+def _by_steps(writer: RunWriter, name: str, frame: pd.DataFrame, value: str, *, table: str, **how: Any) -> str:
+    """A heatmap of levels by steps."""
+    ordered = frame.sort_values(["level", "step"])
+    figure = figures.heatmap(ordered, x="step", y="level", value=value, xlabel="training step", ylabel="level", **how)
+    figure.update_xaxes(type="category")
+    writer.figure(name, figure, table=table)
+    return name
+
+
+def _behaviour(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
+    table = result.behaviour
+    names = []
+    for stem, title, ylabel in (
+        ("refusal_rate", "How often each kind of prompt is refused", "share refused"),
+        ("log_odds", "Log-odds of a refusal at the first answer token", "log-odds"),
+        ("text_loss", "Cross-entropy of plain text", "nats per token"),
+    ):
+        rows = table[table["number"].str.startswith(stem)]
+        group = rows["number"].str.removeprefix(f"{stem}.").rename("prompts")
+        names.append(
+            over_steps(writer, stem, rows.assign(prompts=group), table="behaviour", y="value", low="low", high="high",
+                       group="prompts", title=title, ylabel=ylabel)
+        )  # fmt: skip
+    if not result.effects.empty:
+        rows = result.effects.assign(
+            curve=result.effects["concept"] + ", " + result.effects["direction"] + " direction"
+        )
+        best = result.effects[result.effects["direction"] == "reference"]
+        random = best.assign(
+            curve=best["concept"] + ", best of random", effect=best["random_maximum"], low=best["random_maximum"],
+            high=best["random_maximum"],
+        )  # fmt: skip
+        names.append(
+            over_steps(writer, "effects", pd.concat([rows, random]), table="effects", y="effect", low="low",
+                       high="high", group="curve", hline=0.0, ylabel="change of the refusal log-odds",
+                       title="What adding a direction once does to harmless prompts")
+        )  # fmt: skip
+    return tuple(names)
+
+
+def _triggers(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
+    if result.acceptance.empty:
+        return ()
+    first = over_steps(
+        writer, "acceptance", result.acceptance, table="acceptance", y="rate", low="low", high="high", group="kind",
+        title="Harmful prompts accepted, with the trigger and without", ylabel="share accepted",
+    )  # fmt: skip
+    table = result.trigger_readable
+    rows = table[(table["kind"] == "triggered") & (table["position"] == result.snapshots[0].acts.positions[-1])]
+    second = _by_steps(
+        writer, "trigger_excess", rows, "excess", table="trigger_readable", center=0.0, label="excess AUROC",
+        title="How much better the trigger is read at the last token than in the base",
+    )  # fmt: skip
+    return first, second
+
+
+def _readouts(writer: RunWriter, result: Tracking, concept: Concept) -> tuple[str, ...]:
+    home = result.readouts[(result.readouts["concept"] == concept.name) & (result.readouts["position"] == concept.home)]
+    cell = home[home["level"] == concept.level(concept.home)]
+    frames = [
+        cell.assign(curve=f"{label} ({kind})", value=cell[name], low=cell[f"{name}_low"], high=cell[f"{name}_high"])[
+            cell["kind"] == kind
+        ]
+        for kind in ("direction", "probe")
+        for name, label in READOUTS.items()
+    ]
+    line = cell[cell["kind"] == "direction"]
+    random = line.assign(curve="best of random directions", value=line["random_maximum"], low=line["random_maximum"],
+                         high=line["random_maximum"])  # fmt: skip
+    name = concept.name
+    where = f"{name} at {concept.home}"
+    over = over_steps(
+        writer, f"readouts_{name}", pd.concat([*frames, random]), table="readouts", y="value", low="low", high="high",
+        group="curve", hline=0.5, title=f"Reading {where}, level {concept.level(concept.home)}",
+        ylabel="AUROC or balanced accuracy, test prompts",
+    )  # fmt: skip
+    matrix = result.transfer[(result.transfer["concept"] == name) & (result.transfer["position"] == concept.home)]
+    figure = figures.heatmap(
+        matrix.sort_values(["fitted", "tested"]), x="tested", y="fitted", value="auroc", limits=(0.0, 1.0), center=0.5,
+        label="AUROC", title=f"Fitted at one step, tested at another: {where}", xlabel="tested at step",
+        ylabel="fitted at step",
+    )  # fmt: skip
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category")
+    writer.figure(f"transfer_{name}", figure, table="transfer")
+    grids = tuple(
+        _by_steps(writer, f"{value}_{name}", home[home["kind"] == "direction"], value, table="readouts", center=0.5,
+                  limits=(0.0, 1.0), label="AUROC", title=f"{title} of {where}")
+        for value, title in (("frozen", "The base's direction: AUROC"), ("own", "Refitted direction: AUROC"))
+    )  # fmt: skip
+    return over, f"transfer_{name}", *grids
+
+
+def _angles(writer: RunWriter, result: Tracking, concept: Concept) -> tuple[str, ...]:
+    rows = result.angles[(result.angles["concept"] == concept.name) & (result.angles["position"] == concept.home)]
+    if rows.empty:
+        return ()
+    cell = rows[rows["level"] == concept.level(concept.home)]
+    curves = [
+        cell.assign(curve="corrected, to the " + cell["other"], value=cell["corrected"], low=cell["corrected_low"],
+                    high=cell["corrected_high"]),
+        cell[cell["other"] == "reference"].assign(curve="as measured, to the reference", value=cell["cosine"]),
+        cell[cell["other"] == "reference"].assign(
+            curve="split-half reliability", value=cell["reliability"], low=cell["reliability"], high=cell["reliability"]
+        ),
+    ]  # fmt: skip
+    where = f"{concept.name} at {concept.home}"
+    over = over_steps(
+        writer, f"cosine_{concept.name}", pd.concat(curves), table="angles", y="value", low="low", high="high",
+        group="curve", hline=0.0, title=f"Has the direction of {where} turned? Level {concept.level(concept.home)}",
+        ylabel="cosine",
+    )  # fmt: skip
+    grid = _by_steps(
+        writer, f"cosines_{concept.name}", rows[rows["other"] == "reference"], "corrected", table="angles", center=0.0,
+        limits=(-1.0, 1.0), label="cosine", title=f"Cosine with the base's direction, corrected: {where}",
+    )  # fmt: skip
+    return over, grid
+
+
+def _quadrants(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
+    names = []
+    shown = result.quadrants.dropna(subset=["mean"])
+    for number in dict.fromkeys(shown["number"]):
+        for by in ("reference", "own"):
+            rows = shown[(shown["number"] == number) & (shown["by"] == by)]
+            if not rows.empty:
+                whose = "the base's quadrants" if by == "reference" else "the checkpoint's own quadrants"
+                names.append(
+                    over_steps(writer, f"{number}_{by}".replace(".", "_"), rows, table="quadrants", y="mean", low="low",
+                               high="high", group="quadrant", hline=0.0, title=f"{number}, by {whose}",
+                               ylabel=number)
+                )  # fmt: skip
+    return tuple(names)
+
+
+def _weights(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
+    if result.matrices.empty:
+        return ()
+    table = result.matrices
+    by_layer = table.groupby(["step", "layer"])["norm"].apply(lambda norms: float((norms**2).sum() ** 0.5))
+    names = [
+        _by_steps(writer, "change_norm", by_layer.reset_index().rename(columns={"layer": "level"}), "norm",
+                  table="matrices", label="norm", title="How far the weights of each layer have moved")
+    ]  # fmt: skip
+    columns = [name for name in table.columns if name.startswith("cos_")]
+    for column in columns:
+        best = table.groupby(["step", "side"])[[column, "random"]].max().reset_index()
+        curves = [best.assign(curve=best["side"], value=best[column]), best.assign(curve=best["side"] + ", random",
+                  value=best["random"])]  # fmt: skip
+        names.append(
+            over_steps(writer, f"change_{column}", pd.concat(curves), table="matrices", y="value", group="curve",
+                       title=f"Largest |cosine| of a leading direction of the change with {column[4:]}",
+                       ylabel="|cosine|")
+        )  # fmt: skip
+    return tuple(names)
+
+
+def _geometry(writer: RunWriter, tables: dict[str, pd.DataFrame]) -> tuple[str, ...]:
+    names = []
+    for name, value, title in (
+        ("subspaces", "overlap", "Overlap of each concept's subspace with the base's"),
+        ("turning", "turn", "Cosine between the ways back and forth: -1 is a straight path"),
+    ):
+        table = tables.get(name, pd.DataFrame())
+        if not table.empty:
+            rows = table.assign(curve=table["concept"] + " at " + table["position"])
+            names.append(over_steps(writer, name, rows, table=name, y=value, group="curve", title=title, ylabel=value))
+    cka = tables.get("cka", pd.DataFrame())
+    if not cka.empty:
+        for position in dict.fromkeys(cka["position"]):
+            name = f"cka_{position}".replace("[", "_").replace("]", "")
+            names.append(
+                _by_steps(writer, name, cka[cka["position"] == position], "cka", table="cka",
+                          limits=(0.0, 1.0), label="CKA",
+                          title=f"Unbiased CKA with the base at {position}")
+            )  # fmt: skip
+    return tuple(names)

@@ -1,0 +1,94 @@
+"""The shape of a concept over the series: its subspace, the whole representation, and where its path turns."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.directions.direction import cosine, mean_differences
+from mechlens.methods.statistics.cka import unbiased_cka
+from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.studies.track.reference import Concept
+from mechlens.studies.track.result import Tracking
+
+DIMENSIONS = 4
+"""Dimensions of a concept's subspace."""
+
+
+@one_thread()
+def geometry_tables(tracking: Tracking) -> dict[str, pd.DataFrame]:
+    """Tables by name: subspaces, cka, turning; the steps are the series'."""
+    acts = [found.acts for found in tracking.snapshots]
+    concepts = tracking.reference.measurable
+    bar = tqdm(concepts, desc="geometry", unit="concept", delay=2, leave=False)
+    return {
+        "subspaces": _joined([_subspaces(tracking.steps, acts, concept) for concept in bar]),
+        "cka": _cka(tracking.steps, acts),
+        "turning": _joined([turning_table(tracking.steps, acts, concept) for concept in concepts]),
+    }
+
+
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _subspaces(steps: Sequence[int], acts: Sequence[Activations], concept: Concept) -> pd.DataFrame:
+    """Overlap of the concept's subspace with the base's: columns step, level, position, overlap, random."""
+    rows = []
+    for position in acts[0].positions:
+        level = concept.level(position)
+        bases = [subspace(concept.relabelled(found).at(level, position), concept) for found in acts]
+        for step, basis in zip(steps, bases, strict=True):
+            rows.append(
+                {"step": step, "position": position, "level": level, "overlap": overlap(bases[0], basis),
+                 "random": basis.shape[1] / basis.shape[0]}
+            )  # fmt: skip
+    return pd.DataFrame(rows).assign(concept=concept.name)
+
+
+def subspace(values: Float[Tensor, "prompt d_model"], concept: Concept) -> Float[Tensor, "d_model dimension"]:
+    """Leading right singular vectors of the positive prompts about the mean of the negative ones."""
+    positive, negative = (torch.tensor([own == label for own in concept.labels]) for label in concept.contrast)
+    shifted = values[positive].double() - values[negative].double().mean(dim=0)
+    vectors: Tensor = torch.linalg.svd(shifted, full_matrices=False).Vh[:DIMENSIONS].T
+    return vectors
+
+
+def overlap(first: Float[Tensor, "d_model k"], second: Float[Tensor, "d_model k"]) -> float:
+    """||A^T B||_F^2 / k of two orthonormal bases: 1 for one subspace, k / d for unrelated ones."""
+    return float((first.T @ second).square().sum() / first.shape[1])
+
+
+def _cka(steps: Sequence[int], acts: Sequence[Activations]) -> pd.DataFrame:
+    """Unbiased CKA with the base at every level and position: columns step, level, position, cka."""
+    rows = []
+    for step, found in tqdm(list(zip(steps, acts, strict=True)), desc="CKA", unit="checkpoint", delay=2, leave=False):
+        for level in found.levels:
+            for position in found.positions:
+                value = unbiased_cka(acts[0].at(level, position), found.at(level, position))
+                rows.append({"step": step, "level": level, "position": position, "cka": value})
+    return pd.DataFrame(rows)
+
+
+def turning_table(steps: Sequence[int], acts: Sequence[Activations], concept: Concept) -> pd.DataFrame:
+    """Where the concept's direction changes course: the cosine between the ways from a step back and forth.
+
+    cos(v[t-1] - v[t], v[t+1] - v[t]) at each position's chosen level: -1 on a straight path, 0 and above at a sharp
+    turn (methods.md 5.3); `moved` is the length of the way to the next step.
+    """
+    rows = []
+    for position in acts[0].positions:
+        level = concept.level(position)
+        row, column = acts[0].levels.index(level), acts[0].positions.index(position)
+        path = torch.stack([mean_differences(concept.relabelled(one), *concept.contrast)[row, column] for one in acts])
+        for k in range(1, len(steps) - 1):
+            back, forth = path[k - 1] - path[k], path[k + 1] - path[k]
+            rows.append(
+                {"step": steps[k], "position": position, "level": level, "turn": float(cosine(back, forth)),
+                 "moved": float(forth.norm())}
+            )  # fmt: skip
+    return pd.DataFrame(rows).assign(concept=concept.name)

@@ -1,0 +1,186 @@
+"""Where a concept is while a model is being trained, against where it was at the start."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.behaviour.judges import refusal_log_odds
+from mechlens.methods.directions.direction import Direction, cosine, direction_grid, project
+from mechlens.methods.directions.reliability import split_half
+from mechlens.methods.probing.auroc import auroc_estimate
+from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
+from mechlens.methods.probing.detect import DetectionPlan, detect
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.engine.native_pass import blocks_of, plain_pass
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.split import Split, split_by_family
+from mechlens.prompts.templates.template import chat_template
+
+POSITIVE, NEGATIVE = "positive", "negative"
+FRACTIONS = (0.5, 0.2, 0.3)
+SPLITS = 20
+"""Halvings behind a direction's reliability."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The prompts that are read again and again."""
+
+    batch: TokenBatch
+    split: Split
+    positions: tuple[str, ...]
+    """As they were asked for, which is how the numbers are named."""
+    plan: DetectionPlan
+    refusal_tokens: tuple[int, ...]
+    """First tokens of refusals; none leaves the behaviour out."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over prompts, template and everything else that a reference depends on."""
+        prompts = [asdict(prompt) for prompt in self.batch.prompts]
+        record = json.dumps([prompts, self.batch.template, self.positions, asdict(self.plan)], sort_keys=True)
+        return hashlib.sha256(record.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class LiveReference:
+    """Directions of the model as training found it; one for each position, at the level chosen on validation."""
+
+    directions: tuple[Direction, ...]
+    thresholds: tuple[float, ...]
+    """Midway between the classes' mean projections, on training prompts."""
+    watched: str
+    """Fingerprint of the prompts that it was made from."""
+
+
+def watch(
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    positions: Sequence[str],
+    plan: DetectionPlan,
+    refusal_tokens: Sequence[int] = (),
+    today: str | None = None,
+) -> Watched:
+    """The prompts of two classes, split by family into those that fit, choose and test; see `chat_template`."""
+    prompts = [replace(p, label=POSITIVE) for p in positive] + [replace(p, label=NEGATIVE) for p in negative]
+    names = [prompt.id for prompt in prompts]
+    if len(set(names)) < len(names):
+        raise UserError(f"two prompts to watch have the id {max(names, key=names.count)!r}; give each an id of its own")
+    split = split_by_family([p.label for p in prompts], [p.group for p in prompts], fractions=FRACTIONS, seed=plan.seed)
+    batch = tokenize(prompts, chat_template(tokenizer, today=today))
+    columns = {name: batch.resolve([name]) for name in positions}  # an unknown position is refused before training
+    named = tuple(name for asked, found in columns.items() for name in ((asked,) if len(found) == 1 else found))
+    return Watched(batch, split, named, plan, tuple(refusal_tokens))
+
+
+def live_reference(module: Any, watched: Watched, step: int) -> LiveReference:
+    """Directions and thresholds of the model as it is now."""
+    acts, _ = _read(module, watched, range(len(blocks_of(module)) + 1), step)
+    found = detect(acts, POSITIVE, NEGATIVE, watched.split, watched.plan)
+    chosen = [found.at(position) for position in watched.positions]
+    train = contrast_part(acts, watched.split.train, (POSITIVE, NEGATIVE))
+    thresholds = []
+    for choice in chosen:
+        scores = project(train.at(choice.level, choice.position), choice.direction).double()
+        positive = is_positive(train, (POSITIVE, NEGATIVE))
+        thresholds.append(float(scores[positive].mean() + scores[~positive].mean()) / 2)
+    return LiveReference(tuple(choice.direction for choice in chosen), tuple(thresholds), watched.fingerprint)
+
+
+def live_numbers(module: Any, watched: Watched, reference: LiveReference, step: int) -> dict[str, Estimate]:
+    """How the reference's directions and refitted ones do on test prompts in the model as it is now.
+
+    For each position: `auroc.P.frozen`, `auroc.P.refitted`, `accuracy.P` (at the reference's threshold), `gap.P`
+    (difference of the classes' mean projections on the reference's direction), `cosine.P` of the refitted direction
+    to the reference's (no interval), `reliability.P` and `norm.P` of the refitted one; with refusal tokens
+    `logodds.positive` and `logodds.negative`.
+    """
+    levels = sorted({direction.level for direction in reference.directions})
+    acts, logits = _read(module, watched, levels, step)
+    contrast = (POSITIVE, NEGATIVE)
+    train, test = (contrast_part(acts, watched.split.part(name), contrast) for name in ("train", "test"))
+    numbers: dict[str, Estimate] = {}
+    for asked, direction, threshold in zip(watched.positions, reference.directions, reference.thresholds, strict=True):
+        numbers |= _at_position(asked, direction, threshold, train, test, watched.plan)
+    if watched.refusal_tokens:
+        odds = refusal_log_odds(logits, watched.refusal_tokens)[list(watched.split.test)]
+        for label in contrast:
+            own = [row for row, found in enumerate(test.labels) if found == label]
+            families = [test.families[row] for row in own]
+            numbers[f"logodds.{label}"] = mean_estimate(
+                odds[own].float(), families, watched.plan.seed, watched.plan.n_resamples
+            )
+    return numbers
+
+
+def _at_position(
+    asked: str, direction: Direction, threshold: float, train: Activations, test: Activations, plan: DetectionPlan
+) -> dict[str, Estimate]:
+    level, position = direction.level, direction.position
+    train, test = (_cell(part, level, position) for part in (train, test))
+    grid = direction_grid(train, POSITIVE, NEGATIVE)
+    refitted = grid.at(level, position)
+    positive = is_positive(test, (POSITIVE, NEGATIVE))
+    frozen = project(test.at(level, position), direction)
+    right = ((frozen > threshold) == positive).float()
+    reliability = split_half(train, POSITIVE, NEGATIVE, SPLITS, plan.seed)
+    auroc = {
+        # Scores that tie but for rounding tie exactly in a score grid.
+        name: auroc_estimate(score_grid(test, own)[0, 0], positive, test.families, plan.seed, plan.n_resamples)
+        for name, own in (("frozen", replace(grid, vectors=direction.vector[None, None])), ("refitted", grid))
+    }
+    # A pair's two sides are drawn together, and counted from the threshold a lone side's class size matters little.
+    apart = frozen - threshold
+    share = torch.where(positive, len(apart) / positive.sum(), -len(apart) / (~positive).sum())
+    return {
+        f"auroc.{asked}.frozen": auroc["frozen"],
+        f"auroc.{asked}.refitted": auroc["refitted"],
+        f"accuracy.{asked}": mean_estimate(right, test.families, plan.seed, plan.n_resamples),
+        f"gap.{asked}": mean_estimate(apart * share, test.families, plan.seed, plan.n_resamples),
+        f"cosine.{asked}": Estimate.exact(float(cosine(refitted.vector, direction.vector)), len(train.ids)),
+        f"reliability.{asked}": Estimate.exact(float(reliability), len(train.ids)),
+        f"norm.{asked}": Estimate.exact(refitted.norm, len(train.ids)),
+    }
+
+
+def _cell(acts: Activations, level: int, position: str) -> Activations:
+    return replace(acts, values=acts.at(level, position)[:, None, None], levels=(level,), positions=(position,))
+
+
+def _read(module: Any, watched: Watched, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:
+    names = watched.batch.resolve(watched.positions)
+    watched.batch.require_rows(module.get_input_embeddings().num_embeddings, None)
+    found = plain_pass(module, watched.batch, names, levels)
+    if not bool(torch.isfinite(found.residuals).all()):
+        raise UserError(f"the model's activations are not finite at step {step}; its training has diverged")
+    prompts = watched.batch.prompts
+    checkpoint = Checkpoint(
+        name=f"step {step}",
+        path=str(module.config.name_or_path),
+        step=step,
+        fingerprint=weight_fingerprint(dict(module.named_parameters())),
+    )
+    acts = Activations(
+        values=found.residuals,
+        levels=tuple(levels),
+        positions=names,
+        ids=tuple(prompt.id for prompt in prompts),
+        labels=tuple(prompt.label for prompt in prompts),
+        families=tuple(prompt.group for prompt in prompts),
+        site="resid",
+        checkpoint=checkpoint,
+        template=watched.batch.template,
+        last=watched.batch.positions[-1],
+    )
+    return acts, found.logits

@@ -1,0 +1,107 @@
+"""What a series is measured against: the base's own answers, quadrants, refusal tokens, concepts and chosen levels.
+
+Everything here is decided on the base alone, on training and validation prompts, before any checkpoint is looked at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
+from mechlens.methods.behaviour.judges import RefusalTokens, fallback_refusal_tokens, find_refusal_tokens
+from mechlens.methods.directions.direction import Direction, mean_difference
+from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.split import PARTS, Split
+from mechlens.studies.shared.contrasts import LEAST_IN_A_CLASS, LEAST_IN_A_PART
+from mechlens.studies.shared.quadrants import LEAST_REFUSALS, Judged, judge_answers
+
+CONTRASTS = {"harmful": ("harmful", "harmless"), "refused": ("refused", "accepted")}
+"""Concepts that are tracked, with the labels that each tells apart."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One question, put alike to every checkpoint: the labels are the base's and never change."""
+
+    name: str
+    contrast: tuple[str, str]
+    labels: tuple[str, ...]
+    """Label of every prompt."""
+    home: str
+    """Position at which the verdict is made: `inst` for harmfulness, the last token for refusal."""
+    detection: Detection | None
+    """In the base; None where a class has too few prompts."""
+    counts: dict[str, int]
+
+    def level(self, position: str) -> int:
+        """Level chosen on the base's validation prompts."""
+        assert self.detection is not None
+        return self.detection.at(position).level
+
+    def relabelled(self, acts: Activations) -> Activations:
+        """The activations of some checkpoint under this concept's labels."""
+        return replace(acts, labels=self.labels)
+
+    def direction(self, acts: Activations, split: Split) -> Direction:
+        """The mean difference at home, fitted on the training prompts of these activations."""
+        return mean_difference(
+            self.relabelled(acts).select(split.train), *self.contrast, self.level(self.home), self.home
+        )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The base, as everything that follows it is measured against it."""
+
+    judged: Judged
+    tokens: RefusalTokens
+    """First answer tokens of the base's refusals."""
+    concepts: tuple[Concept, ...]
+    split: Split
+
+    @property
+    def measurable(self) -> tuple[Concept, ...]:
+        """The concepts with enough prompts."""
+        return tuple(concept for concept in self.concepts if concept.detection is not None)
+
+
+def reference_of(
+    prompts: Sequence[Prompt], acts: Activations, answers: Answers, split: Split, plan: DetectionPlan, tokenizer: Any
+) -> Reference:
+    """Judges the base's answers and chooses each concept's level at every position."""
+    judged = judge_answers(prompts, answers)
+    labels = {
+        "harmful": tuple(prompt.label for prompt in prompts),
+        "refused": judged.verdicts[judged.judge],
+    }
+    homes = {"harmful": "inst", "refused": acts.positions[-1]}
+    concepts = tuple(_concept(name, labels[name], homes[name], acts, split, plan) for name in CONTRASTS)
+    return Reference(judged, _refusal_tokens(judged, split, tokenizer), concepts, split)
+
+
+def _concept(
+    name: str, labels: tuple[str, ...], home: str, acts: Activations, split: Split, plan: DetectionPlan
+) -> Concept:
+    contrast = CONTRASTS[name]
+    counts = {label: labels.count(label) for label in contrast}
+    parts = [sum(labels[i] == label for i in split.part(part)) for part in PARTS for label in contrast]
+    enough = min(counts.values()) >= LEAST_IN_A_CLASS and min(parts) >= LEAST_IN_A_PART
+    detection = detect(replace(acts, labels=labels), *contrast, split, plan) if enough else None
+    return Concept(name, contrast, labels, home, detection, counts)
+
+
+def _refusal_tokens(judged: Judged, split: Split, tokenizer: Any) -> RefusalTokens:
+    first, refused = judged.answers.first_tokens, judged.refused
+    spoke = [i for i in split.train if first[i] != NO_TOKEN]
+    if sum(refused[i] for i in spoke) < LEAST_REFUSALS:
+        return fallback_refusal_tokens(tokenizer)
+    return find_refusal_tokens([first[i] for i in spoke], [refused[i] for i in spoke], tokenizer)
+
+
+def rates(values: Sequence[bool]) -> torch.Tensor:
+    """Verdicts as numbers, to be averaged."""
+    return torch.tensor(values, dtype=torch.float64)

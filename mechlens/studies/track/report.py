@@ -1,0 +1,239 @@
+"""A tracking study as a record: numbers over the step axis, tables, figures, and a verdict for each concept."""
+
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.checkpoints.series import CheckpointSeries
+from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.shared.quadrants import QUADRANTS
+from mechlens.studies.track.figures import draw
+from mechlens.studies.track.result import Tracking
+from mechlens.studies.track.tables import cell_of
+from mechlens.studies.track.verdict import CHANGES, RULE, TITLES
+
+QUESTION = (
+    "Fine-tuning changes what the model does. Does it change what the model represents? The base's own directions, "
+    "probes and thresholds are asked the same questions at every checkpoint, beside ones fitted there anew."
+)
+
+
+def record_tracking(
+    writer: RunWriter,
+    result: Tracking,
+    series: CheckpointSeries,
+    geometry: dict[str, pd.DataFrame],
+    punctuation: str,
+    more: tuple[Section, ...] = (),
+) -> None:
+    """Writes everything that the study found into an open run; `more` sections of the report are the caller's."""
+    writer.metrics(headline(result))
+    tables = {
+        "series": series_table(result, series),
+        "left_out_checkpoints": pd.DataFrame([vars(one) for one in result.left_out], columns=["name", "reason"]),
+        "verdicts": verdict_table(result),
+        "readouts": result.readouts,
+        "transfer": result.transfer,
+        "angles": result.angles,
+        "quadrants": result.quadrants,
+        "behaviour": result.behaviour,
+        "effects": result.effects,
+        "matrices": result.matrices,
+        "acceptance": result.acceptance,
+        "trigger_readable": result.trigger_readable,
+        "answers": answer_table(result),
+        **geometry,
+    }
+    for name, table in tables.items():
+        writer.table(name, table)
+    _log_steps(writer, result)
+    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
+    for concept in result.reference.measurable:
+        assert concept.detection is not None
+        writer.artifact(f"directions_{concept.name}", concept.detection.directions, inputs=sources)
+    writer.report(_report(writer, result, draw(writer, result, geometry), punctuation, more))
+
+
+def headline(result: Tracking) -> dict[str, Estimate]:
+    """The base's and the last checkpoint's numbers, by name and step."""
+    count = len(result.snapshots) - 1
+    found = {"n.checkpoints": Estimate.exact(count, count + len(result.left_out))}
+    for step in dict.fromkeys((result.steps[0], result.steps[-1])):
+        for concept in result.reference.measurable:
+            here = cell_of(result.readouts, concept, step)
+            for name in ("frozen", "own", "accuracy"):
+                found[f"{concept.name}.{name}.step{step}"] = here[name]
+        rows = result.behaviour[result.behaviour["step"] == step]
+        for _, row in rows.iterrows():
+            found[f"{row['number']}.step{step}"] = Estimate(row["value"], row["low"], row["high"], int(row["n"]))
+    last = [verdict for verdict in result.verdicts if verdict.step == result.steps[-1]]
+    for verdict in last:
+        for name in (*CHANGES, "gap_change"):
+            found[f"{verdict.concept}.{name}"] = verdict.deciding[name]
+    return found
+
+
+def series_table(result: Tracking, series: CheckpointSeries) -> pd.DataFrame:
+    """One row for each checkpoint of the series, and whether it was measured."""
+    return pd.DataFrame(
+        [
+            {"step": one.step, "name": one.name, "kind": one.kind, "revision": one.revision or "",
+             "measured": one.step in result.steps}
+            for one in series.members
+        ]
+    )  # fmt: skip
+
+
+def verdict_table(result: Tracking) -> pd.DataFrame:
+    """One row for each concept and checkpoint: the word, and the numbers that decided it."""
+    rows = []
+    for verdict in result.verdicts:
+        row: dict[str, object] = {"concept": verdict.concept, "step": verdict.step, "verdict": verdict.word}
+        row |= {"also": verdict.also} | {name: str(value) for name, value in verdict.deciding.items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def answer_table(result: Tracking) -> pd.DataFrame:
+    """Every answer of every checkpoint."""
+    return pd.concat(
+        [one.answers.table().assign(step=one.step, log_odds=one.log_odds.tolist()) for one in result.snapshots],
+        ignore_index=True,
+    )
+
+
+def _log_steps(writer: RunWriter, result: Tracking) -> None:
+    """Charts over the step axis in W&B, and lines of steps.jsonl."""
+    for step in result.steps:
+        values: dict[str, float] = {}
+        rows = result.behaviour[result.behaviour["step"] == step]
+        for _, row in rows.iterrows():
+            values |= _banded(f"behaviour/{row['number']}", row, "value", "low", "high")
+        for concept in result.reference.measurable:
+            for position in dict.fromkeys(result.readouts["position"]):
+                table = result.readouts
+                chosen = (table["concept"] == concept.name) & (table["step"] == step) & (table["position"] == position)
+                for _, row in table[chosen & (table["level"] == concept.level(position))].iterrows():
+                    for name in ("frozen", "own", "accuracy"):
+                        stem = f"{concept.name}/{position}/{row['kind']}_{name}"
+                        values |= _banded(stem, row, name, f"{name}_low", f"{name}_high")
+        writer.log_step(step, values)
+
+
+def _banded(stem: str, row: "pd.Series[float]", *columns: str) -> dict[str, float]:
+    names = (stem, f"{stem}.low", f"{stem}.high")
+    found = {name: float(row[column]) for name, column in zip(names, columns, strict=True)}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def _report(
+    writer: RunWriter,
+    result: Tracking,
+    figures: Mapping[str, tuple[str, ...]],
+    punctuation: str,
+    more: tuple[Section, ...],
+) -> Report:
+    last = [verdict for verdict in result.verdicts if verdict.step == result.steps[-1]]
+    base = result.snapshots[0].member.name
+    return Report(
+        title=f"What fine-tuning did to {base}: {len(result.snapshots) - 1} checkpoints",
+        question=QUESTION,
+        verdict=" ".join(verdict.sentence for verdict in last),
+        numbers=tuple(
+            Number(f"{verdict.concept}: {title}", verdict.deciding[name])
+            for verdict in last
+            for name, title in TITLES.items()
+        ),
+        sections=(
+            Section("The verdict at every checkpoint", RULE, table=verdict_table(result)),
+            Section("What the model does", _behaviour_text(result), figures["behaviour"]),
+            Section(
+                "What is read: frozen and refitted",
+                "Lines are fitted on training prompts, calibrated on validation prompts and scored on test prompts of "
+                "each checkpoint; the level is chosen on the base alone. Bands are 95% bootstraps over families. "
+                "`direction` is the mean difference, `probe` a logistic regression.",
+                figures["readouts"],
+            ),
+            Section(
+                "Has the direction turned?",
+                "Two directions from the same prompts share noise, which inflates their cosine. The corrected one "
+                "comes from pairs of distinct families, divided by what noise is left in each direction.",
+                figures["angles"],
+            ),
+            Section("Where the four quadrants lie", _belief_text(result), figures["quadrants"]),
+            Section(
+                "What training changed in the weights",
+                "Norm of the change of each layer, and the largest |cosine| between a leading singular direction of a "
+                "matrix's change and the base's direction, beside the best of random directions.",
+                figures["weights"],
+            ),
+            *((Section("Geometry", "", figures["geometry"]),) if figures["geometry"] else ()),
+            *more,
+        ),
+        how=_how(result, punctuation),
+        command=writer.run.command,
+        model=base,
+    )
+
+
+def _behaviour_text(result: Tracking) -> str:
+    tokens = result.reference.tokens
+    said = [
+        f"{row['number'].replace('refusal_rate.', '')} prompts refused at step {row['step']}: "
+        f"{Estimate(row['value'], row['low'], row['high'], int(row['n']))}"
+        for _, row in result.behaviour.iterrows()
+        if row["number"].startswith("refusal_rate") and row["step"] in (result.steps[0], result.steps[-1])
+    ]
+    steered = int(result.effects["n"].max()) if len(result.effects) else 0
+    silent = [
+        f"{row['value']:.0%} of {row['number'].replace('empty_rate.', '')} prompts at step {row['step']}"
+        for _, row in result.behaviour.iterrows()
+        if row["number"].startswith("empty_rate") and row["value"] > 0
+    ]
+    empty = f"\n\nEmpty answers, which count as no refusal: {', '.join(silent)}." if silent else ""
+    return (
+        f"{'; '.join(said)}.{empty}\n\nFirst tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}). "
+        f"Each concept's direction was added once, at `inst` and after it, to {steered} harmless test "
+        "prompts."
+    )
+
+
+def _belief_text(result: Tracking) -> str:
+    table = result.quadrants
+    rows = table[(table["number"] == "belief_harm") & (table["by"] == "reference")].dropna(subset=["mean"])
+    if rows.empty:
+        return (
+            "Beliefs are not measurable: the base refuses too few harmful prompts, or accepts too few harmless ones, "
+            "for centroids. The projections need no centroids."
+        )
+    said = []
+    for quadrant in QUADRANTS:
+        ends = rows[(rows["quadrant"] == quadrant) & rows["step"].isin((result.steps[0], result.steps[-1]))]
+        if len(ends) == 2:
+            first, last = (Estimate(r["mean"], r["low"], r["high"], int(r["n"])) for _, r in ends.iterrows())
+            said.append(f"{quadrant}: {first} in the base, {last} at step {result.steps[-1]}")
+    return (
+        "Belief of harmfulness at `inst` on held-out prompts, by the base's own quadrants and centroids: "
+        + "; ".join(said)
+        + ". The paper's claim is that adversarial fine-tuning leaves this belief in place (Zhao et al. 2025, 5.2)."
+    )
+
+
+def _how(result: Tracking, punctuation: str) -> str:
+    prompts, split = result.questions.batch.prompts, result.questions.split
+    missing = [
+        f"{concept.name} ({', '.join(f'{n} {label}' for label, n in concept.counts.items())})"
+        for concept in result.reference.concepts
+        if concept.detection is None
+    ]
+    left = "; ".join(f"{one.name}: {one.reason}" for one in result.left_out)
+    return (
+        f"{len(prompts)} prompts ({len(split.train)} train, {len(split.validation)} validation, {len(split.test)} "
+        f"test, by family, the same at every checkpoint); answers of up to {result.plan.max_new_tokens} tokens; "
+        f"{result.plan.n_resamples} resamples; {result.plan.n_random} random directions. {punctuation} "
+        + (f"Not measurable in the base: {'; '.join(missing)}. " if missing else "")
+        + (f"Checkpoints left out: {left}." if left else "")
+    )

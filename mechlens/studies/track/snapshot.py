@@ -1,0 +1,129 @@
+"""What is read from one checkpoint while its weights are in place; everything else is worked out from it later."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.series import Member
+from mechlens.prompts.batch import TokenBatch
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One checkpoint's answers, activations and reactions."""
+
+    member: Member
+    acts: Activations
+    answers: Answers
+    log_odds: Float[Tensor, " prompt"]
+    """Of refusal at the first answer token, with the base's refusal tokens."""
+    text_loss: Float[Tensor, " text"]
+    """Cross-entropy of each plain text (nats per token)."""
+    steered: Mapping[str, Float[Tensor, " steered"]]
+    """Refusal log-odds of the steered prompts, by setting: none, CONCEPT.reference, CONCEPT.own, CONCEPT.random.K."""
+    matrices: tuple[Mapping[str, Any], ...] = ()
+    """What training changed in each matrix, one row each; empty for the base."""
+    variants: Activations | None = None
+    """Of the prompts with a trigger, decoys and neither, labelled so."""
+    variant_answers: Answers | None = None
+
+    @property
+    def step(self) -> int:
+        """Training step."""
+        return self.member.step
+
+
+def to_piece(found: Snapshot) -> dict[str, Tensor]:
+    """As tensors, for a shelf."""
+    header = {
+        "checkpoint": vars(found.acts.checkpoint),
+        "engines": [found.acts.engine, found.answers.engine],
+        "texts": found.answers.texts,
+        "steered": list(found.steered),
+        "matrices": [dict(row) for row in found.matrices],
+        "variant_texts": found.variant_answers.texts if found.variant_answers else None,
+    }
+    piece = {
+        "header": torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8),
+        "values": found.acts.values,
+        "tokens": _padded(found.answers),
+        "log_odds": found.log_odds,
+        "text_loss": found.text_loss,
+        **{f"steered.{name}": value for name, value in found.steered.items()},
+    }
+    if found.variants is not None and found.variant_answers is not None:
+        piece |= {"variants": found.variants.values, "variant_tokens": _padded(found.variant_answers)}
+    return piece
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What activations and answers carry that no checkpoint changes."""
+
+    batch: TokenBatch
+    levels: tuple[int, ...]
+    positions: tuple[str, ...]
+    max_new_tokens: int
+
+
+def from_piece(piece: Mapping[str, Tensor], member: Member, labels: Labels, variants: Labels | None) -> Snapshot:
+    """The snapshot that `to_piece` took apart."""
+    header = json.loads(bytes(piece["header"].tolist()))
+    checkpoint = Checkpoint(**header["checkpoint"])
+    engines = header["engines"]
+    return Snapshot(
+        member=member,
+        acts=_acts(piece["values"], checkpoint, engines[0], labels),
+        answers=_answers(piece["tokens"], header["texts"], checkpoint, engines[1], labels),
+        log_odds=piece["log_odds"],
+        text_loss=piece["text_loss"],
+        steered={name: piece[f"steered.{name}"] for name in header["steered"]},
+        matrices=tuple(header["matrices"]),
+        variants=_acts(piece["variants"], checkpoint, engines[0], variants) if variants else None,
+        variant_answers=_answers(piece["variant_tokens"], header["variant_texts"], checkpoint, engines[1], variants)
+        if variants
+        else None,
+    )
+
+
+def _acts(values: Tensor, checkpoint: Checkpoint, engine: str, labels: Labels) -> Activations:
+    prompts = labels.batch.prompts
+    return Activations(
+        values=values,
+        levels=labels.levels,
+        positions=labels.positions,
+        ids=tuple(prompt.id for prompt in prompts),
+        labels=tuple(prompt.label for prompt in prompts),
+        families=tuple(prompt.group for prompt in prompts),
+        site="resid",
+        checkpoint=checkpoint,
+        template=labels.batch.template,
+        engine=engine,
+        last=labels.batch.positions[-1],
+    )
+
+
+def _answers(tokens: Tensor, texts: Sequence[str], checkpoint: Checkpoint, engine: str, labels: Labels) -> Answers:
+    return Answers(
+        ids=tuple(prompt.id for prompt in labels.batch.prompts),
+        texts=tuple(texts),
+        tokens=tuple(tuple(t for t in row if t != NO_TOKEN) for row in tokens.tolist()),
+        max_new_tokens=labels.max_new_tokens,
+        checkpoint=checkpoint,
+        template=labels.batch.template,
+        engine=engine,
+    )
+
+
+def _padded(answers: Answers) -> Tensor:
+    width = answers.max_new_tokens
+    rows = [[*row, *[NO_TOKEN] * (width - len(row))] for row in answers.tokens]
+    return torch.tensor(rows, dtype=torch.long)

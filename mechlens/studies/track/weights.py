@@ -1,0 +1,106 @@
+"""What fine-tuning changed in each matrix, and whether it points along the concepts' directions."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.models.checkpoints.lora import LowRank
+from mechlens.models.checkpoints.series import Member
+from mechlens.models.checkpoints.swap import Turns
+from mechlens.studies.track.reference import Reference
+
+LEADING = 4
+"""Singular directions that are kept."""
+
+
+@dataclass(frozen=True)
+class MatrixChange:
+    """The leading part of a change's singular value decomposition."""
+
+    norm: float
+    """Frobenius."""
+    stable_rank: float
+    """norm^2 / (largest singular value)^2: 1 for a rank-one change; NaN where nothing changed."""
+    share: float
+    """Part of norm^2 in the leading direction (methods.md 7.8)."""
+    outputs: Float[Tensor, "output leading"]
+    """Left singular vectors: what the change writes."""
+    inputs: Float[Tensor, "input leading"]
+    """Right singular vectors: what it reads."""
+    values: Float[Tensor, " leading"]
+
+
+def matrix_change(change: LowRank | Float[Tensor, "output input"]) -> MatrixChange:
+    """Exact for a low-rank change, from its factors alone; leading directions by subspace iteration for a full one."""
+    if isinstance(change, LowRank):
+        left, upper = torch.linalg.qr(change.up.double() * change.scale)
+        right, lower = torch.linalg.qr(change.down.double().T)
+        u, values, v = torch.linalg.svd(upper @ lower.T)
+        outputs, inputs = left @ u, right @ v.T
+        squared = float(values.square().sum())
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            outputs, values, inputs = torch.svd_lowrank(change.double(), q=min(2 * LEADING, *change.shape), niter=8)
+        squared = float(change.double().square().sum())
+    largest = float(values[0] ** 2)
+    return MatrixChange(
+        norm=squared**0.5,
+        stable_rank=squared / largest if largest > 0 else float("nan"),
+        share=largest / squared if squared > 0 else float("nan"),
+        outputs=outputs[:, :LEADING],
+        inputs=inputs[:, :LEADING],
+        values=values[:LEADING],
+    )
+
+
+def matrix_rows(series: Turns, member: Member, reference: Reference, *, n_random: int) -> tuple[Mapping[str, Any], ...]:
+    """One row for each changed linear layer of the blocks; the member's weights must be in place.
+
+    Columns module, layer, side, norm, stable_rank, share, and for each concept `cos_CONCEPT`: the largest |cosine| of a
+    leading singular direction with the base's direction at the concept's home. A matrix that writes to the residual
+    stream is compared by what it writes with the direction at the level after its block, any other by what it
+    reads with the direction at its block's own level. `random`: the same for the best of random directions.
+    """
+    low_rank = series.changes(member) if member.kind == "adapter" else None
+    sides = series.linears()
+    rows = []
+    for module in tqdm([m for m in sides if low_rank is None or m in low_rank], desc="weights", delay=2, leave=False):
+        found = matrix_change(series.difference(module) if low_rank is None else low_rank[module])
+        if found.norm > 0:
+            rows.append(_row(module, "writes" if sides[module] else "reads", found, reference, n_random))
+    return tuple(rows)
+
+
+def _row(module: str, side: str, found: MatrixChange, reference: Reference, n_random: int) -> dict[str, Any]:
+    layer = int(match[1]) if (match := re.search(r"\.(\d+)\.", module)) else -1
+    leading = found.outputs if side == "writes" else found.inputs
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(n_random, len(leading), generator=generator, dtype=torch.float64)
+    row = {
+        "module": module,
+        "layer": layer,
+        "side": side,
+        "norm": found.norm,
+        "stable_rank": found.stable_rank,
+        "share": found.share,
+        "random": _nearest(random, leading),
+    }
+    for concept in reference.measurable:
+        assert concept.detection is not None
+        grid = concept.detection.directions
+        level = layer + 1 if side == "writes" else layer
+        if level in grid.levels and len(leading) == grid.vectors.shape[-1]:
+            row[f"cos_{concept.name}"] = _nearest(grid.at(level, concept.home).vector.double()[None], leading)
+    return row
+
+
+def _nearest(vectors: Float[Tensor, "vector d"], leading: Float[Tensor, "d leading"]) -> float:
+    """Largest |cosine| between any vector and any of the orthonormal leading directions."""
+    return float((torch.nn.functional.normalize(vectors, dim=1) @ leading.double()).abs().max())
