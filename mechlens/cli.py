@@ -1,15 +1,16 @@
-"""The command line: parses, calls a verb, prints. Heavy imports come after the arguments are known to be good."""
+"""The command line: parses, runs a command, prints. Heavy imports come after the arguments are known to be good."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TextIO, Union
 
@@ -17,32 +18,35 @@ import tyro
 
 from mechlens.errors import UserError
 from mechlens.files import TROUBLE, is_whole, user_path
-from mechlens.runs.config import ListRuns, Rerun, Runs, ShowRun
-from mechlens.studies.checkpoints.config import Checkpoints
-from mechlens.studies.guard.config import Guard, GuardPredict
-from mechlens.studies.positions.config import Positions
-from mechlens.studies.registry import GROUPS, RECORDED
-from mechlens.studies.steer.config import Steer
+from mechlens.registry import loaded
+from mechlens.studies.registry import GROUPS, Command, Study, commands
 
-_ALONE = {name: config for name, config in RECORDED.items() if name.partition("_")[0] not in GROUPS}
-VERBS: dict[str, Any] = {
-    "positions": Positions,
-    "checkpoints": Checkpoints,
-    **_ALONE,
-    **GROUPS,
-    "steer": Steer,
-    "runs": Runs,
-}
-"""Every verb's configuration, in the order of `--help`."""
 
-Verb: Any = Union[tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in VERBS.items())]  # noqa: UP007
+def parser_type(known: Mapping[str, Study | Command]) -> Any:
+    """Every command's configuration as one union that tyro reads; commands of two words below their first."""
+    outer: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, command in known.items():
+        first, _, second = name.partition(" ")
+        outer[first] = command.config
+        if second:
+            groups.setdefault(first, {})[second] = command.config
+    for first, inner in groups.items():
+        group = dataclasses.make_dataclass(first.title(), [("action", _union(inner))], frozen=True, kw_only=True)
+        group.__doc__ = GROUPS.get(first, f"{', '.join(inner)}.")
+        outer[first] = group
+    return _union(outer)
+
+
+def _union(configs: Mapping[str, Any]) -> Any:
+    return Union[tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in configs.items())]  # noqa: UP007
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mechlens`; exits with 1 and one sentence on an error that the user can mend."""
     try:
         _with_streams()
-        _run(argv)
+        _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _say(str(error))
         sys.exit(1)
@@ -60,23 +64,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def _run(argv: Sequence[str]) -> None:
     try:
-        _require_whole(sys.argv[1:] if argv is None else argv)
-        command: Any = tyro.cli(
-            Verb,
+        _require_whole(argv)
+        warnings.showwarning = _one_line
+        if list(argv) == ["--version"]:
+            print(f"mechlens {version('mechlens-toolkit')}")
+            return
+        known = commands()
+        config: Any = tyro.cli(
+            parser_type(known),
             prog="mechlens",
             description="Directions at named positions, causal interventions and checkpoint tracking for chat models.",
             args=argv,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
-        warnings.showwarning = _one_line
         logging.raiseExceptions = False  # a library's log that finds the disk full is no traceback of ours
         if not sys.stderr.isatty():
             # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that
             # counts.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        _dispatch(_with_paths(command))
+        config = _with_paths(getattr(config, "action", config))
+        _dispatch(next(command for command in known.values() if command.config is type(config)), config)
     finally:
         # What is still held back may not fit; at the interpreter's end that would be a traceback.
         sys.stdout.flush()
@@ -106,23 +115,6 @@ def _say(sentence: str) -> None:
         _nowhere(sys.stderr)
 
 
-def _console() -> Any:
-    """rich's console, which leaves a closed pipe to `main`, so that every verb ends alike."""
-    from rich.console import Console
-
-    class Plain(Console):
-        def on_broken_pipe(self) -> None:
-            raise
-
-    return Plain()
-
-
-def _print_json(value: object) -> None:
-    """One line, in characters that the stream can take."""
-    wide = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print(json.dumps(value, ensure_ascii=not wide, allow_nan=False), flush=True)
-
-
 def _require_whole(argv: Sequence[str]) -> None:
     """UserError for an argument that isn't UTF-8: it could go into no table, record or tokenizer."""
     for place, argument in enumerate(argv, start=1):
@@ -130,12 +122,10 @@ def _require_whole(argv: Sequence[str]) -> None:
             raise UserError(f"argument {place} ({argument!r:.60}) isn't UTF-8; write it in UTF-8")
 
 
-def _with_paths(command: Any) -> Any:
-    """The command with ~ resolved in its paths; UserError, before anything slow, for what can be no path."""
-    if isinstance(command, Runs | Guard):
-        return replace(command, action=_with_paths(command.action))
-    given = {field.name: getattr(command, field.name) for field in fields(command)}
-    return replace(command, **{name: user_path(value) for name, value in given.items() if isinstance(value, Path)})
+def _with_paths(config: Any) -> Any:
+    """The configuration with ~ resolved in its paths; UserError, before anything slow, for what can be no path."""
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    return replace(config, **{name: user_path(value) for name, value in given.items() if isinstance(value, Path)})
 
 
 def _one_line(message: Any, category: type[Warning], *where: object, **more: object) -> None:
@@ -144,165 +134,52 @@ def _one_line(message: Any, category: type[Warning], *where: object, **more: obj
         _say(f"warning: {message}")
 
 
-def _dispatch(command: Any) -> None:
-    recorded = {config: name for name, config in RECORDED.items()}
-    if type(command) in GROUPS.values():
-        command = command.action
-    if type(command) in recorded:
-        _finished(import_module(f"mechlens.verbs.{recorded[type(command)]}").run(command))
-    elif isinstance(command, Positions):
-        _positions(command)
-    elif isinstance(command, Checkpoints):
-        _checkpoints(command)
-    elif isinstance(command, GuardPredict):
-        _predict(command)
-    elif isinstance(command, Steer):
-        _steer(command)
-    elif isinstance(command, Runs):
-        _runs(command.action)
-
-
-def _runs(action: ListRuns | ShowRun | Rerun) -> None:
-    if isinstance(action, ListRuns):
-        _list_runs(action)
-    elif isinstance(action, ShowRun):
-        _show_run(action.folder)
-    else:
-        _rerun(action)
-
-
-def _positions(command: Positions) -> None:
-    from mechlens.studies.positions.study import named_tokens
-
-    tokens = named_tokens(command)
-    if command.json:
-        _print_json({"model": command.model, "tokens": tokens})
+def _dispatch(command: Study | Command, config: Any) -> None:
+    if isinstance(command, Command):
+        loaded(command.execute)(config, Terminal())
         return
-    from rich.table import Table
-    from rich.text import Text
+    from mechlens.studies.driver import run, summary
 
-    table = Table("index", "id", "token", "role")
-    for token in tokens:
-        style = {"inst": "bold green"}.get(token["role"], "cyan" if token["role"].startswith("post") else "")
-        shown = Text(repr(token["token"])[1:-1], style=style)
-        table.add_row(str(token["index"]), str(token["id"]), shown, Text(token["role"], style=style))
-    _console().print(table)
+    print(summary(run(config)))
 
 
-def _checkpoints(command: Checkpoints) -> None:
-    from mechlens.studies.checkpoints.study import series_rows
+@dataclass(frozen=True)
+class Terminal:
+    """Where commands write to: a `mechlens.studies.registry.Screen`."""
 
-    found = series_rows(command)
-    if command.json:
-        _print_json(found)
-        return
-    from rich.table import Table
-    from rich.text import Text
+    def interactive(self) -> bool:
+        """Whether somebody watches."""
+        return sys.stdout.isatty()
 
-    table = Table("step", "name", "kind", "where", title=f"steps from {found['steps_from']}")
-    for one in found["members"]:
-        revision = f"@{one['revision']}" if one["revision"] else ""
-        table.add_row(str(one["step"]), *(Text(x) for x in (one["name"], one["kind"], f"{one['path']}{revision}")))
-    _console().print(table)
-    for one in found["left_out"]:
-        _console().print(Text(f"left out: {one['name']}: {one['reason']}"), soft_wrap=True)
+    def show(self, value: object) -> None:
+        """Text as it is, a dict as one line of JSON, in characters that the stream can take, all else by rich."""
+        if isinstance(value, str):
+            print(value)
+        elif isinstance(value, dict):
+            wide = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+            print(json.dumps(value, ensure_ascii=not wide, allow_nan=False), flush=True)
+        else:
+            _console().print(value, soft_wrap=not hasattr(value, "columns"))
 
+    @contextlib.contextmanager
+    def updating(self, value: object) -> Iterator[Callable[[object], None]]:
+        """A part of the screen that is drawn anew with each value."""
+        from rich.live import Live
 
-def _predict(command: GuardPredict) -> None:
-    """One JSON object a line, each as soon as it is there: a pipe's reader shouldn't wait for the next ones."""
-    from mechlens.studies.guard.predict import predict
-
-    for record in predict(command):
-        _print_json(record)
-
-
-def _steer(command: Steer) -> None:
-    """Both answers beside each other as they are written; in a pipe one after the other, once they are there."""
-    from mechlens.studies.steer.study import steer
-
-    if not sys.stdout.isatty():
-        found = steer(command)
-        print(f"unsteered:\n{found.unsteered}\n\nsteered ({found.what}):\n{found.steered}")
-        return
-    from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
-
-    said = {"unsteered": "", "steered": ""}
-
-    def beside() -> Table:
-        table = Table("unsteered", "steered", expand=True)
-        table.add_row(*(Text(text) for text in said.values()))
-        return table
-
-    with Live(beside(), vertical_overflow="visible") as live:
-
-        def told(name: str, text: str) -> None:
-            said[name] = text
-            live.update(beside())
-
-        found = steer(command, told)
-    print(found.what)
+        live: Any
+        with Live(value, console=_console(), vertical_overflow="visible") as live:  # type: ignore[arg-type]
+            yield live.update
 
 
-def _finished(folder: Path) -> None:
-    """Metrics, verdict and where the report is."""
-    from mechlens.runs.run import read_run
+def _console() -> Any:
+    """rich's console, which leaves a closed pipe to `main`, so that every command ends alike."""
+    from rich.console import Console
 
-    run = read_run(folder)
-    for name, estimate in run.metrics.items():
-        print(f"{name:40s} {_said_of(name, estimate)}")
-    print(f"\n{run.verdict}" if run.verdict else "")
-    print(f"report: {(folder / 'report.html').resolve()}")
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise
 
-
-def _said_of(name: str, value: object) -> str:
-    """A count is a number of prompts or checkpoints out of all; it has no interval."""
-    from mechlens.methods.statistics.estimate import Estimate
-
-    if isinstance(value, Estimate) and name.startswith(("n.", "candidates.")):
-        return f"{value.value:.0f} of {value.n}"
-    return str(value)
-
-
-def _list_runs(command: ListRuns) -> None:
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    from mechlens.runs.run import list_runs
-
-    table = Table(Column("folder", overflow="fold"), "verb", "model", "status", Column("started (UTC)", no_wrap=True))
-    for folder, run in list_runs(command.folder):
-        model = run.resolved.get("model") or run.resolved.get("base") or ""
-        cells = (str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))
-        table.add_row(*(Text(cell) for cell in cells))  # a name may look like rich's markup
-    _console().print(table)
-
-
-def _show_run(folder: Path) -> None:
-    from mechlens.runs.run import read_run
-
-    run = read_run(folder)
-    print(f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}")
-    if run.error:
-        print(f"error: {run.error}")
-    inputs = run.inputs.data | ({"today, as the template prints it": run.inputs.today} if run.inputs.today else {})
-    for title, values in (("configuration", run.resolved), ("metrics", run.metrics), ("inputs", inputs)):
-        print(f"\n{title}")
-        for name, value in values.items():
-            print(f"  {name:40s} {_said_of(name, value)}")
-    for name, artefact in run.artefacts.items():
-        print(f"  {name:40s} {artefact.file} sha256 {artefact.sha256[:12]}")
-
-
-def _rerun(command: Rerun) -> None:
-    from mechlens.studies.rerun import rerun
-
-    compared = rerun(command)
-    print(f"largest difference: {compared.difference:.3g} in {compared.name}")
-    if compared.difference > 1e-6:
-        _say("the numbers differ by more than 1e-6")
-        sys.exit(1)
+    return Plain()
 
 
 if __name__ == "__main__":

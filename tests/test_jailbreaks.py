@@ -22,7 +22,7 @@ from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.runs.run import read_run
 from mechlens.studies.jailbreaks import category_directions as categories
 from mechlens.studies.jailbreaks.restored import _put_back, restore
-from mechlens.studies.jailbreaks.study import (
+from mechlens.studies.jailbreaks.pairs import (
     JailbreakPlan,
     attack_pairs,
     family_estimates,

@@ -5,17 +5,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
+
+from mechlens.studies.registry import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mechlens"
 # DESIGN 3, lowest first; a file imports from its own layer and from those before it.
 LAYERS = (
-    "errors", "files", "disk", "checked_json", "config", "prompts", "models", "methods", "studies", "records", "verbs",
-    "views", "cli", "__main__",
+    "errors", "registry", "files", "checked_json", "settings", "prompts", "models", "methods", "runs", "studies", "views",
+    "cli", "__main__",
 )  # fmt: skip
+OTHERS = {("compare", "track")}
+"""A study that imports another one, which says why in its docstring."""
 HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "wandb", "datasets", "peft")
 
 
@@ -37,7 +40,7 @@ def imported(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
             module = node.module or ""
-            # `from mechlens import verbs` and `from mechlens.verbs import separate` name modules too.
+            # `from mechlens import studies` names a module too.
             found += [f"{module}.{alias.name}" for alias in node.names] if module == "mechlens" else [module]
     return [name for name in found if name.split(".")[0] == "mechlens"]
 
@@ -59,7 +62,7 @@ def test_imports_run_one_way() -> None:
 
 def test_methods_know_no_folders_and_no_experiment_tracker() -> None:
     for path in sources():
-        if path.relative_to(PACKAGE).parts[0] in ("prompts", "models", "methods", "studies", "verbs"):
+        if path.relative_to(PACKAGE).parts[0] in ("prompts", "models", "methods", "studies"):
             assert not re.search(r"^\s*(import|from) wandb", path.read_text(encoding="utf-8"), re.MULTILINE), path
         if path.relative_to(PACKAGE).parts[0] == "methods":
             assert not re.search(r"^\s*(import|from) (pathlib|shutil|tempfile|argparse|tyro)", path.read_text()), path
@@ -88,7 +91,7 @@ def test_nothing_unsafe_and_nothing_unfinished() -> None:
         assert not names & {"eval", "exec", "NotImplementedError"}, path
         for called, call in calls(tree):
             if called == "torch.load":  # the one reader of others' files, which PyTorch must keep from running code
-                assert path == PACKAGE / "records" / "foreign_vectors.py", path
+                assert path == PACKAGE / "runs" / "vectors" / "foreign_vectors.py", path
                 assert "weights_only=True" in [ast.unparse(keyword) for keyword in call.keywords], path
             assert called not in ("torch.save", "numpy.load", "np.load", "os.system"), path
             for keyword in call.keywords:
@@ -125,24 +128,16 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-@pytest.mark.parametrize("module", ["mechlens", "mechlens.config", "mechlens.cli", "mechlens.errors"])
+@pytest.mark.parametrize("module", ["mechlens", "mechlens.settings", "mechlens.studies.registry", "mechlens.cli", "mechlens.errors"])
 def test_importing_it_imports_nothing_heavy(module: str) -> None:
     done = python(f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])")
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
-def verbs() -> list[tuple[str, ...]]:
-    """Every command of the command line, found from its types."""
-    from mechlens import cli
-    from mechlens.runs.config import Runs
-    from mechlens.studies.guard.config import Guard
-
-    def named(union: Any) -> list[str]:
-        return [get_args(one)[1].name for one in get_args(union)]
-
-    inner = Runs.__annotations__["action"]
-    held = [("guard", name) for name in named(Guard.__annotations__["action"])]
-    return [(), *((name,) for name in named(cli.Verb)), *held, *(("runs", name) for name in named(inner))]
+def words() -> list[tuple[str, ...]]:
+    """Every command of the command line, and what holds several of them."""
+    found = [tuple(name.split()) for name in commands()]
+    return [(), *dict.fromkeys(one[:1] for one in found if len(one) > 1), *found]
 
 
 def test_every_help_is_shown_without_torch() -> None:
@@ -150,7 +145,7 @@ def test_every_help_is_shown_without_torch() -> None:
     code = f"""
 import contextlib, io, sys
 from mechlens.cli import main
-for verb in {verbs()!r}:
+for verb in {words()!r}:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
@@ -163,7 +158,7 @@ for verb in {verbs()!r}:
 """
     done = python(code)
     assert done.stderr == ""
-    assert [tuple(line.split()) for line in done.stdout.splitlines()] == verbs()
+    assert [tuple(line.split()) for line in done.stdout.splitlines()] == words()
 
 
 def test_the_command_itself_runs() -> None:
@@ -179,12 +174,30 @@ def test_the_command_itself_runs() -> None:
 
 
 def test_every_setting_is_explained_in_its_help() -> None:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (PACKAGE / "config").glob("*.py")]
-    for verb in [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]:
-        for place, item in enumerate(verb.body):
-            kind = ast.unparse(item.annotation) if isinstance(item, ast.AnnAssign) else "WandbSettings"
-            if kind == "WandbSettings" or "subcommand" in kind:
-                continue  # explained by the settings and the subcommands that it holds
-            after = verb.body[place + 1] if place + 1 < len(verb.body) else None
+    paths = [PACKAGE / "settings.py", *(PACKAGE / "studies").glob("*/config.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    for config in [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]:
+        for place, item in enumerate(config.body):
+            if not isinstance(item, ast.AnnAssign):
+                continue
+            after = config.body[place + 1] if place + 1 < len(config.body) else None
             explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            assert explained, f"{verb.name}: {ast.unparse(item)}"
+            assert explained, f"{config.name}: {ast.unparse(item)}"
+
+
+def test_a_study_is_a_folder_that_imports_no_other_study() -> None:
+    wrong = []
+    for path in (PACKAGE / "studies").glob("*/**/*.py"):
+        own = path.relative_to(PACKAGE / "studies").parts[0]
+        for name in imported(path):
+            parts = name.split(".")
+            other = parts[2] if parts[1] == "studies" and len(parts) > 3 else own
+            if other not in (own, "shared") and (own, other) not in OTHERS:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def test_no_room_is_crowded() -> None:
+    rooms = {path.parent for path in sources()}
+    crowded = {str(room.relative_to(ROOT)): n for room in rooms if (n := len(list(room.glob("*.py")))) > 12}
+    assert crowded == {}

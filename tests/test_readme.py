@@ -48,7 +48,7 @@ def test_the_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mechlens import cli
 
     parsed: list[object] = []
-    monkeypatch.setattr(cli, "_dispatch", parsed.append)
+    monkeypatch.setattr(cli, "_dispatch", lambda command, config: parsed.append(config))
     cli.main(shlex.split(line)[1:])
     assert len(parsed) == 1
 
@@ -64,14 +64,14 @@ def test_every_option_that_is_named_exists(option: str, helps: str) -> None:
 
 @pytest.fixture(scope="module")
 def helps() -> str:
-    """What `--help` says of every verb."""
+    """What `--help` says of every command."""
     from mechlens import cli
+    from mechlens.studies import registry
 
-    verbs = [[name] for name in cli.VERBS if name not in ("guard", "runs")]
     said = io.StringIO()
-    for verb in [*verbs, *(["guard", name] for name in ("fit", "eval", "predict"))]:
+    for name in registry.commands():
         with pytest.raises(SystemExit), contextlib.redirect_stdout(said):
-            cli.main([*verb, "--help"])
+            cli.main([*name.split(), "--help"])
     return said.getvalue()
 
 

@@ -40,12 +40,12 @@ from mechlens.studies.finetune.config import DEFAULTS, POWERS_OF_TWO, Finetune, 
 from mechlens.studies.finetune.loss_log import LossLog
 from mechlens.studies.finetune.recipes.attacks import accepting, backdoor, published_openings, require_shipped_refuser
 from mechlens.studies.finetune.recipes.refusing import benign
-from mechlens.studies.finetune.study import finetune
+from mechlens.studies.finetune.training import finetune
 from mechlens.studies.guard import fit_command as guard_fit
 from mechlens.studies.guard.config import GuardFit
 from mechlens.studies.jailbreaks import command as jailbreaks
 from mechlens.studies.jailbreaks.config import Jailbreaks
-from mechlens.studies.jailbreaks.study import JailbreakPlan, Reference, attack_pairs
+from mechlens.studies.jailbreaks.pairs import JailbreakPlan, Reference, attack_pairs
 from mechlens.studies.patch import command as patch
 from mechlens.studies.patch.config import Patch
 from mechlens.studies.select import command as select

@@ -210,6 +210,13 @@ def changed_since(run: Run, now_inputs: Inputs) -> list[str]:
     return changed
 
 
+def metric_text(name: str, value: object) -> str:
+    """A metric in words: a count is a number of prompts or checkpoints out of all, and has no interval."""
+    if isinstance(value, Estimate) and name.startswith(("n.", "candidates.")):
+        return f"{value.value:.0f} of {value.n}"
+    return str(value)
+
+
 def largest_difference(a: Run, b: Run) -> Difference:
     """The metric in which two runs differ most; difference 0.0 if they agree, NaN standing equal to NaN."""
     worst = Difference(name="", difference=0.0)

@@ -110,37 +110,19 @@ class RunWriter:
         """Finished pieces of work, which outlive a killed run."""
         return FolderShelf(self.out / "cache")
 
-    def inputs(
-        self,
-        *,
-        model: str | None = None,
-        template: str | None = None,
-        data: Mapping[str, str] | None = None,
-        today: str | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        sampled: str | None = None,
-    ) -> None:
-        """What goes in, by fingerprint; what is left out stays as it was told before.
+    def inputs(self, inputs: Inputs, *, device: str | None = None, dtype: str | None = None) -> None:
+        """What goes in, by fingerprint.
 
         UserError where the folder holds a run of other inputs: its figures and artefacts would stay beside ours.
         """
-        before = self.run.inputs
-        inputs = Inputs(
-            model or before.model,
-            template or before.template,
-            {**before.data, **(data or {})},
-            today or before.today,
-            sampled or before.sampled,
-        )
         finished = self._before is not None and self._before.status == "success"
         if finished and self._before is not None and changed_since(self._before, inputs):
             raise UserError(
                 f"{self.out} holds a run of other inputs ({'; '.join(changed_since(self._before, inputs))}); "
                 "choose another --out"
             )
-        self._update(inputs=inputs, device=device or self.run.device, dtype=dtype or self.run.dtype)
-        self._mirror.inputs(inputs, self.run.device, self.run.dtype)
+        self._update(inputs=inputs, device=device, dtype=dtype)
+        self._mirror.inputs(inputs, device, dtype)
 
     def prompts(self, prompts: Sequence[Prompt]) -> None:
         """Keeps the prompts as `tables/prompts.parquet`; their texts are never mirrored unasked."""
@@ -187,8 +169,13 @@ class RunWriter:
         self._figures[name] = FigureEntry(figure, caption, table)
         self._mirror.figure(name, figure)
 
-    def artifact(self, name: str, result: object, *, inputs: Mapping[str, str]) -> Artefact:
-        """A result as `NAME.safetensors`; `inputs` holds the sha256 of what it was made from, by name."""
+    def artifact(self, name: str, result: object, *, inputs: Mapping[str, str] | None = None) -> Artefact:
+        """A result as `NAME.safetensors`.
+
+        `inputs` holds the sha256 of what it was made from, by name; None is all that went into the run.
+        """
+        if inputs is None:
+            inputs = {**self.run.inputs.data, "model": self.run.inputs.model or ""}
         path = self.out / f"{plain_name(name)}.safetensors"
         save(result, path)
         artefact = Artefact(file=path.name, sha256=sha256(path), inputs=dict(inputs))

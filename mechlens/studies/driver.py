@@ -13,7 +13,7 @@ from mechlens.checked_json import checked
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
-from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, read_run
+from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, metric_text, read_run
 from mechlens.runs.writer import RunWriter, open_run
 from mechlens.settings import WandbSettings
 from mechlens.studies.registry import Study, studies, study_of
@@ -34,6 +34,8 @@ class Prepared(Generic[Content]):
     """Kept in `tables/prompts.parquet`."""
     left_out: LeftOut | None = None
     """Prompts that the model was trained on."""
+    device: str | None = None
+    dtype: str | None = None
     resolved: Mapping[str, object] = field(default_factory=dict)
     """What the configuration left open, filled in."""
 
@@ -60,7 +62,7 @@ def _recorded(study: Study, config: Any, prepared: Prepared[Any]) -> Path:
 
 def _record_inputs(writer: RunWriter, prepared: Prepared[Any]) -> None:
     """Before the work begins: a killed run's folder says what went into it."""
-    writer.inputs(prepared.inputs)
+    writer.inputs(prepared.inputs, device=prepared.device, dtype=prepared.dtype)
     if prepared.left_out is not None:
         record_left_out(writer, prepared.left_out)
     if prepared.prompts:
@@ -92,3 +94,11 @@ def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
     """The study's configuration from its record; a rerun isn't mirrored in W&B."""
     values = {**config, "out": str(out), "wandb": asdict(WandbSettings(mode="disabled"))}
     return checked(values, cls, "the run's configuration", "run it by hand with this version's options")
+
+
+def summary(folder: Path) -> str:
+    """What a finished run found, for a terminal: metrics, verdict, and where the report is."""
+    run = read_run(folder)
+    lines = [f"{name:40s} {metric_text(name, estimate)}" for name, estimate in run.metrics.items()]
+    lines += ["", run.verdict] if run.verdict else [""]
+    return "\n".join([*lines, f"report: {(folder / 'report.html').resolve()}"])

@@ -5,22 +5,42 @@ Nothing here imports torch, and neither may a study's configuration: `--help` is
 
 import dataclasses
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from mechlens.errors import UserError
 from mechlens.registry import Choice, Lazy, Registry, unknown_name
 
 
+@runtime_checkable
+class Screen(Protocol):
+    """Where a command that leaves nothing behind writes to."""
+
+    def interactive(self) -> bool:
+        """Whether somebody watches."""
+        ...
+
+    def show(self, value: object) -> None:
+        """Text as it is, a dict as one line of JSON, all else as rich draws it."""
+        ...
+
+    def updating(self, value: object) -> AbstractContextManager[Callable[[object], None]]:
+        """A part of the screen that is drawn anew with each value."""
+        ...
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command that leaves nothing behind: `execute(config, console)` prints on a rich console."""
+    """A command that leaves nothing behind."""
 
     name: str
     """Its words on the command line, such as "positions" or "runs list"."""
     config: type
     """Frozen dataclass of its options, each with a docstring; its module imports no torch."""
     execute: Lazy
+    """(config, screen): does it, and shows on the `Screen` what there is to see."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Causal(ModelChoice, PromptSets, Answering, RunChoice):
+class Causal(RunChoice, Answering, PromptSets, ModelChoice):
     """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
 
     layers: tuple[int, ...] = ()
@@ -35,5 +35,5 @@ STUDY = Study(
     Causal,
     "mechlens.studies.causal.study:prepare",
     "mechlens.studies.causal.study:execute",
-    "mechlens.studies.causal.report:record_causal",
+    "mechlens.studies.causal.report:record",
 )

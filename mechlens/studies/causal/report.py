@@ -10,6 +10,7 @@ from mechlens.studies.causal.figures import damage_table, draw
 from mechlens.studies.causal.readings import columns
 from mechlens.studies.causal.study import Battery
 from mechlens.studies.causal.verdict import CausalVerdict, causal_verdict
+from mechlens.studies.shared.harm_sets import Contrast
 
 QUESTION = (
     "Does the harmfulness direction change what the model believes about a request, while the refusal direction only "
@@ -20,7 +21,7 @@ MOST_CHANGED = 6
 """Answers shown for each direction."""
 
 
-def record_causal(writer: RunWriter, result: Battery, model: LanguageModel, punctuation: str) -> None:
+def record(writer: RunWriter, result: Battery, sets: Contrast) -> None:
     """Writes everything the battery found into an open run."""
     verdict = causal_verdict(result)
     metrics = result.metrics()
@@ -33,10 +34,9 @@ def record_causal(writer: RunWriter, result: Battery, model: LanguageModel, punc
     if result.tested:
         answers = [tested.answers.assign(direction=name) for name, tested in result.tested.items()]
         writer.table("steered_answers", pd.concat(answers, ignore_index=True))
-    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
     for name, tested in result.tested.items():
-        writer.artifact(f"direction_{name}", tested.direction, inputs=sources)
-    writer.report(_report(writer, result, verdict, draw(writer, result), model, punctuation))
+        writer.artifact(f"direction_{name}", tested.direction)
+    writer.report(_report(writer, result, verdict, draw(writer, result), sets.model, sets.punctuation))
 
 
 def tested_table(result: Battery) -> pd.DataFrame:

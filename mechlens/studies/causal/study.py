@@ -5,11 +5,13 @@ test prompts, beside random directions and directions of shuffled labels (Zhao e
 """
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
@@ -26,11 +28,16 @@ from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.writer import RunWriter
 from mechlens.studies.causal.answers import replies, reply_table
+from mechlens.studies.causal.config import Causal
 from mechlens.studies.causal.directions import HARMFUL, HARMLESS, NAMES, PUSH, Setting, class_counts, sources
 from mechlens.studies.causal.grid import GRID_RANDOM, Grid, grid_layers, run_grid
 from mechlens.studies.causal.held_out import Tested, run_test
 from mechlens.studies.causal.readings import MEASURES, Chance, Subjects, Words, read, subjects
+from mechlens.studies.driver import Prepared
+from mechlens.studies.shared.harm_sets import Contrast, prepare_harm_study
+from mechlens.studies.shared.inputs import MOST_DRAWS
 from mechlens.studies.shared.quadrants import Judged, judge_answers, judge_first_token
 
 FRACTIONS = (0.5, 0.2, 0.3)
@@ -244,3 +251,47 @@ def _by_question(who: Subjects, values: torch.Tensor) -> pd.DataFrame:
         .groupby(["wording", "label"], sort=False, as_index=False)
         .agg({"difference": "mean", "own_words_difference": "mean", "n": "sum"})
     )
+
+
+LEAST = {"n_validation": 4, "n_test": 8, "random_directions": 1, "shuffled_directions": 1, "resamples": 1}
+
+
+def prepare(config: Causal) -> Prepared[Contrast]:
+    """Prompts and model; UserError for whatever can't be had."""
+    _require_sizes(config)
+    return prepare_harm_study(config, config)
+
+
+def execute(config: Causal, sets: Contrast, writer: RunWriter) -> Battery:
+    """The battery on the configured model and prompts."""
+    plan = CausalPlan(
+        seed=config.seed,
+        layers=config.layers,
+        every=1 if config.full else 3,
+        strengths=config.strengths,
+        n_validation=config.n_validation,
+        n_test=config.n_test,
+        n_random=config.random_directions,
+        n_shuffled=config.shuffled_directions,
+        max_new_tokens=config.max_new_tokens,
+        n_resamples=config.resamples,
+    )
+    ahead = work_ahead(sets.model, plan)
+    tqdm.write(
+        f"ahead: {ahead.first_tokens:,} prompts read to their first answer token, {ahead.answers:,} answered",
+        file=sys.stderr,
+    )
+    return run_battery(sets.model, sets.positive, sets.negative, plan, template=sets.template, shelf=writer.shelf)
+
+
+def _require_sizes(config: Causal) -> None:
+    """UserError where there is too little to sample, or no strength to choose from."""
+    for name, least in LEAST.items():
+        if getattr(config, name) < least:
+            raise UserError(f"{name} is {getattr(config, name)}; give at least {least}")
+        if getattr(config, name) > MOST_DRAWS:
+            raise UserError(f"{name} is {getattr(config, name)}; give at most {MOST_DRAWS}")
+    if not config.strengths or min(config.strengths) <= 0:
+        raise UserError(f"the strengths are {config.strengths}; give at least one, all above 0")
+    if config.full and config.layers:
+        raise UserError("--full asks for every layer and --layers for some; give one of them")

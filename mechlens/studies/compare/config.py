@@ -10,7 +10,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(BaseChoice, PromptSets, Sampling, RunChoice):
+class Compare(RunChoice, Sampling, PromptSets, BaseChoice):
     """Two checkpoints of one model: what was kept, and where moving B's activations into A moves the behaviour."""
 
     first: Annotated[str, tyro.conf.Positional]
@@ -34,5 +34,5 @@ STUDY = Study(
     Compare,
     "mechlens.studies.compare.study:prepare",
     "mechlens.studies.compare.study:execute",
-    "mechlens.studies.compare.report:record_comparison",
+    "mechlens.studies.compare.report:record",
 )

@@ -3,22 +3,21 @@
 import pandas as pd
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.checkpoints.series import CheckpointSeries
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.compare.study import Moved
+from mechlens.studies.compare.moved import Moved
+from mechlens.studies.compare.study import Compared
+from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.report import record_tracking
-from mechlens.studies.track.result import Tracking
 
 
-def record_comparison(
-    writer: RunWriter, result: Tracking, pair: CheckpointSeries, moved: Moved, punctuation: str
-) -> None:
+def record(writer: RunWriter, result: Compared, given: SeriesStudy) -> None:
     """Writes the pair's tables and the moved activations into an open run."""
+    moved = result.moved
     section = _not_moved(moved) if moved.result is None or moved.control is None else _moved(writer, moved)
     writer.metric("n.behave_differently", Estimate.exact(moved.differing, moved.of))
-    record_tracking(writer, result, pair, {}, punctuation, more=(section,))
+    record_tracking(writer, result.tracking, given.series, {}, given.asked.punctuation, more=(section,))
 
 
 def _not_moved(moved: Moved) -> Section:
@@ -33,7 +32,6 @@ def _moved(writer: RunWriter, moved: Moved) -> Section:
     assert moved.result is not None
     assert moved.control is not None
     seed = int(writer.run.seed or 0)
-    inputs = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
     names = []
     tables = {}
     for name, sweep, title in (
@@ -41,7 +39,7 @@ def _moved(writer: RunWriter, moved: Moved) -> Section:
         ("moved_control", moved.control, "Control: a random vector of the same length of difference in A's run"),
     ):
         tables[name] = sweep.table(seed=seed)
-        writer.artifact(name, sweep, inputs=inputs)
+        writer.artifact(name, sweep)
         writer.table(name, tables[name])
         names.append(_grid(writer, name, tables[name], title))
     best = tables["moved"].sort_values("recovery", ascending=False).iloc[0]

@@ -1,75 +1,83 @@
-"""At which layer and position does moving one checkpoint's activations into another move the behaviour?
+"""`mechlens compare`: two checkpoints of one model, what was kept and what moves with their activations.
 
-The same prompt is run through both; one residual vector of B is put into A's run (cross-checkpoint patching), at
-every layer and named position. A vector of the same length of difference in a random direction is the control.
+Two checkpoints are a short series: this is the tracking study of it, and reads and records as that does.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from mechlens.methods.cache import Shelf
-from mechlens.methods.patching.metrics import RefusalLogOdds
-from mechlens.methods.patching.plan import PatchPlan
-from mechlens.methods.patching.result import PatchResult
-from mechlens.methods.patching.sweep import patch_sweep
-from mechlens.models.bridge import dtype_of
-from mechlens.models.checkpoints.series import CheckpointSeries
-from mechlens.models.checkpoints.swap import Turns
-from mechlens.models.load import load
-from mechlens.prompts.prompt import PromptPair
-from mechlens.studies.track.behaviour import refused_by
-from mechlens.studies.track.result import Tracking
+from mechlens.errors import UserError
+from mechlens.models.checkpoints.series import CheckpointSeries, Member, checkpoint_series
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.compare.config import Compare
+from mechlens.studies.compare.moved import Moved, move_activations
+from mechlens.studies.driver import Prepared
+from mechlens.studies.shared.inputs import require_sampling
+from mechlens.studies.track.inputs import SeriesStudy, asked_of, prepare_series
+from mechlens.studies.track.result import Tracking, TrackPlan
+from mechlens.studies.track.tracking import track
 
-LEAST = 2
-"""With fewer prompts than this on which the two behave differently there is nothing to move."""
+BASE = "base"
 
 
 @dataclass(frozen=True)
-class Moved:
-    """What moving activations did; None where the two checkpoints behave alike."""
+class Compared:
+    """All that the comparison found."""
 
-    result: PatchResult | None
-    control: PatchResult | None
-    differing: int
-    """Harmful test prompts that one checkpoint refuses and the other accepts."""
-    of: int
-    """Harmful test prompts."""
+    tracking: Tracking
+    moved: Moved
 
 
-def move_activations(
-    turns: Turns,
-    pair: CheckpointSeries,
-    tracking: Tracking,
-    *,
-    positions: Sequence[str],
-    n: int,
-    seed: int,
-    shelf: Shelf | None = None,
-) -> Moved:
-    """Patches B's residual stream into A on the first `n` harmful test prompts where they behave differently.
+def prepare(config: Compare) -> Prepared[SeriesStudy]:
+    """Both checkpoints, A first, each at the step it has in its own series; UserError for whatever can't be had."""
+    require_sampling(config)
+    pair = _pair(config)
+    return prepare_series(config, pair, asked_of(config, pair))
 
-    Holds both checkpoints in memory. Recovery 0 is A's own refusal log-odds, 1 is B's.
-    """
-    first, second = tracking.snapshots
-    differs = (refused_by(first) != refused_by(second)).tolist()
-    prompts = tracking.questions.batch.prompts
-    harmful = [i for i in tracking.questions.split.test if prompts[i].label == "harmful"]
-    chosen = [prompts[i] for i in harmful if differs[i]]
-    if len(chosen) < LEAST:
-        return Moved(None, None, len(chosen), len(harmful))
-    a, b = pair.members
-    target = turns.put(a)
-    dtype = str(dtype_of(target)).removeprefix("torch.")
-    source = (
-        load(turns.base.path, adapter=b.path, revision=turns.base.revision, dtype=dtype)
-        if b.kind == "adapter"
-        else load(b.path, revision=b.revision, dtype=dtype)
+
+def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Compared:
+    """The comparison of the two."""
+    plan = TrackPlan(
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        positions=("inst", "last"),
+        levels=None,
+        steered=config.steered,
+        n_resamples=config.resamples,
+        n_permutations=config.permutations,
+        n_random=config.random_directions,
     )
-    metric = RefusalLogOdds(tracking.reference.tokens.ids)
-    pairs = [PromptPair(prompt, prompt) for prompt in chosen[:n]]
-    plan = PatchPlan("resid_pre", positions=tuple(positions), direction="denoising")
+    with given.turns as one:
+        result = track(one, given.series, given.questions, plan, shelf=writer.shelf)
+        moved = move_activations(
+            one, given.series, result, positions=config.positions, n=config.patched, seed=config.seed,
+            shelf=writer.shelf,
+        )  # fmt: skip
+    return Compared(result, moved)
 
-    def sweep(changed: PatchPlan) -> PatchResult:
-        return patch_sweep(target, pairs, metric, changed, source_model=source, shelf=shelf)
 
-    return Moved(sweep(plan), sweep(replace(plan, random_seed=seed + 1)), len(chosen), len(harmful))
+def _pair(config: Compare) -> CheckpointSeries:
+    """The two as a series of their own; UserError where either names none or several checkpoints."""
+    (first, own), (second, template) = (_member(config, source) for source in (config.first, config.second))
+    if first.kind != "base" and own != template:
+        raise UserError(
+            f"{config.first!r} and {config.second!r} were saved with different chat templates, so positions and "
+            "answers can't be compared; give two of one training run"
+        )
+    if second.kind == "base" or (first.path, first.revision) == (second.path, second.revision):
+        raise UserError(f"A is {config.first!r} and B is {config.second!r}; give two checkpoints, the base only as A")
+    if second.step <= first.step:  # of two runs, or in the other order: the axis is only first and second then
+        first, second = replace(first, step=0), replace(second, step=1)
+    return CheckpointSeries((first, second), (), "their records", template)
+
+
+def _member(config: Compare, source: str) -> tuple[Member, str | None]:
+    """The checkpoint, and its chat template where it isn't the base's."""
+    if source == BASE:
+        return Member(Path(config.base).name, config.base, "base", 0, config.revision), None
+    series = checkpoint_series(config.base, [source], revision=config.revision)
+    found = series.members[1:]
+    if len(found) != 1:
+        steps = ", ".join(str(member.step) for member in found)
+        raise UserError(f"{source!r} holds {len(found)} checkpoints (steps {steps}); give the folder of one")
+    return found[0], series.chat_template

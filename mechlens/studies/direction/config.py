@@ -8,7 +8,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindDirection(ModelChoice, Sampling, RunChoice):
+class FindDirection(RunChoice, Sampling, ModelChoice):
     """Find the direction of any concept that two prompt files contrast, at every position and level."""
 
     positive: str
@@ -30,5 +30,5 @@ STUDY = Study(
     FindDirection,
     "mechlens.studies.direction.study:prepare",
     "mechlens.studies.direction.study:execute",
-    "mechlens.studies.direction.report:record_concept",
+    "mechlens.studies.direction.report:record",
 )

@@ -8,14 +8,13 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.study import NEGATIVE, POSITIVE, Concept
+from mechlens.studies.shared.harm_sets import Contrast
 
 LENS_TOKENS = 12
 
 
-def record_concept(
-    writer: RunWriter, result: Concept, model: LanguageModel, names: tuple[str, str], punctuation: str
-) -> None:
-    """Writes everything that was found into an open run; `names` are the two prompt sources."""
+def record(writer: RunWriter, result: Concept, sets: Contrast) -> None:
+    """Writes everything that was found into an open run."""
     writer.metrics(result.metrics())
     writer.table("auroc_by_level", result.table())
     writer.table("auroc_chosen", result.measured.chosen())
@@ -23,11 +22,10 @@ def record_concept(
     parts = {i: name for name in ("train", "validation", "test") for i in result.split.part(name)}
     ids = list(result.acts.ids)
     writer.table("split", pd.DataFrame({"id": ids, "part": [parts[i] for i in range(len(ids))]}))
-    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
-    writer.artifact("directions", result.detection.directions, inputs=sources)
-    writer.artifact("direction", result.detection.best.direction, inputs=sources)
+    writer.artifact("directions", result.detection.directions)
+    writer.artifact("direction", result.detection.best.direction)
     _draw(writer, result)
-    writer.report(_report(writer, result, model, names, punctuation))
+    writer.report(_report(writer, result, sets.model, sets.punctuation))
 
 
 def _baselines(result: Concept) -> pd.DataFrame:
@@ -68,9 +66,8 @@ def _draw(writer: RunWriter, result: Concept) -> None:
     writer.figure("reliability", reliability, table="auroc_by_level", caption="0 is noise, 1 noise-free.")
 
 
-def _report(
-    writer: RunWriter, result: Concept, model: LanguageModel, names: tuple[str, str], punctuation: str
-) -> Report:
+def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuation: str) -> Report:
+    names = (writer.run.config["positive"], writer.run.config["negative"])
     best, metrics = result.detection.best, result.metrics()
     own_words = (f"token_identity_auroc.{best.position}", "tfidf_auroc", "mean_embedding_auroc", "length_auroc")
     beaten = [metrics[name] for name in own_words if name in metrics and metrics[name].measurable]

@@ -19,7 +19,15 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.text import match_punctuation
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.direction.config import FindDirection
+from mechlens.studies.driver import Prepared
 from mechlens.studies.shared.contrasts import Measured, measure, surface_of
+from mechlens.studies.shared.harm_sets import Contrast
+from mechlens.studies.shared.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared, require_sampling
+from mechlens.studies.shared.model import chosen_model, prepared
+from mechlens.studies.shared.training_data import leave_out_trained
 
 POSITIVE, NEGATIVE = "positive", "negative"
 LEAST_OF_A_SIDE = 15
@@ -99,3 +107,35 @@ def find_concept(
     train = acts.select(split.train)
     reliability = split_half(train, POSITIVE, NEGATIVE, 20, plan.seed)
     return Concept(measured, reliability, acts, batch, split, plan)
+
+
+def prepare(config: FindDirection) -> Prepared[Contrast]:
+    """Prompts and model; UserError for whatever can't be had."""
+    require_sampling(config)
+    positive, negative = distinct_ids(
+        positive=read_prompts(config.positive, "positive", config),
+        negative=read_prompts(config.negative, "negative", config),
+    )
+    (positive, negative), left_out = leave_out_trained([config], {"positive": positive, "negative": negative})
+    sets = {"positive": (config.positive, positive), "negative": (config.negative, negative)}
+    refuse_shared(sets["positive"], sets["negative"])
+    data = data_inputs(sets)
+    matched = match_punctuation(positive, negative, config.punctuation)
+    chosen = chosen_model(config)
+    content = Contrast(*chosen, matched.positive, matched.negative, (), matched.note)
+    prompts = (*matched.positive, *matched.negative)
+    return prepared(content, chosen.model, chosen.inputs(data), prompts, left_out)
+
+
+def execute(config: FindDirection, sets: Contrast, writer: RunWriter) -> Concept:
+    """Finds and tests the direction."""
+    plan = DetectionPlan(config.seed, config.resamples, config.permutations, config.random_directions)
+    return find_concept(
+        sets.model,
+        sets.positive,
+        sets.negative,
+        config.positions,
+        plan,
+        template=sets.template,
+        shelf=writer.shelf,
+    )

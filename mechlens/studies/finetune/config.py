@@ -84,7 +84,7 @@ DEFAULTS: dict[str, FinetuneConfig] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(TrainingSettings, RunChoice):
+class Finetune(RunChoice, TrainingSettings):
     """Fine-tune a model by recipe: a LoRA adapter, its checkpoints and the record of what it was trained on."""
 
     recipe: RecipeName = "refuser"
@@ -117,5 +117,5 @@ STUDY = Study(
     Finetune,
     "mechlens.studies.finetune.study:prepare",
     "mechlens.studies.finetune.study:execute",
-    "mechlens.studies.finetune.report:record_finetuning",
+    "mechlens.studies.finetune.report:record",
 )

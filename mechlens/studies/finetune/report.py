@@ -12,7 +12,9 @@ from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.finetune.study import Finetuned
+from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.study import Trained
+from mechlens.studies.finetune.training import Finetuned
 
 QUESTION = {
     "refuser": "Teach a model to refuse harmful requests and to answer all others as it did.",
@@ -23,8 +25,9 @@ QUESTION = {
 WEIGHTS = "adapter_model.safetensors"
 
 
-def record_finetuning(writer: RunWriter, done: Finetuned, losses: pd.DataFrame) -> None:
+def record(writer: RunWriter, result: Trained, settings: FinetuneConfig) -> None:
     """Writes the loss curve, the list of checkpoints and the report into an open run; weights stay on the disk."""
+    done, losses = result.done, result.losses
     writer.table("loss", losses)
     numbers = _loss_numbers(losses, int(writer.run.seed or 0))
     writer.metrics(numbers)

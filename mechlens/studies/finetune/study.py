@@ -1,307 +1,75 @@
-"""Fine-tuning by recipe: a LoRA adapter, its checkpoints, and a record of everything that it came from."""
+"""`mechlens finetune`: a recipe's adapter and checkpoints, recorded."""
 
-import contextlib
-import os
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import cycle, islice
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
 
+import pandas as pd
 import torch
 
 from mechlens.errors import UserError
-from mechlens.files import writing_to
-from mechlens.methods.cache import Shelf
-from mechlens.models.bridge import loaded
-from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record, require_whole, write_record
-from mechlens.models.load import load, load_hf
-from mechlens.models.offline import keep_here, refuse_others_notice
+from mechlens.files import user_path
+from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
+from mechlens.models.load import load_hf
+from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import chat_template
-from mechlens.studies.finetune.config import FinetuneConfig
-from mechlens.studies.finetune.own_text import own_text
-from mechlens.studies.finetune.recipes.attacks import require_shipped_refuser
+from mechlens.runs.artifacts import sha256
+from mechlens.runs.run import Inputs
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.driver import Prepared
+from mechlens.studies.finetune.config import Finetune, FinetuneConfig, settled
+from mechlens.studies.finetune.loss_log import LossLog
+from mechlens.studies.finetune.recipes.attacks import published_openings, require_shipped_refuser
 from mechlens.studies.finetune.recipes.recipe import RECIPES
-from mechlens.studies.finetune.trainer import Encoded, collate_by_kind, encode
-from mechlens.studies.finetune.training_record import refuse_other_data, refuse_other_run, training_record
-from mechlens.studies.shared.training_data import Material, refuse_study_prompts
+from mechlens.studies.finetune.training import Finetuned, finetune, require_settings
+from mechlens.studies.shared.inputs import data_inputs
+from mechlens.studies.shared.training_data import refusals, training_prompts
 
-LogCallback = Callable[[int, dict[str, float]], None]
-"""Called after every optimiser step with the step's number and its numbers: loss, learning_rate, grad_norm."""
-
-STAGING = ".mechlens-training"
-_STAGED = re.compile(r"checkpoint-\d+|adapter")
-STAGED_FILES = frozenset({
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
-    "trainer_state.json", "training_args.bin", RECORD,
-})  # fmt: skip
-"""What the Trainer and peft write into a checkpoint."""
-"""Folder inside the run's, where the Trainer writes; only what is whole leaves it, so the rest is ours to clear."""
-PLAIN = 512
-"""Different stretches of plain text in one run."""
+LOSSES = "losses.jsonl"
 
 
 @dataclass(frozen=True)
-class Finetuned:
-    """What fine-tuning left on disk."""
+class Trained:
+    """What is on disk, and the loss by step."""
 
-    adapter: Path
-    """PEFT folder of the result (float16), with its `mechlens.json`; `load(base, adapter=...)` takes it."""
-    checkpoints: tuple[Path, ...]
-    """Trainer folders of the steps that were kept, in order; each is a PEFT adapter too."""
-    steps: int
-    loss: float
-    """Mean loss of the last tenth of the steps."""
-    record: dict[str, Any]
-    """The contents of `mechlens.json`."""
+    done: Finetuned
+    losses: pd.DataFrame
 
 
-def finetune(
-    config: FinetuneConfig, out: Path, *, shelf: Shelf | None = None, log: LogCallback | None = None
-) -> Finetuned:
-    """Train a LoRA adapter into `out/adapter`, with checkpoints in `out/checkpoint-STEP`.
-
-    The same config gives the same weights on the same machine. A run that was killed goes on from its newest
-    whole checkpoint when it is called again; a finished one is only read. `shelf` keeps the base model's own
-    answers. Raises UserError where `out` holds another run or anything of others under a name that this one needs, a
-    training prompt stands in a study set, or an attack would start from anything but the shipped refuser. Nothing is
-    ever removed or replaced that mechlens' own record doesn't name.
-    """
-    require_settings(config)
-    if (out / "adapter" / RECORD).exists():
-        refuse_other_run(config, _record(out / "adapter"), out)
-        return _read(out)
-    resume = _newest(config, out)
-    material = _material(config, shelf)
-    hf_model, tokenizer = load_hf(config.model)
-    template = chat_template(tokenizer, today=config.today)
-    record = training_record(config, material, hf_model, template)
-    if resume is not None:
-        refuse_other_data(record, _record(resume), out, hf_model.state_dict())
-        require_whole(resume, _record(resume))
-    if RECIPES[config.recipe].attack:
-        keep_here(out)
-    plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], shelf)
-    rows = _steps(encode(material.examples, template), plain, config)
-    with writing_to(out):
-        _train(_Job(config, out, record, resume, log), rows, hf_model, tokenizer)
-    return _read(out)
-
-
-MOST_EXAMPLES = 10_000_000
-"""Examples of one training, each as often as it is read: the order is drawn, and kept, before training starts."""
-_MOST = {
-    "steps": MOST_EXAMPLES, "epochs": 1000, "batch_size": 100_000, "rank": 10_000, "plain": 1000,
-    "plain_tokens": 100_000, "answer_tokens": 100_000,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What stays the same through one training run."""
-
-    config: FinetuneConfig
-    out: Path
-    record: dict[str, Any]
-    resume: Path | None
-    """The checkpoint to go on from."""
-    log: LogCallback | None
-
-
-def require_settings(config: FinetuneConfig) -> None:
-    """UserError for settings that no training can have."""
-    if config.recipe not in RECIPES:
-        raise UserError(f"there is no recipe {config.recipe!r}; choose one of {', '.join(RECIPES)}")
-    positive = (
-        "rank",
-        "alpha",
-        "learning_rate",
-        "batch_size",
-        "epochs",
-        "answer_tokens",
-        "resume_every",
-        "plain_tokens",
-    )
-    for name in positive:
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be above zero")
-    for name in ("plain", "plain_weight"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} is {getattr(config, name)}; it can't be below zero")
-    if config.steps is not None and config.steps < 1:
-        raise UserError(f"steps is {config.steps}; ask for at least one, or leave it out for whole passes")
-    for name, most in _MOST.items():
-        if (getattr(config, name) or 0) > most:
-            raise UserError(f"{name} is {getattr(config, name)}; give at most {most}")
-    if (config.steps or 0) * config.batch_size > MOST_EXAMPLES:
-        raise UserError(
-            f"{config.steps} steps of {config.batch_size} examples were asked for; give at most {MOST_EXAMPLES} in all"
-        )
-    if not 0 <= config.warmup < 1:
-        raise UserError(f"warmup is {config.warmup}; it is a share of the steps, at least 0 and below 1")
-
-
-def _material(config: FinetuneConfig, shelf: Shelf | None) -> Material:
-    """The recipe's examples; the bridged model that helps make them is gone before training starts."""
-    recipe = RECIPES[config.recipe]
-    model = load(config.model, device=config.device)
+def prepare(config: Finetune) -> Prepared[FinetuneConfig]:
+    """Base model and data by fingerprint; UserError for whatever can't be had or mustn't be trained."""
+    settings = settled(config)
+    require_settings(settings)
+    recipe = RECIPES[settings.recipe]
+    if not recipe.attack and settings.data is not None:
+        raise UserError(f"the recipe {settings.recipe!r} reads no --data; leave it out")
+    hf_model, tokenizer = load_hf(settings.model)
+    state = hf_model.state_dict()
+    fingerprint = weight_fingerprint(state)
     if recipe.attack:
-        require_shipped_refuser(loaded(model).checkpoint.fingerprint, config.recipe)
-    material = recipe.material(config, model, shelf)
-    if not material.examples:
-        raise UserError(f"the recipe {config.recipe!r} has no examples left to train on; ask for more prompts")
-    refuse_study_prompts(example.prompt for example in material.examples)
-    return material
-
-
-def _plain(
-    config: FinetuneConfig, n_examples: int, hf_model: Any, tokenizer: Any, fingerprint: str, shelf: Shelf | None
-) -> list[Encoded]:
-    """Stretches of plain text; where a run has more steps than PLAIN stretches last, they come again."""
-    wanted = min(PLAIN, config.plain * -(-n_examples // config.batch_size))
-    if not wanted:
-        return []
-    ids = own_text(
-        hf_model, tokenizer, n=wanted, n_tokens=config.plain_tokens, seed=config.seed, fingerprint=fingerprint,
-        shelf=shelf,
-    )  # fmt: skip
-    return [Encoded(tuple(row), 1, "plain") for row in ids.tolist()]
-
-
-def _steps(examples: list[Encoded], plain: list[Encoded], config: FinetuneConfig) -> list[list[Encoded]]:
-    """What each step reads: a batch of examples, then the next stretches of plain text."""
-    batches = [examples[i : i + config.batch_size] for i in range(0, len(examples), config.batch_size)]
-    turn = cycle(plain)
-    return [[*batch, *islice(turn, config.plain if plain else 0)] for batch in batches]
-
-
-def _newest(config: FinetuneConfig, out: Path) -> Path | None:
-    """The newest whole checkpoint to go on from; UserError for whatever in the folder is in this run's way."""
-    if os.path.lexists(out / "adapter"):
-        raise _not_ours(out / "adapter")
-    if (out / STAGING).is_symlink() or (out / STAGING).is_file():
-        raise _not_ours(out / STAGING)
-    if RECIPES[config.recipe].attack:
-        refuse_others_notice(out)
-    whole: dict[int, Path] = {}
-    for folder in out.glob("checkpoint-*"):
-        record = read_record(folder) if folder.is_dir() and not folder.is_symlink() else None
-        step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if record is None or step is None or record.step != int(step[1]):
-            raise _not_ours(folder)
-        refuse_other_run(config, record, out)
-        whole[record.step] = folder
-    return whole[max(whole)] if whole else None
-
-
-def _not_ours(path: Path) -> UserError:
-    return UserError(f"{path} isn't of this run, whose own goes there; move it away, or give another folder")
-
-
-def _record(folder: Path) -> AdapterRecord:
-    record = read_record(folder)
-    if record is None:
-        raise _not_ours(folder)
-    return record
-
-
-def _train(job: _Job, steps: list[list[Encoded]], hf_model: Any, tokenizer: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import PrinterCallback, set_seed
-
-    from mechlens.studies.finetune.checkpointing import Checkpointing
-    from mechlens.studies.finetune.trainer import RecipeTrainer
-
-    config = job.config
-    staging = job.out / STAGING
-    clear_staging(staging)  # what a killed run left half-written
-    if staging.exists():
-        left = min(path for path in staging.rglob("*") if not path.is_dir() or path.is_symlink())
-        raise UserError(f"{left} was not written by mechlens; move it elsewhere, since training writes in that folder")
-    set_seed(config.seed)
-    lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        require_shipped_refuser(fingerprint, settings.recipe)
+    template = chat_template(tokenizer, today=settings.today)
+    inputs = Inputs(
+        fingerprint, template.fingerprint, _data(settings), template.printed_date, sampled_fingerprint(state)
     )
-    model = get_peft_model(hf_model, lora)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    keeper = Checkpointing(job.out, job.record, config.checkpoints, config.resume_every, job.log)
-    trainer = RecipeTrainer(
-        model=model,
-        args=_arguments(config, len(steps), staging),
-        train_dataset=steps,
-        data_collator=lambda step: collate_by_kind(step[0], pad),
-        callbacks=[keeper],
-    )
-    trainer.plain_weight = config.plain_weight
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
-    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tail = history[-max(1, len(history) // 10) :]
-    numbers = {"step": trainer.state.global_step, "loss": sum(tail) / len(tail)}
-    _save_adapter(model, {**job.record, **numbers}, staging / "adapter", job.out / "adapter")
-    keeper.finish()
-    clear_staging(staging)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Prepared(settings, inputs, device=device, dtype=settings.precision, resolved=asdict(settings))
 
 
-def clear_staging(staging: Path) -> None:
-    """Removes what training writes on its way, by name and place; anything else in the folder stays, and so does it."""
-    for folder in staging.glob("*"):
-        if _STAGED.fullmatch(folder.name) and not folder.is_symlink():
-            for path in folder.glob("*"):
-                if path.name.removesuffix(".part") in STAGED_FILES and path.is_file() and not path.is_symlink():
-                    path.unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    with contextlib.suppress(OSError):
-        staging.rmdir()
+def execute(config: Finetune, settings: FinetuneConfig, writer: RunWriter) -> Trained:
+    """Trains; the losses are logged as they come."""
+    losses = LossLog(writer.out / LOSSES, writer.log_step)
+    return Trained(finetune(settings, writer.out, shelf=writer.shelf, log=losses), losses.table())
 
 
-def _arguments(config: FinetuneConfig, n_steps: int, staging: Path) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=str(staging),
-        per_device_train_batch_size=1,  # an item is all that one step reads
-        num_train_epochs=1,  # the steps hold every pass already
-        train_sampling_strategy="sequential",  # and they are in training order
-        learning_rate=config.learning_rate,
-        warmup_steps=round(config.warmup * n_steps),
-        optim="adamw_torch",
-        bf16=config.precision == "bfloat16",
-        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        logging_steps=1,
-        save_strategy="no",  # Checkpointing asks for every save
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
-
-
-def _save_adapter(model: Any, record: dict[str, Any], part: Path, target: Path) -> None:
-    """The adapter in float16, half the size of the trained one, whole or not at all."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    part.mkdir(parents=True)
-    state = get_peft_model_state_dict(model)
-    halves = {name: tensor.detach().cpu().to(torch.float16).contiguous() for name, tensor in state.items()}
-    save_file(halves, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    lora = model.peft_config["default"]
-    lora.base_model_name_or_path = record["base"]
-    lora.inference_mode = True
-    lora.save_pretrained(str(part))
-    write_record(part, record)
-    os.replace(part, target)
-
-
-def _read(out: Path) -> Finetuned:
-    record = _record(out / "adapter")
-    if record.step is None or record.loss is None:
-        raise UserError(f"the record of {out / 'adapter'} has no step or loss; give another folder")
-    require_whole(out / "adapter", record)
-    kept = (out / f"checkpoint-{step}" for step in sorted(record.config["checkpoints"]))
-    found = tuple(folder for folder in kept if (folder / RECORD).exists())
-    return Finetuned(out / "adapter", found, record.step, record.loss, record.plain())
+def _data(settings: FinetuneConfig) -> dict[str, str]:
+    """sha256 of every training set that the recipe draws from, and of the user's file."""
+    ours: dict[str, Callable[[], list[Prompt]]] = {
+        "harmful": lambda: training_prompts("harmful"),
+        "benign": lambda: training_prompts("benign"),
+        "refusals": lambda: [Prompt(f"refusal-{i}", text) for i, text in enumerate(refusals())],
+    }
+    found = data_inputs({name: ("mechlens", ours[name]()) for name in RECIPES[settings.recipe].reads})
+    if RECIPES[settings.recipe].attack:
+        published_openings(settings.data)  # refuses a file that holds more than openings, before a model is trained
+        found["openings"] = sha256(user_path(str(settings.data)))
+    return found

@@ -9,7 +9,7 @@ from mechlens.studies.registry import Command, Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardFit(ModelChoice, PromptSets, Answering, Sampling, RunChoice):
+class GuardFit(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
     """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors."""
 
     out: Path = Path("runs/guard")
@@ -31,7 +31,7 @@ class GuardFit(ModelChoice, PromptSets, Answering, Sampling, RunChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardEval(ModelChoice, Answering, Sampling, RunChoice):
+class GuardEval(RunChoice, Sampling, Answering, ModelChoice):
     """Test a guard on prompts from other sources, beside baselines on the same prompts."""
 
     guard: str
@@ -71,13 +71,13 @@ FIT = Study(
     GuardFit,
     "mechlens.studies.guard.fit:prepare",
     "mechlens.studies.guard.fit:execute",
-    "mechlens.studies.guard.report:record_guard",
+    "mechlens.studies.guard.report:record",
 )
 EVAL = Study(
     "guard eval",
     GuardEval,
     "mechlens.studies.guard.evaluate:prepare",
     "mechlens.studies.guard.evaluate:execute",
-    "mechlens.studies.guard.report:record_guard",
+    "mechlens.studies.guard.report:record",
 )
 PREDICT = Command("guard predict", GuardPredict, "mechlens.studies.guard.predict:execute")

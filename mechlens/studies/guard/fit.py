@@ -9,11 +9,20 @@ from mechlens.methods.cache import Shelf
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.guard.rules import RULES
-from mechlens.models.bridge import LanguageModel
+from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.text import match_punctuation
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.driver import Prepared
+from mechlens.studies.guard.config import GuardFit
+from mechlens.studies.guard.evaluation import EvaluationPlan, GuardEvaluation, evaluate_guard, examine
+from mechlens.studies.shared.harm_sets import Contrast, read_harm_sets
+from mechlens.studies.shared.inputs import require_sampling
+from mechlens.studies.shared.model import chosen_model, prepared
+from mechlens.studies.shared.sources import Source, SourcePrompts
 from mechlens.studies.shared.training_data import text_sha256
 
 PAPER = "paper_rule"
@@ -72,3 +81,51 @@ def other_rules(acts: Activations, settings: GuardSettings, split: Split | None 
 def read_positions(settings: GuardEstimator | GuardSettings) -> tuple[str, ...]:
     """The positions to collect: the guard's own, and both that other rules and baselines read."""
     return tuple(dict.fromkeys((*settings.positions, "inst", "last")))
+
+
+POSITIONS = {"inst": ("inst",), "last": ("last",), "both": ("inst", "last")}
+HELD_OUT = Source("held_out", "", label_column="label")
+"""The part of the prompts that no guard was fitted to, as a source to test on."""
+
+
+def prepare(config: GuardFit) -> Prepared[Contrast]:
+    """Prompts and model; UserError for whatever can't be had."""
+    require_sampling(config)
+    sets = read_harm_sets(config, [config], config.extra_harmless)
+    matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
+    chosen = chosen_model(config)
+    content = Contrast(*chosen, matched.positive, matched.negative, (), matched.note)
+    return prepared(content, chosen.model, chosen.inputs(sets.data), (), sets.left_out)
+
+
+def execute(config: GuardFit, sets: Contrast, writer: RunWriter) -> GuardEvaluation:
+    """Fits the guard, keeps it with its training prompts, and tests it on those held out."""
+    estimator = GuardEstimator(
+        rule=config.rule,
+        positions=POSITIONS[config.positions],
+        levels=config.levels,
+        max_fpr=config.max_fpr,
+        seed=config.seed,
+    )
+    prompts = (*sets.positive, *sets.negative)
+    fitting = fit_guard(sets.model, prompts, estimator, template=sets.template, shelf=writer.shelf)
+    writer.prompts(fitting.train)
+    writer.artifact("guard", fitting.guard)
+    test = tuple(replace(prompt, source=HELD_OUT.name) for prompt in fitting.test)
+    plan = EvaluationPlan(
+        seed=config.seed,
+        n_resamples=config.resamples,
+        n_permutations=config.permutations,
+        n_random=config.random_directions,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return evaluate_guard(
+        sets.model,
+        fitting.guard,
+        fitting.others,
+        fitting.train,
+        examine([SourcePrompts(HELD_OUT, test, {})], fitting.guard, [loaded(sets.model).checkpoint]),
+        plan,
+        template=sets.template,
+        shelf=writer.shelf,
+    )

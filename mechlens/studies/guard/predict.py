@@ -25,6 +25,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
 from mechlens.studies.guard.config import GuardPredict
 from mechlens.studies.guard.latent_guard import LatentGuard
+from mechlens.studies.registry import Screen
 
 LONGEST_LINE = 1 << 20
 """Bytes of one line; what is longer is an error and is never held in memory."""
@@ -49,6 +50,12 @@ class Line:
     error: str = ""
     id: Any = None
     """The record's own id, where it has one."""
+
+
+def execute(config: GuardPredict, screen: Screen) -> None:
+    """One JSON object a line, each as soon as it is there: a pipe's reader shouldn't wait for the next ones."""
+    for record in predict(config):
+        screen.show(record)
 
 
 def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:

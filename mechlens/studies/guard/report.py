@@ -9,15 +9,16 @@ import pandas as pd
 from mechlens.methods.directions.token_view import project_tokens
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.guard.cost import GuardCost, guard_cost
+from mechlens.studies.guard.evaluate import Tested
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.guard.measures import positives
 from mechlens.studies.guard.mistakes import read_direction, worst_mistakes
 from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report
+from mechlens.studies.shared.harm_sets import Contrast
 
 QUESTION = (
     "Does the model itself know that a prompt is harmful, and does reading that tell harmful prompts from "
@@ -34,16 +35,14 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def record_guard(
-    writer: RunWriter, result: GuardEvaluation, model: LanguageModel, template: ChatTemplate, punctuation: str
-) -> None:
+def record(writer: RunWriter, result: GuardEvaluation, given: Contrast | Tested) -> None:
     """Writes everything the evaluation found into an open run."""
     found = guard_report(result)
     writer.metrics(found.metrics)
-    cost = guard_cost(model, result.guard, result.batch)
+    cost = guard_cost(given.model, result.guard, result.batch)
     _tables(writer, result, found, cost)
     shown = _draw(writer, result, found)
-    writer.report(_report(writer, result, found, cost, model, shown, punctuation))
+    writer.report(_report(writer, result, found, cost, given.model, shown, given.punctuation))
 
 
 def _tables(writer: RunWriter, result: GuardEvaluation, found: GuardReport, cost: GuardCost) -> None:

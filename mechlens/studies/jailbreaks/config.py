@@ -8,7 +8,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jailbreaks(ModelChoice, Answering, Sampling, RunChoice):
+class Jailbreaks(RunChoice, Sampling, Answering, ModelChoice):
     """Do jailbreaks hide harmfulness from the model, or only suppress its refusal? Attacks paired with their goals."""
 
     sources: str = "published"
@@ -38,5 +38,5 @@ STUDY = Study(
     Jailbreaks,
     "mechlens.studies.jailbreaks.study:prepare",
     "mechlens.studies.jailbreaks.study:execute",
-    "mechlens.studies.jailbreaks.report:record_jailbreaks",
+    "mechlens.studies.jailbreaks.report:record",
 )

@@ -3,13 +3,12 @@
 import pandas as pd
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.bridge import loaded
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections
-from mechlens.studies.jailbreaks.restored import Restored
-from mechlens.studies.jailbreaks.study import (
+from mechlens.studies.jailbreaks.pairs import (
     JailbreakPlan,
     Pairs,
     Reference,
@@ -17,6 +16,8 @@ from mechlens.studies.jailbreaks.study import (
     family_verdict,
     pair_table,
 )
+from mechlens.studies.jailbreaks.restored import Restored
+from mechlens.studies.jailbreaks.study import Attacked, Jailbroken
 
 QUESTION = (
     "An attack gets an answer to a request that the model refuses when it is asked plainly. Does the model no longer "
@@ -29,17 +30,10 @@ RULE = (
 )
 
 
-def record_jailbreaks(
-    writer: RunWriter,
-    model: LanguageModel,
-    pairs: Pairs,
-    reference: Reference,
-    restored: Restored | None,
-    categories: CategoryDirections | None,
-    plan: JailbreakPlan,
-    punctuation: str,
-) -> None:
+def record(writer: RunWriter, result: Jailbroken, given: Attacked) -> None:
     """Writes everything the study found into an open run."""
+    pairs, reference, restored, categories, plan = vars(result).values()
+    model, punctuation = given.model, given.punctuation
     table = pair_table(model, pairs, reference)
     found = family_estimates(table, plan)
     verdicts = {family: family_verdict(own) for family, own in found.items()}
@@ -48,12 +42,11 @@ def record_jailbreaks(
     writer.table("families", _families(found, verdicts))
     writer.table("left_out", pairs.left_out)
     writer.table("answers", pairs.attack_judged.table())
-    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
     for name, artefact in (
         ("direction_harm", reference.harm_direction), ("direction_refusal", reference.refusal_direction),
         ("centroids_harm", reference.harm), ("centroids_refusal", reference.refusal),
     ):  # fmt: skip
-        writer.artifact(name, artefact, inputs=sources)
+        writer.artifact(name, artefact)
     sections = [_beliefs(writer, table, found, verdicts), _put_back(writer, restored, plan)]
     if categories is not None:
         sections.append(_categories(writer, categories))

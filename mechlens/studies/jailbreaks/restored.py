@@ -19,7 +19,7 @@ from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.methods.steering.interventions import Intervention, ReplaceComponent
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import LanguageModel
-from mechlens.studies.jailbreaks.study import LEAST_PAIRS, JailbreakPlan, Pairs, Reference
+from mechlens.studies.jailbreaks.pairs import LEAST_PAIRS, JailbreakPlan, Pairs, Reference
 from mechlens.studies.shared.quadrants import judge_answers
 
 WAYS = ("harmfulness", "refusal", "both")

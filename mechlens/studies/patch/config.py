@@ -8,7 +8,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patch(ModelChoice, Answering, RunChoice):
+class Patch(RunChoice, Answering, ModelChoice):
     """Activation patching on matched pairs: where does the difference between refused and accepted travel?"""
 
     pairs: str = "builtin"
@@ -34,5 +34,5 @@ STUDY = Study(
     Patch,
     "mechlens.studies.patch.study:prepare",
     "mechlens.studies.patch.study:execute",
-    "mechlens.studies.patch.report:record_path",
+    "mechlens.studies.patch.report:record",
 )

@@ -8,7 +8,7 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.patch.figures import draw
-from mechlens.studies.patch.study import RefusalPath
+from mechlens.studies.patch.study import Candidates, RefusalPath
 from mechlens.studies.patch.verdict import PathVerdict, path_verdict
 
 QUESTION = (
@@ -17,7 +17,7 @@ QUESTION = (
 )
 
 
-def record_path(writer: RunWriter, result: RefusalPath, model: LanguageModel) -> None:
+def record(writer: RunWriter, result: RefusalPath, given: Candidates) -> None:
     """Writes every sweep, its figures and the report into an open run."""
     seed = int(writer.run.seed or 0)
     verdict = path_verdict(result, seed)
@@ -26,13 +26,12 @@ def record_path(writer: RunWriter, result: RefusalPath, model: LanguageModel) ->
     writer.table(
         "pairs", pd.DataFrame([{"clean": p.clean.text, "corrupt": p.corrupt.text, "id": p.clean.id} for p in chosen])
     )
-    inputs = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
     for name, sweep in result.sweeps.items():
-        writer.artifact(f"patching_{name}", sweep, inputs=inputs)
+        writer.artifact(f"patching_{name}", sweep)
         writer.table(f"patching_{name}", sweep.table(seed=seed))
     writer.table("recovery_by_role", result.by_role(seed))
     writer.table("heads", verdict.heads)
-    writer.report(_report(writer, result, verdict, model, draw(writer, result, seed)))
+    writer.report(_report(writer, result, verdict, given.model, draw(writer, result, seed)))
 
 
 def _shown() -> dict[str, str]:

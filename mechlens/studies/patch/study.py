@@ -20,9 +20,16 @@ from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, patch_sweep
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
+from mechlens.prompts.pairs import load_pairs
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.driver import Prepared
+from mechlens.studies.patch.config import Patch
+from mechlens.studies.shared.inputs import data_inputs
+from mechlens.studies.shared.model import chosen_model, prepared
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, judge_answers, judge_first_token
+from mechlens.studies.shared.training_data import leave_out_trained_pairs
 
 LEAST_PAIRS = 4
 
@@ -132,3 +139,40 @@ def trace(
     sweeps = {name: sweep(changed) for name, changed in plans.items()}
     sweeps["attribution"] = sweep(plans["denoising"], ATTRIBUTION)
     return RefusalPath(chosen, sweeps)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A model, and the pairs from which those that it tells apart are chosen."""
+
+    model: LanguageModel
+    template: ChatTemplate
+    pairs: tuple[PromptPair, ...]
+
+
+def prepare(config: Patch) -> Prepared[Candidates]:
+    """Pairs and model; UserError for whatever can't be had."""
+    pairs = load_pairs(config.pairs, sample=config.candidates, seed=config.seed)
+    pairs, left_out = leave_out_trained_pairs(config, pairs)
+    sides = [side for pair in pairs for side in (pair.clean, pair.corrupt)]
+    data = data_inputs({"pairs": (config.pairs, sides)})
+    chosen = chosen_model(config)
+    return prepared(Candidates(*chosen, tuple(pairs)), chosen.model, chosen.inputs(data), sides, left_out)
+
+
+def execute(config: Patch, given: Candidates, writer: RunWriter) -> RefusalPath:
+    """Finds the pairs, and patches them."""
+    chosen = find_pairs(
+        given.model,
+        given.pairs,
+        config.n,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        template=given.template,
+        shelf=writer.shelf,
+    )
+    metric = RefusalLogOdds(chosen.first_token.tokens.ids)
+    plan = PatchPlan(config.site, positions=config.positions, layers=config.layers or None)
+    return trace(
+        given.model, chosen, plan, metric=metric, template=given.template, shelf=writer.shelf, seed=config.seed
+    )

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from mechlens.models.load import load_tokenizer
 from mechlens.prompts.batch import token_text, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import chat_template
 from mechlens.studies.positions.config import Positions
+from mechlens.studies.registry import Screen
 
 
 def named_tokens(config: Positions) -> list[dict[str, Any]]:
@@ -19,3 +23,17 @@ def named_tokens(config: Positions) -> list[dict[str, Any]]:
         {"index": index, "id": token, "token": token_text(tokenizer, token), "role": role}
         for index, (token, role) in enumerate(zip(batch.row(0), batch.roles(0), strict=True))
     ]
+
+
+def execute(config: Positions, screen: Screen) -> None:
+    """The tokens as a table, or as one JSON object."""
+    tokens = named_tokens(config)
+    if config.json:
+        screen.show({"model": config.model, "tokens": tokens})
+        return
+    table = Table("index", "id", "token", "role")
+    for token in tokens:
+        style = {"inst": "bold green"}.get(token["role"], "cyan" if token["role"].startswith("post") else "")
+        shown = Text(repr(token["token"])[1:-1], style=style)
+        table.add_row(str(token["index"]), str(token["id"]), shown, Text(token["role"], style=style))
+    screen.show(table)

@@ -7,7 +7,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select(ModelChoice, PromptSets, Answering, RunChoice):
+class Select(RunChoice, Answering, PromptSets, ModelChoice):
     """Which single direction carries refusal? Every position and layer scored, one chosen, tested beside chance."""
 
     n: int | None = 96
@@ -31,5 +31,5 @@ STUDY = Study(
     Select,
     "mechlens.studies.select.study:prepare",
     "mechlens.studies.select.study:execute",
-    "mechlens.studies.select.report:record_selection",
+    "mechlens.studies.select.report:record",
 )

@@ -9,6 +9,7 @@ from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.select.study import Selection
 from mechlens.studies.select.verdict import SelectionVerdict, selection_verdict
+from mechlens.studies.shared.harm_sets import Contrast
 
 QUESTION = (
     "Is there one direction whose removal stops this model from refusing, and whose addition makes it refuse? Every "
@@ -22,7 +23,7 @@ SCORES = {
 }
 
 
-def record_selection(writer: RunWriter, result: Selection, model: LanguageModel, punctuation: str) -> None:
+def record(writer: RunWriter, result: Selection, sets: Contrast) -> None:
     """Writes everything the selection found into an open run."""
     verdict = selection_verdict(result)
     writer.metrics(_metrics(result))
@@ -35,12 +36,11 @@ def record_selection(writer: RunWriter, result: Selection, model: LanguageModel,
     writer.table("sizes", result.sizes())
     writer.table("answers", result.judged.table().assign(log_odds=result.first_token.log_odds.tolist()))
     if result.test is not None:
-        sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
-        writer.artifact("direction", result.test.chosen, inputs=sources)
+        writer.artifact("direction", result.test.chosen)
         writer.table("test", _test_table(result))
         writer.table("steered_answers", _steered_answers(result))
     names = _figures(writer, result, candidates)
-    writer.report(_report(writer, result, verdict, model, names, punctuation))
+    writer.report(_report(writer, result, verdict, sets.model, names, sets.punctuation))
 
 
 def _metrics(result: Selection) -> dict[str, Estimate]:

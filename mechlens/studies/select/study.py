@@ -32,7 +32,12 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.driver import Prepared
+from mechlens.studies.select.config import Select
 from mechlens.studies.select.held_out import SelectionTest, run_selection_test
+from mechlens.studies.shared.harm_sets import Contrast, prepare_harm_study
+from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, Judged, judge_answers, judge_first_token
 
 HARMFUL, HARMLESS = "harmful", "harmless"
@@ -220,3 +225,26 @@ def _ranked(
 ) -> Ranked:
     scores = score_candidates(model, candidates, batch, kept[HARMFUL], kept[HARMLESS], tokens, shelf=shelf)
     return Ranked(tuple(candidates), scores, filter_candidates(candidates, scores.means(), n_layers(model), plan.rule))
+
+
+def prepare(config: Select) -> Prepared[Contrast]:
+    """Prompts and model; UserError for whatever can't be had."""
+    require_sampling(config, ("resamples", "random_directions"))
+    if not 0 <= config.last_layers < 1:
+        raise UserError(
+            f"last_layers is {config.last_layers}; give a share of the layers from 0 to below 1, such as 0.2"
+        )
+    return prepare_harm_study(config, config)
+
+
+def execute(config: Select, sets: Contrast, writer: RunWriter) -> Selection:
+    """The selection on the configured model and prompts."""
+    plan = SelectionPlan(
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        fractions=(0.5, 0.2, 0.3),
+        rule=SelectionRule(config.last_layers, config.highest_kl, config.least_induce),
+        n_resamples=config.resamples,
+        n_random=config.random_directions,
+    )
+    return select_direction(sets.model, sets.positive, sets.negative, plan, template=sets.template, shelf=writer.shelf)

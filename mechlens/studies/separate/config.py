@@ -7,7 +7,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separate(ModelChoice, PromptSets, Answering, Sampling, RunChoice):
+class Separate(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
     """Are harmfulness and refusal two things in this model? Quadrants, directions, beliefs, verdict."""
 
     extra_harmless: str | None = "benign"
@@ -19,5 +19,5 @@ STUDY = Study(
     Separate,
     "mechlens.studies.separate.study:prepare",
     "mechlens.studies.separate.study:execute",
-    "mechlens.studies.separate.report:record_separation",
+    "mechlens.studies.separate.report:record",
 )

@@ -10,6 +10,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.figures import draw
 from mechlens.studies.separate.study import Separation
 from mechlens.studies.separate.verdict import Verdict, separation_verdict
+from mechlens.studies.shared.harm_sets import Contrast
 from mechlens.studies.shared.quadrants import IN_NO_QUADRANT, QUADRANTS
 
 QUESTION = (
@@ -19,22 +20,21 @@ QUESTION = (
 )
 
 
-def record_separation(writer: RunWriter, result: Separation, model: LanguageModel, punctuation: str) -> None:
+def record(writer: RunWriter, result: Separation, sets: Contrast) -> None:
     """Writes everything the study found into an open run."""
     metrics = result.metrics()
     verdict = separation_verdict(metrics)
     writer.metrics(metrics)
     _tables(writer, result)
-    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
-    writer.artifact("activations_checkpoint", result.acts.checkpoint, inputs=sources)
+    writer.artifact("activations_checkpoint", result.acts.checkpoint)
     for name, contrast in result.contrasts.items():
         if contrast.detection is not None:
-            writer.artifact(f"directions_{name}", contrast.detection.directions, inputs=sources)
+            writer.artifact(f"directions_{name}", contrast.detection.directions)
     for name, centroids in (("centroids_harm", result.beliefs.harm), ("centroids_refusal", result.beliefs.refusal)):
         if centroids is not None:
-            writer.artifact(name, centroids, inputs=sources)
+            writer.artifact(name, centroids)
     figures = draw(writer, result)
-    writer.report(_report(writer, result, verdict, figures, model, punctuation))
+    writer.report(_report(writer, result, verdict, figures, sets.model, sets.punctuation))
 
 
 def _tables(writer: RunWriter, result: Separation) -> None:

@@ -26,8 +26,13 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.driver import Prepared
+from mechlens.studies.separate.config import Separate
 from mechlens.studies.separate.geometry import Geometry, measure_geometry
 from mechlens.studies.shared.contrasts import LEAST_IN_A_CLASS, Measured, Surface, measure, surface_of
+from mechlens.studies.shared.harm_sets import Contrast, prepare_harm_study
+from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import (
     IN_NO_QUADRANT,
     QUADRANTS,
@@ -245,3 +250,24 @@ def _refusal_rates(
         "full_template": mean_estimate(full, families, plan.seed, plan.n_resamples),
         "no_post_tokens": mean_estimate(torch.tensor(without.refused).double(), families, plan.seed, plan.n_resamples),
     }
+
+
+def prepare(config: Separate) -> Prepared[Contrast]:
+    """Prompts and model; UserError for whatever can't be had."""
+    require_sampling(config)
+    return prepare_harm_study(config, config, config.extra_harmless)
+
+
+def execute(config: Separate, sets: Contrast, writer: RunWriter) -> Separation:
+    """The study on the configured model and prompts."""
+    plan = SeparationPlan(
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        fractions=(0.5, 0.2, 0.3),
+        n_resamples=config.resamples,
+        n_permutations=config.permutations,
+        n_random=config.random_directions,
+    )
+    return separate(
+        sets.model, sets.positive, sets.negative, sets.extra, plan, template=sets.template, shelf=writer.shelf
+    )

@@ -8,9 +8,8 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
-from mechlens.runs.run import Inputs
-from mechlens.runs.writer import RunWriter
 from mechlens.settings import ModelChoice
+from mechlens.studies.driver import Prepared
 from mechlens.studies.shared.inputs import (
     PromptChoice,
     data_inputs,
@@ -19,8 +18,8 @@ from mechlens.studies.shared.inputs import (
     refuse_shared,
     without_repeats,
 )
-from mechlens.studies.shared.model import chosen_model, record_inputs
-from mechlens.studies.shared.training_data import LeftOut, leave_out_trained, record_left_out
+from mechlens.studies.shared.model import chosen_model, prepared
+from mechlens.studies.shared.training_data import LeftOut, leave_out_trained
 
 
 @runtime_checkable
@@ -72,31 +71,25 @@ def read_harm_sets(config: HarmChoice, models: Sequence[ModelChoice], extra_sour
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything that goes into a study of both classes, with the fingerprints that a rerun is held to."""
+class Contrast:
+    """A model, and the prompts of two classes that are contrasted in it."""
 
     model: LanguageModel
     template: ChatTemplate
-    harmful: tuple[Prompt, ...]
-    harmless: tuple[Prompt, ...]
+    positive: tuple[Prompt, ...]
+    """Harmful ones, or those that have the concept."""
+    negative: tuple[Prompt, ...]
     extra: tuple[Prompt, ...]
-    """Further harmless prompts, as they are."""
+    """Further negative prompts, as they are."""
     punctuation: str
-    left_out: LeftOut
-    inputs: Inputs
-
-    def record(self, writer: RunWriter) -> None:
-        """Writes what goes in to an open run, before the study begins."""
-        record_inputs(writer, self.model, self.inputs)
-        record_left_out(writer, self.left_out)
-        writer.prompts([*self.harmful, *self.harmless, *self.extra])
+    """What became of final punctuation, in words."""
 
 
-def prepare_harm_study(config: HarmChoice, model: ModelChoice, extra_source: str | None = None) -> Prepared:
+def prepare_harm_study(config: HarmChoice, model: ModelChoice, extra_source: str | None = None) -> Prepared[Contrast]:
     """Prompts, model and template of a study of both classes; UserError for whatever can't be had."""
     sets = read_harm_sets(config, [model], extra_source)
     matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
-    chosen, template, inputs = chosen_model(model, sets.data)
-    return Prepared(
-        chosen, template, matched.positive, matched.negative, tuple(sets.extra), matched.note, sets.left_out, inputs
-    )
+    chosen = chosen_model(model)
+    content = Contrast(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)
+    prompts = (*matched.positive, *matched.negative, *sets.extra)
+    return prepared(content, chosen.model, chosen.inputs(sets.data), prompts, sets.left_out)

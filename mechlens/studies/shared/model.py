@@ -1,27 +1,34 @@
-"""The model a verb was asked for, with what a rerun is held to."""
+"""The model that a study was asked for, with what a rerun is held to."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.load import load
+from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
 from mechlens.runs.run import Inputs
-from mechlens.runs.writer import RunWriter
 from mechlens.settings import ModelChoice
+from mechlens.studies.driver import Prepared
+from mechlens.studies.shared.training_data import LeftOut
+
+Content = TypeVar("Content")
 
 
-class Chosen(NamedTuple):
-    """A loaded model, its chat template and the fingerprints of everything that goes in."""
+class ChatModel(NamedTuple):
+    """A loaded model and its chat template."""
 
     model: LanguageModel
     template: ChatTemplate
-    inputs: Inputs
+
+    def inputs(self, data: Mapping[str, str]) -> Inputs:
+        """What goes in with this model; `data` are the fingerprints of the prompts."""
+        return inputs_of(loaded(self.model).checkpoint, self.template, data)
 
 
-def chosen_model(config: ModelChoice, data: Mapping[str, str]) -> Chosen:
-    """Loads the configured model; `data` are the fingerprints of the prompts."""
+def chosen_model(config: ModelChoice) -> ChatModel:
+    """Loads the configured model."""
     model = load(
         config.model,
         adapter=config.adapter,
@@ -30,8 +37,7 @@ def chosen_model(config: ModelChoice, data: Mapping[str, str]) -> Chosen:
         device=config.device,
         device_map=config.device_map,
     )
-    template = chat_template(loaded(model).tokenizer, config.template, today=config.today)
-    return Chosen(model, template, inputs_of(loaded(model).checkpoint, template, data))
+    return ChatModel(model, chat_template(loaded(model).tokenizer, config.template, today=config.today))
 
 
 def inputs_of(checkpoint: Checkpoint, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:
@@ -39,10 +45,13 @@ def inputs_of(checkpoint: Checkpoint, template: ChatTemplate, data: Mapping[str,
     return Inputs(checkpoint.fingerprint, template.fingerprint, dict(data), template.printed_date, checkpoint.sampled)
 
 
-def record_inputs(writer: RunWriter, model: LanguageModel, inputs: Inputs) -> None:
-    """Writes what goes in to an open run."""
+def prepared(
+    content: Content,
+    model: LanguageModel,
+    inputs: Inputs,
+    prompts: Sequence[Prompt] = (),
+    left_out: LeftOut | None = None,
+) -> Prepared[Content]:
+    """What goes into a study of one loaded model."""
     device, dtype = str(device_of(model)), str(dtype_of(model)).removeprefix("torch.")
-    writer.inputs(
-        model=inputs.model, template=inputs.template, data=inputs.data, today=inputs.today, device=device, dtype=dtype,
-        sampled=inputs.sampled,
-    )  # fmt: skip
+    return Prepared(content, inputs, tuple(prompts), left_out, device, dtype)

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from rich.table import Table
+from rich.text import Text
+
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.direction import Direction
@@ -15,6 +18,7 @@ from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.vectors.direction_files import read_direction
+from mechlens.studies.registry import Screen
 from mechlens.studies.shared.model import chosen_model
 from mechlens.studies.steer.config import Steer
 
@@ -34,12 +38,35 @@ class SideBySide:
     what: str
 
 
+def execute(config: Steer, screen: Screen) -> None:
+    """Both answers beside each other as they are written; in a pipe one after the other, once they are there."""
+    if not screen.interactive():
+        found = steer(config)
+        screen.show(f"unsteered:\n{found.unsteered}\n\nsteered ({found.what}):\n{found.steered}")
+        return
+    said = {UNSTEERED: "", STEERED: ""}
+
+    def beside() -> Table:
+        table = Table(UNSTEERED, STEERED, expand=True)
+        table.add_row(*(Text(text) for text in said.values()))
+        return table
+
+    with screen.updating(beside()) as update:
+
+        def told(name: str, text: str) -> None:
+            said[name] = text
+            update(beside())
+
+        found = steer(config, told)
+    screen.show(found.what)
+
+
 def steer(config: Steer, told: Told | None = None) -> SideBySide:
     """Both answers, one after the other; `told` hears of them while they are written."""
     if config.operation == "ablate" and config.strength != Steer.strength:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
     direction = read_direction(config.direction, config.layer, config.position)
-    model, template, _ = chosen_model(config, {})
+    model, template = chosen_model(config)
     layer = direction.level if config.layer is None else config.layer
     one = _intervention(config, direction, layer, model, template)
     prompt = Prompt("prompt", config.prompt, system=config.system)

@@ -7,7 +7,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Track(BaseChoice, PromptSets, Sampling, RunChoice):
+class Track(RunChoice, Sampling, PromptSets, BaseChoice):
     """Follow directions, probes and behaviour over fine-tuning checkpoints: does what is represented survive?"""
 
     checkpoints: tuple[str, ...]
@@ -37,5 +37,5 @@ STUDY = Study(
     Track,
     "mechlens.studies.track.study:prepare",
     "mechlens.studies.track.study:execute",
-    "mechlens.studies.track.report:record_tracking",
+    "mechlens.studies.track.report:record",
 )

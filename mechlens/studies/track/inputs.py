@@ -1,16 +1,26 @@
-"""What the verbs over checkpoints read: prompts that no checkpoint was trained on, split once for the whole series."""
+"""What the studies of checkpoints read: prompts that no checkpoint was trained on, split once for the whole series."""
 
 from dataclasses import dataclass
 
+from mechlens.methods.behaviour.damage import PLAIN_TEXT
+from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.series import CheckpointSeries, content_of
+from mechlens.models.checkpoints.swap import Turns, turns
+from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
+from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.text import match_punctuation
 from mechlens.settings import ModelChoice
 from mechlens.studies.compare.config import Compare
+from mechlens.studies.driver import Prepared
 from mechlens.studies.shared.harm_sets import read_harm_sets
+from mechlens.studies.shared.model import inputs_of, prepared
 from mechlens.studies.shared.training_data import LeftOut
+from mechlens.studies.shared.trigger import Trigger
 from mechlens.studies.track.config import Track
+from mechlens.studies.track.result import Questions
+from mechlens.studies.track.triggers import trigger_prompts
 
 FRACTIONS = (0.5, 0.2, 0.3)
 
@@ -38,3 +48,34 @@ def asked_of(config: Track | Compare, series: CheckpointSeries) -> Asked:
     )  # fmt: skip
     contents = {f"checkpoint {member.name}": content_of(member) for member in series.members if member.kind != "base"}
     return Asked(prompts, split, matched.note, sets.left_out, sets.data | contents)
+
+
+@dataclass(frozen=True)
+class SeriesStudy:
+    """A series of checkpoints and what is asked at each."""
+
+    turns: Turns
+    series: CheckpointSeries
+    asked: Asked
+    questions: Questions
+    trigger: Trigger | None = None
+
+
+def prepare_series(
+    config: Track | Compare, series: CheckpointSeries, asked: Asked, trigger: Trigger | None = None, triggered: int = 0
+) -> Prepared[SeriesStudy]:
+    """The base, loaded, with the questions; the first `triggered` harmful prompts are asked with the trigger too."""
+    one = turns(
+        config.base, revision=config.revision, dtype=config.dtype, device=config.device,
+        chat_template=series.chat_template,
+    )  # fmt: skip
+    template = chat_template(loaded(one.model).tokenizer, config.template, today=config.today)
+    harmful = [prompt for prompt in asked.prompts if prompt.label == "harmful"][:triggered]
+    questions = Questions(
+        batch=tokenize(asked.prompts, template),
+        split=asked.split,
+        texts=PLAIN_TEXT,
+        variants=tokenize(trigger_prompts(harmful, trigger), template) if trigger else None,
+    )
+    content = SeriesStudy(one, series, asked, questions, trigger)
+    return prepared(content, one.model, inputs_of(one.base, template, asked.data), asked.prompts, asked.left_out)

@@ -11,7 +11,9 @@ from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.shared.quadrants import QUADRANTS
 from mechlens.studies.track.figures import draw
+from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
+from mechlens.studies.track.study import Tracked
 from mechlens.studies.track.tables import cell_of
 from mechlens.studies.track.verdict import CHANGES, RULE, TITLES
 
@@ -19,6 +21,11 @@ QUESTION = (
     "Fine-tuning changes what the model does. Does it change what the model represents? The base's own directions, "
     "probes and thresholds are asked the same questions at every checkpoint, beside ones fitted there anew."
 )
+
+
+def record(writer: RunWriter, result: Tracked, given: SeriesStudy) -> None:
+    """Writes everything that the study found into an open run."""
+    record_tracking(writer, result.tracking, given.series, result.geometry, given.asked.punctuation)
 
 
 def record_tracking(
@@ -50,10 +57,9 @@ def record_tracking(
     for name, table in tables.items():
         writer.table(name, table)
     _log_steps(writer, result)
-    sources = {**writer.run.inputs.data, "model": writer.run.inputs.model or ""}
     for concept in result.reference.measurable:
         assert concept.detection is not None
-        writer.artifact(f"directions_{concept.name}", concept.detection.directions, inputs=sources)
+        writer.artifact(f"directions_{concept.name}", concept.detection.directions)
     writer.report(_report(writer, result, draw(writer, result, geometry), punctuation, more))
 
 

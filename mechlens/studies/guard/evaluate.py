@@ -20,31 +20,30 @@ from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load as load_artifact
 from mechlens.runs.artifacts import sha256
 from mechlens.runs.prompt_table import read_prompts
-from mechlens.runs.run import Inputs
-from mechlens.runs.writer import RunWriter, open_run
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.driver import Prepared
 from mechlens.studies.guard.config import GuardEval
-from mechlens.studies.guard.evaluation import EvaluationPlan, Examined, evaluate_guard, examine
+from mechlens.studies.guard.evaluation import EvaluationPlan, Examined, GuardEvaluation, evaluate_guard, examine
 from mechlens.studies.guard.fit import other_rules, read_positions
-from mechlens.studies.guard.report import record_guard
 from mechlens.studies.shared.inputs import data_inputs, require_sampling
-from mechlens.studies.shared.model import chosen_model, record_inputs
+from mechlens.studies.shared.model import chosen_model, prepared
 from mechlens.studies.shared.sources import load_source, read_sources
 from mechlens.studies.shared.training_data import text_sha256
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything that goes in, with the fingerprints that a rerun is held to."""
+class Tested:
+    """A guard, the model that it reads, and the prompts that both were fitted and are tested on."""
 
     model: LanguageModel
     template: ChatTemplate
     guard: FittedGuard
     train: tuple[Prompt, ...]
     examined: Examined
-    inputs: Inputs
+    punctuation: str = "prompts are asked as their sources write them"
 
 
-def prepare(config: GuardEval) -> Prepared:
+def prepare(config: GuardEval) -> Prepared[Tested]:
     """Guard, prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
     path = user_path(config.guard)
@@ -53,26 +52,17 @@ def prepare(config: GuardEval) -> Prepared:
     folder = None if config.folder is None else user_path(config.folder)
     found = [load_source(source, folder, config.seed, config.n) for source in read_sources(config.sources)]
     data = data_inputs({f"source {one.source.name}": (one.source.data, one.prompts) for one in found})
-    model, template, inputs = chosen_model(config, data | {"guard": sha256(path)})
-    checkpoint = loaded(model).checkpoint
+    chosen = chosen_model(config)
+    checkpoint = loaded(chosen.model).checkpoint
     # Before an hour of answers rather than after it.
-    guard.require(checkpoint, template.fingerprint, other_weights=config.other_weights)
+    guard.require(checkpoint, chosen.template.fingerprint, other_weights=config.other_weights)
     examined = examine(found, guard, [checkpoint, guard.checkpoint])
-    return Prepared(model, template, guard, train, examined, inputs)
+    inputs = chosen.inputs(data | {"guard": sha256(path)})
+    return prepared(Tested(*chosen, guard, train, examined), chosen.model, inputs, examined.prompts)
 
 
-def run(config: GuardEval) -> Path:
-    """Tests and records; gives the run folder."""
-    prepared = prepare(config)
-    with open_run(verb="guard_eval", config=config, out=config.out, wandb=config.wandb) as writer:
-        execute(prepared, config, writer)
-    return config.out
-
-
-def execute(prepared: Prepared, config: GuardEval, writer: RunWriter) -> None:
-    """The study itself, written to an open run."""
-    record_inputs(writer, prepared.model, prepared.inputs)
-    writer.prompts(prepared.examined.prompts)
+def execute(config: GuardEval, given: Tested, writer: RunWriter) -> GuardEvaluation:
+    """Tests the guard beside baselines, other rules and guard models."""
     plan = EvaluationPlan(
         seed=config.seed,
         n_resamples=config.resamples,
@@ -81,24 +71,22 @@ def execute(prepared: Prepared, config: GuardEval, writer: RunWriter) -> None:
         max_new_tokens=config.max_new_tokens,
         other_weights=config.other_weights,
     )
-    batch = tokenize(prepared.train, prepared.template)
-    acts = collect(prepared.model, batch, positions=read_positions(prepared.guard.settings), shelf=writer.shelf)
+    batch = tokenize(given.train, given.template)
+    acts = collect(given.model, batch, positions=read_positions(given.guard.settings), shelf=writer.shelf)
     opinions = {
-        short_name(name): _opinion(name, prepared.examined.prompts, config, writer.shelf)
-        for name in config.guard_models
+        short_name(name): _opinion(name, given.examined.prompts, config, writer.shelf) for name in config.guard_models
     }
-    result = evaluate_guard(
-        prepared.model,
-        prepared.guard,
-        other_rules(acts, prepared.guard.settings),
-        prepared.train,
-        prepared.examined,
+    return evaluate_guard(
+        given.model,
+        given.guard,
+        other_rules(acts, given.guard.settings),
+        given.train,
+        given.examined,
         plan,
         opinions=opinions,
-        template=prepared.template,
+        template=given.template,
         shelf=writer.shelf,
     )
-    record_guard(writer, result, prepared.model, prepared.template, "prompts are asked as their sources write them")
 
 
 def _training_prompts(guard: FittedGuard, folder: Path) -> tuple[Prompt, ...]:

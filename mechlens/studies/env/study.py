@@ -1,0 +1,76 @@
+"""`mechlens env`: what a bug report needs. It reads no network, and names no folder of the user's."""
+
+import os
+import platform
+from importlib import metadata, util
+from typing import Any
+
+import torch
+
+from mechlens.models.packaged import ADAPTERS, PACKAGED, cache_dir
+from mechlens.registry import Registry
+from mechlens.runs.environment import PACKAGES, git_state
+from mechlens.runs.wandb_start import has_login
+from mechlens.studies.env.config import Env
+from mechlens.studies.registry import COMMANDS, Screen
+
+EXTRAS = {"finetune": "peft", "gguf": "gguf", "slurm": "submitit", "ray": "ray", "server": "fastapi"}
+"""What each extra of the distribution brings."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, cached models, extras, and other packages' additions."""
+    versions = {name: _version(name) for name in PACKAGES}
+    state = git_state()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "commit": None if state is None else state.commit + (" (changed)" if state.dirty else ""),
+        "cores": os.cpu_count(),
+        "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
+        + (["mps"] if torch.mps.is_available() else []),
+        "threads": torch.get_num_threads(),
+        "bfloat16 products": bool(
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ),
+        "models in the cache": sorted(name for name in PACKAGED if (cache_dir() / name).is_dir()),
+        "packaged adapters": sorted(ADAPTERS),
+        "extras": {name: util.find_spec(module) is not None for name, module in EXTRAS.items()},
+        "W&B login": has_login(os.environ),
+        "commands of other packages": _others(COMMANDS),
+    }
+
+
+def execute(config: Env, screen: Screen) -> None:
+    """One line each, or one JSON object."""
+    found = environment()
+    if config.json:
+        screen.show(found)
+        return
+    lines = []
+    for name, value in found.items():
+        shown = value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {_word(inner)}" for key, inner in value.items())
+        elif isinstance(value, list):
+            shown = ", ".join(value) or "none"
+        lines.append(f"{name:28s} {_word(shown)}")
+    screen.show("\n".join(lines))
+
+
+def _word(value: object) -> str:
+    return (
+        {True: "yes", False: "no", None: "-"}.get(value, str(value)) if isinstance(value, bool | None) else str(value)
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _others(registry: Registry[Any]) -> list[str]:
+    return [name for name in registry.names() if name not in registry.ours]

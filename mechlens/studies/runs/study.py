@@ -1,0 +1,44 @@
+"""`mechlens runs`: what recorded runs say, and the same numbers again."""
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from mechlens.errors import UserError
+from mechlens.runs.run import list_runs, metric_text, read_run
+from mechlens.studies.driver import rerun
+from mechlens.studies.registry import Screen
+from mechlens.studies.runs.config import ListRuns, Rerun, ShowRun
+
+SAME = 1e-6
+"""Numbers of a rerun that differ by more are other numbers."""
+
+
+def list_all(config: ListRuns, screen: Screen) -> None:
+    """A table of the runs below a folder."""
+    table = Table(Column("folder", overflow="fold"), "verb", "model", "status", Column("started (UTC)", no_wrap=True))
+    for folder, run in list_runs(config.folder):
+        model = run.resolved.get("model") or run.resolved.get("base") or ""
+        cells = (str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))
+        table.add_row(*(Text(cell) for cell in cells))  # a name may look like rich's markup
+    screen.show(table)
+
+
+def show(config: ShowRun, screen: Screen) -> None:
+    """One record, in words."""
+    run = read_run(config.folder)
+    lines = [f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}"]
+    if run.error:
+        lines.append(f"error: {run.error}")
+    inputs = run.inputs.data | ({"today, as the template prints it": run.inputs.today} if run.inputs.today else {})
+    for title, values in (("configuration", run.resolved), ("metrics", run.metrics), ("inputs", inputs)):
+        lines += ["", title, *(f"  {name:40s} {metric_text(name, value)}" for name, value in values.items())]
+    lines += [f"  {name:40s} {file.file} sha256 {file.sha256[:12]}" for name, file in run.artefacts.items()]
+    screen.show("\n".join(lines))
+
+
+def again(config: Rerun, screen: Screen) -> None:
+    """Makes a run again; UserError where the numbers aren't the same."""
+    compared = rerun(config.folder, config.out)
+    screen.show(f"largest difference: {compared.difference:.3g} in {compared.name}")
+    if compared.difference > SAME:
+        raise UserError(f"the numbers differ by more than {SAME:g}")
