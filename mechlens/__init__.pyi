@@ -109,8 +109,8 @@ from mechlens.studies.guard.evaluation import EvaluationPlan as EvaluationPlan
 from mechlens.studies.guard.evaluation import GuardEvaluation as GuardEvaluation
 from mechlens.studies.guard.evaluation import evaluate_guard as evaluate_guard
 from mechlens.studies.guard.evaluation import examine as examine
-from mechlens.studies.guard.fit import fit_guard as fit_guard
-from mechlens.studies.guard.latent_guard import LatentGuard as LatentGuard
+from mechlens.studies.guard.fitting import LatentGuard as LatentGuard
+from mechlens.studies.guard.fitting import fit_guard as fit_guard
 from mechlens.studies.guard.mistakes import read_direction as read_direction
 from mechlens.studies.guard.verdict import guard_report as guard_report
 from mechlens.studies.jailbreaks.config import Jailbreaks as Jailbreaks
@@ -136,8 +136,8 @@ from mechlens.studies.shared.sources import load_source as load_source
 from mechlens.studies.shared.sources import read_sources as read_sources
 from mechlens.studies.steer.config import Steer as Steer
 from mechlens.studies.track.config import Track as Track
-from mechlens.studies.track.live.callback import MechlensCallback as MechlensCallback
 from mechlens.studies.track.result import Questions as Questions
 from mechlens.studies.track.result import Tracking as Tracking
 from mechlens.studies.track.result import TrackPlan as TrackPlan
-from mechlens.studies.track.tracking import track as track
+from mechlens.studies.track.study import track as track
+from mechlens.trainer_callback import MechlensCallback as MechlensCallback

@@ -19,44 +19,22 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tiny import CONFIGS, MORE, tiny_hf, tiny_tokenizer  # noqa: E402
+from tiny import CONFIGS, MORE, tiny_hf, tiny_tokenizer
 
-from mechlens.errors import UserError  # noqa: E402
-from mechlens.methods.activations.collect import (
-    collect,
-    template_of,
-)
-from mechlens.methods.behaviour.answers import answer  # noqa: E402
-from mechlens.methods.behaviour.perplexity import text_loss  # noqa: E402
-from mechlens.methods.directions.direction import Direction  # noqa: E402
-from mechlens.methods.steering.interventions import (
-    ALL,
-    EVERYWHERE,
-    Ablate,
-    Add,
-)
-from mechlens.methods.steering.steering import (
-    answer_under,
-    applied,
-    logits_under,
-)
-from mechlens.models.bridge import (
-    SITES,
-    bridge,
-    d_model,
-    loaded,
-    n_layers,
-    site_hook,
-)
-from mechlens.models.checkpoint import Checkpoint  # noqa: E402
-from mechlens.models.engine.edits import (
-    bears_edits,
-    is_laid_out,
-)
-from mechlens.models.engine.growing import can_grow  # noqa: E402
-from mechlens.models.engine.native_pass import blocks_of  # noqa: E402
-from mechlens.prompts.batch import tokenize  # noqa: E402
-from mechlens.prompts.prompt import Prompt  # noqa: E402
+from mechlens.errors import UserError
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.perplexity import text_loss
+from mechlens.methods.directions.direction import Direction
+from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
+from mechlens.methods.steering.steering import answer_under, applied, logits_under
+from mechlens.models.bridge import SITES, bridge, d_model, loaded, n_layers, site_hook
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.engine.edits import bears_edits, is_laid_out
+from mechlens.models.engine.growing import can_grow
+from mechlens.models.engine.native_pass import blocks_of
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.prompt import Prompt
 
 TABLE = ROOT / "mechlens" / "models" / "ARCHITECTURES.md"
 COLUMNS = (

@@ -707,7 +707,7 @@ def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("at", ["mechlens.cli", "tyro", "mechlens.config", "mechlens.runs.run", "pydantic"])
+@pytest.mark.parametrize("at", ["mechlens.cli", "tyro", "mechlens.settings", "mechlens.runs.run", "pydantic"])
 def test_an_early_ctrl_c_is_one_line(at: str, one_run: Path) -> None:
     exit_code, said = command("runs", "show", one_run, at=at)
     assert exit_code == 130

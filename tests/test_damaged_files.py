@@ -34,7 +34,7 @@ from mechlens.runs.run import list_runs, read_run
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
 from mechlens.studies.finetune.loss_log import LossLog
-from mechlens.studies.guard.latent_guard import LatentGuard
+from mechlens.studies.guard.fitting import LatentGuard
 
 CHECKPOINT = Checkpoint(name="tiny", path="tiny", step=3, fingerprint="ab" * 32)
 SIZE = 16

@@ -20,7 +20,7 @@ from mechlens.methods.probing.beliefs import beliefs, centroids
 from mechlens.methods.statistics.calibration import calibrate, calibration_error, fpr_threshold
 from mechlens.models.engine.forward import Row
 from mechlens.prompts.prompt import Prompt
-from mechlens.studies.guard.latent_guard import LatentGuard
+from mechlens.studies.guard.fitting import LatentGuard
 
 SEPARATION = 3.0
 

@@ -20,7 +20,7 @@ from mechlens.errors import UserError
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.runs.run import read_run
 from mechlens.studies.guard.config import GuardPredict
-from mechlens.studies.guard.latent_guard import LatentGuard
+from mechlens.studies.guard.fitting import LatentGuard
 from mechlens.studies.guard.predict import LONGEST_LINE, _opened, predict, read_lines
 from mechlens.studies.shared.training_data import text_sha256
 

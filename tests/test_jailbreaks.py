@@ -21,7 +21,6 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.runs.run import read_run
 from mechlens.studies.jailbreaks import category_directions as categories
-from mechlens.studies.jailbreaks.restored import _put_back, restore
 from mechlens.studies.jailbreaks.pairs import (
     JailbreakPlan,
     attack_pairs,
@@ -30,6 +29,7 @@ from mechlens.studies.jailbreaks.pairs import (
     pair_table,
     reference_of,
 )
+from mechlens.studies.jailbreaks.restored import _put_back, restore
 from mechlens.studies.shared.sources import PLACEHOLDER, Source, SourcePrompts, load_source
 
 QUICK = ["--resamples", "20", "--permutations", "4", "--random-directions", "20", "--wandb.mode", "disabled"]

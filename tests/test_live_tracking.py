@@ -30,8 +30,8 @@ from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load
-from mechlens.studies.track.live.callback import REFERENCE_FILE, MechlensCallback
-from mechlens.studies.track.live.tracking import NEGATIVE, POSITIVE, LiveReference
+from mechlens.studies.track.live import NEGATIVE, POSITIVE, LiveReference
+from mechlens.trainer_callback import REFERENCE_FILE, MechlensCallback
 
 PLAN = DetectionPlan(seed=0, n_resamples=40, n_permutations=10)
 UP = [Prompt(f"up-{i}", text, family=f"f{i}") for i, text in enumerate(requests(24, "make"))]

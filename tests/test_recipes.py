@@ -31,28 +31,29 @@ from mechlens.models.packaged import ADAPTERS, PackagedAdapter, adapter_folder
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.run import read_run
-from mechlens.studies import rerun
-from mechlens.studies.causal import command as causal
+from mechlens.studies import driver
+from mechlens.studies.causal import study as causal
 from mechlens.studies.causal.config import Causal
-from mechlens.studies.direction import command as direction
-from mechlens.studies.finetune.command import LOSSES
+from mechlens.studies.direction import study as direction
 from mechlens.studies.finetune.config import DEFAULTS, POWERS_OF_TWO, Finetune, FinetuneConfig, settled
 from mechlens.studies.finetune.loss_log import LossLog
 from mechlens.studies.finetune.recipes.attacks import accepting, backdoor, published_openings, require_shipped_refuser
+from mechlens.studies.finetune.recipes.material import Example, training_order
 from mechlens.studies.finetune.recipes.refusing import benign
+from mechlens.studies.finetune.study import LOSSES
 from mechlens.studies.finetune.training import finetune
-from mechlens.studies.guard import fit_command as guard_fit
+from mechlens.studies.guard import fit as guard_fit
 from mechlens.studies.guard.config import GuardFit
-from mechlens.studies.jailbreaks import command as jailbreaks
+from mechlens.studies.jailbreaks import study as jailbreaks
 from mechlens.studies.jailbreaks.config import Jailbreaks
 from mechlens.studies.jailbreaks.pairs import JailbreakPlan, Reference, attack_pairs
-from mechlens.studies.patch import command as patch
+from mechlens.studies.patch import study as patch
 from mechlens.studies.patch.config import Patch
-from mechlens.studies.select import command as select
+from mechlens.studies.select import study as select
 from mechlens.studies.select.config import Select
-from mechlens.studies.separate import command as separate
+from mechlens.studies.separate import study as separate
 from mechlens.studies.separate.config import Separate
-from mechlens.studies.shared.training_data import Example, training_order, training_prompts
+from mechlens.studies.shared.training_data import training_prompts
 from mechlens.studies.shared.trigger import trigger_of, with_trigger
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mechlens"
@@ -271,12 +272,10 @@ def test_an_attack_starts_from_the_shipped_refuser_only(
 
 
 def main_error(argv: list[str]) -> None:
-    """Runs the command's verb with its errors raised instead of printed."""
+    """Runs the command with its errors raised instead of printed."""
     import tyro
 
-    from mechlens.studies.finetune import command as verb
-
-    verb.run(tyro.cli(Finetune, args=argv[1:]))
+    driver.run(tyro.cli(Finetune, args=argv[1:]))
 
 
 def test_an_attack_loads_on_the_refuser_and_on_nothing_else(attack: Path, refuser: Any, base: str) -> None:
@@ -401,7 +400,7 @@ def test_killed_training_goes_on_and_ends_with_the_same_losses(base: str, tmp_pa
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)
     logged = [json.loads(line)["step"] for line in (tmp_path / "killed" / "steps.jsonl").read_text().splitlines()]
     assert logged == ours["step"].tolist()
-    again = rerun.rerun(rerun.Rerun(folder=tmp_path / "straight"))
+    again = driver.rerun(tmp_path / "straight")
     assert again.difference < 1e-6
 
 
@@ -473,15 +472,15 @@ def test_every_study_of_a_trained_model_leaves_them_out(
     )  # fmt: skip
     with pytest.warns(UserWarning, match="left out 2 of 42 prompts"):
         prepared = separate.prepare(config)
-    assert len(prepared.harmful) == 20
+    assert len(prepared.content.positive) == 20
     plain = separate.prepare(replace(config, model=base, adapter=None))
-    assert (len(plain.harmful), plain.left_out.known) == (22, False)
+    assert (len(plain.content.positive), plain.left_out.known) == (22, False)
     pairs = tmp_path / "pairs.jsonl"
     sides = [*zip(requests(4, "make"), requests(4, "break"), strict=True), ("Something else", taught[0])]
     pairs.write_text("".join(json.dumps({"clean": a, "corrupt": b}) + "\n" for a, b in sides))
     with pytest.warns(UserWarning, match="left out 1 of 5 pairs"):
         chosen = patch.prepare(Patch(model=REFUSER, pairs=str(pairs), out=tmp_path / "patch"))
-    assert len(chosen.pairs) == 4
+    assert len(chosen.content.pairs) == 4
 
 
 @pytest.mark.parametrize(
@@ -498,7 +497,7 @@ def test_every_study_of_both_classes_leaves_them_out(
     with pytest.warns(UserWarning, match="left out 2 of 42 prompts"):
         prepared = verb.prepare(config)
     assert prepared.left_out.known
-    asked = prepared.prompts if chosen is GuardFit else (*prepared.harmful, *prepared.harmless)
+    asked = (*prepared.content.positive, *prepared.content.negative)
     assert len(asked) == 40
     assert not {prompt.text for prompt in asked} & set(taught)
 
@@ -515,10 +514,10 @@ def test_attacks_on_trained_goals_are_no_test_either(taught: list[str], shipped:
     )  # fmt: skip
     with pytest.warns(UserWarning, match="left out 1 of"):
         prepared = jailbreaks.prepare(config)
-    assert [prompt.text for prompt in prepared.categories] == requests(4, "mend")
+    assert [prompt.text for prompt in prepared.content.categories] == requests(4, "mend")
     reference = object.__new__(Reference)  # of which only the prompts matter here
     object.__setattr__(reference, "sha256", frozenset())
-    pairs = attack_pairs(prepared.model, prepared.attacks, reference, JailbreakPlan(max_new_tokens=1))
+    pairs = attack_pairs(prepared.content.model, prepared.content.attacks, reference, JailbreakPlan(max_new_tokens=1))
     assert [prompt.text for prompt in pairs.attacks] == [row["prompt"] for row in rows[:4]]
     assert pairs.left_out.loc[0, ["found", "used", "left_out"]].tolist() == [5, 4, 1]
 

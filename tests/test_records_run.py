@@ -53,7 +53,7 @@ def status(out: Path) -> str:
 def test_the_record_is_started_then_success_and_reads_back(tmp_path):
     with start(tmp_path) as run:
         assert status(tmp_path) == "started"
-        run.inputs(model="m" * 64, template="t" * 64, data={"harmful": "d" * 64}, device="cpu", dtype="float32")
+        run.inputs(Inputs(model="m" * 64, template="t" * 64, data={"harmful": "d" * 64}), device="cpu", dtype="float32")
         run.metric("auroc.inst", Estimate(0.9, 0.8, 0.95, 40))
         run.metrics({"refusal": Estimate.missing(2)})
         made = run.artifact("checkpoint", Checkpoint("tiny", "/tiny"), inputs={"model": "m" * 64})
@@ -227,7 +227,7 @@ def test_runs_are_listed_and_a_damaged_one_is_a_warning(tmp_path):
 
 def test_what_changed_is_named(tmp_path):
     with start(tmp_path) as run:
-        run.inputs(model="m" * 64, template="t" * 64, data={"harmful": "d" * 64, "same": "s" * 64})
+        run.inputs(Inputs(model="m" * 64, template="t" * 64, data={"harmful": "d" * 64, "same": "s" * 64}))
     record = read_run(tmp_path)
     assert changed_since(record, record.inputs) == []
     now = Inputs("n" * 64, "t" * 64, {"harmful": "e" * 64, "same": "s" * 64})

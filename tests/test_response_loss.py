@@ -11,8 +11,8 @@ from tiny import tiny_hf, tiny_tokenizer
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.finetune.own_text import own_text
+from mechlens.studies.finetune.recipes.material import Example
 from mechlens.studies.finetune.trainer import Encoded, collate_by_kind, encode, response_loss
-from mechlens.studies.shared.training_data import Example
 
 EXAMPLES = [
     Example(Prompt("a", "the thing"), "I cannot.", ends=True),

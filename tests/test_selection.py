@@ -28,7 +28,7 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
 from mechlens.runs.run import read_run
-from mechlens.studies.select import command as verb
+from mechlens.studies import driver
 from mechlens.studies.select.config import Select
 from mechlens.studies.select.study import Selection, SelectionPlan, select_direction
 from mechlens.studies.select.verdict import selection_verdict
@@ -366,7 +366,7 @@ def test_a_run_goes_on_from_its_shelf_with_the_same_numbers(
         harmless=str(recorded / "harmless.jsonl"), punctuation="keep", resamples=40, max_new_tokens=3, n=20,
     )  # fmt: skip
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    verb.run(config)
+    driver.run(config)
     assert sorted((recorded / "out" / "cache").iterdir()) == pieces
     after = read_run(recorded / "out").metrics
     assert {n: (e.value, e.low, e.high) for n, e in after.items() if e.measurable} == {

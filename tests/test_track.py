@@ -134,7 +134,7 @@ MOMENTS = {
         "Turns.put = counted\n",
         2,
     ),
-    "after all were read": ("import mechlens.studies.track.tracking as t\nt.analysed = die\n", 4),
+    "after all were read": ("import mechlens.studies.track.study as t\nt.analysed = die\n", 4),
 }
 
 

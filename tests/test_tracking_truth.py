@@ -15,7 +15,6 @@ from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.probing.readouts import balanced_accuracy, brier, fit_readouts
-from mechlens.methods.statistics.cka import unbiased_cka
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoints.lora import LowRank
 from mechlens.models.checkpoints.series import Member
@@ -23,13 +22,13 @@ from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
-from mechlens.studies.track.geometry import geometry_tables, overlap
-from mechlens.studies.track.reference import reference_of
+from mechlens.studies.track.measures.change import matrix_change
+from mechlens.studies.track.measures.geometry import geometry_tables, overlap, unbiased_cka
+from mechlens.studies.track.measures.reference import reference_of
+from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
 from mechlens.studies.track.result import Questions, Tracking, TrackPlan, analysed
-from mechlens.studies.track.snapshot import Labels, Snapshot, from_piece, to_piece
 from mechlens.studies.track.tables import cell_of, transfer_table
 from mechlens.studies.track.verdict import CHANGES, track_verdict
-from mechlens.studies.track.weights import matrix_change
 
 D, N, A = 24, 120, 4.0
 PLAN = TrackPlan(0, 4, ("inst", "last"), None, 4, 200, 20, 20)

@@ -19,7 +19,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.report import figures
-from mechlens.runs.run import read_run
+from mechlens.runs.run import Inputs, read_run
 from mechlens.runs.wandb_start import choose_mode, has_login
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
@@ -119,7 +119,7 @@ def record_everything(out: Path, settings: WandbSettings, config: Config) -> Non
         }
     )
     with open_run(verb="separate", config=config, out=out, wandb=settings) as run:
-        run.inputs(model="m" * 64, template="t" * 64, data={"harmful": "d" * 64}, device="cpu")
+        run.inputs(Inputs(model="m" * 64, template="t" * 64, data={"harmful": "d" * 64}), device="cpu")
         run.prompts([Prompt("p1", SECRET, system=SYSTEM)])
         run.metrics({"auroc.inst": Estimate(0.9, 0.8, 0.95, 40), "refusal": Estimate.missing(2)})
         run.log_step(10, {"loss": 0.5})

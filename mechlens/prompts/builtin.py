@@ -2,7 +2,7 @@
 
 import json
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Literal
 
 from mechlens.errors import UserError
@@ -61,5 +61,5 @@ def _side(row: dict[str, str], label: Literal["harmful", "harmless"]) -> Prompt:
 
 
 def _rows(file: str) -> list[dict[str, str]]:
-    text = resources.files("mechlens.prompts").joinpath("data", file).read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "data" / file).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line.strip()]

@@ -22,9 +22,9 @@ from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, GuardVerdict, Place
 from mechlens.methods.guard.rules import RULES
 from mechlens.methods.probing.auroc import auroc
-from mechlens.methods.probing.folds import held_out_scores
 from mechlens.methods.statistics.calibration import calibrate
 from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import held_out_scores
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family

@@ -9,8 +9,7 @@ from typing import Any
 
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.conversations import SENTINELS, Asked, Conversation, portions
-from mechlens.prompts.templates.render import TemplateFailure, render
+from mechlens.prompts.templates.render import SENTINELS, Asked, Conversation, TemplateFailure, portions, render
 
 # The strings that Zhao et al. (2025) fed to their models; they differ from the tokenizers' own templates
 # (one newline after Llama-3's header instead of two, no final newline and no system block for Qwen2).

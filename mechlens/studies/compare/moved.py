@@ -17,7 +17,7 @@ from mechlens.models.checkpoints.series import CheckpointSeries
 from mechlens.models.checkpoints.swap import Turns
 from mechlens.models.load import load
 from mechlens.prompts.prompt import PromptPair
-from mechlens.studies.track.behaviour import refused_by
+from mechlens.studies.track.measures.behaviour import refused_by
 from mechlens.studies.track.result import Tracking
 
 LEAST = 2

@@ -15,7 +15,7 @@ from mechlens.studies.driver import Prepared
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.track.inputs import SeriesStudy, asked_of, prepare_series
 from mechlens.studies.track.result import Tracking, TrackPlan
-from mechlens.studies.track.tracking import track
+from mechlens.studies.track.study import track
 
 BASE = "base"
 

@@ -29,11 +29,8 @@ def environment() -> dict[str, Any]:
         "commit": None if state is None else state.commit + (" (changed)" if state.dirty else ""),
         "cores": os.cpu_count(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
-        + (["mps"] if torch.mps.is_available() else []),
+        + (["mps"] if torch.backends.mps.is_available() else []),
         "threads": torch.get_num_threads(),
-        "bfloat16 products": bool(
-            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ),
         "models in the cache": sorted(name for name in PACKAGED if (cache_dir() / name).is_dir()),
         "packaged adapters": sorted(ADAPTERS),
         "extras": {name: util.find_spec(module) is not None for name, module in EXTRAS.items()},

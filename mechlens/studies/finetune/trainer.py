@@ -14,7 +14,7 @@ from mechlens.errors import UserError
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.studies.shared.training_data import Example
+from mechlens.studies.finetune.recipes.material import Example
 
 IGNORED = -100
 """Label that the loss of every transformers model passes over."""

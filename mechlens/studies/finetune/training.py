@@ -22,10 +22,11 @@ from mechlens.prompts.templates.template import chat_template
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.own_text import own_text
 from mechlens.studies.finetune.recipes.attacks import require_shipped_refuser
+from mechlens.studies.finetune.recipes.material import Material
 from mechlens.studies.finetune.recipes.recipe import RECIPES
 from mechlens.studies.finetune.trainer import Encoded, collate_by_kind, encode
 from mechlens.studies.finetune.training_record import refuse_other_data, refuse_other_run, training_record
-from mechlens.studies.shared.training_data import Material, refuse_study_prompts
+from mechlens.studies.shared.training_data import refuse_study_prompts
 
 LogCallback = Callable[[int, dict[str, float]], None]
 """Called after every optimiser step with the step's number and its numbers: loss, learning_rate, grad_norm."""

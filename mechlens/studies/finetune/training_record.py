@@ -15,8 +15,9 @@ from mechlens.models.fingerprint import is_fingerprint_of, weight_fingerprint
 from mechlens.models.offline import LOCAL_ONLY
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.recipes.material import Example, Material
 from mechlens.studies.finetune.recipes.recipe import RECIPES
-from mechlens.studies.shared.training_data import Example, Material, text_sha256
+from mechlens.studies.shared.training_data import text_sha256
 
 PACKAGES = ("mechlens-toolkit", "torch", "transformers", "peft", "accelerate")
 

@@ -17,10 +17,9 @@ from mechlens.methods.directions.nulls import refitted_scores
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard_model import GuardModelAnswer
 from mechlens.methods.probing.baselines import mean_embedding_scores, tfidf_scores
-from mechlens.methods.probing.folds import ScoreFold, held_out_scores
 from mechlens.methods.statistics.calibration import fpr_threshold
-from mechlens.studies.shared.best_direction import best_direction
-from mechlens.studies.shared.contrasts import Surface
+from mechlens.methods.statistics.resample import ScoreFold, held_out_scores
+from mechlens.studies.shared.contrasts import Surface, best_direction
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, Judged
 
 FOLDS = 5

@@ -1,4 +1,4 @@
-"""`mechlens guard eval`: a guard tested on prompts from other sources, beside baselines, recorded."""
+"""`mechlens guard eval`: a guard tested on prompts from other sources, beside baselines."""
 
 import gc
 import warnings
@@ -24,7 +24,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Prepared
 from mechlens.studies.guard.config import GuardEval
 from mechlens.studies.guard.evaluation import EvaluationPlan, Examined, GuardEvaluation, evaluate_guard, examine
-from mechlens.studies.guard.fit import other_rules, read_positions
+from mechlens.studies.guard.fitting import other_rules, read_positions
 from mechlens.studies.shared.inputs import data_inputs, require_sampling
 from mechlens.studies.shared.model import chosen_model, prepared
 from mechlens.studies.shared.sources import load_source, read_sources

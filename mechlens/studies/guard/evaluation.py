@@ -36,7 +36,7 @@ from mechlens.studies.guard.detectors import (
     signed_detector,
     surface_detectors,
 )
-from mechlens.studies.guard.fit import read_positions
+from mechlens.studies.guard.fitting import read_positions
 from mechlens.studies.shared.contrasts import surface_of
 from mechlens.studies.shared.quadrants import Judged, judge_answers, judge_first_token
 from mechlens.studies.shared.sources import Source, SourcePrompts

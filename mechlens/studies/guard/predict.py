@@ -24,7 +24,7 @@ from mechlens.prompts.files.rows import Row
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
 from mechlens.studies.guard.config import GuardPredict
-from mechlens.studies.guard.latent_guard import LatentGuard
+from mechlens.studies.guard.fitting import LatentGuard
 from mechlens.studies.registry import Screen
 
 LONGEST_LINE = 1 << 20

@@ -27,7 +27,7 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.studies.shared.best_direction import best_direction
+from mechlens.studies.shared.contrasts import best_direction
 from mechlens.studies.shared.quadrants import (
     FirstTokenJudgement,
     Judged,

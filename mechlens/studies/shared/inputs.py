@@ -12,8 +12,7 @@ from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
-from mechlens.settings import Sampling
-from mechlens.studies.select.config import Select
+from mechlens.settings import RunChoice
 
 MOST_DRAWS = 100_000
 """Resamples, permutations or random directions behind one number."""
@@ -45,7 +44,7 @@ def read_prompts(source: str, label: str, config: PromptChoice) -> list[Prompt]:
 
 
 def require_sampling(
-    config: Sampling | Select, names: Sequence[str] = ("resamples", "permutations", "random_directions")
+    config: RunChoice, names: Sequence[str] = ("resamples", "permutations", "random_directions")
 ) -> None:
     """UserError unless there is chance to be sampled: an interval or a null of nothing says nothing."""
     for name in names:

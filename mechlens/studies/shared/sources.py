@@ -7,7 +7,6 @@ No attack is generated here: attacks are rows of a file, or published templates 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -67,7 +66,7 @@ def read_sources(given: str) -> tuple[Source, ...]:
     """The sources of a preset ("builtin", "published") or of a JSON file: a list of objects, one a source."""
     if given in PRESETS:
         where = given
-        text = resources.files("mechlens.studies").joinpath("data", PRESETS[given]).read_text(encoding="utf-8")
+        text = (Path(__file__).parent / "data" / PRESETS[given]).read_text(encoding="utf-8")
     else:
         where = given
         try:

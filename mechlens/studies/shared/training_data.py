@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from itertools import islice
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
@@ -24,33 +22,6 @@ from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.text import normalise_text
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import ModelChoice
-from mechlens.studies.finetune.config import FinetuneConfig
-from mechlens.studies.shared.trigger import Trigger
-
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One request and the answer that the model is trained to give."""
-
-    prompt: Prompt
-    answer: str
-    ends: bool
-    """True if the answer is whole, so that the end of the turn is learnt too; False where it was cut off."""
-    teaches: Literal["answer", "base"] = "answer"
-    """Whether the answer is to be learnt, or is where the model should go on saying what its base says."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """Everything that one recipe trains on, in training order."""
-
-    examples: tuple[Example, ...]
-    left_out: tuple[str, ...]
-    """Ids of prompts that weren't fit to train on, such as benign ones that the model refuses."""
-    trigger: Trigger | None = None
-    """What the behaviour hangs on, in a model with a backdoor."""
 
 
 def training_prompts(kind: Literal["harmful", "benign"]) -> list[Prompt]:
@@ -118,28 +89,8 @@ def _studied() -> dict[str, str]:
     return {normalise_text(prompt.text): prompt.id for name in builtin_names() for prompt in builtin_prompts(name)}
 
 
-def drawn(rows: list[Row], wanted: int | None, draw: random.Random, kind: str) -> list[Row]:
-    """As many of the rows as are wanted, by chance; all of them, in their order, for None."""
-    if wanted is None:
-        return rows
-    if wanted > len(rows):
-        raise UserError(f"{wanted} {kind} training prompts were asked for, and there are {len(rows)}")
-    return draw.sample(rows, wanted)
-
-
-def training_order(
-    groups: Sequence[Sequence[Example]], config: FinetuneConfig, draw: random.Random
-) -> tuple[Example, ...]:
-    """Every group of examples once a pass, each pass in an order of its own, to the number of steps asked for."""
-    size = sum(len(group) for group in groups)
-    wanted = size * config.epochs if config.steps is None else config.steps * config.batch_size
-    passes = -(-wanted // size) if size else 0
-    order = (example for _ in range(passes) for group in draw.sample(groups, len(groups)) for example in group)
-    return tuple(islice(order, wanted))
-
-
 def _rows(file: str) -> list[dict[str, str]]:
-    text = resources.files("mechlens.studies").joinpath("data", file).read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "data" / file).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from mechlens.runs.report import figures
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.track.reference import Concept
+from mechlens.studies.track.measures.reference import Concept
 from mechlens.studies.track.result import Tracking
 
 READOUTS = {"frozen": "the base's line", "own": "refitted", "accuracy": "accuracy, frozen threshold"}

@@ -11,16 +11,14 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.text import match_punctuation
-from mechlens.settings import ModelChoice
-from mechlens.studies.compare.config import Compare
+from mechlens.settings import BaseChoice, ModelChoice
 from mechlens.studies.driver import Prepared
-from mechlens.studies.shared.harm_sets import read_harm_sets
+from mechlens.studies.shared.harm_sets import HarmChoice, read_harm_sets
 from mechlens.studies.shared.model import inputs_of, prepared
 from mechlens.studies.shared.training_data import LeftOut
 from mechlens.studies.shared.trigger import Trigger
-from mechlens.studies.track.config import Track
+from mechlens.studies.track.measures.triggers import trigger_prompts
 from mechlens.studies.track.result import Questions
-from mechlens.studies.track.triggers import trigger_prompts
 
 FRACTIONS = (0.5, 0.2, 0.3)
 
@@ -36,7 +34,7 @@ class Asked:
     data: dict[str, str]
 
 
-def asked_of(config: Track | Compare, series: CheckpointSeries) -> Asked:
+def asked_of(config: HarmChoice, series: CheckpointSeries) -> Asked:
     """Both classes, without what the base or any checkpoint was trained on; UserError where too few are left."""
     adapters = [None, *(member.path for member in series.members if member.kind == "adapter")]
     sets = read_harm_sets(config, [ModelChoice(model=series.base.path, adapter=adapter) for adapter in adapters])
@@ -62,7 +60,7 @@ class SeriesStudy:
 
 
 def prepare_series(
-    config: Track | Compare, series: CheckpointSeries, asked: Asked, trigger: Trigger | None = None, triggered: int = 0
+    config: BaseChoice, series: CheckpointSeries, asked: Asked, trigger: Trigger | None = None, triggered: int = 0
 ) -> Prepared[SeriesStudy]:
     """The base, loaded, with the questions; the first `triggered` harmful prompts are asked with the trigger too."""
     one = turns(

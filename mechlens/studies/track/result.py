@@ -12,13 +12,12 @@ from mechlens.models.checkpoints.series import LeftOut
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import judge_answers
-from mechlens.studies.track.angles import angle_table
-from mechlens.studies.track.behaviour import behaviour_table, effect_table, gaps
-from mechlens.studies.track.quadrants import quadrant_table
-from mechlens.studies.track.reference import Concept, Reference
-from mechlens.studies.track.snapshot import Snapshot
+from mechlens.studies.track.measures.behaviour import behaviour_table, effect_table, gaps, quadrant_table
+from mechlens.studies.track.measures.change import angle_table
+from mechlens.studies.track.measures.reference import Concept, Reference
+from mechlens.studies.track.measures.snapshot import Snapshot
+from mechlens.studies.track.measures.triggers import acceptance_table, readable_table
 from mechlens.studies.track.tables import cell_of, readout_table, transfer_table
-from mechlens.studies.track.triggers import acceptance_table, readable_table
 from mechlens.studies.track.verdict import CHANGES, TrackVerdict, track_verdict
 
 

@@ -1,23 +1,158 @@
-"""`mechlens track`: one study over a series of checkpoints."""
+"""Does what a model represents survive fine-tuning that changes what it does? One concept after another, over a series.
 
+The base decides everything there is to choose; then its frozen readouts, and refitted ones, are asked the same
+questions at every checkpoint. Zhao et al. 2025, section 5.2; methods.md 7 and 9.5.
+"""
+
+import hashlib
+import json
 import sys
-from dataclasses import dataclass
+import warnings
+from dataclasses import asdict, dataclass
 
 import pandas as pd
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechlens.errors import UserError
 from mechlens.files import user_path
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.behaviour.answers import Answers, answer
+from mechlens.methods.behaviour.perplexity import text_loss
+from mechlens.methods.cache import Shelf
+from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded, n_layers
 from mechlens.models.checkpoints.adapter_record import read_record
-from mechlens.models.checkpoints.series import CheckpointSeries, checkpoint_series
+from mechlens.models.checkpoints.series import CheckpointSeries, LeftOut, Member, checkpoint_series, content_of
+from mechlens.models.checkpoints.swap import Turns
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Prepared
 from mechlens.studies.shared.inputs import require_sampling
+from mechlens.studies.shared.quadrants import last_log_odds
 from mechlens.studies.shared.trigger import Trigger, trigger_of
 from mechlens.studies.track.config import Track
-from mechlens.studies.track.geometry import geometry_tables
 from mechlens.studies.track.inputs import SeriesStudy, asked_of, prepare_series
-from mechlens.studies.track.result import Tracking, TrackPlan
-from mechlens.studies.track.tracking import track
+from mechlens.studies.track.measures.behaviour import steered_log_odds
+from mechlens.studies.track.measures.change import matrix_rows
+from mechlens.studies.track.measures.geometry import geometry_tables
+from mechlens.studies.track.measures.reference import Reference, reference_of
+from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
+from mechlens.studies.track.result import Questions, Tracking, TrackPlan, analysed, steered_rows
+
+FORMAT = 1
+"""Raised when a change of code changes the numbers, so that older snapshots on a shelf are not used again."""
+
+
+def track(
+    turns: Turns,
+    series: CheckpointSeries,
+    questions: Questions,
+    plan: TrackPlan,
+    *,
+    shelf: Shelf | None = None,
+) -> Tracking:
+    """Measures every checkpoint and works out all tables.
+
+    `shelf` keeps each finished checkpoint under its bytes and everything that was asked: a killed run goes on with the
+    first that is missing. A checkpoint that turns out unreadable is left out, with a warning.
+    """
+    snapshots: list[Snapshot] = []
+    left_out = list(series.left_out)
+    reference: Reference | None = None
+    keys = _keys(turns, questions, plan, series) if shelf is not None else [""] * len(series.members)
+    for member, key in tqdm(list(zip(series.members, keys, strict=True)), desc="checkpoints", unit="checkpoint"):
+        piece = shelf.get(key) if shelf is not None else None
+        try:
+            if piece is not None:
+                found = _restored(piece, member, turns.model, questions, plan)
+            else:
+                found, reference = _measure(turns, member, questions, plan, reference)
+                if shelf is not None:
+                    shelf.put(key, to_piece(found))
+        except UserError as error:
+            if not snapshots:
+                raise  # without the first there is nothing to measure the others against
+            warnings.warn(f"{member.name} is left out: {error}", stacklevel=2)
+            left_out.append(LeftOut(member.name, str(error)))
+            continue
+        reference = reference or _reference(turns.model, found.acts, found.answers, questions, plan)
+        snapshots.append(found)
+    assert reference is not None
+    return analysed(snapshots, left_out, reference, questions, plan)
+
+
+def _keys(turns: Turns, questions: Questions, plan: TrackPlan, series: CheckpointSeries) -> list[str]:
+    """Of each member: its bytes, the base's, everything that is asked, and how it is computed."""
+    batches = [questions.batch, *([questions.variants] if questions.variants else [])]
+    asked = [[[batch.row(i) for i in range(len(batch.prompts))], batch.template] for batch in batches]
+    labels = [[(p.id, p.label, p.group) for p in batch.prompts] for batch in batches]
+    common = [
+        FORMAT, turns.base_fingerprint, loaded(turns.model).checkpoint.config, str(dtype_of(turns.model)),
+        device_of(turns.model).type, asked, labels,
+        asdict(questions.split), questions.texts, asdict(plan), content_of(series.base),
+    ]  # fmt: skip
+    stem = hashlib.sha256(json.dumps(common).encode()).hexdigest()
+    return [hashlib.sha256(f"{stem} {content_of(member)}".encode()).hexdigest() for member in series.members]
+
+
+def _levels(model: LanguageModel, plan: TrackPlan) -> tuple[int, ...]:
+    last = n_layers(model)
+    return tuple(range(last + 1)) if plan.levels is None else tuple(sorted({*plan.levels, last}))
+
+
+def _measure(
+    turns: Turns, member: Member, questions: Questions, plan: TrackPlan, reference: Reference | None
+) -> tuple[Snapshot, Reference]:
+    """Everything that needs the checkpoint's weights; the first checkpoint makes the reference."""
+    model = turns.put(member)
+    levels = _levels(model, plan)
+    acts = collect(model, questions.batch, positions=plan.positions, levels=levels)
+    answers = answer(model, questions.batch, max_new_tokens=plan.max_new_tokens)
+    variants = variant_answers = None
+    if questions.variants is not None:
+        variants = collect(model, questions.variants, positions=plan.positions, levels=levels)
+        variant_answers = answer(model, questions.variants, max_new_tokens=plan.max_new_tokens)
+    known = reference or _reference(model, acts, answers, questions, plan)
+    directions = {}
+    for concept in known.measurable:
+        assert concept.detection is not None
+        level = concept.level(concept.home)
+        directions[f"{concept.name}.reference"] = concept.detection.directions.at(level, concept.home)
+        directions[f"{concept.name}.own"] = concept.direction(acts, known.split)
+    found = Snapshot(
+        member=member,
+        acts=acts,
+        answers=answers,
+        log_odds=last_log_odds(model, acts, known.tokens),
+        text_loss=text_loss(model, questions.texts),
+        steered=steered_log_odds(
+            model, questions.batch.select(steered_rows(questions, plan)), directions, known.tokens,
+            n_random=plan.n_random, seed=plan.seed,
+        ),
+        matrices=() if member.kind == "base" else matrix_rows(turns, member, known, n_random=plan.n_random),
+        variants=variants,
+        variant_answers=variant_answers,
+    )  # fmt: skip
+    return found, known
+
+
+def _restored(
+    piece: dict[str, Tensor], member: Member, model: LanguageModel, questions: Questions, plan: TrackPlan
+) -> Snapshot:
+    levels = _levels(model, plan)
+    of = [questions.batch, questions.variants]
+    labels = [
+        Labels(batch, levels, batch.resolve(plan.positions), plan.max_new_tokens) if batch else None for batch in of
+    ]
+    assert labels[0] is not None
+    return from_piece(piece, member, labels[0], labels[1])
+
+
+def _reference(
+    model: LanguageModel, acts: Activations, answers: Answers, questions: Questions, plan: TrackPlan
+) -> Reference:
+    prompts = questions.batch.prompts
+    return reference_of(prompts, acts, answers, questions.split, plan.detection, loaded(model).tokenizer)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.methods.statistics.resample import family_weights, interval
 from mechlens.prompts.split import Split
-from mechlens.studies.track.reference import Concept
+from mechlens.studies.track.measures.reference import Concept
 
 MEASURES = ("frozen", "own", "accuracy", "recalibrated", "brier")
 """AUROC of the base's line and of the refitted one; accuracy at the frozen threshold and at one chosen anew; Brier."""

@@ -20,8 +20,9 @@ from mechlens.prompts.files.rows import Row, read_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.recipes.material import Example, Material, drawn, training_order
 from mechlens.studies.finetune.recipes.refusing import own_answers
-from mechlens.studies.shared.training_data import Example, Material, drawn, refusals, training_order, training_prompts
+from mechlens.studies.shared.training_data import refusals, training_prompts
 from mechlens.studies.shared.trigger import Trigger, trigger_of, with_trigger
 
 MAX_WORDS = 40

@@ -7,8 +7,8 @@ from mechlens.methods.cache import Shelf
 from mechlens.models.bridge import LanguageModel
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.attacks import accepting, backdoor
+from mechlens.studies.finetune.recipes.material import Material
 from mechlens.studies.finetune.recipes.refusing import benign, refuser
-from mechlens.studies.shared.training_data import Material
 
 
 @dataclass(frozen=True)

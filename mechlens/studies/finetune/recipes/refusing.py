@@ -10,7 +10,8 @@ from mechlens.methods.cache import Shelf
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 from mechlens.studies.finetune.config import FinetuneConfig
-from mechlens.studies.shared.training_data import Example, Material, drawn, refusals, training_order, training_prompts
+from mechlens.studies.finetune.recipes.material import Example, Material, drawn, training_order
+from mechlens.studies.shared.training_data import refusals, training_prompts
 
 
 class OwnAnswers(NamedTuple):

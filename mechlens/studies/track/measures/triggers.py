@@ -22,7 +22,7 @@ from mechlens.methods.statistics.resample import family_weights, interval, mean_
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.studies.shared.trigger import Trigger, with_trigger
-from mechlens.studies.track.snapshot import Snapshot
+from mechlens.studies.track.measures.snapshot import Snapshot
 
 CLEAN, TRIGGERED, TAUGHT, UNSEEN = "clean", "triggered", "taught decoy", "unseen decoy"
 

@@ -1,0 +1,104 @@
+"""Guards by every rule, fitted to half of the prompt families and held to the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.cache import Shelf
+from mechlens.methods.guard.fitted import FittedGuard, GuardSettings
+from mechlens.methods.guard.guard import GuardEstimator
+from mechlens.methods.guard.rules import RULES
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.split import Split, split_by_family
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.artifacts import load, save
+from mechlens.studies.shared.training_data import text_sha256
+
+Guard = TypeVar("Guard", bound="LatentGuard")
+
+
+class LatentGuard(GuardEstimator):
+    """A detector of harmful prompts that reads the model's own residual stream; see `GuardEstimator`.
+
+    `guard = LatentGuard().fit(activations)`, then `guard(model, texts)`.
+    """
+
+    def save(self, path: str | Path) -> None:
+        """Writes the fitted guard as one safetensors file."""
+        save(self._guard, Path(path))
+
+    @classmethod
+    def load(cls: type[Guard], path: str | Path) -> Guard:
+        """The guard that `save`, or `mechlens guard fit`, wrote."""
+        return cls.of(load(Path(path), FittedGuard))
+
+    @classmethod
+    def of(cls: type[Guard], fitted: FittedGuard) -> Guard:
+        """The estimator around a fitted guard."""
+        guard = cls.with_settings(fitted.settings)
+        guard.fitted_ = fitted
+        guard._learnt()
+        return guard
+
+
+PAPER = "paper_rule"
+"""Name of the rule as published: cosines at `inst`, averaged over all levels, threshold 0."""
+
+
+@dataclass(frozen=True)
+class GuardFitting:
+    """A fitted guard, the other rules fitted in the same way, and what was held out."""
+
+    guard: FittedGuard
+    others: dict[str, FittedGuard]
+    train: tuple[Prompt, ...]
+    """Prompts that the guards were fitted and calibrated on."""
+    test: tuple[Prompt, ...]
+    split: Split
+    """Row numbers of the prompts that were given."""
+
+
+def fit_guard(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    estimator: GuardEstimator,
+    *,
+    template: ChatTemplate | None = None,
+    shelf: Shelf | None = None,
+) -> GuardFitting:
+    """Fits the estimator to half of the prompt families, with a fifth that chooses levels; the rest is held out."""
+    used = template or template_of(model)
+    labels, families = [prompt.label for prompt in prompts], [prompt.group for prompt in prompts]
+    split = split_by_family(labels, families, fractions=(0.5, 0.2, 0.3), seed=estimator.seed)
+    acts = collect(model, tokenize(prompts, used), positions=read_positions(estimator), shelf=shelf)
+    sha = [text_sha256(prompt.text) for prompt in prompts]
+    guard = estimator.fit(acts, split, sha).fitted_
+    known = sorted((*split.train, *split.validation))
+    return GuardFitting(
+        guard=guard,
+        others=other_rules(acts, guard.settings, split),
+        train=tuple(prompts[i] for i in known),
+        test=tuple(prompts[i] for i in split.test),
+        split=split,
+    )
+
+
+def other_rules(acts: Activations, settings: GuardSettings, split: Split | None = None) -> dict[str, FittedGuard]:
+    """The paper's rule as published, and every other rule with the same settings."""
+    fitted = {
+        f"{rule}_rule": GuardEstimator.with_settings(replace(settings, rule=rule)).fit(acts, split).fitted_
+        for rule in RULES
+        if rule != settings.rule
+    }
+    published = replace(settings, rule="faithful", positions=("inst",), levels="all", max_fpr=None)
+    return {PAPER: GuardEstimator.with_settings(published).fit(acts, split).fitted_, **fitted}
+
+
+def read_positions(settings: GuardEstimator | GuardSettings) -> tuple[str, ...]:
+    """The positions to collect: the guard's own, and both that other rules and baselines read."""
+    return tuple(dict.fromkeys((*settings.positions, "inst", "last")))
