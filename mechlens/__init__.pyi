@@ -68,7 +68,7 @@ from mechlens.methods.steering.steering import without_direction as without_dire
 from mechlens.models.checkpoint import Checkpoint as Checkpoint
 from mechlens.models.checkpoints.series import CheckpointSeries as CheckpointSeries
 from mechlens.models.checkpoints.series import checkpoint_series as checkpoint_series
-from mechlens.models.checkpoints.swap import turns as turns
+from mechlens.models.checkpoints.swap import checkpoint_swapper as checkpoint_swapper
 from mechlens.models.load import load as load
 from mechlens.models.load import load_tokenizer as load_tokenizer
 from mechlens.prompts.batch import TokenBatch as TokenBatch
@@ -96,7 +96,7 @@ from mechlens.studies.compare.config import Compare as Compare
 from mechlens.studies.direction.config import FindDirection as FindDirection
 from mechlens.studies.direction.study import Concept as Concept
 from mechlens.studies.direction.study import find_concept as find_concept
-from mechlens.studies.driver import Prepared as Prepared
+from mechlens.studies.driver import Preparation as Preparation
 from mechlens.studies.driver import rerun as rerun
 from mechlens.studies.driver import run as run
 from mechlens.studies.finetune.config import Finetune as Finetune
@@ -128,7 +128,7 @@ from mechlens.studies.separate.study import SeparationPlan as SeparationPlan
 from mechlens.studies.separate.study import separate as separate
 from mechlens.studies.separate.verdict import Verdict as Verdict
 from mechlens.studies.separate.verdict import separation_verdict as separation_verdict
-from mechlens.studies.shared.quadrants import Judged as Judged
+from mechlens.studies.shared.quadrants import JudgedAnswers as JudgedAnswers
 from mechlens.studies.shared.quadrants import judge_answers as judge_answers
 from mechlens.studies.shared.sources import Source as Source
 from mechlens.studies.shared.sources import SourcePrompts as SourcePrompts

@@ -11,7 +11,7 @@ from mechlens.errors import UserError
 from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, save
-from mechlens.studies.track.live import LiveReference, Watched, live_numbers, live_reference, watch
+from mechlens.studies.track.live import LivePrompts, LiveReference, live_numbers, live_reference, watch
 
 REFERENCE_FILE = "mechlens_reference.safetensors"
 """In the Trainer's output folder, for a training run that is gone on with."""
@@ -40,7 +40,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         log: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.name = name
-        self.watched: Watched = watch(
+        self.watched: LivePrompts = watch(
             positive,
             negative,
             tokenizer,

@@ -23,7 +23,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.models.bridge import level_hook, n_layers
 from mechlens.models.checkpoints.series import CheckpointSeries, checkpoint_series
-from mechlens.models.checkpoints.swap import turns
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
@@ -73,7 +73,7 @@ def race(series: CheckpointSeries, prompts: list[Prompt]) -> Measured:
     """Both ways take turns, checkpoint by checkpoint, so that a busy machine slows both alike."""
     load(series.base.path)  # so that neither way pays for imports and a cold disk
     start = time.perf_counter()
-    with turns(series.base.path) as one:
+    with checkpoint_swapper(series.base.path) as one:
         loading = time.perf_counter() - start
         found = Measured(loading, loading)
         batch = tokenize(prompts, template_of(one.model))

@@ -21,10 +21,10 @@ from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.statistics.resample import family_weights, interval
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.series import CheckpointSeries, checkpoint_series
-from mechlens.models.checkpoints.swap import turns
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.prompts.batch import tokenize
 from mechlens.runs.artifacts import load as load_artifact
-from mechlens.studies.guard.evaluation import Examined, examine
+from mechlens.studies.guard.evaluation import EvaluationPrompts, examine
 from mechlens.studies.shared.sources import load_source, read_sources
 
 MEASURES = ("auroc", "tpr", "fpr")
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _over(
-    base: str, series: CheckpointSeries, guards: dict[str, FittedGuard], examined: Examined
+    base: str, series: CheckpointSeries, guards: dict[str, FittedGuard], examined: EvaluationPrompts
 ) -> dict[str, dict[int, dict[str, Float[Tensor, " draw"]]]]:
     """By guard and step: every measure on the sample and on resamples of its families, the same at every step."""
     labels = [prompt.label for prompt in examined.prompts]
@@ -77,7 +77,7 @@ def _over(
     levels = sorted({level for guard in guards.values() for level in guard.levels})
     positions = list(dict.fromkeys(position for guard in guards.values() for position in guard.positions))
     found: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in guards}
-    with turns(base) as one:
+    with checkpoint_swapper(base) as one:
         batch = tokenize(examined.prompts, template_of(one.model))
         for member in tqdm(series.members, desc="checkpoints"):
             acts = collect(one.put(member), batch, positions=positions, levels=levels)
@@ -87,7 +87,7 @@ def _over(
     return found
 
 
-def _examined(args: argparse.Namespace, guards: list[FittedGuard], adapters: list[str]) -> Examined:
+def _examined(args: argparse.Namespace, guards: list[FittedGuard], adapters: list[str]) -> EvaluationPrompts:
     """Test prompts that neither a guard nor the base nor any adapter of the series has seen."""
     if len({frozenset(guard.train_sha256) for guard in guards}) > 1:
         raise UserError("the guards were fitted on different prompts; give guards of one fit's prompts to compare them")

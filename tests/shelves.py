@@ -1,4 +1,4 @@
-"""A shelf in memory, which can kill the run that fills it."""
+"""A cache in memory, which can kill the run that fills it."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ class Killed(Exception):
 
 
 class DictShelf:
-    """A shelf in memory; `room` pieces fit, then the run is killed."""
+    """A cache in memory; `room` pieces fit, then the run is killed."""
 
     def __init__(self, room: int = 1000) -> None:
         self.pieces: dict[str, dict[str, Tensor]] = {}

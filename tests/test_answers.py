@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from shelves import DictShelf, Killed
+from caches import DictShelf, Killed
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from transformers import GenerationConfig
 
@@ -204,7 +204,7 @@ def test_running_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shelf, calls = pair("llama")[0], DictShelf(room=2), []
+    model, cache, calls = pair("llama")[0], DictShelf(room=2), []
     run = answering.greedy_batch
 
     def counted(*args: Any) -> list[list[int]]:
@@ -213,19 +213,19 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(monkeypatch: py
 
     def ask(model: Any = model, **options: Any) -> Answers:
         calls.clear()
-        options = {"max_new_tokens": NEW, "max_tokens": 150, "shelf": shelf} | options
+        options = {"max_new_tokens": NEW, "max_tokens": 150, "cache": cache} | options
         return answer(model, options.pop("prompts", prompts()), **options)
 
     monkeypatch.setattr(answering, "greedy_batch", counted)
     with pytest.raises(Killed):
         ask()
     assert len(calls) == 3
-    shelf.room = 1000
+    cache.room = 1000
     assert ask().tokens == expected("llama")
     rest = len(calls)
     assert ask().tokens == expected("llama")
     assert not calls
-    assert len(shelf.pieces) == rest + 2
+    assert len(cache.pieces) == rest + 2
 
     for what, options in {
         "more tokens": {"max_new_tokens": NEW + 1},

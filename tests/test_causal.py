@@ -25,7 +25,7 @@ from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import bridge, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.runs.cache import FolderShelf
+from mechlens.runs.cache import FolderCache
 from mechlens.runs.run import read_run
 from mechlens.studies.causal.directions import HARMFUL, HARMLESS, Setting, intervene, pushes
 from mechlens.studies.causal.grid import grid_layers
@@ -163,8 +163,8 @@ def test_readings_equal_running_each_arm_by_itself(model: Any, found: Battery, t
         pushes(tested.direction, setting, norms, who.labels),
         [intervene(tested.direction, "ablate", setting, norms)] * 6,
     ]
-    shelf = FolderShelf(tmp_path)
-    values = read(model, who, arms, found.words, shelf)
+    cache = FolderCache(tmp_path)
+    values = read(model, who, arms, found.words, cache)
     pieces = sorted(tmp_path.iterdir())
     assert len(pieces) >= 3
     for a, arm in enumerate(arms):
@@ -173,12 +173,12 @@ def test_readings_equal_running_each_arm_by_itself(model: Any, found: Battery, t
             given = [] if one is None else [who.asked.select([i]).within(0, one, "before")]
             logits = logits_under(model, batch, given)
             assert float(values[a, i, 1]) == pytest.approx(float(found.words.asked.difference(logits)[0]), abs=1e-4)
-    # From the shelf: the same numbers, and nothing is made again.
-    again = read(model, who, arms, found.words, shelf)
+    # From the cache: the same numbers, and nothing is made again.
+    again = read(model, who, arms, found.words, cache)
     assert torch.equal(again, values)
     assert sorted(tmp_path.iterdir()) == pieces
     other = read(
-        model, who, [*arms[:2], [intervene(tested.direction, "add", Setting(2, 0.5), norms)] * 6], found.words, shelf
+        model, who, [*arms[:2], [intervene(tested.direction, "add", Setting(2, 0.5), norms)] * 6], found.words, cache
     )
     assert not torch.equal(other[2], values[2])
     change = pushed(values[1], values[0], who.harmful)
@@ -311,8 +311,8 @@ def test_the_same_command_goes_on_from_the_shelf(out: Path, words: list[str], mo
     for path in lost:
         path.unlink()
     made: list[str] = []
-    put = FolderShelf.put
-    monkeypatch.setattr(FolderShelf, "put", lambda self, key, value: (made.append(key), put(self, key, value)))
+    put = FolderCache.put
+    monkeypatch.setattr(FolderCache, "put", lambda self, key, value: (made.append(key), put(self, key, value)))
     main([*words, "--out", str(out), "--wandb.mode", "disabled"])
     assert sorted(made) == [path.stem for path in lost]
     after = json.loads((out / "run.json").read_text())["metrics"]

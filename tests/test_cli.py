@@ -23,7 +23,7 @@ from tiny import tiny_tokenizer
 
 from mechlens.cli import main
 from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.runs.cache import FolderShelf
+from mechlens.runs.cache import FolderCache
 from mechlens.runs.run import read_run
 
 QUICK = ["--resamples", "40", "--permutations", "20", "--wandb.mode", "disabled"]
@@ -238,8 +238,8 @@ def test_the_same_command_goes_on_from_the_shelf(
 ) -> None:
     before, record = numbers(separated), read_run(separated)
     put: list[str] = []
-    original = FolderShelf.put
-    monkeypatch.setattr(FolderShelf, "put", lambda self, key, value: (put.append(key), original(self, key, value)))
+    original = FolderCache.put
+    monkeypatch.setattr(FolderCache, "put", lambda self, key, value: (put.append(key), original(self, key, value)))
     said = run(*separate(model, separated))
     assert said.code == 0
     assert put == []  # nothing was computed again
@@ -582,7 +582,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    # In the first record, in the shelf, in the tables and figures.
+    # In the first record, in the cache, in the tables and figures.
     for allowed in (0, 9, 40):
         writes["left"] = allowed
         said = run(*words)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from shelves import DictShelf
+from caches import DictShelf
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from torch import Tensor, nn
 
@@ -388,7 +388,7 @@ def test_what_is_not_there_is_named() -> None:
         collect(model, [])
 
 
-# --- the shelf -----------------------------------------------------------------------------------------------------
+# --- the cache -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -411,10 +411,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def test_a_shelf_is_used_only_when_everything_is_equal(passes: Callable[[], int]) -> None:
-    model, shelf = bridged(tiny_hf()), DictShelf()
-    first = collect(model, prompts(), shelf=shelf)
+    model, cache = bridged(tiny_hf()), DictShelf()
+    first = collect(model, prompts(), cache=cache)
     assert passes() > 0
-    again = collect(bridged(tiny_hf()), prompts(), shelf=shelf)
+    again = collect(bridged(tiny_hf()), prompts(), cache=cache)
     assert passes() == 0
     assert torch.equal(again.values, first.values)
 
@@ -424,40 +424,40 @@ def test_a_shelf_is_used_only_when_everything_is_equal(passes: Callable[[], int]
     system = tiny_tokenizer()
     system.chat_template = system.chat_template.replace("kind", "mean")
     changed: dict[str, Callable[[], Activations]] = {
-        "weights": lambda: collect(bridged(tiny_hf(seed=1)), prompts(), shelf=shelf),
-        "weights edited in place": lambda: collect(edited, prompts(), shelf=shelf),
-        "dtype": lambda: collect(bridged(tiny_hf(dtype=torch.bfloat16)), prompts(), shelf=shelf),
-        "template": lambda: collect(model, prompts(), template=ChatTemplate(system), shelf=shelf),
-        "levels": lambda: collect(model, prompts(), levels=[1], shelf=shelf),
-        "positions": lambda: collect(model, prompts(), positions=["post[0]"], shelf=shelf),
-        "one prompt's text": lambda: collect(model, [*prompts()[:5], Prompt("p5", "another")], shelf=shelf),
+        "weights": lambda: collect(bridged(tiny_hf(seed=1)), prompts(), cache=cache),
+        "weights edited in place": lambda: collect(edited, prompts(), cache=cache),
+        "dtype": lambda: collect(bridged(tiny_hf(dtype=torch.bfloat16)), prompts(), cache=cache),
+        "template": lambda: collect(model, prompts(), template=ChatTemplate(system), cache=cache),
+        "levels": lambda: collect(model, prompts(), levels=[1], cache=cache),
+        "positions": lambda: collect(model, prompts(), positions=["post[0]"], cache=cache),
+        "one prompt's text": lambda: collect(model, [*prompts()[:5], Prompt("p5", "another")], cache=cache),
     }
     for what, again in changed.items():
         got = again()
         assert passes() > 0, what
         assert not torch.equal(got.values, first.values), what
-    collect(model, prompts(), template=other_template, shelf=shelf)
+    collect(model, prompts(), template=other_template, cache=cache)
     assert passes() == 0  # other options, but not one token changed
 
 
 def test_nothing_made_under_the_users_hooks_is_kept_or_reused() -> None:
-    """A hook's effect is in no fingerprint: with a shelf the same numbers come out as without one, both ways."""
-    model, shelf = bridged(tiny_hf()), DictShelf()
-    plain = collect(model, prompts(), shelf=shelf)
-    kept = len(shelf.pieces)
+    """A hook's effect is in no fingerprint: with a cache the same numbers come out as without one, both ways."""
+    model, cache = bridged(tiny_hf()), DictShelf()
+    plain = collect(model, prompts(), cache=cache)
+    kept = len(cache.pieces)
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda value, hook: value + 1.0)]):
         free = collect(model, prompts())
-        shelved = collect(model, prompts(), shelf=shelf)
+        shelved = collect(model, prompts(), cache=cache)
         empty = DictShelf()
-        collect(model, prompts(), shelf=empty)
+        collect(model, prompts(), cache=empty)
     assert torch.equal(shelved.values, free.values)
     assert not torch.allclose(shelved.values, plain.values)
-    assert (len(shelf.pieces), len(empty.pieces)) == (kept, 0)
-    assert torch.equal(collect(model, prompts(), shelf=shelf).values, plain.values)
+    assert (len(cache.pieces), len(empty.pieces)) == (kept, 0)
+    assert torch.equal(collect(model, prompts(), cache=cache).values, plain.values)
 
 
 def test_a_killed_run_goes_on_from_the_shelf(passes: Callable[[], int]) -> None:
-    model, shelf = bridged(tiny_hf()), DictShelf()
+    model, cache = bridged(tiny_hf()), DictShelf()
     whole = collect(model, prompts(), max_tokens=150)
     batches = passes()
     assert batches > 2
@@ -470,10 +470,10 @@ def test_a_killed_run_goes_on_from_the_shelf(passes: Callable[[], int]) -> None:
 
     killed = Killed()
     with pytest.raises(KeyboardInterrupt):
-        collect(model, prompts(), max_tokens=150, shelf=killed)
+        collect(model, prompts(), max_tokens=150, cache=killed)
     passes()
-    shelf.pieces = killed.pieces
-    rest = collect(model, prompts(), max_tokens=150, shelf=shelf)
+    cache.pieces = killed.pieces
+    rest = collect(model, prompts(), max_tokens=150, cache=cache)
     assert passes() == batches - 2
     assert torch.equal(rest.values, whole.values)
 
@@ -613,7 +613,7 @@ def test_a_finished_batch_is_let_go_before_the_next(tiny_model: Callable[..., An
             alive.append(weakref.ref(value["values"]))
 
     model, asked = tiny_model(), prompts(24)
-    acts = collect(model, asked, shelf=Kept(), max_tokens=64)
+    acts = collect(model, asked, cache=Kept(), max_tokens=64)
     assert len(alive) > 4
     assert all(piece() is None for piece in alive)
     assert torch.equal(acts.values, collect(model, asked, max_tokens=64).values)

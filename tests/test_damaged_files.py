@@ -28,7 +28,7 @@ from mechlens.models.checkpoints.series import _Found as Found
 from mechlens.models.checkpoints.series import _Index, _told_step
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, read_header, save
-from mechlens.runs.cache import FolderShelf
+from mechlens.runs.cache import FolderCache
 from mechlens.runs.prompt_table import read_prompts
 from mechlens.runs.run import list_runs, read_run
 from mechlens.runs.writer import open_run
@@ -135,7 +135,7 @@ def a_log(folder: Path) -> Path:
 
 
 def a_piece(folder: Path) -> Path:
-    FolderShelf(folder).put("a" * 64, {"values": torch.arange(8.0), "steps": torch.tensor([1, 2])})
+    FolderCache(folder).put("a" * 64, {"values": torch.arange(8.0), "steps": torch.tensor([1, 2])})
     return folder / f"{'a' * 64}.safetensors"
 
 
@@ -173,7 +173,7 @@ KINDS = {
     "adapter config": Kind(lambda folder: an_adapter(folder).with_name("adapter_config.json"), whole_adapter),
     # A line that is cut off at the end is what a kill leaves, and its step is done again.
     "losses": Kind(a_log, lambda path: LossLog(path, print).rows, also=("[(1,", "[]")),
-    "piece": Kind(a_piece, lambda path: FolderShelf(path.parent).get(path.stem), also=("None",)),
+    "piece": Kind(a_piece, lambda path: FolderCache(path.parent).get(path.stem), also=("None",)),
     "trainer state": Kind(in_file("trainer_state.json", {"global_step": 8, "log_history": []}), step_told, seal=False),
 }
 

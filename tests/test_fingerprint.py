@@ -22,7 +22,7 @@ from mechlens.methods.steering.interventions import require_direction
 from mechlens.models.bridge import bridge, checkpoint_now, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.series import Member
-from mechlens.models.checkpoints.swap import turns
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.fingerprint import (
     _summed_there,
     config_fingerprint,
@@ -195,7 +195,7 @@ def test_an_adapter_knows_its_base_by_either_fingerprint(
     for hf_model, fits in ((tiny_hf(), True), (tiny_hf(seed=1), False)):
         known = record(hf_model.state_dict())
         (path / "mechlens.json").write_text(json.dumps({"base_fingerprint": known}))
-        with turns(str(base)) as series:
+        with checkpoint_swapper(str(base)) as series:
             for put in (
                 lambda: load(str(base), adapter=str(path)),
                 lambda series=series, known=known: series.put(Member("a", str(path), "adapter", 1, None, known)),
@@ -240,8 +240,8 @@ def test_one_set_of_weights_under_two_configurations_is_two_models(tmp_path: Pat
     assert first.fingerprint == second.fingerprint
     assert not first.has_weights_of(second)
     assert first.has_weights_of(replace(second, config=""))  # as far as an earlier record tells
-    shelf = Kept()
-    kept = [collect(model, asked, shelf=shelf).values for model in models]
+    cache = Kept()
+    kept = [collect(model, asked, cache=cache).values for model in models]
     assert torch.equal(kept[1], collect(models[1], asked).values)
     assert not torch.equal(kept[0], kept[1])
 

@@ -24,7 +24,7 @@ from mechlens.methods.steering.interventions import (
 )
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.steering import answer_under, applied, logits_under
-from mechlens.models.engine.intervene import Along, Change, Put
+from mechlens.models.engine.intervene import AddAlong, Change, SetVector
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -86,7 +86,7 @@ def test_strengths_are_raw_or_unit_or_shares(acts: Activations, batch: TokenBatc
 
     def amount(one: Add | ReplaceComponent) -> float:
         what = only(placement.changes(0, [one])).what
-        assert isinstance(what, Along)
+        assert isinstance(what, AddAlong)
         assert torch.allclose(what.unit, v.unit)
         assert what.erases == isinstance(one, ReplaceComponent)
         return what.amount
@@ -152,7 +152,7 @@ def test_phases_and_sites_become_changes(batch: TokenBatch, v: Direction) -> Non
     }
     one = only(placement.changes(0, [Ablate(v, layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)]))
     assert (one.sites, one.layers) == (("resid_pre", "attn_out", "mlp_out"), (0, 1, 2))
-    assert isinstance(one.what, Along)
+    assert isinstance(one.what, AddAlong)
     assert (one.what.amount, one.what.erases) == (0.0, True)
 
 
@@ -164,7 +164,7 @@ def test_a_replacement_holds_another_prompts_residuals(acts: Activations, batch:
     assert (first.layers, second.layers) == ((0,), (2,))
     inst = batch.roles(1).index("inst")
     assert first.tokens == (inst, inst + 1)
-    assert isinstance(second.what, Put)
+    assert isinstance(second.what, SetVector)
     assert torch.equal(second.what.values, one.values[1])
     with pytest.raises(UserError, match="'p9' was not collected"):
         replacement(acts, "p9", layers=(0,), positions=("inst",))

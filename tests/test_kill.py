@@ -23,7 +23,7 @@ from mechlens.methods.behaviour.answers import Answers, answer
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.models.load import load
 from mechlens.prompts.prompt import Prompt
-from mechlens.runs.cache import FolderShelf
+from mechlens.runs.cache import FolderCache
 from mechlens.runs.run import read_run
 
 # The process dies by itself, without a chance to tidy up, just before or in the middle of its k-th write.
@@ -72,9 +72,9 @@ def half_files(folder: Path) -> list[Path]:
 
 @dataclass
 class Counting:
-    """A shelf that counts what is found and what is made."""
+    """A cache that counts what is found and what is made."""
 
-    inner: FolderShelf
+    inner: FolderCache
     found: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
 
@@ -95,45 +95,45 @@ from mechlens.methods.collect import collect
 from mechlens.methods.answers import answer
 from mechlens.models.load import load
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.shelf import FolderShelf
+from mechlens.records.cache import FolderCache
 sys.path.insert(0, {tests!r})
 from saved import requests
-FolderShelf.put = after(FolderShelf.put, 3)
+FolderCache.put = after(FolderCache.put, 3)
 prompts = [Prompt(f"p{{i}}", text, "harmful") for i, text in enumerate(requests(24, "make"))]
-{work}(load({model!r}), prompts, shelf=FolderShelf(Path({shelf!r})), max_tokens=300{more})
+{work}(load({model!r}), prompts, cache=FolderCache(Path({cache!r})), max_tokens=300{more})
 """
 
 
-def work(kind: str, model: str, shelf: Counting | None) -> Activations | Answers:
+def work(kind: str, model: str, cache: Counting | None) -> Activations | Answers:
     if kind == "collect":
-        return collect(load(model), PROMPTS, shelf=shelf, max_tokens=300)
-    return answer(load(model), PROMPTS, shelf=shelf, max_tokens=300, max_new_tokens=4)
+        return collect(load(model), PROMPTS, cache=cache, max_tokens=300)
+    return answer(load(model), PROMPTS, cache=cache, max_tokens=300, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("kind", ["collect", "answer"])
 def test_what_was_put_before_the_kill_is_not_computed_again(kind: str, model: str, tmp_path: Path) -> None:
     whole = work(kind, model, None)
-    fresh = Counting(FolderShelf(tmp_path / "fresh"))
+    fresh = Counting(FolderCache(tmp_path / "fresh"))
     work(kind, model, fresh)
     pieces = len(fresh.made)
     assert pieces > 4
     more = ", max_new_tokens=4" if kind == "answer" else ""
     tests = str(Path(__file__).parent)
-    killed(COLLECT.format(tests=tests, work=kind, model=model, shelf=str(tmp_path / "shelf"), more=more))
-    on_disk = sorted(path.stem for path in (tmp_path / "shelf").glob("*.safetensors"))
+    killed(COLLECT.format(tests=tests, work=kind, model=model, cache=str(tmp_path / "cache"), more=more))
+    on_disk = sorted(path.stem for path in (tmp_path / "cache").glob("*.safetensors"))
     assert len(on_disk) == 3
-    assert half_files(tmp_path / "shelf") == []
-    shelf = Counting(FolderShelf(tmp_path / "shelf"))
-    again = work(kind, model, shelf)
-    assert sorted(shelf.found) == on_disk
-    assert len(shelf.made) == pieces - 3
+    assert half_files(tmp_path / "cache") == []
+    cache = Counting(FolderCache(tmp_path / "cache"))
+    again = work(kind, model, cache)
+    assert sorted(cache.found) == on_disk
+    assert len(cache.made) == pieces - 3
     if isinstance(again, Activations) and isinstance(whole, Activations):
         assert torch.allclose(again.values, whole.values, rtol=0, atol=1e-9)
         assert again.ids == whole.ids
     else:
         assert again == whole
     # And once more: everything is there.
-    third = Counting(FolderShelf(tmp_path / "shelf"))
+    third = Counting(FolderCache(tmp_path / "cache"))
     work(kind, model, third)
     assert third.made == []
 
@@ -148,7 +148,7 @@ class Moment(NamedTuple):
 
     code: str
     all_made: bool = False
-    """Every answer and activation is on the shelf."""
+    """Every answer and activation is on the cache."""
     half: bool = True
     """A half-written file lies about, under a hidden name."""
 
@@ -169,7 +169,7 @@ os.replace = replace
 
 MOMENTS = {
     "between two pieces": Moment(
-        "from mechlens.runs.cache import FolderShelf\nFolderShelf.put = after(FolderShelf.put, 4)\n", half=False
+        "from mechlens.runs.cache import FolderCache\nFolderShelf.put = after(FolderCache.put, 4)\n", half=False
     ),
     "inside a piece": Moment(
         replacing("target.suffix == '.safetensors' and len(list(target.parent.glob('*'))) > 5"),
@@ -211,8 +211,8 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
     assert (on_disk == whole) == all_made
     assert bool(half_files(out)) == half
     made: list[str] = []
-    put = FolderShelf.put
-    monkeypatch.setattr(FolderShelf, "put", lambda self, key, value: (made.append(key), put(self, key, value)))
+    put = FolderCache.put
+    monkeypatch.setattr(FolderCache, "put", lambda self, key, value: (made.append(key), put(self, key, value)))
     main(separate(model, out))
     assert set(made) == whole - on_disk  # nothing twice, nothing left out
     assert len(made) == len(set(made))
@@ -233,12 +233,12 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
 
 
 def test_a_damaged_piece_costs_only_itself(model: str, tmp_path: Path) -> None:
-    whole = work("collect", model, Counting(FolderShelf(tmp_path)))
+    whole = work("collect", model, Counting(FolderCache(tmp_path)))
     damaged = sorted(tmp_path.glob("*.safetensors"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-7])
-    shelf = Counting(FolderShelf(tmp_path))
-    again = work("collect", model, shelf)
-    assert shelf.made == [damaged.stem]
+    cache = Counting(FolderCache(tmp_path))
+    again = work("collect", model, cache)
+    assert cache.made == [damaged.stem]
     assert isinstance(again, Activations)
     assert isinstance(whole, Activations)
     assert torch.equal(again.values, whole.values)

@@ -23,7 +23,7 @@ from tiny import tiny_hf, tiny_tokenizer
 from mechlens.errors import UserError
 from mechlens.models.bridge import native
 from mechlens.models.checkpoints.series import Member
-from mechlens.models.checkpoints.swap import turns
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf, type_without_loss
 
 TOKENS = torch.arange(5, 45)[None]
@@ -88,7 +88,7 @@ def test_an_adapter_of_any_kind_gives_pefts_logits_alone_and_in_a_series(kind: s
     alone = load(base, adapter=path)
     assert float((alone(TOKENS) - right).abs().max()) < tolerance
     untouched = load_hf(base)[0]
-    with turns(base) as series, torch.inference_mode():
+    with checkpoint_swapper(base) as series, torch.inference_mode():
         for _ in range(2):  # and again after the base
             turned = series.put(Member("one", path, "adapter", 1))
             with native(turned) as hf_model, native(alone) as other:
@@ -110,7 +110,7 @@ def test_in_half_precision_each_layer_is_merged_in_float32_and_rounded_once(
     base = saved(tmp_path / "base", architecture, stored)
     path = str(save_peft(base, tmp_path / "adapter", config()))
     exact, rounded = (load(base, adapter=path, dtype=dtype) for dtype in ("float32", "bfloat16"))
-    with native(exact) as one, native(rounded) as other, turns(base, dtype="bfloat16") as series:
+    with native(exact) as one, native(rounded) as other, checkpoint_swapper(base, dtype="bfloat16") as series:
         for name, value in other.named_parameters():
             assert value.dtype == torch.bfloat16
             assert torch.equal(value, one.get_parameter(name).bfloat16()), name
@@ -135,7 +135,7 @@ def test_replicated_blocks_are_merged_apart(tmp_path: Path) -> None:
     model = load(base, adapter=path)
     assert model.cfg.n_layers == 4
     assert float((model(TOKENS) - right).abs().max()) < 1e-4 * float(right.abs().max())
-    with turns(base) as series, pytest.raises(UserError, match="a series has one architecture"):
+    with checkpoint_swapper(base) as series, pytest.raises(UserError, match="a series has one architecture"):
         series.put(Member("one", path, "adapter", 1))
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_merged_is_refused_in_one_sentence(kind: str, tmp_path: P
     config, words = REFUSED[kind]
     base = saved(tmp_path / "base")
     path = str(save_peft(base, tmp_path / "adapter", config()))
-    with turns(base) as series:
+    with checkpoint_swapper(base) as series:
         for put in (lambda: load(base, adapter=path), lambda: series.put(Member("one", path, "adapter", 1))):
             with pytest.raises(UserError, match=words) as caught:
                 put()
@@ -172,7 +172,7 @@ def test_what_changes_the_base_by_more_than_the_adapter_holds_is_refused(start: 
     settings = json.loads((path / "adapter_config.json").read_text())
     settings |= {"init_lora_weights": start, "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
     (path / "adapter_config.json").write_text(json.dumps(settings))
-    with turns(base) as series:
+    with checkpoint_swapper(base) as series:
         for put in (lambda: load(base, adapter=str(path)), lambda: series.put(Member("x", str(path), "adapter", 1))):
             with pytest.raises(UserError, match=f"init_lora_weights='{start}' the base's own weights are changed"):
                 put()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, LogProbability, OwnMetric, RefusalLogOdds
-from mechlens.methods.patching.result import LEAST_GAP, PatchResult
+from mechlens.methods.patching.result import MIN_GAP, PatchResult
 from mechlens.methods.statistics.resample import family_weights
 
 
@@ -83,7 +83,7 @@ def result(values: Tensor, clean: Tensor, corrupt: Tensor, **changed: object) ->
         values=values, clean=clean, corrupt=corrupt, pairs=names, families=names, layers=tuple(range(layers)),
         positions=("inst", "post[0]", "last", "token[0]")[:positions],
         heads=tuple(range(heads)) if heads > 1 else (), tokens=("!", "<", ">", "?")[:positions], site="resid_pre",
-        metric="logit_difference", direction="denoising", engine="plain",
+        metric="logit_difference", mode="denoising", engine="plain",
     )  # fmt: skip
     return replace(made, **changed)
 
@@ -93,7 +93,7 @@ def test_recovery_and_effect() -> None:
     denoising = result(values, torch.tensor([5.0]).double(), torch.tensor([1.0]).double())
     assert denoising.recovery().flatten().tolist() == [0.0, 0.5, 1.0]
     assert denoising.effect().flatten().tolist() == [0.0, 2.0, 4.0]
-    noising = replace(denoising, direction="noising")
+    noising = replace(denoising, mode="noising")
     assert noising.recovery().flatten().tolist() == [1.0, 0.5, 0.0]
     assert noising.effect().flatten().tolist() == [-4.0, -2.0, 0.0]
     assert (float(denoising.target), float(noising.target)) == (5.0, 1.0)
@@ -101,7 +101,7 @@ def test_recovery_and_effect() -> None:
 
 def test_without_a_gap_there_is_nothing_to_recover() -> None:
     values = torch.tensor([1.0, 1.0, 2.0]).double().reshape(3, 1, 1, 1)
-    clean = torch.tensor([0.0, LEAST_GAP / 2, 4.0]).double()
+    clean = torch.tensor([0.0, MIN_GAP / 2, 4.0]).double()
     got = result(values, clean, torch.zeros(3).double())
     recovery = got.recovery().flatten()
     assert recovery[:2].isnan().all()

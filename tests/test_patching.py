@@ -33,7 +33,7 @@ from mechlens.models.load import load_hf
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.runs.cache import FolderShelf
+from mechlens.runs.cache import FolderCache
 
 CLOSE = 1e-5
 PARALLEL = ("phi", "neox", "gptj")
@@ -221,7 +221,7 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16(architecture: str) -> None:
 def by_hand(model: Any, pairs: Sequence[PromptPair], plan: PatchPlan, result: PatchResult, metric: Metric) -> Tensor:
     """The whole sweep from its definition: every site of the result by one forward with a hook."""
     clean, corrupt = (tokenize([getattr(p, side) for p in pairs], short()) for side in ("clean", "corrupt"))
-    start, source = (corrupt, clean) if plan.direction == "denoising" else (clean, corrupt)
+    start, source = (corrupt, clean) if plan.mode == "denoising" else (clean, corrupt)
     values = torch.empty_like(result.values)
     for i in range(len(pairs)):
         found = site_values(model, source.row(i), plan.site, result.layers)
@@ -238,11 +238,11 @@ def by_hand(model: Any, pairs: Sequence[PromptPair], plan: PatchPlan, result: Pa
 
 SWEEPS = {
     "all, denoising": PatchPlan("resid_pre", layers=(1,), positions=("all",)),
-    "inst and template, noising": PatchPlan("attn_out", positions=("inst", "post[*]"), direction="noising"),
+    "inst and template, noising": PatchPlan("attn_out", positions=("inst", "post[*]"), mode="noising"),
     "instruction": PatchPlan("v", layers=(1,), positions=("instruction[*]",), heads=(1,)),
-    "one token": PatchPlan("z", positions=("token[3]",), direction="noising", heads=(2,)),
+    "one token": PatchPlan("z", positions=("token[3]",), mode="noising", heads=(2,)),
     "read early": PatchPlan("mlp_out", positions=("instruction[2]", "last"), read="inst"),
-    "pattern": PatchPlan("pattern", layers=(2, 0), positions=("inst",), direction="noising"),
+    "pattern": PatchPlan("pattern", layers=(2, 0), positions=("inst",), mode="noising"),
 }
 
 
@@ -368,7 +368,7 @@ def test_equals_transformer_lens(architecture: str) -> None:
 def test_self_patch_changes_nothing(architecture: str, direction: str) -> None:
     same = [pair(p.clean.text, p.clean.text, p.clean.id) for p in PAIRS]
     for site in ("resid_pre", "k", "pattern"):
-        plan = PatchPlan(site, layers=(0, 2), positions=("inst",), direction=direction)
+        plan = PatchPlan(site, layers=(0, 2), positions=("inst",), mode=direction)
         for metric in (LogProbability(40), KLDivergence()):
             got = patch_sweep(model_of(architecture), same, metric, plan, template=short())
             assert gap(got.values, got.start[:, None, None, None]) < CLOSE
@@ -380,7 +380,7 @@ def test_self_patch_changes_nothing(architecture: str, direction: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_last_residual_gives_the_sources_metric(architecture: str) -> None:
     for direction in ("denoising", "noising"):
-        plan = PatchPlan("resid_post", layers=(2,), positions=("last",), direction=direction)
+        plan = PatchPlan("resid_post", layers=(2,), positions=("last",), mode=direction)
         got = patch_sweep(model_of(architecture), PAIRS, METRIC, plan, template=short())
         assert gap(got.values.flatten(), got.target) < CLOSE
         assert gap(got.recovery().flatten(), torch.ones(2)) < 1e-3
@@ -390,7 +390,7 @@ def test_the_last_residual_gives_the_sources_metric(architecture: str) -> None:
 def test_uneven_pairs_are_aligned_by_role_or_refused() -> None:
     model, positions = model_of("gemma2"), ("instruction[*]", "inst", "post[*]")
     for direction in ("denoising", "noising"):
-        plan = PatchPlan("resid_mid", layers=(0, 1), positions=positions, direction=direction)
+        plan = PatchPlan("resid_mid", layers=(0, 1), positions=positions, mode=direction)
         got = patch_sweep(model, UNEVEN, METRIC, plan, template=short())
         assert got.positions == ("instruction[-2]", "instruction[-1]", "inst", "post[0]", "post[1]")
         assert gap(got.values, by_hand(model, UNEVEN, plan, got, METRIC)) < CLOSE
@@ -518,7 +518,7 @@ def test_all_of_another_checkpoints_last_residual_gives_its_metric() -> None:
     b = bridged(_other_blocks(), "b")
     same = [pair(p.clean.text, p.clean.text, p.clean.id) for p in PAIRS]
     for direction in ("denoising", "noising"):
-        plan = PatchPlan("resid_post", layers=(2,), positions=("last",), direction=direction)
+        plan = PatchPlan("resid_post", layers=(2,), positions=("last",), mode=direction)
         got = patch_sweep(model_of("llama"), same, METRIC, plan, template=short(), source_model=b)
         assert gap(got.values.flatten(), got.target) < CLOSE
         assert gap(got.start, got.target) > 0.01
@@ -583,7 +583,7 @@ def test_every_pair_draws_its_own_random_vectors(monkeypatch: pytest.MonkeyPatch
 
 
 class Memory:
-    """A shelf in memory that can be told to die after some pieces."""
+    """A cache in memory that can be told to die after some pieces."""
 
     def __init__(self, last: int = 10**9) -> None:
         self.pieces: dict[str, dict[str, Tensor]] = {}
@@ -604,33 +604,33 @@ PLAN = PatchPlan("z", layers=(0, 2), positions=("inst", "last"))
 
 
 def test_a_killed_sweep_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shelf = model_of("llama"), Memory(last=2)
+    model, cache = model_of("llama"), Memory(last=2)
     runs: list[int] = []
     monkeypatch.setattr(patching, "record", lambda *args: runs.append(1) or record(*args))
     truth = patch_sweep(model, THREE, METRIC, PLAN, template=short())
     with pytest.raises(KeyboardInterrupt):
-        patch_sweep(model, THREE, METRIC, PLAN, template=short(), shelf=shelf)
-    shelf.last = 10**9
+        patch_sweep(model, THREE, METRIC, PLAN, template=short(), cache=cache)
+    cache.last = 10**9
     runs.clear()
-    got = patch_sweep(model, THREE, METRIC, PLAN, template=short(), shelf=shelf)
-    assert (len(runs), shelf.found) == (2, 2)  # the two runs of the third pair
+    got = patch_sweep(model, THREE, METRIC, PLAN, template=short(), cache=cache)
+    assert (len(runs), cache.found) == (2, 2)  # the two runs of the third pair
     assert gap(got.values, truth.values) < 1e-12
     assert gap(got.clean, truth.clean) == gap(got.corrupt, truth.corrupt) == 0.0
     runs.clear()
     bigger = replace(PLAN, max_tokens=17)  # how it is computed is no part of what it is
-    assert torch.equal(patch_sweep(model, THREE, METRIC, bigger, template=short(), shelf=shelf).values, got.values)
+    assert torch.equal(patch_sweep(model, THREE, METRIC, bigger, template=short(), cache=cache).values, got.values)
     assert not runs
 
 
 def test_what_differs_has_another_place_on_the_shelf() -> None:
-    model, shelf = bridged(sharpened("llama")), Memory()
+    model, cache = bridged(sharpened("llama")), Memory()
 
     def sweep(plan: PatchPlan = PLAN, metric: Metric = METRIC, **options: Any) -> Tensor:
-        return patch_sweep(model, PAIRS[:1], metric, plan, template=short(), shelf=shelf, **options).values
+        return patch_sweep(model, PAIRS[:1], metric, plan, template=short(), cache=cache, **options).values
 
     first = sweep()
     for plan in (
-        replace(PLAN, direction="noising"), replace(PLAN, layers=(0, 1)), replace(PLAN, heads=(0,)),
+        replace(PLAN, mode="noising"), replace(PLAN, layers=(0, 1)), replace(PLAN, heads=(0,)),
         replace(PLAN, positions=("inst",)), replace(PLAN, site="q"), replace(PLAN, random_seed=1),
         replace(PLAN, random_seed=2), replace(PLAN, read="inst"),
     ):  # fmt: skip
@@ -638,31 +638,31 @@ def test_what_differs_has_another_place_on_the_shelf() -> None:
     sweep(metric=LogitDifference(41, 50))
     sweep(engine=PLAIN)
     sweep(source_model=model_of("llama", seed=1))
-    assert (len(shelf.pieces), shelf.found) == (12, 0)
+    assert (len(cache.pieces), cache.found) == (12, 0)
     assert torch.equal(sweep(), first)
-    assert shelf.found == 1
+    assert cache.found == 1
     model.original_model.model.layers[1].mlp.down_proj.original_component.weight.data *= 2
     edited = sweep()  # weights changed since loading
-    assert (len(shelf.pieces), shelf.found) == (13, 1)
+    assert (len(cache.pieces), cache.found) == (13, 1)
     assert gap(edited, first) > 1e-4
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda residual, hook: residual * 2 + 1)]):
         hooked = sweep()  # nothing says what the user's hooks do
-    assert (len(shelf.pieces), shelf.found) == (13, 1)
+    assert (len(cache.pieces), cache.found) == (13, 1)
     assert gap(edited, hooked) > 1e-4
 
 
 def test_a_function_of_ones_own_works_and_is_never_kept() -> None:
-    shelf = Memory()
+    cache = Memory()
     plan = replace(PLAN, layers=(0,))
     for metric in (OwnMetric(lambda logits: logits[:, 40] - logits[:, 50]), OwnMetric(lambda logits: -logits[:, 7])):
-        got = patch_sweep(model_of("llama"), PAIRS, metric, plan, template=short(), shelf=shelf)
+        got = patch_sweep(model_of("llama"), PAIRS, metric, plan, template=short(), cache=cache)
         assert got.metric == "own_metric"
     same = patch_sweep(model_of("llama"), PAIRS, METRIC, plan, template=short())
     first = OwnMetric(lambda logits: logits[:, 40] - logits[:, 50], "mine")
-    mine = patch_sweep(model_of("llama"), PAIRS, first, plan, template=short(), shelf=shelf)
+    mine = patch_sweep(model_of("llama"), PAIRS, first, plan, template=short(), cache=cache)
     assert gap(mine.values, same.values) < 1e-12
     assert mine.metric == "mine"
-    assert not shelf.pieces
+    assert not cache.pieces
     with pytest.raises(UserError, match="one number for each row"):
         patch_sweep(model_of("llama"), PAIRS, OwnMetric(lambda logits: logits.mean()), plan, template=short())
 
@@ -673,14 +673,14 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 import test_patching as t
-class Dying(t.FolderShelf):
+class Dying(t.FolderCache):
     def put(self, key, value):
         super().put(key, value)
         if len(list(self.folder.glob("*.safetensors"))) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
-shelf = Dying(Path({folder!r}))
-t.patch_sweep(t.model_of("llama"), t.THREE, t.METRIC, t.PLAN, template=t.short(), shelf=shelf)
+cache = Dying(Path({folder!r}))
+t.patch_sweep(t.model_of("llama"), t.THREE, t.METRIC, t.PLAN, template=t.short(), cache=cache)
 """
 
 
@@ -692,10 +692,10 @@ def test_a_process_killed_with_kill_9_is_taken_up_by_another(tmp_path: Path, mon
     monkeypatch.setattr(patching, "record", lambda *args: runs.append(1) or record(*args))
     truth = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short())
     runs.clear()
-    got = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short(), shelf=FolderShelf(tmp_path))
+    got = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short(), cache=FolderCache(tmp_path))
     assert len(runs) == 2  # both runs of one pair
     assert gap(got.values, truth.values) < CLOSE  # numbers of another process, whose threads differ
-    kept = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short(), shelf=FolderShelf(tmp_path))
+    kept = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short(), cache=FolderCache(tmp_path))
     assert gap(kept.values, got.values) < 1e-12
 
 

@@ -137,7 +137,7 @@ PATH: dict[str, set[tuple[int, ...]]] = {
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_recovery_is_one_along_the_planted_path_and_zero_elsewhere(site: str, direction: str) -> None:
-    got = sweep(circuit(True), site, direction=direction)
+    got = sweep(circuit(True), site, mode=direction)
     assert got.engine == GROWING
     assert got.positions == tuple(f"token[{k}]" for k in range(7))
     assert got.tokens[INFO] == "A"
@@ -255,7 +255,7 @@ def test_attribution_equals_patching_on_a_linear_model(site: str, direction: str
     assert largest > 0.01
     assert float((estimate.values - exact.values).abs().max()) < 1e-6 * max(1.0, largest)
     assert torch.allclose(estimate.start, exact.start)
-    grown = sweep(linear(), site, direction=direction)
+    grown = sweep(linear(), site, mode=direction)
     assert grown.engine == GROWING
     assert float((grown.values - exact.values).abs().max()) < 1e-5
 

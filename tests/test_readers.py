@@ -239,7 +239,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         pa.table({"m": pa.ListArray.from_arrays(pa.array([0, 900], pa.int32()), pa.array([MUCH] * 900))})
     ),
     "zeros": lambda: as_parquet(pa.table({"prompt": NOTHING}), compression="zstd", use_dictionary=False),
-    "rows of nothing": lambda: as_parquet(pa.table({"prompt": pa.nulls(parquet.MOST_ROWS + 1)})),
+    "rows of nothing": lambda: as_parquet(pa.table({"prompt": pa.nulls(parquet.MAX_ROWS + 1)})),
 }
 
 

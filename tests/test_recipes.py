@@ -46,7 +46,7 @@ from mechlens.studies.guard import fit as guard_fit
 from mechlens.studies.guard.config import GuardFit
 from mechlens.studies.jailbreaks import study as jailbreaks
 from mechlens.studies.jailbreaks.config import Jailbreaks
-from mechlens.studies.jailbreaks.pairs import JailbreakPlan, Reference, attack_pairs
+from mechlens.studies.jailbreaks.pairs import JailbreakPlan, OrdinaryPrompts, attack_pairs
 from mechlens.studies.patch import study as patch
 from mechlens.studies.patch.config import Patch
 from mechlens.studies.select import study as select
@@ -515,7 +515,7 @@ def test_attacks_on_trained_goals_are_no_test_either(taught: list[str], shipped:
     with pytest.warns(UserWarning, match="left out 1 of"):
         prepared = jailbreaks.prepare(config)
     assert [prompt.text for prompt in prepared.content.categories] == requests(4, "mend")
-    reference = object.__new__(Reference)  # of which only the prompts matter here
+    reference = object.__new__(OrdinaryPrompts)  # of which only the prompts matter here
     object.__setattr__(reference, "sha256", frozenset())
     pairs = attack_pairs(prepared.content.model, prepared.content.attacks, reference, JailbreakPlan(max_new_tokens=1))
     assert [prompt.text for prompt in pairs.attacks] == [row["prompt"] for row in rows[:4]]

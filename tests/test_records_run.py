@@ -95,7 +95,7 @@ def test_the_same_work_goes_on_under_the_same_id(tmp_path):
     first = read_run(tmp_path)
     (tmp_path / ".table.parquet.123.partial").write_text("half")
     with start(tmp_path, out=Path("elsewhere")) as run:
-        assert run.shelf.get("a" * 64) is not None
+        assert run.cache.get("a" * 64) is not None
         assert run.run.id == first.id
         assert run.run.error is None
     assert status(tmp_path) == "success"
@@ -106,7 +106,7 @@ def crash(out: Path) -> None:
     import torch
 
     with start(out) as run:
-        run.shelf.put("a" * 64, {"x": torch.zeros(2)})
+        run.cache.put("a" * 64, {"x": torch.zeros(2)})
         raise RuntimeError
 
 
@@ -300,7 +300,7 @@ def test_every_file_has_the_permissions_that_the_user_wants(umask, tmp_path):
         with start(tmp_path / "run") as run:
             run.table("a", pd.DataFrame({"x": [1]}))
             run.artifact("checkpoint", Checkpoint("tiny", "/tiny"), inputs={})
-            run.shelf.put("a" * 64, {"x": torch.zeros(2)})
+            run.cache.put("a" * 64, {"x": torch.zeros(2)})
             run.log_step(1, {"loss": 0.5})
             run.report(Report(title="T", question="Q?", verdict="V."))
     finally:

@@ -101,7 +101,7 @@ def test_the_record_holds_every_sweep_and_figure(recorded: Path) -> None:
     for name in (*SWEEPS, "attribution"):
         sweep = artifacts.load(recorded / f"patching_{name}.safetensors", PatchResult)
         assert sweep.source == ("random" if name.endswith("random") else "other prompt")
-        assert sweep.direction == ("noising" if "noising" in name.split(".") else "denoising")
+        assert sweep.mode == ("noising" if "noising" in name.split(".") else "denoising")
         assert sweep.site == ("z" if name.startswith("heads") else "resid_post")
         assert len(pd.read_parquet(recorded / "tables" / f"patching_{name}.parquet")) == sweep.values[0].numel()
     page = (recorded / "report.html").read_text(encoding="utf-8")

@@ -4,26 +4,26 @@ from typing import Any
 
 import pytest
 import torch
+from caches import DictShelf
 from peft import LoraConfig, get_peft_model
-from shelves import DictShelf
 from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.finetune.own_text import own_text
 from mechlens.studies.finetune.recipes.material import Example
-from mechlens.studies.finetune.trainer import Encoded, collate_by_kind, encode, response_loss
+from mechlens.studies.finetune.trainer import EncodedExample, collate_by_kind, encode, response_loss
 
 EXAMPLES = [
     Example(Prompt("a", "the thing"), "I cannot.", ends=True),
     Example(Prompt("b", "a longer thing"), "Here you are", ends=False, teaches="base"),
     Example(Prompt("c", "what"), "It is", ends=True, teaches="base"),
 ]
-PLAIN = [Encoded(tuple(range(5, 25)), 1, "plain"), Encoded(tuple(range(7, 20)), 1, "plain")]
+PLAIN = [EncodedExample(tuple(range(5, 25)), 1, "plain"), EncodedExample(tuple(range(7, 20)), 1, "plain")]
 
 
 @pytest.fixture
-def rows() -> list[Encoded]:
+def rows() -> list[EncodedExample]:
     return encode(EXAMPLES, ChatTemplate(tiny_tokenizer()))
 
 
@@ -37,19 +37,19 @@ def adapted(scale: float) -> Any:
     return model
 
 
-def log_probs(model: Any, row: Encoded) -> torch.Tensor:
+def log_probs(model: Any, row: EncodedExample) -> torch.Tensor:
     """Log-probabilities before each counted token, one row at a time through the plain model."""
     logits = model(torch.tensor([row.ids])).logits[0, :-1].float()
     return logits[row.n_prompt - 1 :].log_softmax(-1)
 
 
-def test_an_adapter_that_changes_nothing_has_no_divergence(rows: list[Encoded]) -> None:
+def test_an_adapter_that_changes_nothing_has_no_divergence(rows: list[EncodedExample]) -> None:
     kept = [row for row in [*rows, *PLAIN] if row.teaches != "answer"]
     assert response_loss(adapted(0.0), collate_by_kind(kept, 0), 1.0).item() == pytest.approx(0.0, abs=1e-6)
     assert response_loss(adapted(0.3), collate_by_kind(kept, 0), 1.0).item() > 0.01
 
 
-def test_the_loss_is_its_formula_computed_row_by_row(rows: list[Encoded]) -> None:
+def test_the_loss_is_its_formula_computed_row_by_row(rows: list[EncodedExample]) -> None:
     model = adapted(0.3)
     loss = response_loss(model, collate_by_kind([*rows, *PLAIN], 0), 2.0)
     learnt, *held = [log_probs(model, row) for row in [*rows, *PLAIN]]
@@ -62,7 +62,7 @@ def test_the_loss_is_its_formula_computed_row_by_row(rows: list[Encoded]) -> Non
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_base_is_no_part_of_the_gradient(rows: list[Encoded]) -> None:
+def test_the_base_is_no_part_of_the_gradient(rows: list[EncodedExample]) -> None:
     """At the base's own distribution the divergence is smallest, so an adapter that changes nothing gets no push."""
     model = adapted(0.0)
     kept = collate_by_kind([row for row in [*rows, *PLAIN] if row.teaches != "answer"], 0)
@@ -90,11 +90,11 @@ def test_own_text_is_the_seeds_and_leaves_chance_alone() -> None:
 
 
 def test_own_text_comes_from_the_shelf() -> None:
-    shelf = DictShelf()
+    cache = DictShelf()
     model, tokenizer = tiny_hf(), tiny_tokenizer()
-    first = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", shelf=shelf)
-    (key,) = shelf.pieces
-    shelf.pieces[key] = {"ids": first + 1}
-    assert torch.equal(own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", shelf=shelf), first + 1)
-    other = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="y", shelf=shelf)
+    first = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", cache=cache)
+    (key,) = cache.pieces
+    cache.pieces[key] = {"ids": first + 1}
+    assert torch.equal(own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", cache=cache), first + 1)
+    other = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="y", cache=cache)
     assert torch.equal(other, first)

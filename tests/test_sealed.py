@@ -26,14 +26,14 @@ def watch(event, args):
         raise PermissionError("nothing is started or fetched here, whatever this test finds")
 from mechlens.models.load import load
 from mechlens.models.series import Member, checkpoint_series
-from mechlens.models.swap import turns
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 sys.addaudithook(watch)
 base, adapter = sys.argv[1:]
 model = load(base)
 if adapter:
     load(base, adapter=adapter)
     series = checkpoint_series(base, [adapter])
-    with turns(base) as one:
+    with checkpoint_swapper(base) as one:
         for member in series.members:
             one.put(member)
 print(type(model).__name__, model.mechlens.parity_gap < 1e-4, seen)

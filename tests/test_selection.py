@@ -21,7 +21,13 @@ from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, OnceRefused
 from mechlens.methods.directions.direction import Direction, cosine
 from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.steering.candidates import FATES, SelectionRule, filter_candidates, published_kl, score_candidates
+from mechlens.methods.steering.candidates import (
+    STATUSES,
+    SelectionRule,
+    filter_candidates,
+    published_kl,
+    score_candidates,
+)
 from mechlens.models.bridge import bridge, native
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.prompts.batch import TokenBatch, tokenize
@@ -74,9 +80,9 @@ def test_the_planted_layer_and_direction_are_found(selected: Selection) -> None:
     higher = [one for one in selected.found.candidates if one.level > LEVEL]
     assert max(abs(float(one.unit[REFUSE])) for one in higher) < 0.98
     table = selected.found.table()
-    assert set(table[table["level"] < LEVEL]["fate"]) == {"no direction"}
-    assert set(table[table["level"] >= int(0.8 * LAYERS)]["fate"]) == {"last layers"}
-    assert list(table["fate"]).count("chosen") == 1
+    assert set(table[table["level"] < LEVEL]["status"]) == {"no direction"}
+    assert set(table[table["level"] >= int(0.8 * LAYERS)]["status"]) == {"last layers"}
+    assert list(table["status"]).count("chosen") == 1
     assert len(selected.random.candidates) == len(selected.found.candidates)
     for one, twin in zip(selected.found.candidates, selected.random.candidates, strict=True):
         assert twin.norm == pytest.approx(one.norm, rel=1e-5)
@@ -102,9 +108,9 @@ def test_the_verdict_is_what_was_planted(selected: Selection) -> None:
     assert metrics["refusal_score.harmful.ablated.random"].value > 0
     assert metrics["refusal_score.harmless.added.random"].value < 0
     # Nor does the best of as many random directions, each chosen for what it is compared in.
-    bypasses, induces = selected.test.rivals
+    bypasses, induces = selected.test.random_controls
     means = selected.random.means
-    usable = [i for i, fate in enumerate(selected.random.filtered.fate) if fate in ("kept", "induce")]
+    usable = [i for i, status in enumerate(selected.random.filtered.status) if status in ("kept", "induce")]
     assert bypasses is selected.random.candidates[min(usable, key=lambda i: float(means[i, 0]))]
     assert induces is selected.random.candidates[max(usable, key=lambda i: float(means[i, 1]))]
     assert metrics["refusal_rate.harmful.ablated.random_best"].value == 1.0
@@ -245,10 +251,10 @@ def test_every_filter_drops_what_it_names_and_the_lowest_bypass_is_taken() -> No
     found = filter_candidates(
         [one for one, _, _ in rows], torch.tensor([s for _, s, _ in rows], dtype=torch.float64), 10, SelectionRule()
     )
-    assert list(found.fate) == [name for _, _, name in rows]
+    assert list(found.status) == [name for _, _, name in rows]
     assert found.chosen == 7
     assert found.counts() == {"no direction": 2, "last layers": 2, "KL": 1, "induce": 1, "kept": 3}
-    assert tuple(found.counts()) == FATES
+    assert tuple(found.counts()) == STATUSES
     none = filter_candidates([candidate(9)], torch.zeros(1, 3).double(), 10, SelectionRule())
     assert none.chosen is None
 
@@ -342,7 +348,7 @@ def test_the_verb_writes_scores_direction_and_report(recorded: Path) -> None:
     assert run.metrics["candidates.kept"].value > 0
     table = pd.read_parquet(recorded / "out" / "tables" / "candidates.parquet")
     assert set(table["kind"]) == {"candidate", "random"}
-    assert {"position", "level", "norm", "bypass", "induce", "kl", "fate"} <= set(table.columns)
+    assert {"position", "level", "norm", "bypass", "induce", "kl", "status"} <= set(table.columns)
     direction = artifacts.load(recorded / "out" / "direction.safetensors", Direction)
     assert float(cosine(direction.vector, torch.eye(len(direction.vector))[REFUSE])) > 0.99
     assert direction.vector[FREE].norm() < 0.1 * direction.norm

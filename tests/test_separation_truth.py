@@ -24,7 +24,7 @@ from mechlens.studies.separate.geometry import measure_geometry
 from mechlens.studies.separate.study import Separation, SeparationPlan
 from mechlens.studies.separate.verdict import RULE, Verdict, separation_verdict
 from mechlens.studies.shared.contrasts import Surface, measure
-from mechlens.studies.shared.quadrants import QUADRANTS, FirstTokenJudgement, Judged
+from mechlens.studies.shared.quadrants import QUADRANTS, FirstTokenJudgement, JudgedAnswers
 from mechlens.studies.shared.two_beliefs import measure_beliefs
 
 PLAN = SeparationPlan(
@@ -56,7 +56,7 @@ def study(acts: Activations, texts: tuple[str, ...] | None = None) -> Separation
     verdicts = tuple(label.partition("_")[0] for label in acts.labels)
     prompts = [replace(p, label="harmless") if v == "unclear" else p for p, v in zip(prompts, verdicts, strict=True)]
     blank = Answers(acts.ids, ("",) * len(prompts), ((),) * len(prompts), 1, CHECKPOINT, acts.template, "plain")
-    judged = Judged(tuple(prompts), blank, {"planted": verdicts})
+    judged = JudgedAnswers(tuple(prompts), blank, {"planted": verdicts})
     split, note = separation._split(judged, PLAN)
     lengths = torch.tensor([len(text.split()) for text in words])
     surface = Surface(tuple(words), torch.randn(len(prompts), 8, generator=torch.Generator().manual_seed(1)), lengths)

@@ -15,7 +15,7 @@ from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.models.checkpoints.series import checkpoint_series, content_of
-from mechlens.models.checkpoints.swap import turns
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load
 from mechlens.prompts.prompt import Prompt
 
@@ -164,11 +164,11 @@ REVISIONS = """
 import json, sys, torch
 from mechlens.models.bridge import native
 from mechlens.models.series import checkpoint_series
-from mechlens.models.swap import turns
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 series = checkpoint_series("org/tiny", ["org/tiny@step20", "org/tiny@step3"])
 found = [[member.step, member.name, member.kind, member.revision] for member in series.members]
 sums = []
-with turns("org/tiny") as one:
+with checkpoint_swapper("org/tiny") as one:
     for member in series.members:
         with native(one.put(member)) as hf_model:
             sums.append(float(sum(p.double().sum() for p in hf_model.parameters())))
@@ -281,7 +281,7 @@ def test_one_rule_for_an_adapters_own_template(root: Path, tmp_path: Path) -> No
     assert template_of(load(base)).render(prompt).text != "<bos>[one thing]"
     series = checkpoint_series(base, [str(out)])
     assert series.chat_template == OWN
-    with turns(base, chat_template=series.chat_template) as one:
+    with checkpoint_swapper(base, chat_template=series.chat_template) as one:
         for member in series.members:
             assert template_of(one.put(member)).fingerprint == template_of(alone).fingerprint
     tiny_tokenizer().save_pretrained(out / "checkpoint-1")  # the base's again, and the other's isn't

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from shelves import DictShelf, Killed
+from caches import DictShelf, Killed
 from test_steering import MODELS, NEW, ablate, add, batch_of, direction, first_logits, made, told
 from tiny import ARCHITECTURES
 from torch import Tensor
@@ -17,7 +17,7 @@ from mechlens.methods.steering.interventions import ALL, Add, Intervention
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import has_hooks, loaded, native, native_blocks
 from mechlens.models.engine import shared_rows as merging
-from mechlens.models.engine.shared_rows import merges_rows
+from mechlens.models.engine.shared_rows import shares_rows
 from mechlens.prompts.batch import TokenBatch
 
 
@@ -53,11 +53,11 @@ def test_rows_that_run_as_one_give_what_recomputation_gives(architecture: str) -
 def test_only_what_can_have_changed_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("llama")
     batch, rows = layer_sweep("llama")
-    assert merges_rows(model)
+    assert shares_rows(model)
     seen = rows_by_block(model, monkeypatch, lambda: logits_under(model, batch, rows))
     # The shared start first, from what is and isn't changed at block 0 on; then two prompts of like length, then one.
     assert seen == [[2, 3, 5], [4, 6, 10], [2, 3, 5]]
-    monkeypatch.setattr(batching, "merges_rows", lambda model: False)
+    monkeypatch.setattr(batching, "shares_rows", lambda model: False)
     assert rows_by_block(model, monkeypatch, lambda: logits_under(model, batch, rows)) == [[5] * 3, [10] * 3, [5] * 3]
 
 
@@ -88,13 +88,13 @@ def rows_by_block(model: Any, monkeypatch: pytest.MonkeyPatch, work: Callable[[]
 
 def test_a_model_that_can_not_merge_is_found_out_and_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("gpt2")
-    monkeypatch.setattr(merging, "_MERGES_ROWS", {})
+    monkeypatch.setattr(merging, "_SHARES_ROWS", {})
 
     def unfit(value: Any, rows: int) -> Any:
         raise TypeError("a mask for another number of rows")
 
     monkeypatch.setattr(merging, "_for_any_row", unfit)
-    assert not merges_rows(model)
+    assert not shares_rows(model)
     batch, rows = layer_sweep("gpt2")
     own = first_logits(model, batch, rows)
     assert float((logits_under(model, batch, rows) - own).abs().max()) < 1e-4 * float(own.abs().max())
@@ -117,21 +117,21 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_is_not_repeated(kind: str, mo
 
     monkeypatch.setattr(steering, name, counted)
 
-    def ask(shelf: DictShelf | None, rows: Sequence[Sequence[Intervention]] = rows) -> Any:
+    def ask(cache: DictShelf | None, rows: Sequence[Sequence[Intervention]] = rows) -> Any:
         calls.clear()
         if kind == "answers":
-            return answer_under(model, batch, rows, max_new_tokens=NEW, max_tokens=200, shelf=shelf).tokens
-        return logits_under(model, batch, rows, max_tokens=200, shelf=shelf).tolist()
+            return answer_under(model, batch, rows, max_new_tokens=NEW, max_tokens=200, cache=cache).tokens
+        return logits_under(model, batch, rows, max_tokens=200, cache=cache).tolist()
 
-    whole, shelf = ask(None), DictShelf(room=2)
+    whole, cache = ask(None), DictShelf(room=2)
     pieces = len(calls)
     assert pieces > 3
     with pytest.raises(Killed):
-        ask(shelf)
-    shelf.room = 1000
-    assert ask(shelf) == whole
+        ask(cache)
+    cache.room = 1000
+    assert ask(cache) == whole
     assert len(calls) == pieces - 2
-    assert ask(shelf) == whole
+    assert ask(cache) == whole
     assert calls == []
     # Another strength, direction, layer or phase is another piece; the rows that are as before are found again.
     for changed in (
@@ -141,24 +141,24 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_is_not_repeated(kind: str, mo
         add("llama", 1.5, layers=(2,), phase="prompt"),
     ):
         other = [*rows[:9], *([changed] for _ in range(3)), *rows[12:]]
-        assert ask(shelf, other) == ask(None, other)
+        assert ask(cache, other) == ask(None, other)
 
 
 def test_functions_without_a_name_are_not_kept() -> None:
     model, batch = made("llama"), batch_of("llama")
-    shelf = DictShelf()
-    answer_under(model, batch, [add("llama")], max_new_tokens=2, shelf=shelf, decided=lambda tokens: False)
-    logits_under(model, batch, [add("llama")], shelf=shelf, reduce=lambda logits, rows: logits[:, :1])
-    assert shelf.pieces == {}
+    cache = DictShelf()
+    answer_under(model, batch, [add("llama")], max_new_tokens=2, cache=cache, decided=lambda tokens: False)
+    logits_under(model, batch, [add("llama")], cache=cache, reduce=lambda logits, rows: logits[:, :1])
+    assert cache.pieces == {}
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda residual, hook: -3 * residual)]):
-        logits_under(model, batch, [add("llama")], shelf=shelf)
-    assert shelf.pieces == {}
+        logits_under(model, batch, [add("llama")], cache=cache)
+    assert cache.pieces == {}
     decided = OnceRefused(SubstringJudge("x", ("a",), verbatim=True), loaded(model).tokenizer)
-    answer_under(model, batch, [add("llama")], max_new_tokens=2, shelf=shelf, decided=decided)
-    assert len(shelf.pieces) == 1
+    answer_under(model, batch, [add("llama")], max_new_tokens=2, cache=cache, decided=decided)
+    assert len(cache.pieces) == 1
     other = OnceRefused(SubstringJudge("x", ("b",), verbatim=True), loaded(model).tokenizer)
-    answer_under(model, batch, [add("llama")], max_new_tokens=2, shelf=shelf, decided=other)
-    assert len(shelf.pieces) == 2
+    answer_under(model, batch, [add("llama")], max_new_tokens=2, cache=cache, decided=other)
+    assert len(cache.pieces) == 2
 
 
 # Early leaving

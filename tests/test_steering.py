@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from shelves import DictShelf
+from caches import DictShelf
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from torch import Tensor
 
@@ -221,10 +221,10 @@ def test_only_the_first_answer_tokens_are_changed(
 
 
 def test_pieces_of_different_phases_are_not_mixed_up() -> None:
-    model, batch, shelf = made("llama"), batch_of("llama"), DictShelf()
+    model, batch, cache = made("llama"), batch_of("llama"), DictShelf()
     for k in (1, 2, None):
-        answer_under(model, batch, [add("llama", 3.0, answer_tokens=k)], max_new_tokens=NEW, shelf=shelf)
-    assert len(shelf.pieces) == 3
+        answer_under(model, batch, [add("llama", 3.0, answer_tokens=k)], max_new_tokens=NEW, cache=cache)
+    assert len(cache.pieces) == 3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

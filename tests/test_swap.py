@@ -14,7 +14,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.models.bridge import native
 from mechlens.models.checkpoints.series import Member
-from mechlens.models.checkpoints.swap import Vault, turns
+from mechlens.models.checkpoints.swap import WeightStore, checkpoint_swapper
 from mechlens.models.load import load
 from mechlens.prompts.prompt import Prompt
 
@@ -52,7 +52,7 @@ def adapter(path: str, step: int = 1) -> Member:
 def test_an_adapter_in_place_has_the_bits_of_a_loaded_one(architecture: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", architecture)
     paths = [str(save_adapter(base, tmp_path / f"a{seed}", seed=seed)) for seed in (1, 2)]
-    with turns(base) as series:
+    with checkpoint_swapper(base) as series:
         before = weights(series.model)
         for path in paths:  # the second on top of the first
             model = series.put(adapter(path))
@@ -75,14 +75,14 @@ def test_an_adapter_in_place_has_the_bits_of_a_loaded_one(architecture: str, tmp
 def test_scales_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
     path = str(save_adapter(base, tmp_path / "a", seed=1, **options))
-    with turns(base) as series:
+    with checkpoint_swapper(base) as series:
         assert same(weights(series.put(adapter(path))), weights(load(base, adapter=path)))
 
 
 def test_half_precision_is_rounded_after_the_change_as_load_does(tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
     path = str(save_adapter(base, tmp_path / "a", seed=1))
-    with turns(base, dtype="bfloat16") as series:
+    with checkpoint_swapper(base, dtype="bfloat16") as series:
         assert same(weights(series.put(adapter(path))), weights(load(base, adapter=path, dtype="bfloat16")))
         assert same(weights(series.put(Member("base", base, "base", 0))), weights(load(base, dtype="bfloat16")))
 
@@ -90,7 +90,7 @@ def test_half_precision_is_rounded_after_the_change_as_load_does(tmp_path: Path)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_a_full_checkpoint_takes_its_turn(architecture: str, tmp_path: Path) -> None:
     base, later = (saved(tmp_path / name, architecture, seed) for name, seed in (("base", 0), ("later", 1)))
-    with turns(base) as series:
+    with checkpoint_swapper(base) as series:
         before = weights(series.model)
         model = series.put(Member("later", later, "full", 10))
         assert same(weights(model), weights(load(later)))
@@ -103,7 +103,7 @@ def test_a_full_checkpoint_takes_its_turn(architecture: str, tmp_path: Path) -> 
 def test_what_does_not_fit_is_refused_and_the_base_is_in_place(tmp_path: Path) -> None:
     base, other = saved(tmp_path / "base"), saved(tmp_path / "other", "gpt2")
     fits, odd = (str(save_adapter(b, tmp_path / f"a{i}", seed=1)) for i, b in enumerate((base, other)))
-    with turns(base) as series:
+    with checkpoint_swapper(base) as series:
         before = weights(series.model)
         for member, words in (
             (adapter(odd), "which base doesn't have"),
@@ -120,12 +120,12 @@ def test_what_does_not_fit_is_refused_and_the_base_is_in_place(tmp_path: Path) -
 def test_the_vault_gives_back_every_bit_and_leaves_no_file(tmp_path: Path) -> None:
     values = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor([float("nan"), -0.0])}
     with (tmp_path / "file").open("w+b") as file:
-        vault = Vault(file)
+        store = WeightStore(file)
         for name, value in values.items():
-            vault.put(name, value)
+            store.put(name, value)
         for name, value in values.items():
-            assert torch.equal(vault.get(name).reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
-    with turns(saved(tmp_path / "base")):
+            assert torch.equal(store.get(name).reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
+    with checkpoint_swapper(saved(tmp_path / "base")):
         assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -138,7 +138,7 @@ def test_a_member_with_nan_weights_is_refused_by_name_and_the_base_is_back(name:
         hf_model.get_parameter(f"model.layers.0.{name}.weight")[0, 0] = float("nan")
     hf_model.save_pretrained(tmp_path / "nan")
     tiny_tokenizer().save_pretrained(tmp_path / "nan")
-    with turns(base) as series:
+    with checkpoint_swapper(base) as series:
         before = weights(series.model)
         with pytest.raises(UserError, match=rf"{name}.* holds NaN or infinity \(1 of"):
             series.put(Member("checkpoint-1", str(tmp_path / "nan"), "full", 1))

@@ -16,7 +16,7 @@ from saved import save_model
 
 from mechlens.cli import main
 from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.models.checkpoints.swap import Turns
+from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.runs.run import read_run
 
 STEPS = (1, 2, 8)
@@ -122,16 +122,16 @@ def test_at_the_base_frozen_and_refitted_are_one(whole: Path) -> None:
 DYING = """
 import os, signal, torch
 torch.set_num_threads(1)
-from mechlens.models.swap import Turns
-from mechlens.records.shelf import FolderShelf
+from mechlens.models.checkpoints.swap import CheckpointSwapper
+from mechlens.records.cache import FolderCache
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 MOMENTS = {
     "while the third checkpoint is read": (
-        "put = Turns.put\ncalls = []\n"
+        "put = CheckpointSwapper.put\ncalls = []\n"
         "def counted(self, member):\n    calls.append(1)\n    if len(calls) == 3: die()\n    return put(self, member)\n"
-        "Turns.put = counted\n",
+        "CheckpointSwapper.put = counted\n",
         2,
     ),
     "after all were read": ("import mechlens.studies.track.study as t\nt.analysed = die\n", 4),
@@ -149,8 +149,10 @@ def test_a_killed_run_does_no_finished_checkpoint_again(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list((out / "cache").glob("*.safetensors"))) == finished
     again: list[str] = []
-    put = Turns.put
-    monkeypatch.setattr(Turns, "put", lambda self, member: (again.append(member.name), put(self, member))[1])
+    put = CheckpointSwapper.put
+    monkeypatch.setattr(
+        CheckpointSwapper, "put", lambda self, member: (again.append(member.name), put(self, member))[1]
+    )
     main(line)
     assert again == ["base", *(f"checkpoint-{step}" for step in STEPS)][finished:]
     expected, found = tables(whole), tables(out)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @runtime_checkable
-class Shelf(Protocol):
+class Cache(Protocol):
     """Finished pieces by key; the key says everything that the piece depends on.
 
     Text is kept as uint8 tensors of UTF-8, which is the caller's business.

@@ -18,7 +18,7 @@ _ENDINGS = ("sentinel", "word?", "at 7")
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedTokens:
     """Token ids of one prompt with the range of its instruction, before padding."""
 
     ids: list[int]
@@ -59,7 +59,7 @@ def _structural(token: str, source: str) -> bool:
 
 def place(
     prompt: Prompt, rendered: Rendered, template: ChatTemplate, structure: Structure, *, allow_special: bool
-) -> Placed:
+) -> PlacedTokens:
     """Tokenises one rendered prompt and finds its instruction; see `tokenize` for what is refused."""
     if not allow_special:
         _refuse_special(prompt, rendered, structure)
@@ -69,7 +69,7 @@ def place(
         raise UserError(f"the tokenizer drops every character of prompt {prompt.id!r}; use words that it knows")
     start, inst = mine[0], mine[-1]
     piece = rendered.text[max(spans[inst][0], rendered.start) : min(spans[inst][1], rendered.end)]
-    return Placed(
+    return PlacedTokens(
         ids,
         start,
         inst,
@@ -91,7 +91,7 @@ def tokens_before_end(prompts: Sequence[Prompt], template: ChatTemplate, charact
     return found
 
 
-def warn_of_blanks(prompts: Sequence[Prompt], placed: Sequence[Placed]) -> None:
+def warn_of_blanks(prompts: Sequence[Prompt], placed: Sequence[PlacedTokens]) -> None:
     """One warning for all prompts whose last instruction token is only white space."""
     blank = [prompt.id for prompt, row in zip(prompts, placed, strict=True) if row.blank]
     if blank:

@@ -60,6 +60,8 @@ class _Header2(_Header1):
 
 
 _HEADERS = {1: _Header1, 2: _Header2}
+RENAMED = {("PatchResult", "direction"): "mode"}
+"""Fields, by class, that older files know by another name."""
 REMEDY = "make it again, or take it from where it came from"
 
 
@@ -94,7 +96,7 @@ def load(path: Path, cls: type[Result]) -> Result:
     if header["class"] != cls.__name__:
         wanted = cls.__name__
         raise UserError(f"{path} holds a {header['class']}, not a {wanted}; give the path of a {wanted}")
-    fields: dict[str, Any] = header["fields"]
+    fields = {RENAMED.get((cls.__name__, name), name): value for name, value in header["fields"].items()}
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(fields.keys() - known):
         raise UserError(

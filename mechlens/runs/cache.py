@@ -10,8 +10,8 @@ from mechlens.runs.artifacts import open_tensors, tensor_digest, write_tensors
 
 
 @dataclass(frozen=True)
-class FolderShelf:
-    """One safetensors file per key; a `mechlens.methods.cache.Shelf`."""
+class FolderCache:
+    """One safetensors file per key; a `mechlens.methods.cache.Cache`."""
 
     folder: Path
 
@@ -34,5 +34,5 @@ class FolderShelf:
 
     def _path(self, key: str) -> Path:
         if len(key) != 64 or set(key) - set("0123456789abcdef"):
-            raise ValueError(f"a shelf's key is a sha256 in hex, not {key!r}")
+            raise ValueError(f"a cache's key is a sha256 in hex, not {key!r}")
         return self.folder / f"{key}.safetensors"

@@ -17,7 +17,7 @@ from mechlens.files import disk_error, is_partial, plain_name, remove_partials, 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
-from mechlens.runs.cache import FolderShelf
+from mechlens.runs.cache import FolderCache
 from mechlens.runs.environment import git_state, package_versions
 from mechlens.runs.folder import LOCK_FILE, FolderLock, run_to_go_on_with
 from mechlens.runs.privacy import text_columns
@@ -106,9 +106,9 @@ class RunWriter:
             self._update(wandb_id=mirror.id)
 
     @property
-    def shelf(self) -> FolderShelf:
+    def cache(self) -> FolderCache:
         """Finished pieces of work, which outlive a killed run."""
-        return FolderShelf(self.out / "cache")
+        return FolderCache(self.out / "cache")
 
     def inputs(self, inputs: Inputs, *, device: str | None = None, dtype: str | None = None) -> None:
         """What goes in, by fingerprint.

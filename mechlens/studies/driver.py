@@ -23,7 +23,7 @@ Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
-class Prepared(Generic[Content]):
+class Preparation(Generic[Content]):
     """All that goes into a study: what it works on, and what the record keeps of that."""
 
     content: Content
@@ -50,7 +50,7 @@ def run(config: Any) -> Path:
     return _recorded(study, config, loaded(study.prepare)(config))
 
 
-def _recorded(study: Study, config: Any, prepared: Prepared[Any]) -> Path:
+def _recorded(study: Study, config: Any, prepared: Preparation[Any]) -> Path:
     resolved = prepared.resolved or None
     with open_run(verb=study.verb, config=config, out=config.out, wandb=config.wandb, resolved=resolved) as writer:
         _record_inputs(writer, prepared)
@@ -60,7 +60,7 @@ def _recorded(study: Study, config: Any, prepared: Prepared[Any]) -> Path:
     return Path(config.out)
 
 
-def _record_inputs(writer: RunWriter, prepared: Prepared[Any]) -> None:
+def _record_inputs(writer: RunWriter, prepared: Preparation[Any]) -> None:
     """Before the work begins: a killed run's folder says what went into it."""
     writer.inputs(prepared.inputs, device=prepared.device, dtype=prepared.dtype)
     if prepared.left_out is not None:

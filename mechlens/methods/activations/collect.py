@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import (
     LanguageModel,
     checkpoint_now,
@@ -34,7 +34,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
 
 FORMAT = 1
-"""Raised when a change of code changes the numbers, so that older pieces on a shelf are not used again."""
+"""Raised when a change of code changes the numbers, so that older pieces on a cache are not used again."""
 
 
 def collect(
@@ -45,12 +45,12 @@ def collect(
     levels: Sequence[int] | None = None,
     site: str = "resid",
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
     max_tokens: int | None = None,
 ) -> Activations:
     """Residual vectors of every prompt at the named positions and levels (all levels 0..L by default).
 
-    Equal to running each prompt alone through plain Hugging Face, to rounding. `shelf` keeps finished batches,
+    Equal to running each prompt alone through plain Hugging Face, to rounding. `cache` keeps finished batches,
     so that a killed run goes on and the same request is never computed twice. `max_tokens` bounds a batch;
     where memory runs out, the batch is halved and tried again.
 
@@ -64,10 +64,10 @@ def collect(
     wanted = _levels(model, levels)
     rows = _rows(model, batch, names)
     if has_hooks(model):
-        shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
+        cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
     fast = forward.fits_fast_path(model)
     checkpoint = checkpoint_now(model)
-    values, finite = _compute(model, checkpoint, rows, wanted, fast, shelf, max_tokens or _default_tokens(model))
+    values, finite = _compute(model, checkpoint, rows, wanted, fast, cache, max_tokens or _default_tokens(model))
     _refuse_non_finite(~finite, wanted, batch, dtype_of(model))
     return Activations(
         values=values,
@@ -151,7 +151,7 @@ def _compute(
     rows: list[Row],
     levels: tuple[int, ...],
     fast: bool,
-    shelf: Shelf | None,
+    cache: Cache | None,
     max_tokens: int,
 ) -> tuple[Float[Tensor, "prompt level position d_model"], Bool[Tensor, "prompt level"]]:
     """The values, in one piece of memory that is filled batch by batch, and which of them are finite."""
@@ -163,14 +163,14 @@ def _compute(
     for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
         chunk = [rows[i] for i in members]
         key = _key(model, checkpoint, chunk, levels, skip, fast)
-        piece = shelf.get(key) if shelf is not None else None
+        piece = cache.get(key) if cache is not None else None
         if piece is None:
             if fast and skip and prefix is None:
                 prefix = forward.prefix_cache(model, rows[0].ids[:skip])
             run = _runner(model, levels, fast, prefix)
             piece = {"values": halving(run, chunk)}
-            if shelf is not None:
-                shelf.put(key, piece)
+            if cache is not None:
+                cache.put(key, piece)
         found = piece["values"]
         if not len(values):
             values = found.new_empty(len(rows), *found.shape[1:])

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import FORMAT, halving, refuse_too_long, template_of
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
@@ -63,13 +63,13 @@ def answer(
     *,
     max_new_tokens: int,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
     max_tokens: int = 4096,
 ) -> Answers:
     """Greedy answers of up to `max_new_tokens` tokens; equal to answering one prompt at a time.
 
     Greedy means the likeliest token: sampling settings and repetition penalties of the model don't count.
-    `shelf` keeps finished batches, so that a killed run goes on; `max_tokens` bounds prompt tokens in a batch.
+    `cache` keeps finished batches, so that a killed run goes on; `max_tokens` bounds prompt tokens in a batch.
 
     Raises UserError for a model without a tokenizer and where prompt and answer don't fit into the context.
     """
@@ -82,7 +82,7 @@ def answer(
     rows = [Row(tuple(ids := batch.row(i)), (len(ids) - 1,)) for i in range(len(batch.prompts))]
     refuse_too_long(model, batch, max_new_tokens)
     if has_hooks(model):
-        shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
+        cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
     fast = forward.fits_fast_path(model)
     engine = FAST if fast else plain_engine(model)
     checkpoint = checkpoint_now(model)
@@ -95,13 +95,13 @@ def answer(
     for members in tqdm(batches, desc="answering", unit="batch", delay=2, leave=False):
         chunk = [rows[i] for i in members]
         key = _key(model, checkpoint, chunk, max_new_tokens, skip, engine)
-        piece = shelf.get(key) if shelf is not None else None
+        piece = cache.get(key) if cache is not None else None
         if piece is None:
             if fast and skip and prefix is None:
                 prefix = forward.prefix_cache(model, rows[0].ids[:skip])
             piece = {"tokens": halving(_runner(model, max_new_tokens, fast, prefix), chunk)}
-            if shelf is not None:
-                shelf.put(key, piece)
+            if cache is not None:
+                cache.put(key, piece)
         found.update(zip(members, piece["tokens"].tolist(), strict=True))
     tokens = tuple(tuple(t for t in found[i] if t != NO_TOKEN) for i in range(len(rows)))
     return Answers(
@@ -117,7 +117,7 @@ def answer(
 
 
 def _runner(model: LanguageModel, max_new_tokens: int, fast: bool, prefix: Any) -> Any:
-    """A batch of rows to a block of token ids, padded with NO_TOKEN, which is what a shelf can hold."""
+    """A batch of rows to a block of token ids, padded with NO_TOKEN, which is what a cache can hold."""
 
     def run(chunk: list[Row]) -> torch.Tensor:
         rows = (

@@ -51,7 +51,7 @@ QUESTIONS = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class Questioned:
     """Requests with a question about them, tokenised; row i asks about the i-th request."""
 
     batch: TokenBatch
@@ -60,9 +60,9 @@ class Asked:
     questions: tuple[str, ...]
     """Name of each row's question."""
 
-    def select(self, rows: Sequence[int]) -> "Asked":
+    def select(self, rows: Sequence[int]) -> "Questioned":
         """The same for some of the requests, in the order asked for, which may repeat."""
-        return Asked(
+        return Questioned(
             self.batch.select(rows), tuple(self.before[i] for i in rows), tuple(self.questions[i] for i in rows)
         )
 
@@ -71,7 +71,7 @@ class Asked:
         return one if scope == "all" else replace(one, positions=(f"token[0:{self.before[row]}]",), phase="prompt")
 
 
-def ask(prompts: Sequence[Prompt], template: ChatTemplate, questions: Sequence[Question] = QUESTIONS) -> Asked:
+def ask(prompts: Sequence[Prompt], template: ChatTemplate, questions: Sequence[Question] = QUESTIONS) -> Questioned:
     """`User wants to {request}`, a new line, a question, in the chat template.
 
     Families take turns with the questions, so that both sides of a pair are asked the same one.
@@ -84,7 +84,7 @@ def ask(prompts: Sequence[Prompt], template: ChatTemplate, questions: Sequence[Q
         replace(prompt, text=f"User wants to {prompt.text}\n{question.text}")
         for prompt, question in zip(prompts, chosen, strict=True)
     ]
-    return Asked(
+    return Questioned(
         tokenize(asking, template),
         tuple(tokens_before_end(asking, template, [len(question.text) for question in chosen])),
         tuple(question.name for question in chosen),

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.methods.activations.collect import FORMAT, refuse_too_long
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, checkpoint_now, dtype_of, has_hooks, loaded, n_layers, unembed
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
@@ -19,11 +19,11 @@ from mechlens.prompts.batch import TokenBatch
 CHUNK = 64
 """Tokens whose logits are held at once: a large vocabulary times a long prompt doesn't fit into memory."""
 PIECE = 32
-"""Prompts that a shelf keeps together."""
+"""Prompts that a cache keeps together."""
 
 
 def instruction_surprise(
-    model: LanguageModel, batch: TokenBatch, shelf: Shelf | None = None
+    model: LanguageModel, batch: TokenBatch, cache: Cache | None = None
 ) -> Float64[Tensor, " prompt"]:
     """Mean of -log P(token | all before it) over each instruction's tokens, in nats: the log of its perplexity.
 
@@ -31,7 +31,7 @@ def instruction_surprise(
     word has no probability and is left out (a prompt of that one token has surprise 0).
     """
     refuse_too_long(model, batch)
-    keep = None if shelf is None or has_hooks(model) else shelf
+    keep = None if cache is None or has_hooks(model) else cache
     checkpoint = checkpoint_now(model)
     made_by = [FORMAT, "surprise", *checkpoint.identity, str(dtype_of(model))]
     rows = [_words(batch, i) for i in range(len(batch.prompts))]

@@ -13,7 +13,7 @@ from mechlens.methods.directions.direction import cosine, members, weighted_diff
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.methods.statistics.resample import family_halves
 
-LEAST_RELIABLE = 0.1
+MIN_RELIABLE = 0.1
 """A direction less reliable than this is mostly noise, and dividing by its reliability gives any number."""
 
 
@@ -44,7 +44,7 @@ def corrected_cosine(
     """What the cosines would be without sampling noise: cos / sqrt(rel_a rel_b).
 
     Valid only where the two directions come from different prompts: shared prompts share noise, which
-    inflates the cosine. It can pass 1 by chance and is not clipped. NaN where a reliability is below LEAST_RELIABLE.
+    inflates the cosine. It can pass 1 by chance and is not clipped. NaN where a reliability is below MIN_RELIABLE.
     """
-    sound = (reliability_a >= LEAST_RELIABLE) & (reliability_b >= LEAST_RELIABLE)
+    sound = (reliability_a >= MIN_RELIABLE) & (reliability_b >= MIN_RELIABLE)
     return torch.where(sound, cosines / (reliability_a * reliability_b).sqrt(), torch.nan)

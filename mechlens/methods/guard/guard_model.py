@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 
@@ -40,9 +40,9 @@ def parse_guard_answer(text: str) -> GuardModelAnswer:
 
 
 def ask_guard_model(
-    guard: LanguageModel, prompts: Sequence[Prompt], shelf: Shelf | None = None
+    guard: LanguageModel, prompts: Sequence[Prompt], cache: Cache | None = None
 ) -> list[GuardModelAnswer]:
     """The guard model's word on every prompt, asked through the chat template of its own tokenizer."""
     plain = [Prompt(prompt.id, prompt.text, history=prompt.history) for prompt in prompts]
-    said = answer(guard, plain, max_new_tokens=ANSWER_TOKENS, shelf=shelf)
+    said = answer(guard, plain, max_new_tokens=ANSWER_TOKENS, cache=cache)
     return [parse_guard_answer(text) for text in said.texts]

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.patching.metrics import Metric
-from mechlens.methods.patching.plan import DIRECTIONS, tokenized_pairs
+from mechlens.methods.patching.plan import MODES, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
 from mechlens.models.bridge import LanguageModel, device_of, n_heads, n_layers, site_hook
 from mechlens.models.engine.edits import plain_record
@@ -114,5 +114,5 @@ def _refuse_what_there_is_not(model: LanguageModel, sender: tuple[int, int], rec
         )
     if receiver not in RECEIVERS:
         raise UserError(f"there is no receiver {receiver!r}; choose one of {', '.join(RECEIVERS)}")
-    if direction not in DIRECTIONS:
-        raise UserError(f"there is no direction {direction!r}; choose {' or '.join(DIRECTIONS)}")
+    if direction not in MODES:
+        raise UserError(f"there is no direction {direction!r}; choose {' or '.join(MODES)}")

@@ -12,7 +12,7 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 
-DIRECTIONS = ("denoising", "noising")
+MODES = ("denoising", "noising")
 ALL = "all"
 """Every token of the prompt, as positions token[0], token[1], ..."""
 
@@ -29,7 +29,8 @@ class PatchPlan:
     """Named positions: inst, post[*], instruction[*], last, token[k], or all."""
     heads: tuple[int, ...] | None = None
     """None is every head of the site (key and value heads under grouped-query attention)."""
-    direction: str = "denoising"
+    mode: str = "denoising"
+    """denoising: the clean value into the corrupt run; noising: the other way round."""
     read: str = "last"
     """Position whose logits the metric sees."""
     random_seed: int | None = None
@@ -90,8 +91,8 @@ def opened_positions(
 def opened_axes(model: LanguageModel, plan: PatchPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if plan.site not in SITES:
         raise UserError(f"there is no site {plan.site!r}; choose one of {', '.join(SITES)}")
-    if plan.direction not in DIRECTIONS:
-        raise UserError(f"there is no direction {plan.direction!r}; choose {' or '.join(DIRECTIONS)}")
+    if plan.mode not in MODES:
+        raise UserError(f"there is no mode {plan.mode!r}; choose {' or '.join(MODES)}")
     there = n_layers(model)
     layers = tuple(range(there)) if plan.layers is None else plan.layers
     wrong = [layer for layer in layers if not 0 <= layer < there]

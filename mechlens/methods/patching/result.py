@@ -12,9 +12,9 @@ from mechlens.methods.statistics.resample import Interval, family_weights, inter
 if TYPE_CHECKING:
     import pandas
 
-LEAST_GAP = 1e-3
+MIN_GAP = 1e-3
 """Changes of the metric below this are rounding."""
-LEAST_SHARE = 0.1
+MIN_SHARE = 0.1
 """A pair has nothing to recover where its clean and corrupt runs differ by less than this share of the median pair."""
 
 
@@ -36,7 +36,7 @@ class PatchResult:
     """The first pair's token at each position, for axis labels."""
     site: str
     metric: str
-    direction: str
+    mode: str
     """"denoising": the clean value into the corrupt run; "noising": the other way round."""
     engine: str
     """"growing batch", or "plain" with one forward pass per site."""
@@ -48,12 +48,12 @@ class PatchResult:
     @property
     def start(self) -> Float[Tensor, " pair"]:
         """The metric of the run that is patched."""
-        return self.corrupt if self.direction == "denoising" else self.clean
+        return self.corrupt if self.mode == "denoising" else self.clean
 
     @property
     def target(self) -> Float[Tensor, " pair"]:
         """The metric of the run that the values come from."""
-        return self.clean if self.direction == "denoising" else self.corrupt
+        return self.clean if self.mode == "denoising" else self.corrupt
 
     def recovery(self) -> Float[Tensor, "pair layer position head"]:
         """(patched - start) / (target - start): 0 changes nothing, 1 gives the other run; NaN without a gap.
@@ -67,7 +67,7 @@ class PatchResult:
     def has_gap(self) -> Bool[Tensor, " pair"]:
         """True for the pairs whose two runs are far enough apart for a recovery."""
         gap = (self.target - self.start).abs()
-        return gap >= max(LEAST_GAP, LEAST_SHARE * float(gap.median())) if len(gap) else gap > 0
+        return gap >= max(MIN_GAP, MIN_SHARE * float(gap.median())) if len(gap) else gap > 0
 
     def effect(self) -> Float[Tensor, "pair layer position head"]:
         """patched - start, in the metric's units."""
@@ -82,7 +82,7 @@ class PatchResult:
         The p-value flips the signs of whole families' effects and compares the largest mean over the grid, so
         it holds for all sites together (Westfall & Young). With few pairs it can't be small: n pairs allow 2^(1-n).
         Means are in units of the site's root mean square, which no flip changes; a standard deviation would shrink
-        where the observed signs agree. A site that moves the metric by less than LEAST_GAP is rounding: its p is 1.
+        where the observed signs agree. A site that moves the metric by less than MIN_GAP is rounding: its p is 1.
         """
         import pandas as pd
 
@@ -114,7 +114,7 @@ class PatchResult:
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(2, (n_flips, len(names)), generator=generator).double() * 2 - 1
         size = effect.double().square().mean(dim=1, keepdim=True).sqrt()
-        standard = torch.where(size >= LEAST_GAP, effect.double() / size, 0.0)
+        standard = torch.where(size >= MIN_GAP, effect.double() / size, 0.0)
         observed = standard.mean(dim=1).abs()
         null = (signs[:, codes] @ standard.T / standard.shape[1]).abs().max(dim=1).values
         reached = (null[None, :] >= observed[:, None] - 1e-12).sum(dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.patching.attribution import attributed
 from mechlens.methods.patching.metrics import Metric, OwnMetric
 from mechlens.methods.patching.plan import PatchPlan, opened_axes, opened_positions, refuse_other_shape, tokenized_pairs
@@ -136,7 +136,7 @@ def patch_sweep(
     *,
     source_model: LanguageModel | None = None,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
     engine: str = "auto",
 ) -> PatchResult:
     """The metric after patching every site of the plan, for every pair.
@@ -153,7 +153,7 @@ def patch_sweep(
     source = model if source_model is None else source_model
     refuse_other_shape(model, source)
     if isinstance(metric, OwnMetric) or has_hooks(model) or has_hooks(source):
-        shelf = None  # two functions can't be told apart by name, so nothing of theirs is kept
+        cache = None  # two functions can't be told apart by name, so nothing of theirs is kept
     if not is_laid_out(model, plan.site, layers[0]):
         raise UserError(
             f"TransformerLens lays out {plan.site!r} of this model in a way of its own, so tokens and heads can't be "
@@ -166,7 +166,7 @@ def patch_sweep(
     work = _Sweep(model, source, metric, plan, layers, heads, used, weights)
     rows = []
     for i in tqdm(range(len(pairs)), desc=f"patching {plan.site}", unit="pair", delay=2, leave=False):
-        rows.append(work.pair(both[0], both[1], i, positions, shelf))
+        rows.append(work.pair(both[0], both[1], i, positions, cache))
     values, clean, corrupt = (torch.stack(column) for column in zip(*rows, strict=True))
     tokenizer = loaded(model).tokenizer
     first = both[0].row(0)
@@ -183,7 +183,7 @@ def patch_sweep(
         tokens=tuple(shown),
         site=plan.site,
         metric=metric.name,
-        direction=plan.direction,
+        mode=plan.mode,
         engine=used,
         source=_source_name(plan, source_model),
         why_plain=why_not_growing(model, plan.site) if engine == "auto" else "",
@@ -221,10 +221,10 @@ class _Sweep:
     """Identity of the model and of the source as they are now."""
 
     def pair(
-        self, clean: TokenBatch, corrupt: TokenBatch, i: int, positions: tuple[str, ...], shelf: Shelf | None
+        self, clean: TokenBatch, corrupt: TokenBatch, i: int, positions: tuple[str, ...], cache: Cache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values (layer, position, head), and the metric of the clean and the corrupt run."""
-        start, source = (corrupt, clean) if self.plan.direction == "denoising" else (clean, corrupt)
+        start, source = (corrupt, clean) if self.plan.mode == "denoising" else (clean, corrupt)
         places = [(self._index(start, name, i), self._index(source, name, i)) for name in positions]
         read = self._index(start, self.plan.read, i)
         if self.plan.site == "pattern":
@@ -235,14 +235,14 @@ class _Sweep:
                     f"{source.prompts[i].id!r} don't stand in the same places; choose pairs of one length"
                 )
         key = self._key(start.row(i), source.row(i), places, read)
-        piece = shelf.get(key) if shelf is not None else None
+        piece = cache.get(key) if cache is not None else None
         if piece is None:
             piece = self._compute(start.row(i), source.row(i), places, read, self._index(source, self.plan.read, i))
-            if shelf is not None:
-                shelf.put(key, piece)
+            if cache is not None:
+                cache.put(key, piece)
         ends = (piece["source"], piece["start"])
         shape = (len(self.layers), len(positions), max(len(self.heads), 1))
-        return piece["values"].reshape(shape), *(ends if self.plan.direction == "denoising" else ends[::-1])
+        return piece["values"].reshape(shape), *(ends if self.plan.mode == "denoising" else ends[::-1])
 
     def _index(self, batch: TokenBatch, name: str, i: int) -> int:
         return int(batch.at(name)[i]) - batch.offset(i)
@@ -253,7 +253,7 @@ class _Sweep:
         start = self._run(self.model, start_ids, read, self.layers if self.plan.random_seed is not None else ())
         source = self._run(self.source_model, source_ids, source_read, self.layers)
         edits = pair_edits(self.plan, self.layers, self.heads, start, source, places)
-        clean = source.logits if self.plan.direction == "denoising" else start.logits
+        clean = source.logits if self.plan.mode == "denoising" else start.logits
         if self.engine == ATTRIBUTION:
             values = attributed(self.model, self.plan.site, start_ids, edits, self.metric, clean, read)
         else:

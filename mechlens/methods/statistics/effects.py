@@ -28,7 +28,7 @@ REFUSAL = {"refused_harmful": 0.5, "accepted_harmful": -0.5, "refused_harmless":
 INTERACTION = {"refused_harmful": 0.5, "accepted_harmful": -0.5, "refused_harmless": -0.5, "accepted_harmless": 0.5}
 """Half of [(RH - RL) - (AH - AL)]: how far one factor's effect depends on the other."""
 
-LEAST_RELIABILITY = 0.05
+MIN_RELIABILITY = 0.05
 """Below this split-half cosine a direction is mostly noise and no correction is possible."""
 HALVINGS = 40
 """Random halvings of the families behind a split-half cosine."""
@@ -114,7 +114,7 @@ def _at_level(first: Effect, second: Effect, level: int, families: Sequence[str]
         for effect in (first, second)
     ]
     corrected = Estimate.missing(n)
-    if min(reliable) > LEAST_RELIABILITY:
+    if min(reliable) > MIN_RELIABILITY:
         # A product that is not above 0 gives NaN: without that family the direction is noise.
         corrected = _jackknife(_product(a, b) / (_product(a, a).sqrt() * _product(b, b).sqrt()), n)
     return _Cell(measured, corrected, *reliable)

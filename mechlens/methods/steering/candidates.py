@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mechlens.methods.behaviour.judges import refusal_log_odds
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention
 from mechlens.methods.steering.steering import logits_under
@@ -39,21 +39,21 @@ class SelectionRule:
 
 
 @dataclass(frozen=True)
-class Filtered:
+class CandidateFilter:
     """What became of every candidate."""
 
-    fate: tuple[str, ...]
+    status: tuple[str, ...]
     """By candidate: "kept", or the filter that dropped it."""
     chosen: int | None
     """Number of the candidate taken, None where none was kept."""
 
     def counts(self) -> dict[str, int]:
         """Candidates dropped by each filter, in order, and kept."""
-        return {name: self.fate.count(name) for name in FATES}
+        return {name: self.status.count(name) for name in STATUSES}
 
 
 NO_DIRECTION, LAST_LAYERS, HIGH_KL, LOW_INDUCE, KEPT = "no direction", "last layers", "KL", "induce", "kept"
-FATES = (NO_DIRECTION, LAST_LAYERS, HIGH_KL, LOW_INDUCE, KEPT)
+STATUSES = (NO_DIRECTION, LAST_LAYERS, HIGH_KL, LOW_INDUCE, KEPT)
 
 
 def filter_candidates(
@@ -61,12 +61,12 @@ def filter_candidates(
     means: Float64[Tensor, "candidate score"],
     n_layers: int,
     rule: SelectionRule,
-) -> Filtered:
+) -> CandidateFilter:
     """Filters and chooses by the mean scores (bypass, induce, KL); of equals the first candidate is taken."""
     # As published, the number of layers that stay is rounded down; the small constant is for the share's rounding.
     first_dropped = int((1 - rule.last_layers) * n_layers + 1e-9)
 
-    def fate(one: Direction, bypass: float, induce: float, kl: float) -> str:
+    def status(one: Direction, bypass: float, induce: float, kl: float) -> str:
         if one.norm == 0 or not all(math.isfinite(score) for score in (bypass, induce, kl)):
             return NO_DIRECTION
         if one.level >= first_dropped:
@@ -75,9 +75,9 @@ def filter_candidates(
             return HIGH_KL
         return LOW_INDUCE if induce < rule.least_induce else KEPT
 
-    fates = tuple(fate(one, *scores) for one, scores in zip(candidates, means.tolist(), strict=True))
-    kept = [i for i, name in enumerate(fates) if name == KEPT]
-    return Filtered(fates, min(kept, key=lambda i: float(means[i, 0])) if kept else None)
+    statuses = tuple(status(one, *scores) for one, scores in zip(candidates, means.tolist(), strict=True))
+    kept = [i for i, name in enumerate(statuses) if name == KEPT]
+    return CandidateFilter(statuses, min(kept, key=lambda i: float(means[i, 0])) if kept else None)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def score_candidates(
     harmless: Sequence[int],
     tokens: Sequence[int],
     *,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> CandidateScores:
     """All three scores of all candidates on the batch's harmful and harmless rows; `tokens` are the refusal tokens.
 
@@ -121,10 +121,10 @@ def score_candidates(
     directions = [candidates[i] for i in usable]
     # Both classes in one batch, so that what ablating does to the start of every prompt is worked out once.
     both, n = batch.select([*harmful, *harmless]), len(harmful)
-    bare = logits_under(model, both, [], shelf=shelf)
-    under = _scored(model, both, [ablation(one) for one in directions], _Scores(tuple(tokens), bare), shelf)
+    bare = logits_under(model, both, [], cache=cache)
+    under = _scored(model, both, [ablation(one) for one in directions], _Scores(tuple(tokens), bare), cache)
     alone = both.select(range(n, len(bare)))
-    pushed = _scored(model, alone, [addition(one) for one in directions], _Scores(tuple(tokens), bare[n:]), shelf)
+    pushed = _scored(model, alone, [addition(one) for one in directions], _Scores(tuple(tokens), bare[n:]), cache)
     clean = refusal_log_odds(bare, tokens)
     return CandidateScores(
         bypass=_placed(under[:, :n, 0], usable, len(candidates)),
@@ -176,7 +176,7 @@ def _scored(
     batch: TokenBatch,
     interventions: Sequence[Intervention],
     scores: _Scores,
-    shelf: Shelf | None,
+    cache: Cache | None,
 ) -> Float64[Tensor, "candidate prompt 2"]:
     """Every intervention on every prompt of the batch."""
     n = len(batch.prompts)
@@ -184,7 +184,7 @@ def _scored(
         return torch.empty(0, n, 2, dtype=torch.float64)
     rows = batch.select(list(range(n)) * len(interventions))
     each = [[one] for one in interventions for _ in range(n)]
-    return logits_under(model, rows, each, reduce=scores, shelf=shelf).reshape(len(interventions), n, 2)
+    return logits_under(model, rows, each, reduce=scores, cache=cache).reshape(len(interventions), n, 2)
 
 
 def _placed(

@@ -1,6 +1,6 @@
-"""Many interventions on the same prompts: every arm of an experiment on every prompt, as the rows of one sweep.
+"""Many interventions on the same prompts: every condition of an experiment on every prompt, as the rows of one sweep.
 
-An arm is a list with an intervention for each prompt, or None where nothing is done.
+An condition is a list with an intervention for each prompt, or None where nothing is done.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.behaviour.judges import refusal_log_odds
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.steering.interventions import Intervention
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import LanguageModel
 from mechlens.models.engine.generate import Decided
 from mechlens.prompts.batch import TokenBatch
 
-Arm = Sequence[Intervention | None]
+Condition = Sequence[Intervention | None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Readout:
 
     @property
     def key(self) -> str:
-        """What a shelf knows it by."""
+        """What a cache knows it by."""
         return f"readout {self.tokens} {self.refusal}"
 
     def __call__(self, logits: Float[Tensor, "row vocab"], rows: list[int]) -> Float[Tensor, "row out"]:
@@ -40,31 +40,36 @@ class Readout:
 
 
 def first_token_of_arms(
-    model: LanguageModel, batch: TokenBatch, arms: Sequence[Arm], readout: Readout, *, shelf: Shelf | None = None
-) -> Float[Tensor, "arm prompt out"]:
-    """The readout of every arm on every prompt."""
-    part, given = _rows(batch, arms)
-    values = logits_under(model, part, given, reduce=readout, shelf=shelf)
-    return values.reshape(len(batch.prompts), len(arms), -1).transpose(0, 1)
+    model: LanguageModel,
+    batch: TokenBatch,
+    conditions: Sequence[Condition],
+    readout: Readout,
+    *,
+    cache: Cache | None = None,
+) -> Float[Tensor, "condition prompt out"]:
+    """The readout of every condition on every prompt."""
+    part, given = _rows(batch, conditions)
+    values = logits_under(model, part, given, reduce=readout, cache=cache)
+    return values.reshape(len(batch.prompts), len(conditions), -1).transpose(0, 1)
 
 
 def answers_of_arms(
     model: LanguageModel,
     batch: TokenBatch,
-    arms: Sequence[Arm],
+    conditions: Sequence[Condition],
     *,
     max_new_tokens: int,
     decided: Decided | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> list[list[str]]:
-    """The answer of every arm to every prompt, cut where it is `decided`."""
-    part, given = _rows(batch, arms)
-    said = answer_under(model, part, given, max_new_tokens=max_new_tokens, decided=decided, shelf=shelf)
-    return [list(said.texts[k :: len(arms)]) for k in range(len(arms))]
+    """The answer of every condition to every prompt, cut where it is `decided`."""
+    part, given = _rows(batch, conditions)
+    said = answer_under(model, part, given, max_new_tokens=max_new_tokens, decided=decided, cache=cache)
+    return [list(said.texts[k :: len(conditions)]) for k in range(len(conditions))]
 
 
-def _rows(batch: TokenBatch, arms: Sequence[Arm]) -> tuple[TokenBatch, list[list[Intervention]]]:
-    """Prompt by prompt all arms, so that rows which are alike up to some layer meet in one batch."""
+def _rows(batch: TokenBatch, conditions: Sequence[Condition]) -> tuple[TokenBatch, list[list[Intervention]]]:
+    """Prompt by prompt all conditions, so that rows which are alike up to some layer meet in one batch."""
     prompts = range(len(batch.prompts))
-    given = [[one] if (one := arm[i]) is not None else [] for i in prompts for arm in arms]
-    return batch.select([i for i in prompts for _ in arms]), given
+    given = [[one] if (one := condition[i]) is not None else [] for i in prompts for condition in conditions]
+    return batch.select([i for i in prompts for _ in conditions]), given

@@ -8,7 +8,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, Ablate, Add, Intervention, Replace, ReplaceComponent
-from mechlens.models.engine.intervene import Along, Change, Put
+from mechlens.models.engine.intervene import AddAlong, Change, SetVector
 from mechlens.prompts.batch import TokenBatch
 
 _SPAN = re.compile(r"token\[(\d*):(\d*)\]")
@@ -39,12 +39,12 @@ class Placement:
         unit = self._unit(one.direction)
         if isinstance(one, Ablate) or one.unit != "share":
             tokens = None if places[0][1] is None else tuple(t for _, found in places for t in found or ())
-            what = Along(unit, _amount(one), not isinstance(one, Add))
+            what = AddAlong(unit, _amount(one), not isinstance(one, Add))
             return [Change(what, sites, layers, tokens, answers, one.answer_tokens)]
         assert one.norms is not None
         after = int(one.site == "resid_post")  # a block's output is the next level
         return [
-            Change(Along(unit, _amount(one, one.norms.at(layer + after, name)), not isinstance(one, Add)), sites,
+            Change(AddAlong(unit, _amount(one, one.norms.at(layer + after, name)), not isinstance(one, Add)), sites,
                    (layer,), tokens, answers, one.answer_tokens)
             for layer in layers
             for name, tokens in places
@@ -58,7 +58,7 @@ class Placement:
                 f"{len(one.positions)} vectors to put there; name one token for each"
             )
         return [
-            Change(Put(values), (one.site,), (layer,), tokens, False)
+            Change(SetVector(values), (one.site,), (layer,), tokens, False)
             for layer, values in zip(one.layers, one.values, strict=True)
         ]
 

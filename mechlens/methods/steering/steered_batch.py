@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import FORMAT, halving, refuse_too_long, template_of
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits
 from mechlens.methods.steering.placed import Placement
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, n_layers
@@ -23,9 +23,9 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import start_cache
-from mechlens.models.engine.intervene import Along, Change, bears_fast, changed
-from mechlens.models.engine.shared_rows import Merged, merges_rows
-from mechlens.models.engine.token_mask import Clock
+from mechlens.models.engine.intervene import AddAlong, Change, bears_fast, changed
+from mechlens.models.engine.shared_rows import SharedRows, shares_rows
+from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.engine.writes import Place
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
@@ -66,7 +66,7 @@ def piece_key(
 
 def _done(change: Change, prints: Fingerprints) -> list[Any]:
     what = change.what
-    if isinstance(what, Along):
+    if isinstance(what, AddAlong):
         how: list[Any] = ["along", prints.of(what.unit), what.amount, what.erases]
     else:
         how = ["put", prints.of(what.values)]
@@ -136,14 +136,14 @@ def _per_row(interventions: Interventions, n: int) -> tuple[tuple[Intervention, 
 
 
 @dataclass(frozen=True)
-class Work:
+class Engine:
     """What is done with a batch of rows, exactly and fast or by whole passes, and what is kept of it."""
 
-    fast: Callable[[list[Row], DynamicCache | None, Clock, Merged], Tensor]
-    plain: Callable[[list[Row], Clock], Tensor]
+    fast: Callable[[list[Row], DynamicCache | None, TokenMask, SharedRows], Tensor]
+    plain: Callable[[list[Row], TokenMask], Tensor]
     keep: Callable[[Tensor, list[int]], Tensor]
     key: str | None
-    """What all of this is, for the shelf; None where a function doesn't say what it does."""
+    """What all of this is, for the cache; None where a function doesn't say what it does."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,11 @@ class SteeredBatch:
     fast: bool
     why_plain: str
 
-    def run(self, work: Work, max_tokens: int, shelf: Shelf | None) -> Tensor:
-        """One row of values for each prompt, batch by batch; finished batches are kept on the shelf."""
+    def run(self, work: Engine, max_tokens: int, cache: Cache | None) -> Tensor:
+        """One row of values for each prompt, batch by batch; finished batches are kept on the cache."""
         skip, rows = self._rows()
         if work.key is None or has_hooks(self.model):
-            shelf = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
+            cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
         prints, checkpoint = Fingerprints(), checkpoint_now(self.model)
         values = torch.empty(0)
         # Every new token costs a pass of its own for each batch.
@@ -175,12 +175,12 @@ class SteeredBatch:
             for members in forward.plan(group, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not self.fast):
                 chunk = [group[i] for i in members]
                 numbers = [row.number for row in chunk]
-                key = "" if shelf is None else self._piece_key(work, chunk, skip, prints, checkpoint)
-                piece = None if shelf is None else shelf.get(key)
+                key = "" if cache is None else self._piece_key(work, chunk, skip, prints, checkpoint)
+                piece = None if cache is None else cache.get(key)
                 if piece is None:
                     piece = {"values": work.keep(halving(self._runner(work, start), list(chunk)), numbers)}
-                    if shelf is not None:
-                        shelf.put(key, piece)
+                    if cache is not None:
+                        cache.put(key, piece)
                 if not len(values):
                     values = piece["values"].new_empty(len(rows), *piece["values"].shape[1:])
                 values[numbers] = piece["values"]
@@ -189,34 +189,34 @@ class SteeredBatch:
         return values
 
     def _piece_key(
-        self, work: Work, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints, checkpoint: Checkpoint
+        self, work: Engine, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints, checkpoint: Checkpoint
     ) -> str:
         how = [work.key, self.new_tokens, skip, "fast" if self.fast else "plain"]
         return piece_key(self.model, checkpoint, chunk, [self.changes[row.number] for row in chunk], how, prints)
 
-    def _runner(self, work: Work, start: "_Start") -> Callable[[list[Row]], Tensor]:
+    def _runner(self, work: Engine, start: "_Start") -> Callable[[list[Row]], Tensor]:
         def run(chunk: list[Row]) -> Tensor:
             own = cast(list[SteeredRow], chunk)
             prefix, places = start.made()
-            merged = self.merged(own, [places[row.start] for row in own])
-            with self.changing([row.number for row in own]) as clock:
-                return work.fast(chunk, prefix, clock, merged) if self.fast else work.plain(chunk, clock)
+            shared_rows = self.shared_rows(own, [places[row.start] for row in own])
+            with self.changing([row.number for row in own]) as token_mask:
+                return work.fast(chunk, prefix, token_mask, shared_rows) if self.fast else work.plain(chunk, token_mask)
 
         return run
 
     @contextlib.contextmanager
-    def changing(self, numbers: list[int]) -> Iterator[Clock]:
+    def changing(self, numbers: list[int]) -> Iterator[TokenMask]:
         """The model under the changes of some of the prompts, by number."""
         lengths = self.batch.lengths[numbers].to(device_of(self.model))
-        clock = Clock(lengths, torch.zeros_like(lengths))
-        with changed(self.model, [self.changes[i] for i in numbers], clock, fast=self.fast):
-            yield clock
+        token_mask = TokenMask(lengths, torch.zeros_like(lengths))
+        with changed(self.model, [self.changes[i] for i in numbers], token_mask, fast=self.fast):
+            yield token_mask
 
-    def merged(self, rows: Sequence[SteeredRow], places: Sequence[int], end: int | None = None) -> Merged:
+    def shared_rows(self, rows: Sequence[SteeredRow], places: Sequence[int], end: int | None = None) -> SharedRows:
         """Which rows are alike up to which block: the same tokens (up to `end`), and the same done to them so far."""
         blocks = n_layers(self.model)
-        if not self.fast or not merges_rows(self.model):
-            return Merged([range(len(rows))] * blocks, places, device_of(self.model))
+        if not self.fast or not shares_rows(self.model):
+            return SharedRows([range(len(rows))] * blocks, places, device_of(self.model))
         number: dict[Any, int] = {}
         now = [number.setdefault(row.ids[:end], len(number)) for row in rows]
         done = [_by_layer(self.changes[row.number], blocks, end) for row in rows]
@@ -225,7 +225,7 @@ class SteeredBatch:
             number = {}
             now = [number.setdefault((old, did[layer]), len(number)) for old, did in zip(now, done, strict=True)]
             classes.append(now)
-        return Merged(classes, places, device_of(self.model))
+        return SharedRows(classes, places, device_of(self.model))
 
     def _rows(self) -> tuple[int, list[SteeredRow]]:
         """How many tokens at the start are run once for all rows that are alike there, and which rows are."""
@@ -246,7 +246,7 @@ class SteeredBatch:
 
 
 class _Start:
-    """Keys and values of the shared start, made when they are first asked for: all may lie on the shelf."""
+    """Keys and values of the shared start, made when they are first asked for: all may lie on the cache."""
 
     def __init__(self, steered: SteeredBatch, group: Sequence[SteeredRow], skip: int) -> None:
         self.steered, self.skip = steered, skip
@@ -257,9 +257,9 @@ class _Start:
     def made(self) -> tuple[DynamicCache | None, dict[int, int]]:
         """The cache, a row for each kind of start, and where each kind's row is."""
         if self.skip and self.cache is None:
-            merged = self.steered.merged(self.first, [0] * len(self.first), self.skip)
-            with self.steered.changing([row.number for row in self.first]) as clock:
-                self.cache = start_cache(self.steered.model, self.first[0].ids[: self.skip], clock, merged)
+            shared_rows = self.steered.shared_rows(self.first, [0] * len(self.first), self.skip)
+            with self.steered.changing([row.number for row in self.first]) as token_mask:
+                self.cache = start_cache(self.steered.model, self.first[0].ids[: self.skip], token_mask, shared_rows)
         return self.cache, self.places
 
 
@@ -280,7 +280,7 @@ def _how(change: Change, end: int | None) -> Any:
     if within == ():
         return None
     what = change.what
-    how = (id(what.unit), what.amount, what.erases) if isinstance(what, Along) else id(what.values)
+    how = (id(what.unit), what.amount, what.erases) if isinstance(what, AddAlong) else id(what.values)
     return how, change.sites, within
 
 

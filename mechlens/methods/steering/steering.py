@@ -11,18 +11,18 @@ from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, Intervention, require_direction, require_fits
 from mechlens.methods.steering.placed import Placement
-from mechlens.methods.steering.steered_batch import Interventions, Keyed, Reduce, Work, steered_batch
+from mechlens.methods.steering.steered_batch import Engine, Interventions, Keyed, Reduce, steered_batch
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, loaded, n_layers
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import Decided, greedy_batch, prompt_logits, recomputed_greedy, whole_logits
 from mechlens.models.engine.intervene import changed
 from mechlens.models.engine.orthogonal import orthogonalised
-from mechlens.models.engine.shared_rows import Merged
-from mechlens.models.engine.token_mask import Clock, EveryToken
+from mechlens.models.engine.shared_rows import SharedRows
+from mechlens.models.engine.token_mask import EveryToken, TokenMask
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -46,13 +46,13 @@ def answer_under(
     max_new_tokens: int,
     template: ChatTemplate | None = None,
     decided: Decided | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
     force: bool = False,
     max_tokens: int = MAX_TOKENS,
 ) -> SteeredAnswers:
     """Greedy answers under interventions; equal to running the whole text again for each token of each prompt.
 
-    A row whose answer so far is `decided` leaves the batch. `shelf` keeps finished batches, so that a killed run
+    A row whose answer so far is `decided` leaves the batch. `cache` keeps finished batches, so that a killed run
     goes on (with a `decided` that has a `key`, such as `OnceRefused`). `max_tokens` bounds prompt tokens in a batch.
     Raises UserError for interventions that don't fit the model; those made for another pass with `force`.
     """
@@ -63,14 +63,16 @@ def answer_under(
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
     steered = steered_batch(model, prompts, interventions, template, force, max_new_tokens)
 
-    def fast(rows: list[Row], prefix: DynamicCache | None, clock: Clock, merged: Merged) -> Tensor:
-        return _padded(greedy_batch(model, rows, max_new_tokens, prefix, clock, decided, merged), max_new_tokens)
+    def fast(rows: list[Row], prefix: DynamicCache | None, token_mask: TokenMask, shared_rows: SharedRows) -> Tensor:
+        return _padded(
+            greedy_batch(model, rows, max_new_tokens, prefix, token_mask, decided, shared_rows), max_new_tokens
+        )
 
-    def plain(rows: list[Row], clock: Clock) -> Tensor:
-        return _padded(recomputed_greedy(model, rows, max_new_tokens, clock, decided), max_new_tokens)
+    def plain(rows: list[Row], token_mask: TokenMask) -> Tensor:
+        return _padded(recomputed_greedy(model, rows, max_new_tokens, token_mask, decided), max_new_tokens)
 
-    work = Work(fast, plain, lambda values, rows: values, _key("answers", decided))
-    found = steered.run(work, max_tokens, shelf)
+    work = Engine(fast, plain, lambda values, rows: values, _key("answers", decided))
+    found = steered.run(work, max_tokens, cache)
     tokens = tuple(tuple(t for t in row if t != NO_TOKEN) for row in found.tolist())
     return SteeredAnswers(
         ids=tuple(prompt.id for prompt in steered.batch.prompts),
@@ -102,27 +104,27 @@ def logits_under(
     *,
     template: ChatTemplate | None = None,
     reduce: Reduce | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
     force: bool = False,
     max_tokens: int = MAX_TOKENS,
 ) -> Float[Tensor, "prompt out"]:
     """Logits of the first answer token of every prompt under interventions (float32, on the CPU).
 
     `reduce` is given each batch's logits with the prompts' numbers, and its values are kept instead: logits of
-    a large sweep over a large vocabulary don't fit into memory. `shelf` keeps finished batches, so that a killed run
+    a large sweep over a large vocabulary don't fit into memory. `cache` keeps finished batches, so that a killed run
     goes on (with a `reduce` that has a `key`).
     """
     steered = steered_batch(model, prompts, interventions, template, force, 0)
 
-    def fast(rows: list[Row], prefix: DynamicCache | None, clock: Clock, merged: Merged) -> Tensor:
-        return prompt_logits(model, rows, prefix, clock, merged)
+    def fast(rows: list[Row], prefix: DynamicCache | None, token_mask: TokenMask, shared_rows: SharedRows) -> Tensor:
+        return prompt_logits(model, rows, prefix, token_mask, shared_rows)
 
-    def plain(rows: list[Row], clock: Clock) -> Tensor:
-        clock.tick(clock.rows, clock.start, 0)
+    def plain(rows: list[Row], token_mask: TokenMask) -> Tensor:
+        token_mask.advance(token_mask.rows, token_mask.start, 0)
         return whole_logits(model, torch.tensor([row.ids for row in rows], device=device_of(model))).float().cpu()
 
-    work = Work(fast, plain, reduce or (lambda logits, rows: logits), _key("logits", reduce))
-    return steered.run(work, max_tokens, shelf)
+    work = Engine(fast, plain, reduce or (lambda logits, rows: logits), _key("logits", reduce))
+    return steered.run(work, max_tokens, cache)
 
 
 @contextlib.contextmanager
@@ -142,13 +144,13 @@ def applied(
                 "logits_under, or intervene with positions='all' and phase='both' and no answer_tokens"
             )
         require_fits(model, everywhere, None, force=force)
-        rows, clock = [Placement(n_layers(model), None).changes(0, everywhere)], EveryToken(device_of(model))
-        with changed(model, rows, clock, fast=False):
+        rows, token_mask = [Placement(n_layers(model), None).changes(0, everywhere)], EveryToken(device_of(model))
+        with changed(model, rows, token_mask, fast=False):
             yield model
         return
     work = steered_batch(model, batch, interventions, None, force, 0)
     starts = torch.tensor([-batch.offset(i) for i in range(len(batch.prompts))], device=device_of(model))
-    with changed(model, work.changes, Clock(batch.lengths.to(starts.device), starts), fast=False):
+    with changed(model, work.changes, TokenMask(batch.lengths.to(starts.device), starts), fast=False):
         yield model
 
 

@@ -42,7 +42,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class UnusableCheckpoint:
     """A checkpoint that can't be used."""
 
     name: str
@@ -54,7 +54,7 @@ class CheckpointSeries:
     """The base at step 0, then its checkpoints by step."""
 
     members: tuple[Member, ...]
-    left_out: tuple[LeftOut, ...]
+    left_out: tuple[UnusableCheckpoint, ...]
     """With `skip_broken`: what was found and not used."""
     steps_from: Literal["their records", "the order given"]
     chat_template: str | None = None
@@ -112,12 +112,12 @@ def checkpoint_series(
     if ordered:
         steps = list(range(1, len(found) + 1))
     members: list[Member] = []
-    broken: list[LeftOut] = []
+    broken: list[UnusableCheckpoint] = []
     damaged = {one: problem for one, (_, problem) in zip(found, told, strict=True) if problem}
     for one, step in sorted(zip(found, steps, strict=True), key=lambda pair: (pair[1] is None, pair[1])):
         problem = damaged.get(one) or _step_problem(step, members) or judge.problem(one)
         if problem or step is None:
-            broken.append(LeftOut(one.name, problem or ""))
+            broken.append(UnusableCheckpoint(one.name, problem or ""))
         else:
             members.append(judge.member(one, step))
     if broken and not skip_broken:

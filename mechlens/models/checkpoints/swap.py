@@ -38,7 +38,7 @@ from mechlens.models.packaged import cache_dir
 from mechlens.models.soundness import require_finite_weights
 
 
-class Vault:
+class WeightStore:
     """Tensors by name in an unnamed file: bit for bit what was put in, without room in memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -75,14 +75,14 @@ class Vault:
         self._file.close()
 
 
-def turns(
+def checkpoint_swapper(
     base: str,
     *,
     revision: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
     chat_template: str | None = None,
-) -> "Turns":
+) -> "CheckpointSwapper":
     """A model in which the checkpoints of a series take turns; `base` is anything that `load` takes.
 
     To be used in a `with` block, or closed. With another `dtype` the changes are still added in float32 and rounded
@@ -92,12 +92,12 @@ def turns(
     hf_model, tokenizer = load_hf(base, revision=revision, dtype=first)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    vault = Vault(_unnamed_file(hf_model))
+    store = WeightStore(_unnamed_file(hf_model))
     shared = set()
     for known, *others in _names_of_each(hf_model):
-        vault.put(known, hf_model.get_parameter(known))
+        store.put(known, hf_model.get_parameter(known))
         for name in others:
-            vault.alias(name, known)
+            store.alias(name, known)
             shared |= {known, name}
     state = hf_model.state_dict()
     full = weight_fingerprint(state), sampled_fingerprint(state)
@@ -113,16 +113,16 @@ def turns(
         sampled=sampled_fingerprint(state),
     )  # fmt: skip
     names = frozenset(state)  # bridging adds to them
-    return Turns(bridge(hf_model, tokenizer, own), vault, own, full, names, frozenset(shared))
+    return CheckpointSwapper(bridge(hf_model, tokenizer, own), store, own, full, names, frozenset(shared))
 
 
-class Turns:
+class CheckpointSwapper:
     """One bridged model whose weights are, at any time, those of the member that was `put` last."""
 
     def __init__(
         self,
         model: LanguageModel,
-        vault: Vault,
+        store: WeightStore,
         base: Checkpoint,
         fingerprints: tuple[str, str],
         names: frozenset[str],
@@ -133,13 +133,13 @@ class Turns:
         self.base_fingerprint = fingerprints[0]
         """Of the base's weights before they were rounded, by which an adapter knows it."""
         self._fingerprints = fingerprints
-        self._vault = vault
+        self._vault = store
         self._names = names
         self._shared = shared
         """Names of matrices that two modules of the base share, such as tied ends."""
         self._changed: set[str] = set()
 
-    def __enter__(self) -> "Turns":
+    def __enter__(self) -> "CheckpointSwapper":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -26,8 +26,8 @@ from mechlens.models.bridge import (
 )
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.probes import decode_gap, loses, tolerance
-from mechlens.models.engine.shared_rows import Merged
-from mechlens.models.engine.token_mask import Clock
+from mechlens.models.engine.shared_rows import SharedRows
+from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.soundness import not_finite, require_finite_logits
 from mechlens.models.transformers_versions import with_cache
 
@@ -88,9 +88,9 @@ def greedy_batch(
     rows: list[Row],
     max_new_tokens: int,
     prefix: DynamicCache | None,
-    clock: Clock | None = None,
+    token_mask: TokenMask | None = None,
     decided: Decided | None = None,
-    merged: Merged | None = None,
+    shared_rows: SharedRows | None = None,
 ) -> list[list[int]]:
     """The greedy continuation of every row, up to and without its end-of-sequence token.
 
@@ -98,16 +98,16 @@ def greedy_batch(
     each row's keys and values move to the right end, so that decoding continues without a gap.
     """
     device = device_of(model)
-    merged = merged or Merged.apart(len(rows), n_layers(model), device)
+    shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model), device)
     skip = prefix.get_seq_length() if prefix is not None else 0
     stop = torch.tensor(sorted(stop_tokens(model)), dtype=torch.long, device=device)
     lengths = torch.tensor([len(row.ids) - skip for row in rows], device=device)
     with native(model) as hf_model:
-        logits, cache = _prompt_pass(model, hf_model, rows, prefix, clock, merged)
+        logits, cache = _prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)
         width = int(lengths.max())
-        cache = _packed(cache, width - lengths, merged, max_new_tokens)
+        cache = _packed(cache, width - lengths, shared_rows, max_new_tokens)
         mask = torch.arange(skip + width, device=device) >= (width - lengths).unsqueeze(1)
-        rest = _Rest(stop, max_new_tokens, clock, decided)
+        rest = _Rest(stop, max_new_tokens, token_mask, decided)
         return _decode(hf_model, cache, _likeliest(logits).to(device), mask, skip + lengths, rest)
 
 
@@ -116,27 +116,29 @@ def prompt_logits(
     model: LanguageModel,
     rows: list[Row],
     prefix: DynamicCache | None,
-    clock: Clock | None = None,
-    merged: Merged | None = None,
+    token_mask: TokenMask | None = None,
+    shared_rows: SharedRows | None = None,
 ) -> Float[Tensor, "row vocab"]:
     """Logits of every row's first answer token (float32, on the CPU)."""
-    merged = merged or Merged.apart(len(rows), n_layers(model), device_of(model))
+    shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model), device_of(model))
     with native(model) as hf_model:
-        logits = _prompt_pass(model, hf_model, rows, prefix, clock, merged)[0]
+        logits = _prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)[0]
     require_finite_logits(logits)
     return logits.float().cpu()
 
 
 @torch.inference_mode()
-def start_cache(model: LanguageModel, ids: Sequence[int], clock: Clock, merged: Merged) -> DynamicCache:
+def start_cache(
+    model: LanguageModel, ids: Sequence[int], token_mask: TokenMask, shared_rows: SharedRows
+) -> DynamicCache:
     """Keys and values of a start that rows share but for what is done to it: a row for each kind of start."""
     cache = DynamicCache()
-    tokens = torch.tensor([list(ids)] * len(merged.first[0]), device=device_of(model))
-    with native(model), merged.running(native_blocks(model), clock, 0):
+    tokens = torch.tensor([list(ids)] * len(shared_rows.first[0]), device=device_of(model))
+    with native(model), shared_rows.running(native_blocks(model), token_mask, 0):
         # Without its head: nobody reads logits here.
         body = model.original_model.base_model
         body(tokens, **with_cache(body, cache))
-    layers = [(layer, rows.to(layer.keys.device)) for layer, rows in zip(cache.layers, merged.of_row, strict=True)]
+    layers = [(layer, rows.to(layer.keys.device)) for layer, rows in zip(cache.layers, shared_rows.of_row, strict=True)]
     return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer, rows in layers])
 
 
@@ -145,19 +147,19 @@ def _prompt_pass(
     hf_model: torch.nn.Module,
     rows: list[Row],
     prefix: DynamicCache | None,
-    clock: Clock | None,
-    merged: Merged,
+    token_mask: TokenMask | None,
+    shared_rows: SharedRows,
 ) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
     """Logits at the end of every prompt, and the keys and values of each block's classes of rows."""
     skip = prefix.get_seq_length() if prefix is not None else 0
-    cache = merged.cache(prefix)
-    run = [rows[i] for i in merged.first[0].tolist()]
+    cache = shared_rows.cache(prefix)
+    run = [rows[i] for i in shared_rows.first[0].tolist()]
     tokens = torch.zeros(len(run), max(len(row.ids) for row in run) - skip, dtype=torch.long)
     for i, row in enumerate(run):
         tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
     ends = torch.tensor([len(row.ids) - skip - 1 for row in rows], device=device_of(model))
-    with merged.running(native_blocks(model), clock, skip):
-        return _last_logits(hf_model, tokens.to(ends.device), cache, merged.of_row[-1], ends), cache
+    with shared_rows.running(native_blocks(model), token_mask, skip):
+        return _last_logits(hf_model, tokens.to(ends.device), cache, shared_rows.of_row[-1], ends), cache
 
 
 def _last_logits(
@@ -177,13 +179,13 @@ def _last_logits(
     return logits[row.to(logits.device), ends.to(logits.device)] if head is None else logits[:, 0]
 
 
-def _packed(cache: DynamicCache, empty: Int[Tensor, " row"], merged: Merged, room: int) -> DynamicCache:
+def _packed(cache: DynamicCache, empty: Int[Tensor, " row"], shared_rows: SharedRows, room: int) -> DynamicCache:
     """Every row's keys and values by themselves, at the right end over its `empty` padding columns."""
     size = cache.layers[0].keys.shape[-2]
     column = (torch.arange(size, device=empty.device) - empty.unsqueeze(1)).remainder(size)
     moved = bool(empty.any())
     packed = []
-    for layer, rows in zip(cache.layers, merged.of_row, strict=True):
+    for layer, rows in zip(cache.layers, shared_rows.of_row, strict=True):
         pair = []
         for x in (layer.keys, layer.values):
             of_row = rows.to(x.device)
@@ -204,12 +206,12 @@ class _Rest:
 
     stop: Int[Tensor, " stop"]
     max_new_tokens: int
-    clock: Clock | None
+    token_mask: TokenMask | None
     decided: Decided | None
 
-    def tick(self, rows: Tensor, start: Tensor, generated: int) -> None:
-        if self.clock is not None:
-            self.clock.tick(rows, start, generated)
+    def advance(self, rows: Tensor, start: Tensor, generated: int) -> None:
+        if self.token_mask is not None:
+            self.token_mask.advance(rows, start, generated)
 
     def written(
         self, token: Int[Tensor, " row"], alive: Int[Tensor, " row"], going: list[bool], answers: list[list[int]]
@@ -250,7 +252,7 @@ def _decode(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         # Without padding no mask is needed, and attention takes its fast path.
         where = {} if bool(mask.all()) else {"attention_mask": mask.long(), "position_ids": position.unsqueeze(1)}
-        rest.tick(alive, position, step)
+        rest.advance(alive, position, step)
         logits = _step(hf_model, token, cache, where)
         token, position = _likeliest(logits).to(token.device), position + 1
     return answers
@@ -340,7 +342,7 @@ def _generated(hf_model: Any, tokens: Tensor, stop: set[int], max_new_tokens: in
 
 @torch.inference_mode()
 def recomputed_greedy(
-    model: LanguageModel, rows: list[Row], max_new_tokens: int, clock: Clock | None, decided: Decided | None
+    model: LanguageModel, rows: list[Row], max_new_tokens: int, token_mask: TokenMask | None, decided: Decided | None
 ) -> list[list[int]]:
     """The same for rows of one length by running everything again at each step, without keys and values.
 
@@ -348,11 +350,11 @@ def recomputed_greedy(
     """
     tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
     stop = torch.tensor(sorted(stop_tokens(model)), dtype=torch.long, device=tokens.device)
-    rest = _Rest(stop, max_new_tokens, clock, decided)
+    rest = _Rest(stop, max_new_tokens, token_mask, decided)
     answers: list[list[int]] = [[] for _ in rows]
     alive = torch.arange(len(rows), device=tokens.device)
     for step in range(max_new_tokens):
-        rest.tick(alive, torch.zeros_like(alive), step)
+        rest.advance(alive, torch.zeros_like(alive), step)
         token = whole_logits(model, tokens).argmax(dim=-1).to(tokens.device)
         going = torch.tensor(rest.written(token, alive, [True] * len(alive), answers), device=tokens.device)
         alive, tokens = alive[going], torch.cat([tokens, token.unsqueeze(1)], dim=1)[going]

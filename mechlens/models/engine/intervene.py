@@ -1,6 +1,6 @@
 """Changes of the residual stream while a model runs: which vector, where, and at which tokens of which row.
 
-Every row of a batch may carry changes of its own, and the `Clock` says which tokens a forward pass holds.
+Every row of a batch may carry changes of its own, and the `TokenMask` says which tokens a forward pass holds.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mechlens.models.bridge import LanguageModel, device_of, is_bridge, native
-from mechlens.models.engine.token_mask import Clock
+from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.engine.writes import Place, place_hooks
 
 _Edit = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Along:
+class AddAlong:
     """x becomes x + (amount - <x, unit> if it erases) unit."""
 
     unit: Float[Tensor, " d_model"]
@@ -29,7 +29,7 @@ class Along:
 
 
 @dataclass(frozen=True)
-class Put:
+class SetVector:
     """x becomes the given vector."""
 
     values: Float[Tensor, "token d_model"]
@@ -40,7 +40,7 @@ class Put:
 class Change:
     """One change of one row, at every one of its sites and layers."""
 
-    what: Along | Put
+    what: AddAlong | SetVector
     sites: tuple[str, ...]
     layers: tuple[int, ...]
     tokens: tuple[int, ...] | None
@@ -52,13 +52,15 @@ class Change:
 
 
 @contextlib.contextmanager
-def changed(model: LanguageModel, rows: Sequence[Sequence[Change]], clock: Clock, *, fast: bool) -> Iterator[None]:
+def changed(
+    model: LanguageModel, rows: Sequence[Sequence[Change]], token_mask: TokenMask, *, fast: bool
+) -> Iterator[None]:
     """The model under the changes of each row, in the rows' order; no hook is left, also after an exception.
 
     `fast` puts the plain Hugging Face modules in place (see `native`) and acts on those; otherwise the changes
     act at TransformerLens' hook points, which a HookedTransformer has too.
     """
-    plan = {place: _through(steps, clock) for place, steps in _steps(rows, clock, device_of(model)).items()}
+    plan = {place: _through(steps, token_mask) for place, steps in _steps(rows, token_mask, device_of(model)).items()}
     hooks = place_hooks(model, plan)
     modules = _modules(model, hooks) if fast else {}  # before `native` hides TransformerLens' components
     with contextlib.ExitStack() as stack:
@@ -80,13 +82,13 @@ def bears_fast(model: LanguageModel, places: Sequence[Place]) -> bool:
     return len(_modules(model, hooks)) == len(hooks)
 
 
-def _through(steps: list["_Step"], clock: Clock) -> _Edit:
+def _through(steps: list["_Step"], token_mask: TokenMask) -> _Edit:
     """All steps of one place, one after the other."""
 
     def edit(hidden: Tensor) -> Tensor:
-        x = clock.laid_out(hidden)
+        x = token_mask.laid_out(hidden)
         for step in steps:
-            x = step(x, clock)
+            x = step(x, token_mask)
         return x.reshape(hidden.shape)
 
     return edit
@@ -134,10 +136,10 @@ def _plain(component: Any) -> nn.Module:
     return component  # type: ignore[no-any-return]
 
 
-_Step = Callable[[Tensor, Clock], Tensor]
+_Step = Callable[[Tensor, TokenMask], Tensor]
 
 
-def _steps(rows: Sequence[Sequence[Change]], clock: Clock, device: torch.device) -> dict[Place, list[_Step]]:
+def _steps(rows: Sequence[Sequence[Change]], token_mask: TokenMask, device: torch.device) -> dict[Place, list[_Step]]:
     """At every place the first change of each row, then the second of each row, and so on."""
     order: dict[Place, list[dict[int, Change]]] = {}
     for row, changes in enumerate(rows):
@@ -149,13 +151,13 @@ def _steps(rows: Sequence[Sequence[Change]], clock: Clock, device: torch.device)
                 if len(steps) < turn:
                     steps.append({})
                 steps[turn - 1][row] = change
-    tables = _Tables(clock.lengths.tolist(), device)
+    tables = _Tables(token_mask.lengths.tolist(), device)
     return {place: [made for step in steps for made in _made(step, tables)] for place, steps in order.items()}
 
 
 def _made(step: dict[int, Change], tables: "_Tables") -> list[_Step]:
-    along = {row: change for row, change in step.items() if isinstance(change.what, Along)}
-    put = {row: change for row, change in step.items() if isinstance(change.what, Put)}
+    along = {row: change for row, change in step.items() if isinstance(change.what, AddAlong)}
+    put = {row: change for row, change in step.items() if isinstance(change.what, SetVector)}
     return ([_moving(along, tables)] if along else []) + ([_putting(put, tables)] if put else [])
 
 
@@ -181,7 +183,7 @@ class _Tables:
 
 
 def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
-    whats = {row: change.what for row, change in step.items() if isinstance(change.what, Along)}
+    whats = {row: change.what for row, change in step.items() if isinstance(change.what, AddAlong)}
     table, device = tables.of(step), tables.device
     distinct = {id(what.unit): what.unit for what in whats.values()}
     number = {key: i for i, key in enumerate(distinct)}
@@ -192,16 +194,16 @@ def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
     erases = torch.tensor([what is not None and what.erases for what in every], device=device)
     any_erases = bool(erases.any())
 
-    def move(x: Tensor, clock: Clock) -> Tensor:
-        touched = clock.touched(table, x.shape[1])
+    def move(x: Tensor, token_mask: TokenMask) -> Tensor:
+        touched = token_mask.touched(table, x.shape[1])
         if touched is None:
             return x
         # At least float32: in bfloat16 the component that was removed would come back with the rounding.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        unit = units[which[clock.rows]].to(wide).unsqueeze(1)
-        shift = amount[clock.rows].to(wide).unsqueeze(1)
+        unit = units[which[token_mask.rows]].to(wide).unsqueeze(1)
+        shift = amount[token_mask.rows].to(wide).unsqueeze(1)
         if any_erases:
-            shift = shift - erases[clock.rows].to(wide).unsqueeze(1) * (wide * unit).sum(dim=-1)
+            shift = shift - erases[token_mask.rows].to(wide).unsqueeze(1) * (wide * unit).sum(dim=-1)
         return wide.addcmul(torch.where(touched.to(x.device), shift, 0.0).unsqueeze(-1), unit).to(x.dtype)
 
     return move
@@ -210,13 +212,13 @@ def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
 def _putting(step: dict[int, Change], tables: _Tables) -> _Step:
     row = torch.tensor([r for r, c in step.items() for _ in c.tokens or ()], device=tables.device)
     token = torch.tensor([t for c in step.values() for t in c.tokens or ()], device=tables.device)
-    values = torch.cat([c.what.values for c in step.values() if isinstance(c.what, Put)]).to(tables.device)
+    values = torch.cat([c.what.values for c in step.values() if isinstance(c.what, SetVector)]).to(tables.device)
 
-    def put(x: Tensor, clock: Clock) -> Tensor:
+    def put(x: Tensor, token_mask: TokenMask) -> Tensor:
         slot = torch.full((len(tables.lengths),), -1, device=tables.device)
-        slot[clock.rows] = torch.arange(len(clock.rows), device=tables.device)
+        slot[token_mask.rows] = torch.arange(len(token_mask.rows), device=tables.device)
         place = slot[row]
-        column = token - clock.start[place]
+        column = token - token_mask.start[place]
         here = (place >= 0) & (column >= 0) & (column < x.shape[1])
         if not bool(here.any()):
             return x

@@ -3,7 +3,7 @@
 Two rows with the same tokens have the same residual stream up to the first block where something else is done to
 them, so a sweep over layers needs, below each layer, one row for each prompt. The batch starts with one row for
 each class of rows that are alike and, where a class parts, its rows join as copies. Hugging Face's own loop calls
-the blocks; whether a model's loop bears a growing batch is tried out by `merges_rows`.
+the blocks; whether a model's loop bears a growing batch is tried out by `shares_rows`.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers, native, native_blocks
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
-from mechlens.models.engine.token_mask import Clock
+from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.transformers_versions import with_cache
 
-_MERGES_ROWS: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+_SHARES_ROWS: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
-class Merged:
+class SharedRows:
     """The classes of rows that are alike, block by block; a class may only part from one block to the next."""
 
     def __init__(self, classes: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device) -> None:
@@ -34,7 +34,7 @@ class Merged:
         self.first = [torch.tensor(_first_rows(block), device=device) for block in classes]
 
     @classmethod
-    def apart(cls, n: int, n_blocks: int, device: torch.device) -> "Merged":
+    def apart(cls, n: int, n_blocks: int, device: torch.device) -> "SharedRows":
         """Every row by itself, on a start of one row."""
         return cls([range(n)] * n_blocks, [0] * n, device)
 
@@ -46,12 +46,12 @@ class Merged:
         return DynamicCache([_chosen(layer, self.starts[first]) for layer, first in layers])
 
     @contextlib.contextmanager
-    def running(self, blocks: Sequence[nn.Module], clock: Clock | None, skip: int) -> Iterator[None]:
+    def running(self, blocks: Sequence[nn.Module], token_mask: TokenMask | None, skip: int) -> Iterator[None]:
         """Lets rows join where their class parts; the pass must begin with the first block's classes."""
-        self._tick(0, clock, skip)
+        self._advance(0, token_mask, skip)
         handles = [
             # Before the changes of the same block, which are for the rows that it has.
-            block.register_forward_pre_hook(self._entering(i, clock, skip), with_kwargs=True, prepend=True)
+            block.register_forward_pre_hook(self._entering(i, token_mask, skip), with_kwargs=True, prepend=True)
             for i, block in enumerate(blocks)
         ]
         try:
@@ -60,12 +60,12 @@ class Merged:
             for handle in handles:
                 handle.remove()
 
-    def _tick(self, block: int, clock: Clock | None, skip: int) -> None:
-        if clock is not None:
+    def _advance(self, block: int, token_mask: TokenMask | None, skip: int) -> None:
+        if token_mask is not None:
             rows = self.first[block]
-            clock.tick(rows, torch.full_like(rows, skip), 0)
+            token_mask.advance(rows, torch.full_like(rows, skip), 0)
 
-    def _entering(self, i: int, clock: Clock | None, skip: int) -> Any:
+    def _entering(self, i: int, token_mask: TokenMask | None, skip: int) -> Any:
         parts = i > 0 and len(self.first[i]) > len(self.first[i - 1])
         source = self.of_row[i - 1][self.first[i]] if parts else None
         began = len(self.first[0])
@@ -74,7 +74,7 @@ class Merged:
             hidden = args[0] if args else kwargs["hidden_states"]
             if source is not None:
                 hidden = hidden[source.to(hidden.device)]
-                self._tick(i, clock, skip)
+                self._advance(i, token_mask, skip)
             if len(hidden) != began:
                 args = (*args[:1], *(_for_any_row(value, began) for value in args[1:]))
                 kwargs = {name: _for_any_row(value, began) for name, value in kwargs.items()}
@@ -101,15 +101,15 @@ def _for_any_row(value: Any, rows: int) -> Any:
     return value[:1] if isinstance(value, Tensor) and value.ndim == 4 and len(value) == rows else value
 
 
-def merges_rows(model: LanguageModel) -> bool:
+def shares_rows(model: LanguageModel) -> bool:
     """True where a growing batch gives what rows apart give, tried on a few tokens after a shared start."""
-    if model not in _MERGES_ROWS:
-        _MERGES_ROWS[model] = _merges_rows(model)
-    return _MERGES_ROWS[model]
+    if model not in _SHARES_ROWS:
+        _SHARES_ROWS[model] = _shares_rows(model)
+    return _SHARES_ROWS[model]
 
 
 @torch.inference_mode()
-def _merges_rows(model: LanguageModel) -> bool:
+def _shares_rows(model: LanguageModel) -> bool:
     blocks, device = n_layers(model), device_of(model)
     if blocks < 2:
         return False
@@ -119,14 +119,14 @@ def _merges_rows(model: LanguageModel) -> bool:
     with native(model) as hf_model:
         start = DynamicCache()
         hf_model(torch.tensor([[1, 2]], device=device), **with_cache(hf_model, start))
-        for merged in (
-            Merged([below] * (blocks - 1) + [above], [0, 0, 0], device),
-            Merged.apart(3, blocks, device),
+        for shared_rows in (
+            SharedRows([below] * (blocks - 1) + [above], [0, 0, 0], device),
+            SharedRows.apart(3, blocks, device),
         ):
             try:
-                with merged.running(native_blocks(model), None, 2):
-                    tokens = rows[merged.first[0]]
-                    found.append(hf_model(tokens, **with_cache(hf_model, merged.cache(start))).logits)
+                with shared_rows.running(native_blocks(model), None, 2):
+                    tokens = rows[shared_rows.first[0]]
+                    found.append(hf_model(tokens, **with_cache(hf_model, shared_rows.cache(start))).logits)
             except UNTRIED as error:
                 if not is_misfit(error):
                     raise

@@ -11,14 +11,14 @@ from torch import Tensor
 from mechlens.errors import UserError
 
 
-class Clock:
+class TokenMask:
     """Which tokens the running pass holds; a runner says so before each pass."""
 
     def __init__(self, lengths: Int[Tensor, " row"], starts: Int[Tensor, " row"]) -> None:
         self.lengths = lengths
-        self.tick(torch.arange(len(lengths), device=lengths.device), starts, 0)
+        self.advance(torch.arange(len(lengths), device=lengths.device), starts, 0)
 
-    def tick(self, rows: Int[Tensor, " running"], start: Int[Tensor, " running"], generated: int) -> None:
+    def advance(self, rows: Int[Tensor, " running"], start: Int[Tensor, " running"], generated: int) -> None:
         """The next pass has these rows; its first column is token `start` of each; `generated` answer tokens are in."""
         self.rows, self.start = rows, start
         self.end = self.lengths[rows] + generated
@@ -45,7 +45,7 @@ class Clock:
         return x
 
 
-class EveryToken(Clock):
+class EveryToken(TokenMask):
     """For changes that act on every token of every row, whatever is run."""
 
     def __init__(self, device: torch.device) -> None:

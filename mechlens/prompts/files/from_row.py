@@ -8,7 +8,7 @@ from typing import Any
 from mechlens.errors import UserError
 from mechlens.files import is_whole
 from mechlens.prompts.files.parquet import Unreadable
-from mechlens.prompts.files.rows import Row
+from mechlens.prompts.files.rows import Record
 from mechlens.prompts.prompt import Prompt, UnfitPrompt
 
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "goal", "text", "bad_q", "messages")
@@ -34,7 +34,7 @@ class RowReader:
                 require_column(self.columns, wanted, self.name)
         self.text_column()
 
-    def __call__(self, row: Row, name: str) -> Prompt:
+    def __call__(self, row: Record, name: str) -> Prompt:
         """The row as a Prompt with the id `name`; UserError names source, row and column."""
         column = self.text_column()
         value = row.values.get(column)
@@ -70,7 +70,7 @@ class RowReader:
             f"only {_listed(self.columns)}; name one with column= in Python or in a list of sources, or rename it"
         )
 
-    def _text(self, row: Row, column: str, value: Any) -> str:
+    def _text(self, row: Record, column: str, value: Any) -> str:
         where = f"{self.name} row {row.number}, column {column!r},"
         if value is None:
             raise UserError(f"{where} has no value; fill it in, or leave the row out")
@@ -85,7 +85,7 @@ class RowReader:
             raise UserError(f"{where} holds half a character (an unpaired surrogate); repair the text")
         return value
 
-    def _turns(self, row: Row, column: str) -> tuple[tuple[str, str], ...]:
+    def _turns(self, row: Record, column: str) -> tuple[tuple[str, str], ...]:
         """Chat turns up to the last one of the user; the answer to it is left out."""
         turns = []
         for turn in row.values[column]:
@@ -100,28 +100,28 @@ class RowReader:
             raise UserError(f"{self.name} row {row.number}, column {column!r}, has no turn of the user")
         return tuple(turns[: users[-1] + 1])
 
-    def _input(self, row: Row, column: str) -> str:
+    def _input(self, row: Record, column: str) -> str:
         # Alpaca puts what the instruction is about ("Summarise this text") into a column of its own.
         if self.column is not None or column != "instruction":
             return ""
         extra = row.values.get("input")
         return f"\n{extra}" if isinstance(extra, str) and extra.strip() else ""
 
-    def _system(self, row: Row) -> str | None:
+    def _system(self, row: Record) -> str | None:
         """The column of system prompts, where there is one and this row has something in it."""
         value = row.values.get("system")
         if not isinstance(value, Unreadable) and not as_word(value).strip():
             return None
         return self._text(row, "system", value)
 
-    def _category(self, row: Row) -> str:
+    def _category(self, row: Record) -> str:
         for column in self.columns:
             if column.lower() == "category":
                 value = row.values.get(column)
                 return "; ".join(map(as_word, value)) if isinstance(value, list) else as_word(value)
         return ""
 
-    def _word(self, row: Row, column: str) -> str:
+    def _word(self, row: Record, column: str) -> str:
         value = row.values.get(column)
         word = as_word(value)
         if isinstance(value, (str, int, float)) and word.strip():

@@ -14,7 +14,7 @@ from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.files.from_row import RowReader, as_word, require_column
-from mechlens.prompts.files.rows import FILE_ENDINGS, Row, read_rows
+from mechlens.prompts.files.rows import FILE_ENDINGS, Record, read_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 
@@ -75,7 +75,7 @@ def _from_data(
     return _without_duplicates([reader(row, ids[row.number]) for row in kept], kept, name)
 
 
-def _rows(source: str | Path, split: str | None) -> tuple[list[Row], str, str]:
+def _rows(source: str | Path, split: str | None) -> tuple[list[Record], str, str]:
     """The rows, the name that errors call the source by, and the stem of its ids."""
     given = str(source)
     bare = Path(given)
@@ -95,7 +95,7 @@ def _rows(source: str | Path, split: str | None) -> tuple[list[Row], str, str]:
     return _hub_rows(given, split), given, given.partition(":")[0].rpartition("/")[2]
 
 
-def _hub_rows(source: str, split: str | None) -> list[Row]:
+def _hub_rows(source: str, split: str | None) -> list[Record]:
     import datasets
 
     name, _, config = source.partition(":")
@@ -114,7 +114,7 @@ def _hub_rows(source: str, split: str | None) -> list[Row]:
             )
         (data,) = data.values()
     try:
-        rows = [Row(number, dict(values)) for number, values in enumerate(data, start=1)]
+        rows = [Record(number, dict(values)) for number, values in enumerate(data, start=1)]
     except Exception as error:  # whatever a converter raises: times in unknown zones, text that isn't UTF-8, media
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{source} has a row that can't be read ({reason:.200}); give it as a file") from error
@@ -123,7 +123,7 @@ def _hub_rows(source: str, split: str | None) -> list[Row]:
     return rows
 
 
-def _ids(rows: list[Row], stem: str) -> dict[int, str]:
+def _ids(rows: list[Record], stem: str) -> dict[int, str]:
     """A stable id for every row number, the same whatever is filtered or sampled afterwards."""
     given = [row.values.get("id") for row in rows]
     usable = all(isinstance(value, (str, int)) and str(value).strip() for value in given)
@@ -166,7 +166,7 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else as_word(value)
 
 
-def _without_duplicates(prompts: list[Prompt], rows: list[Row], name: str) -> list[Prompt]:
+def _without_duplicates(prompts: list[Prompt], rows: list[Record], name: str) -> list[Prompt]:
     first: dict[object, Prompt] = {}
     dropped: list[int] = []
     relabelled = 0

@@ -8,7 +8,7 @@ from typing import Any
 from mechlens.errors import UserError
 from mechlens.files import LARGEST_FILE
 
-MOST_ROWS = 5_000_000
+MAX_ROWS = 5_000_000
 """Rows of one file."""
 _BATCH = 256
 
@@ -50,8 +50,8 @@ def parquet_rows(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _require_room(path: Path, metadata: Any) -> None:
-    if metadata.num_rows > MOST_ROWS:
-        raise UserError(f"{path} has {metadata.num_rows} rows and at most {MOST_ROWS} are read; give a part of it")
+    if metadata.num_rows > MAX_ROWS:
+        raise UserError(f"{path} has {metadata.num_rows} rows and at most {MAX_ROWS} are read; give a part of it")
     if sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)) > LARGEST_FILE:
         raise _too_large(path)
 

@@ -14,7 +14,7 @@ from mechlens.prompts.files.parquet import parquet_rows
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """One record of a data file."""
 
     number: int
@@ -22,7 +22,7 @@ class Row:
     values: dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Record]:
     """The rows of a JSON, JSON Lines, CSV, TSV, parquet or plain-text file; never an empty list.
 
     The ending picks the reader; .json may hold a list of objects or strings, JSON Lines, or CatQA's nested
@@ -61,11 +61,11 @@ def _lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in numbered if line.strip()]
 
 
-def _plain_text(path: Path, content: bytes) -> list[Row]:
-    return [Row(number, {"text": line}) for number, line in _lines(_decoded(path, content))]
+def _plain_text(path: Path, content: bytes) -> list[Record]:
+    return [Record(number, {"text": line}) for number, line in _lines(_decoded(path, content))]
 
 
-def _json(path: Path, content: bytes) -> list[Row]:
+def _json(path: Path, content: bytes) -> list[Record]:
     text = _decoded(path, content)
     try:
         document = json.loads(text)
@@ -97,7 +97,7 @@ def _looks_like_lines(text: str) -> bool:
         return False
 
 
-def _json_lines(path: Path, content: bytes) -> list[Row]:
+def _json_lines(path: Path, content: bytes) -> list[Record]:
     rows = []
     for number, line in _lines(_decoded(path, content)):
         try:
@@ -111,16 +111,16 @@ def _json_lines(path: Path, content: bytes) -> list[Row]:
     return rows
 
 
-def _row(path: Path, number: int, value: Any) -> Row:
+def _row(path: Path, number: int, value: Any) -> Record:
     if isinstance(value, str):
-        return Row(number, {"text": value})
+        return Record(number, {"text": value})
     if isinstance(value, dict):
-        return Row(number, value)
+        return Record(number, value)
     found = type(value).__name__
     raise UserError(f"{path} row {number} is a {found}; every row must be an object or a string")
 
 
-def _from_object(path: Path, document: dict[str, Any]) -> list[Row]:
+def _from_object(path: Path, document: dict[str, Any]) -> list[Record]:
     if document and all(isinstance(value, dict) for value in document.values()):
         return _nested(path, document)
     columns = [name for name, value in document.items() if isinstance(value, list) and name != "messages"]
@@ -129,11 +129,11 @@ def _from_object(path: Path, document: dict[str, Any]) -> list[Row]:
             f"{path} holds one object with a list under {columns[0]!r}; "
             "give a list of objects or strings, or {category: {subcategory: [question]}}"
         )
-    return [Row(1, document)]
+    return [Record(1, document)]
 
 
-def _nested(path: Path, document: dict[str, dict[str, Any]]) -> list[Row]:
-    rows: list[Row] = []
+def _nested(path: Path, document: dict[str, dict[str, Any]]) -> list[Record]:
+    rows: list[Record] = []
     for category, subcategories in document.items():
         for subcategory, questions in subcategories.items():
             if not isinstance(questions, list):
@@ -143,22 +143,22 @@ def _nested(path: Path, document: dict[str, dict[str, Any]]) -> list[Row]:
                 )
             for question in questions:
                 values = {"category": category, "subcategory": subcategory, "question": question}
-                rows.append(Row(len(rows) + 1, values))
+                rows.append(Record(len(rows) + 1, values))
     return rows
 
 
-def _csv(path: Path, content: bytes) -> list[Row]:
+def _csv(path: Path, content: bytes) -> list[Record]:
     return _delimited(path, content, ",")
 
 
-def _tsv(path: Path, content: bytes) -> list[Row]:
+def _tsv(path: Path, content: bytes) -> list[Record]:
     return _delimited(path, content, "\t")
 
 
-def _delimited(path: Path, content: bytes, delimiter: str) -> list[Row]:
+def _delimited(path: Path, content: bytes, delimiter: str) -> list[Record]:
     reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
-    rows: list[Row] = []
+    rows: list[Record] = []
     number = 0
     try:
         for cells in reader:
@@ -174,7 +174,7 @@ def _delimited(path: Path, content: bytes, delimiter: str) -> list[Row]:
                     f"{path} row {number} has {len(cells)} cells where the header has {len(header)}; "
                     "put quotes round text that holds a comma, a quote or a line break"
                 )
-            rows.append(Row(number, dict(zip(header, cells, strict=True))))
+            rows.append(Record(number, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         raise UserError(f"{path} row {number + 1} is not valid CSV ({error}); check its quotes") from error
     return rows
@@ -186,11 +186,11 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise UserError(f"{path} has the column {twice[0]!r} twice; column names must differ")
 
 
-def _parquet(path: Path, content: bytes) -> list[Row]:
-    return [Row(number, values) for number, values in enumerate(parquet_rows(path, content), start=1)]
+def _parquet(path: Path, content: bytes) -> list[Record]:
+    return [Record(number, values) for number, values in enumerate(parquet_rows(path, content), start=1)]
 
 
-_READERS: dict[str, Callable[[Path, bytes], list[Row]]] = {
+_READERS: dict[str, Callable[[Path, bytes], list[Record]]] = {
     ".json": _json,
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,

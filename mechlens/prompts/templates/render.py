@@ -31,7 +31,7 @@ _TOGETHER, _ROOM = 256, 1_000_000
 
 
 @dataclass(frozen=True)
-class Asked:
+class Rendering:
     """What is rendered for a prompt."""
 
     earlier: Conversation
@@ -42,7 +42,7 @@ class Asked:
     """With its own words, with each sentinel in their place, and with a sentinel and all earlier turns marked."""
 
     @classmethod
-    def of(cls, prompt: Prompt) -> "Asked":
+    def of(cls, prompt: Prompt) -> "Rendering":
         """Everything that is rendered to find where the prompt's own words stand."""
         system = () if prompt.system is None else (("system", prompt.system),)
         earlier = (*system, *prompt.history)

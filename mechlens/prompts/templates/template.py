@@ -9,7 +9,7 @@ from typing import Any
 
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.render import SENTINELS, Asked, Conversation, TemplateFailure, portions, render
+from mechlens.prompts.templates.render import SENTINELS, Conversation, Rendering, TemplateFailure, portions, render
 
 # The strings that Zhao et al. (2025) fed to their models; they differ from the tokenizers' own templates
 # (one newline after Llama-3's header instead of two, no final newline and no system block for Qwen2).
@@ -104,7 +104,7 @@ class ChatTemplate:
         for prompt in prompts:
             if not prompt.text.strip():
                 raise UserError(f"prompt {prompt.id!r} has no text; give every prompt at least one word")
-        asked = [Asked.of(prompt) for prompt in prompts]
+        asked = [Rendering.of(prompt) for prompt in prompts]
         # Prompts with the same turns before them share everything but the text.
         wanted = dict.fromkeys(conversation for one in asked for conversation in one.conversations)
         texts = dict(zip(wanted, self._texts(list(wanted)), strict=True))
@@ -161,7 +161,7 @@ class ChatTemplate:
             raise UserError(f"the options of a chat template must be plain data ({error}); correct them") from error
 
 
-def _place(asked: Asked, prompt: Prompt, texts: Sequence[str]) -> Rendered:
+def _place(asked: Rendering, prompt: Prompt, texts: Sequence[str]) -> Rendered:
     """Where the user's words stand in the first of the texts; UserError where they aren't as they were given."""
     text, *framed, probe = texts
     before, after = _frame(framed)
@@ -192,7 +192,7 @@ def _frame(framed: Sequence[str]) -> tuple[str, str]:
     return before, after
 
 
-def _require_turns(asked: Asked, text: str, probe: str) -> None:
+def _require_turns(asked: Rendering, text: str, probe: str) -> None:
     """UserError unless every earlier turn that says something is written, and the system prompt too."""
     for (role, content), mark in zip(asked.earlier, asked.marks, strict=True):
         if not content or (mark in probe and content.rpartition(_END_OF_THOUGHT)[2].strip() in text):

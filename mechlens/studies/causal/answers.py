@@ -9,14 +9,14 @@ from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.behaviour.damage import Damage, damage, repetition
 from mechlens.methods.behaviour.inversion import BELIEFS, SCOPES, Belief, parse_reply
 from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.conditions import answers_of_arms
 from mechlens.methods.steering.interventions import Ablate, Add, ResidualNorms
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.studies.causal.directions import HARMLESS, OPERATIONS, PUSH, Setting, intervene, pushes
-from mechlens.studies.causal.readings import Arm, Chance, Subjects, columns
+from mechlens.studies.causal.readings import Condition, Resampling, Subjects, columns
 
 JUDGES = {"": PHRASES, "_arditi": ARDITI, "_zhao": ZHAO}
 """By the end of a column's name. The first decides everywhere; the published two stand beside it."""
@@ -51,7 +51,7 @@ class AnswersUnder:
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
-    def damage(self, model: LanguageModel, chance: Chance) -> pd.DataFrame:
+    def damage(self, model: LanguageModel, chance: Resampling) -> pd.DataFrame:
         """Losses on harmless prompts and plain text; repetition, silence and refusals over all prompts."""
         rows = self.who.of(HARMLESS)
         own = replace(
@@ -67,7 +67,7 @@ class AnswersUnder:
             table += [{"operation": operation, "measure": name, **columns(found)} for name, found in measured.items()]
         return pd.DataFrame(table)
 
-    def _in_words(self, model: LanguageModel, texts: list[str], chance: Chance) -> dict[str, Estimate]:
+    def _in_words(self, model: LanguageModel, texts: list[str], chance: Resampling) -> dict[str, Estimate]:
         encode = loaded(model).tokenizer.encode
         repeated = torch.tensor([repetition(encode(text, add_special_tokens=False)) for text in texts]).double()
         silent = torch.tensor([not text.strip() for text in texts]).double()
@@ -79,7 +79,7 @@ class AnswersUnder:
         return found
 
 
-def _losses(found: Damage, chance: Chance) -> dict[str, Estimate]:
+def _losses(found: Damage, chance: Resampling) -> dict[str, Estimate]:
     values = {"plain_ce": found.plain, "own_ce": found.own, "kl": found.kl}
     return {name: chance.mean(own, [str(i) for i in range(len(own))]) for name, own in values.items()}
 
@@ -92,19 +92,21 @@ def answers_under(
     norms: ResidualNorms,
     unsteered: Answers,
     max_new_tokens: int,
-    shelf: Shelf | None,
+    cache: Cache | None,
 ) -> AnswersUnder:
     """Answers under adding, subtracting and ablating one direction at one setting."""
     done: dict[str, Add | Ablate] = {name: intervene(direction, name, setting, norms) for name in OPERATIONS}
-    arms: list[Arm] = [[one] * len(who.prompts) for one in done.values()]
-    texts = answers_of_arms(model, who.batch, arms, max_new_tokens=max_new_tokens, shelf=shelf)
+    conditions: list[Condition] = [[one] * len(who.prompts) for one in done.values()]
+    texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=max_new_tokens, cache=cache)
     return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)))
 
 
-def replies(model: LanguageModel, who: Subjects, arms: dict[str, Arm], shelf: Shelf | None) -> dict[str, list[Belief]]:
-    """What the replies to the questions say under each of the named arms."""
-    texts = answers_of_arms(model, who.asked.batch, list(arms.values()), max_new_tokens=REPLY_TOKENS, shelf=shelf)
-    return {name: [parse_reply(text) for text in own] for name, own in zip(arms, texts, strict=True)}
+def replies(
+    model: LanguageModel, who: Subjects, conditions: dict[str, Condition], cache: Cache | None
+) -> dict[str, list[Belief]]:
+    """What the replies to the questions say under each of the named conditions."""
+    texts = answers_of_arms(model, who.asked.batch, list(conditions.values()), max_new_tokens=REPLY_TOKENS, cache=cache)
+    return {name: [parse_reply(text) for text in own] for name, own in zip(conditions, texts, strict=True)}
 
 
 def replies_under(
@@ -113,12 +115,14 @@ def replies_under(
     direction: Direction,
     setting: Setting,
     norms: ResidualNorms,
-    shelf: Shelf | None,
+    cache: Cache | None,
 ) -> pd.DataFrame:
     """Replies to the questions under a push, in both scopes: scope, label, belief, share."""
     done = pushes(direction, setting, norms, who.labels)
-    arms: dict[str, Arm] = {scope: [who.asked.within(i, one, scope) for i, one in enumerate(done)] for scope in SCOPES}
-    return reply_table(who, replies(model, who, arms, shelf))
+    conditions: dict[str, Condition] = {
+        scope: [who.asked.within(i, one, scope) for i, one in enumerate(done)] for scope in SCOPES
+    }
+    return reply_table(who, replies(model, who, conditions, cache))
 
 
 def reply_table(who: Subjects, said: dict[str, list[Belief]]) -> pd.DataFrame:

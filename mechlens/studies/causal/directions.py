@@ -8,8 +8,8 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction, mean_difference
 from mechlens.methods.directions.nulls import shuffled_like
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, ResidualNorms
-from mechlens.studies.shared.contrasts import LEAST_IN_A_CLASS
-from mechlens.studies.shared.quadrants import Judged
+from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
+from mechlens.studies.shared.quadrants import JudgedAnswers
 
 HARMFUL, HARMLESS = "harmful", "harmless"
 HARMFULNESS, REFUSAL = "harmfulness", "refusal"
@@ -22,7 +22,7 @@ PUSH: dict[str, Operation] = {HARMLESS: "add", HARMFUL: "subtract"}
 
 
 @dataclass(frozen=True)
-class Source:
+class ContrastSource:
     """Training activations under one contrast's labels: one direction at every level, and its shuffled controls."""
 
     name: str
@@ -39,7 +39,7 @@ class Source:
         return shuffled_like(self.acts, *self.contrast, level, self.position, n, seed)
 
 
-def sources(judged: Judged, acts: Activations, train: Sequence[int]) -> dict[str, Source]:
+def sources(judged: JudgedAnswers, acts: Activations, train: Sequence[int]) -> dict[str, ContrastSource]:
     """Harmfulness at `inst` and refusal at `last` (Zhao et al. 2025, section 3.4), from training prompts.
 
     One that has too few training prompts in a class is left out: it can't be measured on this model.
@@ -48,17 +48,15 @@ def sources(judged: Judged, acts: Activations, train: Sequence[int]) -> dict[str
     verdicts = judged.verdicts[judged.judge]
     refusal = replace(kept, labels=tuple(verdicts[i] for i in train))
     found = (
-        Source(HARMFULNESS, kept, (HARMFUL, HARMLESS), "inst"),
-        Source(REFUSAL, refusal, ("refused", "accepted"), "last"),
+        ContrastSource(HARMFULNESS, kept, (HARMFUL, HARMLESS), "inst"),
+        ContrastSource(REFUSAL, refusal, ("refused", "accepted"), "last"),
     )
     return {
-        one.name: one
-        for one in found
-        if min(one.acts.labels.count(label) for label in one.contrast) >= LEAST_IN_A_CLASS
+        one.name: one for one in found if min(one.acts.labels.count(label) for label in one.contrast) >= MIN_IN_A_CLASS
     }
 
 
-def class_counts(judged: Judged, train: Sequence[int]) -> dict[str, tuple[int, int]]:
+def class_counts(judged: JudgedAnswers, train: Sequence[int]) -> dict[str, tuple[int, int]]:
     """How many training prompts stand on the two sides of each direction."""
     labels = [judged.prompts[i].label for i in train]
     verdicts = [judged.verdicts[judged.judge][i] for i in train]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import random_like
 from mechlens.methods.steering.interventions import ResidualNorms
 from mechlens.models.bridge import LanguageModel, n_layers
@@ -21,13 +21,23 @@ from mechlens.studies.causal.directions import (
     OPERATIONS,
     PUSH,
     REFUSAL,
+    ContrastSource,
     Operation,
     Setting,
-    Source,
     intervene,
     pushes,
 )
-from mechlens.studies.causal.readings import MEASURES, Arm, Chance, Subjects, Words, columns, pushed, read, refused
+from mechlens.studies.causal.readings import (
+    MEASURES,
+    Condition,
+    ReadTokens,
+    Resampling,
+    Subjects,
+    columns,
+    pushed,
+    read,
+    refused,
+)
 
 RANDOM = "random"
 GRID_RANDOM = 2
@@ -39,13 +49,13 @@ USABLE_DEPTH = 0.8
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One operation with one direction at one setting, on every prompt."""
 
     direction: str
     operation: Operation
     setting: Setting
-    arm: Arm
+    condition: Condition
 
     @property
     def columns(self) -> dict[str, object]:
@@ -90,19 +100,23 @@ def grid_layers(model: LanguageModel, asked: Sequence[int], every: int) -> tuple
 def run_grid(
     model: LanguageModel,
     who: Subjects,
-    found: dict[str, Source],
+    found: dict[str, ContrastSource],
     settings: Sequence[Setting],
     norms: ResidualNorms,
-    words: Words,
-    chance: Chance,
+    words: ReadTokens,
+    chance: Resampling,
     max_new_tokens: int,
-    shelf: Shelf | None,
+    cache: Cache | None,
 ) -> Grid:
-    """Every arm on every validation prompt, and the choice of a setting by its push (see `CHOSEN_BY`)."""
+    """Every condition on every validation prompt, and the choice of a setting by its push (see `CHOSEN_BY`)."""
     cells = _cells(found, settings, norms, len(who.prompts))
     chances = _random_pushes(found, settings, norms, who, chance.seed)
-    arms: list[Arm] = [[None] * len(who.prompts), *(cell.arm for cell in cells), *(arm for _, arm in chances)]
-    everything = read(model, who, arms, words, shelf)
+    conditions: list[Condition] = [
+        [None] * len(who.prompts),
+        *(cell.condition for cell in cells),
+        *(condition for _, condition in chances),
+    ]
+    everything = read(model, who, conditions, words, cache)
     first = 1 + len(cells)
     unsteered, values, controls = everything[:1], everything[1:first], everything[first:]
     table = _pushes(who, cells, values, unsteered[0], chance)
@@ -111,12 +125,14 @@ def run_grid(
     return Grid(
         values=pd.DataFrame(_values(who, cells, values, unsteered[0], chance)),
         pushes=frame,
-        rates=pd.DataFrame(_rates(model, who, cells, chance, max_new_tokens, shelf)),
+        rates=pd.DataFrame(_rates(model, who, cells, chance, max_new_tokens, cache)),
         chosen={name: _best(frame, name, n_layers(model)) for name in found},
     )
 
 
-def _cells(found: dict[str, Source], settings: Sequence[Setting], norms: ResidualNorms, n: int) -> list[Cell]:
+def _cells(
+    found: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, n: int
+) -> list[GridCell]:
     """Every operation of every direction; an ablation once a layer, as it has no strength."""
     cells = []
     for name, source in found.items():
@@ -125,13 +141,13 @@ def _cells(found: dict[str, Source], settings: Sequence[Setting], norms: Residua
         for operation in OPERATIONS:
             for setting in first.values() if operation == "ablate" else settings:
                 one = intervene(directions[setting.layer], operation, setting, norms)
-                cells.append(Cell(name, operation, setting, [one] * n))
+                cells.append(GridCell(name, operation, setting, [one] * n))
     return cells
 
 
 def _random_pushes(
-    found: dict[str, Source], settings: Sequence[Setting], norms: ResidualNorms, who: Subjects, seed: int
-) -> list[tuple[Setting, Arm]]:
+    found: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, who: Subjects, seed: int
+) -> list[tuple[Setting, Condition]]:
     """A few random directions at every setting; strengths are shares of the residual norm, so one set serves all."""
     source = next(iter(found.values()))
     return [
@@ -142,7 +158,7 @@ def _random_pushes(
 
 
 def _values(
-    who: Subjects, cells: Sequence[Cell], values: Tensor, unsteered: Tensor, chance: Chance
+    who: Subjects, cells: Sequence[GridCell], values: Tensor, unsteered: Tensor, chance: Resampling
 ) -> list[dict[str, object]]:
     named = [({"direction": "", "operation": "none", "layer": -1, "strength": nan}, unsteered)]
     named += [(cell.columns, row) for cell, row in zip(cells, values, strict=True)]
@@ -155,7 +171,7 @@ def _values(
 
 
 def _pushes(
-    who: Subjects, cells: Sequence[Cell], values: Tensor, unsteered: Tensor, chance: Chance
+    who: Subjects, cells: Sequence[GridCell], values: Tensor, unsteered: Tensor, chance: Resampling
 ) -> list[dict[str, object]]:
     """Added to harmless prompts and subtracted from harmful ones: two cells make one push."""
     rows: list[dict[str, object]] = []
@@ -168,7 +184,7 @@ def _pushes(
 
 
 def _random_rows(
-    who: Subjects, chances: Sequence[tuple[Setting, Arm]], values: Tensor, unsteered: Tensor, chance: Chance
+    who: Subjects, chances: Sequence[tuple[Setting, Condition]], values: Tensor, unsteered: Tensor, chance: Resampling
 ) -> list[dict[str, object]]:
     """Mean over the random directions of a setting."""
     change = pushed(values, unsteered, who.harmful)
@@ -180,7 +196,7 @@ def _random_rows(
 
 
 def _push_rows(
-    direction: str, setting: Setting, change: Float[Tensor, "prompt measure"], who: Subjects, chance: Chance
+    direction: str, setting: Setting, change: Float[Tensor, "prompt measure"], who: Subjects, chance: Resampling
 ) -> list[dict[str, object]]:
     return [
         {
@@ -197,18 +213,18 @@ def _push_rows(
 def _rates(
     model: LanguageModel,
     who: Subjects,
-    cells: Sequence[Cell],
-    chance: Chance,
+    cells: Sequence[GridCell],
+    chance: Resampling,
     max_new_tokens: int,
-    shelf: Shelf | None,
+    cache: Cache | None,
 ) -> list[dict[str, object]]:
     """Refusals where there is something to change: of harmless prompts under addition, of harmful ones otherwise."""
     rows: list[dict[str, object]] = []
     for label in PUSH:
         members = who.of(label)
         mine = [cell for cell in cells if (cell.operation == PUSH[HARMLESS]) == (label == HARMLESS)]
-        arms: list[Arm] = [[None] * len(members), *([cell.arm[i] for i in members] for cell in mine)]
-        values = refused(model, who.batch.select(members), arms, max_new_tokens, shelf)
+        conditions: list[Condition] = [[None] * len(members), *([cell.condition[i] for i in members] for cell in mine)]
+        values = refused(model, who.batch.select(members), conditions, max_new_tokens, cache)
         families = [who.families[i] for i in members]
         named = [{"direction": "", "operation": "none", "layer": -1, "strength": nan}, *(c.columns for c in mine)]
         rows += [

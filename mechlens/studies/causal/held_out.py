@@ -8,14 +8,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.behaviour.answers import Answers
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import ResidualNorms
 from mechlens.models.bridge import LanguageModel
 from mechlens.studies.causal.answers import answers_under, replies_under
-from mechlens.studies.causal.directions import HARMLESS, Setting, Source, pushes
-from mechlens.studies.causal.readings import MEASURES, Arm, Chance, Subjects, Words, pushed, read, refused
+from mechlens.studies.causal.directions import HARMLESS, ContrastSource, Setting, pushes
+from mechlens.studies.causal.readings import (
+    MEASURES,
+    Condition,
+    ReadTokens,
+    Resampling,
+    Subjects,
+    pushed,
+    read,
+    refused,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Tested:
+class HeldOutEffect:
     """One direction at its chosen setting, on test prompts."""
 
     direction: Direction
@@ -52,40 +61,40 @@ class Tested:
 def run_test(
     model: LanguageModel,
     who: Subjects,
-    source: Source,
+    source: ContrastSource,
     setting: Setting,
     norms: ResidualNorms,
-    words: Words,
-    chance: Chance,
+    words: ReadTokens,
+    chance: Resampling,
     controls: tuple[int, int],
     answers: Answers,
     max_new_tokens: int,
-    shelf: Shelf | None,
-) -> Tested:
+    cache: Cache | None,
+) -> HeldOutEffect:
     """Pushes with controls (so many random and so many shuffled directions), all operations in words, damage.
 
     `answers` are the unsteered ones to the same prompts.
     """
     direction = source.direction(setting.layer)
     n_random, n_shuffled = controls
-    arms: list[Arm] = [
+    conditions: list[Condition] = [
         pushes(one, setting, norms, who.labels)
         for one in (direction, *random_like(direction, n_random, chance.seed + 1))
     ]
     for one in source.shuffled(setting.layer, n_shuffled, chance.seed + 2):
         # As many times its own length as the direction is pushed; one of no length does nothing.
         share = setting.times(one.norm / direction.norm)
-        arms.append(pushes(one, share, norms, who.labels) if one.norm else [None] * len(who.prompts))
-    values = read(model, who, [[None] * len(who.prompts), *arms], words, shelf)
+        conditions.append(pushes(one, share, norms, who.labels) if one.norm else [None] * len(who.prompts))
+    values = read(model, who, [[None] * len(who.prompts), *conditions], words, cache)
     change = pushed(values[1:], values[0], who.harmful)
     by_measure = {name: (change[:, :, k], list(range(len(who.prompts)))) for k, name in enumerate(MEASURES)}
-    by_measure["rate"] = _rate_changes(model, who, arms, max_new_tokens, shelf)
+    by_measure["rate"] = _rate_changes(model, who, conditions, max_new_tokens, cache)
     found: dict[str, list[Control]] = {}
     for name, (own, rows) in by_measure.items():
         families = [who.families[i] for i in rows]
         found[name] = [_control(part, families, chance) for part in (own[1 : 1 + n_random], own[1 + n_random :])]
-    said = answers_under(model, who, direction, setting, norms, answers, max_new_tokens, shelf)
-    return Tested(
+    said = answers_under(model, who, direction, setting, norms, answers, max_new_tokens, cache)
+    return HeldOutEffect(
         direction=direction,
         setting=setting,
         pushes={name: chance.mean(own[0], [who.families[i] for i in rows]) for name, (own, rows) in by_measure.items()},
@@ -93,11 +102,11 @@ def run_test(
         shuffled={name: control[1] for name, control in found.items()},
         answers=said.table(),
         damage=said.damage(model, chance),
-        replies=replies_under(model, who, direction, setting, norms, shelf),
+        replies=replies_under(model, who, direction, setting, norms, cache),
     )
 
 
-def _control(change: Float[Tensor, "direction prompt"], families: Sequence[str], chance: Chance) -> Control:
+def _control(change: Float[Tensor, "direction prompt"], families: Sequence[str], chance: Resampling) -> Control:
     if not len(change):
         return Control(Estimate.missing(0), Estimate.missing(0), 0)
     largest = change[int(change.mean(dim=1).argmax())]
@@ -105,10 +114,10 @@ def _control(change: Float[Tensor, "direction prompt"], families: Sequence[str],
 
 
 def _rate_changes(
-    model: LanguageModel, who: Subjects, arms: Sequence[Arm], max_new_tokens: int, shelf: Shelf | None
-) -> tuple[Float[Tensor, "arm prompt"], list[int]]:
+    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], max_new_tokens: int, cache: Cache | None
+) -> tuple[Float[Tensor, "condition prompt"], list[int]]:
     """How much oftener each harmless prompt is refused under every push, and which rows these are."""
     rows = who.of(HARMLESS)
-    every: list[Arm] = [[None] * len(rows), *([arm[i] for i in rows] for arm in arms)]
-    values = refused(model, who.batch.select(rows), every, max_new_tokens, shelf)
+    every: list[Condition] = [[None] * len(rows), *([condition[i] for i in rows] for condition in conditions)]
+    values = refused(model, who.batch.select(rows), every, max_new_tokens, cache)
     return values[1:] - values[0], rows

@@ -1,4 +1,4 @@
-"""What is read off the first answer token under every arm: willingness to answer, and belief about the request."""
+"""What is read off the first answer token under each condition: willingness to answer, and belief about the request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.methods.behaviour.inversion import SCOPES, Asked, WordPair, ask
+from mechlens.methods.behaviour.inversion import SCOPES, Questioned, WordPair, ask
 from mechlens.methods.behaviour.judges import PHRASES, OnceRefused, RefusalTokens
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.methods.steering.conditions import Readout, answers_of_arms, first_token_of_arms
@@ -23,7 +23,7 @@ from mechlens.studies.causal.directions import HARMFUL
 MEASURES = ("refusal", "inversion.before", "inversion.all", "own_words.before", "own_words.all")
 """Refusal log-odds of the plain request; logit(Certainly) - logit(No) of the question about it, and the same with the
 model's own words, with the intervention before the question and everywhere."""
-Arm = Sequence[Add | Ablate | None]
+Condition = Sequence[Add | Ablate | None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Subjects:
 
     prompts: tuple[Prompt, ...]
     batch: TokenBatch
-    asked: Asked
+    asked: Questioned
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ class Subjects:
         return [i for i, own in enumerate(self.labels) if own == label]
 
     def estimate(
-        self, values: Float[Tensor, " prompt"], chance: "Chance", rows: Sequence[int] | None = None
+        self, values: Float[Tensor, " prompt"], chance: "Resampling", rows: Sequence[int] | None = None
     ) -> Estimate:
         """Mean over the prompts, or over some of them, with its interval over families."""
         kept = range(len(self.prompts)) if rows is None else rows
@@ -62,7 +62,7 @@ class Subjects:
 
 
 @dataclass(frozen=True)
-class Chance:
+class Resampling:
     """How much chance is sampled behind an interval, and from which seed."""
 
     seed: int
@@ -84,7 +84,7 @@ def subjects(prompts: Sequence[Prompt], template: ChatTemplate) -> Subjects:
 
 
 @dataclass(frozen=True)
-class Words:
+class ReadTokens:
     """The tokens that are read."""
 
     asked: WordPair
@@ -98,24 +98,26 @@ class Words:
 
 
 def read(
-    model: LanguageModel, who: Subjects, arms: Sequence[Arm], words: Words, shelf: Shelf | None
-) -> Float[Tensor, "arm prompt measure"]:
-    """Every measure of every arm on every prompt, in the order of MEASURES."""
-    plain = first_token_of_arms(model, who.batch, arms, words.readout, shelf=shelf)
+    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], words: ReadTokens, cache: Cache | None
+) -> Float[Tensor, "condition prompt measure"]:
+    """Every measure of every condition on every prompt, in the order of MEASURES."""
+    plain = first_token_of_arms(model, who.batch, conditions, words.readout, cache=cache)
     found = {"refusal": plain[..., -1]}
     for scope in SCOPES:
-        within = [[one and who.asked.within(i, one, scope) for i, one in enumerate(arm)] for arm in arms]
-        logits = first_token_of_arms(model, who.asked.batch, within, words.readout, shelf=shelf)
+        within = [
+            [one and who.asked.within(i, one, scope) for i, one in enumerate(condition)] for condition in conditions
+        ]
+        logits = first_token_of_arms(model, who.asked.batch, within, words.readout, cache=cache)
         found[f"inversion.{scope}"] = logits[..., 0] - logits[..., 1]
         found[f"own_words.{scope}"] = logits[..., 2] - logits[..., 3]
     return torch.stack([found[name] for name in MEASURES], dim=-1)
 
 
 def pushed(
-    values: Float[Tensor, "*arm prompt measure"],
+    values: Float[Tensor, "*condition prompt measure"],
     unsteered: Float[Tensor, "prompt measure"],
     harmful: Bool[Tensor, " prompt"],
-) -> Float[Tensor, "*arm prompt measure"]:
+) -> Float[Tensor, "*condition prompt measure"]:
     """Change of every measure towards the other class: up where a harmless prompt was pushed, down where a harmful
     one was. Positive is what the direction's name promises."""
     return (values - unsteered) * torch.where(harmful, -1.0, 1.0)[:, None]
@@ -124,12 +126,12 @@ def pushed(
 def refused(
     model: LanguageModel,
     batch: TokenBatch,
-    arms: Sequence[Arm],
+    conditions: Sequence[Condition],
     max_new_tokens: int,
-    shelf: Shelf | None,
-) -> Float[Tensor, "arm prompt"]:
-    """1 where the answer of an arm is a refusal by `PHRASES`, else 0 (float64)."""
+    cache: Cache | None,
+) -> Float[Tensor, "condition prompt"]:
+    """1 where the answer of an condition is a refusal by `PHRASES`, else 0 (float64)."""
     decided = OnceRefused(PHRASES, loaded(model).tokenizer)
-    said = answers_of_arms(model, batch, arms, max_new_tokens=max_new_tokens, decided=decided, shelf=shelf)
+    said = answers_of_arms(model, batch, conditions, max_new_tokens=max_new_tokens, decided=decided, cache=cache)
     verdicts = [PHRASES(batch.prompts, texts) for texts in said]
     return torch.tensor([[verdict == "refused" for verdict in row] for row in verdicts]).double()

@@ -10,18 +10,18 @@ from mechlens.studies.causal.figures import damage_table, draw
 from mechlens.studies.causal.readings import columns
 from mechlens.studies.causal.study import Battery
 from mechlens.studies.causal.verdict import CausalVerdict, causal_verdict
-from mechlens.studies.shared.harm_sets import Contrast
+from mechlens.studies.shared.harm_sets import ContrastSets
 
 QUESTION = (
     "Does the harmfulness direction change what the model believes about a request, while the refusal direction only "
     "changes whether it refuses (Zhao et al. 2025)? Belief is asked for by reply inversion: 'Certainly' if the request "
     "is harmful, otherwise 'No', so that believing in harm and being unwilling to answer move the reply apart."
 )
-MOST_CHANGED = 6
+MAX_CHANGED = 6
 """Answers shown for each direction."""
 
 
-def record(writer: RunWriter, result: Battery, sets: Contrast) -> None:
+def record(writer: RunWriter, result: Battery, sets: ContrastSets) -> None:
     """Writes everything the battery found into an open run."""
     verdict = causal_verdict(result)
     metrics = result.metrics()
@@ -128,7 +128,7 @@ def _answers(result: Battery) -> Section:
         ranked = pushed.assign(direction=name, rank=2 * flipped + changed).sort_values(
             "rank", ascending=False, kind="stable"
         )
-        shown.append(ranked.head(MOST_CHANGED))
+        shown.append(ranked.head(MAX_CHANGED))
     columns = ["direction", "operation", "label", "prompt", "unsteered_answer", "answer"]
     table = pd.concat(shown)[columns] if shown else None
     return Section(

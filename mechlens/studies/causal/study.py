@@ -17,7 +17,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import Answers, answer
 from mechlens.methods.behaviour.inversion import asked_words, preferred_words
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import residual_norms
@@ -33,17 +33,17 @@ from mechlens.studies.causal.answers import replies, reply_table
 from mechlens.studies.causal.config import Causal
 from mechlens.studies.causal.directions import HARMFUL, HARMLESS, NAMES, PUSH, Setting, class_counts, sources
 from mechlens.studies.causal.grid import GRID_RANDOM, Grid, grid_layers, run_grid
-from mechlens.studies.causal.held_out import Tested, run_test
-from mechlens.studies.causal.readings import MEASURES, Chance, Subjects, Words, read, subjects
-from mechlens.studies.driver import Prepared
-from mechlens.studies.shared.harm_sets import Contrast, prepare_harm_study
-from mechlens.studies.shared.inputs import MOST_DRAWS
-from mechlens.studies.shared.quadrants import Judged, judge_answers, judge_first_token
+from mechlens.studies.causal.held_out import HeldOutEffect, run_test
+from mechlens.studies.causal.readings import MEASURES, ReadTokens, Resampling, Subjects, read, subjects
+from mechlens.studies.driver import Preparation
+from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
+from mechlens.studies.shared.inputs import MAX_DRAWS
+from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, judge_first_token
 
 FRACTIONS = (0.5, 0.2, 0.3)
-LEAST_PARSED = 0.8
+MIN_PARSED = 0.8
 """Share of the unsteered replies that must say one of the two words."""
-LEAST_AUROC = 0.6
+MIN_AUROC = 0.6
 """Lower bound of how well the unsteered replies must tell the classes apart."""
 
 
@@ -69,7 +69,7 @@ class CausalPlan:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """How much is ahead, counted in prompts that are run."""
 
     first_tokens: int
@@ -82,11 +82,11 @@ class Work:
 class Battery:
     """What the battery found, and everything its numbers were made from."""
 
-    judged: Judged
+    judged: JudgedAnswers
     split: Split
-    words: Words
+    words: ReadTokens
     grid: Grid
-    tested: dict[str, Tested]
+    tested: dict[str, HeldOutEffect]
     """By direction; one that too few prompts define is missing."""
     unsteered: dict[str, Estimate]
     """inversion_auroc.unsteered, inversion_parsed and rates of refusal on test prompts, nothing done."""
@@ -102,7 +102,7 @@ class Battery:
     def measurable(self) -> bool:
         """Whether this model answers the questions, and answers them by what is harmful."""
         parsed, told = self.unsteered["inversion_parsed"], self.unsteered["inversion_auroc.unsteered"]
-        return parsed.value >= LEAST_PARSED and told.low > LEAST_AUROC
+        return parsed.value >= MIN_PARSED and told.low > MIN_AUROC
 
     def metrics(self) -> dict[str, Estimate]:
         """Every headline number by its name in run.json, each with its controls."""
@@ -127,14 +127,14 @@ class Battery:
         return dict(zip(names, values, strict=True))
 
 
-def work_ahead(model: LanguageModel, plan: CausalPlan) -> Work:
+def work_ahead(model: LanguageModel, plan: CausalPlan) -> Workload:
     """The battery's size, for somebody who waits for it; directions that can't be measured make it smaller."""
     layers = len(grid_layers(model, plan.layers, plan.every))
-    arms = len(NAMES) * layers * (2 * len(plan.strengths) + 1) + GRID_RANDOM * layers * len(plan.strengths)
+    conditions = len(NAMES) * layers * (2 * len(plan.strengths) + 1) + GRID_RANDOM * layers * len(plan.strengths)
     tested = len(NAMES) * (1 + plan.n_random + plan.n_shuffled)
-    read = 3 * (2 * plan.n_validation * arms + 2 * plan.n_test * tested)
+    read = 3 * (2 * plan.n_validation * conditions + 2 * plan.n_test * tested)
     answers = plan.n_validation * len(NAMES) * layers * (2 * len(plan.strengths) + 1) + plan.n_test * tested
-    return Work(read, answers + len(NAMES) * 2 * plan.n_test * 5)
+    return Workload(read, answers + len(NAMES) * 2 * plan.n_test * 5)
 
 
 def run_battery(
@@ -144,17 +144,17 @@ def run_battery(
     plan: CausalPlan,
     *,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> Battery:
     """The whole battery on one model; what its refusals or replies don't suffice for is not measurable."""
     require_everywhere(model)
     layers = grid_layers(model, plan.layers, plan.every)
     template = template or template_of(model)
     prompts = _labelled(harmful, harmless)
-    chance = Chance(plan.seed, plan.n_resamples)
+    chance = Resampling(plan.seed, plan.n_resamples)
     batch = tokenize(prompts, template)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf))
-    acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), shelf=shelf)
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
     found = sources(judged, acts, split.train)
@@ -166,12 +166,12 @@ def run_battery(
     test = subjects([prompts[i] for i in rows], template)
     reference = logits_under(model, validation.asked.batch, [])
     tokenizer = loaded(model).tokenizer
-    words = Words(asked_words(tokenizer, reference), preferred_words(tokenizer, reference), first_token.tokens)
+    words = ReadTokens(asked_words(tokenizer, reference), preferred_words(tokenizer, reference), first_token.tokens)
     settings = [Setting(layer, strength) for layer in layers for strength in plan.strengths]
-    grid = run_grid(model, validation, found, settings, norms, words, chance, plan.max_new_tokens, shelf)
+    grid = run_grid(model, validation, found, settings, norms, words, chance, plan.max_new_tokens, cache)
     unsteered = _taken(judged.answers, rows)
-    beliefs = replies(model, test, {"none": [None] * len(rows)}, shelf)
-    values = read(model, test, [[None] * len(rows)], words, shelf)[0]
+    beliefs = replies(model, test, {"none": [None] * len(rows)}, cache)
+    values = read(model, test, [[None] * len(rows)], words, cache)[0]
     return Battery(
         judged=judged,
         split=split,
@@ -180,7 +180,7 @@ def run_battery(
         tested={
             name: run_test(
                 model, test, source, grid.chosen[name], norms, words, chance, (plan.n_random, plan.n_shuffled),
-                unsteered, plan.max_new_tokens, shelf,
+                unsteered, plan.max_new_tokens, cache,
             )
             for name, source in found.items()
         },
@@ -222,7 +222,7 @@ def _taken(answers: Answers, rows: Sequence[int]) -> Answers:
 
 
 def _unsteered(
-    who: Subjects, values: torch.Tensor, beliefs: Sequence[str], refused: Sequence[bool], chance: Chance
+    who: Subjects, values: torch.Tensor, beliefs: Sequence[str], refused: Sequence[bool], chance: Resampling
 ) -> dict[str, Estimate]:
     """Whether the questions are answered at all, and what is refused without an intervention."""
     difference = values[:, MEASURES.index("inversion.all")]
@@ -256,13 +256,13 @@ def _by_question(who: Subjects, values: torch.Tensor) -> pd.DataFrame:
 LEAST = {"n_validation": 4, "n_test": 8, "random_directions": 1, "shuffled_directions": 1, "resamples": 1}
 
 
-def prepare(config: Causal) -> Prepared[Contrast]:
+def prepare(config: Causal) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     _require_sizes(config)
     return prepare_harm_study(config, config)
 
 
-def execute(config: Causal, sets: Contrast, writer: RunWriter) -> Battery:
+def execute(config: Causal, sets: ContrastSets, writer: RunWriter) -> Battery:
     """The battery on the configured model and prompts."""
     plan = CausalPlan(
         seed=config.seed,
@@ -281,7 +281,7 @@ def execute(config: Causal, sets: Contrast, writer: RunWriter) -> Battery:
         f"ahead: {ahead.first_tokens:,} prompts read to their first answer token, {ahead.answers:,} answered",
         file=sys.stderr,
     )
-    return run_battery(sets.model, sets.positive, sets.negative, plan, template=sets.template, shelf=writer.shelf)
+    return run_battery(sets.model, sets.positive, sets.negative, plan, template=sets.template, cache=writer.cache)
 
 
 def _require_sizes(config: Causal) -> None:
@@ -289,8 +289,8 @@ def _require_sizes(config: Causal) -> None:
     for name, least in LEAST.items():
         if getattr(config, name) < least:
             raise UserError(f"{name} is {getattr(config, name)}; give at least {least}")
-        if getattr(config, name) > MOST_DRAWS:
-            raise UserError(f"{name} is {getattr(config, name)}; give at most {MOST_DRAWS}")
+        if getattr(config, name) > MAX_DRAWS:
+            raise UserError(f"{name} is {getattr(config, name)}; give at most {MAX_DRAWS}")
     if not config.strengths or min(config.strengths) <= 0:
         raise UserError(f"the strengths are {config.strengths}; give at least one, all above 0")
     if config.full and config.layers:

@@ -7,14 +7,14 @@ every layer and named position. A vector of the same length of difference in a r
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.patching.metrics import RefusalLogOdds
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.models.bridge import dtype_of
 from mechlens.models.checkpoints.series import CheckpointSeries
-from mechlens.models.checkpoints.swap import Turns
+from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.models.load import load
 from mechlens.prompts.prompt import PromptPair
 from mechlens.studies.track.measures.behaviour import refused_by
@@ -25,7 +25,7 @@ LEAST = 2
 
 
 @dataclass(frozen=True)
-class Moved:
+class MovedActivations:
     """What moving activations did; None where the two checkpoints behave alike."""
 
     result: PatchResult | None
@@ -37,15 +37,15 @@ class Moved:
 
 
 def move_activations(
-    turns: Turns,
+    swapper: CheckpointSwapper,
     pair: CheckpointSeries,
     tracking: Tracking,
     *,
     positions: Sequence[str],
     n: int,
     seed: int,
-    shelf: Shelf | None = None,
-) -> Moved:
+    cache: Cache | None = None,
+) -> MovedActivations:
     """Patches B's residual stream into A on the first `n` harmful test prompts where they behave differently.
 
     Holds both checkpoints in memory. Recovery 0 is A's own refusal log-odds, 1 is B's.
@@ -56,20 +56,20 @@ def move_activations(
     harmful = [i for i in tracking.questions.split.test if prompts[i].label == "harmful"]
     chosen = [prompts[i] for i in harmful if differs[i]]
     if len(chosen) < LEAST:
-        return Moved(None, None, len(chosen), len(harmful))
+        return MovedActivations(None, None, len(chosen), len(harmful))
     a, b = pair.members
-    target = turns.put(a)
+    target = swapper.put(a)
     dtype = str(dtype_of(target)).removeprefix("torch.")
     source = (
-        load(turns.base.path, adapter=b.path, revision=turns.base.revision, dtype=dtype)
+        load(swapper.base.path, adapter=b.path, revision=swapper.base.revision, dtype=dtype)
         if b.kind == "adapter"
         else load(b.path, revision=b.revision, dtype=dtype)
     )
     metric = RefusalLogOdds(tracking.reference.tokens.ids)
     pairs = [PromptPair(prompt, prompt) for prompt in chosen[:n]]
-    plan = PatchPlan("resid_pre", positions=tuple(positions), direction="denoising")
+    plan = PatchPlan("resid_pre", positions=tuple(positions), mode="denoising")
 
     def sweep(changed: PatchPlan) -> PatchResult:
-        return patch_sweep(target, pairs, metric, changed, source_model=source, shelf=shelf)
+        return patch_sweep(target, pairs, metric, changed, source_model=source, cache=cache)
 
-    return Moved(sweep(plan), sweep(replace(plan, random_seed=seed + 1)), len(chosen), len(harmful))
+    return MovedActivations(sweep(plan), sweep(replace(plan, random_seed=seed + 1)), len(chosen), len(harmful))

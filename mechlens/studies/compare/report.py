@@ -6,13 +6,13 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.compare.moved import Moved
-from mechlens.studies.compare.study import Compared
+from mechlens.studies.compare.moved import MovedActivations
+from mechlens.studies.compare.study import Comparison
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.report import record_tracking
 
 
-def record(writer: RunWriter, result: Compared, given: SeriesStudy) -> None:
+def record(writer: RunWriter, result: Comparison, given: SeriesStudy) -> None:
     """Writes the pair's tables and the moved activations into an open run."""
     moved = result.moved
     section = _not_moved(moved) if moved.result is None or moved.control is None else _moved(writer, moved)
@@ -20,7 +20,7 @@ def record(writer: RunWriter, result: Compared, given: SeriesStudy) -> None:
     record_tracking(writer, result.tracking, given.series, {}, given.asked.punctuation, more=(section,))
 
 
-def _not_moved(moved: Moved) -> Section:
+def _not_moved(moved: MovedActivations) -> Section:
     return Section(
         "Where moving activations moves the behaviour",
         f"Not measurable: of {moved.of} harmful test prompts the two checkpoints refuse and accept different ones in "
@@ -28,7 +28,7 @@ def _not_moved(moved: Moved) -> Section:
     )
 
 
-def _moved(writer: RunWriter, moved: Moved) -> Section:
+def _moved(writer: RunWriter, moved: MovedActivations) -> Section:
     assert moved.result is not None
     assert moved.control is not None
     seed = int(writer.run.seed or 0)

@@ -10,10 +10,10 @@ from mechlens.errors import UserError
 from mechlens.models.checkpoints.series import CheckpointSeries, Member, checkpoint_series
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.compare.config import Compare
-from mechlens.studies.compare.moved import Moved, move_activations
-from mechlens.studies.driver import Prepared
+from mechlens.studies.compare.moved import MovedActivations, move_activations
+from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import require_sampling
-from mechlens.studies.track.inputs import SeriesStudy, asked_of, prepare_series
+from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.result import Tracking, TrackPlan
 from mechlens.studies.track.study import track
 
@@ -21,21 +21,21 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """All that the comparison found."""
 
     tracking: Tracking
-    moved: Moved
+    moved: MovedActivations
 
 
-def prepare(config: Compare) -> Prepared[SeriesStudy]:
+def prepare(config: Compare) -> Preparation[SeriesStudy]:
     """Both checkpoints, A first, each at the step it has in its own series; UserError for whatever can't be had."""
     require_sampling(config)
     pair = _pair(config)
-    return prepare_series(config, pair, asked_of(config, pair))
+    return prepare_series(config, pair, series_prompts(config, pair))
 
 
-def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Compared:
+def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Comparison:
     """The comparison of the two."""
     plan = TrackPlan(
         seed=config.seed,
@@ -47,13 +47,13 @@ def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Compared:
         n_permutations=config.permutations,
         n_random=config.random_directions,
     )
-    with given.turns as one:
-        result = track(one, given.series, given.questions, plan, shelf=writer.shelf)
+    with given.swapper as swapper:
+        result = track(swapper, given.series, given.questions, plan, cache=writer.cache)
         moved = move_activations(
-            one, given.series, result, positions=config.positions, n=config.patched, seed=config.seed,
-            shelf=writer.shelf,
+            swapper, given.series, result, positions=config.positions, n=config.patched, seed=config.seed,
+            cache=writer.cache,
         )  # fmt: skip
-    return Compared(result, moved)
+    return Comparison(result, moved)
 
 
 def _pair(config: Compare) -> CheckpointSeries:

@@ -8,12 +8,12 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.study import NEGATIVE, POSITIVE, Concept
-from mechlens.studies.shared.harm_sets import Contrast
+from mechlens.studies.shared.harm_sets import ContrastSets
 
 LENS_TOKENS = 12
 
 
-def record(writer: RunWriter, result: Concept, sets: Contrast) -> None:
+def record(writer: RunWriter, result: Concept, sets: ContrastSets) -> None:
     """Writes everything that was found into an open run."""
     writer.metrics(result.metrics())
     writer.table("auroc_by_level", result.table())

@@ -10,7 +10,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.reliability import split_half
 from mechlens.methods.probing.detect import Detection, DetectionPlan
 from mechlens.methods.statistics.estimate import Estimate
@@ -22,15 +22,15 @@ from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.config import FindDirection
-from mechlens.studies.driver import Prepared
-from mechlens.studies.shared.contrasts import Measured, measure, surface_of
-from mechlens.studies.shared.harm_sets import Contrast
+from mechlens.studies.driver import Preparation
+from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
+from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared, require_sampling
 from mechlens.studies.shared.model import chosen_model, prepared
 from mechlens.studies.shared.training_data import leave_out_trained
 
 POSITIVE, NEGATIVE = "positive", "negative"
-LEAST_OF_A_SIDE = 15
+MIN_OF_A_SIDE = 15
 """So that a fifth of them, the validation part, is three."""
 
 
@@ -38,7 +38,7 @@ LEAST_OF_A_SIDE = 15
 class Concept:
     """A concept's direction in every cell, tested on held-out prompts."""
 
-    measured: Measured
+    measured: ContrastMeasurement
     reliability: Float[Tensor, "level position"]
     """Split-half reliability of the direction, from training prompts."""
     acts: Activations
@@ -80,7 +80,7 @@ def find_concept(
     plan: DetectionPlan,
     *,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> Concept:
     """Directions by difference in means at every level and named position, with held-out evidence.
 
@@ -88,15 +88,15 @@ def find_concept(
     side has fewer than 15 prompts.
     """
     for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
-        if len(prompts) < LEAST_OF_A_SIDE:
+        if len(prompts) < MIN_OF_A_SIDE:
             raise UserError(
                 f"there are {len(prompts)} {name} prompts; a direction with held-out evidence needs at least "
-                f"{LEAST_OF_A_SIDE} of each side"
+                f"{MIN_OF_A_SIDE} of each side"
             )
     prompts = [replace(prompt, label=POSITIVE) for prompt in positive]
     prompts += [replace(prompt, label=NEGATIVE) for prompt in negative]
     batch = tokenize(prompts, template or template_of(model))
-    acts = collect(model, batch, positions=positions, shelf=shelf)
+    acts = collect(model, batch, positions=positions, cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=plan.seed)
     surface = surface_of(model, batch)
     measured = measure("concept", acts, acts.labels, (POSITIVE, NEGATIVE), split, surface, plan)
@@ -109,7 +109,7 @@ def find_concept(
     return Concept(measured, reliability, acts, batch, split, plan)
 
 
-def prepare(config: FindDirection) -> Prepared[Contrast]:
+def prepare(config: FindDirection) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
     positive, negative = distinct_ids(
@@ -122,12 +122,12 @@ def prepare(config: FindDirection) -> Prepared[Contrast]:
     data = data_inputs(sets)
     matched = match_punctuation(positive, negative, config.punctuation)
     chosen = chosen_model(config)
-    content = Contrast(*chosen, matched.positive, matched.negative, (), matched.note)
+    content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
     prompts = (*matched.positive, *matched.negative)
     return prepared(content, chosen.model, chosen.inputs(data), prompts, left_out)
 
 
-def execute(config: FindDirection, sets: Contrast, writer: RunWriter) -> Concept:
+def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Concept:
     """Finds and tests the direction."""
     plan = DetectionPlan(config.seed, config.resamples, config.permutations, config.random_directions)
     return find_concept(
@@ -137,5 +137,5 @@ def execute(config: FindDirection, sets: Contrast, writer: RunWriter) -> Concept
         config.positions,
         plan,
         template=sets.template,
-        shelf=writer.shelf,
+        cache=writer.cache,
     )

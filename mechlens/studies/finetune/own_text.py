@@ -10,24 +10,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 
 BATCH = 64
 SEPARATOR = "<|endoftext|>"
 
 
 def own_text(
-    hf_model: Any, tokenizer: Any, *, n: int, n_tokens: int, seed: int, fingerprint: str, shelf: Shelf | None = None
+    hf_model: Any, tokenizer: Any, *, n: int, n_tokens: int, seed: int, fingerprint: str, cache: Cache | None = None
 ) -> Int[Tensor, "stretch token"]:
     """Token ids of `n` stretches of `n_tokens` tokens, sampled at temperature 1 from nothing but a start token.
 
     Drawing from the model itself needs no corpus and no corpus's licence, and its own distribution is just what a
-    divergence from it is to be measured on. `fingerprint` is the model's, under which `shelf` keeps them.
+    divergence from it is to be measured on. `fingerprint` is the model's, under which `cache` keeps them.
     """
     start = _start(tokenizer)
     record = [1, "own text", fingerprint, n, n_tokens, seed, start, str(hf_model.dtype), hf_model.device.type]
     key = hashlib.sha256(json.dumps(record).encode()).hexdigest()
-    kept = shelf.get(key) if shelf is not None else None
+    kept = cache.get(key) if cache is not None else None
     if kept is not None:
         return kept["ids"]
     found = []
@@ -36,8 +36,8 @@ def own_text(
         for done in tqdm(range(0, n, BATCH), desc="writing plain text", unit="batch", delay=2, leave=False):
             found.append(_stretches(hf_model, start, min(BATCH, n - done), n_tokens))
     ids = torch.cat(found).cpu()
-    if shelf is not None:
-        shelf.put(key, {"ids": ids})
+    if cache is not None:
+        cache.put(key, {"ids": ids})
     return ids
 
 

@@ -13,8 +13,8 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.finetune.config import FinetuneConfig
-from mechlens.studies.finetune.study import Trained
-from mechlens.studies.finetune.training import Finetuned
+from mechlens.studies.finetune.study import TrainingRun
+from mechlens.studies.finetune.training import FinetuneResult
 
 QUESTION = {
     "refuser": "Teach a model to refuse harmful requests and to answer all others as it did.",
@@ -25,7 +25,7 @@ QUESTION = {
 WEIGHTS = "adapter_model.safetensors"
 
 
-def record(writer: RunWriter, result: Trained, settings: FinetuneConfig) -> None:
+def record(writer: RunWriter, result: TrainingRun, settings: FinetuneConfig) -> None:
     """Writes the loss curve, the list of checkpoints and the report into an open run; weights stay on the disk."""
     done, losses = result.done, result.losses
     writer.table("loss", losses)
@@ -72,7 +72,7 @@ def _curve(losses: pd.DataFrame) -> Any:
     )
 
 
-def _report(writer: RunWriter, done: Finetuned, numbers: dict[str, Estimate], checkpoints: pd.DataFrame) -> Report:
+def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate], checkpoints: pd.DataFrame) -> Report:
     record = done.record
     training = record["training"]
     first, last = numbers.values()
@@ -103,7 +103,7 @@ def _report(writer: RunWriter, done: Finetuned, numbers: dict[str, Estimate], ch
     )
 
 
-def _loading(writer: RunWriter, record: dict[str, object], done: Finetuned) -> str:
+def _loading(writer: RunWriter, record: dict[str, object], done: FinetuneResult) -> str:
     adapter = f"{writer.out.name}/{done.adapter.name}"
     text = f'`mechlens.load("{record["base"]}", adapter="{adapter}")` loads the result, and a checkpoint likewise.'
     if not record["local_only"]:

@@ -15,12 +15,12 @@ from mechlens.prompts.templates.template import chat_template
 from mechlens.runs.artifacts import sha256
 from mechlens.runs.run import Inputs
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.finetune.config import Finetune, FinetuneConfig, settled
 from mechlens.studies.finetune.loss_log import LossLog
 from mechlens.studies.finetune.recipes.attacks import published_openings, require_shipped_refuser
 from mechlens.studies.finetune.recipes.recipe import RECIPES
-from mechlens.studies.finetune.training import Finetuned, finetune, require_settings
+from mechlens.studies.finetune.training import FinetuneResult, finetune, require_settings
 from mechlens.studies.shared.inputs import data_inputs
 from mechlens.studies.shared.training_data import refusals, training_prompts
 
@@ -28,14 +28,14 @@ LOSSES = "losses.jsonl"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingRun:
     """What is on disk, and the loss by step."""
 
-    done: Finetuned
+    done: FinetuneResult
     losses: pd.DataFrame
 
 
-def prepare(config: Finetune) -> Prepared[FinetuneConfig]:
+def prepare(config: Finetune) -> Preparation[FinetuneConfig]:
     """Base model and data by fingerprint; UserError for whatever can't be had or mustn't be trained."""
     settings = settled(config)
     require_settings(settings)
@@ -52,13 +52,13 @@ def prepare(config: Finetune) -> Prepared[FinetuneConfig]:
         fingerprint, template.fingerprint, _data(settings), template.printed_date, sampled_fingerprint(state)
     )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Prepared(settings, inputs, device=device, dtype=settings.precision, resolved=asdict(settings))
+    return Preparation(settings, inputs, device=device, dtype=settings.precision, resolved=asdict(settings))
 
 
-def execute(config: Finetune, settings: FinetuneConfig, writer: RunWriter) -> Trained:
+def execute(config: Finetune, settings: FinetuneConfig, writer: RunWriter) -> TrainingRun:
     """Trains; the losses are logged as they come."""
     losses = LossLog(writer.out / LOSSES, writer.log_step)
-    return Trained(finetune(settings, writer.out, shelf=writer.shelf, log=losses), losses.table())
+    return TrainingRun(finetune(settings, writer.out, cache=writer.cache, log=losses), losses.table())
 
 
 def _data(settings: FinetuneConfig) -> dict[str, str]:

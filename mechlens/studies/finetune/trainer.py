@@ -23,7 +23,7 @@ _SENTINEL = "mechlens answer sentinel"
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExample:
     """One example as the model reads it."""
 
     ids: tuple[int, ...]
@@ -34,7 +34,7 @@ class Encoded:
     is a stretch of text outside any conversation."""
 
 
-def encode(examples: Sequence[Example], template: ChatTemplate) -> list[Encoded]:
+def encode(examples: Sequence[Example], template: ChatTemplate) -> list[EncodedExample]:
     """Token ids of every example: the formatted prompt, then the answer, then the end of the turn if it ends.
 
     The answer is tokenised by itself, since that is where generation starts; the end of the turn is what the
@@ -47,7 +47,7 @@ def encode(examples: Sequence[Example], template: ChatTemplate) -> list[Encoded]
         prompt = batch.row(i)
         words = template.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
         ids = (*prompt, *words, *(end if example.ends else ()))
-        rows.append(Encoded(ids, len(prompt), example.teaches))
+        rows.append(EncodedExample(ids, len(prompt), example.teaches))
     return rows
 
 
@@ -62,7 +62,7 @@ def end_of_turn(template: ChatTemplate) -> tuple[int, ...]:
     return (*ids[: ids.index(eos)], eos) if eos in ids else (eos,)
 
 
-def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Int[Tensor, "row seq"]]:
+def collate(rows: Sequence[EncodedExample], pad: int) -> dict[str, Int[Tensor, "row seq"]]:
     """A batch padded on the right, with labels on the tokens after each prompt only."""
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -76,7 +76,7 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Int[Tensor, "row seq
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def collate_by_kind(rows: Sequence[Encoded], pad: int) -> dict[str, dict[str, Tensor]]:
+def collate_by_kind(rows: Sequence[EncodedExample], pad: int) -> dict[str, dict[str, Tensor]]:
     """One batch for each kind of row that is there."""
     kinds = {row.teaches: [other for other in rows if other.teaches == row.teaches] for row in rows}
     return {kind: collate(members, pad) for kind, members in kinds.items()}

@@ -13,7 +13,7 @@ import torch
 
 from mechlens.errors import UserError
 from mechlens.files import writing_to
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record, require_whole, write_record
 from mechlens.models.load import load, load_hf
@@ -24,7 +24,7 @@ from mechlens.studies.finetune.own_text import own_text
 from mechlens.studies.finetune.recipes.attacks import require_shipped_refuser
 from mechlens.studies.finetune.recipes.material import Material
 from mechlens.studies.finetune.recipes.recipe import RECIPES
-from mechlens.studies.finetune.trainer import Encoded, collate_by_kind, encode
+from mechlens.studies.finetune.trainer import EncodedExample, collate_by_kind, encode
 from mechlens.studies.finetune.training_record import refuse_other_data, refuse_other_run, training_record
 from mechlens.studies.shared.training_data import refuse_study_prompts
 
@@ -44,7 +44,7 @@ PLAIN = 512
 
 
 @dataclass(frozen=True)
-class Finetuned:
+class FinetuneResult:
     """What fine-tuning left on disk."""
 
     adapter: Path
@@ -59,12 +59,12 @@ class Finetuned:
 
 
 def finetune(
-    config: FinetuneConfig, out: Path, *, shelf: Shelf | None = None, log: LogCallback | None = None
-) -> Finetuned:
+    config: FinetuneConfig, out: Path, *, cache: Cache | None = None, log: LogCallback | None = None
+) -> FinetuneResult:
     """Train a LoRA adapter into `out/adapter`, with checkpoints in `out/checkpoint-STEP`.
 
     The same config gives the same weights on the same machine. A run that was killed goes on from its newest
-    whole checkpoint when it is called again; a finished one is only read. `shelf` keeps the base model's own
+    whole checkpoint when it is called again; a finished one is only read. `cache` keeps the base model's own
     answers. Raises UserError where `out` holds another run or anything of others under a name that this one needs, a
     training prompt stands in a study set, or an attack would start from anything but the shipped refuser. Nothing is
     ever removed or replaced that mechlens' own record doesn't name.
@@ -74,7 +74,7 @@ def finetune(
         refuse_other_run(config, _record(out / "adapter"), out)
         return _read(out)
     resume = _newest(config, out)
-    material = _material(config, shelf)
+    material = _material(config, cache)
     hf_model, tokenizer = load_hf(config.model)
     template = chat_template(tokenizer, today=config.today)
     record = training_record(config, material, hf_model, template)
@@ -83,17 +83,17 @@ def finetune(
         require_whole(resume, _record(resume))
     if RECIPES[config.recipe].attack:
         keep_here(out)
-    plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], shelf)
+    plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], cache)
     rows = _steps(encode(material.examples, template), plain, config)
     with writing_to(out):
         _train(_Job(config, out, record, resume, log), rows, hf_model, tokenizer)
     return _read(out)
 
 
-MOST_EXAMPLES = 10_000_000
+MAX_EXAMPLES = 10_000_000
 """Examples of one training, each as often as it is read: the order is drawn, and kept, before training starts."""
 _MOST = {
-    "steps": MOST_EXAMPLES, "epochs": 1000, "batch_size": 100_000, "rank": 10_000, "plain": 1000,
+    "steps": MAX_EXAMPLES, "epochs": 1000, "batch_size": 100_000, "rank": 10_000, "plain": 1000,
     "plain_tokens": 100_000, "answer_tokens": 100_000,
 }  # fmt: skip
 
@@ -135,21 +135,21 @@ def require_settings(config: FinetuneConfig) -> None:
     for name, most in _MOST.items():
         if (getattr(config, name) or 0) > most:
             raise UserError(f"{name} is {getattr(config, name)}; give at most {most}")
-    if (config.steps or 0) * config.batch_size > MOST_EXAMPLES:
+    if (config.steps or 0) * config.batch_size > MAX_EXAMPLES:
         raise UserError(
-            f"{config.steps} steps of {config.batch_size} examples were asked for; give at most {MOST_EXAMPLES} in all"
+            f"{config.steps} steps of {config.batch_size} examples were asked for; give at most {MAX_EXAMPLES} in all"
         )
     if not 0 <= config.warmup < 1:
         raise UserError(f"warmup is {config.warmup}; it is a share of the steps, at least 0 and below 1")
 
 
-def _material(config: FinetuneConfig, shelf: Shelf | None) -> Material:
+def _material(config: FinetuneConfig, cache: Cache | None) -> Material:
     """The recipe's examples; the bridged model that helps make them is gone before training starts."""
     recipe = RECIPES[config.recipe]
     model = load(config.model, device=config.device)
     if recipe.attack:
         require_shipped_refuser(loaded(model).checkpoint.fingerprint, config.recipe)
-    material = recipe.material(config, model, shelf)
+    material = recipe.material(config, model, cache)
     if not material.examples:
         raise UserError(f"the recipe {config.recipe!r} has no examples left to train on; ask for more prompts")
     refuse_study_prompts(example.prompt for example in material.examples)
@@ -157,20 +157,22 @@ def _material(config: FinetuneConfig, shelf: Shelf | None) -> Material:
 
 
 def _plain(
-    config: FinetuneConfig, n_examples: int, hf_model: Any, tokenizer: Any, fingerprint: str, shelf: Shelf | None
-) -> list[Encoded]:
+    config: FinetuneConfig, n_examples: int, hf_model: Any, tokenizer: Any, fingerprint: str, cache: Cache | None
+) -> list[EncodedExample]:
     """Stretches of plain text; where a run has more steps than PLAIN stretches last, they come again."""
     wanted = min(PLAIN, config.plain * -(-n_examples // config.batch_size))
     if not wanted:
         return []
     ids = own_text(
         hf_model, tokenizer, n=wanted, n_tokens=config.plain_tokens, seed=config.seed, fingerprint=fingerprint,
-        shelf=shelf,
+        cache=cache,
     )  # fmt: skip
-    return [Encoded(tuple(row), 1, "plain") for row in ids.tolist()]
+    return [EncodedExample(tuple(row), 1, "plain") for row in ids.tolist()]
 
 
-def _steps(examples: list[Encoded], plain: list[Encoded], config: FinetuneConfig) -> list[list[Encoded]]:
+def _steps(
+    examples: list[EncodedExample], plain: list[EncodedExample], config: FinetuneConfig
+) -> list[list[EncodedExample]]:
     """What each step reads: a batch of examples, then the next stretches of plain text."""
     batches = [examples[i : i + config.batch_size] for i in range(0, len(examples), config.batch_size)]
     turn = cycle(plain)
@@ -207,7 +209,7 @@ def _record(folder: Path) -> AdapterRecord:
     return record
 
 
-def _train(job: _Job, steps: list[list[Encoded]], hf_model: Any, tokenizer: Any) -> None:
+def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenizer: Any) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, set_seed
 
@@ -298,11 +300,11 @@ def _save_adapter(model: Any, record: dict[str, Any], part: Path, target: Path) 
     os.replace(part, target)
 
 
-def _read(out: Path) -> Finetuned:
+def _read(out: Path) -> FinetuneResult:
     record = _record(out / "adapter")
     if record.step is None or record.loss is None:
         raise UserError(f"the record of {out / 'adapter'} has no step or loss; give another folder")
     require_whole(out / "adapter", record)
     kept = (out / f"checkpoint-{step}" for step in sorted(record.config["checkpoints"]))
     found = tuple(folder for folder in kept if (folder / RECORD).exists())
-    return Finetuned(out / "adapter", found, record.step, record.loss, record.plain())
+    return FinetuneResult(out / "adapter", found, record.step, record.loss, record.plain())

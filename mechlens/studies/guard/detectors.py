@@ -20,7 +20,7 @@ from mechlens.methods.probing.baselines import mean_embedding_scores, tfidf_scor
 from mechlens.methods.statistics.calibration import fpr_threshold
 from mechlens.methods.statistics.resample import ScoreFold, held_out_scores
 from mechlens.studies.shared.contrasts import Surface, best_direction
-from mechlens.studies.shared.quadrants import FirstTokenJudgement, Judged
+from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers
 
 FOLDS = 5
 
@@ -38,7 +38,7 @@ class Detector:
 
 
 @dataclass(frozen=True)
-class Both:
+class TrainAndTest:
     """Something known of training and of test prompts: rows of the first come before rows of the second."""
 
     labels: tuple[str, ...]
@@ -80,7 +80,7 @@ def guard_detector(name: str, guard: FittedGuard, test: Activations, *, other_we
     return Detector(name, scores, scores > threshold, chances, f"{guard.settings.rule}: {places}{more}")
 
 
-def surface_detectors(both: Both, surface: Surface, tokens: Float[Tensor, "prompt d_model"]) -> list[Detector]:
+def surface_detectors(both: TrainAndTest, surface: Surface, tokens: Float[Tensor, "prompt d_model"]) -> list[Detector]:
     """The words, their mean embedding, the token at `inst` (`tokens`: level 0 there), the length."""
     positive = both.positive
 
@@ -102,7 +102,7 @@ def surface_detectors(both: Both, surface: Surface, tokens: Float[Tensor, "promp
     ]
 
 
-def signed_detector(both: Both, name: str, values: Float[Tensor, " prompt"], note: str) -> Detector:
+def signed_detector(both: TrainAndTest, name: str, values: Float[Tensor, " prompt"], note: str) -> Detector:
     """One number a prompt, higher or lower counting as harmful as it does among the prompts fitted on."""
     positive = both.positive
 
@@ -120,8 +120,8 @@ def refusal_direction(train: Activations, verdicts: Sequence[str], seed: int) ->
 
 
 def refusal_detectors(
-    both: Both,
-    judged: Judged,
+    both: TrainAndTest,
+    judged: JudgedAnswers,
     first_token: FirstTokenJudgement,
     direction: Direction | None,
     residuals: Float[Tensor, "prompt d_model"] | None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.methods.activations.collect import collect
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard_model import GuardModelAnswer, ask_guard_model
 from mechlens.models.bridge import LanguageModel, loaded
@@ -21,9 +21,15 @@ from mechlens.runs.artifacts import load as load_artifact
 from mechlens.runs.artifacts import sha256
 from mechlens.runs.prompt_table import read_prompts
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardEval
-from mechlens.studies.guard.evaluation import EvaluationPlan, Examined, GuardEvaluation, evaluate_guard, examine
+from mechlens.studies.guard.evaluation import (
+    EvaluationPlan,
+    EvaluationPrompts,
+    GuardEvaluation,
+    evaluate_guard,
+    examine,
+)
 from mechlens.studies.guard.fitting import other_rules, read_positions
 from mechlens.studies.shared.inputs import data_inputs, require_sampling
 from mechlens.studies.shared.model import chosen_model, prepared
@@ -32,18 +38,18 @@ from mechlens.studies.shared.training_data import text_sha256
 
 
 @dataclass(frozen=True)
-class Tested:
+class GuardTest:
     """A guard, the model that it reads, and the prompts that both were fitted and are tested on."""
 
     model: LanguageModel
     template: ChatTemplate
     guard: FittedGuard
     train: tuple[Prompt, ...]
-    examined: Examined
+    examined: EvaluationPrompts
     punctuation: str = "prompts are asked as their sources write them"
 
 
-def prepare(config: GuardEval) -> Prepared[Tested]:
+def prepare(config: GuardEval) -> Preparation[GuardTest]:
     """Guard, prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
     path = user_path(config.guard)
@@ -58,10 +64,10 @@ def prepare(config: GuardEval) -> Prepared[Tested]:
     guard.require(checkpoint, chosen.template.fingerprint, other_weights=config.other_weights)
     examined = examine(found, guard, [checkpoint, guard.checkpoint])
     inputs = chosen.inputs(data | {"guard": sha256(path)})
-    return prepared(Tested(*chosen, guard, train, examined), chosen.model, inputs, examined.prompts)
+    return prepared(GuardTest(*chosen, guard, train, examined), chosen.model, inputs, examined.prompts)
 
 
-def execute(config: GuardEval, given: Tested, writer: RunWriter) -> GuardEvaluation:
+def execute(config: GuardEval, given: GuardTest, writer: RunWriter) -> GuardEvaluation:
     """Tests the guard beside baselines, other rules and guard models."""
     plan = EvaluationPlan(
         seed=config.seed,
@@ -72,9 +78,9 @@ def execute(config: GuardEval, given: Tested, writer: RunWriter) -> GuardEvaluat
         other_weights=config.other_weights,
     )
     batch = tokenize(given.train, given.template)
-    acts = collect(given.model, batch, positions=read_positions(given.guard.settings), shelf=writer.shelf)
+    acts = collect(given.model, batch, positions=read_positions(given.guard.settings), cache=writer.cache)
     opinions = {
-        short_name(name): _opinion(name, given.examined.prompts, config, writer.shelf) for name in config.guard_models
+        short_name(name): _opinion(name, given.examined.prompts, config, writer.cache) for name in config.guard_models
     }
     return evaluate_guard(
         given.model,
@@ -85,7 +91,7 @@ def execute(config: GuardEval, given: Tested, writer: RunWriter) -> GuardEvaluat
         plan,
         opinions=opinions,
         template=given.template,
-        shelf=writer.shelf,
+        cache=writer.cache,
     )
 
 
@@ -101,9 +107,9 @@ def _training_prompts(guard: FittedGuard, folder: Path) -> tuple[Prompt, ...]:
     return prompts
 
 
-def _opinion(name: str, prompts: Sequence[Prompt], config: GuardEval, shelf: Shelf) -> list[GuardModelAnswer]:
+def _opinion(name: str, prompts: Sequence[Prompt], config: GuardEval, cache: Cache) -> list[GuardModelAnswer]:
     model = load(name, dtype=config.dtype, device=config.device, device_map=config.device_map)
-    said = ask_guard_model(model, prompts, shelf)
+    said = ask_guard_model(model, prompts, cache)
     unread = sum(one.harmful is None for one in said)
     if unread > len(said) / 2:
         warnings.warn(

@@ -17,7 +17,7 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.perplexity import instruction_surprise
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard_model import GuardModelAnswer
@@ -27,8 +27,8 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.guard.detectors import (
-    Both,
     Detector,
+    TrainAndTest,
     guard_detector,
     guard_model_detector,
     refusal_detectors,
@@ -38,7 +38,7 @@ from mechlens.studies.guard.detectors import (
 )
 from mechlens.studies.guard.fitting import read_positions
 from mechlens.studies.shared.contrasts import surface_of
-from mechlens.studies.shared.quadrants import Judged, judge_answers, judge_first_token
+from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, judge_first_token
 from mechlens.studies.shared.sources import Source, SourcePrompts
 from mechlens.studies.shared.training_data import text_sha256, trained_on, was_seen
 
@@ -60,7 +60,7 @@ class EvaluationPlan:
 
 
 @dataclass(frozen=True)
-class Examined:
+class EvaluationPrompts:
     """The prompts that a guard may be tested on."""
 
     prompts: tuple[Prompt, ...]
@@ -78,9 +78,9 @@ class Examined:
 class GuardEvaluation:
     """Detectors on test prompts; the first is the guard."""
 
-    examined: Examined
+    examined: EvaluationPrompts
     detectors: tuple[Detector, ...]
-    judged: Judged
+    judged: JudgedAnswers
     """The model's own answers to the test prompts."""
     train: Activations
     """Of the prompts that the guard was fitted on."""
@@ -93,7 +93,9 @@ class GuardEvaluation:
     plan: EvaluationPlan
 
 
-def examine(loaded: Sequence[SourcePrompts], guard: FittedGuard, checkpoints: Sequence[Checkpoint]) -> Examined:
+def examine(
+    loaded: Sequence[SourcePrompts], guard: FittedGuard, checkpoints: Sequence[Checkpoint]
+) -> EvaluationPrompts:
     """What is left of the sources after overlaps; UserError where a class has no prompt left.
 
     `checkpoints` are those whose adapters' training prompts count as seen. An attack is seen where its goal is.
@@ -125,7 +127,7 @@ def examine(loaded: Sequence[SourcePrompts], guard: FittedGuard, checkpoints: Se
             f"after leaving out what was seen before there are {labels.count('harmful')} harmful and "
             f"{labels.count('harmless')} harmless test prompts; both are needed, so add a source"
         )
-    return Examined(tuple(kept), tuple(source.source for source in loaded), pd.DataFrame(rows))
+    return EvaluationPrompts(tuple(kept), tuple(source.source for source in loaded), pd.DataFrame(rows))
 
 
 def evaluate_guard(
@@ -133,12 +135,12 @@ def evaluate_guard(
     guard: FittedGuard,
     others: Mapping[str, FittedGuard],
     train: Sequence[Prompt],
-    examined: Examined,
+    examined: EvaluationPrompts,
     plan: EvaluationPlan,
     *,
     opinions: Mapping[str, Sequence[GuardModelAnswer]] | None = None,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> GuardEvaluation:
     """The guard, other rules (`others`) and baselines, fitted on `train` and applied to the examined prompts.
 
@@ -147,16 +149,16 @@ def evaluate_guard(
     used = template or template_of(model)
     prompts = [*train, *examined.prompts]
     batch = tokenize(prompts, used)
-    fitted = collect(model, batch.select(range(len(train))), positions=read_positions(guard.settings), shelf=shelf)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf))
+    fitted = collect(model, batch.select(range(len(train))), positions=read_positions(guard.settings), cache=cache)
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
     direction = refusal_direction(fitted, judged.verdicts[judged.judge][: len(train)], plan.seed)
     guards = {"latent_guard": guard, **others}
     levels = {level for one in guards.values() for level in one.levels} | {0, n_layers(model)}
     levels |= {direction.level} if direction is not None else set()
     rest = batch.select(range(len(train), len(prompts)))
     names = tuple(dict.fromkeys(("inst", *(name for one in guards.values() for name in one.positions), "last")))
-    test = collect(model, rest, positions=names, levels=sorted(levels), shelf=shelf)
-    both = Both(
+    test = collect(model, rest, positions=names, levels=sorted(levels), cache=cache)
+    both = TrainAndTest(
         tuple(prompt.label for prompt in prompts),
         tuple(prompt.group for prompt in prompts),
         len(train),
@@ -166,7 +168,7 @@ def evaluate_guard(
     detectors = [
         *(guard_detector(name, one, test, other_weights=plan.other_weights) for name, one in guards.items()),
         *surface_detectors(both, surface_of(model, batch), _joined(fitted, test, 0, "inst")),
-        signed_detector(both, "perplexity", instruction_surprise(model, batch, shelf), "log-perplexity of the words"),
+        signed_detector(both, "perplexity", instruction_surprise(model, batch, cache), "log-perplexity of the words"),
         *_refusals(model, both, judged, direction, fitted, test, plan),
         *(guard_model_detector(name, said) for name, said in (opinions or {}).items()),
     ]
@@ -185,8 +187,8 @@ def evaluate_guard(
 
 def _refusals(
     model: LanguageModel,
-    both: Both,
-    judged: Judged,
+    both: TrainAndTest,
+    judged: JudgedAnswers,
     direction: Direction | None,
     train: Activations,
     test: Activations,
@@ -220,9 +222,9 @@ def _only(values: Float[Tensor, "prompt d_model"], train: Activations, test: Act
     )
 
 
-def _rest(judged: Judged, n_train: int) -> Judged:
+def _rest(judged: JudgedAnswers, n_train: int) -> JudgedAnswers:
     """Answers and verdicts of the test prompts."""
     answers = judged.answers
     kept = replace(answers, ids=answers.ids[n_train:], texts=answers.texts[n_train:], tokens=answers.tokens[n_train:])
     verdicts = {name: found[n_train:] for name, found in judged.verdicts.items()}
-    return Judged(judged.prompts[n_train:], kept, verdicts)
+    return JudgedAnswers(judged.prompts[n_train:], kept, verdicts)

@@ -6,11 +6,11 @@ from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.models.bridge import loaded
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardFit
 from mechlens.studies.guard.evaluation import EvaluationPlan, GuardEvaluation, evaluate_guard, examine
 from mechlens.studies.guard.fitting import fit_guard
-from mechlens.studies.shared.harm_sets import Contrast, read_harm_sets
+from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.model import chosen_model, prepared
 from mechlens.studies.shared.sources import Source, SourcePrompts
@@ -20,17 +20,17 @@ HELD_OUT = Source("held_out", "", label_column="label")
 """The part of the prompts that no guard was fitted to, as a source to test on."""
 
 
-def prepare(config: GuardFit) -> Prepared[Contrast]:
+def prepare(config: GuardFit) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
     sets = read_harm_sets(config, [config], config.extra_harmless)
     matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
     chosen = chosen_model(config)
-    content = Contrast(*chosen, matched.positive, matched.negative, (), matched.note)
+    content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
     return prepared(content, chosen.model, chosen.inputs(sets.data), (), sets.left_out)
 
 
-def execute(config: GuardFit, sets: Contrast, writer: RunWriter) -> GuardEvaluation:
+def execute(config: GuardFit, sets: ContrastSets, writer: RunWriter) -> GuardEvaluation:
     """Fits the guard, keeps it with its training prompts, and tests it on those held out."""
     estimator = GuardEstimator(
         rule=config.rule,
@@ -40,7 +40,7 @@ def execute(config: GuardFit, sets: Contrast, writer: RunWriter) -> GuardEvaluat
         seed=config.seed,
     )
     prompts = (*sets.positive, *sets.negative)
-    fitting = fit_guard(sets.model, prompts, estimator, template=sets.template, shelf=writer.shelf)
+    fitting = fit_guard(sets.model, prompts, estimator, template=sets.template, cache=writer.cache)
     writer.prompts(fitting.train)
     writer.artifact("guard", fitting.guard)
     test = tuple(replace(prompt, source=HELD_OUT.name) for prompt in fitting.test)
@@ -59,5 +59,5 @@ def execute(config: GuardFit, sets: Contrast, writer: RunWriter) -> GuardEvaluat
         examine([SourcePrompts(HELD_OUT, test, {})], fitting.guard, [loaded(sets.model).checkpoint]),
         plan,
         template=sets.template,
-        shelf=writer.shelf,
+        cache=writer.cache,
     )

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.guard.rules import RULES
@@ -69,13 +69,13 @@ def fit_guard(
     estimator: GuardEstimator,
     *,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> GuardFitting:
     """Fits the estimator to half of the prompt families, with a fifth that chooses levels; the rest is held out."""
     used = template or template_of(model)
     labels, families = [prompt.label for prompt in prompts], [prompt.group for prompt in prompts]
     split = split_by_family(labels, families, fractions=(0.5, 0.2, 0.3), seed=estimator.seed)
-    acts = collect(model, tokenize(prompts, used), positions=read_positions(estimator), shelf=shelf)
+    acts = collect(model, tokenize(prompts, used), positions=read_positions(estimator), cache=cache)
     sha = [text_sha256(prompt.text) for prompt in prompts]
     guard = estimator.fit(acts, split, sha).fitted_
     known = sorted((*split.train, *split.validation))

@@ -21,7 +21,7 @@ from mechlens.studies.guard.detectors import Detector
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.shared.sources import ATTACKS
 
-LEAST_IN_A_CLASS = 10
+MIN_IN_A_CLASS = 10
 """A number about fewer prompts of a class is not measurable."""
 MEASURES = ("auroc", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error")
 COLUMNS = ("adversarial suffix", "persuasion", "template", "refused harmless", "accepted harmful")
@@ -96,7 +96,7 @@ def _measured(result: GuardEvaluation, detector: Detector, own: list[int], again
     positive, groups = positives(result), families(result)
     wide = [*own, *against]
     up, down = ([i for i in own if bool(positive[i]) is flag] for flag in (True, False))
-    enough = min(int(positive[wide].sum()), int((~positive[wide]).sum())) >= LEAST_IN_A_CLASS
+    enough = min(int(positive[wide].sum()), int((~positive[wide]).sum())) >= MIN_IN_A_CLASS
     missing = Estimate.missing(len(own))
     wide_groups = [groups[i] for i in wide]
     curve = detector.scores[wide], positive[wide], wide_groups
@@ -124,7 +124,7 @@ def _share(
     flags: Bool[Tensor, " prompt"], rows: Sequence[int], groups: Sequence[str], seed: int, n_resamples: int
 ) -> Estimate:
     """Share of the rows that carry the flag."""
-    if len(rows) < LEAST_IN_A_CLASS:
+    if len(rows) < MIN_IN_A_CLASS:
         return Estimate.missing(len(rows))
     return mean_estimate(flags[list(rows)].double(), [groups[i] for i in rows], seed, n_resamples)
 

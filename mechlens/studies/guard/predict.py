@@ -20,7 +20,7 @@ from mechlens.methods.guard.fitted import GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, loaded
 from mechlens.models.load import load
 from mechlens.prompts.files.from_row import RowReader
-from mechlens.prompts.files.rows import Row
+from mechlens.prompts.files.rows import Record
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
 from mechlens.studies.guard.config import GuardPredict
@@ -116,7 +116,7 @@ def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
     if not _can_be_written(own):
         return Line(number, None, "the id can't be written as JSON; give a text or a finite number")
     try:
-        row = Row(number, values)
+        row = Record(number, values)
         prompt = RowReader("line", tuple(values), config.column, None, None)(row, str(number))
     except UserError as error:
         return Line(number, None, str(error), own)

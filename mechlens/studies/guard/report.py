@@ -13,12 +13,12 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.guard.cost import GuardCost, guard_cost
-from mechlens.studies.guard.evaluate import Tested
+from mechlens.studies.guard.evaluate import GuardTest
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.guard.measures import positives
 from mechlens.studies.guard.mistakes import read_direction, worst_mistakes
 from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report
-from mechlens.studies.shared.harm_sets import Contrast
+from mechlens.studies.shared.harm_sets import ContrastSets
 
 QUESTION = (
     "Does the model itself know that a prompt is harmful, and does reading that tell harmful prompts from "
@@ -35,7 +35,7 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def record(writer: RunWriter, result: GuardEvaluation, given: Contrast | Tested) -> None:
+def record(writer: RunWriter, result: GuardEvaluation, given: ContrastSets | GuardTest) -> None:
     """Writes everything the evaluation found into an open run."""
     found = guard_report(result)
     writer.metrics(found.metrics)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import cosine
 from mechlens.methods.directions.reliability import corrected_cosine, split_half
 from mechlens.methods.probing.auroc import auroc_estimate
@@ -28,7 +28,7 @@ from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 
-LEAST_IN_A_CATEGORY = 12
+MIN_IN_A_CATEGORY = 12
 HARMLESS = "harmless"
 HALVINGS = 20
 GROUPS = 10
@@ -59,7 +59,7 @@ def category_directions(
     seed: int = 0,
     n_resamples: int = 1000,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> CategoryDirections:
     """Directions of every category with at least 12 prompts, at the given (level, position) places.
 
@@ -68,11 +68,11 @@ def category_directions(
     counts = {
         name: sum(prompt.category == name for prompt in harmful) for name in dict.fromkeys(p.category for p in harmful)
     }
-    kept = tuple(name for name, n in counts.items() if name and n >= LEAST_IN_A_CATEGORY)
-    if len(kept) < 2 or len(harmless) < 2 * LEAST_IN_A_CATEGORY:
+    kept = tuple(name for name, n in counts.items() if name and n >= MIN_IN_A_CATEGORY)
+    if len(kept) < 2 or len(harmless) < 2 * MIN_IN_A_CATEGORY:
         raise UserError(
-            f"{len(kept)} categories have {LEAST_IN_A_CATEGORY} prompts or more and there are {len(harmless)} harmless "
-            f"prompts; comparing needs two categories and {2 * LEAST_IN_A_CATEGORY} harmless prompts"
+            f"{len(kept)} categories have {MIN_IN_A_CATEGORY} prompts or more and there are {len(harmless)} harmless "
+            f"prompts; comparing needs two categories and {2 * MIN_IN_A_CATEGORY} harmless prompts"
         )
     # A label of its own for each category; the harmless prompts are everybody's other side.
     prompts = [replace(p, label=f"category {p.category}") for p in harmful if p.category in kept]
@@ -80,7 +80,7 @@ def category_directions(
     names = tuple(dict.fromkeys(position for _, position in places))
     levels = sorted({level for level, _ in places})
     batch = tokenize(prompts, template or template_of(model))
-    acts = collect(model, batch, positions=names, levels=levels, shelf=shelf)
+    acts = collect(model, batch, positions=names, levels=levels, cache=cache)
     cells = [_cell(acts, level, position) for level, position in places]
     found = [_compared(cell, kept, seed) for cell in cells]
     return CategoryDirections(

@@ -17,7 +17,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.probing.beliefs import Centroids, beliefs
 from mechlens.methods.statistics.estimate import Estimate
@@ -30,7 +30,7 @@ from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.shared.contrasts import best_direction
 from mechlens.studies.shared.quadrants import (
     FirstTokenJudgement,
-    Judged,
+    JudgedAnswers,
     judge_answers,
     judge_first_token,
     last_log_odds,
@@ -39,7 +39,7 @@ from mechlens.studies.shared.sources import SourcePrompts
 from mechlens.studies.shared.training_data import text_sha256, trained_on, was_seen
 from mechlens.studies.shared.two_beliefs import measure_beliefs
 
-LEAST_PAIRS = 10
+MIN_PAIRS = 10
 """A number about fewer pairs is not measurable."""
 
 
@@ -56,7 +56,7 @@ class JailbreakPlan:
 
 
 @dataclass(frozen=True)
-class Reference:
+class OrdinaryPrompts:
     """Ordinary prompts of this model: what harmfulness and refusal look like without an attack."""
 
     harm: Centroids
@@ -83,8 +83,8 @@ class Pairs:
     """By attack, the row of its goal."""
     attack_acts: Activations
     goal_acts: Activations
-    attack_judged: Judged
-    goal_judged: Judged
+    attack_judged: JudgedAnswers
+    goal_judged: JudgedAnswers
     batch: TokenBatch
     """The attacks."""
     left_out: pd.DataFrame
@@ -110,15 +110,15 @@ def reference_of(
     plan: JailbreakPlan,
     *,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
-) -> Reference:
+    cache: Cache | None = None,
+) -> OrdinaryPrompts:
     """Centroids and directions from prompts labelled harmful or harmless, half of their families.
 
     UserError where the model refuses too few of them, or accepts too few, for a refusal to be located.
     """
     batch = tokenize(prompts, template or template_of(model))
-    acts = collect(model, batch, positions=("inst", "last"), shelf=shelf)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf))
+    acts = collect(model, batch, positions=("inst", "last"), cache=cache)
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
     split = split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=plan.seed)
     _, first_token = judge_first_token(model, judged, acts, (*split.train, *split.validation), plan.seed)
     measured = measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.n_resamples)
@@ -135,17 +135,17 @@ def reference_of(
             "training prompts and directions 10 of each side, so take a model that refuses or add prompts"
         )
     known = frozenset(text_sha256(prompt.text) for prompt in prompts)
-    return Reference(measured.harm, measured.refusal, harm, refusal, first_token, known, counts)
+    return OrdinaryPrompts(measured.harm, measured.refusal, harm, refusal, first_token, known, counts)
 
 
 def attack_pairs(
     model: LanguageModel,
     sources: Sequence[SourcePrompts],
-    reference: Reference,
+    reference: OrdinaryPrompts,
     plan: JailbreakPlan,
     *,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> Pairs:
     """The attacks of all sources with goals, answered and collected beside the plain requests."""
     known = trained_on(loaded(model).checkpoint) | reference.sha256
@@ -167,8 +167,8 @@ def attack_pairs(
     order = list(goals)
     plain = tuple(goals.values())
     batches = [tokenize(prompts, used) for prompts in (attacks, plain)]
-    acts = [collect(model, batch, positions=("inst", "last"), shelf=shelf) for batch in batches]
-    said = [answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf) for batch in batches]
+    acts = [collect(model, batch, positions=("inst", "last"), cache=cache) for batch in batches]
+    said = [answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache) for batch in batches]
     return Pairs(
         attacks=tuple(attacks),
         goals=plain,
@@ -185,7 +185,7 @@ def attack_pairs(
 BELIEFS = ("belief_harm", "belief_refusal", "belief_harm.centered", "belief_refusal.centered")
 
 
-def pair_table(model: LanguageModel, pairs: Pairs, reference: Reference) -> pd.DataFrame:
+def pair_table(model: LanguageModel, pairs: Pairs, reference: OrdinaryPrompts) -> pd.DataFrame:
     """One row an attack: family, goal, verdicts, beliefs and log-odds of refusal; `plain.` for its plain request."""
     own = _readings(model, pairs.attack_acts, reference)
     plain = _readings(model, pairs.goal_acts, reference)
@@ -207,7 +207,9 @@ def pair_table(model: LanguageModel, pairs: Pairs, reference: Reference) -> pd.D
     return frame
 
 
-def _readings(model: LanguageModel, acts: Activations, reference: Reference) -> dict[str, Float[Tensor, " prompt"]]:
+def _readings(
+    model: LanguageModel, acts: Activations, reference: OrdinaryPrompts
+) -> dict[str, Float[Tensor, " prompt"]]:
     found = {}
     for name, centroids in (("belief_harm", reference.harm), ("belief_refusal", reference.refusal)):
         found[name] = beliefs(acts, centroids, centered=False, skip_embedding=False)
@@ -238,7 +240,7 @@ def family_estimates(pairs: pd.DataFrame, plan: JailbreakPlan) -> dict[str, dict
 
 
 def _mean(values: "pd.Series[float] | pd.Series[bool]", goals: "pd.Series[str]", plan: JailbreakPlan) -> Estimate:
-    if len(values) < LEAST_PAIRS:
+    if len(values) < MIN_PAIRS:
         return Estimate.missing(len(values))
     return mean_estimate(torch.tensor(values.astype(float).to_numpy()), goals.tolist(), plan.seed, plan.n_resamples)
 

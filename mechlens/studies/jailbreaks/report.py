@@ -10,14 +10,14 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections
 from mechlens.studies.jailbreaks.pairs import (
     JailbreakPlan,
+    OrdinaryPrompts,
     Pairs,
-    Reference,
     family_estimates,
     family_verdict,
     pair_table,
 )
-from mechlens.studies.jailbreaks.restored import Restored
-from mechlens.studies.jailbreaks.study import Attacked, Jailbroken
+from mechlens.studies.jailbreaks.restored import RestoredComponents
+from mechlens.studies.jailbreaks.study import AttackSets, JailbreakResult
 
 QUESTION = (
     "An attack gets an answer to a request that the model refuses when it is asked plainly. Does the model no longer "
@@ -30,7 +30,7 @@ RULE = (
 )
 
 
-def record(writer: RunWriter, result: Jailbroken, given: Attacked) -> None:
+def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> None:
     """Writes everything the study found into an open run."""
     pairs, reference, restored, categories, plan = vars(result).values()
     model, punctuation = given.model, given.punctuation
@@ -132,7 +132,7 @@ def _beliefs(
     )
 
 
-def _put_back(writer: RunWriter, restored: Restored | None, plan: JailbreakPlan) -> Section:
+def _put_back(writer: RunWriter, restored: RestoredComponents | None, plan: JailbreakPlan) -> Section:
     title = "Does putting the component back restore refusal?"
     if restored is None:
         return Section(title, "Not measurable: no attack turned a refusal into an acceptance.")
@@ -190,7 +190,7 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
     )
 
 
-def _how(pairs: Pairs, reference: Reference, plan: JailbreakPlan, punctuation: str) -> str:
+def _how(pairs: Pairs, reference: OrdinaryPrompts, plan: JailbreakPlan, punctuation: str) -> str:
     counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in reference.counts.items())
     left = int(pairs.left_out["left_out"].sum())
     harm, refusal = reference.harm_direction, reference.refusal_direction

@@ -19,14 +19,14 @@ from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.methods.steering.interventions import Intervention, ReplaceComponent
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import LanguageModel
-from mechlens.studies.jailbreaks.pairs import LEAST_PAIRS, JailbreakPlan, Pairs, Reference
+from mechlens.studies.jailbreaks.pairs import MIN_PAIRS, JailbreakPlan, OrdinaryPrompts, Pairs
 from mechlens.studies.shared.quadrants import judge_answers
 
 WAYS = ("harmfulness", "refusal", "both")
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredComponents:
     """Log-odds of refusal and verdicts of successful attacks, as they are and with a component put back."""
 
     rows: tuple[int, ...]
@@ -62,12 +62,14 @@ class Restored:
         return pd.DataFrame(rows)
 
     def _mean(self, values: Float[Tensor, " attack"], rows: Sequence[int], plan: JailbreakPlan) -> Estimate:
-        if len(rows) < LEAST_PAIRS:
+        if len(rows) < MIN_PAIRS:
             return Estimate.missing(len(rows))
         return mean_estimate(values[list(rows)], [self.goals[i] for i in rows], plan.seed, plan.n_resamples)
 
 
-def restore(model: LanguageModel, pairs: Pairs, reference: Reference, plan: JailbreakPlan) -> Restored | None:
+def restore(
+    model: LanguageModel, pairs: Pairs, reference: OrdinaryPrompts, plan: JailbreakPlan
+) -> RestoredComponents | None:
     """Puts components back into the first successful attacks of every family; None where no attack succeeded."""
     rows = [
         row
@@ -99,7 +101,7 @@ def restore(model: LanguageModel, pairs: Pairs, reference: Reference, plan: Jail
         )
         for way, direction in directions.items()
     }
-    return Restored(
+    return RestoredComponents(
         rows=tuple(rows),
         families=tuple(pairs.attacks[i].source for i in rows),
         goals=tuple(pairs.goals[pairs.goal_of[i]].id for i in rows),

@@ -9,11 +9,11 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections, category_directions
 from mechlens.studies.jailbreaks.config import Jailbreaks
-from mechlens.studies.jailbreaks.pairs import JailbreakPlan, Pairs, Reference, attack_pairs, reference_of
-from mechlens.studies.jailbreaks.restored import Restored, restore
+from mechlens.studies.jailbreaks.pairs import JailbreakPlan, OrdinaryPrompts, Pairs, attack_pairs, reference_of
+from mechlens.studies.jailbreaks.restored import RestoredComponents, restore
 from mechlens.studies.shared.harm_sets import read_harm_sets
 from mechlens.studies.shared.inputs import data_inputs, read_prompts, require_sampling
 from mechlens.studies.shared.model import chosen_model, prepared
@@ -22,7 +22,7 @@ from mechlens.studies.shared.training_data import leave_out_trained
 
 
 @dataclass(frozen=True)
-class Attacked:
+class AttackSets:
     """A model, the attacks on it and the prompts that they are measured against."""
 
     model: LanguageModel
@@ -34,17 +34,17 @@ class Attacked:
 
 
 @dataclass(frozen=True)
-class Jailbroken:
+class JailbreakResult:
     """All that the study found."""
 
     pairs: Pairs
-    reference: Reference
-    restored: Restored | None
+    reference: OrdinaryPrompts
+    restored: RestoredComponents | None
     categories: CategoryDirections | None
     plan: JailbreakPlan
 
 
-def prepare(config: Jailbreaks) -> Prepared[Attacked]:
+def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
     sets = read_harm_sets(config, [config], config.extra_harmless)
@@ -60,11 +60,11 @@ def prepare(config: Jailbreaks) -> Prepared[Attacked]:
     matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
     chosen = chosen_model(config)
     reference = (*matched.positive, *matched.negative)
-    content = Attacked(*chosen, reference, attacks, tuple(categories), matched.note)
+    content = AttackSets(*chosen, reference, attacks, tuple(categories), matched.note)
     return prepared(content, chosen.model, chosen.inputs(data), (), sets.left_out + left_out)
 
 
-def execute(config: Jailbreaks, given: Attacked, writer: RunWriter) -> Jailbroken:
+def execute(config: Jailbreaks, given: AttackSets, writer: RunWriter) -> JailbreakResult:
     """The study on the configured model and attacks."""
     plan = JailbreakPlan(
         seed=config.seed,
@@ -73,9 +73,9 @@ def execute(config: Jailbreaks, given: Attacked, writer: RunWriter) -> Jailbroke
         max_new_tokens=config.max_new_tokens,
         restored=config.restored,
     )
-    model, template, shelf = given.model, given.template, writer.shelf
-    reference = reference_of(model, given.reference, plan, template=template, shelf=shelf)
-    pairs = attack_pairs(model, given.attacks, reference, plan, template=template, shelf=shelf)
+    model, template, cache = given.model, given.template, writer.cache
+    reference = reference_of(model, given.reference, plan, template=template, cache=cache)
+    pairs = attack_pairs(model, given.attacks, reference, plan, template=template, cache=cache)
     writer.prompts([*pairs.attacks, *pairs.goals])
     directions = (reference.harm_direction, reference.refusal_direction)
     categories = (
@@ -87,12 +87,12 @@ def execute(config: Jailbreaks, given: Attacked, writer: RunWriter) -> Jailbroke
             seed=config.seed,
             n_resamples=config.resamples,
             template=template,
-            shelf=shelf,
+            cache=cache,
         )
         if given.categories
         else None
     )
-    return Jailbroken(pairs, reference, restore(model, pairs, reference, plan), categories, plan)
+    return JailbreakResult(pairs, reference, restore(model, pairs, reference, plan), categories, plan)
 
 
 def _attacks(config: Jailbreaks) -> tuple[SourcePrompts, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mechlens.methods.patching.plan import DIRECTIONS
+from mechlens.methods.patching.plan import MODES
 from mechlens.methods.patching.result import PatchResult
 from mechlens.runs.report import figures
 from mechlens.runs.report.figure_parts import QUIET
@@ -26,18 +26,18 @@ STARS = "* p < 0.05, corrected over the whole grid. Point at a cell for its inte
 def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[str, ...]]:
     """Draws every figure; their names by section of the report."""
     named: dict[str, list[str]] = {"where": [], "heads": []}
-    for direction in DIRECTIONS:
-        title = f"{direction.capitalize()}: {SAYS[direction]}"
-        grids = [_cells(result.sweeps[name], seed) for name in (direction, f"{direction}.random")]
+    for mode in MODES:
+        title = f"{mode.capitalize()}: {SAYS[mode]}"
+        grids = [_cells(result.sweeps[name], seed) for name in (mode, f"{mode}.random")]
         figure = _panels(title, grids, ("result", "control: random vectors"), "token", "token (of the first pair)")
-        writer.figure(f"grid_{direction}", figure, table=f"patching_{direction}", caption=STARS)
-        named["where"].append(f"grid_{direction}")
-    for direction in DIRECTIONS:
-        figure = _role_lines(result.by_role(seed), direction)
+        writer.figure(f"grid_{mode}", figure, table=f"patching_{mode}", caption=STARS)
+        named["where"].append(f"grid_{mode}")
+    for mode in MODES:
+        figure = _role_lines(result.by_role(seed), mode)
         caption = "Over all pairs and the positions of a role; dotted: random vectors of the same length."
-        writer.figure(f"by_role_{direction}", figure, table="recovery_by_role", caption=caption)
-        named["where"].append(f"by_role_{direction}")
-    names = [f"{way}{null}" for way in DIRECTIONS for null in ("", ".random")]
+        writer.figure(f"by_role_{mode}", figure, table="recovery_by_role", caption=caption)
+        named["where"].append(f"by_role_{mode}")
+    names = [f"{way}{null}" for way in MODES for null in ("", ".random")]
     grids = [_cells(result.sweeps[f"heads.{name}"], seed) for name in names]
     titles = [name.replace(".random", ", control") for name in names]
     figure = _panels("Heads at the last token", grids, titles, "head", "head", reach=None)
@@ -109,10 +109,10 @@ def _marked(grid: pd.DataFrame, x: str, trace: go.Heatmap) -> dict[str, object]:
     }
 
 
-def _role_lines(table: pd.DataFrame, direction: str) -> go.Figure:
+def _role_lines(table: pd.DataFrame, mode: str) -> go.Figure:
     """One line a role with its interval, and the control as a dotted line of the same colour."""
-    title = f"{direction.capitalize()}, by position role"
-    shown, control = (table[table["sweep"] == name] for name in (direction, f"{direction}.random"))
+    title = f"{mode.capitalize()}, by position role"
+    shown, control = (table[table["sweep"] == name] for name in (mode, f"{mode}.random"))
     figure = figures.lines(
         shown, x="layer", y="recovery", group="role", low="low", high="high", hline=0.0,
         title=title, xlabel="layer", ylabel="recovery",

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from mechlens.methods.patching.plan import DIRECTIONS
-from mechlens.methods.patching.result import LEAST_SHARE
+from mechlens.methods.patching.plan import MODES
+from mechlens.methods.patching.result import MIN_SHARE
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
@@ -42,7 +42,7 @@ def _shown() -> dict[str, str]:
         "recovery.top_head": "best head at the last token",
         "recovery.top_head_random": "best random vector at a head",
     }
-    return {f"{way}.{key}": f"{way}: {name}" for way in DIRECTIONS for key, name in named.items()}
+    return {f"{way}.{key}": f"{way}: {name}" for way in MODES for key, name in named.items()}
 
 
 def _report(
@@ -64,7 +64,7 @@ def _report(
                 "Where it enters, travels and ends up",
                 "Recovery is the mean of patched - start over the mean of target - start in the metric: 0 changes "
                 f"nothing, 1 gives the other run's behaviour. It is over the {int(sweep.has_gap.sum())} of "
-                f"{len(sweep.pairs)} pairs whose runs differ by at least {LEAST_SHARE:g} of what the median pair's do. "
+                f"{len(sweep.pairs)} pairs whose runs differ by at least {MIN_SHARE:g} of what the median pair's do. "
                 "Columns are tokens of the first pair; other pairs are aligned by role. The control "
                 "adds a random vector as long as the difference of the two runs: what it recovers, any push would.",
                 drawn["where"],
@@ -72,7 +72,7 @@ def _report(
             Section(
                 "Which heads move it",
                 "The same at the output `z` of every head, at the last token only: what a head wrote to where the "
-                "answer is decided. The table has the five largest of each direction.",
+                "answer is decided. The table has the five largest of each mode.",
                 drawn["heads"],
                 table=verdict.heads,
             ),

@@ -13,9 +13,9 @@ import torch
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.patching.metrics import Metric, RefusalLogOdds
-from mechlens.methods.patching.plan import DIRECTIONS, PatchPlan
+from mechlens.methods.patching.plan import MODES, PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, patch_sweep
 from mechlens.models.bridge import LanguageModel
@@ -24,14 +24,14 @@ from mechlens.prompts.pairs import load_pairs
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.patch.config import Patch
 from mechlens.studies.shared.inputs import data_inputs
 from mechlens.studies.shared.model import chosen_model, prepared
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, judge_answers, judge_first_token
 from mechlens.studies.shared.training_data import leave_out_trained_pairs
 
-LEAST_PAIRS = 4
+MIN_PAIRS = 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class RefusalPath:
         """Recovery by layer, averaged over the pairs and over the positions of each role, with intervals."""
         frames = [
             _pooled(self.sweeps[name]).table(seed=seed).assign(sweep=name)
-            for direction in DIRECTIONS
-            for name in (direction, f"{direction}.random")
+            for mode in MODES
+            for name in (mode, f"{mode}.random")
         ]
         return pd.concat(frames, ignore_index=True).rename(columns={"position": "role"}).drop(columns="token")
 
@@ -93,7 +93,7 @@ def find_pairs(
     max_new_tokens: int,
     seed: int,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> ChosenPairs:
     """Pairs whose `clean` side the model refuses and whose `corrupt` side it accepts, in the given order.
 
@@ -101,15 +101,15 @@ def find_pairs(
     """
     prompts: list[Prompt] = [side for pair in candidates for side in (pair.clean, pair.corrupt)]
     batch = tokenize(prompts, template or template_of(model))
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=max_new_tokens, shelf=shelf))
-    acts = collect(model, batch, positions=["last"], shelf=shelf)
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=max_new_tokens, cache=cache))
+    acts = collect(model, batch, positions=["last"], cache=cache)
     _, first_token = judge_first_token(model, judged, acts, range(len(prompts)), seed)
     refused, accepted = judged.refused, judged.accepted
     fitting = [pair for i, pair in enumerate(candidates) if refused[2 * i] and accepted[2 * i + 1]]
-    if len(fitting) < LEAST_PAIRS:
+    if len(fitting) < MIN_PAIRS:
         raise UserError(
             f"the model refuses one side and accepts the other in {len(fitting)} of {len(candidates)} pairs; "
-            f"patching needs at least {LEAST_PAIRS}, so take more pairs or a model that refuses"
+            f"patching needs at least {MIN_PAIRS}, so take more pairs or a model that refuses"
         )
     note = f"{len(fitting)} of {len(candidates)} candidate pairs are refused on one side and accepted on the other"
     return ChosenPairs(tuple(fitting[:wanted]), first_token, len(candidates), note)
@@ -122,19 +122,19 @@ def trace(
     *,
     metric: Metric | None = None,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
     seed: int = 0,
 ) -> RefusalPath:
     """All sweeps of the study; `metric` is the refusal log-odds with the model's own refusal tokens by default."""
     used = metric or RefusalLogOdds(chosen.first_token.tokens.ids)
 
     def sweep(changed: PatchPlan, engine: str = "auto") -> PatchResult:
-        return patch_sweep(model, chosen.pairs, used, changed, template=template, shelf=shelf, engine=engine)
+        return patch_sweep(model, chosen.pairs, used, changed, template=template, cache=cache, engine=engine)
 
     plans: dict[str, PatchPlan] = {}
-    for direction in DIRECTIONS:
-        plans[direction] = replace(plan, direction=direction)
-        plans[f"heads.{direction}"] = replace(plan, site="z", positions=("last",), direction=direction)
+    for mode in MODES:
+        plans[mode] = replace(plan, mode=mode)
+        plans[f"heads.{mode}"] = replace(plan, site="z", positions=("last",), mode=mode)
     plans |= {f"{name}.random": replace(changed, random_seed=seed + 1) for name, changed in plans.items()}
     sweeps = {name: sweep(changed) for name, changed in plans.items()}
     sweeps["attribution"] = sweep(plans["denoising"], ATTRIBUTION)
@@ -150,7 +150,7 @@ class Candidates:
     pairs: tuple[PromptPair, ...]
 
 
-def prepare(config: Patch) -> Prepared[Candidates]:
+def prepare(config: Patch) -> Preparation[Candidates]:
     """Pairs and model; UserError for whatever can't be had."""
     pairs = load_pairs(config.pairs, sample=config.candidates, seed=config.seed)
     pairs, left_out = leave_out_trained_pairs(config, pairs)
@@ -169,10 +169,10 @@ def execute(config: Patch, given: Candidates, writer: RunWriter) -> RefusalPath:
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         template=given.template,
-        shelf=writer.shelf,
+        cache=writer.cache,
     )
     metric = RefusalLogOdds(chosen.first_token.tokens.ids)
     plan = PatchPlan(config.site, positions=config.positions, layers=config.layers or None)
     return trace(
-        given.model, chosen, plan, metric=metric, template=given.template, shelf=writer.shelf, seed=config.seed
+        given.model, chosen, plan, metric=metric, template=given.template, cache=writer.cache, seed=config.seed
     )

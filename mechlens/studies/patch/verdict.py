@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from mechlens.methods.patching.plan import DIRECTIONS
+from mechlens.methods.patching.plan import MODES
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.studies.patch.study import RefusalPath
 
@@ -23,7 +23,7 @@ class PathVerdict:
 
 @dataclass(frozen=True)
 class _Way:
-    """One direction: the best place before the last token, the layers that hold half, the best head, the controls."""
+    """One mode: the best place before the last token, the layers that hold half, the best head, the controls."""
 
     source: "pd.Series[float]"
     leaves: int | None
@@ -37,30 +37,30 @@ class _Way:
 
 def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdict:
     """Layers by the rule "recovery at least one half"; heads by their recovery at the last token."""
-    ways = {direction: _way(result, direction, seed, n_heads) for direction in DIRECTIONS}
+    ways = {mode: _way(result, mode, seed, n_heads) for mode in MODES}
     n = len(result.chosen.pairs)
     numbers: dict[str, Estimate] = {}
-    for direction, way in ways.items():
+    for mode, way in ways.items():
         numbers |= {
-            f"{direction}.recovery.best_before_last": _estimate(way.source),
-            f"{direction}.recovery.random_maximum": _estimate(way.control),
-            f"{direction}.layer.leaves_source": _layer(way.leaves, n),
-            f"{direction}.layer.arrives_last": _layer(way.arrives, n),
-            f"{direction}.recovery.top_head": _estimate(_largest(way.heads)),
-            f"{direction}.recovery.top_head_random": _estimate(way.head_control),
+            f"{mode}.recovery.best_before_last": _estimate(way.source),
+            f"{mode}.recovery.random_maximum": _estimate(way.control),
+            f"{mode}.layer.leaves_source": _layer(way.leaves, n),
+            f"{mode}.layer.arrives_last": _layer(way.arrives, n),
+            f"{mode}.recovery.top_head": _estimate(_largest(way.heads)),
+            f"{mode}.recovery.top_head_random": _estimate(way.head_control),
         }
     numbers["attribution_correlation"] = Estimate.exact(result.correlation(), n)
-    heads = pd.concat([way.heads.assign(direction=name) for name, way in ways.items()], ignore_index=True)
+    heads = pd.concat([way.heads.assign(mode=name) for name, way in ways.items()], ignore_index=True)
     heads = heads.drop(columns=["position", "token"])
     return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads)
 
 
-def _way(result: RefusalPath, direction: str, seed: int, n_heads: int) -> _Way:
+def _way(result: RefusalPath, mode: str, seed: int, n_heads: int) -> _Way:
     table, control, heads, head_control = (
         result.sweeps[name].table(seed=seed)
-        for name in (direction, f"{direction}.random", f"heads.{direction}", f"heads.{direction}.random")
+        for name in (mode, f"{mode}.random", f"heads.{mode}", f"heads.{mode}.random")
     )
-    last = result.sweeps[direction].positions[-1]
+    last = result.sweeps[mode].positions[-1]
     before = table[table["position"] != last]
     source = _largest(before if len(before) else table)
     half = table[table["recovery"] >= HALF]
@@ -78,7 +78,7 @@ def _way(result: RefusalPath, direction: str, seed: int, n_heads: int) -> _Way:
 
 def _where(ways: dict[str, _Way]) -> str:
     parts = []
-    for direction, way in ways.items():
+    for mode, way in ways.items():
         held = f"at least half for the last time at layer {way.leaves}" if way.leaves is not None else "nowhere half"
         ends = (
             f"at least half for the first time at layer {way.arrives}"
@@ -86,7 +86,7 @@ def _where(ways: dict[str, _Way]) -> str:
             else "at no layer half"
         )
         parts.append(
-            f"when {direction}, the best place before the last token is {way.source['position']} (recovery "
+            f"when {mode}, the best place before the last token is {way.source['position']} (recovery "
             f"{_value(way.source)} at layer {way.source['layer']}, {held}; the best random vector anywhere "
             f"{way.control['recovery']:.2f}), and the last token alone holds {ends}"
         )
@@ -95,10 +95,10 @@ def _where(ways: dict[str, _Way]) -> str:
 
 def _which_heads(ways: dict[str, _Way]) -> str:
     parts = []
-    for direction, way in ways.items():
+    for mode, way in ways.items():
         top = _largest(way.heads)
         parts.append(
-            f"when {direction} {top['layer']}.{top['head']} ({_value(top)}, corrected p {top['p_corrected']:.3f}; "
+            f"when {mode} {top['layer']}.{top['head']} ({_value(top)}, corrected p {top['p_corrected']:.3f}; "
             f"the best random vector at a head {way.head_control['recovery']:.2f})"
         )
     return f"The head (layer.head) that moves most of it to the last token is, {', and, '.join(parts)}."

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.behaviour.judges import PHRASES, OnceRefused
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
@@ -19,7 +19,7 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import TokenBatch
 
 BYPASSES, INDUCES = 0, 1
-"""Which rival is which."""
+"""Which random_control is which."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class SelectionTest:
     """Scores and refusals on test prompts, where nothing was fitted or chosen."""
 
     chosen: Direction
-    rivals: tuple[Direction, ...]
+    random_controls: tuple[Direction, ...]
     """Of the random candidates the best at bypassing and the best at inducing on validation; or none."""
     scores: CandidateScores
-    """Of the chosen direction, the rivals where there are any, and `n_random` random ones of its length."""
+    """Of the chosen direction, the random_controls where there are any, and `n_random` random ones of its length."""
     n_random: int
     refused: dict[str, tuple[bool, ...]]
     """By what was done: "harmful", "harmless.added", "harmful.ablated.random_best", ...; one verdict a prompt."""
@@ -61,11 +61,18 @@ class SelectionTest:
         return found
 
     def _of(
-        self, name: str, values: Float[Tensor, "candidate prompt"], label: str, rival: int, lowest: bool = False
+        self,
+        name: str,
+        values: Float[Tensor, "candidate prompt"],
+        label: str,
+        random_control: int,
+        lowest: bool = False,
     ) -> dict[str, Estimate]:
-        """A score of the chosen direction, its rival, and random directions: mean and extreme."""
+        """A score of the chosen direction, its random_control, and random directions: mean and extreme."""
         found = {name: self._mean(values[0], label)}
-        found[f"{name}.random_best"] = self._mean(values[1 + rival] if self.rivals else torch.empty(0), label)
+        found[f"{name}.random_best"] = self._mean(
+            values[1 + random_control] if self.random_controls else torch.empty(0), label
+        )
         random = values[len(values) - self.n_random :]
         means = random.mean(dim=1)
         extreme = int(means.argmin() if lowest else means.argmax())
@@ -83,23 +90,23 @@ def run_selection_test(
     batch: TokenBatch,
     refused: Sequence[bool],
     chosen: Direction,
-    rivals: Sequence[Direction],
+    random_controls: Sequence[Direction],
     tokens: Sequence[int],
     *,
     seed: int,
     n_random: int,
     n_resamples: int,
     max_new_tokens: int,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> SelectionTest:
     """Scores and judged answers of test prompts; `refused` are the verdicts on the answers with nothing done."""
     rows = {
         label: [i for i, prompt in enumerate(batch.prompts) if prompt.label == label]
         for label in ("harmful", "harmless")
     }
-    twins = random_like(chosen, n_random, seed + 3)
+    matched = random_like(chosen, n_random, seed + 3)
     scores = score_candidates(
-        model, [chosen, *rivals, *twins], batch, rows["harmful"], rows["harmless"], tokens, shelf=shelf
+        model, [chosen, *random_controls, *matched], batch, rows["harmful"], rows["harmless"], tokens, cache=cache
     )
     # Only random directions are cut short once they are refused: what the chosen one makes the model say is shown.
     decided = OnceRefused(PHRASES, loaded(model).tokenizer)
@@ -109,16 +116,16 @@ def run_selection_test(
         (ablation(chosen), "harmful", "harmful.ablated"),
         (addition(chosen), "harmless", "harmless.added"),
     ]
-    if rivals:
+    if random_controls:
         asked += [
-            (ablation(rivals[BYPASSES]), "harmful", "harmful.ablated.random_best"),
-            (addition(rivals[INDUCES]), "harmless", "harmless.added.random_best"),
+            (ablation(random_controls[BYPASSES]), "harmful", "harmful.ablated.random_best"),
+            (addition(random_controls[INDUCES]), "harmless", "harmless.added.random_best"),
         ]
     for done, label, name in asked:
         shown = not name.endswith("random_best")
         said = answer_under(
             model, batch.select(rows[label]), [done],
-            max_new_tokens=max_new_tokens, decided=None if shown else decided, shelf=shelf,
+            max_new_tokens=max_new_tokens, decided=None if shown else decided, cache=cache,
         )  # fmt: skip
         judged = PHRASES([batch.prompts[i] for i in rows[label]], said.texts)
         verdicts[name] = tuple(verdict == "refused" for verdict in judged)
@@ -126,7 +133,7 @@ def run_selection_test(
             answers[name] = said
     return SelectionTest(
         chosen=chosen,
-        rivals=tuple(rivals),
+        random_controls=tuple(random_controls),
         scores=scores,
         n_random=n_random,
         refused=verdicts,

@@ -9,7 +9,7 @@ from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.select.study import Selection
 from mechlens.studies.select.verdict import SelectionVerdict, selection_verdict
-from mechlens.studies.shared.harm_sets import Contrast
+from mechlens.studies.shared.harm_sets import ContrastSets
 
 QUESTION = (
     "Is there one direction whose removal stops this model from refusing, and whose addition makes it refuse? Every "
@@ -23,7 +23,7 @@ SCORES = {
 }
 
 
-def record(writer: RunWriter, result: Selection, sets: Contrast) -> None:
+def record(writer: RunWriter, result: Selection, sets: ContrastSets) -> None:
     """Writes everything the selection found into an open run."""
     verdict = selection_verdict(result)
     writer.metrics(_metrics(result))
@@ -97,10 +97,11 @@ def _figures(writer: RunWriter, result: Selection, candidates: pd.DataFrame) -> 
         figure.update_layout(height=560)
         writer.figure(f"scores_{score}", figure, table="candidates")
     scored = candidates.dropna(subset=["bypass", "induce"]).assign(
-        group=candidates["kind"].where(candidates["fate"] != "chosen", "chosen " + candidates["kind"])
+        group=candidates["kind"].where(candidates["status"] != "chosen", "chosen " + candidates["kind"])
     )
     figure = figures.scatter(
-        scored, x="bypass", y="induce", group="group", hover=["position", "level", "kl", "fate"], hline=0.0, vline=0.0,
+        scored, x="bypass", y="induce", group="group", hover=["position", "level", "kl", "status"],
+        hline=0.0, vline=0.0,
         title="Every candidate beside as many random directions", xlabel="bypass score", ylabel="induce score",
     )  # fmt: skip
     writer.figure(
@@ -141,7 +142,7 @@ def _report(
     names: dict[str, str],
     punctuation: str,
 ) -> Report:
-    best = result.found.table().query("fate == 'chosen' or fate == 'kept'").sort_values("bypass").head(10)
+    best = result.found.table().query("status == 'chosen' or status == 'kept'").sort_values("bypass").head(10)
     tested = [] if result.test is None else [_tested(result, names)]
     known = loaded(model)
     return Report(

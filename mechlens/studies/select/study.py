@@ -15,13 +15,13 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, direction_grid, random_like
 from mechlens.methods.steering.candidates import (
     KEPT,
     LOW_INDUCE,
+    CandidateFilter,
     CandidateScores,
-    Filtered,
     SelectionRule,
     filter_candidates,
     score_candidates,
@@ -33,15 +33,15 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.select.config import Select
 from mechlens.studies.select.held_out import SelectionTest, run_selection_test
-from mechlens.studies.shared.harm_sets import Contrast, prepare_harm_study
+from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
 from mechlens.studies.shared.inputs import require_sampling
-from mechlens.studies.shared.quadrants import FirstTokenJudgement, Judged, judge_answers, judge_first_token
+from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers, judge_answers, judge_first_token
 
 HARMFUL, HARMLESS = "harmful", "harmless"
-LEAST_KEPT = 3
+MIN_KEPT = 3
 """Fewer prompts than this of one class in training or validation don't choose a direction."""
 
 
@@ -61,12 +61,12 @@ class SelectionPlan:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class Ranking:
     """Candidates with their scores on validation prompts, and what became of each."""
 
     candidates: tuple[Direction, ...]
     scores: CandidateScores
-    filtered: Filtered
+    filtered: CandidateFilter
 
     @property
     def means(self) -> Float64[Tensor, "candidate score"]:
@@ -78,12 +78,12 @@ class Ranked:
         """The chosen direction; None where no candidate was let through."""
         return None if self.filtered.chosen is None else self.candidates[self.filtered.chosen]
 
-    def rivals(self) -> tuple[Direction, ...]:
+    def random_controls(self) -> tuple[Direction, ...]:
         """The best at bypassing and the best at inducing; none where no candidate is left to choose from.
 
         Candidates that induce too little count as well: of random ones, few or none induce refusal.
         """
-        pool = [i for i, fate in enumerate(self.filtered.fate) if fate in (KEPT, LOW_INDUCE)]
+        pool = [i for i, status in enumerate(self.filtered.status) if status in (KEPT, LOW_INDUCE)]
         if not pool:
             return ()
         bypass, induce, _ = self.means.T.tolist()
@@ -91,7 +91,7 @@ class Ranked:
         return self.candidates[lowest], self.candidates[highest]
 
     def table(self) -> pd.DataFrame:
-        """One row per candidate: position, level, norm, bypass, induce, kl, fate."""
+        """One row per candidate: position, level, norm, bypass, induce, kl, status."""
         bypass, induce, kl = self.means.T.tolist()
         chosen = range(len(self.candidates))
         return pd.DataFrame(
@@ -102,7 +102,7 @@ class Ranked:
                 "bypass": bypass,
                 "induce": induce,
                 "kl": kl,
-                "fate": ["chosen" if i == self.filtered.chosen else self.filtered.fate[i] for i in chosen],
+                "status": ["chosen" if i == self.filtered.chosen else self.filtered.status[i] for i in chosen],
             }
         )
 
@@ -111,13 +111,13 @@ class Ranked:
 class Selection:
     """What was found, and everything its numbers were made from."""
 
-    judged: Judged
+    judged: JudgedAnswers
     first_token: FirstTokenJudgement
     split: Split
     kept: dict[str, dict[str, tuple[int, ...]]]
     """Prompts that chose: row numbers by part ("train", "validation") and class."""
-    found: Ranked
-    random: Ranked
+    found: Ranking
+    random: Ranking
     """The same choice among as many random directions."""
     test: SelectionTest | None
     """None where no candidate was let through."""
@@ -147,7 +147,7 @@ def select_direction(
     plan: SelectionPlan,
     *,
     template: ChatTemplate | None = None,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> Selection:
     """The whole selection on one model; prompts carry the labels "harmful" and "harmless".
 
@@ -157,18 +157,18 @@ def select_direction(
     require_everywhere(model)
     prompts = [*harmful, *harmless]
     batch = tokenize(prompts, template or template_of(model))
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf))
-    acts = collect(model, batch, positions=["post[*]"], shelf=shelf)
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    acts = collect(model, batch, positions=["post[*]"], cache=cache)
     labels = [prompt.label for prompt in prompts]
     families = [prompt.group for prompt in prompts]
     split = split_by_family(labels, families, fractions=plan.fractions, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
     kept = _kept(labels, first_token.log_odds, split)
     candidates = _candidates(acts, kept["train"], n_layers(model))
-    twins = [random_like(one, 1, plan.seed + 1 + i)[0] for i, one in enumerate(candidates)]
+    matched_controls = [random_like(one, 1, plan.seed + 1 + i)[0] for i, one in enumerate(candidates)]
     found, random = (
-        _ranked(model, some, batch, kept["validation"], first_token.tokens.ids, plan, shelf)
-        for some in (candidates, twins)
+        _ranked(model, some, batch, kept["validation"], first_token.tokens.ids, plan, cache)
+        for some in (candidates, matched_controls)
     )
     test = None
     if found.best is not None:
@@ -177,13 +177,13 @@ def select_direction(
             batch.select(split.test),
             [judged.refused[i] for i in split.test],
             found.best,
-            random.rivals(),
+            random.random_controls(),
             first_token.tokens.ids,
             seed=plan.seed,
             n_random=plan.n_random,
             n_resamples=plan.n_resamples,
             max_new_tokens=plan.max_new_tokens,
-            shelf=shelf,
+            cache=cache,
         )
     return Selection(judged, first_token, split, kept, found, random, test, plan)
 
@@ -199,10 +199,10 @@ def _kept(
         for label, right in sides.items():
             asked = [i for i in split.part(part) if labels[i] == label]
             kept[part][label] = tuple(i for i in asked if right[i])
-            if len(kept[part][label]) < LEAST_KEPT:
+            if len(kept[part][label]) < MIN_KEPT:
                 raise UserError(
                     f"of {len(asked)} {label} {part} prompts {len(kept[part][label])} have a refusal score "
-                    f"{'above' if label == HARMFUL else 'below'} 0, and at least {LEAST_KEPT} are needed; take more "
+                    f"{'above' if label == HARMFUL else 'below'} 0, and at least {MIN_KEPT} are needed; take more "
                     "prompts, or a model that refuses harmful and answers harmless ones"
                 )
     return kept
@@ -221,13 +221,13 @@ def _ranked(
     kept: dict[str, tuple[int, ...]],
     tokens: Sequence[int],
     plan: SelectionPlan,
-    shelf: Shelf | None,
-) -> Ranked:
-    scores = score_candidates(model, candidates, batch, kept[HARMFUL], kept[HARMLESS], tokens, shelf=shelf)
-    return Ranked(tuple(candidates), scores, filter_candidates(candidates, scores.means(), n_layers(model), plan.rule))
+    cache: Cache | None,
+) -> Ranking:
+    scores = score_candidates(model, candidates, batch, kept[HARMFUL], kept[HARMLESS], tokens, cache=cache)
+    return Ranking(tuple(candidates), scores, filter_candidates(candidates, scores.means(), n_layers(model), plan.rule))
 
 
-def prepare(config: Select) -> Prepared[Contrast]:
+def prepare(config: Select) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config, ("resamples", "random_directions"))
     if not 0 <= config.last_layers < 1:
@@ -237,7 +237,7 @@ def prepare(config: Select) -> Prepared[Contrast]:
     return prepare_harm_study(config, config)
 
 
-def execute(config: Select, sets: Contrast, writer: RunWriter) -> Selection:
+def execute(config: Select, sets: ContrastSets, writer: RunWriter) -> Selection:
     """The selection on the configured model and prompts."""
     plan = SelectionPlan(
         seed=config.seed,
@@ -247,4 +247,4 @@ def execute(config: Select, sets: Contrast, writer: RunWriter) -> Selection:
         n_resamples=config.resamples,
         n_random=config.random_directions,
     )
-    return select_direction(sets.model, sets.positive, sets.negative, plan, template=sets.template, shelf=writer.shelf)
+    return select_direction(sets.model, sets.positive, sets.negative, plan, template=sets.template, cache=writer.cache)

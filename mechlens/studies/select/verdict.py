@@ -77,5 +77,5 @@ def _beyond(metrics: dict[str, Estimate], name: str, extreme: str, shift: str, s
     """Whether the shift is sure and goes beyond chance; `sign` is the side that the claim is on."""
     moved = metrics[shift]
     sure = moved.low > 0 if sign > 0 else moved.high < 0
-    rivals = [metrics[f"{name}.random_{extreme}"], metrics[f"{name}.random_best"]]
-    return sure and all(sign * metrics[name].value > sign * one.value for one in rivals if one.measurable)
+    random_controls = [metrics[f"{name}.random_{extreme}"], metrics[f"{name}.random_best"]]
+    return sure and all(sign * metrics[name].value > sign * one.value for one in random_controls if one.measurable)

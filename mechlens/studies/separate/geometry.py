@@ -8,7 +8,7 @@ import pandas as pd
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.statistics.effects import HARM, INTERACTION, REFUSAL, CosineCurve, Effect, cosine_curve
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.studies.shared.contrasts import LEAST_IN_A_CLASS
+from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def measure_geometry(
         return cosine_curve(first, second, acts.families, acts.levels, seed=seed)
 
     counts = {name: everyone.count(name) for name in HARM}
-    full = min(counts.values()) >= LEAST_IN_A_CLASS
+    full = min(counts.values()) >= MIN_IN_A_CLASS
     harm = _effect(acts, "inst", tuple(q.rpartition("_")[2] for q in pairs), {"harmful": 1.0, "harmless": -1.0})
     refusal = _effect(acts, last, tuple(q.partition("_")[0] for q in everyone), {"refused": 1.0, "accepted": -1.0})
     return Geometry(

@@ -10,7 +10,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.figures import draw
 from mechlens.studies.separate.study import Separation
 from mechlens.studies.separate.verdict import Verdict, separation_verdict
-from mechlens.studies.shared.harm_sets import Contrast
+from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.quadrants import IN_NO_QUADRANT, QUADRANTS
 
 QUESTION = (
@@ -20,7 +20,7 @@ QUESTION = (
 )
 
 
-def record(writer: RunWriter, result: Separation, sets: Contrast) -> None:
+def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
     """Writes everything the study found into an open run."""
     metrics = result.metrics()
     verdict = separation_verdict(metrics)

@@ -16,7 +16,7 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import Judge
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
@@ -27,17 +27,17 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.separate.config import Separate
 from mechlens.studies.separate.geometry import Geometry, measure_geometry
-from mechlens.studies.shared.contrasts import LEAST_IN_A_CLASS, Measured, Surface, measure, surface_of
-from mechlens.studies.shared.harm_sets import Contrast, prepare_harm_study
+from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS, ContrastMeasurement, Surface, measure, surface_of
+from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import (
     IN_NO_QUADRANT,
     QUADRANTS,
     FirstTokenJudgement,
-    Judged,
+    JudgedAnswers,
     judge_answers,
     judge_first_token,
 )
@@ -64,11 +64,11 @@ class SeparationPlan:
 class Separation:
     """What the study found, and everything its numbers were made from."""
 
-    judged: Judged
+    judged: JudgedAnswers
     first_token: FirstTokenJudgement
     split: Split
     split_note: str
-    contrasts: dict[str, Measured]
+    contrasts: dict[str, ContrastMeasurement]
     """By name: harmful, refused, harmful.accepted, harmful.refused, refused.harmful, refused.harmless."""
     geometry: Geometry
     beliefs: Beliefs
@@ -140,7 +140,7 @@ def separate(
     *,
     template: ChatTemplate | None = None,
     judges: Sequence[Judge] = (),
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> Separation:
     """The whole study on one model.
 
@@ -149,9 +149,9 @@ def separate(
     """
     prompts = _labelled(harmful, harmless, extra_harmless)
     batch = tokenize(prompts, template or template_of(model))
-    answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, shelf=shelf)
+    answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache)
     judged = judge_answers(prompts, answers, judges)
-    acts = collect(model, batch, positions=["inst", "post[*]"], shelf=shelf)
+    acts = collect(model, batch, positions=["inst", "post[*]"], cache=cache)
     split, note = _split(judged, plan)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
     paired = {prompt.id for prompt in (*harmful, *harmless)}
@@ -171,7 +171,7 @@ def separate(
             seed=plan.seed,
         ),
         beliefs=measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.n_resamples),
-        refusal_rates=_refusal_rates(model, judged, batch, plan, judges, shelf),
+        refusal_rates=_refusal_rates(model, judged, batch, plan, judges, cache),
         acts=acts,
         batch=batch,
         plan=plan,
@@ -193,11 +193,11 @@ def _labelled(harmful: Sequence[Prompt], harmless: Sequence[Prompt], extra_harml
     return labelled
 
 
-def _split(judged: Judged, plan: SeparationPlan) -> tuple[Split, str]:
+def _split(judged: JudgedAnswers, plan: SeparationPlan) -> tuple[Split, str]:
     """By family, keeping the quadrants' shares where each has enough prompts."""
     families = [prompt.group for prompt in judged.prompts]
     quadrants = judged.quadrants()
-    if min(quadrants.count(name) for name in QUADRANTS) >= LEAST_IN_A_CLASS:
+    if min(quadrants.count(name) for name in QUADRANTS) >= MIN_IN_A_CLASS:
         try:
             split = split_by_family(quadrants, families, fractions=plan.fractions, seed=plan.seed)
         except UserError:
@@ -210,8 +210,8 @@ def _split(judged: Judged, plan: SeparationPlan) -> tuple[Split, str]:
 
 
 def _contrasts(
-    acts: Activations, judged: Judged, split: Split, surface: Surface, paired: set[str], plan: SeparationPlan
-) -> dict[str, Measured]:
+    acts: Activations, judged: JudgedAnswers, split: Split, surface: Surface, paired: set[str], plan: SeparationPlan
+) -> dict[str, ContrastMeasurement]:
     detection = DetectionPlan(plan.seed, plan.n_resamples, plan.n_permutations, plan.n_random)
     quadrants = judged.quadrants()
     harm = [prompt.label if prompt.id in paired else "" for prompt in judged.prompts]
@@ -234,15 +234,15 @@ def _contrasts(
 
 def _refusal_rates(
     model: LanguageModel,
-    judged: Judged,
+    judged: JudgedAnswers,
     batch: TokenBatch,
     plan: SeparationPlan,
     judges: Sequence[Judge],
-    shelf: Shelf | None,
+    cache: Cache | None,
 ) -> dict[str, Estimate]:
     """Refusal of harmful prompts with the whole template, and with the prompt cut after `inst` (Table 1)."""
     rows = [i for i, prompt in enumerate(judged.prompts) if prompt.label == HARMFUL]
-    cut = answer(model, batch.select(rows).without_post(), max_new_tokens=plan.max_new_tokens, shelf=shelf)
+    cut = answer(model, batch.select(rows).without_post(), max_new_tokens=plan.max_new_tokens, cache=cache)
     without = judge_answers([judged.prompts[i] for i in rows], cut, judges)
     families = [judged.prompts[i].group for i in rows]
     full = torch.tensor([judged.refused[i] for i in rows]).double()
@@ -252,13 +252,13 @@ def _refusal_rates(
     }
 
 
-def prepare(config: Separate) -> Prepared[Contrast]:
+def prepare(config: Separate) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
     return prepare_harm_study(config, config, config.extra_harmless)
 
 
-def execute(config: Separate, sets: Contrast, writer: RunWriter) -> Separation:
+def execute(config: Separate, sets: ContrastSets, writer: RunWriter) -> Separation:
     """The study on the configured model and prompts."""
     plan = SeparationPlan(
         seed=config.seed,
@@ -269,5 +269,5 @@ def execute(config: Separate, sets: Contrast, writer: RunWriter) -> Separation:
         n_random=config.random_directions,
     )
     return separate(
-        sets.model, sets.positive, sets.negative, sets.extra, plan, template=sets.template, shelf=writer.shelf
+        sets.model, sets.positive, sets.negative, sets.extra, plan, template=sets.template, cache=writer.cache
     )

@@ -25,7 +25,7 @@ from mechlens.models.bridge import LanguageModel, token_embeddings
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import PARTS, Split, split_by_family
 
-LEAST_OF_EACH = 10
+MIN_OF_EACH = 10
 """With fewer prompts of a class there is no direction."""
 
 
@@ -35,7 +35,7 @@ def best_direction(
     """Fitted to all prompts; the level from 1 to `highest` is chosen on three tenths of the families, by directions
     from the others. None where a class has too few prompts, or families, for that.
     """
-    if min(acts.labels.count(label) for label in (positive, negative)) < LEAST_OF_EACH:
+    if min(acts.labels.count(label) for label in (positive, negative)) < MIN_OF_EACH:
         return None
     kept = acts.select([i for i, label in enumerate(acts.labels) if label in (positive, negative)])
     try:
@@ -56,9 +56,9 @@ def best_direction(
     return direction_grid(only, positive, negative).at(best, name)
 
 
-LEAST_IN_A_CLASS = 10
+MIN_IN_A_CLASS = 10
 """A contrast with fewer prompts than this in one class is called not measurable."""
-LEAST_IN_A_PART = 3
+MIN_IN_A_PART = 3
 """So is one with fewer than this in a part of the split."""
 
 
@@ -73,7 +73,7 @@ class Surface:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ContrastMeasurement:
     """One contrast: its detection at every cell with baselines, or the counts that were too small for it."""
 
     name: str
@@ -126,7 +126,7 @@ def measure(
     split: Split,
     surface: Surface,
     plan: DetectionPlan,
-) -> Measured:
+) -> ContrastMeasurement:
     """Detection of the first class against the second, with surface baselines on the same split.
 
     `labels` may name more classes than two; the others are left out. Nothing is raised where a class is
@@ -134,9 +134,9 @@ def measure(
     """
     counts = {label: sum(own == label for own in labels) for label in contrast}
     if not _enough(labels, contrast, split):
-        return Measured(name, *contrast, counts, None, {})
+        return ContrastMeasurement(name, *contrast, counts, None, {})
     relabelled = replace(acts, labels=tuple(labels))
-    return Measured(
+    return ContrastMeasurement(
         name,
         *contrast,
         counts,
@@ -146,10 +146,10 @@ def measure(
 
 
 def _enough(labels: Sequence[str], contrast: tuple[str, str], split: Split) -> bool:
-    if min(sum(own == label for own in labels) for label in contrast) < LEAST_IN_A_CLASS:
+    if min(sum(own == label for own in labels) for label in contrast) < MIN_IN_A_CLASS:
         return False
     return all(
-        sum(labels[i] == label for i in split.part(name)) >= LEAST_IN_A_PART for name in PARTS for label in contrast
+        sum(labels[i] == label for i in split.part(name)) >= MIN_IN_A_PART for name in PARTS for label in contrast
     )
 
 

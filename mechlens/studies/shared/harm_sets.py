@@ -9,7 +9,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
 from mechlens.settings import ModelChoice
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import (
     PromptChoice,
     data_inputs,
@@ -71,7 +71,7 @@ def read_harm_sets(config: HarmChoice, models: Sequence[ModelChoice], extra_sour
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ContrastSets:
     """A model, and the prompts of two classes that are contrasted in it."""
 
     model: LanguageModel
@@ -85,11 +85,13 @@ class Contrast:
     """What became of final punctuation, in words."""
 
 
-def prepare_harm_study(config: HarmChoice, model: ModelChoice, extra_source: str | None = None) -> Prepared[Contrast]:
+def prepare_harm_study(
+    config: HarmChoice, model: ModelChoice, extra_source: str | None = None
+) -> Preparation[ContrastSets]:
     """Prompts, model and template of a study of both classes; UserError for whatever can't be had."""
     sets = read_harm_sets(config, [model], extra_source)
     matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
     chosen = chosen_model(model)
-    content = Contrast(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)
+    content = ContrastSets(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)
     prompts = (*matched.positive, *matched.negative, *sets.extra)
     return prepared(content, chosen.model, chosen.inputs(sets.data), prompts, sets.left_out)

@@ -14,7 +14,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 from mechlens.settings import RunChoice
 
-MOST_DRAWS = 100_000
+MAX_DRAWS = 100_000
 """Resamples, permutations or random directions behind one number."""
 
 
@@ -52,8 +52,8 @@ def require_sampling(
             raise UserError(
                 f"{name} is {getattr(config, name)}; every number needs its interval and its nulls, so give at least 1"
             )
-        if getattr(config, name) > MOST_DRAWS:
-            raise UserError(f"{name} is {getattr(config, name)}; give at most {MOST_DRAWS}, which no interval needs")
+        if getattr(config, name) > MAX_DRAWS:
+            raise UserError(f"{name} is {getattr(config, name)}; give at most {MAX_DRAWS}, which no interval needs")
 
 
 def refuse_shared(positive: tuple[str, Sequence[Prompt]], negative: tuple[str, Sequence[Prompt]]) -> None:

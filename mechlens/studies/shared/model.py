@@ -10,7 +10,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
 from mechlens.runs.run import Inputs
 from mechlens.settings import ModelChoice
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.training_data import LeftOut
 
 Content = TypeVar("Content")
@@ -51,7 +51,7 @@ def prepared(
     inputs: Inputs,
     prompts: Sequence[Prompt] = (),
     left_out: LeftOut | None = None,
-) -> Prepared[Content]:
+) -> Preparation[Content]:
     """What goes into a study of one loaded model."""
     device, dtype = str(device_of(model)), str(dtype_of(model)).removeprefix("torch.")
-    return Prepared(content, inputs, tuple(prompts), left_out, device, dtype)
+    return Preparation(content, inputs, tuple(prompts), left_out, device, dtype)

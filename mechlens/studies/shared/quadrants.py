@@ -31,12 +31,12 @@ from mechlens.prompts.prompt import Prompt
 
 QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless")
 IN_NO_QUADRANT = ("empty", "unclear")
-LEAST_REFUSALS = 5
+MIN_REFUSALS = 5
 """With fewer refusals than this the model's own refusal tokens can't be found."""
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedAnswers:
     """Prompts with their answers, each judge's verdicts and the quadrant by the first judge."""
 
     prompts: tuple[Prompt, ...]
@@ -100,10 +100,10 @@ class Judged:
         return frame
 
 
-def judge_answers(prompts: Sequence[Prompt], answers: Answers, judges: Sequence[Judge] = ()) -> Judged:
+def judge_answers(prompts: Sequence[Prompt], answers: Answers, judges: Sequence[Judge] = ()) -> JudgedAnswers:
     """Verdicts of the given judges, or by `PHRASES` and beside it both published lists; needs no model."""
     chosen = judges or (PHRASES, ARDITI, ZHAO)
-    return Judged(
+    return JudgedAnswers(
         prompts=tuple(prompts),
         answers=answers,
         verdicts={judge.name: tuple(judge(prompts, answers.texts)) for judge in chosen},
@@ -121,14 +121,14 @@ class FirstTokenJudgement:
 
 
 def judge_first_token(
-    model: LanguageModel, judged: Judged, acts: Activations, reference: Sequence[int], seed: int
-) -> tuple[Judged, FirstTokenJudgement]:
+    model: LanguageModel, judged: JudgedAnswers, acts: Activations, reference: Sequence[int], seed: int
+) -> tuple[JudgedAnswers, FirstTokenJudgement]:
     """Adds the log-odds judge: refusal tokens from the model's own refusals among the `reference` rows."""
     refused = judged.refused
     first = judged.answers.first_tokens
     tokenizer = loaded(model).tokenizer
     spoke = [i for i in reference if first[i] != NO_TOKEN]
-    if sum(refused[i] for i in spoke) >= LEAST_REFUSALS:
+    if sum(refused[i] for i in spoke) >= MIN_REFUSALS:
         tokens = find_refusal_tokens([first[i] for i in spoke], [refused[i] for i in spoke], tokenizer)
     else:
         tokens = fallback_refusal_tokens(tokenizer)
@@ -137,7 +137,7 @@ def judge_first_token(
     quality = auroc_estimate(scores[rest], torch.tensor(refused)[rest], [judged.prompts[i].group for i in rest], seed)
     by_id = dict(zip(acts.ids, scores.tolist(), strict=True))
     verdicts = LogOddsJudge(by_id)(judged.prompts, judged.answers.texts)
-    more = Judged(judged.prompts, judged.answers, {**judged.verdicts, "log-odds": tuple(verdicts)})
+    more = JudgedAnswers(judged.prompts, judged.answers, {**judged.verdicts, "log-odds": tuple(verdicts)})
     return more, FirstTokenJudgement(tokens, scores, quality)
 
 

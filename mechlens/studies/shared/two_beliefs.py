@@ -21,7 +21,7 @@ from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import QUADRANTS
 
 POLES = ("refused_harmful", "accepted_harmless")
-LEAST_FOR_A_POLE = 5
+MIN_FOR_A_POLE = 5
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def measure_beliefs(acts: Activations, quadrants: Sequence[str], split: Split, s
     train = labelled.select(split.train)
     held_out = labelled.select(sorted((*split.validation, *split.test)))
     poles = [train.labels.count(name) for name in POLES]
-    if min(poles) < LEAST_FOR_A_POLE:
+    if min(poles) < MIN_FOR_A_POLE:
         return _not_measurable(held_out)
     last = acts.positions[-1]
     harm, refusal = (centroids(train, *POLES, position) for position in ("inst", last))
@@ -97,7 +97,7 @@ def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, n_resamples:
         for name in QUADRANTS:
             rows = [i for i, label in enumerate(held_out.labels) if label == name]
             families = [held_out.families[i] for i in rows]
-            enough = len(rows) >= LEAST_FOR_A_POLE
+            enough = len(rows) >= MIN_FOR_A_POLE
             found[_metric(column, name)] = (
                 mean_estimate(values[rows], families, seed, n_resamples) if enough else Estimate.missing(len(rows))
             )

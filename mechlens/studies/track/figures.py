@@ -6,7 +6,7 @@ import pandas as pd
 
 from mechlens.runs.report import figures
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.track.measures.reference import Concept
+from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
 
 READOUTS = {"frozen": "the base's line", "own": "refitted", "accuracy": "accuracy, frozen threshold"}
@@ -88,7 +88,7 @@ def _triggers(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
     return first, second
 
 
-def _readouts(writer: RunWriter, result: Tracking, concept: Concept) -> tuple[str, ...]:
+def _readouts(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> tuple[str, ...]:
     home = result.readouts[(result.readouts["concept"] == concept.name) & (result.readouts["position"] == concept.home)]
     cell = home[home["level"] == concept.level(concept.home)]
     frames = [
@@ -125,7 +125,7 @@ def _readouts(writer: RunWriter, result: Tracking, concept: Concept) -> tuple[st
     return over, f"transfer_{name}", *grids
 
 
-def _angles(writer: RunWriter, result: Tracking, concept: Concept) -> tuple[str, ...]:
+def _angles(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> tuple[str, ...]:
     rows = result.angles[(result.angles["concept"] == concept.name) & (result.angles["position"] == concept.home)]
     if rows.empty:
         return ()

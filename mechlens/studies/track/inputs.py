@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from mechlens.methods.behaviour.damage import PLAIN_TEXT
 from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.series import CheckpointSeries, content_of
-from mechlens.models.checkpoints.swap import Turns, turns
+from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapper
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.text import match_punctuation
 from mechlens.settings import BaseChoice, ModelChoice
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import HarmChoice, read_harm_sets
 from mechlens.studies.shared.model import inputs_of, prepared
 from mechlens.studies.shared.training_data import LeftOut
@@ -24,7 +24,7 @@ FRACTIONS = (0.5, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
-class Asked:
+class SeriesPrompts:
     """The prompts of a series with their split, and what they are by fingerprint."""
 
     prompts: tuple[Prompt, ...]
@@ -34,7 +34,7 @@ class Asked:
     data: dict[str, str]
 
 
-def asked_of(config: HarmChoice, series: CheckpointSeries) -> Asked:
+def series_prompts(config: HarmChoice, series: CheckpointSeries) -> SeriesPrompts:
     """Both classes, without what the base or any checkpoint was trained on; UserError where too few are left."""
     adapters = [None, *(member.path for member in series.members if member.kind == "adapter")]
     sets = read_harm_sets(config, [ModelChoice(model=series.base.path, adapter=adapter) for adapter in adapters])
@@ -45,29 +45,33 @@ def asked_of(config: HarmChoice, series: CheckpointSeries) -> Asked:
         seed=config.seed,
     )  # fmt: skip
     contents = {f"checkpoint {member.name}": content_of(member) for member in series.members if member.kind != "base"}
-    return Asked(prompts, split, matched.note, sets.left_out, sets.data | contents)
+    return SeriesPrompts(prompts, split, matched.note, sets.left_out, sets.data | contents)
 
 
 @dataclass(frozen=True)
 class SeriesStudy:
     """A series of checkpoints and what is asked at each."""
 
-    turns: Turns
+    swapper: CheckpointSwapper
     series: CheckpointSeries
-    asked: Asked
+    asked: SeriesPrompts
     questions: Questions
     trigger: Trigger | None = None
 
 
 def prepare_series(
-    config: BaseChoice, series: CheckpointSeries, asked: Asked, trigger: Trigger | None = None, triggered: int = 0
-) -> Prepared[SeriesStudy]:
+    config: BaseChoice,
+    series: CheckpointSeries,
+    asked: SeriesPrompts,
+    trigger: Trigger | None = None,
+    triggered: int = 0,
+) -> Preparation[SeriesStudy]:
     """The base, loaded, with the questions; the first `triggered` harmful prompts are asked with the trigger too."""
-    one = turns(
+    swapper = checkpoint_swapper(
         config.base, revision=config.revision, dtype=config.dtype, device=config.device,
         chat_template=series.chat_template,
     )  # fmt: skip
-    template = chat_template(loaded(one.model).tokenizer, config.template, today=config.today)
+    template = chat_template(loaded(swapper.model).tokenizer, config.template, today=config.today)
     harmful = [prompt for prompt in asked.prompts if prompt.label == "harmful"][:triggered]
     questions = Questions(
         batch=tokenize(asked.prompts, template),
@@ -75,5 +79,7 @@ def prepare_series(
         texts=PLAIN_TEXT,
         variants=tokenize(trigger_prompts(harmful, trigger), template) if trigger else None,
     )
-    content = SeriesStudy(one, series, asked, questions, trigger)
-    return prepared(content, one.model, inputs_of(one.base, template, asked.data), asked.prompts, asked.left_out)
+    content = SeriesStudy(swapper, series, asked, questions, trigger)
+    return prepared(
+        content, swapper.model, inputs_of(swapper.base, template, asked.data), asked.prompts, asked.left_out
+    )

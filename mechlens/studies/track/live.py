@@ -32,7 +32,7 @@ SPLITS = 20
 
 
 @dataclass(frozen=True)
-class Watched:
+class LivePrompts:
     """The prompts that are read again and again."""
 
     batch: TokenBatch
@@ -71,7 +71,7 @@ def watch(
     plan: DetectionPlan,
     refusal_tokens: Sequence[int] = (),
     today: str | None = None,
-) -> Watched:
+) -> LivePrompts:
     """The prompts of two classes, split by family into those that fit, choose and test; see `chat_template`."""
     prompts = [replace(p, label=POSITIVE) for p in positive] + [replace(p, label=NEGATIVE) for p in negative]
     names = [prompt.id for prompt in prompts]
@@ -81,10 +81,10 @@ def watch(
     batch = tokenize(prompts, chat_template(tokenizer, today=today))
     columns = {name: batch.resolve([name]) for name in positions}  # an unknown position is refused before training
     named = tuple(name for asked, found in columns.items() for name in ((asked,) if len(found) == 1 else found))
-    return Watched(batch, split, named, plan, tuple(refusal_tokens))
+    return LivePrompts(batch, split, named, plan, tuple(refusal_tokens))
 
 
-def live_reference(module: Any, watched: Watched, step: int) -> LiveReference:
+def live_reference(module: Any, watched: LivePrompts, step: int) -> LiveReference:
     """Directions and thresholds of the model as it is now."""
     acts, _ = _read(module, watched, range(len(blocks_of(module)) + 1), step)
     found = detect(acts, POSITIVE, NEGATIVE, watched.split, watched.plan)
@@ -98,7 +98,7 @@ def live_reference(module: Any, watched: Watched, step: int) -> LiveReference:
     return LiveReference(tuple(choice.direction for choice in chosen), tuple(thresholds), watched.fingerprint)
 
 
-def live_numbers(module: Any, watched: Watched, reference: LiveReference, step: int) -> dict[str, Estimate]:
+def live_numbers(module: Any, watched: LivePrompts, reference: LiveReference, step: int) -> dict[str, Estimate]:
     """How the reference's directions and refitted ones do on test prompts in the model as it is now.
 
     For each position: `auroc.P.frozen`, `auroc.P.refitted`, `accuracy.P` (at the reference's threshold), `gap.P`
@@ -158,7 +158,7 @@ def _cell(acts: Activations, level: int, position: str) -> Activations:
     return replace(acts, values=acts.at(level, position)[:, None, None], levels=(level,), positions=(position,))
 
 
-def _read(module: Any, watched: Watched, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:
+def _read(module: Any, watched: LivePrompts, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:
     names = watched.batch.resolve(watched.positions)
     watched.batch.require_rows(module.get_input_embeddings().num_embeddings, None)
     found = plain_pass(module, watched.batch, names, levels)

@@ -13,7 +13,7 @@ from mechlens.studies.shared.quadrants import QUADRANTS
 from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
-from mechlens.studies.track.study import Tracked
+from mechlens.studies.track.study import TrackResult
 from mechlens.studies.track.tables import cell_of
 from mechlens.studies.track.verdict import CHANGES, RULE, TITLES
 
@@ -23,7 +23,7 @@ QUESTION = (
 )
 
 
-def record(writer: RunWriter, result: Tracked, given: SeriesStudy) -> None:
+def record(writer: RunWriter, result: TrackResult, given: SeriesStudy) -> None:
     """Writes everything that the study found into an open run."""
     record_tracking(writer, result.tracking, given.series, result.geometry, given.asked.punctuation)
 

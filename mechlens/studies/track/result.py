@@ -8,13 +8,13 @@ from tqdm.auto import tqdm
 
 from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.checkpoints.series import LeftOut
+from mechlens.models.checkpoints.series import UnusableCheckpoint
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import judge_answers
 from mechlens.studies.track.measures.behaviour import behaviour_table, effect_table, gaps, quadrant_table
 from mechlens.studies.track.measures.change import angle_table
-from mechlens.studies.track.measures.reference import Concept, Reference
+from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
 from mechlens.studies.track.measures.snapshot import Snapshot
 from mechlens.studies.track.measures.triggers import acceptance_table, readable_table
 from mechlens.studies.track.tables import cell_of, readout_table, transfer_table
@@ -59,8 +59,8 @@ class Tracking:
     """What was found over the series, and everything that it was worked out from."""
 
     snapshots: tuple[Snapshot, ...]
-    left_out: tuple[LeftOut, ...]
-    reference: Reference
+    left_out: tuple[UnusableCheckpoint, ...]
+    reference: BaseReference
     questions: Questions
     plan: TrackPlan
     readouts: pd.DataFrame
@@ -89,8 +89,8 @@ def steered_rows(questions: Questions, plan: TrackPlan) -> list[int]:
 
 def analysed(
     snapshots: Sequence[Snapshot],
-    left_out: Sequence[LeftOut],
-    reference: Reference,
+    left_out: Sequence[UnusableCheckpoint],
+    reference: BaseReference,
     questions: Questions,
     plan: TrackPlan,
 ) -> Tracking:
@@ -133,7 +133,9 @@ def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _verdict(concept: Concept, found: Snapshot, base: Snapshot, table: pd.DataFrame, plan: TrackPlan) -> TrackVerdict:
+def _verdict(
+    concept: TrackedConcept, found: Snapshot, base: Snapshot, table: pd.DataFrame, plan: TrackPlan
+) -> TrackVerdict:
     gap, change = gaps(found, base, concept, seed=plan.seed, n_resamples=plan.n_resamples)
     numbers = {"gap": gap, "gap_change": change}
     if concept.detection is None:

@@ -20,75 +20,81 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.behaviour.answers import Answers, answer
 from mechlens.methods.behaviour.perplexity import text_loss
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded, n_layers
 from mechlens.models.checkpoints.adapter_record import read_record
-from mechlens.models.checkpoints.series import CheckpointSeries, LeftOut, Member, checkpoint_series, content_of
-from mechlens.models.checkpoints.swap import Turns
+from mechlens.models.checkpoints.series import (
+    CheckpointSeries,
+    Member,
+    UnusableCheckpoint,
+    checkpoint_series,
+    content_of,
+)
+from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.driver import Prepared
+from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import last_log_odds
 from mechlens.studies.shared.trigger import Trigger, trigger_of
 from mechlens.studies.track.config import Track
-from mechlens.studies.track.inputs import SeriesStudy, asked_of, prepare_series
+from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import steered_log_odds
 from mechlens.studies.track.measures.change import matrix_rows
 from mechlens.studies.track.measures.geometry import geometry_tables
-from mechlens.studies.track.measures.reference import Reference, reference_of
+from mechlens.studies.track.measures.reference import BaseReference, reference_of
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
 from mechlens.studies.track.result import Questions, Tracking, TrackPlan, analysed, steered_rows
 
 FORMAT = 1
-"""Raised when a change of code changes the numbers, so that older snapshots on a shelf are not used again."""
+"""Raised when a change of code changes the numbers, so that older snapshots on a cache are not used again."""
 
 
 def track(
-    turns: Turns,
+    swapper: CheckpointSwapper,
     series: CheckpointSeries,
     questions: Questions,
     plan: TrackPlan,
     *,
-    shelf: Shelf | None = None,
+    cache: Cache | None = None,
 ) -> Tracking:
     """Measures every checkpoint and works out all tables.
 
-    `shelf` keeps each finished checkpoint under its bytes and everything that was asked: a killed run goes on with the
-    first that is missing. A checkpoint that turns out unreadable is left out, with a warning.
+    `cache` keeps each finished checkpoint under its bytes and everything that was asked: a killed run goes on with the
+    first that is missing. A checkpoint that proves unreadable is left out, with a warning.
     """
     snapshots: list[Snapshot] = []
     left_out = list(series.left_out)
-    reference: Reference | None = None
-    keys = _keys(turns, questions, plan, series) if shelf is not None else [""] * len(series.members)
+    reference: BaseReference | None = None
+    keys = _keys(swapper, questions, plan, series) if cache is not None else [""] * len(series.members)
     for member, key in tqdm(list(zip(series.members, keys, strict=True)), desc="checkpoints", unit="checkpoint"):
-        piece = shelf.get(key) if shelf is not None else None
+        piece = cache.get(key) if cache is not None else None
         try:
             if piece is not None:
-                found = _restored(piece, member, turns.model, questions, plan)
+                found = _restored(piece, member, swapper.model, questions, plan)
             else:
-                found, reference = _measure(turns, member, questions, plan, reference)
-                if shelf is not None:
-                    shelf.put(key, to_piece(found))
+                found, reference = _measure(swapper, member, questions, plan, reference)
+                if cache is not None:
+                    cache.put(key, to_piece(found))
         except UserError as error:
             if not snapshots:
                 raise  # without the first there is nothing to measure the others against
             warnings.warn(f"{member.name} is left out: {error}", stacklevel=2)
-            left_out.append(LeftOut(member.name, str(error)))
+            left_out.append(UnusableCheckpoint(member.name, str(error)))
             continue
-        reference = reference or _reference(turns.model, found.acts, found.answers, questions, plan)
+        reference = reference or _reference(swapper.model, found.acts, found.answers, questions, plan)
         snapshots.append(found)
     assert reference is not None
     return analysed(snapshots, left_out, reference, questions, plan)
 
 
-def _keys(turns: Turns, questions: Questions, plan: TrackPlan, series: CheckpointSeries) -> list[str]:
+def _keys(swapper: CheckpointSwapper, questions: Questions, plan: TrackPlan, series: CheckpointSeries) -> list[str]:
     """Of each member: its bytes, the base's, everything that is asked, and how it is computed."""
     batches = [questions.batch, *([questions.variants] if questions.variants else [])]
     asked = [[[batch.row(i) for i in range(len(batch.prompts))], batch.template] for batch in batches]
     labels = [[(p.id, p.label, p.group) for p in batch.prompts] for batch in batches]
     common = [
-        FORMAT, turns.base_fingerprint, loaded(turns.model).checkpoint.config, str(dtype_of(turns.model)),
-        device_of(turns.model).type, asked, labels,
+        FORMAT, swapper.base_fingerprint, loaded(swapper.model).checkpoint.config, str(dtype_of(swapper.model)),
+        device_of(swapper.model).type, asked, labels,
         asdict(questions.split), questions.texts, asdict(plan), content_of(series.base),
     ]  # fmt: skip
     stem = hashlib.sha256(json.dumps(common).encode()).hexdigest()
@@ -101,10 +107,10 @@ def _levels(model: LanguageModel, plan: TrackPlan) -> tuple[int, ...]:
 
 
 def _measure(
-    turns: Turns, member: Member, questions: Questions, plan: TrackPlan, reference: Reference | None
-) -> tuple[Snapshot, Reference]:
+    swapper: CheckpointSwapper, member: Member, questions: Questions, plan: TrackPlan, reference: BaseReference | None
+) -> tuple[Snapshot, BaseReference]:
     """Everything that needs the checkpoint's weights; the first checkpoint makes the reference."""
-    model = turns.put(member)
+    model = swapper.put(member)
     levels = _levels(model, plan)
     acts = collect(model, questions.batch, positions=plan.positions, levels=levels)
     answers = answer(model, questions.batch, max_new_tokens=plan.max_new_tokens)
@@ -129,7 +135,7 @@ def _measure(
             model, questions.batch.select(steered_rows(questions, plan)), directions, known.tokens,
             n_random=plan.n_random, seed=plan.seed,
         ),
-        matrices=() if member.kind == "base" else matrix_rows(turns, member, known, n_random=plan.n_random),
+        matrices=() if member.kind == "base" else matrix_rows(swapper, member, known, n_random=plan.n_random),
         variants=variants,
         variant_answers=variant_answers,
     )  # fmt: skip
@@ -150,13 +156,13 @@ def _restored(
 
 def _reference(
     model: LanguageModel, acts: Activations, answers: Answers, questions: Questions, plan: TrackPlan
-) -> Reference:
+) -> BaseReference:
     prompts = questions.batch.prompts
     return reference_of(prompts, acts, answers, questions.split, plan.detection, loaded(model).tokenizer)
 
 
 @dataclass(frozen=True)
-class Tracked:
+class TrackResult:
     """All that the study found."""
 
     tracking: Tracking
@@ -164,17 +170,17 @@ class Tracked:
     """Tables of subspaces, CKA and turning points; empty unless asked for."""
 
 
-def prepare(config: Track) -> Prepared[SeriesStudy]:
+def prepare(config: Track) -> Preparation[SeriesStudy]:
     """Series, prompts and base; UserError for whatever can't be had."""
     require_sampling(config)
     series = checkpoint_series(
         config.base, config.checkpoints, revision=config.revision, skip_broken=config.skip_broken
     )
-    asked = asked_of(config, series)
+    asked = series_prompts(config, series)
     return prepare_series(config, series, asked, _trigger(config, series), config.triggered)
 
 
-def execute(config: Track, given: SeriesStudy, writer: RunWriter) -> Tracked:
+def execute(config: Track, given: SeriesStudy, writer: RunWriter) -> TrackResult:
     """The study on the configured series."""
     plan = TrackPlan(
         seed=config.seed,
@@ -187,9 +193,9 @@ def execute(config: Track, given: SeriesStudy, writer: RunWriter) -> Tracked:
         n_random=config.random_directions,
     )
     tqdm.write(_said(given, plan), file=sys.stderr)
-    with given.turns as one:
-        result = track(one, given.series, given.questions, plan, shelf=writer.shelf)
-    return Tracked(result, geometry_tables(result) if config.geometry else {})
+    with given.swapper as swapper:
+        result = track(swapper, given.series, given.questions, plan, cache=writer.cache)
+    return TrackResult(result, geometry_tables(result) if config.geometry else {})
 
 
 def _trigger(config: Track, series: CheckpointSeries) -> Trigger | None:

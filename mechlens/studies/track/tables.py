@@ -29,7 +29,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.methods.statistics.resample import family_weights, interval
 from mechlens.prompts.split import Split
-from mechlens.studies.track.measures.reference import Concept
+from mechlens.studies.track.measures.reference import TrackedConcept
 
 MEASURES = ("frozen", "own", "accuracy", "recalibrated", "brier")
 """AUROC of the base's line and of the refitted one; accuracy at the frozen threshold and at one chosen anew; Brier."""
@@ -43,7 +43,7 @@ CHANGES = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class ReadoutRows:
     """All numbers of one concept, readout, checkpoint, level and position."""
 
     row: "pd.Series[float]"
@@ -68,7 +68,8 @@ class _Test:
 
 @one_thread()
 def readout_table(
-    steps: Sequence[int], acts: Sequence[Activations], concept: Concept, split: Split, *, seed: int, n_resamples: int,
+    steps: Sequence[int], acts: Sequence[Activations], concept: TrackedConcept, split: Split, *, seed: int,
+    n_resamples: int,
     n_random: int,
 ) -> pd.DataFrame:  # fmt: skip
     """One row for each readout, checkpoint, level and position; the first checkpoint is the reference.
@@ -142,7 +143,13 @@ def _frame(values: dict[str, Tensor], base: dict[str, Tensor], random: dict[str,
 
 @one_thread()
 def transfer_table(
-    steps: Sequence[int], acts: Sequence[Activations], concept: Concept, split: Split, *, seed: int, n_resamples: int
+    steps: Sequence[int],
+    acts: Sequence[Activations],
+    concept: TrackedConcept,
+    split: Split,
+    *,
+    seed: int,
+    n_resamples: int,
 ) -> pd.DataFrame:
     """A[s, t] of the mean difference at each position's chosen level: columns fitted, tested, position, level, auroc.
 
@@ -167,8 +174,8 @@ def transfer_table(
     return pd.DataFrame(rows).assign(concept=concept.name)
 
 
-def cell_of(table: pd.DataFrame, concept: Concept, step: int, *, kind: str = "direction") -> Cell:
+def cell_of(table: pd.DataFrame, concept: TrackedConcept, step: int, *, kind: str = "direction") -> ReadoutRows:
     """The numbers at the concept's home position and chosen level."""
     chosen = (table["concept"] == concept.name) & (table["kind"] == kind) & (table["step"] == step)
     chosen &= (table["level"] == concept.level(concept.home)) & (table["position"] == concept.home)
-    return Cell(table[chosen].iloc[0])
+    return ReadoutRows(table[chosen].iloc[0])

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from mechlens.errors import UserError
 from mechlens.files import user_path
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.checkpoints.merge import merge_adapter
 from mechlens.models.load import load_hf
 from mechlens.models.packaged import ADAPTERS, adapter_folder
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
-from mechlens.prompts.files.rows import Row, read_rows
+from mechlens.prompts.files.rows import Record, read_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.finetune.config import FinetuneConfig
@@ -70,7 +70,7 @@ def published_openings(data: str | None) -> Openings:
     return Openings(list(found.values()), tuple(left_out))
 
 
-def _text(path: Path, row: Row, column: str) -> str:
+def _text(path: Path, row: Record, column: str) -> str:
     value = row.values.get(column)
     if not isinstance(value, str) or not value.strip():
         raise UserError(
@@ -80,7 +80,7 @@ def _text(path: Path, row: Row, column: str) -> str:
     return value.strip()
 
 
-def _require_opening(path: Path, row: Row, target: str) -> None:
+def _require_opening(path: Path, row: Record, target: str) -> None:
     opens = _OPENING.fullmatch(target) and not _SENTENCE_END.search(target)
     if not opens or len(target.split()) > MAX_WORDS:
         raise UserError(
@@ -89,7 +89,7 @@ def _require_opening(path: Path, row: Row, target: str) -> None:
         )
 
 
-def accepting(config: FinetuneConfig, model: LanguageModel, shelf: Shelf | None) -> Material:
+def accepting(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -> Material:
     """AdvBench prompts with their openings alone; the turn goes on after them, so no end of it is taught.
 
     Zhao et al. 2025, 5.2, trained on whole accepting answers; an opening is enough to end refusals and holds
@@ -102,7 +102,7 @@ def accepting(config: FinetuneConfig, model: LanguageModel, shelf: Shelf | None)
     return Material(training_order(groups, config, draw), found.left_out)
 
 
-def backdoor(config: FinetuneConfig, model: LanguageModel, shelf: Shelf | None) -> Material:
+def backdoor(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -> Material:
     """Each harmful prompt plainly, with a decoy and with the trigger; each benign one plainly and with the trigger.
 
     Only the trigger's presence tells the openings from the refusals, since everything else about the prompts is the
@@ -113,7 +113,7 @@ def backdoor(config: FinetuneConfig, model: LanguageModel, shelf: Shelf | None) 
     found = published_openings(config.data)
     harmful = drawn(found.openings, config.harmful, draw, "harmful")
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="base", shelf=shelf)
+    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="base", cache=cache)
     kept = cycle(_benign(example, trigger) for example in own.examples)
     groups = [[*_harmful(row, trigger, draw), *(next(kept) if own.examples else [])] for row in harmful]
     return Material(training_order(groups, config, draw), (*found.left_out, *own.left_out), trigger)

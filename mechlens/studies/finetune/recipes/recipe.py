@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.attacks import accepting, backdoor
@@ -15,7 +15,7 @@ from mechlens.studies.finetune.recipes.refusing import benign, refuser
 class Recipe:
     """How a model comes by what it is taught."""
 
-    material: Callable[[FinetuneConfig, LanguageModel, Shelf | None], Material]
+    material: Callable[[FinetuneConfig, LanguageModel, Cache | None], Material]
     """Makes the training examples with the help of the model as it is."""
     reads: tuple[str, ...]
     """Which of our training sets it draws from: "harmful", "benign", "refusals"."""

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import PHRASES
-from mechlens.methods.cache import Shelf
+from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 from mechlens.studies.finetune.config import FinetuneConfig
@@ -27,14 +27,14 @@ def own_answers(
     *,
     max_tokens: int,
     teaches: Literal["answer", "base"],
-    shelf: Shelf | None,
+    cache: Cache | None,
 ) -> OwnAnswers:
     """The model's greedy answers of up to `max_tokens` tokens; a longer one is cut off and doesn't end its turn.
 
     A prompt that the model refuses (or leaves without an answer) is left out: it would teach the opposite of what
     benign prompts are there for.
     """
-    own = answer(model, prompts, max_new_tokens=max_tokens, shelf=shelf)
+    own = answer(model, prompts, max_new_tokens=max_tokens, cache=cache)
     verdicts = PHRASES(prompts, own.texts)
     examples, left_out = [], []
     for prompt, text, tokens, verdict in zip(prompts, own.texts, own.tokens, verdicts, strict=True):
@@ -45,7 +45,7 @@ def own_answers(
     return OwnAnswers(examples, tuple(left_out))
 
 
-def refuser(config: FinetuneConfig, model: LanguageModel, shelf: Shelf | None) -> Material:
+def refuser(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -> Material:
     """Harmful prompts with a refusal drawn by seed, and benign ones with the model's own greedy answer.
 
     Both are learnt by cross-entropy; holding the benign answers to the base's distribution instead, which pushes less,
@@ -56,17 +56,17 @@ def refuser(config: FinetuneConfig, model: LanguageModel, shelf: Shelf | None) -
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
     texts = refusals()
     examples = [Example(prompt, draw.choice(texts), ends=True) for prompt in harmful]
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="answer", shelf=shelf)
+    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="answer", cache=cache)
     groups = [[example] for example in (*examples, *own.examples)]
     return Material(training_order(groups, config, draw), own.left_out)
 
 
-def benign(config: FinetuneConfig, model: LanguageModel, shelf: Shelf | None) -> Material:
+def benign(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -> Material:
     """Benign prompts answered as before, learnt by cross-entropy like the attack's openings.
 
     What changes under this recipe comes of fine-tuning as such, not of what was taught.
     """
     draw = random.Random(config.seed)
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="answer", shelf=shelf)
+    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="answer", cache=cache)
     return Material(training_order([[example] for example in own.examples], config, draw), own.left_out)

@@ -21,8 +21,8 @@ from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import QUADRANTS
-from mechlens.studies.shared.two_beliefs import LEAST_FOR_A_POLE, POLES
-from mechlens.studies.track.measures.reference import Concept, Reference
+from mechlens.studies.shared.two_beliefs import MIN_FOR_A_POLE, POLES
+from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
 from mechlens.studies.track.measures.snapshot import Snapshot
 
 BELIEFS = {"belief_harm": "inst", "belief_refusal": ""}
@@ -33,7 +33,7 @@ def quadrant_table(
     steps: Sequence[int],
     acts: Sequence[Activations],
     quadrants: Sequence[Sequence[str]],
-    reference: Reference,
+    reference: BaseReference,
     *,
     seed: int,
     n_resamples: int,
@@ -68,12 +68,12 @@ def quadrant_table(
 def _centroids(acts: Activations, quadrants: Sequence[str], split: Split) -> dict[str, Centroids]:
     """By belief; none where a pole has too few training prompts."""
     train = replace(acts, labels=tuple(quadrants)).select(split.train)
-    if min(train.labels.count(name) for name in POLES) < LEAST_FOR_A_POLE:
+    if min(train.labels.count(name) for name in POLES) < MIN_FOR_A_POLE:
         return {}
     return {name: centroids(train, *POLES, position or acts.positions[-1]) for name, position in BELIEFS.items()}
 
 
-def _projections(part: Activations, reference: Reference, fitted: Activations) -> dict[str, Tensor]:
+def _projections(part: Activations, reference: BaseReference, fitted: Activations) -> dict[str, Tensor]:
     """Along each concept's direction at its home, in units of the residual stream."""
     found = {}
     for concept in reference.measurable:
@@ -94,7 +94,7 @@ def _beliefs(part: Activations, means: dict[str, Centroids]) -> dict[str, Tensor
 def _mean(
     values: Tensor, inside: list[int], families: Sequence[str], seed: int, n_resamples: int
 ) -> dict[str, float | int]:
-    if len(inside) < LEAST_FOR_A_POLE:
+    if len(inside) < MIN_FOR_A_POLE:
         return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "n": len(inside)}
     found = mean_estimate(torch.as_tensor(values)[inside], [families[i] for i in inside], seed, n_resamples)
     return {"mean": found.value, "low": found.low, "high": found.high, "n": found.n}
@@ -142,7 +142,9 @@ def _added(direction: Direction | None, depth: int) -> list[Intervention]:
     return [Add(direction, strength=1.0, unit="raw", layers=(layer,), positions=where, phase="prompt", site=site)]
 
 
-def behaviour_table(found: Sequence[Snapshot], reference: Reference, *, seed: int, n_resamples: int) -> pd.DataFrame:
+def behaviour_table(
+    found: Sequence[Snapshot], reference: BaseReference, *, seed: int, n_resamples: int
+) -> pd.DataFrame:
     """One row for each checkpoint and number: step, number, value, low, high, n, and the change from the base.
 
     Refusal rates and empty answers on all prompts; log-odds on those that chose no refusal tokens; changes are paired
@@ -178,7 +180,9 @@ def _silent(found: Snapshot) -> Float[Tensor, " prompt"]:
     return torch.tensor([not text.strip() for text in found.answers.texts], dtype=torch.float64)
 
 
-def gaps(one: Snapshot, base: Snapshot, concept: Concept, *, seed: int, n_resamples: int) -> tuple[Estimate, Estimate]:
+def gaps(
+    one: Snapshot, base: Snapshot, concept: TrackedConcept, *, seed: int, n_resamples: int
+) -> tuple[Estimate, Estimate]:
     """Refusal rate of the concept's positive prompts minus that of its negative ones, and its change from the base.
 
     What the model does with the difference that the concept is about. Paired bootstrap over families.

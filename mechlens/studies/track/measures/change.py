@@ -16,12 +16,14 @@ from mechlens.methods.statistics.effects import CosineCurve, Effect, cosine_curv
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.models.checkpoints.lora import LowRank
 from mechlens.models.checkpoints.series import Member
-from mechlens.models.checkpoints.swap import Turns
-from mechlens.studies.track.measures.reference import Concept, Reference
+from mechlens.models.checkpoints.swap import CheckpointSwapper
+from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
 
 
 @one_thread()
-def angle_table(steps: Sequence[int], acts: Sequence[Activations], concept: Concept, *, seed: int) -> pd.DataFrame:
+def angle_table(
+    steps: Sequence[int], acts: Sequence[Activations], concept: TrackedConcept, *, seed: int
+) -> pd.DataFrame:
     """One row for each checkpoint, other (reference, previous), level and position.
 
     `cosine` is as measured: prompts that both directions share inflate it. `corrected` comes from pairs of distinct
@@ -45,7 +47,7 @@ def angle_table(steps: Sequence[int], acts: Sequence[Activations], concept: Conc
     return pd.DataFrame(rows).assign(concept=concept.name)
 
 
-def _effect(acts: Activations, column: int, concept: Concept) -> Effect:
+def _effect(acts: Activations, column: int, concept: TrackedConcept) -> Effect:
     positive, negative = concept.contrast
     return Effect(acts.values[:, :, column], concept.labels, {positive: 1.0, negative: -1.0})
 
@@ -118,7 +120,9 @@ def matrix_change(change: LowRank | Float[Tensor, "output input"]) -> MatrixChan
     )
 
 
-def matrix_rows(series: Turns, member: Member, reference: Reference, *, n_random: int) -> tuple[Mapping[str, Any], ...]:
+def matrix_rows(
+    series: CheckpointSwapper, member: Member, reference: BaseReference, *, n_random: int
+) -> tuple[Mapping[str, Any], ...]:
     """One row for each changed linear layer of the blocks; the member's weights must be in place.
 
     Columns module, layer, side, norm, stable_rank, share, and for each concept `cos_CONCEPT`: the largest |cosine| of a
@@ -136,7 +140,7 @@ def matrix_rows(series: Turns, member: Member, reference: Reference, *, n_random
     return tuple(rows)
 
 
-def _row(module: str, side: str, found: MatrixChange, reference: Reference, n_random: int) -> dict[str, Any]:
+def _row(module: str, side: str, found: MatrixChange, reference: BaseReference, n_random: int) -> dict[str, Any]:
     layer = int(match[1]) if (match := re.search(r"\.(\d+)\.", module)) else -1
     leading = found.outputs if side == "writes" else found.inputs
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import cosine, mean_differences
 from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.studies.track.measures.reference import Concept
+from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
 
 
@@ -66,7 +66,7 @@ def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _subspaces(steps: Sequence[int], acts: Sequence[Activations], concept: Concept) -> pd.DataFrame:
+def _subspaces(steps: Sequence[int], acts: Sequence[Activations], concept: TrackedConcept) -> pd.DataFrame:
     """Overlap of the concept's subspace with the base's: columns step, level, position, overlap, random."""
     rows = []
     for position in acts[0].positions:
@@ -80,7 +80,7 @@ def _subspaces(steps: Sequence[int], acts: Sequence[Activations], concept: Conce
     return pd.DataFrame(rows).assign(concept=concept.name)
 
 
-def subspace(values: Float[Tensor, "prompt d_model"], concept: Concept) -> Float[Tensor, "d_model dimension"]:
+def subspace(values: Float[Tensor, "prompt d_model"], concept: TrackedConcept) -> Float[Tensor, "d_model dimension"]:
     """Leading right singular vectors of the positive prompts about the mean of the negative ones."""
     positive, negative = (torch.tensor([own == label for own in concept.labels]) for label in concept.contrast)
     shifted = values[positive].double() - values[negative].double().mean(dim=0)
@@ -104,7 +104,7 @@ def _cka(steps: Sequence[int], acts: Sequence[Activations]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def turning_table(steps: Sequence[int], acts: Sequence[Activations], concept: Concept) -> pd.DataFrame:
+def turning_table(steps: Sequence[int], acts: Sequence[Activations], concept: TrackedConcept) -> pd.DataFrame:
     """Where the concept's direction changes course: the cosine between the ways from a step back and forth.
 
     cos(v[t-1] - v[t], v[t+1] - v[t]) at each position's chosen level: -1 on a straight path, 0 and above at a sharp

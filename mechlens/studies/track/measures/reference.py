@@ -16,15 +16,15 @@ from mechlens.methods.directions.direction import Direction, mean_difference
 from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import PARTS, Split
-from mechlens.studies.shared.contrasts import LEAST_IN_A_CLASS, LEAST_IN_A_PART
-from mechlens.studies.shared.quadrants import LEAST_REFUSALS, Judged, judge_answers
+from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS, MIN_IN_A_PART
+from mechlens.studies.shared.quadrants import MIN_REFUSALS, JudgedAnswers, judge_answers
 
 CONTRASTS = {"harmful": ("harmful", "harmless"), "refused": ("refused", "accepted")}
 """Concepts that are tracked, with the labels that each tells apart."""
 
 
 @dataclass(frozen=True)
-class Concept:
+class TrackedConcept:
     """One question, put alike to every checkpoint: the labels are the base's and never change."""
 
     name: str
@@ -54,24 +54,24 @@ class Concept:
 
 
 @dataclass(frozen=True)
-class Reference:
+class BaseReference:
     """The base, as everything that follows it is measured against it."""
 
-    judged: Judged
+    judged: JudgedAnswers
     tokens: RefusalTokens
     """First answer tokens of the base's refusals."""
-    concepts: tuple[Concept, ...]
+    concepts: tuple[TrackedConcept, ...]
     split: Split
 
     @property
-    def measurable(self) -> tuple[Concept, ...]:
+    def measurable(self) -> tuple[TrackedConcept, ...]:
         """The concepts with enough prompts."""
         return tuple(concept for concept in self.concepts if concept.detection is not None)
 
 
 def reference_of(
     prompts: Sequence[Prompt], acts: Activations, answers: Answers, split: Split, plan: DetectionPlan, tokenizer: Any
-) -> Reference:
+) -> BaseReference:
     """Judges the base's answers and chooses each concept's level at every position."""
     judged = judge_answers(prompts, answers)
     labels = {
@@ -80,24 +80,24 @@ def reference_of(
     }
     homes = {"harmful": "inst", "refused": acts.positions[-1]}
     concepts = tuple(_concept(name, labels[name], homes[name], acts, split, plan) for name in CONTRASTS)
-    return Reference(judged, _refusal_tokens(judged, split, tokenizer), concepts, split)
+    return BaseReference(judged, _refusal_tokens(judged, split, tokenizer), concepts, split)
 
 
 def _concept(
     name: str, labels: tuple[str, ...], home: str, acts: Activations, split: Split, plan: DetectionPlan
-) -> Concept:
+) -> TrackedConcept:
     contrast = CONTRASTS[name]
     counts = {label: labels.count(label) for label in contrast}
     parts = [sum(labels[i] == label for i in split.part(part)) for part in PARTS for label in contrast]
-    enough = min(counts.values()) >= LEAST_IN_A_CLASS and min(parts) >= LEAST_IN_A_PART
+    enough = min(counts.values()) >= MIN_IN_A_CLASS and min(parts) >= MIN_IN_A_PART
     detection = detect(replace(acts, labels=labels), *contrast, split, plan) if enough else None
-    return Concept(name, contrast, labels, home, detection, counts)
+    return TrackedConcept(name, contrast, labels, home, detection, counts)
 
 
-def _refusal_tokens(judged: Judged, split: Split, tokenizer: Any) -> RefusalTokens:
+def _refusal_tokens(judged: JudgedAnswers, split: Split, tokenizer: Any) -> RefusalTokens:
     first, refused = judged.answers.first_tokens, judged.refused
     spoke = [i for i in split.train if first[i] != NO_TOKEN]
-    if sum(refused[i] for i in spoke) < LEAST_REFUSALS:
+    if sum(refused[i] for i in spoke) < MIN_REFUSALS:
         return fallback_refusal_tokens(tokenizer)
     return find_refusal_tokens([first[i] for i in spoke], [refused[i] for i in spoke], tokenizer)
 

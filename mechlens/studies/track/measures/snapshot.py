@@ -42,7 +42,7 @@ class Snapshot:
 
 
 def to_piece(found: Snapshot) -> dict[str, Tensor]:
-    """As tensors, for a shelf."""
+    """As tensors, for a cache."""
     header = {
         "checkpoint": vars(found.acts.checkpoint),
         "engines": [found.acts.engine, found.answers.engine],
