@@ -96,7 +96,7 @@ def path_sweep(
         tokens=("every token",),
         site=f"{receiver} from head {sender[0]}.{sender[1]}",
         metric=metric.name,
-        direction=direction,
+        mode=direction,
         engine="path patching of TransformerLens",
     )
 
