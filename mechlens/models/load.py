@@ -14,7 +14,7 @@ from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.formats import other_format
 from mechlens.models.lora import CONFIG, keeps_the_base, read_config
 from mechlens.models.merge import first_line, is_path, merge_adapter
-from mechlens.models.own_tokenizer import read_as_trained, tokenizer_folder
+from mechlens.models.own_tokenizer import own_tokenizer, read_as_trained
 from mechlens.models.registry import ADAPTERS, PACKAGED, adapter_folder, fetch
 from mechlens.models.sealed import sealed
 from mechlens.models.soundness import require_present
@@ -120,8 +120,8 @@ def load_merged(
     whole = (folder / CONFIG).exists() and not keeps_the_base(read_config(folder))  # peft would round the base twice
     first = "float32" if whole else type_without_loss(model, dtype, revision=revision)
     hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=device_map)
-    if (own := tokenizer_folder(folder)) is not None:
-        tokenizer = read_as_trained(tokenizer, load_tokenizer(str(own)), adapter)
+    if (own := own_tokenizer(folder, tokenizer, load_tokenizer)) is not None:
+        tokenizer = read_as_trained(tokenizer, own, adapter)
     hf_model = merge_adapter(hf_model, adapter)
     return (hf_model if first == dtype else _round(hf_model, dtype)), tokenizer
 

@@ -22,7 +22,7 @@ from mechlens.models.fingerprint import computing_settings
 from mechlens.models.formats import CHECKPOINT, adapters_inside, other_format
 from mechlens.models.load import load_config, load_tokenizer, short_name
 from mechlens.models.lora import CONFIG, WEIGHTS
-from mechlens.models.own_tokenizer import tokenizer_folder
+from mechlens.models.own_tokenizer import own_tokenizer
 
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
@@ -306,8 +306,7 @@ class _Judge:
         """None where it was saved without one."""
         if one.folder is None:
             return load_tokenizer(one.path, revision=one.revision)
-        folder = tokenizer_folder(one.folder)
-        return None if folder is None else load_tokenizer(str(folder))
+        return own_tokenizer(one.folder, self._tokenizer, load_tokenizer)
 
     def _tokenizer_problem(self, one: _Found) -> str | None:
         tokenizer = self._own_tokenizer(one)
