@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.attribution import attributed
-from mechlens.methods.metrics import Metric, OwnMetric
+from mechlens.methods.metrics import Metric, OwnMetric, require_tokens
 from mechlens.methods.patch_batches import edit_batches
 from mechlens.methods.patch_edits import pair_edits
 from mechlens.methods.patch_plan import (
@@ -27,7 +27,16 @@ from mechlens.methods.patch_plan import (
 )
 from mechlens.methods.patch_result import PatchResult
 from mechlens.methods.shelf import Shelf
-from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded, n_layers
+from mechlens.models.bridge import (
+    LanguageModel,
+    checkpoint_now,
+    device_of,
+    dtype_of,
+    embedding_rows,
+    has_hooks,
+    loaded,
+    n_layers,
+)
 from mechlens.models.edit import Edit, Recording, bears_edits, is_laid_out, plain_edited_logits, plain_record
 from mechlens.models.partial import can_grow, edited_logits, record, why_not_growing
 from mechlens.prompts.batch import TokenBatch
@@ -57,6 +66,7 @@ def patch_sweep(
     Pairs of unequal length are aligned by role, which needs named positions. UserError for sites, layers, heads
     and positions that there are not.
     """
+    require_tokens(metric, embedding_rows(model))
     both = tokenized_pairs(model, pairs, template)
     layers, heads = opened_axes(model, plan)
     positions = opened_positions(both, plan, pairs)

@@ -7,10 +7,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
-from mechlens.methods.metrics import Metric
+from mechlens.methods.metrics import Metric, require_tokens
 from mechlens.methods.patch_plan import DIRECTIONS, tokenized_pairs
 from mechlens.methods.patch_result import PatchResult
-from mechlens.models.bridge import LanguageModel, n_heads, n_layers
+from mechlens.models.bridge import LanguageModel, embedding_rows, n_heads, n_layers
 from mechlens.models.edit import plain_record
 from mechlens.models.head_paths import paths_from_head
 from mechlens.prompts.prompt import PromptPair
@@ -36,6 +36,7 @@ def path_sweep(
     are PatchResult's: TransformerLens' own resample prompts, not families, and don't correct for the number of sites.
     UserError for pairs of unequal length and where TransformerLens can't take the model's attention apart.
     """
+    require_tokens(metric, embedding_rows(model))
     _refuse_what_there_is_not(model, sender, receiver, direction)
     clean, corrupt = tokenized_pairs(model, pairs, template)
     rows = []
