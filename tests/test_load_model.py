@@ -20,6 +20,7 @@ from mechlens.models.bridge import dtype_of, loaded, native
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.load import load, load_hf, load_tokenizer
 from mechlens.models.merge import merge_adapter
+from mechlens.models.swap import turns
 from mechlens.prompts.prompt import Prompt
 
 TOKENS = torch.arange(5, 45).unsqueeze(0)
@@ -253,6 +254,28 @@ def test_an_architecture_that_transformerlens_does_not_know(tmp_path: Path) -> N
     config = transformers.CTRLConfig(vocab_size=270, n_embd=32, dff=64, n_layer=2, n_head=4)
     path = save_model(tmp_path / "ctrl", transformers.CTRLLMHeadModel(config))
     assert "TransformerLens can't wrap CTRLLMHeadModel" in said(lambda: load(str(path)))
+
+
+@pytest.mark.parametrize("architecture", ["helium", "minicpm3", "gemma3n_text"])
+def test_an_architecture_that_can_not_be_wrapped_is_said_before_weights_are_read(
+    architecture: str, tmp_path: Path
+) -> None:
+    named = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture, "architectures": [named]}))
+    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
+    expected = f"TransformerLens can't wrap {named} ({tmp_path.name}): it doesn't know this architecture (version "
+    for ask in (lambda: load(str(tmp_path)), lambda: turns(str(tmp_path))):
+        assert expected in said(ask)
+
+
+def test_an_architecture_that_is_spelled_in_two_ways(tmp_path: Path) -> None:
+    """PhiMoE: the hub's files and TransformerLens write its capitals so, transformers otherwise."""
+    path = save_model(tmp_path / "phimoe", tiny_hf("phimoe"))
+    config = json.loads((path / "config.json").read_text())
+    assert config["architectures"] == ["PhimoeForCausalLM"]
+    for name in ("PhimoeForCausalLM", "PhiMoEForCausalLM"):
+        (path / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+        assert load(str(path)).mechlens.parity_gap < 1e-3
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -28,7 +28,7 @@ class TokenProjections:
 def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int]) -> TokenProjections:
     """Projection of every token on the direction, at the level where the direction was found.
 
-    Raises UserError where the direction comes from other weights, and for ids that the model's embedding has no row for.
+    Raises UserError where the direction comes from other weights, and for ids without a row in the embedding.
     """
     tokenizer = loaded(model).tokenizer
     require_rows_for(ids, "the text", embedding_rows(model), tokenizer)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
-from mechlens.models.bridge import LanguageModel, bridge
+from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.formats import other_format
@@ -40,6 +40,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    require_wrappable(model, revision=revision)
     base = ADAPTERS[model].base if _is_adapter(model) else None
     if adapter is not None:
         base = short_name(model)
@@ -201,13 +202,25 @@ def _at_home(source: str) -> contextlib.AbstractContextManager[None]:
     return sealed() if Path(source).is_dir() else contextlib.nullcontext()
 
 
-def _check_causal(source: str, model: str, revision: str | None, gguf: str | None) -> None:
-    """Refuse what isn't a decoder language model before its weights are read."""
+def require_wrappable(model: str, *, revision: str | None = None) -> None:
+    """UserError, before any weights are read, for an architecture that TransformerLens doesn't know."""
+    if not _is_adapter(model):
+        source, gguf = _locate(model)
+        config = _check_causal(source, model, revision, gguf)
+        if config is not None:
+            require_known(config, short_name(model))
+
+
+def _check_causal(source: str, model: str, revision: str | None, gguf: str | None) -> Any:
+    """The configuration; refuse what isn't a decoder language model before its weights are read.
+
+    None of a GGUF file, which transformers has to open for it.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if gguf:
-        return
+        return None
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
         if found := other_format(folder):
@@ -225,11 +238,12 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
             f"the model {model!r} is neither a local folder nor to be had from the hub: {first_line(error)}"
         ) from error
     named = set(config.architectures or [])
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if named and not named & causal:
+    causal = {str(name).lower() for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    if named and not {name.lower() for name in named} & causal:  # PhiMoE is Phimoe in transformers
         raise UserError(
             f"{model!r} is a {sorted(named)[0]}, not a causal language model; mechlens needs a ...ForCausalLM"
         )
+    return config
 
 
 def _stored_types(folder: Path) -> set[str]:
