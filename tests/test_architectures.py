@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
 from mechlens.methods.steering.steering import answer_under, applied
-from mechlens.models.bridge import bridge, loaded, n_layers, unembed
+from mechlens.models.bridge import SITES, bridge, loaded, n_layers, unembed
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.engine.forward import fits_fast_path
 from mechlens.models.engine.generate import UNCACHED
@@ -258,6 +259,30 @@ def test_heads_that_transformerlens_lays_out_in_its_own_way_are_not_patched(site
         patch_sweep(model, pairs, KLDivergence(), PatchPlan(site, positions=("last",)))
     assert not can_grow(model, site)
     assert can_grow(model, "resid_pre")
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the plain path")
+@pytest.mark.parametrize("architecture", ["lfm2", "jamba", "mamba2"])
+def test_a_site_that_can_not_be_patched_names_what_can(architecture: str) -> None:
+    """Every site and block that the sentence offers is patched, and no other site is in every block."""
+    model, _ = pair(architecture)
+    pairs = [PromptPair(*(Prompt(id=text, text=text) for text in ("the thing", "the king!")))]
+
+    def patched(site: str, layers: tuple[int, ...] | None = None) -> bool:
+        try:
+            patch_sweep(model, pairs, KLDivergence(), PatchPlan(site, layers=layers, positions=("last",)))
+        except UserError:
+            return False
+        return True
+
+    with pytest.raises(UserError, match="no site 'attn_out' in block 0 to patch; choose") as said:
+        patch_sweep(model, pairs, KLDivergence(), PatchPlan("attn_out", positions=("last",)))
+    offered = re.search(r"every block has \((.*)\)$", str(said.value))
+    blocks = re.search(r"choose block (.*?), or", str(said.value))
+    assert offered is not None
+    assert [site for site in SITES if patched(site)] == offered[1].split(", ")
+    there = [int(block) for block in blocks[1].split(" or ")] if blocks else []
+    assert [layer for layer in range(n_layers(model)) if patched("attn_out", (layer,))] == there
 
 
 @pytest.mark.real

@@ -212,6 +212,23 @@ def test_damage_is_nothing_without_an_intervention_and_equals_the_loss_by_hand(m
     assert not torch.equal(hurt.plain, nothing.plain)
 
 
+def test_tokens_without_a_row_in_the_embedding_are_said_before_anything_is_run() -> None:
+    import mechlens as ml
+
+    small = bridged()
+    batch = ml.tokenize(planted.planted_requests(5)[0], ml.template_of(small), padding_side="left")
+    said = ml.answer(small, batch, max_new_tokens=1)
+    acts = collect(small, [replace(p, label=str(i % 2)) for i, p in enumerate(batch.prompts)], positions=["inst"])
+    found = mean_difference(acts, "0", "1", 1, "inst")
+    rows = small.original_model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(UserError, match=rf"^the text has the token .*{rows}.*, and .* has {rows} rows only; load"):
+        ml.project_tokens(small, found, [5, rows])
+    small.mechlens.tokenizer.add_tokens([f"beyond{i}" for i in range(rows)])
+    small.original_model.forward = None
+    with pytest.raises(UserError, match=rf"^the text 'all of beyond.*' has the token .*, and .* has {rows} rows only"):
+        damage(small, None, batch, said, texts=["fine", f"all of beyond{rows - 1}"])
+
+
 @pytest.mark.parametrize(("tokens", "share"), [((), 0.0), ((1, 2), 0.0), ((1, 2, 3), 0.0), ((1,) * 6, 0.75)])
 def test_repetition(tokens: tuple[int, ...], share: float) -> None:
     assert repetition(tokens) == share

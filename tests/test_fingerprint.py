@@ -15,11 +15,12 @@ from tiny import tiny_hf, tiny_tokenizer
 from torch import nn
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import collect
+from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.token_view import require_same_model
 from mechlens.methods.steering.interventions import require_direction
-from mechlens.models.bridge import bridge, checkpoint_now, loaded
+from mechlens.models.bridge import bridge, checkpoint_now, loaded, native
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import checkpoint_swapper
@@ -33,6 +34,7 @@ from mechlens.models.fingerprint import (
     weight_fingerprint,
 )
 from mechlens.models.load import load
+from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.run import Inputs, Run, changed_since
 
@@ -254,6 +256,42 @@ def test_an_edited_rotary_table_is_noticed(tmp_path: Path) -> None:
     table = next(b for name, b in model.original_model.named_buffers() if name.endswith(".inv_freq"))
     table.mul_(3)
     assert checkpoint_now(model).fingerprint != before.fingerprint
+
+
+ATTRIBUTES: dict[str, Callable[[Any], tuple[Any, str]]] = {
+    "a norm's epsilon": lambda hf: (hf.model.layers[1].input_layernorm, "variance_epsilon"),
+    "the last norm's epsilon": lambda hf: (hf.model.norm, "variance_epsilon"),
+    "attention's scale": lambda hf: (hf.model.layers[0].self_attn, "scaling"),
+}
+
+
+@pytest.mark.parametrize("what", ATTRIBUTES)
+def test_an_edited_attribute_of_a_module_is_another_model(what: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model()
+    before = checkpoint_now(model)
+    with native(model) as hf_model:
+        module, name = ATTRIBUTES[what](hf_model)
+    value = getattr(module, name)
+    setattr(module, name, value * 3)
+    edited = checkpoint_now(model)
+    assert not edited.has_weights_of(before)
+    assert edited.identity != before.identity
+    assert edited == checkpoint_now(model)
+    setattr(module, name, value)
+    assert checkpoint_now(model) == before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "phi3", "qwen3_next", "mamba2", "mixtral"])
+def test_use_edits_nothing(architecture: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(architecture)
+    before = checkpoint_now(model)
+    batch = tokenize([Prompt("a", "the thing is here and there"), Prompt("b", "no")], template_of(model))
+    collect(model, batch.prompts)
+    answer(model, batch, max_new_tokens=2)
+    model.run_with_cache(torch.tensor([[5, 6, 7]]), use_cache=False)
+    model.original_model.train()
+    model.original_model.eval()
+    assert checkpoint_now(model) == before
 
 
 def test_what_a_tool_adds_to_a_configuration_changes_no_model() -> None:

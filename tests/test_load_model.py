@@ -255,6 +255,28 @@ def test_an_architecture_that_transformerlens_does_not_know(tmp_path: Path) -> N
     assert "TransformerLens can't wrap CTRLLMHeadModel" in said(lambda: load(str(path)))
 
 
+@pytest.mark.parametrize("architecture", ["helium", "minicpm3", "gemma3n_text"])
+def test_an_architecture_that_can_not_be_wrapped_is_said_before_weights_are_read(
+    architecture: str, tmp_path: Path
+) -> None:
+    named = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture, "architectures": [named]}))
+    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
+    expected = f"TransformerLens can't wrap {named} ({tmp_path.name}): it doesn't know this architecture (version "
+    for ask in (lambda: load(str(tmp_path)), lambda: checkpoint_swapper(str(tmp_path))):
+        assert expected in said(ask)
+
+
+def test_an_architecture_that_is_spelled_in_two_ways(tmp_path: Path) -> None:
+    """PhiMoE: the hub's files and TransformerLens write its capitals so, transformers otherwise."""
+    path = save_model(tmp_path / "phimoe", tiny_hf("phimoe"))
+    config = json.loads((path / "config.json").read_text())
+    assert config["architectures"] == ["PhimoeForCausalLM"]
+    for name in ("PhimoeForCausalLM", "PhiMoEForCausalLM"):
+        (path / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+        assert load(str(path)).mechlens.parity_gap < 1e-3
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "dead link"])
 def test_damaged_folders(folder: Path, file: str, damage: str) -> None:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, LogProbability, OwnMetric, RefusalLogOdds
+from mechlens.methods.patching.metrics import (
+    KLDivergence,
+    LogitDifference,
+    LogProbability,
+    Metric,
+    OwnMetric,
+    RefusalLogOdds,
+    require_tokens,
+)
 from mechlens.methods.patching.result import MIN_GAP, PatchResult
 from mechlens.methods.statistics.resample import family_weights
 
@@ -53,6 +61,13 @@ def test_refusal_log_odds() -> None:
     assert RefusalLogOdds((0, 1))(HALF, HALF[0]).tolist() == pytest.approx([math.log(3), math.log(2 / 3)], abs=1e-5)
     with pytest.raises(UserError, match="token id 3"):
         RefusalLogOdds((3,))(HALF, HALF[0])
+
+
+@pytest.mark.parametrize("metric", [LogitDifference(0, 3), LogitDifference(-1, 0), LogProbability(3)])
+def test_tokens_beyond_the_vocabulary(metric: Metric) -> None:
+    for ask in (lambda: metric(HALF, HALF[0]), lambda: require_tokens(metric, 3)):
+        with pytest.raises(UserError, match=r"^token id (3|-1) can't be scored; give ids from 0 to 2"):
+            ask()
 
 
 def test_a_function_of_ones_own() -> None:
@@ -112,6 +127,21 @@ def test_without_a_gap_there_is_nothing_to_recover() -> None:
     assert none["n"].item() == 0
     assert none[["recovery", "low", "high"]].isna().all(axis=None)
     assert none["effect"].item() == pytest.approx(4 / 3)
+
+
+def test_a_pair_of_nan_takes_nothing_from_the_others() -> None:
+    """As if it weren't there: the least gap is a share of the other pairs' median, and only its own recovery is NaN."""
+    values = torch.tensor([2.0, 5.0, 0.01, math.nan]).double().reshape(4, 1, 1, 1)
+    clean = torch.tensor([4.0, 10.0, 0.02, math.nan]).double()
+    got = result(values, clean, torch.zeros(4).double())
+    assert got.has_gap.tolist() == [True, True, False, False]
+    assert got.recovery().flatten().isnan().tolist() == [False, False, True, True]
+    table = got.table(seed=0, n_resamples=50, n_flips=50)
+    alone = result(values[:3], clean[:3], torch.zeros(3).double()).table(seed=0, n_resamples=50, n_flips=50)
+    assert (table["n"].item(), table["recovery"].item()) == (alone["n"].item(), alone["recovery"].item()) == (2, 0.5)
+    assert table[["effect", "p_corrected"]].isna().all(axis=None)  # these are of every pair
+    nothing = replace(got, clean=torch.full((4,), math.nan).double())
+    assert not nothing.has_gap.any()
 
 
 def test_recovery_is_a_ratio_of_means() -> None:

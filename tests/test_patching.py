@@ -462,6 +462,14 @@ def test_what_there_is_not_is_said_in_a_sentence(sentence: str) -> None:
         patch_sweep(model_of("llama"), LONG, METRIC, PatchPlan(**options), template=short())
 
 
+def test_a_metric_of_a_token_that_there_is_not_is_refused_before_any_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    monkeypatch.setattr(model, "forward", None)
+    for metric in (LogitDifference(7, 270), LogProbability(270)):
+        with pytest.raises(UserError, match="token id 270 can't be scored; give ids from 0 to 269"):
+            patch_sweep(model, LONG, metric, PatchPlan("resid_pre", positions=("inst",)), template=short())
+
+
 def test_more_that_there_is_not() -> None:
     model, plan = model_of("llama"), PatchPlan("resid_pre", positions=("inst",))
     with pytest.raises(UserError, match="there is no engine 'fast'"):

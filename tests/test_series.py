@@ -163,7 +163,7 @@ def test_the_verb_shows_the_series(root: Path, tmp_path: Path, capsys: pytest.Ca
 REVISIONS = """
 import json, sys, torch
 from mechlens.models.bridge import native
-from mechlens.models.series import checkpoint_series
+from mechlens.models.checkpoints.series import checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 series = checkpoint_series("org/tiny", ["org/tiny@step20", "org/tiny@step3"])
 found = [[member.step, member.name, member.kind, member.revision] for member in series.members]
@@ -290,6 +290,38 @@ def test_one_rule_for_an_adapters_own_template(root: Path, tmp_path: Path) -> No
         checkpoint_series(base, [str(out)])
     lone = load(base, adapter=str(root / "adapter"))
     assert template_of(lone).fingerprint == template_of(load(base)).fingerprint
+
+
+@pytest.mark.parametrize("where", ["its own folder", "the Trainer's around it"])
+def test_a_template_without_a_tokenizer_counts_too(root: Path, tmp_path: Path, where: str) -> None:
+    """The same rule for an adapter whose folder holds chat_template.jinja and no tokenizer."""
+    base, out = str(root / "base"), tmp_path / "out"
+    if where == "its own folder":
+        run_folder(root, out, (1,))
+        path = home = out / "checkpoint-1"
+    else:
+        home = out / "checkpoint-1"
+        path = shutil.copytree(root / "adapter", home / "named")
+    (home / "chat_template.jinja").write_text(OWN)
+    alone = load(base, adapter=str(path))
+    assert template_of(alone).render(Prompt("p", "one thing")).text == "<bos>[one thing]"
+    series = checkpoint_series(base, [str(out)])
+    assert series.chat_template == OWN
+    with checkpoint_swapper(base, chat_template=series.chat_template) as one:
+        assert template_of(one.put(series.members[1])).fingerprint == template_of(alone).fingerprint
+    (home / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is no UTF-8 text; save the tokenizer again"):
+        load(base, adapter=str(path))
+    with pytest.raises(UserError, match=r"checkpoint-1: the chat template .* is no UTF-8 text"):
+        checkpoint_series(base, [str(out)])
+
+
+def test_a_lone_template_is_put_on_the_tokenizer_around_it(root: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(root / "adapter", tmp_path / "checkpoint-1" / "named")
+    tiny_tokenizer().save_pretrained(path.parent)
+    (path / "chat_template.jinja").write_text(OWN)
+    found = load(str(root / "base"), adapter=str(path))
+    assert template_of(found).render(Prompt("p", "one thing")).text == "<bos>[one thing]"
 
 
 def test_an_adapters_own_tokenizer(root: Path, tmp_path: Path) -> None:

@@ -384,6 +384,20 @@ def test_no_turn_vanishes_silently(role: str) -> None:
     assert f"{role}\nuser<|im_end|>" in tiny_tokenizer().decode(kept.row(0))
 
 
+@pytest.mark.parametrize("role", ["tool", "system"])
+@pytest.mark.parametrize("content", ["in", "user", "Why", "Hello"])
+def test_a_turn_dropped_for_its_words_is_missed_though_they_stand_elsewhere(role: str, content: str) -> None:
+    kept = NO_SYSTEM.replace("'system'", "'none'")
+    short = kept.replace("{% if m", "{% if m['content'] | length < 7 and m['role'] == '" + role + "' %}{% elif m")
+    short = short.replace("{% endif %}<|", "{% else %}<|").replace("{% endfor %}", "{% endif %}{% endfor %}")
+    turns = ((role, content), ("user", "Hello in there"), ("assistant", ""), ("user", "Hi"))
+    with pytest.raises(UserError, match=r"the chat template drops the (earlier turns|system prompt)"):
+        place(tiny_tokenizer(short), "Why in the end?", history=turns)
+    assert f"{role}\n{content}<|im_end|>" in tiny_tokenizer().decode(
+        place(tiny_tokenizer(kept), "Why in the end?", history=turns).row(0)
+    )
+
+
 def test_what_an_answer_was_thinking_may_be_left_out() -> None:
     forgets = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>\n"

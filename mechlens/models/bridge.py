@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,7 +22,13 @@ from mechlens.errors import UserError
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine.head import Form, head_logits, watched_pass
 from mechlens.models.engine.probes import UNTRIED, apart, decode_gap, is_misfit, probe_logits, probe_tokens, tolerance
-from mechlens.models.fingerprint import config_fingerprint, sampled_fingerprint, stamp, weight_fingerprint
+from mechlens.models.fingerprint import (
+    config_fingerprint,
+    sampled_fingerprint,
+    settings_stamp,
+    stamp,
+    weight_fingerprint,
+)
 from mechlens.models.offline import sealed
 from mechlens.models.soundness import overflow_advice, require_finite_logits, require_finite_weights, require_present
 from mechlens.models.transformers_versions import cache_by_old_name, in_type_of
@@ -50,6 +57,8 @@ class Loaded:
     NaN if it wasn't measured. What decodes takes another way where it is large (see `plain_engine`)."""
     head_gap: float = float("nan")
     """The same of `unembed` and the model's own logits."""
+    settings: str = ""
+    """Stamp of the modules' plain attributes at load, such as the epsilons of norms."""
 
 
 def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> LanguageModel:
@@ -64,6 +73,7 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.init_kwargs |= {"name_or_path": checkpoint.path, "add_bos_token": True}
     hf_model.eval()
+    require_known(config, checkpoint.name)
     require_present(hf_model, checkpoint.name)
     require_finite_weights(hf_model, checkpoint.name)
     checkpoint = replace(checkpoint, config=config_fingerprint(config))
@@ -81,14 +91,39 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
         raise
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         reason = str(error).split(". ")[0]  # what follows may be a list of every architecture it knows
-        raise UserError(
-            f"TransformerLens can't wrap {type(hf_model).__name__} ({checkpoint.name}): {reason}"
-        ) from error
+        raise _unwrappable(type(hf_model).__name__, checkpoint.name, reason) from error
     _warn_of(checkpoint.name, before, after, dtype_of(model))
     gap = float((after - before).abs().max())
     model.mechlens = Loaded(checkpoint, ours, attention, gap, weights_now(model), _count_hooks(model))
-    model.mechlens = replace(model.mechlens, decode_gap=decode_gap(model.original_model), head_gap=_head(model).gap)
+    gaps = {"decode_gap": decode_gap(model.original_model), "head_gap": _head(model).gap}
+    model.mechlens = replace(model.mechlens, **gaps, settings=_settings_now(model))
     return model
+
+
+def require_known(config: Any, name: str) -> None:
+    """UserError where TransformerLens names no such architecture; a configuration is all that it takes.
+
+    A name that it writes in other capitals (Phimoe, PhiMoE) is written as it does.
+    """
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+
+    named = list(config.architectures or [])
+    if not named:  # told by the model's class once it is there
+        return
+    spelled = {known.lower(): known for known in SUPPORTED_ARCHITECTURES}
+    config.architectures = [one if one in SUPPORTED_ARCHITECTURES else spelled.get(one.lower(), one) for one in named]
+    try:
+        determine_architecture_from_hf_config(config)
+    except ValueError as error:
+        raise _unwrappable(named[0], name, "it doesn't know this architecture") from error
+
+
+def _unwrappable(architecture: str, name: str, reason: str) -> UserError:
+    return UserError(
+        f"TransformerLens can't wrap {architecture} ({name}): {reason} (version {version('transformer-lens')}); "
+        "choose a model that it supports, or install another version"
+    )
 
 
 def _mend_attention(model: LanguageModel) -> None:
@@ -126,7 +161,9 @@ def loaded(model: LanguageModel) -> Loaded:
     checkpoint = _named_as_it_is(Checkpoint(name.split("/")[-1], name), model)
     if is_bridge(model):
         _mend_attention(model)
-    found = Loaded(checkpoint, model.tokenizer, "eager", float("nan"), weights_now(model))
+    found = Loaded(
+        checkpoint, model.tokenizer, "eager", float("nan"), weights_now(model), settings=_settings_now(model)
+    )
     model.mechlens = found
     return found
 
@@ -135,15 +172,19 @@ _EDITED: "weakref.WeakKeyDictionary[Any, tuple[str, Checkpoint]]" = weakref.Weak
 
 
 def checkpoint_now(model: LanguageModel) -> Checkpoint:
-    """The checkpoint as it is now: weights edited or folded since loading have another fingerprint and regime."""
+    """The checkpoint as it is now: weights edited or folded since loading have another fingerprint and regime, and
+    edited attributes of modules another configuration."""
     known = loaded(model)
-    now = weights_now(model)
+    now, settings = weights_now(model), _settings_now(model)
+    config = known.checkpoint.config if settings == known.settings else f"{known.checkpoint.config} with {settings}"
     if now == known.weights:
-        return replace(known.checkpoint, regime=regime(model))
+        return replace(known.checkpoint, regime=regime(model), config=config)
     if _EDITED.get(model, ("", None))[0] != now:
         _EDITED[model] = now, _named_as_it_is(known.checkpoint, model)
     edited = _EDITED[model][1]
-    return replace(known.checkpoint, regime=regime(model), fingerprint=edited.fingerprint, sampled=edited.sampled)
+    return replace(
+        known.checkpoint, regime=regime(model), config=config, fingerprint=edited.fingerprint, sampled=edited.sampled
+    )
 
 
 def _named_as_it_is(checkpoint: Checkpoint, model: LanguageModel) -> Checkpoint:
@@ -160,6 +201,10 @@ def _named_as_it_is(checkpoint: Checkpoint, model: LanguageModel) -> Checkpoint:
 def weights_now(model: LanguageModel) -> str:
     """Stamp of the bridged weights as they are now: equal to an earlier one only if nothing was edited between."""
     return stamp(_weights(model))
+
+
+def _settings_now(model: LanguageModel) -> str:
+    return settings_stamp(model.original_model if is_bridge(model) else model)
 
 
 def _is_fixed_table(module: nn.Module, name: str) -> bool:

@@ -65,6 +65,26 @@ def config_fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(computing_settings(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
+SWITCHES = re.compile(r"training|.*checkpointing|max_seq_len_cached|layerdrop|.*jitter.*|.*loss_coef|p")
+"""Plain attributes of modules that a pass changes, or that only training reads (`p` is a dropout's)."""
+
+
+def settings_stamp(model: Any) -> str:
+    """A hash over the plain attributes of a model's modules, such as a norm's epsilon: equal until one is edited.
+
+    TransformerLens' own modules around Hugging Face's are left out: they hold how it is computed, and no number.
+    """
+    found = hashlib.sha256()
+    for place, module in model.named_modules():
+        if type(module).__module__.startswith(("transformer_lens.hook_points", "transformer_lens.model_bridge")):
+            continue
+        for name, value in sorted(vars(module).items()):
+            plain = isinstance(value, float | int | str) and not SWITCHES.fullmatch(name)
+            if plain and not NO_NUMBERS.fullmatch(name):
+                found.update(f"{place}.{name}={value!r};".encode())
+    return found.hexdigest()
+
+
 def sampled_fingerprint(state: Mapping[str, Any]) -> str:
     """The fingerprint of earlier versions: sha256 over names, shapes and at most 8191 strided values of every tensor.
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
-from mechlens.models.bridge import LanguageModel, bridge
+from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.checkpoints.folders import other_format, read_as_trained, tokenizer_folder
+from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained
 from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
 from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
@@ -39,6 +39,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    require_wrappable(model, revision=revision)
     base = ADAPTERS[model].base if _is_adapter(model) else None
     if adapter is not None:
         base = short_name(model)
@@ -119,8 +120,8 @@ def load_merged(
     whole = (folder / CONFIG).exists() and not keeps_the_base(read_config(folder))  # peft would round the base twice
     first = "float32" if whole else type_without_loss(model, dtype, revision=revision)
     hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=device_map)
-    if (own := tokenizer_folder(folder)) is not None:
-        tokenizer = read_as_trained(tokenizer, load_tokenizer(str(own)), adapter)
+    if (own := own_tokenizer(folder, tokenizer, load_tokenizer)) is not None:
+        tokenizer = read_as_trained(tokenizer, own, adapter)
     hf_model = merge_adapter(hf_model, adapter)
     return (hf_model if first == dtype else _round(hf_model, dtype)), tokenizer
 
@@ -200,13 +201,25 @@ def _at_home(source: str) -> contextlib.AbstractContextManager[None]:
     return sealed() if Path(source).is_dir() else contextlib.nullcontext()
 
 
-def _check_causal(source: str, model: str, revision: str | None, gguf: str | None) -> None:
-    """Refuse what isn't a decoder language model before its weights are read."""
+def require_wrappable(model: str, *, revision: str | None = None) -> None:
+    """UserError, before any weights are read, for an architecture that TransformerLens doesn't know."""
+    if not _is_adapter(model):
+        source, gguf = _locate(model)
+        config = _check_causal(source, model, revision, gguf)
+        if config is not None:
+            require_known(config, short_name(model))
+
+
+def _check_causal(source: str, model: str, revision: str | None, gguf: str | None) -> Any:
+    """The configuration; refuse what isn't a decoder language model before its weights are read.
+
+    None of a GGUF file, which transformers has to open for it.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if gguf:
-        return
+        return None
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
         if found := other_format(folder):
@@ -224,11 +237,12 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
             f"the model {model!r} is neither a local folder nor to be had from the hub: {first_line(error)}"
         ) from error
     named = set(config.architectures or [])
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if named and not named & causal:
+    causal = {str(name).lower() for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    if named and not {name.lower() for name in named} & causal:  # PhiMoE is Phimoe in transformers
         raise UserError(
             f"{model!r} is a {sorted(named)[0]}, not a causal language model; mechlens needs a ...ForCausalLM"
         )
+    return config
 
 
 def _stored_types(folder: Path) -> set[str]:

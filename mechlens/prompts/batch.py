@@ -124,13 +124,8 @@ class TokenBatch:
         """UserError where a token has no row in an embedding of `n` rows: the tokenizer isn't the model's own."""
         beyond = self.mask & (self.tokens >= n)
         if bool(beyond.any()):
-            row, column = beyond.nonzero()[0].tolist()
-            token = int(self.tokens[row, column])
-            shown = f"{token_text(tokenizer, token)!r} (id {token})" if tokenizer is not None else f"{token}"
-            raise UserError(
-                f"prompt {self.prompts[row].id!r} has the token {shown}, and the model's embedding has {n} rows only; "
-                "load the model with its own tokenizer, or resize its embedding and train the new rows"
-            )
+            row = int(beyond.nonzero()[0, 0])
+            require_rows_for(self.row(row), f"prompt {self.prompts[row].id!r}", n, tokenizer)
 
     def row(self, i: int) -> list[int]:
         """Token ids of prompt `i` without padding."""
@@ -214,3 +209,15 @@ def token_text(tokenizer: Any, token: int) -> str:
         return text
     piece = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
     return piece or f"<id {token}>"
+
+
+def require_rows_for(ids: Sequence[int], what: str, n: int, tokenizer: Any) -> None:
+    """UserError where one of the ids has no row in an embedding of `n` rows; `what` says whose ids they are."""
+    token = next((token for token in ids if not 0 <= token < n), None)
+    if token is None:
+        return
+    shown = f"{token_text(tokenizer, token)!r} (id {token})" if tokenizer is not None and token >= 0 else f"{token}"
+    raise UserError(
+        f"{what} has the token {shown}, and the model's embedding has {n} rows only; "
+        "load the model with its own tokenizer, or resize its embedding and train the new rows"
+    )

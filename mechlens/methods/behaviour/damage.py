@@ -11,9 +11,9 @@ from mechlens.errors import UserError
 from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.steering.interventions import ALL, Ablate, Add
 from mechlens.methods.steering.steering import applied
-from mechlens.models.bridge import LanguageModel, device_of, is_bridge, loaded
+from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, is_bridge, loaded
 from mechlens.models.soundness import require_finite_logits
-from mechlens.prompts.batch import TokenBatch
+from mechlens.prompts.batch import TokenBatch, require_rows_for
 
 PLAIN_TEXT = (
     "The train to the coast leaves at nine in the morning and arrives a little before noon.",
@@ -60,8 +60,9 @@ def damage(
     rows = [i for i, tokens in enumerate(answers.tokens) if tokens]
     if not rows:
         raise UserError("the model said nothing to any of the prompts, so there is no answer to be damaged")
+    ids = _ids_of(model, texts)
     own, kl = zip(*(_on_answer(model, intervention, batch, answers, chunk) for chunk in _chunks(rows)), strict=True)
-    return Damage(_on_texts(model, intervention, texts), torch.cat(own), torch.cat(kl))
+    return Damage(_on_texts(model, intervention, ids), torch.cat(own), torch.cat(kl))
 
 
 @torch.inference_mode()
@@ -96,9 +97,15 @@ def _on_answer(
     return torch.stack(losses).cpu(), torch.stack(distances).cpu()
 
 
-def _on_texts(model: LanguageModel, one: Add | Ablate | None, texts: Sequence[str]) -> Float[Tensor, " text"]:
+def _ids_of(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     tokenizer = loaded(model).tokenizer
     ids = [list(tokenizer(text)["input_ids"]) for text in texts]
+    for text, row in zip(texts, ids, strict=True):
+        require_rows_for(row, f"the text {text[:40]!r}", embedding_rows(model), tokenizer)
+    return ids
+
+
+def _on_texts(model: LanguageModel, one: Add | Ablate | None, ids: Sequence[Sequence[int]]) -> Float[Tensor, " text"]:
     everywhere = [] if one is None else [replace(one, positions=ALL, phase="both")]
     losses: list[Tensor] = []
     for chunk in _chunks([i for i, row in enumerate(ids) if len(row) > 1]):

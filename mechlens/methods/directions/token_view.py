@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.directions.direction import Direction, project
-from mechlens.models.bridge import LanguageModel, checkpoint_now, loaded, unembed
+from mechlens.models.bridge import LanguageModel, checkpoint_now, embedding_rows, loaded, unembed
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
-from mechlens.prompts.batch import token_text
+from mechlens.prompts.batch import require_rows_for, token_text
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,16 @@ class TokenProjections:
 def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int]) -> TokenProjections:
     """Projection of every token on the direction, at the level where the direction was found.
 
-    Raises UserError where the direction comes from other weights.
+    Raises UserError where the direction comes from other weights, and for ids without a row in the embedding.
     """
+    tokenizer = loaded(model).tokenizer
+    require_rows_for(ids, "the text", embedding_rows(model), tokenizer)
     require_same_model(model, direction)
     row = Row(tuple(ids), tuple(range(len(ids))))
     if forward.fits_fast_path(model):
         values = forward.fast_batch(model, [row], [direction.level], None)
     else:
         values = forward.plain_batch(model, [row], [direction.level])
-    tokenizer = loaded(model).tokenizer
     return TokenProjections(
         tokens=tuple(token_text(tokenizer, token) for token in ids),
         values=tuple(project(values[0, 0], direction).tolist()),

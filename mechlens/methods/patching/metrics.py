@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.behaviour.judges import refusal_log_odds
+from mechlens.methods.behaviour.judges import refusal_log_odds, require_scorable
 
 
 @runtime_checkable
@@ -35,6 +35,7 @@ class LogitDifference:
     name: str = "logit_difference"
 
     def __call__(self, logits: Float[Tensor, "row vocab"], clean: Float[Tensor, " vocab"]) -> Float[Tensor, " row"]:
+        require_scorable((self.first, self.second), logits.shape[-1])
         return (logits[:, self.first] - logits[:, self.second]).double()
 
 
@@ -46,6 +47,7 @@ class LogProbability:
     name: str = "log_probability"
 
     def __call__(self, logits: Float[Tensor, "row vocab"], clean: Float[Tensor, " vocab"]) -> Float[Tensor, " row"]:
+        require_scorable((self.token,), logits.shape[-1])
         return logits.double().log_softmax(dim=-1)[:, self.token]
 
 
@@ -87,3 +89,9 @@ class OwnMetric:
                 "logits of shape (row, vocab) and must give one number for each row, such as logits[:, 5]"
             )
         return values.reshape(len(logits))
+
+
+def require_tokens(metric: Metric, vocabulary: int) -> None:
+    """UserError where a metric of ours asks for a token beyond so many logits, said before anything is run."""
+    if isinstance(metric, LogitDifference | LogProbability | RefusalLogOdds):
+        metric(torch.zeros(1, vocabulary), torch.zeros(vocabulary))

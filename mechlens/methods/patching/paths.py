@@ -8,10 +8,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
-from mechlens.methods.patching.metrics import Metric
+from mechlens.methods.patching.metrics import Metric, require_tokens
 from mechlens.methods.patching.plan import MODES, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
-from mechlens.models.bridge import LanguageModel, device_of, n_heads, n_layers, site_hook
+from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, n_heads, n_layers, site_hook
 from mechlens.models.engine.edits import plain_record
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
@@ -69,6 +69,7 @@ def path_sweep(
     are PatchResult's: TransformerLens' own resample prompts, not families, and don't correct for the number of sites.
     UserError for pairs of unequal length and where TransformerLens can't take the model's attention apart.
     """
+    require_tokens(metric, embedding_rows(model))
     _refuse_what_there_is_not(model, sender, receiver, direction)
     clean, corrupt = tokenized_pairs(model, pairs, template)
     rows = []

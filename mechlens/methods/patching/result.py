@@ -65,9 +65,9 @@ class PatchResult:
 
     @property
     def has_gap(self) -> Bool[Tensor, " pair"]:
-        """True for the pairs whose two runs are far enough apart for a recovery."""
+        """True for the pairs whose two runs are far enough apart for a recovery; never where a run gave NaN."""
         gap = (self.target - self.start).abs()
-        return gap >= max(MIN_GAP, MIN_SHARE * float(gap.median())) if len(gap) else gap > 0
+        return gap >= max(MIN_GAP, MIN_SHARE * float(gap[~gap.isnan()].median())) if len(gap) else gap > 0
 
     def effect(self) -> Float[Tensor, "pair layer position head"]:
         """patched - start, in the metric's units."""
@@ -104,7 +104,7 @@ class PatchResult:
     ) -> tuple[Float[Tensor, " cell"], Interval]:
         """Ratio of means. Every gap counts upwards, so that pairs of opposite gaps don't cancel in the mean gap."""
         gap = torch.where(self.has_gap, self.target - self.start, 0.0).double()
-        towards, size = effect.double() * gap.sign(), gap.abs()
+        towards, size = torch.where(gap != 0, effect.double() * gap.sign(), 0.0), gap.abs()
         weights = family_weights(self.families, n_resamples, seed)
         return towards.sum(dim=1) / size.sum(), interval((towards @ weights.T) / (weights @ size))
 
@@ -118,4 +118,4 @@ class PatchResult:
         observed = standard.mean(dim=1).abs()
         null = (signs[:, codes] @ standard.T / standard.shape[1]).abs().max(dim=1).values
         reached = (null[None, :] >= observed[:, None] - 1e-12).sum(dim=1)
-        return (1 + reached) / (1 + n_flips)
+        return torch.where(size.squeeze(1).isnan(), torch.nan, (1 + reached) / (1 + n_flips))

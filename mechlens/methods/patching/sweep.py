@@ -16,10 +16,19 @@ from tqdm.auto import tqdm
 from mechlens.errors import UserError
 from mechlens.methods.cache import Cache
 from mechlens.methods.patching.attribution import attributed
-from mechlens.methods.patching.metrics import Metric, OwnMetric
+from mechlens.methods.patching.metrics import Metric, OwnMetric, require_tokens
 from mechlens.methods.patching.plan import PatchPlan, opened_axes, opened_positions, refuse_other_shape, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
-from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded, n_layers
+from mechlens.models.bridge import (
+    LanguageModel,
+    checkpoint_now,
+    device_of,
+    dtype_of,
+    embedding_rows,
+    has_hooks,
+    loaded,
+    n_layers,
+)
 from mechlens.models.engine.edits import (
     Edit,
     Recording,
@@ -147,6 +156,7 @@ def patch_sweep(
     Pairs of unequal length are aligned by role, which needs named positions. UserError for sites, layers, heads
     and positions that there are not.
     """
+    require_tokens(metric, embedding_rows(model))
     both = tokenized_pairs(model, pairs, template)
     layers, heads = opened_axes(model, plan)
     positions = opened_positions(both, plan, pairs)

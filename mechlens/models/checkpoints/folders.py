@@ -2,12 +2,15 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.files import read_whole
 from mechlens.models.checkpoints.lora import CONFIG
+
+TEMPLATE = "chat_template.jinja"
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 """How the Trainer calls a step's folder."""
@@ -43,10 +46,30 @@ def adapters_inside(folder: Path) -> Iterator[Path]:
         yield from sorted(child for child in folder.iterdir() if (child / CONFIG).is_file())
 
 
-def tokenizer_folder(checkpoint: Path) -> Path | None:
-    """The folder with a checkpoint's own tokenizer: its own, or the Trainer's around it; None where there is none."""
+def own_tokenizer(checkpoint: Path, base: Any, load: Callable[[str], Any]) -> Any:
+    """A checkpoint's own tokenizer, from its folder or the Trainer's around it; None where nothing of it is there.
+
+    A folder may hold the chat template alone: it is put on the tokenizer around it, else on the base's.
+    """
     around = [checkpoint.parent] if CHECKPOINT.fullmatch(checkpoint.parent.name) else []
-    return next((folder for folder in (checkpoint, *around) if (folder / "tokenizer_config.json").is_file()), None)
+    found = template = None
+    for folder in (checkpoint, *around):
+        if (folder / "tokenizer_config.json").is_file():
+            found = load(str(folder))
+            break
+        if template is None and (folder / TEMPLATE).is_file():
+            template = _read(folder / TEMPLATE)
+    if template is not None:
+        found = copy.deepcopy(found or base)
+        found.chat_template = template
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_whole(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the chat template {path} is no UTF-8 text; save the tokenizer again") from error
 
 
 def read_as_trained(base: Any, own: Any, adapter: str) -> Any:

@@ -17,7 +17,12 @@ from mechlens.checked_json import read_json
 from mechlens.errors import UserError
 from mechlens.files import plain_name, require_regular, user_path
 from mechlens.models.checkpoints.adapter_record import RECORD, read_record, require_whole
-from mechlens.models.checkpoints.folders import CHECKPOINT, adapters_inside, other_format, tokenizer_folder
+from mechlens.models.checkpoints.folders import (
+    CHECKPOINT,
+    adapters_inside,
+    other_format,
+    own_tokenizer,
+)
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS
 from mechlens.models.fingerprint import computing_settings
 from mechlens.models.load import load_config, load_tokenizer, short_name
@@ -304,8 +309,7 @@ class _Judge:
         """None where it was saved without one."""
         if one.folder is None:
             return load_tokenizer(one.path, revision=one.revision)
-        folder = tokenizer_folder(one.folder)
-        return None if folder is None else load_tokenizer(str(folder))
+        return own_tokenizer(one.folder, self._tokenizer, load_tokenizer)
 
     def _tokenizer_problem(self, one: _Found) -> str | None:
         tokenizer = self._own_tokenizer(one)

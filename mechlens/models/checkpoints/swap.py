@@ -33,7 +33,7 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.lora import LowRank, read_lora
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
-from mechlens.models.load import load_hf, load_merged, short_name, type_without_loss
+from mechlens.models.load import load_hf, load_merged, require_wrappable, short_name, type_without_loss
 from mechlens.models.packaged import cache_dir
 from mechlens.models.soundness import require_finite_weights
 
@@ -88,6 +88,7 @@ def checkpoint_swapper(
     To be used in a `with` block, or closed. With another `dtype` the changes are still added in float32 and rounded
     then, as `load` does it. `chat_template` is that of a series whose checkpoints bring their own.
     """
+    require_wrappable(base, revision=revision)
     first = type_without_loss(base, dtype, revision=revision)
     hf_model, tokenizer = load_hf(base, revision=revision, dtype=first)
     if chat_template is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import LanguageModel, d_model, device_of, n_heads, site_hook, whole
+from mechlens.models.bridge import SITES, LanguageModel, d_model, device_of, n_heads, n_layers, site_hook, whole
 from mechlens.models.soundness import require_finite_logits
 
 
@@ -55,10 +55,30 @@ def plain_record(model: LanguageModel, ids: Sequence[int], read: int, site: str,
     missing = [layer for layer, name in names.items() if name not in cache]
     if missing:
         # Parallel blocks have no place between attention and MLP; some models have no attention in some blocks.
-        raise UserError(f"this model has no site {site!r} in block {missing[0]}; choose another site or other layers")
+        raise UserError(
+            f"this model has no site {site!r} in block {missing[0]} to patch; {_what_there_is(model, site)}"
+        )
     values = {layer: cache[name][0].clone() for layer, name in names.items()}
     require_finite_logits(logits[0, read])
     return Recording(tuple(ids), logits[0, read].float().cpu(), values)
+
+
+def _what_there_is(model: LanguageModel, site: str) -> str:
+    """The blocks that have a site, and the sites that can be patched in every block: what to choose instead."""
+    blocks = range(n_layers(model))
+    wanted = {site_hook(one, block) for one in SITES for block in blocks}
+    tokens = torch.arange(1, 9, device=device_of(model)).unsqueeze(0)
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in wanted, **whole(model))
+    here = [str(block) for block in blocks if site_hook(site, block) in cache]
+    everywhere = [
+        one
+        for one in SITES
+        if all(site_hook(one, block) in cache for block in blocks)
+        and is_laid_out(model, one, 0)
+        and bears_edits(model, one, 0)
+    ]
+    found = f"choose block {' or '.join(here)}, or" if here else "choose"
+    return f"{found} a site that every block has ({', '.join(everywhere)})"
 
 
 def site_values(model: LanguageModel, ids: Sequence[int], site: str, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -47,7 +47,7 @@ class Rendering:
         system = () if prompt.system is None else (("system", prompt.system),)
         earlier = (*system, *prompt.history)
         marks = tuple(f"mechlens turn {place} sentinel" for place in range(len(earlier)))
-        marked = tuple((role, mark) for (role, _), mark in zip(earlier, marks, strict=True))
+        marked = tuple((role, mark if content else "") for (role, content), mark in zip(earlier, marks, strict=True))
         words = [(*earlier, ("user", said)) for said in (prompt.text, *SENTINELS)]
         return cls(earlier, marks, (*words, (*marked, ("user", SENTINELS[0]))))
 

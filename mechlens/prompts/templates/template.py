@@ -165,7 +165,6 @@ def _place(asked: Rendering, prompt: Prompt, texts: Sequence[str]) -> Rendered:
     """Where the user's words stand in the first of the texts; UserError where they aren't as they were given."""
     text, *framed, probe = texts
     before, after = _frame(framed)
-    _require_turns(asked, text, probe)
     words = text[len(before) : len(text) - len(after)]
     whole = text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)
     if not whole or words not in _trimmings(prompt.text):
@@ -173,6 +172,7 @@ def _place(asked: Rendering, prompt: Prompt, texts: Sequence[str]) -> Rendered:
             f"the chat template rewrites the text of prompt {prompt.id!r}, so its tokens can't be named; "
             "shorten or clean the text, or give the model a template that keeps it"
         )
+    _require_turns(asked, text, probe, words)
     return Rendered(text, len(before), len(before) + len(words))
 
 
@@ -192,10 +192,18 @@ def _frame(framed: Sequence[str]) -> tuple[str, str]:
     return before, after
 
 
-def _require_turns(asked: Rendering, text: str, probe: str) -> None:
-    """UserError unless every earlier turn that says something is written, and the system prompt too."""
-    for (role, content), mark in zip(asked.earlier, asked.marks, strict=True):
-        if not content or (mark in probe and content.rpartition(_END_OF_THOUGHT)[2].strip() in text):
+def _require_turns(asked: Rendering, text: str, probe: str, words: str) -> None:
+    """UserError unless every earlier turn that says something is written, and the system prompt too.
+
+    What a turn says must stand in the text as often as in the probe with all words back in place of their marks: once
+    more than where it is said by the way, such as the "in" of an instruction.
+    """
+    said = [content.rpartition(_END_OF_THOUGHT)[2].strip() for _, content in asked.earlier]
+    whole = probe.replace(SENTINELS[0], words)
+    for one, mark in zip(said, asked.marks, strict=True):
+        whole = whole.replace(mark, one)
+    for (role, content), one, mark in zip(asked.earlier, said, asked.marks, strict=True):
+        if not content or (mark in probe and (not one or text.count(one) >= whole.count(one))):
             continue
         if role == "system":
             raise UserError(
