@@ -91,11 +91,11 @@ class Counting:
 
 PROMPTS = [Prompt(f"p{i}", text, "harmful") for i, text in enumerate(requests(24, "make"))]
 COLLECT = """
-from mechlens.methods.collect import collect
-from mechlens.methods.answers import answer
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.behaviour.answers import answer
 from mechlens.models.load import load
 from mechlens.prompts.prompt import Prompt
-from mechlens.records.cache import FolderCache
+from mechlens.runs.cache import FolderCache
 sys.path.insert(0, {tests!r})
 from saved import requests
 FolderCache.put = after(FolderCache.put, 3)

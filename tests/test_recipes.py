@@ -369,7 +369,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from mechlens.cli import main
-from mechlens.records.writer import RunWriter
+from mechlens.runs.writer import RunWriter
 
 plain = RunWriter.log_step
 def log_step(self, step, values):

@@ -25,7 +25,7 @@ def watch(event, args):
         seen.append((event, str(args)[:200]))
         raise PermissionError("nothing is started or fetched here, whatever this test finds")
 from mechlens.models.load import load
-from mechlens.models.series import Member, checkpoint_series
+from mechlens.models.checkpoints.series import Member, checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 sys.addaudithook(watch)
 base, adapter = sys.argv[1:]

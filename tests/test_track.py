@@ -123,7 +123,7 @@ DYING = """
 import os, signal, torch
 torch.set_num_threads(1)
 from mechlens.models.checkpoints.swap import CheckpointSwapper
-from mechlens.records.cache import FolderCache
+from mechlens.runs.cache import FolderCache
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 """
