@@ -19,6 +19,7 @@ from mechlens.methods.activations.collect import collect
 from mechlens.models.bridge import dtype_of, loaded, native
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.checkpoints.merge import merge_adapter
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf, load_tokenizer
 from mechlens.prompts.prompt import Prompt
 
