@@ -84,8 +84,9 @@ def _run(argv: Sequence[str]) -> None:
             # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that
             # counts.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        config = _with_paths(getattr(config, "action", config))
-        _dispatch(next(command for command in known.values() if command.config is type(config)), config)
+        by_config = {command.config: command for command in known.values()}
+        config = _with_paths(config if type(config) in by_config else config.action)
+        _dispatch(by_config[type(config)], config)
     finally:
         # What is still held back may not fit; at the interpreter's end that would be a traceback.
         sys.stdout.flush()

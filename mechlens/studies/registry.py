@@ -5,7 +5,7 @@ Nothing here imports torch, and neither may a study's configuration: `--help` is
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -111,7 +111,7 @@ def commands() -> dict[str, Study | Command]:
     for name in COMMANDS.names():
         try:
             command = COMMANDS[name]
-            _require_usable(name, command)
+            _require_usable(name, command, [known.config for known in found.values()])
         except UserError as error:
             if name in COMMANDS.ours:
                 raise
@@ -121,7 +121,7 @@ def commands() -> dict[str, Study | Command]:
     return found
 
 
-def _require_usable(name: str, command: Any) -> None:
+def _require_usable(name: str, command: Any, taken: Sequence[type]) -> None:
     """UserError for what is no command, or one whose runs could not be recorded."""
     if not isinstance(command, Study | Command):
         raise UserError(f"it is a {type(command).__name__}, not a Study or a Command")
@@ -129,6 +129,8 @@ def _require_usable(name: str, command: Any) -> None:
         raise UserError(
             f"its name is {command.name!r} and it is registered as {name!r}; give one name, of a word or two"
         )
+    if command.config in taken:
+        raise UserError(f"its configuration {command.config.__name__} is another command's; give it one of its own")
     fields = {field.name for field in dataclasses.fields(command.config)}
     missing = [name for name in ("out", "wandb") if isinstance(command, Study) and name not in fields]
     if missing:
