@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
         + (["mps"] if torch.backends.mps.is_available() else []),
         "threads": torch.get_num_threads(),
-        "models in the cache": sorted(name for name in PACKAGED if (cache_dir() / name).is_dir()),
+        "models in the cache": sorted(name for name in PACKAGED if (cache_dir() / "models" / name).is_dir()),
         "packaged adapters": sorted(ADAPTERS),
         "extras": {name: has_extra(name) for name in EXTRAS},
         "W&B login": has_login(os.environ),
