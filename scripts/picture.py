@@ -23,7 +23,7 @@ def main(run: Path, out: Path) -> None:
     curves = pd.read_parquet(run / "tables" / "auroc_by_level.parquet")
     words = pd.read_parquet(run / "tables" / "baselines.parquet")
     words = words[words["baseline"] == "tfidf_auroc"].set_index("contrast")["auroc"]
-    last = max(curves["position"].drop_duplicates(), key=lambda name: (name.startswith("post["), name))
+    last = str(curves["position"].drop_duplicates().iloc[-1])  # positions are in the order of the tokens
     named = {"inst": "last token of the request (inst)", last: f"last token of the template ({last})"}
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" fill="{INK}" '
