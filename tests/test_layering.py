@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mechlens"
 # DESIGN 3, lowest first; a file imports from its own layer and from those before it.
 LAYERS = (
-    "errors", "registry", "files", "checked_json", "settings", "prompts", "models", "methods", "runs", "studies",
-    "trainer_callback", "views", "cli", "__main__",
+    "errors", "extras", "registry", "files", "checked_json", "settings", "prompts", "models", "methods", "runs",
+    "studies", "trainer_callback", "views", "cli", "__main__",
 )  # fmt: skip
 OTHERS = {("compare", "track")}
 """A study that imports another one, which says why in its docstring."""

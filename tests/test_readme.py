@@ -1,4 +1,4 @@
-"""What the README promises exists: its Python runs, its commands parse, its files are there; so do the public names."""
+"""What the READMEs promise exists: their Python runs, their commands parse, their files and names are there."""
 
 import ast
 import contextlib
@@ -7,25 +7,41 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
+from mechlens.runs.writer import open_run
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MORE = (
+    "mechlens/studies/README.md",
+    "mechlens/runs/README.md",
+    "mechlens/methods/statistics/README.md",
+    "mechlens/models/engine/README.md",
+    "mechlens/models/adapters/smollm2-refuser/README.md",
+)
+"""What the README hands on to; one text with it, read after it."""
+CONTRIBUTING = ".github/CONTRIBUTING.md"
+ENGINE = (ROOT / MORE[3]).read_text(encoding="utf-8")
+ALL = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *MORE, CONTRIBUTING))
 
 
-def blocks(language: str) -> list[str]:
-    """The contents of the README's fenced blocks in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = ALL) -> list[str]:
+    """The contents of the fenced blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
     """Every `mechlens ...` line of the shell blocks, and the ones in running text that take arguments."""
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("mechlens ")]
-    return lines + re.findall(r"`(mechlens runs [^`]+)`", README)
+    return lines + re.findall(r"`(mechlens runs [^`]+ [^`]+)`", ALL)
 
 
 def test_the_python_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +73,7 @@ def test_there_are_commands_of_every_kind() -> None:
     assert {line.split()[1] for line in commands()} >= {"positions", "separate", "direction", "runs"}
 
 
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z][\w.-]*)", README))))
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z][\w.-]*)", ALL))))
 def test_every_option_that_is_named_exists(option: str, helps: str) -> None:
     assert re.search(rf"{re.escape(option)}\b", helps)
 
@@ -76,9 +92,9 @@ def helps() -> str:
 
 
 def test_scripts_and_the_file_tree_are_there() -> None:
-    for name in re.findall(r"(?:\./)?(scripts/\w+(?:\.\w+)?)", README):
+    for name in re.findall(r"(?:\./)?(scripts/\w+(?:\.\w+)?)", ALL):
         assert (ROOT / name).is_file(), name
-    (tree,) = (block for block in blocks("text") if block.startswith("mechlens/"))
+    (tree,) = (block for block in blocks("text", README) if block.startswith("mechlens/"))
     folder = ROOT
     for line in tree.splitlines():
         name = line.split()[0]
@@ -88,13 +104,74 @@ def test_scripts_and_the_file_tree_are_there() -> None:
 
 
 def test_it_names_no_machine_and_no_number_without_a_script() -> None:
-    assert not re.search(r"/work/|/home/|/root/|localhost|127\.0\.0\.1", README)
-    assert "pip install mechlens" not in README.replace("Don't `pip install mechlens`", "")
-    assert "<!-- bench:collect" in README or re.search(r"\| \d+\.\d", README)
+    assert not re.search(r"/work/|/home/|/root/|localhost|127\.0\.0\.1", ALL)
+    assert "pip install mechlens" not in ALL.replace("Don't `pip install mechlens`", "")
+    assert re.search(r"\| \d+\.\d", ENGINE)
+    assert set(re.findall(r"scripts/(bench_\w+)", ENGINE)) == {path.stem for path in ROOT.glob("scripts/bench_*.py")}
 
 
 def test_it_counts_the_architectures_that_are_tested() -> None:
-    assert re.findall(r"of (\d+) architectures", README) == [str(len(ARCHITECTURES))]
+    assert re.findall(r"of (\d+) architectures", ENGINE) == [str(len(ARCHITECTURES))]
+
+
+def test_the_readme_is_short_and_shows_its_picture() -> None:
+    assert len(README.split()) <= 1200
+    (picture,) = re.findall(r"!\[.+\]\((.+\.svg)\)", README)
+    assert (ROOT / picture).stat().st_size < 200_000
+    assert ElementTree.parse(ROOT / picture).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("name", ["README.md", *MORE, CONTRIBUTING])
+def test_every_link_leads_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_the_table_has_every_study_and_its_notebook() -> None:
+    from mechlens.studies.registry import COMMANDS, GROUPS
+
+    rows = re.findall(r"^\| (`mechlens .*?) \| .* \| .* \| `(\w+)` \|$", README, re.MULTILINE)
+    said = " ".join(command for command, _ in rows)
+    for name in COMMANDS.ours:
+        words = name.split()
+        if words[0] not in ("runs", "checkpoints", "env"):
+            assert f"mechlens {words[0]}" in said, name
+            assert words[0] not in GROUPS or re.search(rf"\b{words[1]}\b", said), name
+    assert {book for _, book in rows} == {path.stem for path in ROOT.glob("notebooks/*.ipynb")}
+
+
+def test_every_text_comes_with_the_package() -> None:
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = package_data["package-data"]["mechlens"]
+    kept = {path for pattern in patterns for path in (ROOT / "mechlens").glob(pattern)}
+    assert {ROOT / name for name in MORE} <= kept
+
+
+def test_the_picture_shows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import picture
+
+    from mechlens.settings import WandbSettings
+
+    rows = [
+        {"contrast": contrast, "position": position, "level": level, "auroc": 0.5 + level / 10, "n": 8}
+        for contrast in ("harmful", "refused")
+        for position in ("inst", "post[0]", "post[1]")
+        for level in range(4)
+    ]
+    curves = pd.DataFrame(rows).assign(low=lambda frame: frame["auroc"] - 0.1, high=lambda frame: frame["auroc"] + 0.1)
+    words = [{"contrast": name, "baseline": "tfidf_auroc", "auroc": 0.6} for name in ("harmful", "refused")]
+    out, off = tmp_path / "run", WandbSettings(mode="disabled")
+    with open_run(verb="separate", config={"model": "a<b"}, out=out, wandb=off) as writer:
+        writer.table("auroc_by_level", curves)
+        writer.table("baselines", pd.DataFrame(words))
+    picture.main(out, tmp_path / "drawn.svg")
+    drawn = ElementTree.parse(tmp_path / "drawn.svg").getroot()
+    texts = " ".join(drawn.itertext())
+    assert "a<b; 8 test prompts" in texts
+    assert "(post[1])" in texts
+    assert len(drawn.findall("{*}polyline")) == 4
 
 
 def test_importing_mechlens_is_light() -> None:

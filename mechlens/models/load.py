@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.extras import require_extra
 from mechlens.files import require_regular, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint
@@ -186,6 +187,7 @@ def _locate(model: str) -> tuple[str, str | None]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"there is no GGUF file {model!r}; check the path")
+        require_extra("gguf", "a GGUF file")
         return str(path.parent), path.name
     if path.is_file():
         raise UserError(f"{model!r} is a file; give the model's folder, a GGUF file or a hub id")

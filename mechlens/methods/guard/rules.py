@@ -7,7 +7,6 @@ both classes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +18,6 @@ from mechlens.errors import UserError
 from mechlens.methods.directions.methods import shrunk_covariance
 from mechlens.methods.probing.beliefs import cosine_or_zero
 
-Rule = Literal["faithful", "centred", "lda", "logistic"]
 PENALTY = 0.1
 """C of the logistic rule: there are far more dimensions than prompts, so the penalty is a strong one."""
 

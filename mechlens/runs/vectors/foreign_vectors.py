@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mechlens.errors import UserError
+from mechlens.extras import require_extra
 from mechlens.files import require_regular
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.checkpoint import Checkpoint
@@ -207,6 +208,7 @@ def _metadata(path: Path) -> tuple[int, int]:
 
 def _open_gguf(path: Path) -> Any:
     """The gguf package's reader, made to stop where the file ends."""
+    require_extra("gguf", "a GGUF file")
     from gguf import GGUFReader
 
     class StrictReader(GGUFReader):  # type: ignore[misc]

@@ -2,20 +2,18 @@
 
 import os
 import platform
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any
 
 import torch
 
+from mechlens.extras import EXTRAS, has_extra
 from mechlens.models.packaged import ADAPTERS, PACKAGED, cache_dir
 from mechlens.registry import Registry
 from mechlens.runs.environment import PACKAGES, git_state
 from mechlens.runs.wandb_start import has_login
 from mechlens.studies.env.config import Env
 from mechlens.studies.registry import COMMANDS, Screen
-
-EXTRAS = {"finetune": "peft", "gguf": "gguf", "slurm": "submitit", "ray": "ray", "server": "fastapi"}
-"""What each extra of the distribution brings."""
 
 
 def environment() -> dict[str, Any]:
@@ -31,9 +29,9 @@ def environment() -> dict[str, Any]:
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
         + (["mps"] if torch.backends.mps.is_available() else []),
         "threads": torch.get_num_threads(),
-        "models in the cache": sorted(name for name in PACKAGED if (cache_dir() / name).is_dir()),
+        "models in the cache": sorted(name for name in PACKAGED if (cache_dir() / "models" / name).is_dir()),
         "packaged adapters": sorted(ADAPTERS),
-        "extras": {name: util.find_spec(module) is not None for name, module in EXTRAS.items()},
+        "extras": {name: has_extra(name) for name in EXTRAS},
         "W&B login": has_login(os.environ),
         "commands of other packages": _others(COMMANDS),
     }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mechlens.errors import UserError
+from mechlens.extras import require_extra
 from mechlens.files import writing_to
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import loaded
@@ -111,7 +112,8 @@ class _Job:
 
 
 def require_settings(config: FinetuneConfig) -> None:
-    """UserError for settings that no training can have."""
+    """UserError for settings that no training can have, and where what trains isn't installed."""
+    require_extra("finetune", "fine-tuning")
     if config.recipe not in RECIPES:
         raise UserError(f"there is no recipe {config.recipe!r}; choose one of {', '.join(RECIPES)}")
     positive = (
