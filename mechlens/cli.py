@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TextIO, Union
 
 import tyro
@@ -68,6 +69,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+_interruptions: list[int] = []
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """Takes Ctrl-C. While we import a verb there is nothing to tidy, and what C extensions make of it is no error."""
+    importer = None
+    while frame is not None:
+        if "importlib" in frame.f_code.co_filename:
+            importer = frame.f_back
+        frame = frame.f_back
+    if importer is not None and importer.f_code.co_filename == __file__:
+        os.write(2, b"mechlens: stopped\n")
+        os._exit(130)
+    _interruptions.append(number)
+    raise KeyboardInterrupt
+
+
 def _run(argv: Sequence[str] | None) -> None:
     try:
         _require_whole(sys.argv[1:] if argv is None else argv)
@@ -84,7 +102,12 @@ def _run(argv: Sequence[str] | None) -> None:
             # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that
             # counts.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        _dispatch(_with_paths(command))
+        try:
+            _dispatch(_with_paths(command))
+        except Exception as error:
+            if _interruptions:  # an import, or a library, made an error of its own of it
+                raise KeyboardInterrupt from error
+            raise
     finally:
         # What is still held back may not fit; at the interpreter's end that would be a traceback.
         sys.stdout.flush()
