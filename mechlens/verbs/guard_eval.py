@@ -13,7 +13,7 @@ from mechlens.methods.collect import collect
 from mechlens.methods.fitted_guard import FittedGuard
 from mechlens.methods.guard_model import GuardModelAnswer, ask_guard_model
 from mechlens.methods.shelf import Shelf
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.bridge import LanguageModel, d_model, loaded
 from mechlens.models.load import load, short_name
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
@@ -56,7 +56,7 @@ def prepare(config: GuardEval) -> Prepared:
     model, template, inputs = chosen_model(config, data | {"guard": sha256(path)})
     checkpoint = loaded(model).checkpoint
     # Before an hour of answers rather than after it.
-    guard.require(checkpoint, template.fingerprint, other_weights=config.other_weights)
+    guard.require(checkpoint, template.fingerprint, d_model(model), other_weights=config.other_weights)
     examined = examine(found, guard, [checkpoint, guard.checkpoint])
     return Prepared(model, template, guard, train, examined, inputs)
 
