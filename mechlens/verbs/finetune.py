@@ -79,7 +79,7 @@ def execute(prepared: Prepared, config: Finetune, writer: RunWriter) -> None:
     )
     losses = LossLog(writer.out / LOSSES, writer.log_step)
     done = finetune(settings, writer.out, shelf=writer.shelf, log=losses)
-    record_finetuning(writer, done, losses.table())
+    record_finetuning(writer, done, losses.table(done.steps))
 
 
 def _data(settings: FinetuneConfig) -> dict[str, str]:
