@@ -20,7 +20,7 @@ from mechlens.files import require_regular, user_path
 from mechlens.models.adapter_record import RECORD, read_record, require_whole
 from mechlens.models.fingerprint import computing_settings
 from mechlens.models.formats import CHECKPOINT, adapters_inside, other_format
-from mechlens.models.load import load_config, load_tokenizer, short_name
+from mechlens.models.load import load_config, load_tokenizer, require_inside, short_name
 from mechlens.models.lora import CONFIG, WEIGHTS
 from mechlens.models.own_tokenizer import tokenizer_folder
 
@@ -350,6 +350,7 @@ def _model_problem(folder: Path) -> str | None:
     names = sorted(set(shards.weight_map.values()))
     if not names:
         return f"its {index.name} names no weights"
+    require_inside(folder)
     problems = [_weights_problem(folder / plain_name(name)) for name in names]
     return next((problem for problem in problems if problem), None)
 
