@@ -15,6 +15,8 @@ def run_to_go_on_with(out: Path, verb: str, resolved: dict[str, Any]) -> Run | N
     before = read_run(out)
     if before.verb != verb:
         raise UserError(f"{out} holds a run of `{before.verb}`, not of `{verb}`; choose another --out")
+    if before.inputs.today and resolved.get("today") == before.inputs.today:
+        resolved = resolved | {"today": before.resolved.get("today")}  # the day on which it began, now by its name
     if difference := first_difference(before.resolved, resolved):
         name, old, new = difference
         raise UserError(f"{out} holds a run with {name} = {old!r}, not {new!r}; choose another --out")
