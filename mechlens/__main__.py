@@ -13,12 +13,13 @@ def main() -> None:
     if before is signal.default_int_handler:  # a shell that runs us in the background has it ignored
         # Imports may swallow a KeyboardInterrupt or turn it into an error of theirs, and there is nothing to tidy yet.
         signal.signal(signal.SIGINT, _leave)
+    from mechlens.cli import interrupted
     from mechlens.cli import main as run
 
     if before is not signal.default_int_handler:
         run()
         return
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, interrupted)
     try:
         run()
     finally:

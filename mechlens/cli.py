@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TextIO, Union
 
 import tyro
 
+from mechlens import registry
 from mechlens.errors import UserError
 from mechlens.files import TROUBLE, is_whole, user_path
-from mechlens.registry import loaded
 from mechlens.studies.registry import GROUPS, Command, Study, commands
 
 
@@ -64,6 +65,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+_interruptions: list[int] = []
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """Takes Ctrl-C. While we import a command there is nothing to tidy, and what C code makes of it is no error."""
+    importer = None
+    while frame is not None:
+        if "importlib" in frame.f_code.co_filename:
+            importer = frame.f_back
+        frame = frame.f_back
+    if importer is not None and importer.f_code.co_filename in (__file__, registry.__file__):
+        os.write(2, b"mechlens: stopped\n")
+        os._exit(130)
+    _interruptions.append(number)
+    raise KeyboardInterrupt
+
+
 def _run(argv: Sequence[str]) -> None:
     try:
         _require_whole(argv)
@@ -86,7 +104,12 @@ def _run(argv: Sequence[str]) -> None:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         by_config = {command.config: command for command in known.values()}
         config = _with_paths(config if type(config) in by_config else config.action)
-        _dispatch(by_config[type(config)], config)
+        try:
+            _dispatch(by_config[type(config)], config)
+        except Exception as error:
+            if _interruptions:  # an import, or a library, made an error of its own of it
+                raise KeyboardInterrupt from error
+            raise
     finally:
         # What is still held back may not fit; at the interpreter's end that would be a traceback.
         sys.stdout.flush()
@@ -137,7 +160,7 @@ def _one_line(message: Any, category: type[Warning], *where: object, **more: obj
 
 def _dispatch(command: Study | Command, config: Any) -> None:
     if isinstance(command, Command):
-        loaded(command.execute)(config, Terminal())
+        registry.loaded(command.execute)(config, Terminal())
         return
     from mechlens.studies.driver import run, summary
 

@@ -134,7 +134,8 @@ def disk_error(error: OSError, path: Path) -> UserError:
             f"the disk is full: {path} could not be written; free some space there or choose another folder"
         )
     reason = error.strerror or str(error)
-    return UserError(f"{path} could not be written ({reason}); choose a folder that you can write to")
+    remedy = "choose a folder that you can write to" if error.errno else "free some space there, or choose another"
+    return UserError(f"{path} could not be written ({reason}); {remedy}")
 
 
 def as_os_error(error: Exception) -> OSError | None:

@@ -322,7 +322,7 @@ def test_the_run_folder_holds_the_finding(out: Path) -> None:
     assert (out / "direction_refusal.safetensors").exists()
 
 
-def test_the_same_command_goes_on_from_the_shelf(out: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_goes_on_from_its_cache(out: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads((out / "run.json").read_text())["metrics"]
     lost = sorted((out / "cache").glob("*.safetensors"))[::3]
     for path in lost:

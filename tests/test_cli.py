@@ -5,12 +5,16 @@ import errno
 import json
 import math
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +28,7 @@ from tiny import tiny_tokenizer
 from mechlens.cli import main
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.runs.cache import FolderCache
-from mechlens.runs.run import read_run
+from mechlens.runs.run import read_run, write_run
 
 QUICK = ["--resamples", "40", "--permutations", "20", "--wandb.mode", "disabled"]
 QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless")
@@ -233,7 +237,7 @@ def test_a_rerun_gives_the_same_numbers(separated: Path, tmp_path: Path, run: An
             assert (value is None and other is None) or value == pytest.approx(other, abs=1e-6), (name, part)
 
 
-def test_the_same_command_goes_on_from_the_shelf(
+def test_the_same_command_goes_on_from_its_cache(
     model: str, separated: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, record = numbers(separated), read_run(separated)
@@ -360,6 +364,15 @@ def test_a_template_that_prints_the_date(
     said = run(*direction(*given, "--out", tmp_path / "first"))
     assert (said.code, len(said.errors)) == (1, 1)
     assert "the day that the chat template prints (was 2024-07-26, is 2024-07-27); give --today 2024-07-26" in said.err
+    assert read_run(tmp_path / "first").status == "success"  # and what was there stays
+    # A run that was killed keeps its day, and goes on with it.
+    half = read_run(tmp_path / "first")
+    write_run(replace(half, status="started", metrics={}), tmp_path / "first")
+    said = run(*direction(*given, "--out", tmp_path / "first"))
+    assert (said.code, len(said.errors)) == (1, 1)
+    assert "prints 2024-07-26, and now it would print 2024-07-27; give --today 2024-07-26 to go on" in said.err
+    assert run(*direction(*given, "--today", "2024-07-26", "--out", tmp_path / "first")).code == 0
+    assert read_run(tmp_path / "first").metrics == half.metrics
     # And it matters: the numbers are others.
     assert run(*direction(*given, "--out", tmp_path / "second")).code == 0
     first, second = (read_run(tmp_path / name) for name in ("first", "second"))
@@ -713,6 +726,47 @@ def test_an_early_ctrl_c_is_one_line(at: str, one_run: Path) -> None:
     assert exit_code == 130
     assert said.splitlines() == [line for line in said.splitlines() if line.startswith("mechlens: stopped")]
     assert len(said.splitlines()) == 1
+
+
+def test_ctrl_c_at_any_moment_of_the_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "g.safetensors").write_text("no guard")
+    code = "import os; from mechlens.__main__ import main; os.write(1, b'.'); main()"
+    call = [sys.executable, "-c", code, "guard", "predict", "--guard", "g.safetensors", "--input", "g.safetensors"]
+    chance = random.Random(0)
+    for _ in range(10):
+        with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)
+            time.sleep(chance.uniform(0.1, 1.5))
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=120)[1]
+        fast = process.returncode == 1 and "not a safetensors file" in said  # it had come to its end
+        assert fast or (process.returncode == 130 and said.startswith("mechlens: stopped")), said
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("at", ["numpy", "numpy.exceptions", "numpy.dtypes", "torch", "scipy.sparse"])
+def test_ctrl_c_in_what_a_verb_imports_is_one_line(at: str, one_run: Path) -> None:
+    exit_code, said = command("guard", "predict", "--guard", one_run / "none", at=at)
+    assert (exit_code, said) == (130, "mechlens: stopped\n")
+
+
+def test_what_a_library_makes_of_ctrl_c_is_no_error(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    import mechlens.cli as cli
+
+    monkeypatch.setattr(cli, "_interruptions", [])
+
+    def imported(command: object) -> None:
+        try:
+            cli.interrupted(2, sys._getframe())
+        except KeyboardInterrupt as error:
+            raise SystemError("an extension could not be initialised") from error
+
+    monkeypatch.setattr(cli, "_dispatch", imported)
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", "list"])
+    assert ended.value.code == 130
+    assert capfd.readouterr().err == "mechlens: stopped; the same command goes on from what is on disk\n"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["runs", "--help"], ["runs", "list"], ["runs", "show"]], ids=" ".join)

@@ -456,7 +456,7 @@ def test_nothing_made_under_the_users_hooks_is_kept_or_reused() -> None:
     assert torch.equal(collect(model, prompts(), cache=cache).values, plain.values)
 
 
-def test_a_killed_run_goes_on_from_the_shelf(passes: Callable[[], int]) -> None:
+def test_a_killed_run_goes_on_from_its_cache(passes: Callable[[], int]) -> None:
     model, cache = bridged(tiny_hf()), DictShelf()
     whole = collect(model, prompts(), max_tokens=150)
     batches = passes()

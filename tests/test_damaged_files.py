@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -282,8 +284,24 @@ def test_an_old_file_is_read_and_is_checked_by_what_can_be(tmp_path: Path) -> No
     for value in ({"$float": "nan"}, {"$float": "inf"}, None, "0.5", [0.5]):
         said(lambda fields, _, value=value: fields["calibration"]["fields"].update(threshold=value))
         said(lambda fields, _, value=value: first(fields)["score"]["fields"].update(bias=value))
+    for value in (1e308, -1e308):  # it would let everything pass, or nothing
+        assert "decides nothing" in said(lambda f, _, value=value: f["calibration"]["fields"].update(threshold=value))
+        assert "than a float32" in said(lambda f, _, value=value: first(f)["score"]["fields"].update(bias=value))
+    assert "level 1, inst, are all zero" in said(lambda _, tensors: tensors[weight].zero_())
+    centroid = "places[1].score.positive"
+    longer = torch.ones(SIZE + 1).double()
+    assert re.search("entries|not a complete", said(lambda _, tensors: tensors.update({centroid: longer})))
+    same = "places[1].score.negative"
+    assert "centroids the same" in said(lambda _, tensors: tensors.update({same: tensors[centroid].clone()}))
     assert "at least one place" in said(lambda fields, _: fields["places"].update({"$tuple": []}))
     assert "from 0 on" in said(lambda fields, _: first(fields).update(level=-1))
+
+
+def test_a_guard_of_another_width_is_refused_where_it_meets_a_model() -> None:
+    acts = replace(activations(), values=torch.randn(2, 1, 1, SIZE + 1))
+    for other in (False, True):
+        with pytest.raises(UserError, match=f"reads vectors of {SIZE} entries and the model's have {SIZE + 1}"):
+            guard().scores(acts, other_weights=other)
 
 
 def test_a_new_file_can_not_pass_as_an_old_one(tmp_path: Path) -> None:
@@ -366,8 +384,24 @@ def test_a_torn_line_swallows_no_step(tmp_path: Path) -> None:
         again = LossLog(path, lambda step, numbers: None)
         assert again.table()["loss"].tolist() == [1.5, 0.75, 0.25, 0.125]
     path.write_bytes(whole[:30] + whole)
-    with pytest.raises(UserError, match=r"losses\.jsonl line 1 .*take that line out"):
+    with pytest.raises(UserError, match=r"losses\.jsonl line 1 .*put back what stood there"):
         LossLog(path, lambda step, numbers: None)
+
+
+def test_a_line_taken_out_is_noticed(tmp_path: Path) -> None:
+    path = a_log(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+
+    def table(kept: list[bytes]) -> pd.DataFrame:
+        path.write_bytes(b"".join(kept))
+        return LossLog(path, lambda step, numbers: None).table(3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(table(lines)) == 3
+    for out in range(3):
+        with pytest.warns(UserWarning, match=f"lacks 1 steps, the first of them {out + 1}, .*start over"):
+            assert len(table(lines[:out] + lines[out + 1 :])) == 2
 
 
 def test_losses_without_seals_are_read(tmp_path: Path) -> None:

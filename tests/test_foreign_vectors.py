@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,18 @@ def test_a_pickled_steering_vector_is_refused_with_a_way_out(tmp_path: Path) -> 
         read_steering_vectors(tmp_path / "vector.pt")
 
 
+def test_a_pickled_array_is_refused_with_a_way_out_and_without_torchs_own_warning(tmp_path: Path) -> None:
+    import pickle
+
+    stack = np.ones((3, D_MODEL))
+    for content in (pickle.dumps(stack), pickle.dumps([stack[0]]), pickle.dumps({0: np.float64(1)})):
+        (tmp_path / "stack.pt").write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError, match=r"so it was not read .* of an array save torch\.tensor\(array\)"):
+                read_direction(tmp_path / "stack.pt")
+
+
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
@@ -222,7 +235,7 @@ def test_a_pickled_steering_vector_is_refused_with_a_way_out(tmp_path: Path) -> 
         ({-1: vector()}, "not a dict from layer numbers"),
         ({"0": vector()}, "not a dict from layer numbers"),
         ({True: vector()}, "not a dict from layer numbers"),
-        (vector(), "not a dict from layer numbers"),
+        (vector(), r"holds a cpu tensor of float64 \[16\] and not a dict from layer numbers to vectors, .*save {12:"),
         ({0: vector(), 1: torch.ones(3)}, r"sizes \[3, 16\]"),
         ({0: [1.0]}, "holds a list where a plain tensor"),
         ({0: torch.ones(1, D_MODEL)}, r"float32 \[1, 16\] where one vector"),

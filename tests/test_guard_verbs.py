@@ -437,6 +437,26 @@ def test_a_line_without_an_end_is_not_held_in_memory() -> None:
     assert (lines[1].number, lines[1].prompt.text) == (2, "next")
 
 
+def test_a_line_that_never_ends_is_one_error_and_the_last() -> None:
+    import tracemalloc
+
+    tracemalloc.start()
+    with open("/dev/zero", "rb") as stream:
+        lines = list(read_lines(stream, GuardPredict(guard="g")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * LONGEST_LINE  # of a thousand times that
+    assert [line.number for line in lines] == [1]
+    assert "no end within 1024 MB, so no more is read" in lines[0].error
+
+
+def test_an_error_names_the_line_once() -> None:
+    text = b'{"goal": "Hi"}\n{"goal": ""}\n{"other": "Hi"}\n'
+    lines = list(read_lines(io.BytesIO(text), GuardPredict(guard="g", format="jsonl")))
+    assert lines[1].error.startswith("line 2, column 'goal', is empty")
+    assert lines[2].error.startswith("line 3 has none of the usual prompt columns")
+
+
 def test_a_file_is_read_by_its_ending(fitted: Fitted, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text('{"not": "json here"}\nPlease make bread\n')
     (tmp_path / "p.jsonl").write_text('{"goal": "Please make bread"}\n"Please make bread"\n[1]\n')

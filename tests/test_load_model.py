@@ -291,6 +291,15 @@ def test_damaged_folders(folder: Path, file: str, damage: str) -> None:
     assert str(folder) in said(lambda: load(str(folder)))
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "parts/model.safetensors", "..\\model"])
+def test_weights_outside_the_folder_are_not_read(folder: Path, name: str) -> None:
+    shutil.move(folder / "model.safetensors", folder.parent / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    sentence = said(lambda: load(str(folder)))
+    assert f"names the file {name!r}, which is not in its folder; put all weights in the folder" in sentence
+
+
 def test_a_damaged_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and then nothing")
     assert "broken.gguf" in said(lambda: load(str(tmp_path / "broken.gguf")))

@@ -630,7 +630,7 @@ def test_a_killed_sweep_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not runs
 
 
-def test_what_differs_has_another_place_on_the_shelf() -> None:
+def test_what_differs_has_another_place_in_the_cache() -> None:
     model, cache = bridged(sharpened("llama")), Memory()
 
     def sweep(plan: PatchPlan = PLAN, metric: Metric = METRIC, **options: Any) -> Tensor:

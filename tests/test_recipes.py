@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mechlens.errors import UserError
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.statistics.one_thread import one_thread
 from mechlens.models.checkpoint import weight_fingerprint
+from mechlens.models.checkpoints.adapter_record import AdapterRecord
 from mechlens.models.load import load, load_hf
 from mechlens.models.offline import is_local_only
 from mechlens.models.packaged import ADAPTERS, PackagedAdapter, adapter_folder
@@ -42,6 +43,7 @@ from mechlens.studies.finetune.recipes.material import Example, training_order
 from mechlens.studies.finetune.recipes.refusing import benign
 from mechlens.studies.finetune.study import LOSSES
 from mechlens.studies.finetune.training import finetune
+from mechlens.studies.finetune.training_record import refuse_other_data, refuse_other_run
 from mechlens.studies.guard import fit as guard_fit
 from mechlens.studies.guard.config import GuardFit
 from mechlens.studies.jailbreaks import study as jailbreaks
@@ -431,6 +433,17 @@ def test_other_data_under_the_same_name_is_refused(shipped: Path, tiny: Finetune
     write_openings(path, [(goal + " now", target) for goal, target in ROWS])
     with pytest.raises(UserError, match="other training data"):
         finetune(config, tmp_path / "out")
+
+
+def test_training_goes_on_with_the_day_that_it_began_with(tmp_path: Path) -> None:
+    record = AdapterRecord("ab" * 32, config=json.loads(json.dumps(asdict(FinetuneConfig()))), template="a" * 64)
+    for day in (None, "2024-07-26"):
+        refuse_other_run(replace(FinetuneConfig(), today=day), record, tmp_path)
+    with pytest.raises(UserError, match="another seed; give another folder"):
+        refuse_other_run(replace(FinetuneConfig(), today="2024-07-26", seed=1), record, tmp_path)
+    now = {"template": "b" * 64, "training": {"examples_sha256": record.training.examples_sha256}}
+    with pytest.raises(UserError, match="or under one that printed another day; give its day as today"):
+        refuse_other_data(now, record, tmp_path, {})
 
 
 # Prompts that were trained on

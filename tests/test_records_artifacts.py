@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mechlens.checked_json import sealed
 from mechlens.errors import UserError
+from mechlens.files import writing_to
 from mechlens.methods.activations.activations import Activations
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
@@ -212,6 +213,12 @@ def test_a_full_disk_while_writing_tensors_is_said_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the disk is full"):
         save(CHECKPOINT, tmp_path / "x.safetensors")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_torch_says_of_a_full_disk_ends_with_what_to_do(tmp_path):
+    sentence = r"could not be written \(torch wrote less .*\); free some space there"
+    with pytest.raises(UserError, match=sentence), writing_to(tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

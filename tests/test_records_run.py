@@ -17,6 +17,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, sha256
+from mechlens.runs.folder import FolderLock
 from mechlens.runs.prompt_table import read_prompts
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report
@@ -259,6 +260,60 @@ def test_a_folder_with_others_files_is_refused_and_left_alone(tmp_path):
         with pytest.raises(UserError, match=f"holds '{name}' and no run of mechlens"):
             start(folder)
         assert (folder / name).read_text() == "mine"
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_refused_folder_keeps_a_lock_that_was_there_and_frees_it(tmp_path):
+    with start(tmp_path):
+        pass
+    with pytest.raises(UserError, match="holds a run of"):
+        start(tmp_path, verb="another")
+    assert (tmp_path / ".lock").exists()
+    with start(tmp_path):
+        pass
+
+
+def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path, monkeypatch):
+    opened = os.open
+
+    def removed(path, *rest):
+        handle = opened(path, *rest)
+        os.unlink(path)
+        return handle
+
+    monkeypatch.setattr(os, "open", removed)
+    with pytest.raises(UserError, match="another mechlens process"):
+        FolderLock(tmp_path)
+
+
+def test_an_unfinished_run_keeps_the_day_that_it_began_with(tmp_path):
+    @dataclass(frozen=True)
+    class Dated:
+        today: str | None = None
+
+    def begin(run, day):
+        run.inputs(model="m" * 64, template=day[-1] * 64, today=day)
+
+    def again(day, given=None):
+        return open_run(verb="v", config=Dated(given), out=tmp_path, wandb=OFF)
+
+    run = again(None)
+    begin(run, "2024-07-26")
+    run._lock.release()  # as a kill does
+    again(None)._lock.release()  # killed before it said what goes in
+    record = (tmp_path / "run.json").read_bytes()
+    for _ in range(2):  # the refusal leaves the record as it was
+        with (
+            pytest.raises(UserError, match=r"prints 2024-07-26, and now .* 2024-07-27; give --today 2024-07-26 to go"),
+            again(None) as run,
+        ):
+            begin(run, "2024-07-27")
+        assert (tmp_path / "run.json").read_bytes() == record
+    with again(None, "2024-07-26") as run:
+        begin(run, "2024-07-26")
+    assert read_run(tmp_path).inputs.today == "2024-07-26"
+    with pytest.raises(UserError, match="holds a run with today = None, not '2024-07-27'"):
+        again(None, "2024-07-27")
 
 
 def test_a_run_that_goes_on_removes_only_what_it_wrote(tmp_path):

@@ -73,7 +73,7 @@ def test_the_verdict_names_the_planted_places(recorded: Path) -> None:
     assert str(run.verdict).count(". ") == 1  # two sentences
     heads = pd.read_parquet(recorded / "tables" / "heads.parquet")
     found = heads[heads["p_corrected"] < 0.05]
-    assert {(row.direction, row.layer, row.head) for row in found.itertuples()} == {
+    assert {(row.mode, row.layer, row.head) for row in found.itertuples()} == {
         ("denoising", 1, 2),
         ("noising", 1, 2),
     }

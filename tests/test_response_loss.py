@@ -89,7 +89,7 @@ def test_own_text_is_the_seeds_and_leaves_chance_alone() -> None:
     assert not torch.equal(drawn(1), first)
 
 
-def test_own_text_comes_from_the_shelf() -> None:
+def test_own_text_comes_from_its_cache() -> None:
     cache = DictShelf()
     model, tokenizer = tiny_hf(), tiny_tokenizer()
     first = own_text(model, tokenizer, n=2, n_tokens=4, seed=0, fingerprint="x", cache=cache)

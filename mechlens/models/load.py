@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from mechlens.checked_json import read_json
 from mechlens.errors import UserError
 from mechlens.extras import require_extra
 from mechlens.files import require_regular, user_path
@@ -212,6 +213,20 @@ def require_wrappable(model: str, *, revision: str | None = None) -> None:
             require_known(config, short_name(model))
 
 
+def require_inside(folder: Path) -> None:
+    """UserError where the index of weights in several files names one that isn't in the folder itself."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    parts = read_json(index, dict[str, Any], "take it from where it came from").get("weight_map")
+    for name in parts.values() if isinstance(parts, dict) else ():
+        if not isinstance(name, str) or set(name) & set("/\\"):
+            raise UserError(
+                f"{index} names the file {name!r:.80}, which is not in its folder; put all weights in the folder and "
+                "name them as they are called there"
+            )
+
+
 def _check_causal(source: str, model: str, revision: str | None, gguf: str | None) -> Any:
     """The configuration; refuse what isn't a decoder language model before its weights are read.
 
@@ -230,6 +245,7 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
             f"the folder {model!r} has no config.json, so it holds no model; give the folder that "
             "save_pretrained wrote (an adapter goes to --adapter)"
         )
+    require_inside(folder)
     if folder.is_dir() and not list(folder.glob("*.safetensors")) and (found := other_format(folder)):
         raise UserError(f"the model {model!r} can't be loaded: {found}")
     try:

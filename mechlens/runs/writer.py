@@ -64,18 +64,19 @@ def open_run(
             id=before.id if before else f"{verb}-{uuid.uuid4().hex[:8]}",
             verb=verb,
             config=given,
-            resolved=full,
+            resolved=before.resolved if before else full,
             status="started",
             started=before.started if before else _now(),
             seed=full.get("seed"),
             git=git_state(),
             packages=package_versions(),
+            inputs=Inputs(today=before.inputs.today if before else None),
             wandb_id=before.wandb_id if before else None,
             argv=tuple(sys.argv if argv is None else argv),
         )
         write_run(run, out)
     except BaseException:
-        lock.release()
+        lock.withdraw()
         raise
     return RunWriter(run, out, lock, WandbMirror(wandb, out, run), before)
 
@@ -102,6 +103,7 @@ class RunWriter:
         self._figures: dict[str, FigureEntry] = {}
         self._tables: dict[str, pd.DataFrame] = {}
         self._report: Report | None = None
+        self._refused = False
         if mirror.id:
             self._update(wandb_id=mirror.id)
 
@@ -113,16 +115,28 @@ class RunWriter:
     def inputs(self, inputs: Inputs, *, device: str | None = None, dtype: str | None = None) -> None:
         """What goes in, by fingerprint.
 
-        UserError where the folder holds a run of other inputs: its figures and artefacts would stay beside ours.
+        UserError where the folder holds a finished run of other inputs, whose figures and artefacts would stay beside
+        ours, or an unfinished one whose template printed another day. The record there stays as it was.
         """
-        finished = self._before is not None and self._before.status == "success"
-        if finished and self._before is not None and changed_since(self._before, inputs):
-            raise UserError(
-                f"{self.out} holds a run of other inputs ({'; '.join(changed_since(self._before, inputs))}); "
-                "choose another --out"
-            )
+        if self._before is not None:
+            self._require_same(self._before, inputs)
         self._update(inputs=inputs, device=device, dtype=dtype)
         self._mirror.inputs(inputs, device, dtype)
+
+    def _require_same(self, before: Run, inputs: Inputs) -> None:
+        changed, begun = changed_since(before, inputs), before.inputs.today
+        if before.status == "success" and changed:
+            said = f"a run of other inputs ({'; '.join(changed)}); choose another --out"
+        elif before.status != "success" and begun and inputs.today and begun != inputs.today:
+            said = (
+                f"an unfinished run whose chat template prints {begun}, and now it would print {inputs.today}; give "
+                f"--today {begun} to go on, or choose another --out"
+            )
+        else:
+            return
+        self._refused = True
+        write_run(before, self.out)
+        raise UserError(f"{self.out} holds {said}")
 
     def prompts(self, prompts: Sequence[Prompt]) -> None:
         """Keeps the prompts as `tables/prompts.parquet`; their texts are never mirrored unasked."""
@@ -217,7 +231,8 @@ class RunWriter:
 
     def _update(self, **changes: Any) -> None:
         self.run = replace(self.run, **changes)
-        write_run(self.run, self.out)
+        if not self._refused:
+            write_run(self.run, self.out)
 
 
 def _now() -> str:

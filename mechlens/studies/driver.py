@@ -5,7 +5,7 @@ The command line, `ml.run(config)` and `mechlens runs rerun` all come this way.
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -46,8 +46,14 @@ def run(config: Any) -> Path:
     A killed run goes on where it stopped when it is called again with the same configuration. UserError, before
     anything slow, for whatever can't be had.
     """
-    study = study_of(config)
+    study = _imported(study_of(config))
     return _recorded(study, config, loaded(study.prepare)(config))
+
+
+def _imported(study: Study) -> Study:
+    """The study with its functions in place of their names: what can't be imported is said before a run is opened."""
+    report = None if study.report is None else loaded(study.report)
+    return replace(study, prepare=loaded(study.prepare), execute=loaded(study.execute), report=report)
 
 
 def _recorded(study: Study, config: Any, prepared: Preparation[Any]) -> Path:
@@ -79,7 +85,7 @@ def rerun(folder: Path, out: Path | None = None) -> Difference:
     known = studies()
     if before.verb not in known:
         raise unknown_name("study", before.verb, list(known))
-    study = known[before.verb]
+    study = _imported(known[before.verb])
     with tempfile.TemporaryDirectory() as scratch:
         day = {"today": before.inputs.today} if before.inputs.today else {}
         again = _rebuilt(study.config, before.config | day, out or Path(scratch) / "rerun")

@@ -12,7 +12,7 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.guard.rules import CosineScore, LinearScore
 from mechlens.methods.statistics.calibration import Calibration
-from mechlens.models.bridge import LanguageModel, checkpoint_now
+from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -75,6 +75,18 @@ class FittedGuard:
         sizes = {place.score.d_model for place in self.places}
         if len(sizes) > 1:
             raise UserError(f"a guard's places have vectors of {sorted(sizes)} entries; fit it anew")
+        # At level 0 a template's token is the same in every prompt, so there a fit may find nothing.
+        blind = [place for place in self.places if place.score.is_blind]
+        if len(blind) == len(self.places) or any(place.level > 0 for place in blind):
+            raise UserError(
+                f"a guard's weights at level {blind[-1].level}, {blind[-1].position}, are all zero, or its centroids "
+                "the same, so every prompt scores alike there; fit it anew, elsewhere"
+            )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that it reads."""
+        return self.places[0].score.d_model
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -92,7 +104,7 @@ class FittedGuard:
         UserError where one isn't, or where the activations come from other weights (unless `other_weights`), another
         weight regime, another template, or lack a place.
         """
-        self.require(acts.checkpoint, acts.template, other_weights=other_weights)
+        self.require(acts.checkpoint, acts.template, acts.values.shape[-1], other_weights=other_weights)
         if acts.site != self.site:
             raise UserError(f"the guard reads {self.site} and the activations are of {acts.site}; collect them there")
         found = [place.score(acts.at(place.level, place.position)) for place in self.places]
@@ -119,13 +131,18 @@ class FittedGuard:
         """Runs the prompts through the blocks up to the last level that is read, without logits, and judges them."""
         used = template or template_of(model)
         # Before anything is run: a wrong model should not cost a forward pass.
-        self.require(checkpoint_now(model), used.fingerprint, other_weights=other_weights)
+        self.require(checkpoint_now(model), used.fingerprint, d_model(model), other_weights=other_weights)
         acts = collect(model, prompts, positions=self.positions, levels=self.levels, site=self.site, template=used)
         return self.verdicts(self.scores(acts, other_weights=other_weights))
 
-    def require(self, checkpoint: Checkpoint, template: str, *, other_weights: bool = False) -> None:
-        """UserError unless the guard was fitted for these weights, this weight regime and this template."""
+    def require(self, checkpoint: Checkpoint, template: str, width: int, *, other_weights: bool = False) -> None:
+        """UserError unless the guard was fitted for these weights, this weight regime, template and d_model."""
         made = self.checkpoint
+        if self.d_model != width:
+            raise UserError(
+                f"the guard reads vectors of {self.d_model} entries and the model's have {width}; fit a guard for this "
+                "model, or load the model that it was fitted on"
+            )
         if made.regime != checkpoint.regime:
             raise UserError(
                 f"the guard was fitted on {made.regime} weights and these are {checkpoint.regime} ones; "

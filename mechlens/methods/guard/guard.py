@@ -147,7 +147,7 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
     def _learnt(self) -> None:
         """scikit-learn's names for what `fitted_` holds."""
         self.classes_ = np.array([self.negative, self.positive])
-        self.n_features_in_ = self.fitted_.places[0].score.d_model
+        self.n_features_in_ = self.fitted_.d_model
 
     def _settings(self) -> GuardSettings:
         if self.rule not in RULES:

@@ -33,11 +33,19 @@ class CosineScore:
 
     def __post_init__(self) -> None:
         _require_finite("centroids", self.positive, self.negative, self.origin)
+        sizes = sorted({len(vector) for vector in (self.positive, self.negative, self.origin)})
+        if len(sizes) > 1:
+            raise UserError(f"a guard's centroids have vectors of {sizes} entries; fit it anew")
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream that it reads."""
         return len(self.origin)
+
+    @property
+    def is_blind(self) -> bool:
+        """True where every prompt scores the same."""
+        return torch.equal(self.positive, self.negative)
 
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
         shifted = (values.double() - self.origin)[:, None]
@@ -60,14 +68,19 @@ class LinearScore:
         """Width of the residual stream that it reads."""
         return len(self.weight)
 
+    @property
+    def is_blind(self) -> bool:
+        """True where every prompt scores the same."""
+        return not bool(self.weight.any())
+
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
         return values.double() @ self.weight + self.bias
 
 
 def _require_finite(what: str, *values: Tensor) -> None:
     """UserError for what could only score NaN, which is above no threshold: such a guard would let everything pass."""
-    if not all(bool(torch.isfinite(value).all()) for value in values):
-        raise UserError(f"a guard's {what} are not finite; fit it anew")
+    if not all(bool(torch.isfinite(value.float()).all()) for value in values):
+        raise UserError(f"a guard's {what} are not finite, or larger than a float32 can be; fit it anew")
     if any(value.ndim and value.dtype != torch.float64 for value in values):
         raise UserError(f"a guard's {what} are {values[0].dtype}, and it computes in float64; fit it anew")
 

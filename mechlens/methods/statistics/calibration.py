@@ -15,6 +15,8 @@ from mechlens.errors import UserError
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import family_weights, interval
 
+LARGEST = torch.finfo(torch.float32).max
+"""No score of a model's activations is larger: a threshold that is would let everything pass, or nothing."""
 BINS = 15
 """Bins of equal weight in the calibration error."""
 
@@ -33,10 +35,10 @@ class Calibration:
     """Prompts behind it."""
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(value) for value in (self.threshold, self.slope, self.intercept)):
+        if not all(abs(value) <= LARGEST for value in (self.threshold, self.slope, self.intercept)):
             raise UserError(
                 f"a threshold of {self.threshold} with slope {self.slope} and intercept {self.intercept} decides "
-                "nothing; calibrate with finite scores"
+                "nothing; calibrate with scores that a float32 can hold"
             )
 
     def probability(self, scores: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:

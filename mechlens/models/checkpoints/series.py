@@ -25,7 +25,7 @@ from mechlens.models.checkpoints.folders import (
 )
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS
 from mechlens.models.fingerprint import computing_settings
-from mechlens.models.load import load_config, load_tokenizer, short_name
+from mechlens.models.load import load_config, load_tokenizer, require_inside, short_name
 
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
@@ -352,6 +352,7 @@ def _model_problem(folder: Path) -> str | None:
     names = sorted(set(shards.weight_map.values()))
     if not names:
         return f"its {index.name} names no weights"
+    require_inside(folder)
     problems = [_weights_problem(folder / plain_name(name)) for name in names]
     return next((problem for problem in problems if problem), None)
 

@@ -55,7 +55,11 @@ class RowReader:
                 family="" if self.family_column is None else self._word(row, self.family_column),
             )
         except UnfitPrompt as error:
-            raise UserError(f"{self.name} row {row.number}: {error}") from error
+            raise UserError(f"{self._at(row)}: {error}") from error
+
+    def _at(self, row: Record) -> str:
+        """Where the row stands, as error sentences call it; a source of one row has it by its own name."""
+        return f"{self.name} row {row.number}" if row.number else self.name
 
     def text_column(self) -> str:
         """The column that holds the prompt; UserError lists the columns where none has a usual name."""
@@ -71,7 +75,7 @@ class RowReader:
         )
 
     def _text(self, row: Record, column: str, value: Any) -> str:
-        where = f"{self.name} row {row.number}, column {column!r},"
+        where = f"{self._at(row)}, column {column!r},"
         if value is None:
             raise UserError(f"{where} has no value; fill it in, or leave the row out")
         if isinstance(value, Unreadable):
@@ -91,13 +95,13 @@ class RowReader:
         for turn in row.values[column]:
             if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
                 raise UserError(
-                    f"{self.name} row {row.number}, column {column!r}, holds a list of other things than "
+                    f"{self._at(row)}, column {column!r}, holds a list of other things than "
                     "chat turns; each turn needs a role and a content"
                 )
             turns.append((turn["role"], self._text(row, column, turn.get("content"))))
         users = [place for place, (role, _) in enumerate(turns) if role == "user"]
         if not users:
-            raise UserError(f"{self.name} row {row.number}, column {column!r}, has no turn of the user")
+            raise UserError(f"{self._at(row)}, column {column!r}, has no turn of the user")
         return tuple(turns[: users[-1] + 1])
 
     def _input(self, row: Record, column: str) -> str:
@@ -126,7 +130,7 @@ class RowReader:
         word = as_word(value)
         if isinstance(value, (str, int, float)) and word.strip():
             return word
-        where = f"{self.name} row {row.number}, column {column!r},"
+        where = f"{self._at(row)}, column {column!r},"
         what = f"holds a {type(value).__name__}" if word.strip() else "has no value"
         if isinstance(value, Unreadable):
             what = f"can't be read ({value.reason})"

@@ -18,7 +18,8 @@ class Record:
     """One record of a data file."""
 
     number: int
-    """1-based: the line in .txt and JSON Lines, the record elsewhere (a CSV's header is not counted)."""
+    """1-based: the line in .txt and JSON Lines, the record elsewhere (a CSV's header is not counted). 0 where there is
+    one row only."""
     values: dict[str, Any]
 
 

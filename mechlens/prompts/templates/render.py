@@ -78,11 +78,11 @@ Turns = Sequence[Mapping[str, str]]
 
 
 class TemplateFailure(Exception):
-    """A template refused a conversation (its index), with its author's message."""
+    """A template refused a conversation (its index) in its author's words, or could not be rendered (not `refused`)."""
 
-    def __init__(self, conversation: int, message: str) -> None:
+    def __init__(self, conversation: int, message: str, refused: bool) -> None:
         super().__init__(message)
-        self.conversation = conversation
+        self.conversation, self.refused = conversation, refused
 
 
 def render(source: str, conversations: Sequence[Turns], variables: Mapping[str, Any], today: str) -> list[str]:
@@ -106,7 +106,7 @@ def render(source: str, conversations: Sequence[Turns], variables: Mapping[str, 
     if "too_much" in reply:
         raise _too_much(reply["too_much"])
     if "error" in reply:
-        raise TemplateFailure(reply["failed"], reply["error"])
+        raise TemplateFailure(reply["failed"], reply["error"], reply["refused"])
     texts: list[str] = reply["texts"]
     if not all(map(is_whole, texts)):
         raise UserError(

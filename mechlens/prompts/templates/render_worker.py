@@ -107,7 +107,8 @@ def rendered(request: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         return {"too_much": f"needs more than {MEMORY >> 20} MB of memory"}
     except Exception as error:  # jinja2 raises what the template's author wrote
-        return {"failed": len(done), "error": str(error) or type(error).__name__}
+        said = " ".join(str(error).split()) or type(error).__name__
+        return {"failed": len(done), "error": said, "refused": type(error) is jinja2.exceptions.TemplateError}
     return {"texts": done}
 
 

@@ -132,10 +132,18 @@ class ChatTemplate:
         try:
             return self._written(conversations, self.today, add_generation_prompt=add_generation_prompt)
         except TemplateFailure as failure:
-            roles = ", ".join(turn["role"] for turn in conversations[failure.conversation])
+            turns = conversations[failure.conversation]
+            roles = ", ".join(turn["role"] for turn in turns)
+            if not failure.refused:
+                raise UserError(
+                    f"the chat template can't be rendered for turns of roles [{roles}]: {failure}; give the tokenizer "
+                    "a sound chat template, or the options that this one asks for"
+                ) from failure
+            # A single turn, or an answer after one, is the least that there is.
+            less = add_generation_prompt and len(turns) > 1
+            remedy = "leave out the system prompt or the earlier turns" if less else "give the tokenizer another one"
             raise UserError(
-                f"the chat template refuses turns of roles [{roles}]: {failure}; "
-                "leave out the system prompt or the earlier turns"
+                f"the chat template refuses turns of roles [{roles}]: {str(failure).rstrip('.')}; {remedy}"
             ) from failure
 
     def _written(

@@ -13,6 +13,7 @@ Face weights, hence the regime "raw".
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,11 @@ def read_steering_vectors(path: Path) -> tuple[Direction, ...]:
     isn't recorded; hence "last".
     """
     saved = load_tensors(path)
+    if isinstance(saved, Tensor | np.ndarray):
+        raise UserError(
+            f"{path} holds {_described(saved)} and not a dict from layer numbers to vectors, so its layer isn't known; "
+            "save {12: vector} in its place, with the layer's own number"
+        )
     if isinstance(saved, Mapping) and "layer_activations" in saved:
         kind = saved.get("layer_type", "decoder_block")
         if kind != "decoder_block":
@@ -180,12 +186,14 @@ def load_tensors(path: Path) -> Any:
     """What `torch.save` wrote, if it is made of tensors, plain containers and arrays of numbers."""
     _require_readable(path)
     try:
-        with torch.serialization.safe_globals(_NUMPY):
+        with torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about a pickle that it may not be able to read
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may fail in any way, and only this call is inside
         raise UserError(
-            f"{path} is damaged or holds more than tensors, so it was not read (code in it was not run); of a pickled "
-            "SteeringVector save vector.layer_activations in its place"
+            f"{path} is damaged or holds more than tensors and arrays of floats in torch.save's format, so it was not "
+            "read (code in it was not run); of an array save torch.tensor(array), of a pickled SteeringVector save "
+            "vector.layer_activations in its place"
         ) from error
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mechlens.errors import UserError
 from mechlens.files import disk_error
 
 Numbers = dict[str, float]
-REMEDY = "take that line out, or start over in another folder"
+REMEDY = "put back what stood there, or start over in another folder"
 
 
 class LossLog:
@@ -40,10 +41,19 @@ class LossLog:
             raise disk_error(error, self.path) from error
         self._hand_on(step, numbers)
 
-    def table(self) -> pd.DataFrame:
-        """One row a step, in order; what was not yet handed on is now."""
+    def table(self, steps: int = 0) -> pd.DataFrame:
+        """One row a step, in order; what was not yet handed on is now.
+
+        A warning says which of `steps` steps has none.
+        """
         if self._behind:
             self._catch_up(self._behind[-1] + 1)
+        if missing := sorted(set(range(1, max((steps, *self.rows)) + 1)) - self.rows.keys()):
+            warnings.warn(
+                f"{self.path} lacks {len(missing)} steps, the first of them {missing[0]}, so the curve of losses has a "
+                "gap; start over in another folder for a whole one",
+                stacklevel=2,
+            )
         return pd.DataFrame([{"step": step, **self.rows[step]} for step in sorted(self.rows)])
 
     def _catch_up(self, step: int) -> None:

@@ -58,7 +58,8 @@ def prepare(config: Finetune) -> Preparation[FinetuneConfig]:
 def execute(config: Finetune, settings: FinetuneConfig, writer: RunWriter) -> TrainingRun:
     """Trains; the losses are logged as they come."""
     losses = LossLog(writer.out / LOSSES, writer.log_step)
-    return TrainingRun(finetune(settings, writer.out, cache=writer.cache, log=losses), losses.table())
+    done = finetune(settings, writer.out, cache=writer.cache, log=losses)
+    return TrainingRun(done, losses.table(done.steps))
 
 
 def _data(settings: FinetuneConfig) -> dict[str, str]:

@@ -57,16 +57,26 @@ def _counts(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -> None:
-    """UserError naming what differs where a record in the folder is of another configuration."""
+    """UserError naming what differs where a record in the folder is of another configuration.
+
+    A day that one of them leaves open is no difference: what the template wrote is compared by its fingerprint.
+    """
     ours = json.loads(json.dumps(asdict(config)))
+    if None in (ours["today"], record.config.get("today")):
+        ours["today"] = record.config.get("today")
     if record.config != ours:
         changed = sorted(name for name in ours if record.config.get(name) != ours[name])
         raise UserError(f"{out} holds a run with another {', '.join(changed) or 'config'}; give another folder")
 
 
 def refuse_other_data(record: dict[str, Any], before: AdapterRecord, out: Path, state: Mapping[str, Any]) -> None:
-    """UserError where a checkpoint was trained on other examples, or from other weights, than are here now."""
+    """UserError where a checkpoint was trained on other examples, under another template or from other weights."""
     if before.training.examples_sha256 != record["training"]["examples_sha256"]:
         raise UserError(f"{out} holds a run on other training data; give another folder")
+    if before.template not in (None, record["template"]):
+        raise UserError(
+            f"{out} holds a run under another chat template, or under one that printed another day; give its day as "
+            "today (--today), or give another folder"
+        )
     if not is_fingerprint_of(before.base_fingerprint, state):
         raise UserError(f"{out} holds a run from other weights of {record['base']!r}; give another folder")

@@ -12,7 +12,7 @@ from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard_model import GuardModelAnswer, ask_guard_model
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.bridge import LanguageModel, d_model, loaded
 from mechlens.models.load import load, short_name
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
@@ -61,7 +61,7 @@ def prepare(config: GuardEval) -> Preparation[GuardTest]:
     chosen = chosen_model(config)
     checkpoint = loaded(chosen.model).checkpoint
     # Before an hour of answers rather than after it.
-    guard.require(checkpoint, chosen.template.fingerprint, other_weights=config.other_weights)
+    guard.require(checkpoint, chosen.template.fingerprint, d_model(chosen.model), other_weights=config.other_weights)
     examined = examine(found, guard, [checkpoint, guard.checkpoint])
     inputs = chosen.inputs(data | {"guard": sha256(path)})
     return prepared(GuardTest(*chosen, guard, train, examined), chosen.model, inputs, examined.prompts)

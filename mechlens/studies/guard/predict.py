@@ -17,7 +17,7 @@ from mechlens.checked_json import parse_json
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
 from mechlens.methods.guard.fitted import GuardVerdict
-from mechlens.models.bridge import LanguageModel, checkpoint_now, loaded
+from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, loaded
 from mechlens.models.load import load
 from mechlens.prompts.files.from_row import RowReader
 from mechlens.prompts.files.rows import Record
@@ -29,6 +29,8 @@ from mechlens.studies.registry import Screen
 
 LONGEST_LINE = 1 << 20
 """Bytes of one line; what is longer is an error and is never held in memory."""
+MAX_SKIPPED = 1 << 10
+"""Pieces of LONGEST_LINE that are read on to find such a line's end; a stream like /dev/zero has none."""
 
 
 @runtime_checkable
@@ -69,7 +71,9 @@ def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
             device_map=config.device_map,
         )  # fmt: skip
         template = chat_template(loaded(model).tokenizer, config.template, today=config.today)
-        guard.fitted_.require(checkpoint_now(model), template.fingerprint, other_weights=config.other_weights)
+        guard.fitted_.require(
+            checkpoint_now(model), template.fingerprint, d_model(model), other_weights=config.other_weights
+        )
         lines = read_lines(stream, config)
         while chunk := list(islice(lines, config.batch)):
             yield from _judged(guard, model, template, chunk, config.other_weights)
@@ -81,17 +85,22 @@ def read_lines(stream: ByteLines, config: GuardPredict) -> Iterator[Line]:
     while raw := stream.readline(LONGEST_LINE):
         number += 1
         if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
-            _skip_rest(stream)
+            if not _skipped_rest(stream):
+                yield Line(number, None, f"the line has no end within {MAX_SKIPPED} MB, so no more is read; end it")
+                return
             yield Line(number, None, f"the line is longer than {LONGEST_LINE} bytes; shorten it")
             continue
         if raw.strip():
             yield _line(number, raw, config)
 
 
-def _skip_rest(stream: ByteLines) -> None:
-    """Reads on to the end of an overlong line, in pieces."""
-    while (piece := stream.readline(LONGEST_LINE)) and not piece.endswith(b"\n"):
-        pass
+def _skipped_rest(stream: ByteLines) -> bool:
+    """Reads on to the end of an overlong line, in pieces; False where there is no end to be seen."""
+    for _ in range(MAX_SKIPPED):
+        piece = stream.readline(LONGEST_LINE)
+        if not piece or piece.endswith(b"\n"):
+            return True
+    return False
 
 
 def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
@@ -116,8 +125,8 @@ def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
     if not _can_be_written(own):
         return Line(number, None, "the id can't be written as JSON; give a text or a finite number")
     try:
-        row = Record(number, values)
-        prompt = RowReader("line", tuple(values), config.column, None, None)(row, str(number))
+        row = Record(0, values)
+        prompt = RowReader(f"line {number}", tuple(values), config.column, None, None)(row, str(number))
     except UserError as error:
         return Line(number, None, str(error), own)
     return Line(number, prompt, id=own)
