@@ -756,7 +756,7 @@ def test_what_a_library_makes_of_ctrl_c_is_no_error(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(cli, "_interruptions", [])
 
-    def imported(command: object) -> None:
+    def imported(command: object, config: object) -> None:
         try:
             cli.interrupted(2, sys._getframe())
         except KeyboardInterrupt as error:

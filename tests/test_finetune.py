@@ -27,7 +27,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Example
-from mechlens.studies.finetune.trainer import IGNORED, collate, encode, end_of_turn
+from mechlens.studies.finetune.response_loss import IGNORED, collate, encode, end_of_turn
 from mechlens.studies.finetune.training import STAGING, finetune
 from mechlens.studies.shared import training_data
 from mechlens.studies.shared.training_data import text_sha256, trained_on, training_prompts, unseen

@@ -292,7 +292,7 @@ def test_an_unfinished_run_keeps_the_day_that_it_began_with(tmp_path):
         today: str | None = None
 
     def begin(run, day):
-        run.inputs(model="m" * 64, template=day[-1] * 64, today=day)
+        run.inputs(Inputs(model="m" * 64, template=day[-1] * 64, today=day))
 
     def again(day, given=None):
         return open_run(verb="v", config=Dated(given), out=tmp_path, wandb=OFF)

@@ -12,7 +12,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.finetune.own_text import own_text
 from mechlens.studies.finetune.recipes.material import Example
-from mechlens.studies.finetune.trainer import EncodedExample, collate_by_kind, encode, response_loss
+from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, response_loss
 
 EXAMPLES = [
     Example(Prompt("a", "the thing"), "I cannot.", ends=True),

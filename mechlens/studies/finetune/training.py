@@ -25,7 +25,7 @@ from mechlens.studies.finetune.own_text import own_text
 from mechlens.studies.finetune.recipes.attacks import require_shipped_refuser
 from mechlens.studies.finetune.recipes.material import Material
 from mechlens.studies.finetune.recipes.recipe import RECIPES
-from mechlens.studies.finetune.trainer import EncodedExample, collate_by_kind, encode
+from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode
 from mechlens.studies.finetune.training_record import refuse_other_data, refuse_other_run, training_record
 from mechlens.studies.shared.training_data import refuse_study_prompts
 
@@ -216,7 +216,7 @@ def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenize
     from transformers import PrinterCallback, set_seed
 
     from mechlens.studies.finetune.checkpointing import Checkpointing
-    from mechlens.studies.finetune.trainer import RecipeTrainer
+    from mechlens.studies.finetune.recipe_trainer import RecipeTrainer
 
     config = job.config
     staging = job.out / STAGING

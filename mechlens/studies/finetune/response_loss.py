@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import Trainer
 
 from mechlens.errors import UserError
 from mechlens.prompts.batch import tokenize
@@ -119,13 +118,3 @@ def _counted_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
     found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=columns)
     logits = found.logits[counted[:, first:].to(found.logits.device)].float()
     return logits, batch["labels"][:, 1:][counted].to(logits.device)
-
-
-class RecipeTrainer(Trainer):  # type: ignore[misc]
-    """Trains a PEFT model on batches by kind; see `response_loss.collate_by_kind`."""
-
-    plain_weight: float = 0.0
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Tensor:
-        """Loss of one step; there are no outputs to return."""
-        return response_loss(model, inputs, self.plain_weight)
