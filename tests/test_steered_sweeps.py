@@ -88,7 +88,7 @@ def rows_by_block(model: Any, monkeypatch: pytest.MonkeyPatch, work: Callable[[]
 
 def test_a_model_that_can_not_merge_is_found_out_and_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("gpt2")
-    monkeypatch.setattr(merging, "_SHARES_ROWS", {})
+    monkeypatch.setattr(merging, "_FAULTS", {})
 
     def unfit(value: Any, rows: int) -> Any:
         raise TypeError("a mask for another number of rows")

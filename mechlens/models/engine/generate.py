@@ -133,7 +133,7 @@ def start_cache(
 ) -> DynamicCache:
     """Keys and values of a start that rows share but for what is done to it: a row for each kind of start."""
     cache = DynamicCache()
-    tokens = torch.tensor([list(ids)] * len(shared_rows.first[0]), device=device_of(model))
+    tokens = torch.tensor([list(ids)] * len(shared_rows.entry), device=device_of(model))
     with native(model), shared_rows.running(native_blocks(model), token_mask, 0):
         # Without its head: nobody reads logits here.
         body = model.original_model.base_model
@@ -153,7 +153,7 @@ def _prompt_pass(
     """Logits at the end of every prompt, and the keys and values of each block's classes of rows."""
     skip = prefix.get_seq_length() if prefix is not None else 0
     cache = shared_rows.cache(prefix)
-    run = [rows[i] for i in shared_rows.first[0].tolist()]
+    run = [rows[i] for i in shared_rows.entry.tolist()]
     tokens = torch.zeros(len(run), max(len(row.ids) for row in run) - skip, dtype=torch.long)
     for i, row in enumerate(run):
         tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
