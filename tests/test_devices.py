@@ -15,12 +15,13 @@ from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention, replacement
 from mechlens.methods.steering.steering import answer_under, applied, logits_under
-from mechlens.models.bridge import bridge, checkpoint_now, device_of, native, native_blocks, unembed
+from mechlens.models.bridge import bridge, checkpoint_now, device_of, unembed
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import generate
 from mechlens.models.engine.edits import Edit
 from mechlens.models.engine.forward import Row, plain_batch
 from mechlens.models.engine.growing import edited_logits, record
+from mechlens.models.native import native, native_blocks
 from mechlens.prompts.prompt import Prompt
 
 

@@ -25,11 +25,12 @@ from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, Log
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, GROWING, PLAIN, patch_sweep
-from mechlens.models.bridge import SITES, bridge, has_hooks, loaded, n_heads, n_layers, site_hook
+from mechlens.models.bridge import bridge, has_hooks, loaded, n_layers
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.engine.edits import Edit, site_values, value_at
 from mechlens.models.engine.growing import can_grow, edited_logits, record
 from mechlens.models.load import load_hf
+from mechlens.models.sites import SITES, n_heads, site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate

@@ -21,13 +21,13 @@ from mechlens.models.bridge import (
     dtype_of,
     embedding_rows,
     has_hooks,
-    level_hook,
     loaded,
     n_layers,
 )
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
+from mechlens.models.sites import level_hook
 from mechlens.models.soundness import overflow_advice
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt

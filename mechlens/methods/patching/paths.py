@@ -11,8 +11,9 @@ from mechlens.errors import UserError
 from mechlens.methods.patching.metrics import Metric, require_tokens
 from mechlens.methods.patching.plan import MODES, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
-from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, n_heads, n_layers, site_hook
+from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, n_layers
 from mechlens.models.engine.edits import plain_record
+from mechlens.models.sites import n_heads, site_hook
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 

@@ -18,22 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from mechlens.errors import UserError
 from mechlens.files import user_path
-from mechlens.models.bridge import (
-    LanguageModel,
-    bridge,
-    dtype_of,
-    loaded,
-    native,
-    native_blocks,
-    refresh_splits,
-    weights_now,
-    writing_modules,
-)
+from mechlens.models.bridge import LanguageModel, bridge, dtype_of, loaded, weights_now
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.lora import LowRank, read_lora
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf, load_merged, require_wrappable, short_name, type_without_loss
+from mechlens.models.native import native, native_blocks, refresh_splits, writing_modules
 from mechlens.models.packaged import cache_dir
 from mechlens.models.soundness import require_finite_weights
 

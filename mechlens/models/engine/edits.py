@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import SITES, LanguageModel, d_model, device_of, n_heads, n_layers, site_hook, whole
+from mechlens.models.bridge import LanguageModel, d_model, device_of, n_layers, whole
+from mechlens.models.sites import SITES, n_heads, site_hook
 from mechlens.models.soundness import require_finite_logits
 
 

@@ -25,15 +25,14 @@ from mechlens.models.bridge import (
     dtype_of,
     has_hooks,
     is_bridge,
-    level_hook,
     loaded,
     n_layers,
-    native,
-    native_blocks,
     regime,
     whole,
 )
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
+from mechlens.models.native import native, native_blocks
+from mechlens.models.sites import level_hook
 from mechlens.models.transformers_versions import with_cache
 
 MIN_PREFIX = 4

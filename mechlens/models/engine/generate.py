@@ -12,22 +12,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from mechlens.models.bridge import (
-    LanguageModel,
-    device_of,
-    dtype_of,
-    has_hooks,
-    is_bridge,
-    loaded,
-    n_layers,
-    native,
-    native_blocks,
-    regime,
-)
+from mechlens.models.bridge import LanguageModel, device_of, dtype_of, has_hooks, is_bridge, loaded, n_layers, regime
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.probes import decode_gap, loses, tolerance
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.engine.token_mask import TokenMask
+from mechlens.models.native import native, native_blocks
 from mechlens.models.soundness import not_finite, require_finite_logits
 from mechlens.models.transformers_versions import with_cache
 

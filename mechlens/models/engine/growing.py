@@ -19,19 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechlens.models.bridge import (
-    LanguageModel,
-    device_of,
-    n_heads,
-    n_layers,
-    native,
-    native_blocks,
-    native_tap,
-    site_hook,
-)
+from mechlens.models.bridge import LanguageModel, device_of, n_layers
 from mechlens.models.engine.edits import Edit, Recording, is_laid_out, plain_edited_logits, put, site_values, value_at
 from mechlens.models.engine.forward import warn_plain, why_plain
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
+from mechlens.models.native import native, native_blocks, native_tap
+from mechlens.models.sites import n_heads, site_hook
 from mechlens.models.soundness import require_finite_logits
 from mechlens.models.transformers_versions import with_cache
 

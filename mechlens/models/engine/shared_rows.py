@@ -16,9 +16,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers, native, native_blocks
+from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
 from mechlens.models.engine.token_mask import TokenMask
+from mechlens.models.native import native, native_blocks
 from mechlens.models.transformers_versions import with_cache
 
 _FAULTS: "weakref.WeakKeyDictionary[nn.Module, dict[str, str]]" = weakref.WeakKeyDictionary()
