@@ -336,7 +336,7 @@ def test_running_out_of_memory_halves_the_batch(fast: bool, monkeypatch: pytest.
     monkeypatch.setattr(forward, "fits_fast_path", lambda model: fast)
     same_length = [Prompt(id=str(i), text=f"request {i}") for i in range(7)]
     whole = collect(model, same_length)
-    name = "fast_batch" if fast else "plain_batch"
+    name = "fast_batch" if fast else "reference_batch"
     run, sizes = getattr(forward, name), []
 
     def small(model: Any, rows: Sequence[Any], *rest: Any) -> Tensor:

@@ -17,7 +17,7 @@ from mechlens.methods.steering.steering import answer_under, logits_under, witho
 from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.engine import orthogonal
-from mechlens.models.engine.orthogonal import orthogonalised
+from mechlens.models.orthogonal import orthogonalised
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 

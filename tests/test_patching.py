@@ -542,13 +542,13 @@ def _other_blocks() -> Any:
 def caught_edits(monkeypatch: pytest.MonkeyPatch, plan: PatchPlan, pairs: Sequence[PromptPair]) -> list[Edit]:
     found: list[Edit] = []
     with monkeypatch.context() as patch:
-        original = patching.plain_edited_logits
+        original = patching.reference_edited_logits
 
         def catch(model: Any, ids: Sequence[int], site: str, edit: Edit, read: int) -> Tensor:
             found.append(edit)
             return original(model, ids, site, edit, read)
 
-        patch.setattr(patching, "plain_edited_logits", catch)
+        patch.setattr(patching, "reference_edited_logits", catch)
         patch_sweep(model_of("llama"), pairs, METRIC, plan, template=short(), engine=PLAIN)
     return found
 

@@ -50,7 +50,7 @@ class Loaded:
     """Hooks that TransformerLens itself attached; any beyond these are the user's."""
     decode_gap: float = float("nan")
     """How far decoding with a cache on the bridged modules is from whole passes, as a share of the largest logit;
-    NaN if it wasn't measured. What decodes takes another way where it is large (see `plain_engine`)."""
+    NaN if it wasn't measured. What decodes takes another way where it is large (see `reference_engine`)."""
     head_gap: float = float("nan")
     """The same of `unembed` and the model's own logits."""
     settings: str = ""

@@ -182,7 +182,7 @@ def _compute(
 def _runner(model: LanguageModel, levels: tuple[int, ...], fast: bool, prefix: Any) -> Callable[[list[Row]], Tensor]:
     if fast:
         return lambda chunk: forward.fast_batch(model, chunk, levels, prefix)
-    return lambda chunk: forward.plain_batch(model, chunk, levels)
+    return lambda chunk: forward.reference_batch(model, chunk, levels)
 
 
 def halving(run: Callable[[list[Row]], Tensor], rows: list[Row]) -> Tensor:

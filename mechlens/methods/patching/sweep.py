@@ -34,8 +34,8 @@ from mechlens.models.engine.edits import (
     Recording,
     bears_edits,
     is_laid_out,
-    plain_edited_logits,
-    plain_record,
+    reference_edited_logits,
+    reference_record,
     value_at,
 )
 from mechlens.models.engine.growing import can_grow, edited_logits, record, why_not_growing
@@ -274,10 +274,10 @@ class _Sweep:
     def _run(self, model: LanguageModel, ids: list[int], read: int, layers: tuple[int, ...]) -> Recording:
         if self.engine == GROWING and can_grow(model, self.plan.site):
             return record(model, ids, read, self.plan.site, layers)
-        return plain_record(model, ids, read, self.plan.site, layers)
+        return reference_record(model, ids, read, self.plan.site, layers)
 
     def _plain(self, start: Recording, edits: list[Edit], read: int, clean: Tensor) -> Tensor:
-        rows = [plain_edited_logits(self.model, start.ids, self.plan.site, edit, read) for edit in edits]
+        rows = [reference_edited_logits(self.model, start.ids, self.plan.site, edit, read) for edit in edits]
         return torch.cat([self.metric(row[None], clean) for row in rows])
 
     def _grown(self, start: Recording, edits: list[Edit], read: int, clean: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 The start that all prompts share (a chat template's system block) is run once and its keys and values are
 expanded over the batch; prompts are sorted by length, so little is padded; the pass stops at the last level
 that is read, before the final norm and the unembedding. Padding is on the right, where causal attention can't
-see it, so no mask is needed and sliding windows stay exact. Where a model doesn't fit, `plain_batches` runs
+see it, so no mask is needed and sliding windows stay exact. Where a model doesn't fit, `reference_batch` runs
 the blocks as TransformerLens does, one length at a time.
 """
 
@@ -30,6 +30,7 @@ from mechlens.models.bridge import (
     regime,
     whole,
 )
+from mechlens.models.engine.caches import expanded
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
 from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import level_hook
@@ -175,13 +176,6 @@ def prefix_cache(model: LanguageModel, ids: Sequence[int]) -> DynamicCache | Non
     return cache
 
 
-def expanded(cache: DynamicCache | None, batch: int) -> DynamicCache:
-    """A fresh cache that starts with the same keys and values in every row (views, not copies)."""
-    if cache is None:
-        return DynamicCache()
-    return DynamicCache([(x.keys.expand(batch, -1, -1, -1), x.values.expand(batch, -1, -1, -1)) for x in cache.layers])
-
-
 @torch.inference_mode()
 def fast_batch(
     model: LanguageModel, rows: Sequence[Row], levels: Sequence[int], prefix: DynamicCache | None
@@ -201,7 +195,7 @@ def fast_batch(
 
 
 @torch.inference_mode()
-def plain_batch(
+def reference_batch(
     model: LanguageModel, rows: Sequence[Row], levels: Sequence[int]
 ) -> Float[Tensor, "row level read d_model"]:
     """Residuals of rows of one length through TransformerLens' own cache: the path that fits every model."""

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, n_layers
-from mechlens.models.engine.edits import Edit, Recording, is_laid_out, plain_edited_logits, put, site_values, value_at
+from mechlens.models.engine.edits import (
+    Edit,
+    Recording,
+    is_laid_out,
+    put,
+    reference_edited_logits,
+    site_values,
+    value_at,
+)
 from mechlens.models.engine.forward import warn_plain, why_plain
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
 from mechlens.models.native import native, native_blocks, native_tap
@@ -169,7 +177,7 @@ def _growing_fault(model: LanguageModel, site: str) -> str:
     head = 0 if n_heads(model, site) else None
     places = ((layers[0], 3), (layers[-1], 5), (layers[len(layers) // 2], 7))
     edits = [Edit(layer, place, value_at(source[layer], site, place, head), head) for layer, place in places]
-    plain = torch.stack([plain_edited_logits(model, ids, site, edit, last) for edit in edits])
+    plain = torch.stack([reference_edited_logits(model, ids, site, edit, last) for edit in edits])
 
     def trial() -> list[tuple[Tensor, Tensor]]:
         read = record(model, ids[::-1], last, site, layers).values

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers
+from mechlens.models.engine.caches import ReadOnlyCache, chosen
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
 from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.native import native, native_blocks
@@ -57,13 +57,13 @@ class SharedRows:
         if prefix is None:
             return DynamicCache()
         layers = zip(prefix.layers, self.first, strict=True)
-        return DynamicCache([_chosen(layer, self.starts[first]) for layer, first in layers])
+        return DynamicCache([chosen(layer, self.starts[first]) for layer, first in layers])
 
     def read_only_cache(self, prefix: DynamicCache | None, length: int) -> DynamicCache:
         """The same of the first `length` tokens, for one pass: new ones are attended to and forgotten, so that memory
         doesn't grow with rows times layers."""
         layers = [] if prefix is None or not length else prefix.layers
-        return _ReadOnly(
+        return ReadOnlyCache(
             [(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in layers],
             [self.starts[first] for first in self.first],
         )
@@ -104,31 +104,11 @@ class SharedRows:
         return hook
 
 
-class _ReadOnly(DynamicCache):  # type: ignore[misc]  # transformers has no types
-    """A start's keys and values, given to the rows of every block as it asks for them."""
-
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Tensor]) -> None:
-        super().__init__(layers)
-        self.rows = rows
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if not self.layers:  # a start of no tokens
-            return key_states, value_states
-        keys, values = _chosen(self.layers[layer_idx], self.rows[layer_idx])
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-
-
 def _first_rows(block: Sequence[int]) -> list[int]:
     first: dict[int, int] = {}
     for row, number in enumerate(block):
         first.setdefault(number, row)
     return list(first.values())
-
-
-def _chosen(layer: Any, rows: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
-    if len(layer.keys) == 1:
-        return layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1)
-    return layer.keys[rows.to(layer.keys.device)], layer.values[rows.to(layer.values.device)]
 
 
 def _for_any_row(value: Any, rows: int) -> Any:

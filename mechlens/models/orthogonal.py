@@ -110,7 +110,7 @@ def _require_gone(model: LanguageModel, unit: Tensor) -> None:
     row = Row(TOKENS, tuple(range(len(TOKENS))))
     levels = list(range(n_layers(model) + 1))
     run = forward.fast_batch if forward.fits_fast_path(model) else None
-    values = run(model, [row], levels, None) if run else forward.plain_batch(model, [row], levels)
+    values = run(model, [row], levels, None) if run else forward.reference_batch(model, [row], levels)
     share = (values.double() @ unit.cpu()).abs() / values.double().norm(dim=-1).clamp(min=1e-30)
     # In half precision each addition to the stream rounds some of the direction back in.
     tolerance = 1e-4 if dtype_of(model) == torch.float32 else 5e-3
