@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from mechlens.checked_json import read_json
 from mechlens.errors import UserError
 from mechlens.files import plain_name, require_regular
 from mechlens.models.checkpoints.folders import other_format
