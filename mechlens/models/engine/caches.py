@@ -1,6 +1,5 @@
 """Caches of keys and values: for many rows on one start, for one pass that keeps nothing, with room to grow."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,17 +24,22 @@ def chosen(layer: Any, rows: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
 
 
 class ReadOnlyCache(DynamicCache):  # type: ignore[misc]  # transformers has no types
-    """A start's keys and values, given to the rows of every block as it asks for them."""
+    """The first tokens of a run for a batch of any size, in one pass: new tokens are attended to and forgotten.
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Tensor]) -> None:
-        super().__init__(layers)
-        self.rows = rows
+    So memory doesn't grow with rows times layers.
+    """
+
+    def __init__(self, run: DynamicCache | None, length: int) -> None:
+        layers = run.layers if run is not None and length else ()
+        super().__init__([(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in layers])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if not self.layers:  # a start of no tokens
+        """Keys and values of all tokens of the rows that the block has."""
+        if not self.layers:
             return key_states, value_states
-        keys, values = chosen(self.layers[layer_idx], self.rows[layer_idx])
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        layer, rows = self.layers[layer_idx], len(key_states)
+        kept = layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)
+        return torch.cat([kept[0], key_states], dim=-2), torch.cat([kept[1], value_states], dim=-2)
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types

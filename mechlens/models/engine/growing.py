@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, n_layers
+from mechlens.models.engine.caches import ReadOnlyCache
 from mechlens.models.engine.edits import (
     Edit,
     Recording,
@@ -29,7 +30,7 @@ from mechlens.models.engine.edits import (
     site_values,
     value_at,
 )
-from mechlens.models.engine.forward import warn_plain, why_plain
+from mechlens.models.engine.forward import cheapest_pieces, warn_plain, why_plain
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
 from mechlens.models.native import native, native_blocks, native_tap
 from mechlens.models.sites import n_heads, site_hook
@@ -83,6 +84,40 @@ def _tapped(taps: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[No
         yield
 
 
+PASS_COST = 40
+"""What one more pass costs, in tokens through all blocks: small products run slower than large ones (measured)."""
+
+
+def edit_batches(edits: Sequence[Edit], length: int, read: int, n_layers: int, max_tokens: int) -> list[list[int]]:
+    """Indices of the edits pass by pass, cut where late edits run too many tokens and passes are too many.
+
+    Edits at neighbouring positions go together: all rows of a pass begin at its first edited token, so a row edited
+    later repeats the tokens in between. A pass holds at most `max_tokens` tokens above its last edited layer.
+    """
+    by_position: dict[int, list[int]] = {}
+    for i in sorted(range(len(edits)), key=lambda i: -edits[i].position):
+        by_position.setdefault(min(edits[i].position, read), []).append(i)
+    pieces = [piece for at, group in by_position.items() for piece in _split(group, max_tokens // (length - at))]
+    widths = [length - min(edits[piece[0]].position, read) for piece in pieces]
+    depths = [sum(n_layers - edits[i].layer for i in piece) / n_layers for piece in pieces]
+
+    def costs(end: int) -> Iterator[float]:
+        width, rows, depth = widths[end - 1], 0, 0.0
+        for start in range(end - 1, -1, -1):
+            rows, depth = rows + len(pieces[start]), depth + depths[start]
+            if start < end - 1 and (rows + 1) * width > max_tokens:
+                return
+            yield PASS_COST + width * (1 + depth)
+
+    return [[i for piece in pieces[some] for i in piece] for some in cheapest_pieces(len(pieces), costs)]
+
+
+def _split(group: list[int], rows: int) -> list[list[int]]:
+    """The group in parts of at most `rows` edits beside the run itself, as even as can be."""
+    n = -(-len(group) // max(rows - 1, 1))
+    return [group[i * len(group) // n : (i + 1) * len(group) // n] for i in range(n)]
+
+
 @torch.inference_mode()
 def edited_logits(
     model: LanguageModel, recording: Recording, site: str, edits: Sequence[Edit], read: int
@@ -95,7 +130,7 @@ def edited_logits(
     rows = _shared_rows(model, ordered)
     tokens = torch.tensor([recording.ids[first:]], device=device_of(model))
     with _growing(model, site, ordered, rows, first) as hf_model:
-        cache = rows.read_only_cache(recording.cache, first)
+        cache = ReadOnlyCache(recording.cache, first)
         keep = torch.tensor([read - first])  # on the CPU, as in `record`
         out = hf_model(tokens, **with_cache(hf_model, cache), logits_to_keep=keep)
     require_finite_logits(out.logits[:, -1])

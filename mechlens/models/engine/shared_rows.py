@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers
-from mechlens.models.engine.caches import ReadOnlyCache, chosen
+from mechlens.models.engine.caches import chosen
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
 from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.native import native, native_blocks
@@ -58,15 +58,6 @@ class SharedRows:
             return DynamicCache()
         layers = zip(prefix.layers, self.first, strict=True)
         return DynamicCache([chosen(layer, self.starts[first]) for layer, first in layers])
-
-    def read_only_cache(self, prefix: DynamicCache | None, length: int) -> DynamicCache:
-        """The same of the first `length` tokens, for one pass: new ones are attended to and forgotten, so that memory
-        doesn't grow with rows times layers."""
-        layers = [] if prefix is None or not length else prefix.layers
-        return ReadOnlyCache(
-            [(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in layers],
-            [self.starts[first] for first in self.first],
-        )
 
     @contextlib.contextmanager
     def running(
