@@ -228,9 +228,7 @@ class Reader:
         """The hooks on a model's blocks, for one pass."""
         top = max(self.levels)
         handles = [
-            blocks[level].register_forward_pre_hook(
-                self._entering(level, self.stops and level == top), with_kwargs=True
-            )
+            blocks[level].register_forward_pre_hook(self._entering(level, level == top), with_kwargs=True)
             for level in self.levels
             if level < self.last
         ]
