@@ -433,7 +433,7 @@ def test_axes_and_labels() -> None:
         assert got.layers == (2, 1)
         assert got.heads == (tuple(range(heads)) if heads > 1 else ())
     assert (got.pairs, got.families, got.tokens) == (("one.clean", "two.clean"),) * 2 + (("!",),)
-    assert (got.site, got.metric, got.direction) == ("resid_post", "logit_difference", "denoising")
+    assert (got.site, got.metric, got.mode) == ("resid_post", "logit_difference", "denoising")
     assert got.source == "other prompt"
     assert SMALL["num_key_value_heads"] == 2
 

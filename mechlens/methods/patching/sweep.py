@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
+from mechlens.methods.activations.collect import halving
 from mechlens.methods.cache import Cache
 from mechlens.methods.patching.attribution import attributed
 from mechlens.methods.patching.metrics import Metric, OwnMetric, require_tokens
@@ -244,17 +245,13 @@ class _Sweep:
     def _grown(self, start: Recording, edits: list[Edit], read: int, clean: Tensor) -> Tensor:
         values = torch.empty(len(edits), dtype=torch.float64)
         budget = self.plan.max_tokens or (2048 if device_of(self.model).type == "cpu" else 32768)
-        waiting = edit_batches(edits, len(start.ids), read, n_layers(self.model), budget)
-        while waiting:
-            chunk = waiting.pop()
-            try:
-                logits = edited_logits(self.model, start, self.plan.site, [edits[i] for i in chunk], read)
-            except RuntimeError as error:
-                if "memory" not in str(error).lower() or len(chunk) == 1:
-                    raise
-                waiting += [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]
-                continue
-            values[torch.tensor(chunk)] = self.metric(logits[1:], clean)
+
+        def run(chunk: list[int]) -> Tensor:
+            logits = edited_logits(self.model, start, self.plan.site, [edits[i] for i in chunk], read)
+            return self.metric(logits[1:], clean)
+
+        for chunk in edit_batches(edits, len(start.ids), read, n_layers(self.model), budget):
+            values[torch.tensor(chunk)] = halving(run, chunk, len(start.ids))
         return values
 
     def _key(self, start: list[int], source: list[int], places: list[tuple[int, int]], read: int) -> str:
