@@ -28,11 +28,12 @@ from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
 from mechlens.methods.steering.steering import answer_under, applied, logits_under
-from mechlens.models.bridge import SITES, bridge, d_model, loaded, n_layers, site_hook
+from mechlens.models.bridge import bridge, d_model, loaded, n_layers
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine.edits import bears_edits, is_laid_out
 from mechlens.models.engine.growing import can_grow
-from mechlens.models.engine.native_pass import blocks_of
+from mechlens.models.native_pass import blocks_of
+from mechlens.models.sites import SITES, site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 

@@ -27,9 +27,10 @@ from mechlens.methods.patching.metrics import LogitDifference
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import patch_sweep
-from mechlens.models.bridge import loaded, n_layers, site_hook
+from mechlens.models.bridge import loaded, n_layers
 from mechlens.models.engine.growing import can_grow
 from mechlens.models.load import load
+from mechlens.models.sites import site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_pairs
 from mechlens.prompts.prompt import PromptPair

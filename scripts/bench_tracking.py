@@ -21,10 +21,11 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.models.bridge import level_hook, n_layers
+from mechlens.models.bridge import n_layers
 from mechlens.models.checkpoints.series import CheckpointSeries, checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf
+from mechlens.models.sites import level_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt

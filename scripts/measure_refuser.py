@@ -21,8 +21,9 @@ from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
-from mechlens.models.bridge import LanguageModel, device_of, loaded, native
+from mechlens.models.bridge import LanguageModel, device_of, loaded
 from mechlens.models.load import load
+from mechlens.models.native import native
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt

@@ -19,12 +19,13 @@ from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
 from mechlens.methods.steering.steering import answer_under, applied
-from mechlens.models.bridge import SITES, bridge, loaded, n_layers, unembed
+from mechlens.models.bridge import bridge, loaded, n_layers, unembed
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.engine.forward import fits_fast_path
-from mechlens.models.engine.generate import UNCACHED
 from mechlens.models.engine.growing import can_grow
 from mechlens.models.engine.probes import loses
+from mechlens.models.engine.reference import UNCACHED
+from mechlens.models.sites import SITES
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.studies.select.study import SelectionPlan, select_direction

@@ -17,9 +17,11 @@ from mechlens.errors import UserError
 from mechlens.methods.activations import collect as collecting
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, from_cache, template_of
-from mechlens.models.bridge import bridge, level_hook, loaded, n_layers, native, unembed
+from mechlens.models.bridge import bridge, loaded, n_layers, unembed
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.engine import forward
+from mechlens.models.native import native
+from mechlens.models.sites import level_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
@@ -334,7 +336,7 @@ def test_running_out_of_memory_halves_the_batch(fast: bool, monkeypatch: pytest.
     monkeypatch.setattr(forward, "fits_fast_path", lambda model: fast)
     same_length = [Prompt(id=str(i), text=f"request {i}") for i in range(7)]
     whole = collect(model, same_length)
-    name = "fast_batch" if fast else "plain_batch"
+    name = "fast_batch" if fast else "reference_batch"
     run, sizes = getattr(forward, name), []
 
     def small(model: Any, rows: Sequence[Any], *rest: Any) -> Tensor:

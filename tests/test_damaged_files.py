@@ -25,9 +25,9 @@ from mechlens.methods.statistics.calibration import Calibration
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.adapter_record import FORMAT, RECORD, read_record, require_whole, write_record
+from mechlens.models.checkpoints.found import Found, told_step
 from mechlens.models.checkpoints.lora import read_lora
-from mechlens.models.checkpoints.series import _Found as Found
-from mechlens.models.checkpoints.series import _Index, _told_step
+from mechlens.models.checkpoints.weight_files import Index
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, read_header, save
 from mechlens.runs.cache import FolderCache
@@ -157,7 +157,7 @@ def whole_adapter(path: Path) -> object:
 
 
 def step_told(path: Path) -> object:
-    step, problem = _told_step(Found("checkpoint-9", str(path.parent)))
+    step, problem = told_step(Found("checkpoint-9", str(path.parent)))
     if problem:
         raise UserError(problem)
     return step
@@ -333,7 +333,7 @@ def test_what_is_not_finite_is_no_guard_and_gets_no_verdict() -> None:
 
 @pytest.mark.parametrize("text", SHAPES, ids=lambda text: text[:20])
 def test_json_of_another_shape_is_one_sentence(text: bytes) -> None:
-    for shape in (_Index, tuple[tuple[str, str], ...]):
+    for shape in (Index, tuple[tuple[str, str], ...]):
         said, found = outcome(lambda shape=shape: parse_json(text, shape, "x.json", "make it again"))
         assert (said.startswith("x.json ") and said.endswith("; make it again")) or (text, found) == (b"[]", ())
 

@@ -15,12 +15,13 @@ from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention, replacement
 from mechlens.methods.steering.steering import answer_under, applied, logits_under
-from mechlens.models.bridge import bridge, checkpoint_now, device_of, native, native_blocks, unembed
+from mechlens.models.bridge import bridge, checkpoint_now, device_of, unembed
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.engine import generate
+from mechlens.models.engine import reference
 from mechlens.models.engine.edits import Edit
-from mechlens.models.engine.forward import Row, plain_batch
+from mechlens.models.engine.forward import Row, reference_batch
 from mechlens.models.engine.growing import edited_logits, record
+from mechlens.models.native import native, native_blocks
 from mechlens.prompts.prompt import Prompt
 
 
@@ -74,9 +75,11 @@ def patched(model: Any) -> torch.Tensor:
 
 CASES: dict[str, Callable[[Any], Any]] = {
     "collect": lambda model: collect(model, prompts(), positions=["inst", "last"]).values,
-    "plain pass": lambda model: plain_batch(model, [Row((5, 6, 7, 8), (1, 3)), Row((9, 8, 7, 6), (0, 3))], [0, 1, 3]),
+    "plain pass": lambda model: reference_batch(
+        model, [Row((5, 6, 7, 8), (1, 3)), Row((9, 8, 7, 6), (0, 3))], [0, 1, 3]
+    ),
     "answer": lambda model: answer(model, prompts(), max_new_tokens=8).tokens,
-    "recomputed": lambda model: generate.recomputed_greedy(model, [Row((5, 6, 7), (2,))] * 2, 4, None, None),
+    "recomputed": lambda model: reference.recomputed_greedy(model, [Row((5, 6, 7), (2,))] * 2, 4, None, None),
     "answer under": lambda model: answer_under(model, prompts(), interventions(model), max_new_tokens=6).tokens,
     "logits under": lambda model: logits_under(model, prompts(), interventions(model)),
     "hook points": under,

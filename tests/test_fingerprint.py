@@ -20,7 +20,7 @@ from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.token_view import require_same_model
 from mechlens.methods.steering.interventions import require_direction
-from mechlens.models.bridge import bridge, checkpoint_now, loaded, native
+from mechlens.models.bridge import bridge, checkpoint_now, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import checkpoint_swapper
@@ -34,6 +34,7 @@ from mechlens.models.fingerprint import (
     weight_fingerprint,
 )
 from mechlens.models.load import load
+from mechlens.models.native import native
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.run import Inputs, Run, changed_since

@@ -317,8 +317,8 @@ def test_asking_a_model_equals_scoring_its_activations(tiny_guard: tuple[Any, An
 def test_no_block_above_the_last_level_is_run_and_no_logits(
     tiny_guard: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechlens.models.bridge import native, native_blocks
     from mechlens.models.engine.generate import prompt_logits
+    from mechlens.models.native import native, native_blocks
 
     model, guard = tiny_guard
     guard(model, ["the warm up"])  # what it asks the model once is asked

@@ -535,7 +535,7 @@ def test_a_guard_model_is_asked_through_its_own_template(tmp_path: Path) -> None
 def test_surprise_is_the_mean_loss_of_the_instructions_tokens(tiny_model: Any) -> None:
     import mechlens as ml
     from mechlens.methods.behaviour.perplexity import instruction_surprise
-    from mechlens.models.bridge import native
+    from mechlens.models.native import native
 
     model = tiny_model()
     batch = ml.tokenize([ml.Prompt("a", "the thing is here"), ml.Prompt("b", "ok")], ml.template_of(model))

@@ -18,8 +18,9 @@ from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.patching.metrics import LogitDifference
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.sweep import ATTRIBUTION, GROWING, patch_sweep
-from mechlens.models.bridge import bridge, level_hook, loaded, site_hook, unembed
+from mechlens.models.bridge import bridge, loaded, unembed
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.sites import level_hook, site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 

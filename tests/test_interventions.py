@@ -183,7 +183,7 @@ def test_a_replacement_holds_another_prompts_residuals(acts: Activations, batch:
         ({"positions": ()}, "at least one layer, one position"),
         ({"strength": float("nan")}, "the strength is nan"),
         ({"unit": "share"}, "needs norms=residual_norms"),
-        ({"site": "z"}, "there is no site 'z' to intervene at"),
+        ({"site": "z"}, "there is no site 'z'; choose from resid_pre, resid_post, attn_out, mlp_out"),
         ({"positions": ("inst",), "phase": "both"}, "inst lie in the prompt, and the phase is 'both'"),
         ({"positions": ("inst",), "phase": "generation"}, "lie in the prompt"),
         ({"phase": "prompt", "answer_tokens": 2}, "changes no answer; choose phase='both'"),

@@ -22,10 +22,10 @@ from mechlens.methods.directions.direction import cosine, direction_grid
 from mechlens.methods.probing.auroc_grid import contrast_part, held_out_auroc
 from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.models import native_pass as looking
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.engine import native_pass as looking
-from mechlens.models.engine.native_pass import blocks_of, plain_pass, undisturbed
+from mechlens.models.native_pass import blocks_of, plain_pass, undisturbed
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
-from mechlens.models.bridge import dtype_of, loaded, native
+from mechlens.models.bridge import dtype_of, loaded
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.checkpoints.merge import merge_adapter
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf, load_tokenizer
+from mechlens.models.native import native
 from mechlens.prompts.prompt import Prompt
 
 TOKENS = torch.arange(5, 45).unsqueeze(0)

@@ -21,10 +21,10 @@ from peft import (
 from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import native
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf, type_without_loss
+from mechlens.models.native import native
 
 TOKENS = torch.arange(5, 45)[None]
 

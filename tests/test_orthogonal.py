@@ -14,10 +14,10 @@ from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.directions.direction import Direction, project
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate
 from mechlens.methods.steering.steering import answer_under, logits_under, without_direction
+from mechlens.models import orthogonal
 from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.engine import orthogonal
-from mechlens.models.engine.orthogonal import orthogonalised
+from mechlens.models.orthogonal import orthogonalised
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 

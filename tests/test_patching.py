@@ -25,11 +25,12 @@ from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, Log
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, GROWING, PLAIN, patch_sweep
-from mechlens.models.bridge import SITES, bridge, has_hooks, loaded, n_heads, n_layers, site_hook
+from mechlens.models.bridge import bridge, has_hooks, loaded, n_layers
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.engine.edits import Edit, site_values, value_at
 from mechlens.models.engine.growing import can_grow, edited_logits, record
 from mechlens.models.load import load_hf
+from mechlens.models.sites import SITES, n_heads, site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
@@ -432,7 +433,7 @@ def test_axes_and_labels() -> None:
         assert got.layers == (2, 1)
         assert got.heads == (tuple(range(heads)) if heads > 1 else ())
     assert (got.pairs, got.families, got.tokens) == (("one.clean", "two.clean"),) * 2 + (("!",),)
-    assert (got.site, got.metric, got.direction) == ("resid_post", "logit_difference", "denoising")
+    assert (got.site, got.metric, got.mode) == ("resid_post", "logit_difference", "denoising")
     assert got.source == "other prompt"
     assert SMALL["num_key_value_heads"] == 2
 
@@ -541,13 +542,13 @@ def _other_blocks() -> Any:
 def caught_edits(monkeypatch: pytest.MonkeyPatch, plan: PatchPlan, pairs: Sequence[PromptPair]) -> list[Edit]:
     found: list[Edit] = []
     with monkeypatch.context() as patch:
-        original = patching.plain_edited_logits
+        original = patching.reference_edited_logits
 
         def catch(model: Any, ids: Sequence[int], site: str, edit: Edit, read: int) -> Tensor:
             found.append(edit)
             return original(model, ids, site, edit, read)
 
-        patch.setattr(patching, "plain_edited_logits", catch)
+        patch.setattr(patching, "reference_edited_logits", catch)
         patch_sweep(model_of("llama"), pairs, METRIC, plan, template=short(), engine=PLAIN)
     return found
 

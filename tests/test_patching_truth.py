@@ -14,8 +14,9 @@ from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, Log
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, GROWING, PLAIN, patch_sweep
-from mechlens.models.bridge import SITES, bridge
+from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.sites import SITES
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 
@@ -248,8 +249,8 @@ def _hooks_only(norm: Any, hidden: Tensor) -> Tensor:
 @pytest.mark.parametrize("site", [site for site in SITES if site not in ("q", "k", "pattern")])
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_attribution_equals_patching_on_a_linear_model(site: str, direction: str) -> None:
-    exact = sweep(linear(), site, direction=direction, engine=PLAIN)
-    estimate = sweep(linear(), site, direction=direction, engine=ATTRIBUTION)
+    exact = sweep(linear(), site, mode=direction, engine=PLAIN)
+    estimate = sweep(linear(), site, mode=direction, engine=ATTRIBUTION)
     assert estimate.engine == ATTRIBUTION
     largest = float(exact.effect().abs().max())
     assert largest > 0.01

@@ -324,7 +324,7 @@ def test_both_sides_give_the_models_own_numbers(smollm2: Any) -> None:
 @torch.inference_mode()
 def states(model: Any, batch: TokenBatch) -> torch.Tensor:
     """Last hidden states at every named position, by plain Hugging Face."""
-    from mechlens.models.bridge import native
+    from mechlens.models.native import native
 
     order = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
     with native(model) as plain:

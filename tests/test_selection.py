@@ -28,8 +28,9 @@ from mechlens.methods.steering.candidates import (
     published_kl,
     score_candidates,
 )
-from mechlens.models.bridge import bridge, native
+from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.native import native
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts

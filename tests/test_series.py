@@ -162,7 +162,7 @@ def test_the_verb_shows_the_series(root: Path, tmp_path: Path, capsys: pytest.Ca
 
 REVISIONS = """
 import json, sys, torch
-from mechlens.models.bridge import native
+from mechlens.models.native import native
 from mechlens.models.checkpoints.series import checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 series = checkpoint_series("org/tiny", ["org/tiny@step20", "org/tiny@step3"])

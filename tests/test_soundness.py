@@ -15,7 +15,7 @@ from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.engine import forward, generate
+from mechlens.models.engine import forward, reference
 from mechlens.models.load import load
 from mechlens.models.soundness import require_finite_logits, require_finite_weights
 from mechlens.prompts.prompt import Prompt
@@ -113,7 +113,7 @@ def test_answers_without_finite_logits_are_an_error(
     engine: str, dtype: torch.dtype, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forward, "fits_fast_path", lambda model: engine == "fast")
-    monkeypatch.setattr(generate, "plain_engine", lambda model: engine)
+    monkeypatch.setattr(reference, "reference_engine", lambda model: engine)
     model = overflowing(dtype)
     with pytest.raises(UserError, match=f"logits are not finite; {advice}"):
         answer(model, PROMPTS, max_new_tokens=3)

@@ -15,9 +15,10 @@ from mechlens.methods.steering import steered_batch as batching
 from mechlens.methods.steering import steering
 from mechlens.methods.steering.interventions import ALL, Add, Intervention
 from mechlens.methods.steering.steering import answer_under, logits_under
-from mechlens.models.bridge import has_hooks, loaded, native, native_blocks
+from mechlens.models.bridge import has_hooks, loaded
 from mechlens.models.engine import shared_rows as merging
 from mechlens.models.engine.shared_rows import shares_rows
+from mechlens.models.native import native, native_blocks
 from mechlens.prompts.batch import TokenBatch
 
 
@@ -88,7 +89,7 @@ def rows_by_block(model: Any, monkeypatch: pytest.MonkeyPatch, work: Callable[[]
 
 def test_a_model_that_can_not_merge_is_found_out_and_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("gpt2")
-    monkeypatch.setattr(merging, "_SHARES_ROWS", {})
+    monkeypatch.setattr(merging, "_FAULTS", {})
 
     def unfit(value: Any, rows: int) -> Any:
         raise TypeError("a mask for another number of rows")

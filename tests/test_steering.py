@@ -30,11 +30,11 @@ from mechlens.methods.steering.interventions import (
     residual_norms,
 )
 from mechlens.methods.steering.steering import SteeredAnswers, answer_under, applied, logits_under
-from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now, has_hooks, level_hook, site_hook
+from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.engine import forward
 from mechlens.models.engine.intervene import bears_fast
-from mechlens.models.engine.writes import CHANGEABLE
+from mechlens.models.sites import CHANGEABLE, level_hook, site_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 

@@ -12,10 +12,11 @@ from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
-from mechlens.models.bridge import native
 from mechlens.models.checkpoints.series import Member
-from mechlens.models.checkpoints.swap import WeightStore, checkpoint_swapper
+from mechlens.models.checkpoints.swap import checkpoint_swapper
+from mechlens.models.checkpoints.weight_store import WeightStore
 from mechlens.models.load import load
+from mechlens.models.native import native
 from mechlens.prompts.prompt import Prompt
 
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(("one the thing", "two", "and a third the thing in the end"))]

@@ -190,3 +190,19 @@ def _factors(device: Any) -> "Tensor":
 
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(-(1 << 63), (1 << 63) - 1, (WORDS,), generator=generator) | 1).to(device)
+
+
+def _is_fixed_table(module: Any, name: str) -> bool:
+    """A rotary table that no pass changes; LongRoPE's and dynamic NTK's change with the number of tokens."""
+    return name.endswith("inv_freq") and getattr(module, "rope_type", "") in ("default", "linear", "llama3", "yarn")
+
+
+def weights_of(whole: Any) -> "dict[str, Tensor]":
+    """Every parameter, every buffer that a checkpoint would hold, such as packed integers, and rotary tables."""
+    buffers = {
+        f"{place}.{name}": buffer
+        for place, module in whole.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and (name not in module._non_persistent_buffers_set or _is_fixed_table(module, name))
+    }
+    return {**dict(whole.named_parameters()), **buffers}

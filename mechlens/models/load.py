@@ -6,7 +6,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from mechlens.checked_json import read_json
 from mechlens.errors import UserError
 from mechlens.extras import require_extra
 from mechlens.files import require_regular, user_path
@@ -15,6 +14,7 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained
 from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
 from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
+from mechlens.models.checkpoints.weight_files import require_inside
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.offline import sealed
 from mechlens.models.packaged import ADAPTERS, PACKAGED, adapter_folder, fetch
@@ -211,20 +211,6 @@ def require_wrappable(model: str, *, revision: str | None = None) -> None:
         config = _check_causal(source, model, revision, gguf)
         if config is not None:
             require_known(config, short_name(model))
-
-
-def require_inside(folder: Path) -> None:
-    """UserError where the index of weights in several files names one that isn't in the folder itself."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    parts = read_json(index, dict[str, Any], "take it from where it came from").get("weight_map")
-    for name in parts.values() if isinstance(parts, dict) else ():
-        if not isinstance(name, str) or set(name) & set("/\\"):
-            raise UserError(
-                f"{index} names the file {name!r:.80}, which is not in its folder; put all weights in the folder and "
-                "name them as they are called there"
-            )
 
 
 def _check_causal(source: str, model: str, revision: str | None, gguf: str | None) -> Any:

@@ -38,3 +38,16 @@ def in_type_of(attention: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Te
         return output.to(next(p.dtype for p in attention.parameters() if p.is_floating_point()))
 
     return rounded
+
+
+def mend_attention(model: Any) -> None:
+    """Lets bridged attention find the cached keys and values, and keeps it to the type of the weights."""
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    for module in model.modules():
+        # One that hands its arguments on to Hugging Face's attention needs Hugging Face's name for them.
+        if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
+            module.register_forward_pre_hook(cache_by_old_name, with_kwargs=True)
+            for point in (getattr(module, name, None) for name in ("hook_rot_q", "hook_rot_k")):
+                if point is not None:
+                    point.register_forward_hook(in_type_of(module))

@@ -21,13 +21,13 @@ from mechlens.models.bridge import (
     dtype_of,
     embedding_rows,
     has_hooks,
-    level_hook,
     loaded,
     n_layers,
 )
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
+from mechlens.models.sites import level_hook
 from mechlens.models.soundness import overflow_advice
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
@@ -182,24 +182,28 @@ def _compute(
 def _runner(model: LanguageModel, levels: tuple[int, ...], fast: bool, prefix: Any) -> Callable[[list[Row]], Tensor]:
     if fast:
         return lambda chunk: forward.fast_batch(model, chunk, levels, prefix)
-    return lambda chunk: forward.plain_batch(model, chunk, levels)
+    return lambda chunk: forward.reference_batch(model, chunk, levels)
 
 
-def halving(run: Callable[[list[Row]], Tensor], rows: list[Row]) -> Tensor:
-    """Run a batch; where memory runs out, run its halves. One prompt that doesn't fit is a UserError."""
+def halving(run: Callable[[list[Any]], Tensor], rows: list[Any], length: int | None = None) -> Tensor:
+    """Run a batch; where memory runs out, run its halves. One prompt that doesn't fit is a UserError.
+
+    `length` is that of the prompt where the rows are not `Row`s.
+    """
     try:
         return run(rows)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
         if len(rows) == 1:
+            tokens = len(rows[0].ids) if length is None else length
             raise UserError(
-                f"one prompt of {len(rows[0].ids)} tokens doesn't fit into memory; shorten it or use a larger device"
+                f"one prompt of {tokens} tokens doesn't fit into memory; shorten it or use a larger device"
             ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(rows) // 2
-    return torch.cat([halving(run, rows[:half]), halving(run, rows[half:])])
+    return torch.cat([halving(run, part, length) for part in (rows[:half], rows[half:])])
 
 
 def _out_of_memory(error: BaseException) -> bool:

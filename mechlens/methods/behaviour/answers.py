@@ -16,7 +16,8 @@ from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dty
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
-from mechlens.models.engine.generate import greedy_batch, plain_engine, plain_greedy
+from mechlens.models.engine.generate import greedy_batch
+from mechlens.models.engine.reference import reference_engine, reference_greedy
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -40,7 +41,7 @@ class Answers:
     checkpoint: Checkpoint
     template: str
     engine: str
-    """"fast" (shared prefix, packed cache), or one of `plain_engine`: "plain", "native" or "uncached"."""
+    """"fast" (shared prefix, packed cache), or one of `reference_engine`: "plain", "native" or "uncached"."""
     why_plain: str = field(default="", kw_only=True)
     """Why the fast path was not taken; empty where it was."""
 
@@ -84,7 +85,7 @@ def answer(
     if has_hooks(model):
         cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
     fast = forward.fits_fast_path(model)
-    engine = FAST if fast else plain_engine(model)
+    engine = FAST if fast else reference_engine(model)
     checkpoint = checkpoint_now(model)
     found: dict[int, list[int]] = {}
     skip = forward.shared_prefix(rows) if fast else 0
@@ -121,7 +122,9 @@ def _runner(model: LanguageModel, max_new_tokens: int, fast: bool, prefix: Any) 
 
     def run(chunk: list[Row]) -> torch.Tensor:
         rows = (
-            greedy_batch(model, chunk, max_new_tokens, prefix) if fast else plain_greedy(model, chunk, max_new_tokens)
+            greedy_batch(model, chunk, max_new_tokens, prefix)
+            if fast
+            else reference_greedy(model, chunk, max_new_tokens)
         )
         return torch.tensor([row + [NO_TOKEN] * (max_new_tokens - len(row)) for row in rows], dtype=torch.long)
 

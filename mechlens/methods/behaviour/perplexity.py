@@ -66,7 +66,7 @@ def _surprise(model: LanguageModel, ids: list[int], start: int) -> Float64[Tenso
     if forward.fits_fast_path(model):
         residual = forward.fast_batch(model, [row], [level], None)[0, 0]
     else:
-        residual = forward.plain_batch(model, [row], [level])[0, 0]
+        residual = forward.reference_batch(model, [row], [level])[0, 0]
     own = torch.tensor(ids[start:])
     chunks = zip(torch.split(residual, CHUNK), torch.split(own, CHUNK), strict=True)
     told = [unembed(model, part).double().log_softmax(dim=-1).gather(1, after[:, None]) for part, after in chunks]
@@ -81,7 +81,7 @@ def text_loss(model: LanguageModel, texts: Sequence[str]) -> Float[Tensor, " tex
         ids = list(tokenizer(text)["input_ids"])
         row = Row(tuple(ids), tuple(range(len(ids) - 1)))
         run = forward.fast_batch if forward.fits_fast_path(model) else None
-        residual = run(model, [row], [level], None) if run else forward.plain_batch(model, [row], [level])
+        residual = run(model, [row], [level], None) if run else forward.reference_batch(model, [row], [level])
         told = unembed(model, residual[0, 0]).double().log_softmax(dim=-1)
         losses.append(-told.gather(1, torch.tensor(ids[1:])[:, None]).mean())
     return torch.stack(losses)

@@ -36,7 +36,7 @@ def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int
     if forward.fits_fast_path(model):
         values = forward.fast_batch(model, [row], [direction.level], None)
     else:
-        values = forward.plain_batch(model, [row], [direction.level])
+        values = forward.reference_batch(model, [row], [direction.level])
     return TokenProjections(
         tokens=tuple(token_text(tokenizer, token) for token in ids),
         values=tuple(project(values[0, 0], direction).tolist()),

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.patching.metrics import Metric
-from mechlens.models.bridge import LanguageModel, device_of, site_hook, whole
+from mechlens.models.bridge import LanguageModel, device_of, whole
 from mechlens.models.engine.edits import Edit, value_at
+from mechlens.models.sites import site_hook
 
 
 class Gradients(NamedTuple):

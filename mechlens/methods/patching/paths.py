@@ -11,8 +11,9 @@ from mechlens.errors import UserError
 from mechlens.methods.patching.metrics import Metric, require_tokens
 from mechlens.methods.patching.plan import MODES, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
-from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, n_heads, n_layers, site_hook
-from mechlens.models.engine.edits import plain_record
+from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, n_layers
+from mechlens.models.engine.edits import reference_record
+from mechlens.models.sites import n_heads, site_hook
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 
@@ -81,7 +82,7 @@ def path_sweep(
                 f"a path is patched at every token, and {pairs[i].clean.id!r} and {pairs[i].corrupt.id!r} have "
                 f"{len(clean.row(i))} and {len(corrupt.row(i))} tokens; choose pairs of one length"
             )
-        first, second = (plain_record(model, run, -1, "z", ()).logits for run in (clean.row(i), corrupt.row(i)))
+        first, second = (reference_record(model, run, -1, "z", ()).logits for run in (clean.row(i), corrupt.row(i)))
         found = paths_from_head(model, start, source, sender, receiver, _on_last_token(metric, first))
         rows.append((found[sender[0] + 1 :, None].double(), *metric(torch.stack([first, second]), first)))
     values, of_clean, of_corrupt = (torch.stack(column) for column in zip(*rows, strict=True))

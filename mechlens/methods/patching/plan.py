@@ -7,7 +7,8 @@ import torch
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, template_of
-from mechlens.models.bridge import SITES, LanguageModel, d_model, n_heads, n_layers
+from mechlens.models.bridge import LanguageModel, d_model, n_layers
+from mechlens.models.sites import n_heads, require_site
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
@@ -22,7 +23,7 @@ class PatchPlan:
     """What is patched."""
 
     site: str
-    """One of SITES: resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, pattern."""
+    """One of mechlens.models.sites.SITES, such as resid_pre, attn_out, mlp_out or z."""
     layers: tuple[int, ...] | None = None
     """None is every layer."""
     positions: tuple[str, ...] = (ALL,)
@@ -89,8 +90,7 @@ def opened_positions(
 
 
 def opened_axes(model: LanguageModel, plan: PatchPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if plan.site not in SITES:
-        raise UserError(f"there is no site {plan.site!r}; choose one of {', '.join(SITES)}")
+    require_site(plan.site)
     if plan.mode not in MODES:
         raise UserError(f"there is no mode {plan.mode!r}; choose {' or '.join(MODES)}")
     there = n_layers(model)

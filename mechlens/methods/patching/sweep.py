@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
+from mechlens.methods.activations.collect import halving
 from mechlens.methods.cache import Cache
 from mechlens.methods.patching.attribution import attributed
 from mechlens.methods.patching.metrics import Metric, OwnMetric, require_tokens
@@ -34,11 +35,11 @@ from mechlens.models.engine.edits import (
     Recording,
     bears_edits,
     is_laid_out,
-    plain_edited_logits,
-    plain_record,
+    reference_edited_logits,
+    reference_record,
     value_at,
 )
-from mechlens.models.engine.growing import can_grow, edited_logits, record, why_not_growing
+from mechlens.models.engine.growing import can_grow, edit_batches, edited_logits, record, why_not_growing
 from mechlens.prompts.batch import TokenBatch, token_text
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
@@ -93,45 +94,6 @@ def _as_far_at_random(
                 length = noise.norm().clamp(min=torch.finfo(noise.dtype).tiny)  # a pattern may attend to nothing
                 value_at(changed[layer], site, to, head).copy_(mine + (noise * gap / length).to(mine.dtype))
     return changed
-
-
-PASS_COST = 40
-"""What one more pass costs, in tokens through all blocks: small products run slower than large ones (measured)."""
-
-
-def edit_batches(edits: Sequence[Edit], length: int, read: int, n_layers: int, max_tokens: int) -> list[list[int]]:
-    """Indices of the edits pass by pass, cut where late edits run too many tokens and passes are too many.
-
-    Edits at neighbouring positions go together: all rows of a pass begin at its first edited token, so a row edited
-    later repeats the tokens in between. A pass holds at most `max_tokens` tokens above its last edited layer.
-    """
-    by_position: dict[int, list[int]] = {}
-    for i in sorted(range(len(edits)), key=lambda i: -edits[i].position):
-        by_position.setdefault(min(edits[i].position, read), []).append(i)
-    pieces = [piece for at, group in by_position.items() for piece in _split(group, max_tokens // (length - at))]
-    widths = [length - min(edits[piece[0]].position, read) for piece in pieces]
-    depths = [sum(n_layers - edits[i].layer for i in piece) / n_layers for piece in pieces]
-    best: list[tuple[float, int]] = [(0.0, 0)]  # for the first n pieces: least cost, and where their last pass starts
-    for end, width in enumerate(widths, start=1):
-        options, rows, depth = [], 0, 0.0
-        for start in range(end - 1, -1, -1):
-            rows, depth = rows + len(pieces[start]), depth + depths[start]
-            if start < end - 1 and (rows + 1) * width > max_tokens:
-                break
-            options.append((best[start][0] + PASS_COST + width * (1 + depth), start))
-        best.append(min(options))
-    batches, end = [], len(pieces)
-    while end:
-        start = best[end][1]
-        batches.append([i for piece in pieces[start:end] for i in piece])
-        end = start
-    return batches
-
-
-def _split(group: list[int], rows: int) -> list[list[int]]:
-    """The group in parts of at most `rows` edits beside the run itself, as even as can be."""
-    n = -(-len(group) // max(rows - 1, 1))
-    return [group[i * len(group) // n : (i + 1) * len(group) // n] for i in range(n)]
 
 
 GROWING, PLAIN, ATTRIBUTION = "growing batch", "plain", "attribution"
@@ -274,26 +236,22 @@ class _Sweep:
     def _run(self, model: LanguageModel, ids: list[int], read: int, layers: tuple[int, ...]) -> Recording:
         if self.engine == GROWING and can_grow(model, self.plan.site):
             return record(model, ids, read, self.plan.site, layers)
-        return plain_record(model, ids, read, self.plan.site, layers)
+        return reference_record(model, ids, read, self.plan.site, layers)
 
     def _plain(self, start: Recording, edits: list[Edit], read: int, clean: Tensor) -> Tensor:
-        rows = [plain_edited_logits(self.model, start.ids, self.plan.site, edit, read) for edit in edits]
+        rows = [reference_edited_logits(self.model, start.ids, self.plan.site, edit, read) for edit in edits]
         return torch.cat([self.metric(row[None], clean) for row in rows])
 
     def _grown(self, start: Recording, edits: list[Edit], read: int, clean: Tensor) -> Tensor:
         values = torch.empty(len(edits), dtype=torch.float64)
         budget = self.plan.max_tokens or (2048 if device_of(self.model).type == "cpu" else 32768)
-        waiting = edit_batches(edits, len(start.ids), read, n_layers(self.model), budget)
-        while waiting:
-            chunk = waiting.pop()
-            try:
-                logits = edited_logits(self.model, start, self.plan.site, [edits[i] for i in chunk], read)
-            except RuntimeError as error:
-                if "memory" not in str(error).lower() or len(chunk) == 1:
-                    raise
-                waiting += [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]
-                continue
-            values[torch.tensor(chunk)] = self.metric(logits[1:], clean)
+
+        def run(chunk: list[int]) -> Tensor:
+            logits = edited_logits(self.model, start, self.plan.site, [edits[i] for i in chunk], read)
+            return self.metric(logits[1:], clean)
+
+        for chunk in edit_batches(edits, len(start.ids), read, n_layers(self.model), budget):
+            values[torch.tensor(chunk)] = halving(run, chunk, len(start.ids))
         return values
 
     def _key(self, start: list[int], source: list[int], places: list[tuple[int, int]], read: int) -> str:

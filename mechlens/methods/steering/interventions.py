@@ -14,7 +14,8 @@ from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.engine.writes import CHANGEABLE, Place, place_hooks, require_seen
+from mechlens.models.engine.writes import Place, place_hooks, require_seen
+from mechlens.models.sites import CHANGEABLE, require_site
 
 Phase = Literal["prompt", "generation", "both"]
 Unit = Literal["raw", "unit", "share"]
@@ -185,9 +186,8 @@ def _check(
         raise UserError("an intervention needs at least one layer, one position and one site; name them, or 'all'")
     if phase not in ("prompt", "generation", "both"):
         raise UserError(f"there is no phase {phase!r}; choose prompt, generation or both")
-    unknown = [site for site in sites if site not in CHANGEABLE]
-    if unknown:
-        raise UserError(f"there is no site {unknown[0]!r} to intervene at; choose from {', '.join(CHANGEABLE)}")
+    for site in sites:
+        require_site(site, CHANGEABLE)
     if phase != "prompt" and positions != ALL:
         raise UserError(
             f"the positions {', '.join(positions)} lie in the prompt, and the phase is {phase!r}; choose "

@@ -6,10 +6,8 @@ checkpoint, and two models only for a full checkpoint or an adapter that is more
 merges. A killed process leaves no file behind.
 """
 
-import shutil
-import tempfile
 from dataclasses import replace
-from typing import IO, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,61 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from mechlens.errors import UserError
 from mechlens.files import user_path
-from mechlens.models.bridge import (
-    LanguageModel,
-    bridge,
-    dtype_of,
-    loaded,
-    native,
-    native_blocks,
-    refresh_splits,
-    weights_now,
-    writing_modules,
-)
+from mechlens.models.bridge import LanguageModel, bridge, dtype_of, loaded, weights_now
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.lora import LowRank, read_lora
 from mechlens.models.checkpoints.series import Member
+from mechlens.models.checkpoints.weight_store import WeightStore, unnamed_file
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf, load_merged, require_wrappable, short_name, type_without_loss
-from mechlens.models.packaged import cache_dir
+from mechlens.models.native import native, native_blocks, refresh_splits, writing_modules
 from mechlens.models.soundness import require_finite_weights
-
-
-class WeightStore:
-    """Tensors by name in an unnamed file: bit for bit what was put in, without room in memory."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._end = file, 0
-        self._places: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor; UserError where the disk is full."""
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        try:
-            self._file.seek(self._end)
-            self._file.write(flat.numpy().tobytes())
-        except OSError as error:
-            raise UserError(
-                f"the base's weights can't be kept on disk ({error.strerror}); make room in {str(cache_dir())!r}, or "
-                "set MECHLENS_CACHE to another folder"
-            ) from error
-        self._places[name] = self._end, tensor.shape, tensor.dtype
-        self._end += flat.numel()
-
-    def alias(self, name: str, known: str) -> None:
-        """Another name for a tensor that was put in."""
-        self._places[name] = self._places[known]
-
-    def get(self, name: str) -> Tensor:
-        """The tensor as it was, on the CPU."""
-        place, shape, dtype = self._places[name]
-        self._file.seek(place)
-        read = bytearray(self._file.read(shape.numel() * dtype.itemsize))
-        return torch.frombuffer(read, dtype=dtype).reshape(shape)
-
-    def close(self) -> None:
-        """Lets the file go."""
-        self._file.close()
 
 
 def checkpoint_swapper(
@@ -93,7 +45,7 @@ def checkpoint_swapper(
     hf_model, tokenizer = load_hf(base, revision=revision, dtype=first)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    store = WeightStore(_unnamed_file(hf_model))
+    store = WeightStore(unnamed_file(hf_model))
     shared = set()
     for known, *others in _names_of_each(hf_model):
         store.put(known, hf_model.get_parameter(known))
@@ -291,24 +243,3 @@ def _checkpoint(member: Member, base: Checkpoint) -> Checkpoint:
     if member.kind == "adapter":
         return Checkpoint(member.name, base.path, base.revision, member.path, base=base.name, step=member.step)
     return Checkpoint(member.name, member.path, member.revision, base=base.name, step=member.step)
-
-
-def _unnamed_file(hf_model: Any) -> IO[bytes]:
-    """A file without a name in the models' cache folder, which has room for the model; gone when the process ends."""
-    folder = cache_dir()
-    needed = sum(p.numel() * p.element_size() for p in hf_model.parameters())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - its owner closes it
-    except OSError as error:
-        raise UserError(
-            f"nothing can be written to {str(folder)!r} ({error.strerror}); set MECHLENS_CACHE to another folder"
-        ) from error
-    if free < needed:
-        file.close()
-        raise UserError(
-            f"the base's weights take {needed >> 20} MB on disk and {str(folder)!r} has {free >> 20} MB left; make "
-            "room there, or set MECHLENS_CACHE to another folder"
-        )
-    return file

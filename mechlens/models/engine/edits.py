@@ -1,4 +1,4 @@
-"""One edit of a run: a value put at one site. The plain path, a whole forward pass for every edit, fits every model."""
+"""One edit of a run: a value put at one site. The reference, a whole forward pass for every edit, fits every model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import SITES, LanguageModel, d_model, device_of, n_heads, n_layers, site_hook, whole
+from mechlens.models.bridge import LanguageModel, d_model, device_of, n_layers, whole
+from mechlens.models.sites import SITES, n_heads, site_hook
 from mechlens.models.soundness import require_finite_logits
 
 
@@ -47,7 +48,9 @@ class Recording:
 
 
 @torch.inference_mode()
-def plain_record(model: LanguageModel, ids: Sequence[int], read: int, site: str, layers: Sequence[int]) -> Recording:
+def reference_record(
+    model: LanguageModel, ids: Sequence[int], read: int, site: str, layers: Sequence[int]
+) -> Recording:
     """One run with TransformerLens' own cache; UserError for a site that a block doesn't have."""
     names = {layer: site_hook(site, layer) for layer in layers}
     tokens = torch.tensor([list(ids)], device=device_of(model))
@@ -83,7 +86,7 @@ def _what_there_is(model: LanguageModel, site: str) -> str:
 
 def site_values(model: LanguageModel, ids: Sequence[int], site: str, layers: Sequence[int]) -> dict[int, Tensor]:
     """What a run has at one site in each layer, by the plain path."""
-    return plain_record(model, ids, -1, site, layers).values
+    return reference_record(model, ids, -1, site, layers).values
 
 
 def put(rows: Tensor, edits: Sequence[Edit], site: str, first: int = 0) -> Tensor:
@@ -107,7 +110,7 @@ def put(rows: Tensor, edits: Sequence[Edit], site: str, first: int = 0) -> Tenso
 
 
 @torch.inference_mode()
-def plain_edited_logits(
+def reference_edited_logits(
     model: LanguageModel, ids: Sequence[int], site: str, edit: Edit, read: int
 ) -> Float[Tensor, " vocab"]:
     """Logits at token `read` after one edit, by a whole forward pass with a hook (float32, CPU)."""
@@ -131,7 +134,7 @@ def is_laid_out(model: LanguageModel, site: str, layer: int) -> bool:
     heads = n_heads(model, site)
     n = max(8, heads + 1)
     tokens = [1 + i % 8 for i in range(n)]
-    shape = tuple(plain_record(model, tokens, -1, site, [layer]).values[layer].shape)
+    shape = tuple(reference_record(model, tokens, -1, site, [layer]).values[layer].shape)
     if site == "pattern":
         return shape == (heads, n, n)
     return shape[:-1] == (n, heads) if heads else shape == (n, d_model(model))

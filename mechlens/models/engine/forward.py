@@ -3,7 +3,7 @@
 The start that all prompts share (a chat template's system block) is run once and its keys and values are
 expanded over the batch; prompts are sorted by length, so little is padded; the pass stops at the last level
 that is read, before the final norm and the unembedding. Padding is on the right, where causal attention can't
-see it, so no mask is needed and sliding windows stay exact. Where a model doesn't fit, `plain_batches` runs
+see it, so no mask is needed and sliding windows stay exact. Where a model doesn't fit, `reference_batch` runs
 the blocks as TransformerLens does, one length at a time.
 """
 
@@ -25,15 +25,15 @@ from mechlens.models.bridge import (
     dtype_of,
     has_hooks,
     is_bridge,
-    level_hook,
     loaded,
     n_layers,
-    native,
-    native_blocks,
     regime,
     whole,
 )
+from mechlens.models.engine.caches import expanded
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
+from mechlens.models.native import native, native_blocks
+from mechlens.models.sites import level_hook
 from mechlens.models.transformers_versions import with_cache
 
 MIN_PREFIX = 4
@@ -82,21 +82,29 @@ def plan(
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
     lengths = [len(rows[i].ids) for i in order]
-    best = [(0, 0)]  # for the first n rows: least cost, and where their last batch starts
-    for end, longest in enumerate(lengths, start=1):
-        options = []
+
+    def costs(end: int) -> Iterator[float]:
+        longest = lengths[end - 1]
         for start in range(end - 1, -1, -1):
             size = end - start
             if size > 1 and (size * longest > max_tokens or (equal_lengths and lengths[start] != longest)):
-                break
-            options.append((best[start][0] + batch_cost + size * (longest - shared), start))
-        best.append(min(options))
-    batches, end = [], len(order)
-    while end:
-        start = best[end][1]
-        batches.append(order[start:end])
-        end = start
-    return batches[::-1]
+                return
+            yield batch_cost + size * (longest - shared)
+
+    return [order[piece] for piece in cheapest_pieces(len(order), costs)]
+
+
+def cheapest_pieces(n: int, costs: Callable[[int], Iterator[float]]) -> list[slice]:
+    """0 to n in pieces that cost least in all; `costs(end)` are those of a piece from end - 1, end - 2, ... to end."""
+    best = [(0.0, 0)]  # up to each end: least cost, and where the last piece starts
+    for end in range(1, n + 1):
+        starts = zip(range(end - 1, -1, -1), costs(end), strict=False)
+        best.append(min((best[start][0] + cost, start) for start, cost in starts))
+    pieces = []
+    while n:
+        pieces.append(slice(best[n][1], n))
+        n = best[n][1]
+    return pieces[::-1]
 
 
 def fits_fast_path(model: LanguageModel) -> bool:
@@ -176,13 +184,6 @@ def prefix_cache(model: LanguageModel, ids: Sequence[int]) -> DynamicCache | Non
     return cache
 
 
-def expanded(cache: DynamicCache | None, batch: int) -> DynamicCache:
-    """A fresh cache that starts with the same keys and values in every row (views, not copies)."""
-    if cache is None:
-        return DynamicCache()
-    return DynamicCache([(x.keys.expand(batch, -1, -1, -1), x.values.expand(batch, -1, -1, -1)) for x in cache.layers])
-
-
 @torch.inference_mode()
 def fast_batch(
     model: LanguageModel, rows: Sequence[Row], levels: Sequence[int], prefix: DynamicCache | None
@@ -195,14 +196,14 @@ def fast_batch(
         tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
     read = torch.tensor([row.read for row in rows]) - skip
     device = device_of(model)
-    reader = _Reader(levels, n_layers(model), read)
+    reader = Reader(levels, n_layers(model), read, stops=True)
     with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(_Stop):
         hf_model(tokens.to(device), **with_cache(hf_model, expanded(prefix, len(rows))))
     return reader.stacked()
 
 
 @torch.inference_mode()
-def plain_batch(
+def reference_batch(
     model: LanguageModel, rows: Sequence[Row], levels: Sequence[int]
 ) -> Float[Tensor, "row level read d_model"]:
     """Residuals of rows of one length through TransformerLens' own cache: the path that fits every model."""
@@ -215,15 +216,16 @@ def plain_batch(
     return torch.stack([gather(cache[name], read) for name in names], dim=1)
 
 
-class _Reader:
-    """Hooks that keep a few positions of each level and stop the pass after the last one."""
+class Reader:
+    """Hooks that keep a few positions of each level and, if wanted, stop the pass after the last one."""
 
-    def __init__(self, levels: Sequence[int], n_levels: int, read: Tensor) -> None:
-        self.levels, self.last, self.read = tuple(levels), n_levels, read
+    def __init__(self, levels: Sequence[int], last: int, read: Tensor, *, stops: bool) -> None:
+        self.levels, self.last, self.read, self.stops = tuple(levels), last, read, stops
         self.found: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
     def attached(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """The hooks on a model's blocks, for one pass."""
         top = max(self.levels)
         handles = [
             blocks[level].register_forward_pre_hook(self._entering(level, level == top), with_kwargs=True)
@@ -238,19 +240,21 @@ class _Reader:
             for handle in handles:
                 handle.remove()
 
-    def _entering(self, level: int, stop: bool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _entering(self, level: int, top: bool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.found[level] = gather(args[0] if args else kwargs["hidden_states"], self.read)
-            if stop:
+            if top and self.stops:
                 raise _Stop
 
         return hook
 
     def _left(self, module: nn.Module, args: object, output: Any) -> None:
         self.found[self.last] = gather(output if isinstance(output, Tensor) else output[0], self.read)
-        raise _Stop
+        if self.stops:
+            raise _Stop
 
-    def stacked(self) -> Tensor:
+    def stacked(self) -> Float[Tensor, "row level read d_model"]:
+        """What was read, level by level."""
         return torch.stack([self.found[level] for level in self.levels], dim=1)
 
 

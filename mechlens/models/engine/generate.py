@@ -1,83 +1,26 @@
 """Greedy answers in batches: the shared start once, rows packed, finished rows leave."""
 
 import contextlib
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
+from torch import Tensor
+from transformers import DynamicCache
 
-from mechlens.models.bridge import (
-    LanguageModel,
-    device_of,
-    dtype_of,
-    has_hooks,
-    is_bridge,
-    loaded,
-    n_layers,
-    native,
-    native_blocks,
-    regime,
-)
+from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
+from mechlens.models.engine.caches import roomy
 from mechlens.models.engine.forward import Row
-from mechlens.models.engine.probes import decode_gap, loses, tolerance
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.engine.token_mask import TokenMask
+from mechlens.models.native import native, native_blocks
 from mechlens.models.soundness import not_finite, require_finite_logits
 from mechlens.models.transformers_versions import with_cache
 
-
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """Keys and values as the first columns of tensors that are as long as they will ever be."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.length = keys.shape[-2]
-        self.whole_keys, self.whole_values = _with_room(keys, room), _with_room(values, room)
-        self._show()
-
-    def _show(self) -> None:
-        self.keys, self.values = (x[:, :, : self.length] for x in (self.whole_keys, self.whole_values))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the new tokens behind the others; gives all of them."""
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.whole_keys[:, :, start : self.length] = key_states
-        self.whole_values[:, :, start : self.length] = value_states
-        self._show()
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some of the rows."""
-        indices = indices.to(self.whole_keys.device)  # blocks may lie on several devices
-        self.whole_keys, self.whole_values = self.whole_keys[indices], self.whole_values[indices]
-        self._show()
-
-
-def _with_room(x: Tensor, room: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(*x.shape[:2], room, x.shape[3])], dim=2)
-
-
-def roomy(layers: list[tuple[Tensor, Tensor]], room: int) -> DynamicCache:
-    """A cache of these keys and values, layer by layer, with room for so many more tokens."""
-    cache = DynamicCache()
-    cache.layers = [RoomyLayer(keys, values, room) for keys, values in layers]
-    return cache
-
-
 Decided = Callable[[list[int]], bool]
 """Whether an answer so far is all that one wants to know; its row then leaves the batch."""
-PLAIN, NATIVE, UNCACHED = "plain", "native", "uncached"
-"""Ways of decoding that fit more models than packed batches do; see `plain_engine`."""
-_NATIVE_GAPS: "weakref.WeakKeyDictionary[nn.Module, float]" = weakref.WeakKeyDictionary()
-MORE_THAN_ROUNDING = 4
-"""Times the plain modules' own gap between cached and whole passes, which on the bridged ones tells of a loss."""
 LEAVING = 8
 """Rows leave once they are one in so many: taking them out copies the keys and values of all others."""
 
@@ -107,7 +50,7 @@ def greedy_batch(
         width = int(lengths.max())
         cache = _packed(cache, width - lengths, shared_rows, max_new_tokens)
         mask = torch.arange(skip + width, device=device) >= (width - lengths).unsqueeze(1)
-        rest = _Rest(stop, max_new_tokens, token_mask, decided)
+        rest = Rest(stop, max_new_tokens, token_mask, decided)
         return _decode(hf_model, cache, _likeliest(logits).to(device), mask, skip + lengths, rest)
 
 
@@ -133,7 +76,7 @@ def start_cache(
 ) -> DynamicCache:
     """Keys and values of a start that rows share but for what is done to it: a row for each kind of start."""
     cache = DynamicCache()
-    tokens = torch.tensor([list(ids)] * len(shared_rows.first[0]), device=device_of(model))
+    tokens = torch.tensor([list(ids)] * len(shared_rows.entry), device=device_of(model))
     with native(model), shared_rows.running(native_blocks(model), token_mask, 0):
         # Without its head: nobody reads logits here.
         body = model.original_model.base_model
@@ -153,7 +96,7 @@ def _prompt_pass(
     """Logits at the end of every prompt, and the keys and values of each block's classes of rows."""
     skip = prefix.get_seq_length() if prefix is not None else 0
     cache = shared_rows.cache(prefix)
-    run = [rows[i] for i in shared_rows.first[0].tolist()]
+    run = [rows[i] for i in shared_rows.entry.tolist()]
     tokens = torch.zeros(len(run), max(len(row.ids) for row in run) - skip, dtype=torch.long)
     for i, row in enumerate(run):
         tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
@@ -201,7 +144,7 @@ def _packed(cache: DynamicCache, empty: Int[Tensor, " row"], shared_rows: Shared
 
 
 @dataclass(frozen=True)
-class _Rest:
+class Rest:
     """What stays the same from token to token."""
 
     stop: Int[Tensor, " stop"]
@@ -234,7 +177,7 @@ def _decode(
     token: Int[Tensor, " row"],
     mask: Bool[Tensor, "row seq"],
     position: Int[Tensor, " row"],
-    rest: _Rest,
+    rest: Rest,
 ) -> list[list[int]]:
     """Token by token until every row has ended; rows that have leave the batch, a few at a time."""
     answers: list[list[int]] = [[] for _ in range(len(token))]
@@ -274,109 +217,6 @@ def _step(hf_model: torch.nn.Module, token: Tensor, cache: DynamicCache, where: 
         out = hf_model(token.unsqueeze(1), **with_cache(hf_model, cache), **where)
     logits: Tensor = out.logits[:, -1]
     return logits
-
-
-def plain_engine(model: LanguageModel) -> str:
-    """How `plain_greedy` decodes: by the library's generation on the modules that hooks act on (PLAIN) where its cache
-    loses nothing there, else on the plain modules (NATIVE), or without a cache (UNCACHED), which is always right."""
-    if not is_bridge(model) or loaded(model).decode_gap <= tolerance(torch.float32):
-        return PLAIN
-    if model not in _NATIVE_GAPS:
-        with native(model) as hf_model:
-            _NATIVE_GAPS[model] = decode_gap(hf_model)
-    bridged, plain = loaded(model).decode_gap, _NATIVE_GAPS[model]
-    # What half precision rounds, it rounds in both; what TransformerLens' modules lose, the plain ones keep.
-    if not loses(bridged, dtype_of(model)) and bridged <= MORE_THAN_ROUNDING * max(plain, tolerance(torch.float32)):
-        return PLAIN
-    if has_hooks(model) or regime(model) != "raw":
-        return UNCACHED
-    return UNCACHED if loses(plain, dtype_of(model)) else NATIVE
-
-
-@torch.inference_mode()
-def plain_greedy(model: LanguageModel, rows: list[Row], max_new_tokens: int) -> list[list[int]]:
-    """The same for rows of one length, in the way that `plain_engine` names: one of them fits every model."""
-    engine = plain_engine(model)
-    if engine == UNCACHED:
-        return recomputed_greedy(model, rows, max_new_tokens, None, None)
-    tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
-    stop = stop_tokens(model)
-    if not is_bridge(model):
-        out = model.generate(
-            tokens,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            stop_at_eos=False,
-            verbose=False,
-            prepend_bos=False,
-        )
-        require_finite_logits(whole_logits(model, out))
-    else:
-        with native(model) if engine == NATIVE else contextlib.nullcontext(model.original_model) as hf_model:
-            out = _generated(hf_model, tokens, stop, max_new_tokens)
-    return [_until(row, stop) for row in out[:, tokens.shape[1] :].tolist()]
-
-
-def _generated(hf_model: Any, tokens: Tensor, stop: set[int], max_new_tokens: int) -> Tensor:
-    """Prompt and answer by Hugging Face's own generation."""
-
-    def finite(ids: Tensor, logits: Tensor) -> Tensor:
-        require_finite_logits(logits, hf_model.dtype)  # generation has made them float32
-        return logits
-
-    own = hf_model.generation_config
-    try:
-        # A model's own settings may hold a repetition penalty, which greedy answers leave out.
-        hf_model.generation_config = GenerationConfig(eos_token_id=sorted(stop) or None, pad_token_id=0)
-        out: Tensor = hf_model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([finite]),
-        )
-    finally:
-        hf_model.generation_config = own
-    return out
-
-
-@torch.inference_mode()
-def recomputed_greedy(
-    model: LanguageModel, rows: list[Row], max_new_tokens: int, token_mask: TokenMask | None, decided: Decided | None
-) -> list[list[int]]:
-    """The same for rows of one length by running everything again at each step, without keys and values.
-
-    The library's own generation doesn't say which tokens it runs, and interventions have to know.
-    """
-    tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
-    stop = torch.tensor(sorted(stop_tokens(model)), dtype=torch.long, device=tokens.device)
-    rest = _Rest(stop, max_new_tokens, token_mask, decided)
-    answers: list[list[int]] = [[] for _ in rows]
-    alive = torch.arange(len(rows), device=tokens.device)
-    for step in range(max_new_tokens):
-        rest.advance(alive, torch.zeros_like(alive), step)
-        token = whole_logits(model, tokens).argmax(dim=-1).to(tokens.device)
-        going = torch.tensor(rest.written(token, alive, [True] * len(alive), answers), device=tokens.device)
-        alive, tokens = alive[going], torch.cat([tokens, token.unsqueeze(1)], dim=1)[going]
-        if not len(alive):
-            break
-    return answers
-
-
-@torch.inference_mode()
-def whole_logits(model: LanguageModel, tokens: Int[Tensor, "row seq"]) -> Float[Tensor, "row vocab"]:
-    """Logits at the last token of rows of one length, by a plain forward pass through the model's hook points."""
-    if is_bridge(model):
-        logits: Tensor = model.original_model(tokens, use_cache=False).logits
-    else:
-        logits = model(tokens, prepend_bos=False)
-    require_finite_logits(logits[:, -1])
-    return logits[:, -1]
-
-
-def _until(tokens: list[int], stop: set[int]) -> list[int]:
-    end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
-    return tokens[:end]
 
 
 def stop_tokens(model: LanguageModel) -> set[int]:

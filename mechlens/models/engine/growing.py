@@ -3,13 +3,13 @@
 An edit at layer l and position p leaves everything below layer l and, by causality, everything before p as it
 was. So the tokens before the first edited one are taken from the run's keys and values, and the batch starts as
 one row, the run itself, and grows on its way up: at block l the rows that are edited there join it as copies of
-that row. One pass serves every layer. The first row is never edited, so its logits are the run's own: a check
-that comes with every pass. No architecture is known by name: Hugging Face's own loop calls the blocks, and a
-model whose loop can't bear a growing batch is found out by `can_grow` and takes the plain path.
+that row (`SharedRows`). One pass serves every layer. The first row is never edited, so its logits are the run's
+own: a check that comes with every pass. No architecture is known by name: a model that can't bear a growing batch
+is found out by `can_grow` and takes the plain path.
 """
 
 import contextlib
-import weakref
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,26 +19,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechlens.models.bridge import (
-    LanguageModel,
-    device_of,
-    dtype_of,
-    n_heads,
-    n_layers,
-    native,
-    native_blocks,
-    native_tap,
-    site_hook,
+from mechlens.models.bridge import LanguageModel, device_of, n_layers
+from mechlens.models.engine.caches import ReadOnlyCache
+from mechlens.models.engine.edits import (
+    Edit,
+    Recording,
+    is_laid_out,
+    put,
+    reference_edited_logits,
+    site_values,
+    value_at,
 )
-from mechlens.models.engine.edits import Edit, Recording, is_laid_out, plain_edited_logits, put, site_values, value_at
-from mechlens.models.engine.forward import warn_plain, why_plain
-from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
+from mechlens.models.engine.forward import cheapest_pieces, warn_plain, why_plain
+from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
+from mechlens.models.native import native, native_blocks, native_tap
+from mechlens.models.sites import n_heads, site_hook
 from mechlens.models.soundness import require_finite_logits
 from mechlens.models.transformers_versions import with_cache
-
-_PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
-_NOT_GROWING: "weakref.WeakKeyDictionary[nn.Module, dict[str, str]]" = weakref.WeakKeyDictionary()
-"""Why a model bears no growing batch at a site, empty where it does; finding out costs a few short passes."""
 
 
 @torch.inference_mode()
@@ -75,41 +72,50 @@ def _by_head(model: LanguageModel, site: str, value: Tensor) -> Tensor:
 def _tapped(taps: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
     """Each function sees the first input of its module, after all hooks that were there before."""
 
-    def hook(see: Callable[[Tensor], object]) -> _PreHook:
+    def hook(see: Callable[[Tensor], object]) -> Callable[..., None]:
         def seeing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             see(args[0] if args else kwargs["hidden_states"])
 
         return seeing
 
-    with _pre_hooks({module: hook(see) for module, see in taps.items()}):
+    with contextlib.ExitStack() as stack:
+        for module, see in taps.items():
+            stack.callback(module.register_forward_pre_hook(hook(see), with_kwargs=True).remove)
         yield
 
 
-@contextlib.contextmanager
-def _pre_hooks(hooks: Mapping[nn.Module, _PreHook]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+PASS_COST = 40
+"""What one more pass costs, in tokens through all blocks: small products run slower than large ones (measured)."""
 
 
-class _ReadOnly(DynamicCache):  # type: ignore[misc]  # transformers has no types
-    """The first tokens' keys and values for a batch of any size; new ones are attended to and forgotten."""
+def edit_batches(edits: Sequence[Edit], length: int, read: int, n_layers: int, max_tokens: int) -> list[list[int]]:
+    """Indices of the edits pass by pass, cut where late edits run too many tokens and passes are too many.
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if not self.layers:  # a start of no tokens
-            return key_states, value_states
-        layer, rows = self.layers[layer_idx], key_states.shape[0]
-        kept = (layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1))
-        return torch.cat([kept[0], key_states], dim=-2), torch.cat([kept[1], value_states], dim=-2)
+    Edits at neighbouring positions go together: all rows of a pass begin at its first edited token, so a row edited
+    later repeats the tokens in between. A pass holds at most `max_tokens` tokens above its last edited layer.
+    """
+    by_position: dict[int, list[int]] = {}
+    for i in sorted(range(len(edits)), key=lambda i: -edits[i].position):
+        by_position.setdefault(min(edits[i].position, read), []).append(i)
+    pieces = [piece for at, group in by_position.items() for piece in _split(group, max_tokens // (length - at))]
+    widths = [length - min(edits[piece[0]].position, read) for piece in pieces]
+    depths = [sum(n_layers - edits[i].layer for i in piece) / n_layers for piece in pieces]
+
+    def costs(end: int) -> Iterator[float]:
+        width, rows, depth = widths[end - 1], 0, 0.0
+        for start in range(end - 1, -1, -1):
+            rows, depth = rows + len(pieces[start]), depth + depths[start]
+            if start < end - 1 and (rows + 1) * width > max_tokens:
+                return
+            yield PASS_COST + width * (1 + depth)
+
+    return [[i for piece in pieces[some] for i in piece] for some in cheapest_pieces(len(pieces), costs)]
 
 
-def _start(recording: Recording, first: int) -> _ReadOnly:
-    if first == 0 or recording.cache is None:
-        return _ReadOnly()
-    return _ReadOnly([(x.keys[:, :, :first], x.values[:, :, :first]) for x in recording.cache.layers])
+def _split(group: list[int], rows: int) -> list[list[int]]:
+    """The group in parts of at most `rows` edits beside the run itself, as even as can be."""
+    n = -(-len(group) // max(rows - 1, 1))
+    return [group[i * len(group) // n : (i + 1) * len(group) // n] for i in range(n)]
 
 
 @torch.inference_mode()
@@ -118,14 +124,15 @@ def edited_logits(
 ) -> Float[Tensor, "row vocab"]:
     """Logits at token `read` after each edit; row 0 is the run itself, row i + 1 has edit i (float32, CPU)."""
     first = min(min(edit.position for edit in edits), read)
+    # By layer, so that the rows that join at a block stand behind those that it has.
     order = sorted(range(len(edits)), key=lambda i: edits[i].layer)
-    by_layer: dict[int, list[Edit]] = {}
-    for i in order:
-        by_layer.setdefault(edits[i].layer, []).append(edits[i])
+    ordered = [edits[i] for i in order]
+    rows = _shared_rows(model, ordered)
     tokens = torch.tensor([recording.ids[first:]], device=device_of(model))
-    with _growing(model, site, by_layer, first) as hf_model:
+    with _growing(model, site, ordered, rows, first) as hf_model:
+        cache = ReadOnlyCache(recording.cache, first)
         keep = torch.tensor([read - first])  # on the CPU, as in `record`
-        out = hf_model(tokens, **with_cache(hf_model, _start(recording, first)), logits_to_keep=keep)
+        out = hf_model(tokens, **with_cache(hf_model, cache), logits_to_keep=keep)
     require_finite_logits(out.logits[:, -1])
     logits = out.logits[:, -1].float().cpu()
     placed = torch.empty_like(logits)
@@ -133,16 +140,29 @@ def edited_logits(
     return placed
 
 
+def _shared_rows(model: LanguageModel, ordered: Sequence[Edit]) -> SharedRows:
+    """The run itself, and every edit as a row of its own from its layer on."""
+    n = len(ordered) + 1
+    classes = [
+        [0, *(row if edit.layer <= block else 0 for row, edit in enumerate(ordered, start=1))]
+        for block in range(n_layers(model))
+    ]
+    return SharedRows(classes, [0] * n, device_of(model), entry=[0] * n)
+
+
 @contextlib.contextmanager
-def _growing(model: LanguageModel, site: str, by_layer: dict[int, list[Edit]], first: int) -> Iterator[nn.Module]:
+def _growing(
+    model: LanguageModel, site: str, ordered: Sequence[Edit], rows: SharedRows, first: int
+) -> Iterator[nn.Module]:
     """The Hugging Face model as its batch grows: the rows of each layer join before its block and are edited in it."""
+    by_layer = {layer: list(group) for layer, group in itertools.groupby(ordered, key=lambda edit: edit.layer)}
     taps = _taps(model, site, by_layer)
     with contextlib.ExitStack() as stack:
         if taps is not None:  # the plain modules are faster, and the site lies between two of them
             hf_model, blocks = stack.enter_context(native(model)), native_blocks(model)
         else:
             hf_model, blocks = model.original_model, list(model.blocks)
-        stack.enter_context(_pre_hooks({blocks[layer]: _joining(len(edits)) for layer, edits in by_layer.items()}))
+        stack.enter_context(rows.running(blocks))
         if taps is not None:
             writing = {tap: _writing(model, site, by_layer[layer], first) for layer, tap in taps.items()}
             stack.enter_context(_tapped(writing))
@@ -150,15 +170,6 @@ def _growing(model: LanguageModel, site: str, by_layer: dict[int, list[Edit]], f
             hooks = [(site_hook(site, layer), _hooking(site, edits, first)) for layer, edits in by_layer.items()]
             stack.enter_context(model.hooks(fwd_hooks=hooks))
         yield hf_model
-
-
-def _joining(n: int) -> _PreHook:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden = torch.cat([hidden, hidden[:1].expand(n, -1, -1)])
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    return hook
 
 
 def _writing(model: LanguageModel, site: str, edits: list[Edit], first: int) -> Callable[[Tensor], object]:
@@ -189,10 +200,7 @@ def why_not_growing(model: LanguageModel, site: str) -> str:
     reason = why_plain(model)
     if reason:
         return reason
-    known = _NOT_GROWING.setdefault(model, {})
-    if site not in known:
-        known[site] = _growing_fault(model, site)
-    return known[site]
+    return fault(model, site, lambda: _growing_fault(model, site))
 
 
 def _growing_fault(model: LanguageModel, site: str) -> str:
@@ -204,17 +212,13 @@ def _growing_fault(model: LanguageModel, site: str) -> str:
     head = 0 if n_heads(model, site) else None
     places = ((layers[0], 3), (layers[-1], 5), (layers[len(layers) // 2], 7))
     edits = [Edit(layer, place, value_at(source[layer], site, place, head), head) for layer, place in places]
-    try:
+    plain = torch.stack([reference_edited_logits(model, ids, site, edit, last) for edit in edits])
+
+    def trial() -> list[tuple[Tensor, Tensor]]:
         read = record(model, ids[::-1], last, site, layers).values
         recording = record(model, ids, last, site, ())
         fast = edited_logits(model, recording, site, edits, last)
         whole = edited_logits(model, recording, site, [replace(edits[0], position=0)], last)
-    except UNTRIED as error:
-        if not is_misfit(error):
-            raise
-        return f"a batch that grows at {site} fails in it ({type(error).__name__})"
-    plain = torch.stack([plain_edited_logits(model, ids, site, edit, last) for edit in edits])
-    compared = [(read[layer], source[layer]) for layer in layers]
-    both = [(fast[1:], plain), (fast[0], whole[0]), *compared]
-    exact = all(apart(found, right) <= tolerance(dtype_of(model)) for found, right in both)
-    return "" if exact else f"a batch that grows at {site} gives other numbers in it than one pass for each edit"
+        return [(fast[1:], plain), (fast[0], whole[0]), *((read[layer], source[layer]) for layer in layers)]
+
+    return fault_of_trial(model, f"at {site}", trial)

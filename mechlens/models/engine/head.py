@@ -6,11 +6,18 @@ its blocks are passed over, and the last one gives the residual.
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mechlens.errors import UserError
+from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, probe_tokens, tolerance
+from mechlens.models.native import native
+from mechlens.models.soundness import require_finite_logits
 
 Form = tuple[Any, ...] | None
 """What a block gives beside its residual; None for one that gives the bare residual."""
@@ -70,3 +77,52 @@ def watched_pass(hf_model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> 
     forms = [None if isinstance(output, Tensor) else tuple(output[1:]) for output in seen]
     last = seen[-1] if isinstance(seen[-1], Tensor) else seen[-1][0]
     return forms, last[0], logits[0]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What is needed to run a bridge's own head alone, and how far that is `apart` from its logits."""
+
+    forms: list[Form]
+    gap: float
+
+
+_HEADS: "weakref.WeakKeyDictionary[nn.Module, _Head]" = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def _head(model: Any) -> _Head:
+    if model not in _HEADS:
+        # On the plain modules, where no hook of the user's is called for a prompt that nobody asked for.
+        with native(model) as hf_model:
+            _HEADS[model] = _tried_head(hf_model, model.blocks)
+    return _HEADS[model]
+
+
+def _tried_head(hf_model: nn.Module, blocks: nn.ModuleList) -> _Head:
+    try:
+        forms, residual, logits = watched_pass(hf_model, blocks, probe_tokens(hf_model, 7))
+        return _Head(forms, apart(head_logits(hf_model, blocks, forms, residual), logits))
+    except UNTRIED as error:
+        if not is_misfit(error):
+            raise
+        return _Head([], float("inf"))
+
+
+def head_gap(model: Any) -> float:
+    """How far a bridge's head alone is `apart` from the model's own logits."""
+    return _head(model).gap
+
+
+def own_logits(model: Any, residual: Tensor) -> Tensor:
+    """Logits of residuals, (row, d_model) to (row, vocab); UserError where they are not the model's own."""
+    head = _head(model)
+    logits = head_logits(model.original_model, model.blocks, head.forms, residual) if head.forms else None
+    if logits is not None:
+        require_finite_logits(logits)
+    if logits is None or head.gap > tolerance(residual.dtype):
+        raise UserError(
+            f"the logits of {type(model.original_model).__name__} can't be worked out from its last residual "
+            f"(apart from its own by {head.gap:.2g} of the largest), so neither can losses or log-odds"
+        )
+    return logits

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mechlens.models.bridge import LanguageModel, device_of, is_bridge, native
+from mechlens.models.bridge import LanguageModel, device_of, is_bridge
 from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.engine.writes import Place, place_hooks
+from mechlens.models.native import native, plain_module
 
 _Edit = Callable[[Tensor], Tensor]
 
@@ -126,14 +127,8 @@ def _modules(model: LanguageModel, hooks: Mapping[Place, str]) -> dict[Place, nn
                 point = component._modules.get(end)
                 place = None if point is None else wanted.get(point)
                 if place is not None and (place[0] == "resid_pre") == (end == "hook_in"):
-                    found[place] = _plain(component)
+                    found[place] = plain_module(component)
     return found
-
-
-def _plain(component: Any) -> nn.Module:
-    while getattr(component, "original_component", None) is not None:
-        component = component.original_component
-    return component  # type: ignore[no-any-return]
 
 
 _Step = Callable[[Tensor, TokenMask], Tensor]

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import LanguageModel, dtype_of, is_bridge, loaded, n_layers, site_hook, whole
+from mechlens.models.bridge import LanguageModel, dtype_of, is_bridge, loaded, n_layers, whole
 from mechlens.models.engine.probes import apart, probe_tokens, tolerance
+from mechlens.models.sites import CHANGEABLE, site_hook
 
-CHANGEABLE = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-"""Sites that interventions act on: a block's input, what attention and MLP add to the residual stream, its output."""
 MIXERS = ("linear_attn", "mixer", "conv", "mamba")
 """TransformerLens' names for what stands in attention's place in a block without it."""
 Place = tuple[str, int]

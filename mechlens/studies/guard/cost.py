@@ -12,7 +12,8 @@ from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.models.bridge import LanguageModel, device_of, n_layers
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
-from mechlens.models.engine.generate import prompt_logits, whole_logits
+from mechlens.models.engine.generate import prompt_logits
+from mechlens.models.engine.reference import whole_logits
 from mechlens.prompts.batch import TokenBatch
 
 REPEATS = 3

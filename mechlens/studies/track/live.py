@@ -19,7 +19,7 @@ from mechlens.methods.probing.detect import DetectionPlan, detect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.models.engine.native_pass import blocks_of, plain_pass
+from mechlens.models.native_pass import blocks_of, plain_pass
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family

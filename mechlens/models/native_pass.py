@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.models.engine.forward import gather
+from mechlens.models.engine.forward import Reader, gather
 from mechlens.prompts.batch import TokenBatch
 
 
@@ -43,9 +43,10 @@ def plain_pass(
             part = slice(start, start + rows)
             width = int(batch.lengths[part].max())
             tokens, mask = batch.tokens[part, :width], batch.mask[part, :width]
-            with _reading(blocks, levels, read[part]) as found:
+            reader = Reader(levels, len(blocks), read[part], stops=False)
+            with reader.attached(list(blocks)):
                 output = module(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
-            residuals.append(torch.stack([found[level] for level in levels], dim=1))
+            residuals.append(reader.stacked())
             logits.append(gather(output.logits, batch.lengths[part, None] - 1)[:, 0])
     return PlainPass(torch.cat(residuals), torch.cat(logits))
 
@@ -73,31 +74,3 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             part.training = training
         random.setstate(words)
         np.random.set_state(numbers)
-
-
-@contextlib.contextmanager
-def _reading(blocks: nn.ModuleList, levels: Sequence[int], read: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Fills a dictionary with the read positions of each level while the model runs in the block."""
-    found: dict[int, Tensor] = {}
-
-    def entering(level: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[level] = gather(args[0] if args else kwargs["hidden_states"], read)
-
-        return hook
-
-    def left(block: nn.Module, args: object, output: Any) -> None:
-        found[len(blocks)] = gather(output if isinstance(output, Tensor) else output[0], read)
-
-    handles = [
-        blocks[level].register_forward_pre_hook(entering(level), with_kwargs=True)
-        for level in levels
-        if level < len(blocks)
-    ]
-    if len(blocks) in levels:
-        handles.append(blocks[-1].register_forward_hook(left))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

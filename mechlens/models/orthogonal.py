@@ -13,6 +13,7 @@ from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, d_model, dtype_of, is_bridge, n_layers, regime
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
+from mechlens.models.native import plain_module
 
 TOKENS = tuple(range(1, 17))
 """What the edited model is tried on."""
@@ -88,13 +89,7 @@ def _writers(model: LanguageModel) -> list[tuple[str, nn.Module | None]]:
     found = [(name, part) for name, part in found if part is not None]
     for i, block in enumerate(model.blocks):
         found += [(f"blocks.{i}.{'.'.join(path)}", _part(block, *path)) for path in (("attn", "o"), ("mlp", "out"))]
-    return [(name, _plain(part)) for name, part in found]
-
-
-def _plain(component: Any) -> Any:
-    while getattr(component, "original_component", None) is not None:
-        component = component.original_component
-    return component
+    return [(name, plain_module(part)) for name, part in found]
 
 
 def _written(model: LanguageModel, name: str, module: Any) -> list[tuple[str, int]]:
@@ -115,7 +110,7 @@ def _require_gone(model: LanguageModel, unit: Tensor) -> None:
     row = Row(TOKENS, tuple(range(len(TOKENS))))
     levels = list(range(n_layers(model) + 1))
     run = forward.fast_batch if forward.fits_fast_path(model) else None
-    values = run(model, [row], levels, None) if run else forward.plain_batch(model, [row], levels)
+    values = run(model, [row], levels, None) if run else forward.reference_batch(model, [row], levels)
     share = (values.double() @ unit.cpu()).abs() / values.double().norm(dim=-1).clamp(min=1e-30)
     # In half precision each addition to the stream rounds some of the direction back in.
     tolerance = 1e-4 if dtype_of(model) == torch.float32 else 5e-3

@@ -1,0 +1,81 @@
+"""Caches of keys and values: for many rows on one start, for one pass that keeps nothing, with room to grow."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+def expanded(cache: DynamicCache | None, batch: int) -> DynamicCache:
+    """A fresh cache that starts with the same keys and values in every row."""
+    if cache is None:
+        return DynamicCache()
+    return DynamicCache([(x.keys.expand(batch, -1, -1, -1), x.values.expand(batch, -1, -1, -1)) for x in cache.layers])
+
+
+def chosen(layer: Any, rows: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
+    """Keys and values of some rows of one layer; views where there is only one row."""
+    if len(layer.keys) == 1:
+        return layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1)
+    return layer.keys[rows.to(layer.keys.device)], layer.values[rows.to(layer.values.device)]
+
+
+class ReadOnlyCache(DynamicCache):  # type: ignore[misc]  # transformers has no types
+    """The first tokens of a run for a batch of any size, in one pass: new tokens are attended to and forgotten.
+
+    So memory doesn't grow with rows times layers.
+    """
+
+    def __init__(self, run: DynamicCache | None, length: int) -> None:
+        layers = run.layers if run is not None and length else ()
+        super().__init__([(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in layers])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values of all tokens of the rows that the block has."""
+        if not self.layers:
+            return key_states, value_states
+        layer, rows = self.layers[layer_idx], len(key_states)
+        kept = layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)
+        return torch.cat([kept[0], key_states], dim=-2), torch.cat([kept[1], value_states], dim=-2)
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """Keys and values as the first columns of tensors that are as long as they will ever be."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.length = keys.shape[-2]
+        self.whole_keys, self.whole_values = _with_room(keys, room), _with_room(values, room)
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (x[:, :, : self.length] for x in (self.whole_keys, self.whole_values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens behind the others; gives all of them."""
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.whole_keys[:, :, start : self.length] = key_states
+        self.whole_values[:, :, start : self.length] = value_states
+        self._show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some of the rows."""
+        indices = indices.to(self.whole_keys.device)  # blocks may lie on several devices
+        self.whole_keys, self.whole_values = self.whole_keys[indices], self.whole_values[indices]
+        self._show()
+
+
+def _with_room(x: Tensor, room: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(*x.shape[:2], room, x.shape[3])], dim=2)
+
+
+def roomy(layers: list[tuple[Tensor, Tensor]], room: int) -> DynamicCache:
+    """A cache of these keys and values, layer by layer, with room for so many more tokens."""
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer(keys, values, room) for keys, values in layers]
+    return cache
