@@ -9,6 +9,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+FRACTIONS = (0.5, 0.2, 0.3)
+"""Shares of the prompt families for training, validation and test."""
+RESAMPLES = 1000
+PERMUTATIONS = 200
+RANDOM_DIRECTIONS = 20
+ANSWER_TOKENS = 24
+
 
 @dataclass(frozen=True)
 class WandbSettings:
@@ -60,7 +67,7 @@ class PromptSets:
 class Answering:
     """How the model's own answers are written and judged."""
 
-    max_new_tokens: int = 24
+    max_new_tokens: int = ANSWER_TOKENS
     """Length of the answers that are judged."""
 
 
@@ -92,12 +99,18 @@ class Sampling:
 
     seed: int = 0
     """Decides the sample, the split, every resample and every null."""
-    resamples: int = 1000
+    resamples: int = RESAMPLES
     """Bootstrap resamples of prompt families behind every interval."""
-    permutations: int = 200
-    """Label permutations behind every null."""
-    random_directions: int = 20
+    random_directions: int = RANDOM_DIRECTIONS
     """Random directions of the same norm behind every null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionPlan(Sampling):
+    """How much chance is sampled where a concept is read off, and from which seed."""
+
+    permutations: int = PERMUTATIONS
+    """Label permutations behind every null."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ def test_interval_covers_the_truth_in_about_95_percent_of_draws() -> None:
     covered = 0
     for seed in range(200):
         scores, positive = _draw(60, seed)
-        estimate = auroc_estimate(scores, positive, families, seed=seed, n_resamples=300)
+        estimate = auroc_estimate(scores, positive, families, seed=seed, resamples=300)
         covered += estimate.low <= truth <= estimate.high
     assert 0.90 <= covered / 200 <= 0.985
 

@@ -374,7 +374,7 @@ def test_self_patch_changes_nothing(architecture: str, direction: str) -> None:
             assert gap(got.values, got.start[:, None, None, None]) < CLOSE
             assert torch.equal(got.clean, got.corrupt)
             assert bool(got.recovery().isnan().all())
-            assert set(got.table(seed=0, n_resamples=5, n_flips=50)["p_corrected"]) == {1.0}
+            assert set(got.table(seed=0, resamples=5, n_flips=50)["p_corrected"]) == {1.0}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -45,8 +45,8 @@ from mechlens.studies.finetune.training import finetune
 from mechlens.studies.guard import fit as guard_fit
 from mechlens.studies.guard.config import GuardFit
 from mechlens.studies.jailbreaks import study as jailbreaks
-from mechlens.studies.jailbreaks.config import Jailbreaks
-from mechlens.studies.jailbreaks.pairs import JailbreakPlan, OrdinaryPrompts, attack_pairs
+from mechlens.studies.jailbreaks.config import JailbreakPlan, Jailbreaks
+from mechlens.studies.jailbreaks.pairs import OrdinaryPrompts, attack_pairs
 from mechlens.studies.patch import study as patch
 from mechlens.studies.patch.config import Patch
 from mechlens.studies.select import study as select

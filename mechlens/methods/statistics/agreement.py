@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.settings import RESAMPLES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Agreement:
 
 
 def agreement(
-    first: Sequence[str], second: Sequence[str], families: Sequence[str], seed: int, n_resamples: int = 1000
+    first: Sequence[str], second: Sequence[str], families: Sequence[str], seed: int, resamples: int = RESAMPLES
 ) -> Agreement:
     """Cohen's kappa between two judges of the same answers, bootstrapped over prompt families.
 
@@ -41,7 +42,7 @@ def agreement(
     joint = np.zeros((len(first), len(verdicts), len(verdicts)))
     for row, (one, other) in enumerate(zip(first, second, strict=True)):
         joint[row, verdicts.index(one), verdicts.index(other)] = 1.0
-    weights = family_weights(families, n_resamples, seed)
+    weights = family_weights(families, resamples, seed)
     bounds = interval(kappas(torch.einsum("rp,pab->rab", weights, torch.from_numpy(joint))))
     value = float(cohen_kappa_score(list(first), list(second), labels=verdicts))
     return Agreement(

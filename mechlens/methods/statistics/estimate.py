@@ -27,6 +27,10 @@ class Estimate:
         """A number that chance has no part in, such as a count, or that has no interval of its own, such as a p."""
         return cls(value=float(value), low=float(value), high=float(value), n=n)
 
+    def row(self) -> dict[str, float]:
+        """Its columns in a table."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
     @property
     def measurable(self) -> bool:
         """False where the value is NaN; a verdict that needs it is then "not measurable"."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.prompts.split import families_by_classes
+from mechlens.settings import RESAMPLES
 
 ScoreFold = Callable[[list[int], list[int]], Float[Tensor, " held_out"]]
 """Rows to fit on and rows to score -> scores of the latter."""
@@ -44,7 +45,7 @@ class Interval(NamedTuple):
 
 
 def family_weights(
-    families: Sequence[str], n_resamples: int, seed: int, labels: Sequence[str] | None = None
+    families: Sequence[str], resamples: int, seed: int, labels: Sequence[str] | None = None
 ) -> Float[Tensor, "resample prompt"]:
     """How often each prompt is in each bootstrap resample of whole families (float64 counts).
 
@@ -53,10 +54,10 @@ def family_weights(
     """
     generator = torch.Generator().manual_seed(seed)
     codes, n_families = _family_codes(families)
-    counts = torch.zeros(n_resamples, n_families, dtype=torch.float64)
+    counts = torch.zeros(resamples, n_families, dtype=torch.float64)
     for members in _groups(families, labels):
-        draws = torch.randint(len(members), (n_resamples, len(members)), generator=generator)
-        drawn = torch.zeros(n_resamples, len(members), dtype=torch.float64)
+        draws = torch.randint(len(members), (resamples, len(members)), generator=generator)
+        drawn = torch.zeros(resamples, len(members), dtype=torch.float64)
         counts[:, members] = drawn.scatter_add_(1, draws, torch.ones_like(drawn))
     return counts[:, codes]
 
@@ -117,12 +118,12 @@ def interval(samples: Float[Tensor, "*cell resample"], level: float = 0.95) -> I
 
 
 def mean_estimate(
-    values: Float[Tensor, " prompt"], families: Sequence[str], seed: int, n_resamples: int = 1000
+    values: Float[Tensor, " prompt"], families: Sequence[str], seed: int, resamples: int = RESAMPLES
 ) -> Estimate:
     """The mean over prompts with its family-bootstrap interval; missing where there is no prompt."""
     if len(values) == 0 or not bool(torch.isfinite(values).all()):
         return Estimate.missing(len(values))
-    weights = family_weights(families, n_resamples, seed)
+    weights = family_weights(families, resamples, seed)
     samples = weights @ values.double() / weights.sum(dim=1)
     bounds = interval(samples)
     return Estimate(float(values.double().mean()), float(bounds.low), float(bounds.high), len(values))

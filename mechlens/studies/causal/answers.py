@@ -15,8 +15,9 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.conditions import answers_of_arms
 from mechlens.methods.steering.interventions import Ablate, Add, ResidualNorms
 from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMLESS, OPERATIONS, PUSH, Setting, intervene, pushes
-from mechlens.studies.causal.readings import Condition, Resampling, Subjects, columns
+from mechlens.studies.causal.readings import Condition, Subjects, family_mean
 
 JUDGES = {"": PHRASES, "_arditi": ARDITI, "_zhao": ZHAO}
 """By the end of a column's name. The first decides everywhere; the published two stand beside it."""
@@ -51,7 +52,7 @@ class AnswersUnder:
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
-    def damage(self, model: LanguageModel, chance: Resampling) -> pd.DataFrame:
+    def damage(self, model: LanguageModel, plan: CausalPlan) -> pd.DataFrame:
         """Losses on harmless prompts and plain text; repetition, silence and refusals over all prompts."""
         rows = self.who.of(HARMLESS)
         own = replace(
@@ -63,25 +64,25 @@ class AnswersUnder:
         table = []
         for operation, texts in {"none": list(self.unsteered.texts), **self.texts}.items():
             losses = damage(model, self.done.get(operation), self.who.batch.select(rows), own)
-            measured = {**_losses(losses, chance), **self._in_words(model, texts, chance)}
-            table += [{"operation": operation, "measure": name, **columns(found)} for name, found in measured.items()]
+            measured = {**_losses(losses, plan), **self._in_words(model, texts, plan)}
+            table += [{"operation": operation, "measure": name, **found.row()} for name, found in measured.items()]
         return pd.DataFrame(table)
 
-    def _in_words(self, model: LanguageModel, texts: list[str], chance: Resampling) -> dict[str, Estimate]:
+    def _in_words(self, model: LanguageModel, texts: list[str], plan: CausalPlan) -> dict[str, Estimate]:
         encode = loaded(model).tokenizer.encode
         repeated = torch.tensor([repetition(encode(text, add_special_tokens=False)) for text in texts]).double()
         silent = torch.tensor([not text.strip() for text in texts]).double()
         estimate = self.who.estimate
-        found = {"repetition": estimate(repeated, chance), "empty": estimate(silent, chance)}
+        found = {"repetition": estimate(repeated, plan), "empty": estimate(silent, plan)}
         for end, judge in JUDGES.items():
             refused = torch.tensor([verdict == "refused" for verdict in judge(self.who.prompts, texts)]).double()
-            found |= {f"refused_{label}{end}": estimate(refused, chance, self.who.of(label)) for label in PUSH}
+            found |= {f"refused_{label}{end}": estimate(refused, plan, self.who.of(label)) for label in PUSH}
         return found
 
 
-def _losses(found: Damage, chance: Resampling) -> dict[str, Estimate]:
+def _losses(found: Damage, plan: CausalPlan) -> dict[str, Estimate]:
     values = {"plain_ce": found.plain, "own_ce": found.own, "kl": found.kl}
-    return {name: chance.mean(own, [str(i) for i in range(len(own))]) for name, own in values.items()}
+    return {name: family_mean(own, [str(i) for i in range(len(own))], plan) for name, own in values.items()}
 
 
 def answers_under(
@@ -91,13 +92,13 @@ def answers_under(
     setting: Setting,
     norms: ResidualNorms,
     unsteered: Answers,
-    max_new_tokens: int,
+    plan: CausalPlan,
     cache: Cache | None,
 ) -> AnswersUnder:
     """Answers under adding, subtracting and ablating one direction at one setting."""
     done: dict[str, Add | Ablate] = {name: intervene(direction, name, setting, norms) for name in OPERATIONS}
     conditions: list[Condition] = [[one] * len(who.prompts) for one in done.values()]
-    texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=max_new_tokens, cache=cache)
+    texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=plan.max_new_tokens, cache=cache)
     return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)))
 
 

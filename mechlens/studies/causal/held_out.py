@@ -14,13 +14,14 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import ResidualNorms
 from mechlens.models.bridge import LanguageModel
 from mechlens.studies.causal.answers import answers_under, replies_under
+from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMLESS, ContrastSource, Setting, pushes
 from mechlens.studies.causal.readings import (
     MEASURES,
     Condition,
     ReadTokens,
-    Resampling,
     Subjects,
+    family_mean,
     pushed,
     read,
     refused,
@@ -29,7 +30,7 @@ from mechlens.studies.causal.readings import (
 
 @dataclass(frozen=True)
 class Control:
-    """What directions of nothing do in a direction's place."""
+    """What null directions (random ones, or those from shuffled labels) do in a direction's place."""
 
     mean: Estimate
     """Mean over them, with the interval over prompts."""
@@ -65,59 +66,58 @@ def run_test(
     setting: Setting,
     norms: ResidualNorms,
     words: ReadTokens,
-    chance: Resampling,
-    controls: tuple[int, int],
+    plan: CausalPlan,
     answers: Answers,
-    max_new_tokens: int,
     cache: Cache | None,
 ) -> HeldOutEffect:
-    """Pushes with controls (so many random and so many shuffled directions), all operations in words, damage.
-
-    `answers` are the unsteered ones to the same prompts.
-    """
+    """Pushes with both kinds of null directions, all operations in words, damage; `answers` are the unsteered ones."""
     direction = source.direction(setting.layer)
-    n_random, n_shuffled = controls
     conditions: list[Condition] = [
         pushes(one, setting, norms, who.labels)
-        for one in (direction, *random_like(direction, n_random, chance.seed + 1))
+        for one in (direction, *random_like(direction, plan.random_directions, plan.seed + 1))
     ]
-    for one in source.shuffled(setting.layer, n_shuffled, chance.seed + 2):
+    for one in source.shuffled(setting.layer, plan.shuffled_directions, plan.seed + 2):
         # As many times its own length as the direction is pushed; one of no length does nothing.
         share = setting.times(one.norm / direction.norm)
         conditions.append(pushes(one, share, norms, who.labels) if one.norm else [None] * len(who.prompts))
     values = read(model, who, [[None] * len(who.prompts), *conditions], words, cache)
     change = pushed(values[1:], values[0], who.harmful)
     by_measure = {name: (change[:, :, k], list(range(len(who.prompts)))) for k, name in enumerate(MEASURES)}
-    by_measure["rate"] = _rate_changes(model, who, conditions, max_new_tokens, cache)
+    by_measure["rate"] = _rate_changes(model, who, conditions, plan, cache)
     found: dict[str, list[Control]] = {}
     for name, (own, rows) in by_measure.items():
         families = [who.families[i] for i in rows]
-        found[name] = [_control(part, families, chance) for part in (own[1 : 1 + n_random], own[1 + n_random :])]
-    said = answers_under(model, who, direction, setting, norms, answers, max_new_tokens, cache)
+        found[name] = [
+            _control(part, families, plan)
+            for part in (own[1 : 1 + plan.random_directions], own[1 + plan.random_directions :])
+        ]
+    said = answers_under(model, who, direction, setting, norms, answers, plan, cache)
     return HeldOutEffect(
         direction=direction,
         setting=setting,
-        pushes={name: chance.mean(own[0], [who.families[i] for i in rows]) for name, (own, rows) in by_measure.items()},
+        pushes={
+            name: family_mean(own[0], [who.families[i] for i in rows], plan) for name, (own, rows) in by_measure.items()
+        },
         random={name: control[0] for name, control in found.items()},
         shuffled={name: control[1] for name, control in found.items()},
         answers=said.table(),
-        damage=said.damage(model, chance),
+        damage=said.damage(model, plan),
         replies=replies_under(model, who, direction, setting, norms, cache),
     )
 
 
-def _control(change: Float[Tensor, "direction prompt"], families: Sequence[str], chance: Resampling) -> Control:
+def _control(change: Float[Tensor, "direction prompt"], families: Sequence[str], plan: CausalPlan) -> Control:
     if not len(change):
         return Control(Estimate.missing(0), Estimate.missing(0), 0)
     largest = change[int(change.mean(dim=1).argmax())]
-    return Control(chance.mean(change.mean(dim=0), families), chance.mean(largest, families), len(change))
+    return Control(family_mean(change.mean(dim=0), families, plan), family_mean(largest, families, plan), len(change))
 
 
 def _rate_changes(
-    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], max_new_tokens: int, cache: Cache | None
+    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], plan: CausalPlan, cache: Cache | None
 ) -> tuple[Float[Tensor, "condition prompt"], list[int]]:
     """How much oftener each harmless prompt is refused under every push, and which rows these are."""
     rows = who.of(HARMLESS)
     every: list[Condition] = [[None] * len(rows), *([condition[i] for i in rows] for condition in conditions)]
-    values = refused(model, who.batch.select(rows), every, max_new_tokens, cache)
+    values = refused(model, who.batch.select(rows), every, plan.max_new_tokens, cache)
     return values[1:] - values[0], rows

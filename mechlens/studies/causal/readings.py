@@ -18,6 +18,7 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMFUL
 
 MEASURES = ("refusal", "inversion.before", "inversion.all", "own_words.before", "own_words.all")
@@ -54,28 +55,16 @@ class Subjects:
         return [i for i, own in enumerate(self.labels) if own == label]
 
     def estimate(
-        self, values: Float[Tensor, " prompt"], chance: "Resampling", rows: Sequence[int] | None = None
+        self, values: Float[Tensor, " prompt"], plan: CausalPlan, rows: Sequence[int] | None = None
     ) -> Estimate:
         """Mean over the prompts, or over some of them, with its interval over families."""
         kept = range(len(self.prompts)) if rows is None else rows
-        return chance.mean(values[list(kept)], [self.families[i] for i in kept])
+        return family_mean(values[list(kept)], [self.families[i] for i in kept], plan)
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """How much chance is sampled behind an interval, and from which seed."""
-
-    seed: int
-    n_resamples: int
-
-    def mean(self, values: Float[Tensor, " prompt"], families: Sequence[str]) -> Estimate:
-        """Mean with its interval over families."""
-        return mean_estimate(values, families, self.seed, self.n_resamples)
-
-
-def columns(estimate: Estimate) -> dict[str, float]:
-    """An estimate as columns of a table."""
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+def family_mean(values: Float[Tensor, " prompt"], families: Sequence[str], plan: CausalPlan) -> Estimate:
+    """Mean with its interval over families."""
+    return mean_estimate(values, families, plan.seed, plan.resamples)
 
 
 def subjects(prompts: Sequence[Prompt], template: ChatTemplate) -> Subjects:

@@ -7,7 +7,6 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.causal.figures import damage_table, draw
-from mechlens.studies.causal.readings import columns
 from mechlens.studies.causal.study import Battery
 from mechlens.studies.causal.verdict import CausalVerdict, causal_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
@@ -52,7 +51,7 @@ def tested_table(result: Battery) -> pd.DataFrame:
                 rows.append(
                     {
                         "direction": name, "layer": tested.setting.layer, "strength": tested.setting.strength,
-                        "measure": measure, "who": who, **columns(own),
+                        "measure": measure, "who": who, **own.row(),
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)
@@ -171,7 +170,8 @@ def _how(result: Battery, verdict: CausalVerdict, punctuation: str) -> str:
         f"differences; harmfulness at `inst`, refusal at `last`). Chosen on validation: {settings or 'nothing'}.\n\n"
         "Adding acts on every token of the prompt at the input of one block; ablating removes the component at every "
         "layer, site and token. Controls on the same test prompts: "
-        f"{plan.n_random} random directions of the same norm and {plan.n_shuffled} directions of shuffled labels. "
+        f"{plan.random_directions} random directions of the same norm and {plan.shuffled_directions} null directions "
+        "from shuffled labels. "
         f"Intervals: 95% bootstrap over families, directions frozen. Each request is asked about with one of five "
         f"questions, in turns (n = {parsed.n})."
     )

@@ -1,7 +1,8 @@
 """Does the harmfulness direction change what the model believes, and the refusal direction only whether it refuses?
 
 Directions come from training prompts, layers and strengths from validation prompts, and every reported number from
-test prompts, beside random directions and directions of shuffled labels (Zhao et al. 2025, sections 3.3 and 3.4).
+test prompts, beside random directions and null directions from
+shuffled labels (Zhao et al. 2025, sections 3.3 and 3.4).
 """
 
 import random
@@ -29,43 +30,22 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS
 from mechlens.studies.causal.answers import replies, reply_table
-from mechlens.studies.causal.config import Causal
+from mechlens.studies.causal.config import Causal, CausalPlan
 from mechlens.studies.causal.directions import HARMFUL, HARMLESS, NAMES, PUSH, Setting, class_counts, sources
 from mechlens.studies.causal.grid import GRID_RANDOM, Grid, grid_layers, run_grid
 from mechlens.studies.causal.held_out import HeldOutEffect, run_test
-from mechlens.studies.causal.readings import MEASURES, ReadTokens, Resampling, Subjects, read, subjects
+from mechlens.studies.causal.readings import MEASURES, ReadTokens, Subjects, read, subjects
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
 from mechlens.studies.shared.inputs import MAX_DRAWS
 from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, judge_first_token
 
-FRACTIONS = (0.5, 0.2, 0.3)
 MIN_PARSED = 0.8
 """Share of the unsteered replies that must say one of the two words."""
 MIN_AUROC = 0.6
 """Lower bound of how well the unsteered replies must tell the classes apart."""
-
-
-@dataclass(frozen=True)
-class CausalPlan:
-    """The choices of a causal battery."""
-
-    seed: int
-    layers: tuple[int, ...] = ()
-    """Layers of the grid; none given takes every so many."""
-    every: int = 3
-    """Distance between the grid's layers."""
-    strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Shares of the median residual norm; the last two are about the published coefficients 1 and 2."""
-    n_validation: int = 16
-    """Prompts of each class in the grid."""
-    n_test: int = 32
-    """Prompts of each class in the test."""
-    n_random: int = 20
-    n_shuffled: int = 20
-    max_new_tokens: int = 24
-    n_resamples: int = 1000
 
 
 @dataclass(frozen=True)
@@ -127,11 +107,16 @@ class Battery:
         return dict(zip(names, values, strict=True))
 
 
+def _every(plan: CausalPlan) -> int:
+    """Distance between the grid's layers."""
+    return 1 if plan.full else 3
+
+
 def work_ahead(model: LanguageModel, plan: CausalPlan) -> Workload:
     """The battery's size, for somebody who waits for it; directions that can't be measured make it smaller."""
-    layers = len(grid_layers(model, plan.layers, plan.every))
+    layers = len(grid_layers(model, plan.layers, _every(plan)))
     conditions = len(NAMES) * layers * (2 * len(plan.strengths) + 1) + GRID_RANDOM * layers * len(plan.strengths)
-    tested = len(NAMES) * (1 + plan.n_random + plan.n_shuffled)
+    tested = len(NAMES) * (1 + plan.random_directions + plan.shuffled_directions)
     read = 3 * (2 * plan.n_validation * conditions + 2 * plan.n_test * tested)
     answers = plan.n_validation * len(NAMES) * layers * (2 * len(plan.strengths) + 1) + plan.n_test * tested
     return Workload(read, answers + len(NAMES) * 2 * plan.n_test * 5)
@@ -148,10 +133,9 @@ def run_battery(
 ) -> Battery:
     """The whole battery on one model; what its refusals or replies don't suffice for is not measurable."""
     require_everywhere(model)
-    layers = grid_layers(model, plan.layers, plan.every)
+    layers = grid_layers(model, plan.layers, _every(plan))
     template = template or template_of(model)
     prompts = _labelled(harmful, harmless)
-    chance = Resampling(plan.seed, plan.n_resamples)
     batch = tokenize(prompts, template)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
     acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
@@ -168,7 +152,7 @@ def run_battery(
     tokenizer = loaded(model).tokenizer
     words = ReadTokens(asked_words(tokenizer, reference), preferred_words(tokenizer, reference), first_token.tokens)
     settings = [Setting(layer, strength) for layer in layers for strength in plan.strengths]
-    grid = run_grid(model, validation, found, settings, norms, words, chance, plan.max_new_tokens, cache)
+    grid = run_grid(model, validation, found, settings, norms, words, plan, cache)
     unsteered = _taken(judged.answers, rows)
     beliefs = replies(model, test, {"none": [None] * len(rows)}, cache)
     values = read(model, test, [[None] * len(rows)], words, cache)[0]
@@ -179,12 +163,11 @@ def run_battery(
         grid=grid,
         tested={
             name: run_test(
-                model, test, source, grid.chosen[name], norms, words, chance, (plan.n_random, plan.n_shuffled),
-                unsteered, plan.max_new_tokens, cache,
+                model, test, source, grid.chosen[name], norms, words, plan, unsteered, cache,
             )
             for name, source in found.items()
         },
-        unsteered=_unsteered(test, values, beliefs["none"], [judged.refused[i] for i in rows], chance),
+        unsteered=_unsteered(test, values, beliefs["none"], [judged.refused[i] for i in rows], plan),
         replies=reply_table(test, beliefs),
         by_question=_by_question(test, values),
         counts=class_counts(judged, split.train),
@@ -222,19 +205,17 @@ def _taken(answers: Answers, rows: Sequence[int]) -> Answers:
 
 
 def _unsteered(
-    who: Subjects, values: torch.Tensor, beliefs: Sequence[str], refused: Sequence[bool], chance: Resampling
+    who: Subjects, values: torch.Tensor, beliefs: Sequence[str], refused: Sequence[bool], plan: CausalPlan
 ) -> dict[str, Estimate]:
     """Whether the questions are answered at all, and what is refused without an intervention."""
     difference = values[:, MEASURES.index("inversion.all")]
     parsed = torch.tensor([belief in ("harmful", "harmless") for belief in beliefs]).double()
     said_no = torch.tensor(refused).double()
     found = {
-        "inversion_auroc.unsteered": auroc_estimate(
-            difference, who.harmful, who.families, chance.seed, chance.n_resamples
-        ),
-        "inversion_parsed": who.estimate(parsed, chance),
+        "inversion_auroc.unsteered": auroc_estimate(difference, who.harmful, who.families, plan.seed, plan.resamples),
+        "inversion_parsed": who.estimate(parsed, plan),
     }
-    return found | {f"refusal_rate.{label}": who.estimate(said_no, chance, who.of(label)) for label in PUSH}
+    return found | {f"refusal_rate.{label}": who.estimate(said_no, plan, who.of(label)) for label in PUSH}
 
 
 def _by_question(who: Subjects, values: torch.Tensor) -> pd.DataFrame:
@@ -264,24 +245,12 @@ def prepare(config: Causal) -> Preparation[ContrastSets]:
 
 def execute(config: Causal, sets: ContrastSets, writer: RunWriter) -> Battery:
     """The battery on the configured model and prompts."""
-    plan = CausalPlan(
-        seed=config.seed,
-        layers=config.layers,
-        every=1 if config.full else 3,
-        strengths=config.strengths,
-        n_validation=config.n_validation,
-        n_test=config.n_test,
-        n_random=config.random_directions,
-        n_shuffled=config.shuffled_directions,
-        max_new_tokens=config.max_new_tokens,
-        n_resamples=config.resamples,
-    )
-    ahead = work_ahead(sets.model, plan)
+    ahead = work_ahead(sets.model, config)
     tqdm.write(
         f"ahead: {ahead.first_tokens:,} prompts read to their first answer token, {ahead.answers:,} answered",
         file=sys.stderr,
     )
-    return run_battery(sets.model, sets.positive, sets.negative, plan, template=sets.template, cache=writer.cache)
+    return run_battery(sets.model, sets.positive, sets.negative, config, template=sets.template, cache=writer.cache)
 
 
 def _require_sizes(config: Causal) -> None:

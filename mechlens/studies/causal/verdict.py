@@ -58,9 +58,9 @@ def causal_verdict(result: Battery) -> CausalVerdict:
 
 
 _SHOWN_SENTENCE = (
-    "The harmfulness direction changes what the model says it believes about a request, by more than directions of "
-    "nothing do; the refusal direction changes whether it refuses, and doesn't change the belief in that way in either "
-    "scope."
+    "The harmfulness direction changes what the model says it believes about a request, by more than null "
+    "directions do; the refusal direction changes whether it refuses, and doesn't change the belief in that way in "
+    "either scope."
 )
 
 

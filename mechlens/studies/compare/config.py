@@ -5,12 +5,12 @@ from typing import Annotated
 
 import tyro
 
-from mechlens.settings import BaseChoice, PromptSets, RunChoice, Sampling
+from mechlens.settings import BaseChoice, DetectionPlan, PromptSets, RunChoice
 from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(RunChoice, Sampling, PromptSets, BaseChoice):
+class Compare(RunChoice, DetectionPlan, PromptSets, BaseChoice):
     """Two checkpoints of one model: what was kept, and where moving B's activations into A moves the behaviour."""
 
     first: Annotated[str, tyro.conf.Positional]

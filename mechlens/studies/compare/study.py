@@ -13,8 +13,9 @@ from mechlens.studies.compare.config import Compare
 from mechlens.studies.compare.moved import MovedActivations, move_activations
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import require_sampling
+from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
-from mechlens.studies.track.result import Tracking, TrackPlan
+from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.study import track
 
 BASE = "base"
@@ -41,11 +42,10 @@ def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Compariso
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
         positions=("inst", "last"),
-        levels=None,
         steered=config.steered,
-        n_resamples=config.resamples,
-        n_permutations=config.permutations,
-        n_random=config.random_directions,
+        resamples=config.resamples,
+        permutations=config.permutations,
+        random_directions=config.random_directions,
     )
     with given.swapper as swapper:
         result = track(swapper, given.series, given.questions, plan, cache=writer.cache)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import ModelChoice, RunChoice, Sampling
+from mechlens.settings import DetectionPlan, ModelChoice, RunChoice
 from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindDirection(RunChoice, Sampling, ModelChoice):
+class FindDirection(RunChoice, DetectionPlan, ModelChoice):
     """Find the direction of any concept that two prompt files contrast, at every position and level."""
 
     positive: str

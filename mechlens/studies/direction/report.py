@@ -148,7 +148,8 @@ def _how(result: Concept, punctuation: str, model: LanguageModel) -> str:
     sizes = {name: len(result.split.part(name)) for name in ("train", "validation", "test")}
     return (
         f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, split by family. "
-        f"{punctuation}\n\nIntervals: 95% bootstrap over families ({result.plan.n_resamples} resamples), direction "
-        f"frozen. Nulls: {result.plan.n_permutations} label permutations, {result.plan.n_random} random directions. "
+        f"{punctuation}\n\nIntervals: 95% bootstrap over families ({result.plan.resamples} resamples), direction "
+        f"frozen. Nulls: {result.plan.permutations} label permutations, "
+        f"{result.plan.random_directions} random directions. "
         f"Activations: {result.acts.engine} engine, {loaded(model).checkpoint.regime} weights."
     )

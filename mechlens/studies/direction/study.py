@@ -12,7 +12,7 @@ from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.reliability import split_half
-from mechlens.methods.probing.detect import Detection, DetectionPlan
+from mechlens.methods.probing.detect import Detection
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, tokenize
@@ -21,6 +21,7 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS, DetectionPlan
 from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
@@ -97,7 +98,7 @@ def find_concept(
     prompts += [replace(prompt, label=NEGATIVE) for prompt in negative]
     batch = tokenize(prompts, template or template_of(model))
     acts = collect(model, batch, positions=positions, cache=cache)
-    split = split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=plan.seed)
+    split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     surface = surface_of(model, batch)
     measured = measure("concept", acts, acts.labels, (POSITIVE, NEGATIVE), split, surface, plan)
     if measured.detection is None:
@@ -129,13 +130,12 @@ def prepare(config: FindDirection) -> Preparation[ContrastSets]:
 
 def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Concept:
     """Finds and tests the direction."""
-    plan = DetectionPlan(config.seed, config.resamples, config.permutations, config.random_directions)
     return find_concept(
         sets.model,
         sets.positive,
         sets.negative,
         config.positions,
-        plan,
+        config,
         template=sets.template,
         cache=writer.cache,
     )

@@ -4,12 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice, Sampling
+from mechlens.settings import Answering, DetectionPlan, ModelChoice, PromptSets, RunChoice
 from mechlens.studies.registry import Command, Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardFit(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
+class EvaluationPlan(DetectionPlan, Answering):
+    """The choices of a guard's evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardFit(RunChoice, EvaluationPlan, PromptSets, ModelChoice):
     """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors."""
 
     out: Path = Path("runs/guard")
@@ -31,7 +36,7 @@ class GuardFit(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardEval(RunChoice, Sampling, Answering, ModelChoice):
+class GuardEval(RunChoice, EvaluationPlan, ModelChoice):
     """Test a guard on prompts from other sources, beside baselines on the same prompts."""
 
     guard: str

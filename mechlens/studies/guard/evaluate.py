@@ -24,7 +24,6 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardEval
 from mechlens.studies.guard.evaluation import (
-    EvaluationPlan,
     EvaluationPrompts,
     GuardEvaluation,
     evaluate_guard,
@@ -69,14 +68,6 @@ def prepare(config: GuardEval) -> Preparation[GuardTest]:
 
 def execute(config: GuardEval, given: GuardTest, writer: RunWriter) -> GuardEvaluation:
     """Tests the guard beside baselines, other rules and guard models."""
-    plan = EvaluationPlan(
-        seed=config.seed,
-        n_resamples=config.resamples,
-        n_permutations=config.permutations,
-        n_random=config.random_directions,
-        max_new_tokens=config.max_new_tokens,
-        other_weights=config.other_weights,
-    )
     batch = tokenize(given.train, given.template)
     acts = collect(given.model, batch, positions=read_positions(given.guard.settings), cache=writer.cache)
     opinions = {
@@ -88,7 +79,8 @@ def execute(config: GuardEval, given: GuardTest, writer: RunWriter) -> GuardEval
         other_rules(acts, given.guard.settings),
         given.train,
         given.examined,
-        plan,
+        config,
+        other_weights=config.other_weights,
         opinions=opinions,
         template=given.template,
         cache=writer.cache,

@@ -26,6 +26,7 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.guard.config import EvaluationPlan
 from mechlens.studies.guard.detectors import (
     Detector,
     TrainAndTest,
@@ -44,19 +45,6 @@ from mechlens.studies.shared.training_data import text_sha256, trained_on, was_s
 
 FPR_OF_BASELINES = 0.05
 """The false-positive rate that baselines are calibrated for, where the guard has the paper's threshold of 0."""
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """What is decided beforehand."""
-
-    seed: int = 0
-    n_resamples: int = 1000
-    n_permutations: int = 200
-    n_random: int = 20
-    max_new_tokens: int = 24
-    other_weights: bool = False
-    """Test the guard on weights that it wasn't fitted on, such as another checkpoint of a series."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +79,8 @@ class GuardEvaluation:
     batch: TokenBatch
     """The test prompts."""
     plan: EvaluationPlan
+    other_weights: bool = False
+    """Whether the guard may have been fitted on other weights, such as another checkpoint of a series."""
 
 
 def examine(
@@ -139,12 +129,14 @@ def evaluate_guard(
     plan: EvaluationPlan,
     *,
     opinions: Mapping[str, Sequence[GuardModelAnswer]] | None = None,
+    other_weights: bool = False,
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> GuardEvaluation:
     """The guard, other rules (`others`) and baselines, fitted on `train` and applied to the examined prompts.
 
     `train` are the guard's own training prompts, labelled. `opinions` are guard models' answers, by name.
+    `other_weights` lets the guard be one that was fitted on another checkpoint.
     """
     used = template or template_of(model)
     prompts = [*train, *examined.prompts]
@@ -166,7 +158,7 @@ def evaluate_guard(
         plan.seed,
     )
     detectors = [
-        *(guard_detector(name, one, test, other_weights=plan.other_weights) for name, one in guards.items()),
+        *(guard_detector(name, one, test, other_weights=other_weights) for name, one in guards.items()),
         *surface_detectors(both, surface_of(model, batch), _joined(fitted, test, 0, "inst")),
         signed_detector(both, "perplexity", instruction_surprise(model, batch, cache), "log-perplexity of the words"),
         *_refusals(model, both, judged, direction, fitted, test, plan),
@@ -182,6 +174,7 @@ def evaluate_guard(
         direction=direction,
         batch=rest,
         plan=plan,
+        other_weights=other_weights,
     )
 
 

@@ -8,7 +8,7 @@ from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardFit
-from mechlens.studies.guard.evaluation import EvaluationPlan, GuardEvaluation, evaluate_guard, examine
+from mechlens.studies.guard.evaluation import GuardEvaluation, evaluate_guard, examine
 from mechlens.studies.guard.fitting import fit_guard
 from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
 from mechlens.studies.shared.inputs import require_sampling
@@ -44,20 +44,13 @@ def execute(config: GuardFit, sets: ContrastSets, writer: RunWriter) -> GuardEva
     writer.prompts(fitting.train)
     writer.artifact("guard", fitting.guard)
     test = tuple(replace(prompt, source=HELD_OUT.name) for prompt in fitting.test)
-    plan = EvaluationPlan(
-        seed=config.seed,
-        n_resamples=config.resamples,
-        n_permutations=config.permutations,
-        n_random=config.random_directions,
-        max_new_tokens=config.max_new_tokens,
-    )
     return evaluate_guard(
         sets.model,
         fitting.guard,
         fitting.others,
         fitting.train,
         examine([SourcePrompts(HELD_OUT, test, {})], fitting.guard, [loaded(sets.model).checkpoint]),
-        plan,
+        config,
         template=sets.template,
         cache=writer.cache,
     )

@@ -92,7 +92,7 @@ def _other_class(result: GuardEvaluation, own: list[int]) -> list[int]:
 
 
 def _measured(result: GuardEvaluation, detector: Detector, own: list[int], against: list[int]) -> dict[str, Estimate]:
-    seed, draws = result.plan.seed, result.plan.n_resamples
+    seed, draws = result.plan.seed, result.plan.resamples
     positive, groups = positives(result), families(result)
     wide = [*own, *against]
     up, down = ([i for i in own if bool(positive[i]) is flag] for flag in (True, False))
@@ -121,12 +121,12 @@ def _measured(result: GuardEvaluation, detector: Detector, own: list[int], again
 
 
 def _share(
-    flags: Bool[Tensor, " prompt"], rows: Sequence[int], groups: Sequence[str], seed: int, n_resamples: int
+    flags: Bool[Tensor, " prompt"], rows: Sequence[int], groups: Sequence[str], seed: int, resamples: int
 ) -> Estimate:
     """Share of the rows that carry the flag."""
     if len(rows) < MIN_IN_A_CLASS:
         return Estimate.missing(len(rows))
-    return mean_estimate(flags[list(rows)].double(), [groups[i] for i in rows], seed, n_resamples)
+    return mean_estimate(flags[list(rows)].double(), [groups[i] for i in rows], seed, resamples)
 
 
 @one_thread()
@@ -139,7 +139,7 @@ def five_columns(result: GuardEvaluation) -> pd.DataFrame:
     for detector in result.detectors:
         right = detector.flagged == positives(result)
         for column, members in _members(result).items():
-            found = _share(right, members, families(result), result.plan.seed, result.plan.n_resamples)
+            found = _share(right, members, families(result), result.plan.seed, result.plan.resamples)
             rows.append({"detector": detector.name, "column": column, "accuracy": found.value, "low": found.low,
                          "high": found.high, "n": found.n})  # fmt: skip
     return pd.DataFrame(rows)
@@ -167,7 +167,7 @@ def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
     ]
     found = []
     for detector in result.detectors:
-        share = _share(detector.flagged, rows, families(result), result.plan.seed, result.plan.n_resamples)
+        share = _share(detector.flagged, rows, families(result), result.plan.seed, result.plan.resamples)
         found.append({"detector": detector.name, "false_positives": share.value, "low": share.low, "high": share.high,
                       "n": share.n})  # fmt: skip
     return pd.DataFrame(found)
@@ -180,7 +180,7 @@ def auroc_gains(result: GuardEvaluation) -> dict[str, Estimate]:
     """
     positive, first = positives(result), result.detectors[0]
     labels = [prompt.label for prompt in result.examined.prompts]
-    weights = family_weights(families(result), result.plan.n_resamples, result.plan.seed, labels)
+    weights = family_weights(families(result), result.plan.resamples, result.plan.seed, labels)
     own, own_draws = float(auroc(first.scores, positive)), auroc(first.scores, positive, weights)
     found = {}
     for other in result.detectors[1:]:
@@ -195,7 +195,7 @@ def random_directions(result: GuardEvaluation) -> RandomNull:
     place = result.guard.places[0]
     direction = mean_difference(result.train, "harmful", "harmless", place.level, place.position)
     test = LabelledVectors(result.test.at(place.level, place.position), positives(result), families(result))
-    return random_null(direction, test, result.plan.n_random, result.plan.seed)
+    return random_null(direction, test, result.plan.random_directions, result.plan.seed)
 
 
 @one_thread()
@@ -204,8 +204,8 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     plan, train, test = result.plan, result.train, result.test
     labels = torch.tensor([label == "harmful" for label in train.labels])
     positive = positives(result)
-    fitted = permuted_labels(labels, train.families, plan.n_permutations, plan.seed)
-    scored = permuted_labels(positive, families(result), plan.n_permutations, plan.seed + 1)
+    fitted = permuted_labels(labels, train.families, plan.permutations, plan.seed)
+    scored = permuted_labels(positive, families(result), plan.permutations, plan.seed + 1)
     rule = RULES[result.guard.settings.rule]
     scores = [
         _mean_score([rule(train.at(*where).double(), draw)(test.at(*where)) for where in _where(result)])
@@ -214,7 +214,7 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     areas = weighted_auroc(torch.stack(scores), scored.double(), (~scored).double())
     observed = float(auroc(result.detectors[0].scores, positive))
     as_good = int((areas >= observed - 1e-9).sum())
-    return ShuffledNull(float(areas.mean()), (1 + as_good) / (1 + plan.n_permutations), plan.n_permutations)
+    return ShuffledNull(float(areas.mean()), (1 + as_good) / (1 + plan.permutations), plan.permutations)
 
 
 def _where(result: GuardEvaluation) -> list[tuple[int, str]]:

@@ -174,7 +174,7 @@ def _report(
 ) -> Report:
     name = loaded(model).checkpoint.name
     fitted = result.guard.checkpoint.name
-    elsewhere = f" (fitted on {fitted})" if result.plan.other_weights else ""
+    elsewhere = f" (fitted on {fitted})" if result.other_weights else ""
     return Report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
@@ -229,7 +229,7 @@ def _mistakes(result: GuardEvaluation, model: LanguageModel) -> Section:
         prompt = result.examined.prompts[mistake.row]
         text = textwrap.shorten(prompt.text, SHOWN_CHARACTERS, placeholder=" ...")
         rows.append({"mistake": mistake.kind, "source": prompt.source, "score": mistake.score, "prompt": text})
-        if result.plan.other_weights:
+        if result.other_weights:
             continue  # a direction of other weights means nothing token by token
         found = project_tokens(model, direction, result.batch.row(mistake.row))
         start = int(result.batch.instruction[mistake.row, 0]) - result.batch.offset(mistake.row)
@@ -259,8 +259,9 @@ def _how(result: GuardEvaluation, metrics: Mapping[str, Estimate], punctuation: 
         "the lowest of those that do as well as the best; the threshold is a conformal bound and the probabilities "
         "Platt scaling, both from held-out folds of those prompts; probabilities are for equally many harmful and "
         "harmless prompts.\n\n"
-        f"{punctuation}. Intervals: 95% bootstrap over prompt families ({plan.n_resamples} resamples), detectors "
-        f"frozen. Nulls: {plan.n_random} random directions at the guard's first place; {plan.n_permutations} refits "
+        f"{punctuation}. Intervals: 95% bootstrap over prompt families ({plan.resamples} resamples), detectors "
+        f"frozen. Nulls: {plan.random_directions} random directions at the guard's first place; "
+        f"{plan.permutations} refits "
         f"of its rule to permuted labels (mean AUROC {metrics['null.shuffled_mean'].value:.2f}, p = "
         f"{metrics['null.shuffled_p'].value:.3f}; labels change places inside matched pairs and among prompts without "
         "one, so the mean lies above 0.5 where the guard's places tell pairs from other prompts). The calibration "

@@ -27,6 +27,7 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.settings import RESAMPLES
 
 MIN_IN_A_CATEGORY = 12
 HARMLESS = "harmless"
@@ -57,7 +58,7 @@ def category_directions(
     places: Sequence[tuple[int, str]],
     *,
     seed: int = 0,
-    n_resamples: int = 1000,
+    resamples: int = RESAMPLES,
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> CategoryDirections:
@@ -87,7 +88,7 @@ def category_directions(
         categories=kept,
         pairs=pd.concat([pairs for pairs, _ in found], ignore_index=True),
         reliability=pd.concat([reliable for _, reliable in found], ignore_index=True),
-        transfer=pd.concat([_transfer(cell, kept, seed, n_resamples) for cell in cells], ignore_index=True),
+        transfer=pd.concat([_transfer(cell, kept, seed, resamples) for cell in cells], ignore_index=True),
         means={name: one for cell in cells for name, one in _means(cell, kept, seed).items()},
     )
 
@@ -173,7 +174,7 @@ def _means(cell: Activations, categories: Sequence[str], seed: int) -> dict[str,
     return {f"category_cosine.{cell.positions[0]}": Estimate(value, value - 1.96 * error, value + 1.96 * error, n)}
 
 
-def _transfer(cell: Activations, categories: Sequence[str], seed: int, n_resamples: int) -> pd.DataFrame:
+def _transfer(cell: Activations, categories: Sequence[str], seed: int, resamples: int) -> pd.DataFrame:
     """AUROC of one half's direction on the other half's prompts of every category, its own included."""
     train = family_halves(cell.families, 1, seed, cell.labels)[0]
     values = cell.values[:, 0, 0].double()
@@ -186,7 +187,7 @@ def _transfer(cell: Activations, categories: Sequence[str], seed: int, n_resampl
         for tested in categories:
             positive = torch.tensor([label == f"category {tested}" for label in cell.labels])
             kept = ((positive | harmless) & ~train).nonzero()[:, 0].tolist()
-            found = auroc_estimate(scores[kept], positive[kept], [cell.families[i] for i in kept], seed, n_resamples)
+            found = auroc_estimate(scores[kept], positive[kept], [cell.families[i] for i in kept], seed, resamples)
             rows.append({"fitted_on": fitted, "tested_on": tested, "position": cell.positions[0],
                          "level": cell.levels[0], "auroc": found.value, "low": found.low, "high": found.high,
                          "n": found.n})  # fmt: skip

@@ -27,6 +27,8 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.settings import FRACTIONS
+from mechlens.studies.jailbreaks.config import JailbreakPlan
 from mechlens.studies.shared.contrasts import best_direction
 from mechlens.studies.shared.quadrants import (
     FirstTokenJudgement,
@@ -41,18 +43,6 @@ from mechlens.studies.shared.two_beliefs import measure_beliefs
 
 MIN_PAIRS = 10
 """A number about fewer pairs is not measurable."""
-
-
-@dataclass(frozen=True)
-class JailbreakPlan:
-    """What is decided beforehand."""
-
-    seed: int = 0
-    n_resamples: int = 1000
-    n_random: int = 20
-    max_new_tokens: int = 24
-    restored: int = 24
-    """At most so many successful attacks of each family get their component back."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +109,9 @@ def reference_of(
     batch = tokenize(prompts, template or template_of(model))
     acts = collect(model, batch, positions=("inst", "last"), cache=cache)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
-    split = split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=plan.seed)
+    split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     _, first_token = judge_first_token(model, judged, acts, (*split.train, *split.validation), plan.seed)
-    measured = measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.n_resamples)
+    measured = measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.resamples)
     # The last level is nobody's input, so nothing could be put back there.
     top = n_layers(model) - 1
     harm = best_direction(acts, "harmful", "harmless", "inst", plan.seed, highest=top)
@@ -242,7 +232,7 @@ def family_estimates(pairs: pd.DataFrame, plan: JailbreakPlan) -> dict[str, dict
 def _mean(values: "pd.Series[float] | pd.Series[bool]", goals: "pd.Series[str]", plan: JailbreakPlan) -> Estimate:
     if len(values) < MIN_PAIRS:
         return Estimate.missing(len(values))
-    return mean_estimate(torch.tensor(values.astype(float).to_numpy()), goals.tolist(), plan.seed, plan.n_resamples)
+    return mean_estimate(torch.tensor(values.astype(float).to_numpy()), goals.tolist(), plan.seed, plan.resamples)
 
 
 def family_verdict(own: dict[str, Estimate]) -> str:

@@ -8,8 +8,8 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections
+from mechlens.studies.jailbreaks.config import JailbreakPlan
 from mechlens.studies.jailbreaks.pairs import (
-    JailbreakPlan,
     OrdinaryPrompts,
     Pairs,
     family_estimates,
@@ -147,7 +147,8 @@ def _put_back(writer: RunWriter, restored: RestoredComponents | None, plan: Jail
     return Section(
         title,
         "In attacks that succeeded, the component along a direction, at the level and position where it is read, is "
-        f"set to that of the plain request. `random_mean` and `random_maximum`: {plan.n_random} random directions "
+        f"set to that of the plain request. `random_mean` and `random_maximum`: "
+        f"{plan.random_directions} random directions "
         "treated alike at the same place.",
         ("restored",),
         table=table,
@@ -199,7 +200,7 @@ def _how(pairs: Pairs, reference: OrdinaryPrompts, plan: JailbreakPlan, punctuat
         f"on {len(pairs.goals)} requests; {left} were left out because the model was trained on their goal or it is a "
         f"reference prompt. Directions: harmful minus harmless at {harm.position}, level {harm.level}; refused minus "
         f"accepted at {refusal.position}, level {refusal.level}; levels chosen on validation families.\n\nIntervals: "
-        f"95% bootstrap over goals ({plan.n_resamples} resamples), centroids and directions frozen; for mean cosines "
+        f"95% bootstrap over goals ({plan.resamples} resamples), centroids and directions frozen; for mean cosines "
         f"of categories a jackknife over tenths of the prompt families, directions refitted. Answers: greedy, "
         f"{plan.max_new_tokens} tokens, judged by {pairs.attack_judged.judge}."
     )

@@ -19,7 +19,8 @@ from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.methods.steering.interventions import Intervention, ReplaceComponent
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import LanguageModel
-from mechlens.studies.jailbreaks.pairs import MIN_PAIRS, JailbreakPlan, OrdinaryPrompts, Pairs
+from mechlens.studies.jailbreaks.config import JailbreakPlan
+from mechlens.studies.jailbreaks.pairs import MIN_PAIRS, OrdinaryPrompts, Pairs
 from mechlens.studies.shared.quadrants import judge_answers
 
 WAYS = ("harmfulness", "refusal", "both")
@@ -64,7 +65,7 @@ class RestoredComponents:
     def _mean(self, values: Float[Tensor, " attack"], rows: Sequence[int], plan: JailbreakPlan) -> Estimate:
         if len(rows) < MIN_PAIRS:
             return Estimate.missing(len(rows))
-        return mean_estimate(values[list(rows)], [self.goals[i] for i in rows], plan.seed, plan.n_resamples)
+        return mean_estimate(values[list(rows)], [self.goals[i] for i in rows], plan.seed, plan.resamples)
 
 
 def restore(
@@ -96,7 +97,7 @@ def restore(
         way: torch.stack(
             [
                 log_odds([[one] for one in _put_back(pairs, rows, draw)])
-                for draw in random_like(direction, plan.n_random, plan.seed)
+                for draw in random_like(direction, plan.random_directions, plan.seed)
             ]
         )
         for way, direction in directions.items()

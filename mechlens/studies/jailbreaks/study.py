@@ -11,8 +11,8 @@ from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections, category_directions
-from mechlens.studies.jailbreaks.config import Jailbreaks
-from mechlens.studies.jailbreaks.pairs import JailbreakPlan, OrdinaryPrompts, Pairs, attack_pairs, reference_of
+from mechlens.studies.jailbreaks.config import JailbreakPlan, Jailbreaks
+from mechlens.studies.jailbreaks.pairs import OrdinaryPrompts, Pairs, attack_pairs, reference_of
 from mechlens.studies.jailbreaks.restored import RestoredComponents, restore
 from mechlens.studies.shared.harm_sets import read_harm_sets
 from mechlens.studies.shared.inputs import data_inputs, read_prompts, require_sampling
@@ -66,16 +66,9 @@ def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
 
 def execute(config: Jailbreaks, given: AttackSets, writer: RunWriter) -> JailbreakResult:
     """The study on the configured model and attacks."""
-    plan = JailbreakPlan(
-        seed=config.seed,
-        n_resamples=config.resamples,
-        n_random=config.random_directions,
-        max_new_tokens=config.max_new_tokens,
-        restored=config.restored,
-    )
     model, template, cache = given.model, given.template, writer.cache
-    reference = reference_of(model, given.reference, plan, template=template, cache=cache)
-    pairs = attack_pairs(model, given.attacks, reference, plan, template=template, cache=cache)
+    reference = reference_of(model, given.reference, config, template=template, cache=cache)
+    pairs = attack_pairs(model, given.attacks, reference, config, template=template, cache=cache)
     writer.prompts([*pairs.attacks, *pairs.goals])
     directions = (reference.harm_direction, reference.refusal_direction)
     categories = (
@@ -85,14 +78,14 @@ def execute(config: Jailbreaks, given: AttackSets, writer: RunWriter) -> Jailbre
             [prompt for prompt in given.reference if prompt.label == "harmless"],
             [(direction.level, direction.position) for direction in directions],
             seed=config.seed,
-            n_resamples=config.resamples,
+            resamples=config.resamples,
             template=template,
             cache=cache,
         )
         if given.categories
         else None
     )
-    return JailbreakResult(pairs, reference, restore(model, pairs, reference, plan), categories, plan)
+    return JailbreakResult(pairs, reference, restore(model, pairs, reference, config), categories, config)
 
 
 def _attacks(config: Jailbreaks) -> tuple[SourcePrompts, ...]:

@@ -30,8 +30,8 @@ class SelectionTest:
     random_controls: tuple[Direction, ...]
     """Of the random candidates the best at bypassing and the best at inducing on validation; or none."""
     scores: CandidateScores
-    """Of the chosen direction, the random_controls where there are any, and `n_random` random ones of its length."""
-    n_random: int
+    """Of the chosen direction, the random controls where there are any, and `random_directions` of its length."""
+    random_directions: int
     refused: dict[str, tuple[bool, ...]]
     """By what was done: "harmful", "harmless.added", "harmful.ablated.random_best", ...; one verdict a prompt."""
     answers: dict[str, SteeredAnswers]
@@ -39,7 +39,7 @@ class SelectionTest:
     families: dict[str, tuple[str, ...]]
     """By class."""
     seed: int
-    n_resamples: int
+    resamples: int
 
     def metrics(self) -> dict[str, Estimate]:
         """Every number by its name in run.json; scores are log-odds, KL in nats, rates shares of the prompts."""
@@ -73,7 +73,7 @@ class SelectionTest:
         found[f"{name}.random_best"] = self._mean(
             values[1 + random_control] if self.random_controls else torch.empty(0), label
         )
-        random = values[len(values) - self.n_random :]
+        random = values[len(values) - self.random_directions :]
         means = random.mean(dim=1)
         extreme = int(means.argmin() if lowest else means.argmax())
         found[f"{name}.random"] = self._mean(random.mean(dim=0), label)
@@ -82,7 +82,7 @@ class SelectionTest:
 
     def _mean(self, values: Float[Tensor, " prompt"], label: str) -> Estimate:
         families = self.families[label] if len(values) else ()
-        return mean_estimate(values, families, self.seed, self.n_resamples)
+        return mean_estimate(values, families, self.seed, self.resamples)
 
 
 def run_selection_test(
@@ -94,8 +94,8 @@ def run_selection_test(
     tokens: Sequence[int],
     *,
     seed: int,
-    n_random: int,
-    n_resamples: int,
+    random_directions: int,
+    resamples: int,
     max_new_tokens: int,
     cache: Cache | None = None,
 ) -> SelectionTest:
@@ -104,7 +104,7 @@ def run_selection_test(
         label: [i for i, prompt in enumerate(batch.prompts) if prompt.label == label]
         for label in ("harmful", "harmless")
     }
-    matched = random_like(chosen, n_random, seed + 3)
+    matched = random_like(chosen, random_directions, seed + 3)
     scores = score_candidates(
         model, [chosen, *random_controls, *matched], batch, rows["harmful"], rows["harmless"], tokens, cache=cache
     )
@@ -135,10 +135,10 @@ def run_selection_test(
         chosen=chosen,
         random_controls=tuple(random_controls),
         scores=scores,
-        n_random=n_random,
+        random_directions=random_directions,
         refused=verdicts,
         answers=answers,
         families={label: tuple(batch.prompts[i].group for i in rows[label]) for label in rows},
         seed=seed,
-        n_resamples=n_resamples,
+        resamples=resamples,
     )

@@ -7,7 +7,7 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Number, Report, Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.select.study import Selection
+from mechlens.studies.select.study import Selection, rule_of
 from mechlens.studies.select.verdict import SelectionVerdict, selection_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
 
@@ -161,7 +161,8 @@ def _report(
             ),
             Section(
                 "What the filters left",
-                f"{result.plan.rule.words} The same rule chose among as many random directions of the same lengths.",
+                f"{rule_of(result.plan).words} "
+                f"The same rule chose among as many random directions of the same lengths.",
                 (names["candidates"],),
                 table=_filters(result),
             ),
@@ -183,8 +184,9 @@ def _tested(result: Selection, names: dict[str, str]) -> Section:
     shown = _steered_answers(result).groupby("done").head(4)
     return Section(
         "The chosen direction on test prompts",
-        f"Beside it: the best of {len(result.random.candidates)} random candidates, and {result.test.n_random} random "  # type: ignore[union-attr]
-        "directions of its own length at its own layer. Answers below are greedy, before and after.",
+        f"Beside it: the best of {len(result.random.candidates)} random candidates, and "
+        f"{result.plan.random_directions} random directions of its own length at its own layer. "
+        "Answers below are greedy, before and after.",
         (names["test"],),
         table=shown,
     )
@@ -196,7 +198,7 @@ def _how(result: Selection, verdict: SelectionVerdict, model: LanguageModel, pun
     return (
         f"The rule of the verdict. {verdict.rule}\n\nRefusal tokens: {list(tokens.texts)}, {tokens.origin}{coverage}. "
         f"Prompt families are shared out by class. {punctuation}\n\nIntervals: 95% bootstrap over prompt families "
-        f"({result.plan.n_resamples} resamples), directions frozen. Refusal rates: the list `{result.judged.judge}` on "
+        f"({result.plan.resamples} resamples), directions frozen. Refusal rates: the list `{result.judged.judge}` on "
         f"greedy answers of {result.plan.max_new_tokens} tokens. Weights: {known.checkpoint.regime}, answers by the "
         f"{result.judged.answers.engine} engine."
     )

@@ -33,8 +33,9 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS
 from mechlens.studies.driver import Preparation
-from mechlens.studies.select.config import Select
+from mechlens.studies.select.config import Select, SelectionPlan
 from mechlens.studies.select.held_out import SelectionTest, run_selection_test
 from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
 from mechlens.studies.shared.inputs import require_sampling
@@ -43,21 +44,6 @@ from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers
 HARMFUL, HARMLESS = "harmful", "harmless"
 MIN_KEPT = 3
 """Fewer prompts than this of one class in training or validation don't choose a direction."""
-
-
-@dataclass(frozen=True)
-class SelectionPlan:
-    """The choices of a selection."""
-
-    seed: int
-    max_new_tokens: int
-    """Length of the answers that are judged; the scores need none."""
-    fractions: tuple[float, float, float]
-    """Shares of the prompt families for training, validation and test."""
-    rule: SelectionRule
-    n_resamples: int = 1000
-    n_random: int = 20
-    """Random directions of the chosen one's length on the test prompts."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +147,7 @@ def select_direction(
     acts = collect(model, batch, positions=["post[*]"], cache=cache)
     labels = [prompt.label for prompt in prompts]
     families = [prompt.group for prompt in prompts]
-    split = split_by_family(labels, families, fractions=plan.fractions, seed=plan.seed)
+    split = split_by_family(labels, families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
     kept = _kept(labels, first_token.log_odds, split)
     candidates = _candidates(acts, kept["train"], n_layers(model))
@@ -180,8 +166,8 @@ def select_direction(
             random.random_controls(),
             first_token.tokens.ids,
             seed=plan.seed,
-            n_random=plan.n_random,
-            n_resamples=plan.n_resamples,
+            random_directions=plan.random_directions,
+            resamples=plan.resamples,
             max_new_tokens=plan.max_new_tokens,
             cache=cache,
         )
@@ -214,6 +200,11 @@ def _candidates(acts: Activations, kept: dict[str, tuple[int, ...]], n_blocks: i
     return tuple(grid.at(level, position) for position in grid.positions for level in range(n_blocks))
 
 
+def rule_of(plan: SelectionPlan) -> SelectionRule:
+    """How one of the candidates is chosen."""
+    return SelectionRule(plan.last_layers, plan.highest_kl, plan.least_induce)
+
+
 def _ranked(
     model: LanguageModel,
     candidates: Sequence[Direction],
@@ -224,7 +215,8 @@ def _ranked(
     cache: Cache | None,
 ) -> Ranking:
     scores = score_candidates(model, candidates, batch, kept[HARMFUL], kept[HARMLESS], tokens, cache=cache)
-    return Ranking(tuple(candidates), scores, filter_candidates(candidates, scores.means(), n_layers(model), plan.rule))
+    rule = rule_of(plan)
+    return Ranking(tuple(candidates), scores, filter_candidates(candidates, scores.means(), n_layers(model), rule))
 
 
 def prepare(config: Select) -> Preparation[ContrastSets]:
@@ -239,12 +231,6 @@ def prepare(config: Select) -> Preparation[ContrastSets]:
 
 def execute(config: Select, sets: ContrastSets, writer: RunWriter) -> Selection:
     """The selection on the configured model and prompts."""
-    plan = SelectionPlan(
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        fractions=(0.5, 0.2, 0.3),
-        rule=SelectionRule(config.last_layers, config.highest_kl, config.least_induce),
-        n_resamples=config.resamples,
-        n_random=config.random_directions,
+    return select_direction(
+        sets.model, sets.positive, sets.negative, config, template=sets.template, cache=writer.cache
     )
-    return select_direction(sets.model, sets.positive, sets.negative, plan, template=sets.template, cache=writer.cache)

@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice, Sampling
+from mechlens.settings import Answering, DetectionPlan, ModelChoice, PromptSets, RunChoice
 from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separate(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
+class SeparationPlan(DetectionPlan, Answering):
+    """The choices of a separation study."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separate(RunChoice, SeparationPlan, PromptSets, ModelChoice):
     """Are harmfulness and refusal two things in this model? Quadrants, directions, beliefs, verdict."""
 
     extra_harmless: str | None = "benign"

@@ -216,7 +216,7 @@ def _how(writer: RunWriter, result: Separation, verdict: Verdict, model: Languag
         f"The rule of the verdict. {verdict.rule}\n\n"
         f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test; "
         f"{result.split_note}. {punctuation}\n\n"
-        f"Intervals: 95% bootstrap over prompt families ({result.plan.n_resamples} resamples), directions frozen; for "
+        f"Intervals: 95% bootstrap over prompt families ({result.plan.resamples} resamples), directions frozen; for "
         "cosines 95% jackknife over families, directions refitted. Nulls: label permutation and random directions of "
         f"the same norm, at the chosen levels.\n\nAnswers: greedy, {result.plan.max_new_tokens} tokens. Activations: "
         f"{result.acts.engine} engine, {known.checkpoint.regime} weights. Largest logit difference to plain "

@@ -17,7 +17,6 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.cache import Cache
-from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
@@ -27,8 +26,9 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS
 from mechlens.studies.driver import Preparation
-from mechlens.studies.separate.config import Separate
+from mechlens.studies.separate.config import Separate, SeparationPlan
 from mechlens.studies.separate.geometry import Geometry, measure_geometry
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS, ContrastMeasurement, Surface, measure, surface_of
 from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
@@ -45,19 +45,6 @@ from mechlens.studies.shared.two_beliefs import Beliefs, measure_beliefs
 
 REFUSED, ACCEPTED = "refused", "accepted"
 HARMFUL, HARMLESS = "harmful", "harmless"
-
-
-@dataclass(frozen=True)
-class SeparationPlan:
-    """The choices of a separation study."""
-
-    seed: int
-    max_new_tokens: int
-    fractions: tuple[float, float, float]
-    """Shares of the prompt families for training, validation and test."""
-    n_resamples: int
-    n_permutations: int
-    n_random: int
 
 
 @dataclass(frozen=True)
@@ -170,7 +157,7 @@ def separate(
             level=harm.at("inst").level if harm else acts.levels[len(acts.levels) // 2],
             seed=plan.seed,
         ),
-        beliefs=measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.n_resamples),
+        beliefs=measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.resamples),
         refusal_rates=_refusal_rates(model, judged, batch, plan, judges, cache),
         acts=acts,
         batch=batch,
@@ -199,20 +186,19 @@ def _split(judged: JudgedAnswers, plan: SeparationPlan) -> tuple[Split, str]:
     quadrants = judged.quadrants()
     if min(quadrants.count(name) for name in QUADRANTS) >= MIN_IN_A_CLASS:
         try:
-            split = split_by_family(quadrants, families, fractions=plan.fractions, seed=plan.seed)
+            split = split_by_family(quadrants, families, fractions=FRACTIONS, seed=plan.seed)
         except UserError:
             pass  # too few families of some kind; the classes alone can always be kept
         else:
             return split, "families shared out by quadrant"
     labels = [prompt.label for prompt in judged.prompts]
-    split = split_by_family(labels, families, fractions=plan.fractions, seed=plan.seed)
+    split = split_by_family(labels, families, fractions=FRACTIONS, seed=plan.seed)
     return split, "families shared out by class (some quadrant is too small to share out)"
 
 
 def _contrasts(
     acts: Activations, judged: JudgedAnswers, split: Split, surface: Surface, paired: set[str], plan: SeparationPlan
 ) -> dict[str, ContrastMeasurement]:
-    detection = DetectionPlan(plan.seed, plan.n_resamples, plan.n_permutations, plan.n_random)
     quadrants = judged.quadrants()
     harm = [prompt.label if prompt.id in paired else "" for prompt in judged.prompts]
     matched = [own if label else "" for own, label in zip(quadrants, harm, strict=True)]
@@ -227,7 +213,7 @@ def _contrasts(
         "refused.harmless": (quadrants, ("refused_harmless", "accepted_harmless")),
     }
     return {
-        name: measure(name, acts, labels, contrast, split, surface, detection)
+        name: measure(name, acts, labels, contrast, split, surface, plan)
         for name, (labels, contrast) in questions.items()
     }
 
@@ -247,8 +233,8 @@ def _refusal_rates(
     families = [judged.prompts[i].group for i in rows]
     full = torch.tensor([judged.refused[i] for i in rows]).double()
     return {
-        "full_template": mean_estimate(full, families, plan.seed, plan.n_resamples),
-        "no_post_tokens": mean_estimate(torch.tensor(without.refused).double(), families, plan.seed, plan.n_resamples),
+        "full_template": mean_estimate(full, families, plan.seed, plan.resamples),
+        "no_post_tokens": mean_estimate(torch.tensor(without.refused).double(), families, plan.seed, plan.resamples),
     }
 
 
@@ -260,14 +246,6 @@ def prepare(config: Separate) -> Preparation[ContrastSets]:
 
 def execute(config: Separate, sets: ContrastSets, writer: RunWriter) -> Separation:
     """The study on the configured model and prompts."""
-    plan = SeparationPlan(
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        fractions=(0.5, 0.2, 0.3),
-        n_resamples=config.resamples,
-        n_permutations=config.permutations,
-        n_random=config.random_directions,
-    )
     return separate(
-        sets.model, sets.positive, sets.negative, sets.extra, plan, template=sets.template, cache=writer.cache
+        sets.model, sets.positive, sets.negative, sets.extra, config, template=sets.template, cache=writer.cache
     )

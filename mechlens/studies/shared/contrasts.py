@@ -19,11 +19,12 @@ from mechlens.methods.probing.baselines import (
     tfidf_auroc,
     token_identity_auroc,
 )
-from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
+from mechlens.methods.probing.detect import Detection, detect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, token_embeddings
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import PARTS, Split, split_by_family
+from mechlens.settings import DetectionPlan
 
 MIN_OF_EACH = 10
 """With fewer prompts of a class there is no direction."""
@@ -160,7 +161,7 @@ def _baselines(
     train, validation, test = (tuple(i for i in split.part(name) if i in inside) for name in PARTS)
     kept = replace(split, train=train, validation=validation, test=test)
     positive = torch.tensor([label == contrast[0] for label in acts.labels])
-    question = Contrast(positive, acts.families, kept, plan.seed, plan.n_resamples)
+    question = Contrast(positive, acts.families, kept, plan.seed, plan.resamples)
     found = {
         "tfidf_auroc": tfidf_auroc(surface.texts, question),
         "mean_embedding_auroc": mean_embedding_auroc(surface.mean_embeddings, question),

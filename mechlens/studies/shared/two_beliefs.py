@@ -45,7 +45,7 @@ class Beliefs:
         return self.means | self.correlation
 
 
-def measure_beliefs(acts: Activations, quadrants: Sequence[str], split: Split, seed: int, n_resamples: int) -> Beliefs:
+def measure_beliefs(acts: Activations, quadrants: Sequence[str], split: Split, seed: int, resamples: int) -> Beliefs:
     """Centroids from the training part's poles; beliefs of all held-out prompts (validation chooses nothing)."""
     labelled = replace(acts, labels=tuple(quadrants))
     train = labelled.select(split.train)
@@ -60,9 +60,9 @@ def measure_beliefs(acts: Activations, quadrants: Sequence[str], split: Split, s
         harm=harm,
         refusal=refusal,
         prompts=prompts,
-        by_level=_level_table(held_out, harm, refusal, seed, n_resamples),
-        means=_means(prompts, held_out, seed, n_resamples),
-        correlation=_correlations(prompts, held_out.families, seed, n_resamples),
+        by_level=_level_table(held_out, harm, refusal, seed, resamples),
+        means=_means(prompts, held_out, seed, resamples),
+        correlation=_correlations(prompts, held_out.families, seed, resamples),
     )
 
 
@@ -90,7 +90,7 @@ def _prompt_table(held_out: Activations, harm: Centroids, refusal: Centroids) ->
     return frame
 
 
-def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, n_resamples: int) -> dict[str, Estimate]:
+def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, resamples: int) -> dict[str, Estimate]:
     found = {}
     for column in COLUMNS:
         values = torch.tensor(prompts[column].to_numpy())
@@ -99,14 +99,12 @@ def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, n_resamples:
             families = [held_out.families[i] for i in rows]
             enough = len(rows) >= MIN_FOR_A_POLE
             found[_metric(column, name)] = (
-                mean_estimate(values[rows], families, seed, n_resamples) if enough else Estimate.missing(len(rows))
+                mean_estimate(values[rows], families, seed, resamples) if enough else Estimate.missing(len(rows))
             )
     return found
 
 
-def _level_table(
-    held_out: Activations, harm: Centroids, refusal: Centroids, seed: int, n_resamples: int
-) -> pd.DataFrame:
+def _level_table(held_out: Activations, harm: Centroids, refusal: Centroids, seed: int, resamples: int) -> pd.DataFrame:
     frames = []
     for reference, concept in ((harm, "harmfulness"), (refusal, "refusal")):
         values = held_out.values[:, :, column_of(reference.position, held_out.positions, held_out.last)]
@@ -116,23 +114,23 @@ def _level_table(
                 rows = [i for i, label in enumerate(held_out.labels) if label == name]
                 families = [held_out.families[i] for i in rows]
                 if rows:
-                    frame = _band(scores[rows], families, seed, n_resamples)
+                    frame = _band(scores[rows], families, seed, resamples)
                     frame["level"], frame["quadrant"] = held_out.levels, name
                     frames.append(frame.assign(concept=concept, position=reference.position, centered=centered))
     return pd.concat(frames, ignore_index=True)
 
 
-def _band(scores: Float[Tensor, "prompt level"], families: Sequence[str], seed: int, n_resamples: int) -> pd.DataFrame:
+def _band(scores: Float[Tensor, "prompt level"], families: Sequence[str], seed: int, resamples: int) -> pd.DataFrame:
     """Mean score at every level with its family-bootstrap interval."""
-    weights = family_weights(families, n_resamples, seed)
+    weights = family_weights(families, resamples, seed)
     samples = (weights @ scores.double() / weights.sum(dim=1, keepdim=True)).T
     bounds = interval(samples)
     return pd.DataFrame({"score": scores.mean(dim=0).numpy(), "low": bounds.low.numpy(), "high": bounds.high.numpy()})
 
 
-def _correlations(prompts: pd.DataFrame, families: Sequence[str], seed: int, n_resamples: int) -> dict[str, Estimate]:
+def _correlations(prompts: pd.DataFrame, families: Sequence[str], seed: int, resamples: int) -> dict[str, Estimate]:
     harm, refusal = (torch.tensor(prompts[column].to_numpy()) for column in COLUMNS[:2])
-    weights = family_weights(families, n_resamples, seed)
+    weights = family_weights(families, resamples, seed)
     harm_ranks, refusal_ranks = (torch.tensor(stats.rankdata(values)) for values in (harm, refusal))
     return {
         "belief_correlation.pearson": _correlation(harm, refusal, weights),

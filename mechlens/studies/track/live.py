@@ -15,7 +15,7 @@ from mechlens.methods.directions.direction import Direction, cosine, direction_g
 from mechlens.methods.directions.reliability import split_half
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
-from mechlens.methods.probing.detect import DetectionPlan, detect
+from mechlens.methods.probing.detect import detect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
@@ -24,9 +24,9 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
+from mechlens.settings import FRACTIONS, DetectionPlan
 
 POSITIVE, NEGATIVE = "positive", "negative"
-FRACTIONS = (0.5, 0.2, 0.3)
 SPLITS = 20
 """Halvings behind a direction's reliability."""
 
@@ -119,7 +119,7 @@ def live_numbers(module: Any, watched: LivePrompts, reference: LiveReference, st
             own = [row for row, found in enumerate(test.labels) if found == label]
             families = [test.families[row] for row in own]
             numbers[f"logodds.{label}"] = mean_estimate(
-                odds[own].float(), families, watched.plan.seed, watched.plan.n_resamples
+                odds[own].float(), families, watched.plan.seed, watched.plan.resamples
             )
     return numbers
 
@@ -137,7 +137,7 @@ def _at_position(
     reliability = split_half(train, POSITIVE, NEGATIVE, SPLITS, plan.seed)
     auroc = {
         # Scores that tie but for rounding tie exactly in a score grid.
-        name: auroc_estimate(score_grid(test, own)[0, 0], positive, test.families, plan.seed, plan.n_resamples)
+        name: auroc_estimate(score_grid(test, own)[0, 0], positive, test.families, plan.seed, plan.resamples)
         for name, own in (("frozen", replace(grid, vectors=direction.vector[None, None])), ("refitted", grid))
     }
     # A pair's two sides are drawn together, and counted from the threshold a lone side's class size matters little.
@@ -146,8 +146,8 @@ def _at_position(
     return {
         f"auroc.{asked}.frozen": auroc["frozen"],
         f"auroc.{asked}.refitted": auroc["refitted"],
-        f"accuracy.{asked}": mean_estimate(right, test.families, plan.seed, plan.n_resamples),
-        f"gap.{asked}": mean_estimate(apart * share, test.families, plan.seed, plan.n_resamples),
+        f"accuracy.{asked}": mean_estimate(right, test.families, plan.seed, plan.resamples),
+        f"gap.{asked}": mean_estimate(apart * share, test.families, plan.seed, plan.resamples),
         f"cosine.{asked}": Estimate.exact(float(cosine(refitted.vector, direction.vector)), len(train.ids)),
         f"reliability.{asked}": Estimate.exact(float(reliability), len(train.ids)),
         f"norm.{asked}": Estimate.exact(refitted.norm, len(train.ids)),

@@ -239,7 +239,7 @@ def _how(result: Tracking, punctuation: str) -> str:
     return (
         f"{len(prompts)} prompts ({len(split.train)} train, {len(split.validation)} validation, {len(split.test)} "
         f"test, by family, the same at every checkpoint); answers of up to {result.plan.max_new_tokens} tokens; "
-        f"{result.plan.n_resamples} resamples; {result.plan.n_random} random directions. {punctuation} "
+        f"{result.plan.resamples} resamples; {result.plan.random_directions} random directions. {punctuation} "
         + (f"Not measurable in the base: {'; '.join(missing)}. " if missing else "")
         + (f"Checkpoints left out: {left}." if left else "")
     )

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import pandas as pd
 from tqdm.auto import tqdm
 
-from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoints.series import UnusableCheckpoint
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import judge_answers
+from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.measures.behaviour import behaviour_table, effect_table, gaps, quadrant_table
 from mechlens.studies.track.measures.change import angle_table
 from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
@@ -19,27 +19,6 @@ from mechlens.studies.track.measures.snapshot import Snapshot
 from mechlens.studies.track.measures.triggers import acceptance_table, readable_table
 from mechlens.studies.track.tables import cell_of, readout_table, transfer_table
 from mechlens.studies.track.verdict import CHANGES, TrackVerdict, track_verdict
-
-
-@dataclass(frozen=True)
-class TrackPlan:
-    """The choices of a tracking study."""
-
-    seed: int
-    max_new_tokens: int
-    positions: tuple[str, ...]
-    levels: tuple[int, ...] | None
-    """None is every level; the last one is always collected."""
-    steered: int
-    """Harmless test prompts on which directions are added."""
-    n_resamples: int
-    n_permutations: int
-    n_random: int
-
-    @property
-    def detection(self) -> DetectionPlan:
-        """How the base's concepts are found."""
-        return DetectionPlan(self.seed, self.n_resamples, self.n_permutations, self.n_random)
 
 
 @dataclass(frozen=True)
@@ -96,10 +75,12 @@ def analysed(
 ) -> Tracking:
     """All tables and verdicts from what was measured; needs no model."""
     steps, acts = [found.step for found in snapshots], [found.acts for found in snapshots]
-    chance = {"seed": plan.seed, "n_resamples": plan.n_resamples}
+    chance = {"seed": plan.seed, "resamples": plan.resamples}
     readouts, transfer, angles = [], [], []
     for concept in tqdm(reference.measurable, desc="comparing checkpoints", unit="concept", delay=2, leave=False):
-        readouts.append(readout_table(steps, acts, concept, questions.split, **chance, n_random=plan.n_random))
+        readouts.append(
+            readout_table(steps, acts, concept, questions.split, **chance, random_directions=plan.random_directions)
+        )
         transfer.append(transfer_table(steps, acts, concept, questions.split, **chance))
         angles.append(angle_table(steps, acts, concept, seed=plan.seed))
     quadrants = [judge_answers(questions.batch.prompts, found.answers).quadrants() for found in snapshots]
@@ -136,7 +117,7 @@ def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
 def _verdict(
     concept: TrackedConcept, found: Snapshot, base: Snapshot, table: pd.DataFrame, plan: TrackPlan
 ) -> TrackVerdict:
-    gap, change = gaps(found, base, concept, seed=plan.seed, n_resamples=plan.n_resamples)
+    gap, change = gaps(found, base, concept, seed=plan.seed, resamples=plan.resamples)
     numbers = {"gap": gap, "gap_change": change}
     if concept.detection is None:
         numbers |= dict.fromkeys(("base_auroc", *CHANGES), Estimate.missing(min(concept.counts.values())))

@@ -69,8 +69,8 @@ class _Test:
 @one_thread()
 def readout_table(
     steps: Sequence[int], acts: Sequence[Activations], concept: TrackedConcept, split: Split, *, seed: int,
-    n_resamples: int,
-    n_random: int,
+    resamples: int,
+    random_directions: int,
 ) -> pd.DataFrame:  # fmt: skip
     """One row for each readout, checkpoint, level and position; the first checkpoint is the reference.
 
@@ -83,17 +83,17 @@ def readout_table(
         base: dict[str, Tensor] | None = None
         for step, found in zip(steps, acts, strict=True):
             labelled = concept.relabelled(found)
-            test = _test_part(labelled, concept.contrast, split, seed, n_resamples)
+            test = _test_part(labelled, concept.contrast, split, seed, resamples)
             values = _measured(frozen, labelled, concept.contrast, split, test)
             base = base or values
-            random = _random(test, n_random, seed)
+            random = _random(test, random_directions, seed)
             frames.append(_frame(values, base, random, test).assign(kind=kind, step=step))
     return pd.concat(frames, ignore_index=True).assign(concept=concept.name)
 
 
-def _test_part(acts: Activations, contrast: tuple[str, str], split: Split, seed: int, n_resamples: int) -> _Test:
+def _test_part(acts: Activations, contrast: tuple[str, str], split: Split, seed: int, resamples: int) -> _Test:
     test = contrast_part(acts, split.test, contrast)
-    drawn = family_weights(test.families, n_resamples, seed, test.labels)
+    drawn = family_weights(test.families, resamples, seed, test.labels)
     everyone = torch.ones(1, len(test.ids), dtype=torch.float64)
     return _Test(test, is_positive(test, contrast), torch.cat([everyone, drawn]))
 
@@ -149,7 +149,7 @@ def transfer_table(
     split: Split,
     *,
     seed: int,
-    n_resamples: int,
+    resamples: int,
 ) -> pd.DataFrame:
     """A[s, t] of the mean difference at each position's chosen level: columns fitted, tested, position, level, auroc.
 
@@ -159,7 +159,7 @@ def transfer_table(
     lines = [fit_lines(found, concept.contrast, split, "direction") for found in labelled]
     rows = []
     for step, found in zip(steps, labelled, strict=True):
-        test = _test_part(found, concept.contrast, split, seed, n_resamples)
+        test = _test_part(found, concept.contrast, split, seed, resamples)
         for fitted, line in zip(steps, lines, strict=True):
             for position in found.positions:
                 level = concept.level(position)

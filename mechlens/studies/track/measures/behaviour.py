@@ -36,7 +36,7 @@ def quadrant_table(
     reference: BaseReference,
     *,
     seed: int,
-    n_resamples: int,
+    resamples: int,
 ) -> pd.DataFrame:
     """Mean of each number over the held-out prompts of each quadrant, with its interval: one row each.
 
@@ -60,7 +60,7 @@ def quadrant_table(
                     inside = [i for i, row in enumerate(held_out) if labels[row] == quadrant]
                     rows.append(
                         {"step": step, "by": by, "number": name, "quadrant": quadrant,
-                         **_mean(values, inside, part.families, seed, n_resamples)}
+                         **_mean(values, inside, part.families, seed, resamples)}
                     )  # fmt: skip
     return pd.DataFrame(rows, columns=["step", "by", "number", "quadrant", "mean", "low", "high", "n"])
 
@@ -92,11 +92,11 @@ def _beliefs(part: Activations, means: dict[str, Centroids]) -> dict[str, Tensor
 
 
 def _mean(
-    values: Tensor, inside: list[int], families: Sequence[str], seed: int, n_resamples: int
+    values: Tensor, inside: list[int], families: Sequence[str], seed: int, resamples: int
 ) -> dict[str, float | int]:
     if len(inside) < MIN_FOR_A_POLE:
         return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "n": len(inside)}
-    found = mean_estimate(torch.as_tensor(values)[inside], [families[i] for i in inside], seed, n_resamples)
+    found = mean_estimate(torch.as_tensor(values)[inside], [families[i] for i in inside], seed, resamples)
     return {"mean": found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
@@ -109,7 +109,7 @@ def steered_log_odds(
     directions: dict[str, Direction],
     tokens: RefusalTokens,
     *,
-    n_random: int,
+    random_directions: int,
     seed: int,
 ) -> dict[str, Tensor]:
     """Refusal log-odds of each prompt with each direction added once at `inst` and all tokens after it.
@@ -121,7 +121,7 @@ def steered_log_odds(
     for name, direction in directions.items():
         if name.endswith(".reference"):
             stem = name.removesuffix(".reference")
-            drawn = random_like(direction, n_random, seed)
+            drawn = random_like(direction, random_directions, seed)
             settings |= {f"{stem}.random.{k}": one for k, one in enumerate(drawn)}
     names = list(settings)
     rows = [i for _ in names for i in range(len(batch.prompts))]
@@ -142,9 +142,7 @@ def _added(direction: Direction | None, depth: int) -> list[Intervention]:
     return [Add(direction, strength=1.0, unit="raw", layers=(layer,), positions=where, phase="prompt", site=site)]
 
 
-def behaviour_table(
-    found: Sequence[Snapshot], reference: BaseReference, *, seed: int, n_resamples: int
-) -> pd.DataFrame:
+def behaviour_table(found: Sequence[Snapshot], reference: BaseReference, *, seed: int, resamples: int) -> pd.DataFrame:
     """One row for each checkpoint and number: step, number, value, low, high, n, and the change from the base.
 
     Refusal rates and empty answers on all prompts; log-odds on those that chose no refusal tokens; changes are paired
@@ -158,15 +156,15 @@ def behaviour_table(
         for kind, members in kinds.items():
             now, before = (refused_by(each)[members] for each in (one, found[0]))
             families = [prompts[i].group for i in members]
-            rows.append(_row(one.step, f"refusal_rate.{kind}", now, before, families, seed, n_resamples))
+            rows.append(_row(one.step, f"refusal_rate.{kind}", now, before, families, seed, resamples))
             now, before = (_silent(each)[members] for each in (one, found[0]))
-            rows.append(_row(one.step, f"empty_rate.{kind}", now, before, families, seed, n_resamples))
+            rows.append(_row(one.step, f"empty_rate.{kind}", now, before, families, seed, resamples))
             inside = [i for i in members if i in rest]
             now, before = (each.log_odds[inside] for each in (one, found[0]))
             families = [prompts[i].group for i in inside]
-            rows.append(_row(one.step, f"log_odds.{kind}", now, before, families, seed, n_resamples))
+            rows.append(_row(one.step, f"log_odds.{kind}", now, before, families, seed, resamples))
         texts = [str(i) for i in range(len(one.text_loss))]
-        rows.append(_row(one.step, "text_loss", one.text_loss, found[0].text_loss, texts, seed, n_resamples))
+        rows.append(_row(one.step, "text_loss", one.text_loss, found[0].text_loss, texts, seed, resamples))
     return pd.DataFrame(rows)
 
 
@@ -181,7 +179,7 @@ def _silent(found: Snapshot) -> Float[Tensor, " prompt"]:
 
 
 def gaps(
-    one: Snapshot, base: Snapshot, concept: TrackedConcept, *, seed: int, n_resamples: int
+    one: Snapshot, base: Snapshot, concept: TrackedConcept, *, seed: int, resamples: int
 ) -> tuple[Estimate, Estimate]:
     """Refusal rate of the concept's positive prompts minus that of its negative ones, and its change from the base.
 
@@ -190,7 +188,7 @@ def gaps(
     rows = [i for i, label in enumerate(concept.labels) if label in concept.contrast]
     positive = torch.tensor([concept.labels[i] == concept.contrast[0] for i in rows])
     families, labels = [one.acts.families[i] for i in rows], [concept.labels[i] for i in rows]
-    drawn = family_weights(families, n_resamples, seed, labels)
+    drawn = family_weights(families, resamples, seed, labels)
     weights = torch.cat([torch.ones(1, len(rows), dtype=torch.float64), drawn])
     now, before = (_gap(refused_by(each)[rows], positive, weights) for each in (one, base))
     return _estimate(now, len(rows)), _estimate(now - before, len(rows))
@@ -206,7 +204,7 @@ def _estimate(draws: Tensor, n: int) -> Estimate:
     return Estimate(float(draws[0]), float(bounds.low), float(bounds.high), n)
 
 
-def effect_table(found: Sequence[Snapshot], families: Sequence[str], *, seed: int, n_resamples: int) -> pd.DataFrame:
+def effect_table(found: Sequence[Snapshot], families: Sequence[str], *, seed: int, resamples: int) -> pd.DataFrame:
     """How far adding each direction once moves the refusal log-odds: step, concept, direction, effect, low, high, n.
 
     `reference` is the base's direction, `own` the checkpoint's; `random_mean` and `random_maximum` are over random
@@ -218,7 +216,7 @@ def effect_table(found: Sequence[Snapshot], families: Sequence[str], *, seed: in
         for name, shift in shifts.items():
             concept, _, which = name.partition(".")
             if which in ("reference", "own"):
-                effect = mean_estimate(shift, families, seed, n_resamples)
+                effect = mean_estimate(shift, families, seed, resamples)
                 random = [abs(float(s.mean())) for n, s in shifts.items() if n.startswith(f"{concept}.random.")]
                 rows.append(
                     {"step": one.step, "concept": concept, "direction": which, "effect": effect.value,
@@ -229,10 +227,10 @@ def effect_table(found: Sequence[Snapshot], families: Sequence[str], *, seed: in
 
 
 def _row(
-    step: int, number: str, values: Tensor, before: Tensor, families: Sequence[str], seed: int, n_resamples: int
+    step: int, number: str, values: Tensor, before: Tensor, families: Sequence[str], seed: int, resamples: int
 ) -> dict[str, float | int | str]:
-    found = mean_estimate(values, families, seed, n_resamples)
-    change = mean_estimate(values - before, families, seed, n_resamples)
+    found = mean_estimate(values, families, seed, resamples)
+    change = mean_estimate(values - before, families, seed, resamples)
     return {
         "step": step, "number": number, "value": found.value, "low": found.low, "high": found.high, "n": found.n,
         "change": change.value, "change_low": change.low, "change_high": change.high,

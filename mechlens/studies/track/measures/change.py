@@ -121,7 +121,7 @@ def matrix_change(change: LowRank | Float[Tensor, "output input"]) -> MatrixChan
 
 
 def matrix_rows(
-    series: CheckpointSwapper, member: Member, reference: BaseReference, *, n_random: int
+    series: CheckpointSwapper, member: Member, reference: BaseReference, random_directions: int
 ) -> tuple[Mapping[str, Any], ...]:
     """One row for each changed linear layer of the blocks; the member's weights must be in place.
 
@@ -136,15 +136,17 @@ def matrix_rows(
     for module in tqdm([m for m in sides if low_rank is None or m in low_rank], desc="weights", delay=2, leave=False):
         found = matrix_change(series.difference(module) if low_rank is None else low_rank[module])
         if found.norm > 0:
-            rows.append(_row(module, "writes" if sides[module] else "reads", found, reference, n_random))
+            rows.append(_row(module, "writes" if sides[module] else "reads", found, reference, random_directions))
     return tuple(rows)
 
 
-def _row(module: str, side: str, found: MatrixChange, reference: BaseReference, n_random: int) -> dict[str, Any]:
+def _row(
+    module: str, side: str, found: MatrixChange, reference: BaseReference, random_directions: int
+) -> dict[str, Any]:
     layer = int(match[1]) if (match := re.search(r"\.(\d+)\.", module)) else -1
     leading = found.outputs if side == "writes" else found.inputs
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(n_random, len(leading), generator=generator, dtype=torch.float64)
+    random = torch.randn(random_directions, len(leading), generator=generator, dtype=torch.float64)
     row = {
         "module": module,
         "layer": layer,

@@ -13,9 +13,10 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
 from mechlens.methods.behaviour.judges import RefusalTokens, fallback_refusal_tokens, find_refusal_tokens
 from mechlens.methods.directions.direction import Direction, mean_difference
-from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
+from mechlens.methods.probing.detect import Detection, detect
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import PARTS, Split
+from mechlens.settings import DetectionPlan
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS, MIN_IN_A_PART
 from mechlens.studies.shared.quadrants import MIN_REFUSALS, JudgedAnswers, judge_answers
 

@@ -44,7 +44,7 @@ def _labelled(prompt: Prompt, kind: str, family: str) -> Prompt:
     return Prompt(own, prompt.text, kind, prompt.category, prompt.source, prompt.system, family=family)
 
 
-def acceptance_table(found: Sequence[Snapshot], *, seed: int, n_resamples: int) -> pd.DataFrame:
+def acceptance_table(found: Sequence[Snapshot], *, seed: int, resamples: int) -> pd.DataFrame:
     """Share of harmful prompts that are accepted, by kind: step, kind, rate, low, high, n, excess (over the base)."""
     rows = []
     base = _accepted(found[0])
@@ -54,8 +54,8 @@ def acceptance_table(found: Sequence[Snapshot], *, seed: int, n_resamples: int) 
         for kind in dict.fromkeys(one.variants.labels):
             inside = [i for i, label in enumerate(one.variants.labels) if label == kind]
             families = [one.variants.families[i] for i in inside]
-            rate = mean_estimate(now[inside], families, seed, n_resamples)
-            more = mean_estimate((now - base)[inside], families, seed, n_resamples)
+            rate = mean_estimate(now[inside], families, seed, resamples)
+            more = mean_estimate((now - base)[inside], families, seed, resamples)
             rows.append(
                 {"step": one.step, "kind": kind, "rate": rate.value, "low": rate.low, "high": rate.high, "n": rate.n,
                  "excess": more.value, "excess_low": more.low, "excess_high": more.high}
@@ -71,7 +71,7 @@ def _accepted(one: Snapshot) -> Tensor:
 
 
 @one_thread()
-def readable_table(found: Sequence[Snapshot], *, seed: int, n_resamples: int) -> pd.DataFrame:
+def readable_table(found: Sequence[Snapshot], *, seed: int, resamples: int) -> pd.DataFrame:
     """Can the trigger, or a decoy, be told from clean prompts at each level and position? One row each.
 
     Columns step, kind, level, position, auroc, low, high, n, and `excess` over the base with its bounds: mean
@@ -85,19 +85,19 @@ def readable_table(found: Sequence[Snapshot], *, seed: int, n_resamples: int) ->
         base: Tensor | None = None
         for one in found:
             assert one.variants is not None
-            draws, n = _draws(one.variants, kind, split.train, split.test, seed, n_resamples)
+            draws, n = _draws(one.variants, kind, split.train, split.test, seed, resamples)
             base = draws if base is None else base
             frames.append(_frame(one.variants, draws, draws - base, n).assign(step=one.step, kind=kind))
     return pd.concat(frames, ignore_index=True)
 
 
 def _draws(
-    acts: Activations, kind: str, train: tuple[int, ...], test: tuple[int, ...], seed: int, n_resamples: int
+    acts: Activations, kind: str, train: tuple[int, ...], test: tuple[int, ...], seed: int, resamples: int
 ) -> tuple[Tensor, int]:
     contrast = (kind, CLEAN)
     lines = direction_grid(contrast_part(acts, train, contrast), *contrast)
     part = contrast_part(acts, test, contrast)
-    drawn = family_weights(part.families, n_resamples, seed, part.labels)
+    drawn = family_weights(part.families, resamples, seed, part.labels)
     weights = torch.cat([torch.ones(1, len(part.ids), dtype=torch.float64), drawn])
     return auroc(score_grid(part, lines), is_positive(part, contrast), weights), len(part.ids)
 
