@@ -1,6 +1,6 @@
 """What the model says in words under the chosen interventions, and what they break."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -55,12 +55,7 @@ class AnswersUnder:
     def damage(self, model: LanguageModel, plan: CausalPlan) -> pd.DataFrame:
         """Losses on harmless prompts and plain text; repetition, silence and refusals over all prompts."""
         rows = self.who.of(HARMLESS)
-        own = replace(
-            self.unsteered,
-            ids=tuple(self.unsteered.ids[i] for i in rows),
-            texts=tuple(self.unsteered.texts[i] for i in rows),
-            tokens=tuple(self.unsteered.tokens[i] for i in rows),
-        )
+        own = self.unsteered.select(rows)
         table = []
         for operation, texts in {"none": list(self.unsteered.texts), **self.texts}.items():
             losses = damage(model, self.done.get(operation), self.who.batch.select(rows), own)

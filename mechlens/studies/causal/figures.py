@@ -45,13 +45,11 @@ def _curve(writer: RunWriter, result: Battery, measure: str, title: str) -> str:
         shown, x="layer", y="value", low="low", high="high", group="curve", hline=0.0, hline_label="unsteered",
         title=title, xlabel="layer", ylabel="towards the other class",
     )  # fmt: skip
-    name = f"curve_{measure.replace('.', '_')}"
     caption = (
         "Validation prompts, at the chosen strengths, which are shares of the residual norm; a push adds to harmless "
         "prompts and subtracts from harmful ones. Bands: 95% bootstrap over families. The table has all strengths."
     )
-    writer.figure(name, figure, table="pushes_by_layer", caption=caption)
-    return name
+    return writer.figure(f"curve_{measure.replace('.', '_')}", figure, table="pushes_by_layer", caption=caption)
 
 
 def _rates(writer: RunWriter, result: Battery, label: str) -> str:
@@ -65,11 +63,8 @@ def _rates(writer: RunWriter, result: Battery, label: str) -> str:
         x="layer", y="value", low="low", high="high", group="curve", hline=baseline, hline_label="unsteered",
         title=f"Share of {label} prompts that are refused", xlabel="layer", ylabel="refused",
     )  # fmt: skip
-    name = f"refused_{label}"
-    writer.figure(
-        name, figure, table="refusals_by_layer", caption="Validation prompts, whole answers, at the chosen strengths."
-    )
-    return name
+    caption = "Validation prompts, whole answers, at the chosen strengths."
+    return writer.figure(f"refused_{label}", figure, table="refusals_by_layer", caption=caption)
 
 
 def scope_table(result: Battery) -> pd.DataFrame:
@@ -103,20 +98,11 @@ def _scopes(writer: RunWriter, result: Battery) -> str:
         xlabel="tokens that are acted on", ylabel="change of logit(Certainly) - logit(No)",
     )  # fmt: skip
     missing = "" if result.measurable else " Not measurable on this model: these numbers decide nothing."
-    writer.figure("scopes", figure, table="scopes", caption=f"Bars: 95% bootstrap over families.{missing}")
-    return "scopes"
-
-
-def reply_shares(result: Battery) -> pd.DataFrame:
-    """Replies on test prompts, unsteered and under a push: direction, scope, label, belief, share, n."""
-    frames = [result.replies.assign(direction="none")]
-    frames += [tested.replies.assign(direction=name) for name, tested in result.tested.items()]
-    return pd.concat(frames, ignore_index=True)
+    return writer.figure("scopes", figure, table="scopes", caption=f"Bars: 95% bootstrap over families.{missing}")
 
 
 def _replies(writer: RunWriter, result: Battery) -> str:
-    table = reply_shares(result)
-    writer.table("replies", table)
+    table = result.reply_shares()
     shown = table.assign(
         case=table["label"] + ", " + table["direction"].where(table["direction"] == "none", table["direction"] + " ")
         + table["scope"].where(table["direction"] != "none", "")
@@ -125,23 +111,14 @@ def _replies(writer: RunWriter, result: Battery) -> str:
         shown, x="case", y="share", group="belief", title="What the replies say, by their first word",
         xlabel="", ylabel="share of replies",
     )  # fmt: skip
-    writer.figure("replies", figure, table="replies")
-    return "replies"
-
-
-def damage_table(result: Battery) -> pd.DataFrame:
-    """What the chosen settings break: direction, operation, measure, value, low, high, n."""
-    frames = [tested.damage.assign(direction=name) for name, tested in result.tested.items()]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return writer.figure("replies", figure, table="replies")
 
 
 def _damage(writer: RunWriter, result: Battery) -> str:
-    table = damage_table(result)
-    writer.table("damage", table)
+    table = result.damage()
     losses = table[table["measure"].isin(["plain_ce", "own_ce", "kl"])]
     figure = figures.bars(
         losses.assign(case=losses["operation"] + ", " + losses["direction"]), x="measure", y="value", low="low",
         high="high", group="case", title="Damage at the chosen settings", xlabel="", ylabel="nats per token",
     )  # fmt: skip
-    writer.figure("damage", figure, table="damage")
-    return "damage"
+    return writer.figure("damage", figure, table="damage")

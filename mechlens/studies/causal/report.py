@@ -3,10 +3,10 @@
 import pandas as pd
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.runs.report.report import Number, Report, Section
+from mechlens.models.bridge import loaded
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.causal.figures import damage_table, draw
+from mechlens.studies.causal.figures import draw
 from mechlens.studies.causal.study import Battery
 from mechlens.studies.causal.verdict import CausalVerdict, causal_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
@@ -23,58 +23,21 @@ MAX_CHANGED = 6
 def record(writer: RunWriter, result: Battery, sets: ContrastSets) -> None:
     """Writes everything the battery found into an open run."""
     verdict = causal_verdict(result)
-    metrics = result.metrics()
-    writer.metrics(metrics)
-    writer.table("operations_by_layer", result.grid.values)
-    writer.table("pushes_by_layer", result.grid.pushes)
-    writer.table("refusals_by_layer", result.grid.rates)
-    writer.table("by_question", result.by_question)
-    writer.table("tested", tested_table(result))
-    if result.tested:
-        answers = [tested.answers.assign(direction=name) for name, tested in result.tested.items()]
-        writer.table("steered_answers", pd.concat(answers, ignore_index=True))
-    for name, tested in result.tested.items():
-        writer.artifact(f"direction_{name}", tested.direction)
-    writer.report(_report(writer, result, verdict, draw(writer, result), sets.model, sets.punctuation))
+    writer.result(result)
+    writer.report(_report(result, verdict, draw(writer, result), sets))
 
 
-def tested_table(result: Battery) -> pd.DataFrame:
-    """Every measure on test prompts with its controls, measurable or not: direction, measure, who, value, ..."""
-    rows = []
-    for name, tested in result.tested.items():
-        for measure, estimate in tested.pushes.items():
-            random, shuffled = tested.random[measure], tested.shuffled[measure]
-            for who, own in (
-                ("direction", estimate), ("random", random.mean), ("random_max", random.maximum),
-                ("shuffled", shuffled.mean), ("shuffled_max", shuffled.maximum),
-            ):  # fmt: skip
-                rows.append(
-                    {
-                        "direction": name, "layer": tested.setting.layer, "strength": tested.setting.strength,
-                        "measure": measure, "who": who, **own.row(),
-                    }
-                )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def _report(
-    writer: RunWriter,
-    result: Battery,
-    verdict: CausalVerdict,
-    drawn: dict[str, tuple[str, ...]],
-    model: LanguageModel,
-    punctuation: str,
-) -> Report:
-    checkpoint = loaded(model).checkpoint
+def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str, ...]], sets: ContrastSets) -> Report:
+    checkpoint = loaded(sets.model).checkpoint
     return Report(
         title=f"What two directions do in {checkpoint.name}",
         question=QUESTION,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
-        numbers=tuple(
-            Number(name, estimate)
+        numbers={
+            name: estimate
             for name, estimate in verdict.deciding.items()
             if estimate.measurable or not name.endswith("_max")
-        ),
+        },
         sections=(
             _scopes(result, drawn),
             Section(
@@ -89,8 +52,7 @@ def _report(
             _answers(result),
             _damage(result, drawn),
         ),
-        how=_how(result, verdict, punctuation),
-        command=writer.run.command,
+        how=_how(result, verdict, sets.punctuation),
         model=checkpoint.name,
     )
 
@@ -139,7 +101,7 @@ def _answers(result: Battery) -> Section:
 
 
 def _damage(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
-    table = damage_table(result)
+    table = result.damage()
     shown = None if table.empty else table.pivot_table(
         index=["direction", "operation"], columns="measure", values="value", sort=False
     ).reset_index()  # fmt: skip
@@ -160,12 +122,11 @@ def _how(result: Battery, verdict: CausalVerdict, punctuation: str) -> str:
         f"{name}: layer {tested.setting.layer}, strength {tested.setting.strength:g} of the median residual norm"
         for name, tested in result.tested.items()
     )
-    sizes = {part: len(result.split.part(part)) for part in ("train", "validation", "test")}
     defined = "; ".join(f"{name} from {a} and {b} training prompts" for name, (a, b) in result.counts.items())
     parsed: Estimate = result.unsteered["inversion_parsed"]
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
-        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, of which at "
+        f"Prompts: {result.split.sizes}, of which at "
         f"most {plan.n_validation} and {plan.n_test} a class were used. {punctuation} Directions: {defined} (mean "
         f"differences; harmfulness at `inst`, refusal at `last`). Chosen on validation: {settings or 'nothing'}.\n\n"
         "Adding acts on every token of the prompt at the input of one block; ablating removes the component at every "

@@ -8,7 +8,7 @@ shuffled labels (Zhao et al. 2025, sections 3.3 and 3.4).
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.behaviour.answers import Answers, answer
+from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.inversion import asked_words, preferred_words
 from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import auroc_estimate
@@ -33,12 +33,12 @@ from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
 from mechlens.studies.causal.answers import replies, reply_table
 from mechlens.studies.causal.config import Causal, CausalPlan
-from mechlens.studies.causal.directions import HARMFUL, HARMLESS, NAMES, PUSH, Setting, class_counts, sources
+from mechlens.studies.causal.directions import NAMES, PUSH, Setting, class_counts, sources
 from mechlens.studies.causal.grid import GRID_RANDOM, Grid, grid_layers, run_grid
 from mechlens.studies.causal.held_out import HeldOutEffect, run_test
 from mechlens.studies.causal.readings import MEASURES, ReadTokens, Subjects, read, subjects
 from mechlens.studies.driver import Preparation
-from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
+from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
 from mechlens.studies.shared.inputs import MAX_DRAWS
 from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, judge_first_token
 
@@ -95,6 +95,53 @@ class Battery:
                 found |= self._of(f"inversion_shift.{name}.{scope}", name, f"inversion.{scope}")
         return {**self.unsteered, **found}
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        tables = {
+            "operations_by_layer": self.grid.values,
+            "pushes_by_layer": self.grid.pushes,
+            "refusals_by_layer": self.grid.rates,
+            "by_question": self.by_question,
+            "tested": self._tested_table(),
+            "replies": self.reply_shares(),
+        }
+        if not self.tested:
+            return tables
+        return tables | {"steered_answers": self._of_each("answers"), "damage": self.damage()}
+
+    def artifacts(self) -> dict[str, object]:
+        """Both directions, where they can be measured."""
+        return {f"direction_{name}": tested.direction for name, tested in self.tested.items()}
+
+    def damage(self) -> pd.DataFrame:
+        """What the chosen settings break: direction, operation, measure, value, low, high, n."""
+        return self._of_each("damage") if self.tested else pd.DataFrame()
+
+    def reply_shares(self) -> pd.DataFrame:
+        """Replies on test prompts, unsteered and under a push: direction, scope, label, belief, share, n."""
+        frames = [self.replies.assign(direction="none")]
+        return pd.concat([*frames, *([self._of_each("replies")] if self.tested else [])], ignore_index=True)
+
+    def _of_each(self, table: str) -> pd.DataFrame:
+        frames: list[pd.DataFrame] = [
+            getattr(tested, table).assign(direction=name) for name, tested in self.tested.items()
+        ]
+        return pd.concat(frames, ignore_index=True)
+
+    def _tested_table(self) -> pd.DataFrame:
+        """Every measure on test prompts with its controls, measurable or not: direction, measure, who, value, ..."""
+        rows = []
+        for name, tested in self.tested.items():
+            for measure, estimate in tested.pushes.items():
+                random, shuffled = tested.random[measure], tested.shuffled[measure]
+                for who, effect in (
+                    ("direction", estimate), ("random", random.mean), ("random_max", random.maximum),
+                    ("shuffled", shuffled.mean), ("shuffled_max", shuffled.maximum),
+                ):  # fmt: skip
+                    setting = {"direction": name, "layer": tested.setting.layer, "strength": tested.setting.strength}
+                    rows.append({**setting, "measure": measure, "who": who, **effect.row()})
+        return pd.DataFrame(rows)
+
     def _of(self, metric: str, direction: str, measure: str) -> dict[str, Estimate]:
         tested = self.tested.get(direction)
         names = (metric, f"{metric}.random", f"{metric}.random_max", f"{metric}.shuffled", f"{metric}.shuffled_max")
@@ -135,7 +182,7 @@ def run_battery(
     require_everywhere(model)
     layers = grid_layers(model, plan.layers, _every(plan))
     template = template or template_of(model)
-    prompts = _labelled(harmful, harmless)
+    prompts = labelled(harmful, harmless)
     batch = tokenize(prompts, template)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
     acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
@@ -153,7 +200,7 @@ def run_battery(
     words = ReadTokens(asked_words(tokenizer, reference), preferred_words(tokenizer, reference), first_token.tokens)
     settings = [Setting(layer, strength) for layer in layers for strength in plan.strengths]
     grid = run_grid(model, validation, found, settings, norms, words, plan, cache)
-    unsteered = _taken(judged.answers, rows)
+    unsteered = judged.answers.select(rows)
     beliefs = replies(model, test, {"none": [None] * len(rows)}, cache)
     values = read(model, test, [[None] * len(rows)], words, cache)[0]
     return Battery(
@@ -175,33 +222,12 @@ def run_battery(
     )  # fmt: skip
 
 
-def _labelled(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Prompt]:
-    """All prompts with their class; refuses an empty class and ids that clash."""
-    for name, prompts in ((HARMFUL, harmful), (HARMLESS, harmless)):
-        if not prompts:
-            raise UserError(f"there are no {name} prompts; the battery contrasts two classes, so give both")
-    labelled = [replace(prompt, label=HARMFUL) for prompt in harmful]
-    labelled += [replace(prompt, label=HARMLESS) for prompt in harmless]
-    if len({prompt.id for prompt in labelled}) < len(labelled):
-        raise UserError("two prompts have the same id; ids must be unique over both classes")
-    return labelled
-
-
 def _some(prompts: Sequence[Prompt], part: Sequence[int], n: int, seed: int) -> list[int]:
     """Up to `n` rows of each class, drawn by family, so that of a pair both sides are there."""
     families = list(dict.fromkeys(prompts[i].group for i in part))
     rank = {family: k for k, family in enumerate(random.Random(seed).sample(families, len(families)))}
     drawn = sorted(part, key=lambda i: rank[prompts[i].group])
     return [i for label in PUSH for i in [i for i in drawn if prompts[i].label == label][:n]]
-
-
-def _taken(answers: Answers, rows: Sequence[int]) -> Answers:
-    return replace(
-        answers,
-        ids=tuple(answers.ids[i] for i in rows),
-        texts=tuple(answers.texts[i] for i in rows),
-        tokens=tuple(answers.tokens[i] for i in rows),
-    )
 
 
 def _unsteered(

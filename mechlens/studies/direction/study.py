@@ -69,6 +69,24 @@ class Concept:
         """One row per level and position, with the reliability of the direction there."""
         return self.detection.table().assign(reliability=self.reliability.flatten().tolist())
 
+    def baselines(self) -> pd.DataFrame:
+        """One row per surface baseline."""
+        rows = [{"baseline": name, **auroc.row("auroc")} for name, auroc in self.measured.baselines.items()]
+        return pd.DataFrame(rows)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        return {
+            "auroc_by_level": self.table(),
+            "auroc_chosen": self.measured.chosen(),
+            "baselines": self.baselines(),
+            "split": pd.DataFrame({"id": self.acts.ids, "part": self.split.parts()}),
+        }
+
+    def artifacts(self) -> dict[str, object]:
+        """The direction in every cell, and the best one."""
+        return {"directions": self.detection.directions, "direction": self.detection.best.direction}
+
     def _column(self, position: str) -> int:
         return column_of(position, self.acts.positions, self.acts.last)
 

@@ -10,7 +10,7 @@ from mechlens.files import file_sha256
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.runs.report import figures
-from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.study import TrainingRun
@@ -82,7 +82,7 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
         question=QUESTION[recipe],
         verdict=f"{done.steps} steps took the loss from {first.value:.3g} to {last.value:.3g}. What that did to the "
         "model is for `mechlens separate` and `mechlens track` to say: a loss is no finding.",
-        numbers=(Number("loss, first tenth", first), Number("loss, last tenth", last)),
+        numbers={"loss, first tenth": first, "loss, last tenth": last},
         sections=(
             Section("Loss", "", ("loss",)),
             Section(
@@ -98,7 +98,6 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
         how=f"LoRA of rank {record['config']['rank']} on every linear layer, AdamW, highest learning rate "
         f"{record['config']['learning_rate']:g}, {record['config']['batch_size']} examples a step. Base fingerprint "
         f"{record['base_fingerprint'][:12]}, examples {training['examples_sha256'][:12]}.",
-        command=writer.run.command,
         model=base,
     )
 

@@ -5,7 +5,7 @@ the model was trained on, or that an earlier source holds are left out and count
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -217,7 +217,6 @@ def _only(values: Float[Tensor, "prompt d_model"], train: Activations, test: Act
 
 def _rest(judged: JudgedAnswers, n_train: int) -> JudgedAnswers:
     """Answers and verdicts of the test prompts."""
-    answers = judged.answers
-    kept = replace(answers, ids=answers.ids[n_train:], texts=answers.texts[n_train:], tokens=answers.tokens[n_train:])
-    verdicts = {name: found[n_train:] for name, found in judged.verdicts.items()}
+    kept = judged.answers.select(range(n_train, len(judged.prompts)))
+    verdicts = {name: given[n_train:] for name, given in judged.verdicts.items()}
     return JudgedAnswers(judged.prompts[n_train:], kept, verdicts)

@@ -67,10 +67,7 @@ def measures(result: GuardEvaluation) -> pd.DataFrame:
                         "detector": detector.name,
                         "source": name,
                         "measure": measure,
-                        "value": found.value,
-                        "low": found.low,
-                        "high": found.high,
-                        "n": found.n,
+                        **found.row(),
                         "against": "all sources" if against else "own",
                     }
                 )
@@ -140,8 +137,7 @@ def five_columns(result: GuardEvaluation) -> pd.DataFrame:
         right = detector.flagged == positives(result)
         for column, members in _members(result).items():
             found = _share(right, members, families(result), result.plan.seed, result.plan.resamples)
-            rows.append({"detector": detector.name, "column": column, "accuracy": found.value, "low": found.low,
-                         "high": found.high, "n": found.n})  # fmt: skip
+            rows.append({"detector": detector.name, "column": column, **found.row("accuracy")})
     return pd.DataFrame(rows)
 
 
@@ -168,8 +164,7 @@ def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
     found = []
     for detector in result.detectors:
         share = _share(detector.flagged, rows, families(result), result.plan.seed, result.plan.resamples)
-        found.append({"detector": detector.name, "false_positives": share.value, "low": share.low, "high": share.high,
-                      "n": share.n})  # fmt: skip
+        found.append({"detector": detector.name, **share.row("false_positives")})
     return pd.DataFrame(found)
 
 

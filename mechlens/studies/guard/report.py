@@ -10,7 +10,7 @@ from mechlens.methods.directions.token_view import project_tokens
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report import figures
-from mechlens.runs.report.report import Number, Report, Section, TokenView
+from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.guard.cost import GuardCost, guard_cost
 from mechlens.studies.guard.evaluate import GuardTest
@@ -179,9 +179,7 @@ def _report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
         verdict=found.verdict,
-        numbers=tuple(
-            Number(key, found.metrics[key]) for key in NUMBERS if key in found.metrics and found.metrics[key].n
-        ),
+        numbers={key: found.metrics[key] for key in NUMBERS if key in found.metrics and found.metrics[key].n},
         sections=(
             Section(
                 "Beside everything simpler",
@@ -209,7 +207,6 @@ def _report(
             _mistakes(result, model),
         ),
         how=_how(result, found.metrics, punctuation, model),
-        command=writer.run.command,
         model=name,
     )
 
@@ -233,12 +230,8 @@ def _mistakes(result: GuardEvaluation, model: LanguageModel) -> Section:
             continue  # a direction of other weights means nothing token by token
         found = project_tokens(model, direction, result.batch.row(mistake.row))
         start = int(result.batch.instruction[mistake.row, 0]) - result.batch.offset(mistake.row)
-        values = found.values[start:]
-        mean = sum(values) / len(values)
-        shown = min(len(values), SHOWN_TOKENS)
-        part = f", last {shown} of {len(values)} tokens" if shown < len(values) else ""
-        title = f"{mistake.kind}: {prompt.id} (score {mistake.score:.2f}, mean {mean:.2f} taken off{part})"
-        views.append(TokenView(found.tokens[-shown:], tuple(value - mean for value in values[-shown:]), title))
+        title = f"{mistake.kind}: {prompt.id}, score {mistake.score:.2f}"
+        views.append(TokenView.centred(found.tokens[start:], found.values[start:], title, most=SHOWN_TOKENS))
     return Section(
         "The worst mistakes",
         f"Tokens are coloured by their projection on the line that the guard reads at {direction.position}, level "

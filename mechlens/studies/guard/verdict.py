@@ -36,10 +36,10 @@ def guard_report(result: GuardEvaluation) -> GuardReport:
     table, columns, refusals = measures(result), five_columns(result), over_refusal(result)
     gains = auroc_gains(result)
     metrics = _of_detectors(table) | _of_sources(table) | gains
-    for row in columns[columns["detector"] == GUARD].itertuples():
-        metrics[f"column.{str(row.column).replace(' ', '_')}"] = _estimate(row.accuracy, row)
-    for row in refusals[refusals["detector"] == GUARD].itertuples():
-        metrics["over_refusal.false_positives"] = _estimate(row.false_positives, row)
+    for row in columns[columns["detector"] == GUARD].to_dict("records"):
+        metrics[f"column.{row['column'].replace(' ', '_')}"] = Estimate.of_row(row, "accuracy")
+    for row in refusals[refusals["detector"] == GUARD].to_dict("records"):
+        metrics["over_refusal.false_positives"] = Estimate.of_row(row, "false_positives")
     random, shuffled = random_directions(result), shuffled_labels(result)
     n = len(result.examined.prompts)
     for name, value in (
@@ -54,16 +54,12 @@ def guard_report(result: GuardEvaluation) -> GuardReport:
 def _of_detectors(table: pd.DataFrame) -> dict[str, Estimate]:
     total = table[table["source"] == "total"]
     kept = total[total["measure"].isin(MEASURES)]
-    return {f"{row.measure}.{row.detector}": _estimate(row.value, row) for row in kept.itertuples()}
+    return {f"{row['measure']}.{row['detector']}": Estimate.of_row(row) for row in kept.to_dict("records")}
 
 
 def _of_sources(table: pd.DataFrame) -> dict[str, Estimate]:
     kept = table[(table["source"] != "total") & (table["detector"] == GUARD)]
-    return {f"{row.measure}.{GUARD}.{row.source}": _estimate(row.value, row) for row in kept.itertuples()}
-
-
-def _estimate(value: object, row: object) -> Estimate:
-    return Estimate(float(value), float(row.low), float(row.high), int(row.n))  # type: ignore[arg-type, attr-defined]
+    return {f"{row['measure']}.{GUARD}.{row['source']}": Estimate.of_row(row) for row in kept.to_dict("records")}
 
 
 def _verdict(metrics: dict[str, Estimate], result: GuardEvaluation) -> str:

@@ -188,7 +188,6 @@ def _transfer(cell: Activations, categories: Sequence[str], seed: int, resamples
             positive = torch.tensor([label == f"category {tested}" for label in cell.labels])
             kept = ((positive | harmless) & ~train).nonzero()[:, 0].tolist()
             found = auroc_estimate(scores[kept], positive[kept], [cell.families[i] for i in kept], seed, resamples)
-            rows.append({"fitted_on": fitted, "tested_on": tested, "position": cell.positions[0],
-                         "level": cell.levels[0], "auroc": found.value, "low": found.low, "high": found.high,
-                         "n": found.n})  # fmt: skip
+            where = {"fitted_on": fitted, "tested_on": tested, "position": cell.positions[0], "level": cell.levels[0]}
+            rows.append({**where, **found.row("auroc")})
     return pd.DataFrame(rows)

@@ -5,7 +5,7 @@ import pandas as pd
 from mechlens.methods.patching.plan import MODES
 from mechlens.methods.patching.result import MIN_SHARE
 from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.patch.figures import draw
 from mechlens.studies.patch.study import Candidates, RefusalPath
@@ -58,7 +58,7 @@ def _report(
         title=f"Where refusal travels in {loaded(model).checkpoint.name}",
         question=QUESTION,
         verdict=" ".join(verdict.sentences),
-        numbers=tuple(Number(name, verdict.numbers[key]) for key, name in _shown().items()),
+        numbers={name: verdict.numbers[key] for key, name in _shown().items()},
         sections=(
             Section(
                 "Where it enters, travels and ends up",
@@ -89,6 +89,5 @@ def _report(
             "largest mean effect over the grid (with few pairs it can't fall below 2^(1-n)). The best sites are chosen "
             "and reported on the same pairs: their p is corrected for that, their interval is not."
         ),
-        command=writer.run.command,
         model=loaded(model).checkpoint.name,
     )

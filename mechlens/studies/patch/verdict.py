@@ -42,12 +42,12 @@ def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdic
     numbers: dict[str, Estimate] = {}
     for mode, way in ways.items():
         numbers |= {
-            f"{mode}.recovery.best_before_last": _estimate(way.source),
-            f"{mode}.recovery.random_maximum": _estimate(way.control),
+            f"{mode}.recovery.best_before_last": Estimate.of_row(way.source, "recovery"),
+            f"{mode}.recovery.random_maximum": Estimate.of_row(way.control, "recovery"),
             f"{mode}.layer.leaves_source": _layer(way.leaves, n),
             f"{mode}.layer.arrives_last": _layer(way.arrives, n),
-            f"{mode}.recovery.top_head": _estimate(_largest(way.heads)),
-            f"{mode}.recovery.top_head_random": _estimate(way.head_control),
+            f"{mode}.recovery.top_head": Estimate.of_row(_largest(way.heads), "recovery"),
+            f"{mode}.recovery.top_head_random": Estimate.of_row(way.head_control, "recovery"),
         }
     numbers["attribution_correlation"] = Estimate.exact(result.correlation(), n)
     heads = pd.concat([way.heads.assign(mode=name) for name, way in ways.items()], ignore_index=True)
@@ -110,10 +110,6 @@ def _largest(table: pd.DataFrame) -> "pd.Series[float]":
 
 def _value(row: "pd.Series[float]") -> str:
     return f"{row['recovery']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-
-def _estimate(row: "pd.Series[float]") -> Estimate:
-    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), int(row["n"]))
 
 
 def _layer(value: int | None, n: int) -> Estimate:

@@ -17,9 +17,10 @@ from mechlens.methods.steering.interventions import Intervention
 from mechlens.methods.steering.steering import SteeredAnswers, answer_under
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import TokenBatch
+from mechlens.studies.select.config import SelectionPlan
 
 BYPASSES, INDUCES = 0, 1
-"""Which random_control is which."""
+"""Which of the random controls is which."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,13 @@ class SelectionTest:
     """Of the random candidates the best at bypassing and the best at inducing on validation; or none."""
     scores: CandidateScores
     """Of the chosen direction, the random controls where there are any, and `random_directions` of its length."""
-    random_directions: int
     refused: dict[str, tuple[bool, ...]]
     """By what was done: "harmful", "harmless.added", "harmful.ablated.random_best", ...; one verdict a prompt."""
     answers: dict[str, SteeredAnswers]
     """What was said with the chosen direction taken out ("harmful.ablated") and added ("harmless.added")."""
     families: dict[str, tuple[str, ...]]
     """By class."""
-    seed: int
-    resamples: int
+    plan: SelectionPlan
 
     def metrics(self) -> dict[str, Estimate]:
         """Every number by its name in run.json; scores are log-odds, KL in nats, rates shares of the prompts."""
@@ -68,12 +67,12 @@ class SelectionTest:
         random_control: int,
         lowest: bool = False,
     ) -> dict[str, Estimate]:
-        """A score of the chosen direction, its random_control, and random directions: mean and extreme."""
+        """A score of the chosen direction, its random control, and random directions: mean and extreme."""
         found = {name: self._mean(values[0], label)}
         found[f"{name}.random_best"] = self._mean(
             values[1 + random_control] if self.random_controls else torch.empty(0), label
         )
-        random = values[len(values) - self.random_directions :]
+        random = values[len(values) - self.plan.random_directions :]
         means = random.mean(dim=1)
         extreme = int(means.argmin() if lowest else means.argmax())
         found[f"{name}.random"] = self._mean(random.mean(dim=0), label)
@@ -82,7 +81,7 @@ class SelectionTest:
 
     def _mean(self, values: Float[Tensor, " prompt"], label: str) -> Estimate:
         families = self.families[label] if len(values) else ()
-        return mean_estimate(values, families, self.seed, self.resamples)
+        return mean_estimate(values, families, self.plan.seed, self.plan.resamples)
 
 
 def run_selection_test(
@@ -92,11 +91,8 @@ def run_selection_test(
     chosen: Direction,
     random_controls: Sequence[Direction],
     tokens: Sequence[int],
+    plan: SelectionPlan,
     *,
-    seed: int,
-    random_directions: int,
-    resamples: int,
-    max_new_tokens: int,
     cache: Cache | None = None,
 ) -> SelectionTest:
     """Scores and judged answers of test prompts; `refused` are the verdicts on the answers with nothing done."""
@@ -104,7 +100,7 @@ def run_selection_test(
         label: [i for i, prompt in enumerate(batch.prompts) if prompt.label == label]
         for label in ("harmful", "harmless")
     }
-    matched = random_like(chosen, random_directions, seed + 3)
+    matched = random_like(chosen, plan.random_directions, plan.seed + 3)
     scores = score_candidates(
         model, [chosen, *random_controls, *matched], batch, rows["harmful"], rows["harmless"], tokens, cache=cache
     )
@@ -125,7 +121,7 @@ def run_selection_test(
         shown = not name.endswith("random_best")
         said = answer_under(
             model, batch.select(rows[label]), [done],
-            max_new_tokens=max_new_tokens, decided=None if shown else decided, cache=cache,
+            max_new_tokens=plan.max_new_tokens, decided=None if shown else decided, cache=cache,
         )  # fmt: skip
         judged = PHRASES([batch.prompts[i] for i in rows[label]], said.texts)
         verdicts[name] = tuple(verdict == "refused" for verdict in judged)
@@ -135,10 +131,8 @@ def run_selection_test(
         chosen=chosen,
         random_controls=tuple(random_controls),
         scores=scores,
-        random_directions=random_directions,
         refused=verdicts,
         answers=answers,
         families={label: tuple(batch.prompts[i].group for i in rows[label]) for label in rows},
-        seed=seed,
-        resamples=resamples,
+        plan=plan,
     )

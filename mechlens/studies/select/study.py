@@ -17,6 +17,7 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, direction_grid, random_like
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.candidates import (
     KEPT,
     LOW_INDUCE,
@@ -109,6 +110,58 @@ class Selection:
     """None where no candidate was let through."""
     plan: SelectionPlan
 
+    def metrics(self) -> dict[str, Estimate]:
+        """Every headline number by its name in run.json."""
+        counts = self.found.filtered.counts()
+        total = sum(counts.values())
+        numbers = {f"candidates.{name.replace(' ', '_')}": Estimate.exact(n, total) for name, n in counts.items()}
+        kept = self.random.filtered.counts()
+        numbers["candidates.kept.random"] = Estimate.exact(kept["kept"], sum(kept.values()))
+        if self.test is None:
+            return numbers
+        numbers["chosen.level"] = Estimate.exact(self.test.chosen.level, total)
+        return numbers | self.test.metrics()
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        tables = {
+            "candidates": self.candidates(),
+            "filters": self.filters(),
+            "sizes": self.sizes(),
+            "answers": self.judged.table().assign(log_odds=self.first_token.log_odds.tolist()),
+        }
+        if self.test is None:
+            return tables
+        tested = [{"metric": name, **estimate.row()} for name, estimate in self.test.metrics().items()]
+        return tables | {"test": pd.DataFrame(tested), "steered_answers": self.steered_answers()}
+
+    def artifacts(self) -> dict[str, object]:
+        """The chosen direction, if there is one."""
+        return {} if self.test is None else {"direction": self.test.chosen}
+
+    def candidates(self) -> pd.DataFrame:
+        """Scores of every candidate, and of every random one."""
+        rankings = {"candidate": self.found, "random": self.random}
+        return pd.concat([ranked.table().assign(kind=kind) for kind, ranked in rankings.items()], ignore_index=True)
+
+    def filters(self) -> pd.DataFrame:
+        """How many candidates each filter dropped, and how many random ones."""
+        counts, random = self.found.filtered.counts(), self.random.filtered.counts()
+        return pd.DataFrame([{"filter": name, "candidates": counts[name], "random": random[name]} for name in counts])
+
+    def steered_answers(self) -> pd.DataFrame:
+        """Test prompts with their answers before and after, refused or not."""
+        assert self.test is not None
+        before = dict(zip(self.judged.answers.ids, self.judged.answers.texts, strict=True))
+        texts = {prompt.id: prompt.text for prompt in self.judged.prompts}
+        rows = [
+            {"done": name, "id": prompt, "prompt": texts[prompt], "answer_before": before[prompt],
+             "answer_after": after, "refused": refused}
+            for name, said in self.test.answers.items()
+            for prompt, after, refused in zip(said.ids, said.texts, self.test.refused[name], strict=True)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
     def sizes(self) -> pd.DataFrame:
         """Prompts of each part and class: before and after the filter by refusal score."""
         labels = [prompt.label for prompt in self.judged.prompts]
@@ -165,10 +218,7 @@ def select_direction(
             found.best,
             random.random_controls(),
             first_token.tokens.ids,
-            seed=plan.seed,
-            random_directions=plan.random_directions,
-            resamples=plan.resamples,
-            max_new_tokens=plan.max_new_tokens,
+            plan,
             cache=cache,
         )
     return Selection(judged, first_token, split, kept, found, random, test, plan)

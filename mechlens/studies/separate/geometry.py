@@ -55,9 +55,7 @@ class Geometry:
                 "cosine": curve.measured[k].value,
                 "low": curve.measured[k].low,
                 "high": curve.measured[k].high,
-                "corrected": curve.corrected[k].value,
-                "corrected_low": curve.corrected[k].low,
-                "corrected_high": curve.corrected[k].high,
+                **curve.corrected[k].beside("corrected"),
                 "reliability_first": curve.reliability_first[k],
                 "reliability_second": curve.reliability_second[k],
             }

@@ -6,7 +6,7 @@ everything reported comes from test families.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -31,7 +31,7 @@ from mechlens.studies.driver import Preparation
 from mechlens.studies.separate.config import Separate, SeparationPlan
 from mechlens.studies.separate.geometry import Geometry, measure_geometry
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS, ContrastMeasurement, Surface, measure, surface_of
-from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
+from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import (
     IN_NO_QUADRANT,
@@ -107,15 +107,44 @@ class Separation:
     def baselines(self) -> pd.DataFrame:
         """Surface baselines of every contrast."""
         rows = [
-            {"contrast": name, "baseline": baseline, **_columns(estimate)}
+            {"contrast": name, "baseline": baseline, **estimate.row("auroc")}
             for name, contrast in self.contrasts.items()
             for baseline, estimate in contrast.baselines.items()
         ]
         return pd.DataFrame(rows)
 
+    def agreement(self) -> pd.DataFrame:
+        """Cohen's kappa of every two judges."""
+        rows = [
+            {"judge": judge, "other": other, **agreed.kappa.row("kappa")}
+            for judge, other, agreed in self.judged.agreements(self.plan.seed)
+        ]
+        return pd.DataFrame(rows, columns=["judge", "other", "kappa", "low", "high"] if rows else None)
 
-def _columns(estimate: Estimate) -> dict[str, float]:
-    return {"auroc": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        ids = [prompt.id for prompt in self.judged.prompts]
+        return {
+            "quadrant_counts": self.judged.counts(),
+            "answers": self.judged.table().assign(log_odds=self.first_token.log_odds.tolist()),
+            "agreement": self.agreement(),
+            "auroc_by_level": self.table(),
+            "auroc_chosen": self.chosen(),
+            "baselines": self.baselines(),
+            "cosines": self.geometry.table(),
+            "effect_norms": self.geometry.interaction,
+            "beliefs": self.beliefs.prompts,
+            "scores_by_level": self.beliefs.by_level,
+            "split": pd.DataFrame({"id": ids, "part": self.split.parts()}),
+        }
+
+    def artifacts(self) -> dict[str, object]:
+        """Directions of every measurable contrast, and the centroids of the beliefs."""
+        detections = {name: contrast.detection for name, contrast in self.contrasts.items()}
+        made: dict[str, object] = {"activations_checkpoint": self.acts.checkpoint}
+        made |= {f"directions_{name}": found.directions for name, found in detections.items() if found is not None}
+        centroids = {"centroids_harm": self.beliefs.harm, "centroids_refusal": self.beliefs.refusal}
+        return made | {name: centroid for name, centroid in centroids.items() if centroid is not None}
 
 
 def separate(
@@ -134,7 +163,7 @@ def separate(
     `harmful` and `harmless` are the contrast; `extra_harmless` prompts only fill the quadrants and the refusal
     contrasts, so that matched pairs stay matched. With few refusals, whatever needs them is not measurable.
     """
-    prompts = _labelled(harmful, harmless, extra_harmless)
+    prompts = labelled(harmful, harmless, extra_harmless)
     batch = tokenize(prompts, template or template_of(model))
     answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache)
     judged = judge_answers(prompts, answers, judges)
@@ -163,21 +192,6 @@ def separate(
         batch=batch,
         plan=plan,
     )
-
-
-def _labelled(harmful: Sequence[Prompt], harmless: Sequence[Prompt], extra_harmless: Sequence[Prompt]) -> list[Prompt]:
-    """All prompts with their class; refuses an empty class and ids that clash."""
-    for name, prompts in ((HARMFUL, harmful), (HARMLESS, harmless)):
-        if not prompts:
-            raise UserError(f"there are no {name} prompts; the study contrasts two classes, so give both")
-    labelled = [replace(prompt, label=HARMFUL) for prompt in harmful]
-    labelled += [replace(prompt, label=HARMLESS) for prompt in (*harmless, *extra_harmless)]
-    seen: set[str] = set()
-    for prompt in labelled:
-        if prompt.id in seen:
-            raise UserError(f"two prompts have the id {prompt.id!r}; ids must be unique over all sets of a study")
-        seen.add(prompt.id)
-    return labelled
 
 
 def _split(judged: JudgedAnswers, plan: SeparationPlan) -> tuple[Split, str]:

@@ -59,6 +59,56 @@ class Tracking:
         """Of the checkpoints that were measured, the base first."""
         return tuple(found.step for found in self.snapshots)
 
+    @property
+    def last_verdicts(self) -> tuple[TrackVerdict, ...]:
+        """One for each concept, on the last checkpoint."""
+        return tuple(verdict for verdict in self.verdicts if verdict.step == self.steps[-1])
+
+    def metrics(self) -> dict[str, Estimate]:
+        """The base's and the last checkpoint's numbers, by name and step."""
+        count = len(self.snapshots) - 1
+        numbers = {"n.checkpoints": Estimate.exact(count, count + len(self.left_out))}
+        for step in dict.fromkeys((self.steps[0], self.steps[-1])):
+            for concept in self.reference.measurable:
+                here = cell_of(self.readouts, concept, step)
+                numbers |= {f"{concept.name}.{name}.step{step}": here[name] for name in ("frozen", "own", "accuracy")}
+            for row in self.behaviour[self.behaviour["step"] == step].to_dict("records"):
+                numbers[f"{row['number']}.step{step}"] = Estimate.of_row(row)
+        for verdict in self.last_verdicts:
+            numbers |= {f"{verdict.concept}.{name}": verdict.deciding[name] for name in (*CHANGES, "gap_change")}
+        return numbers
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        names = (
+            "readouts", "transfer", "angles", "quadrants", "behaviour", "effects", "matrices", "acceptance",
+            "trigger_readable",
+        )  # fmt: skip
+        answers = [one.answers.table().assign(step=one.step, log_odds=one.log_odds.tolist()) for one in self.snapshots]
+        return {
+            "left_out_checkpoints": pd.DataFrame([vars(one) for one in self.left_out], columns=["name", "reason"]),
+            "verdicts": self.verdict_table(),
+            **{name: getattr(self, name) for name in names},
+            "answers": pd.concat(answers, ignore_index=True),
+        }
+
+    def artifacts(self) -> dict[str, object]:
+        """The base's directions of every concept that it can be measured on."""
+        return {
+            f"directions_{concept.name}": concept.detection.directions
+            for concept in self.reference.measurable
+            if concept.detection is not None
+        }
+
+    def verdict_table(self) -> pd.DataFrame:
+        """One row for each concept and checkpoint: the word, and the numbers that decided it."""
+        rows = [
+            {"concept": verdict.concept, "step": verdict.step, "verdict": verdict.word, "also": verdict.also}
+            | {name: str(value) for name, value in verdict.deciding.items()}
+            for verdict in self.verdicts
+        ]
+        return pd.DataFrame(rows)
+
 
 def steered_rows(questions: Questions, plan: TrackPlan) -> list[int]:
     """The harmless test prompts that directions are added on."""

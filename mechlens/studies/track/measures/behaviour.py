@@ -95,9 +95,8 @@ def _mean(
     values: Tensor, inside: list[int], families: Sequence[str], seed: int, resamples: int
 ) -> dict[str, float | int]:
     if len(inside) < MIN_FOR_A_POLE:
-        return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "n": len(inside)}
-    found = mean_estimate(torch.as_tensor(values)[inside], [families[i] for i in inside], seed, resamples)
-    return {"mean": found.value, "low": found.low, "high": found.high, "n": found.n}
+        return Estimate.missing(len(inside)).row("mean")
+    return mean_estimate(torch.as_tensor(values)[inside], [families[i] for i in inside], seed, resamples).row("mean")
 
 
 NONE = "none"
@@ -219,8 +218,7 @@ def effect_table(found: Sequence[Snapshot], families: Sequence[str], *, seed: in
                 effect = mean_estimate(shift, families, seed, resamples)
                 random = [abs(float(s.mean())) for n, s in shifts.items() if n.startswith(f"{concept}.random.")]
                 rows.append(
-                    {"step": one.step, "concept": concept, "direction": which, "effect": effect.value,
-                     "low": effect.low, "high": effect.high, "n": effect.n,
+                    {"step": one.step, "concept": concept, "direction": which, **effect.row("effect"),
                      "random_mean": sum(random) / len(random), "random_maximum": max(random)}
                 )  # fmt: skip
     return pd.DataFrame(rows)
@@ -231,7 +229,4 @@ def _row(
 ) -> dict[str, float | int | str]:
     found = mean_estimate(values, families, seed, resamples)
     change = mean_estimate(values - before, families, seed, resamples)
-    return {
-        "step": step, "number": number, "value": found.value, "low": found.low, "high": found.high, "n": found.n,
-        "change": change.value, "change_low": change.low, "change_high": change.high,
-    }  # fmt: skip
+    return {"step": step, "number": number, **found.row(), **change.beside("change")}

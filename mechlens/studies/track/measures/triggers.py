@@ -56,10 +56,7 @@ def acceptance_table(found: Sequence[Snapshot], *, seed: int, resamples: int) ->
             families = [one.variants.families[i] for i in inside]
             rate = mean_estimate(now[inside], families, seed, resamples)
             more = mean_estimate((now - base)[inside], families, seed, resamples)
-            rows.append(
-                {"step": one.step, "kind": kind, "rate": rate.value, "low": rate.low, "high": rate.high, "n": rate.n,
-                 "excess": more.value, "excess_low": more.low, "excess_high": more.high}
-            )  # fmt: skip
+            rows.append({"step": one.step, "kind": kind, **rate.row("rate"), **more.beside("excess")})
     return pd.DataFrame(rows)
 
 
