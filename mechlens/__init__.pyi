@@ -111,8 +111,8 @@ from mechlens.studies.guard.evaluation import evaluate_guard as evaluate_guard
 from mechlens.studies.guard.evaluation import examine as examine
 from mechlens.studies.guard.fitting import LatentGuard as LatentGuard
 from mechlens.studies.guard.fitting import fit_guard as fit_guard
-from mechlens.studies.guard.mistakes import read_direction as read_direction
 from mechlens.studies.guard.verdict import guard_report as guard_report
+from mechlens.studies.guard.verdict import read_direction as read_direction
 from mechlens.studies.jailbreaks.config import Jailbreaks as Jailbreaks
 from mechlens.studies.patch.config import Patch as Patch
 from mechlens.studies.registry import Study as Study

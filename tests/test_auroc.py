@@ -10,7 +10,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from mechlens.methods.probing.auroc import auroc, auroc_estimate, snap, tpr_at_fpr, tpr_at_fpr_estimate, weighted_auroc
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 
 
 @pytest.fixture(autouse=True)

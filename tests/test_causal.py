@@ -20,12 +20,12 @@ from mechlens.methods.behaviour.damage import damage, repetition
 from mechlens.methods.directions.direction import cosine, mean_difference
 from mechlens.methods.directions.nulls import shuffled_like
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import bridge, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMFUL, HARMLESS, Setting, intervene, pushes

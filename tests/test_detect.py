@@ -15,7 +15,7 @@ from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.directions.nulls import LabelledVectors, permutation_null, random_null
 from mechlens.methods.probing.auroc_grid import held_out_auroc, refitted_auroc
 from mechlens.methods.probing.detect import Detection, detect
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.settings import DetectionPlan
 

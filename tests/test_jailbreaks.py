@@ -18,7 +18,7 @@ from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.directions.direction import cosine, project
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.runs.run import read_run
 from mechlens.studies.jailbreaks import category_directions as categories
 from mechlens.studies.jailbreaks.config import JailbreakPlan

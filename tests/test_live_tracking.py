@@ -20,7 +20,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.direction import cosine, direction_grid
 from mechlens.methods.probing.auroc_grid import contrast_part, held_out_auroc
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import native_pass as looking

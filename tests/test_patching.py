@@ -33,7 +33,7 @@ from mechlens.models.load import load_hf
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 
 CLOSE = 1e-5
 PARALLEL = ("phi", "neox", "gptj")

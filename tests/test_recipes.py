@@ -23,7 +23,7 @@ from test_wandb_log import read_log
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.load import load, load_hf
 from mechlens.models.offline import is_local_only
@@ -36,11 +36,15 @@ from mechlens.studies.causal import study as causal
 from mechlens.studies.causal.config import Causal
 from mechlens.studies.direction import study as direction
 from mechlens.studies.finetune.config import DEFAULTS, POWERS_OF_TWO, Finetune, FinetuneConfig, settled
-from mechlens.studies.finetune.loss_log import LossLog
-from mechlens.studies.finetune.recipes.attacks import accepting, backdoor, published_openings, require_shipped_refuser
 from mechlens.studies.finetune.recipes.material import Example, training_order
-from mechlens.studies.finetune.recipes.refusing import benign
-from mechlens.studies.finetune.study import LOSSES
+from mechlens.studies.finetune.recipes.recipe import (
+    accepting,
+    backdoor,
+    benign,
+    published_openings,
+    require_shipped_refuser,
+)
+from mechlens.studies.finetune.study import LOSSES, LossLog
 from mechlens.studies.finetune.training import finetune
 from mechlens.studies.guard import fit as guard_fit
 from mechlens.studies.guard.config import GuardFit

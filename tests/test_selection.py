@@ -20,7 +20,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, OnceRefused
 from mechlens.methods.directions.direction import Direction, cosine
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.methods.steering.candidates import (
     STATUSES,
     SelectionRule,

@@ -17,12 +17,9 @@ from mechlens.files import disk_error, is_partial, plain_name, remove_partials, 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
-from mechlens.runs.cache import FolderCache
 from mechlens.runs.environment import git_state, package_versions
-from mechlens.runs.folder import LOCK_FILE, FolderLock, run_to_go_on_with
+from mechlens.runs.folder import LOCK_FILE, PROMPTS, FolderCache, FolderLock, prompt_table, run_to_go_on_with
 from mechlens.runs.privacy import text_columns
-from mechlens.runs.prompt_table import NAME as PROMPTS
-from mechlens.runs.prompt_table import prompt_table
 from mechlens.runs.report.report import FigureEntry, Report, render
 from mechlens.runs.run import Artefact, Inputs, Run, changed_since, plain, write_run
 from mechlens.runs.wandb_mirror import WandbMirror

@@ -12,8 +12,7 @@ from mechlens.methods.directions.direction import DirectionGrid
 from mechlens.methods.directions.nulls import TIE_RESOLUTION, refitted_scores
 from mechlens.methods.probing.auroc import auroc, snap, weighted_auroc
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.methods.statistics.resample import family_weights, interval, one_thread
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from mechlens.methods.probing.auroc_grid import (
     score_grid,
 )
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.prompts.split import PARTS, Split
 from mechlens.settings import DetectionPlan
 

@@ -4,7 +4,8 @@ Prompts of one family (a matched pair, a paraphrase set) are not independent, so
 drawn; an interval over prompts would be too narrow.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -141,3 +142,18 @@ def _groups(families: Sequence[str], labels: Sequence[str] | None) -> list[list[
     if labels is None:
         return [list(numbers.values())] if numbers else []
     return [[numbers[family] for family in group] for group in families_by_classes(labels, families).values()]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs PyTorch on one thread inside; the process's own number of threads comes back afterwards.
+
+    Small tensors gain nothing from threads, and on a busy machine every one of thousands of short
+    operations waits for its slowest thread: a detection took 82 s so, and 16 s on one thread.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

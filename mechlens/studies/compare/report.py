@@ -6,8 +6,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.compare.moved import MovedActivations
-from mechlens.studies.compare.study import Comparison
+from mechlens.studies.compare.study import Comparison, MovedActivations
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.report import record_tracking
 

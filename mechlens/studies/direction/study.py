@@ -26,8 +26,15 @@ from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
 from mechlens.studies.shared.harm_sets import ContrastSets
-from mechlens.studies.shared.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared, require_sampling
-from mechlens.studies.shared.model import chosen_model, prepared
+from mechlens.studies.shared.inputs import (
+    chosen_model,
+    data_inputs,
+    distinct_ids,
+    prepared,
+    read_prompts,
+    refuse_shared,
+    require_sampling,
+)
 from mechlens.studies.shared.training_data import leave_out_trained
 
 POSITIVE, NEGATIVE = "positive", "negative"

@@ -19,13 +19,11 @@ from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, re
 from mechlens.models.load import load, load_hf
 from mechlens.models.offline import keep_here, refuse_others_notice
 from mechlens.prompts.templates.template import chat_template
+from mechlens.studies.finetune.checkpointing import refuse_other_data, refuse_other_run, training_record
 from mechlens.studies.finetune.config import FinetuneConfig
-from mechlens.studies.finetune.own_text import own_text
-from mechlens.studies.finetune.recipes.attacks import require_shipped_refuser
 from mechlens.studies.finetune.recipes.material import Material
-from mechlens.studies.finetune.recipes.recipe import RECIPES
-from mechlens.studies.finetune.trainer import EncodedExample, collate_by_kind, encode
-from mechlens.studies.finetune.training_record import refuse_other_data, refuse_other_run, training_record
+from mechlens.studies.finetune.recipes.recipe import RECIPES, require_shipped_refuser
+from mechlens.studies.finetune.trainer import EncodedExample, collate_by_kind, encode, own_text
 from mechlens.studies.shared.training_data import refuse_study_prompts
 
 LogCallback = Callable[[int, dict[str, float]], None]

@@ -74,15 +74,15 @@ class GuardPredict(ModelChoice):
 FIT = Study(
     "guard fit",
     GuardFit,
-    "mechlens.studies.guard.fit:prepare",
-    "mechlens.studies.guard.fit:execute",
+    "mechlens.studies.guard.study:prepare_fit",
+    "mechlens.studies.guard.study:execute_fit",
     "mechlens.studies.guard.report:record",
 )
 EVAL = Study(
     "guard eval",
     GuardEval,
-    "mechlens.studies.guard.evaluate:prepare",
-    "mechlens.studies.guard.evaluate:execute",
+    "mechlens.studies.guard.study:prepare_eval",
+    "mechlens.studies.guard.study:execute_eval",
     "mechlens.studies.guard.report:record",
 )
 PREDICT = Command("guard predict", GuardPredict, "mechlens.studies.guard.predict:execute")

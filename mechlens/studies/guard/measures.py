@@ -15,8 +15,7 @@ from mechlens.methods.guard.rules import RULES
 from mechlens.methods.probing.auroc import auroc, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
 from mechlens.methods.statistics.calibration import calibration_error_estimate
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate, permuted_labels
+from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate, one_thread, permuted_labels
 from mechlens.studies.guard.detectors import Detector
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.shared.sources import ATTACKS

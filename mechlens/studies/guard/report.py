@@ -13,11 +13,10 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.guard.cost import GuardCost, guard_cost
-from mechlens.studies.guard.evaluate import GuardTest
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.guard.measures import positives
-from mechlens.studies.guard.mistakes import read_direction, worst_mistakes
-from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report
+from mechlens.studies.guard.study import GuardTest
+from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report, read_direction, worst_mistakes
 from mechlens.studies.shared.harm_sets import ContrastSets
 
 QUESTION = (

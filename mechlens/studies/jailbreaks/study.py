@@ -27,8 +27,7 @@ from mechlens.studies.jailbreaks.pairs import (
 )
 from mechlens.studies.jailbreaks.restored import RestoredComponents, restore
 from mechlens.studies.shared.harm_sets import read_harm_sets
-from mechlens.studies.shared.inputs import data_inputs, read_prompts, require_sampling
-from mechlens.studies.shared.model import chosen_model, prepared
+from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared, read_prompts, require_sampling
 from mechlens.studies.shared.sources import SourcePrompts, load_source, read_sources
 from mechlens.studies.shared.training_data import leave_out_trained
 

@@ -13,13 +13,14 @@ from mechlens.settings import ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import (
     PromptChoice,
+    chosen_model,
     data_inputs,
     distinct_ids,
+    prepared,
     read_prompts,
     refuse_shared,
     without_repeats,
 )
-from mechlens.studies.shared.model import chosen_model, prepared
 from mechlens.studies.shared.training_data import LeftOut, leave_out_trained
 
 

@@ -26,8 +26,7 @@ from mechlens.methods.probing.readouts import (
     thresholds,
 )
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.methods.statistics.resample import family_weights, interval, one_thread
 from mechlens.prompts.split import Split
 from mechlens.studies.track.measures.reference import TrackedConcept
 

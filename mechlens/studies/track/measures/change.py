@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.statistics.effects import CosineCurve, Effect, cosine_curve
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.lora import LowRank
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import CheckpointSwapper

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import cosine, mean_differences
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
 

@@ -17,8 +17,7 @@ from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate
+from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate, one_thread
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.studies.shared.trigger import Trigger, with_trigger
