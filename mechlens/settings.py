@@ -72,25 +72,39 @@ class Answering:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelChoice:
-    """Which model, how it is loaded, and what is written around the prompts."""
+class Loading:
+    """How a model is loaded, and what is written around the prompts."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights; adapters are added in float32 and rounded then."""
+    device: str | None = None
+    """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
+    template: str = "tokenizer"
+    """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
+    today: str | None = None
+    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice(Loading):
+    """Which model."""
 
     model: str = "smollm2"
     """Packaged name (smollm2), hub id, local folder or GGUF file."""
     adapter: str | None = None
     """PEFT adapter, a folder or hub id, merged into the model."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights."""
-    device: str | None = None
-    """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
     device_map: str | None = None
     """Handed to transformers to spread a model over devices; untested."""
-    template: str = "tokenizer"
-    """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
-    today: str | None = None
-    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseChoice(Loading):
+    """Which base."""
+
+    base: str = "smollm2-refuser"
+    """The model that the checkpoints were trained from: a packaged name, hub id, local folder or GGUF file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +126,9 @@ class DetectionPlan(Sampling):
     permutations: int = PERMUTATIONS
     """Label permutations behind every null."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class BaseChoice:
-    """Which base, how it is loaded, and what is written around the prompts."""
-
-    base: str = "smollm2-refuser"
-    """The model that the checkpoints were trained from: a packaged name, hub id, local folder or GGUF file."""
-    revision: str | None = None
-    """Branch, tag or commit of a base on the hub."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights; adapters are added in float32 and rounded then."""
-    device: str | None = None
-    """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
-    template: str = "tokenizer"
-    """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
-    today: str | None = None
-    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+    def key(self) -> dict[str, int]:
+        """What decides the numbers, under the names of the first version, so that kept pieces are found again."""
+        return {
+            "seed": self.seed, "n_resamples": self.resamples, "n_permutations": self.permutations,
+            "n_random": self.random_directions,
+        }  # fmt: skip

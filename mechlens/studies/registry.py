@@ -64,6 +64,13 @@ class Study:
         return self.name.replace(" ", "_")
 
 
+def of_folder(name: str, config: type, ending: str = "") -> Study:
+    """A study whose functions stand in `study.py` and `report.py` beside its configuration."""
+    folder = config.__module__.rpartition(".")[0]
+    functions = (f"{folder}.study:prepare{ending}", f"{folder}.study:execute{ending}", f"{folder}.report:record")
+    return Study(name, config, *functions)
+
+
 def _ours(**names: str) -> dict[str, Choice]:
     """Command by command where its Study or Command object is; `about` is its configuration's docstring."""
     return {

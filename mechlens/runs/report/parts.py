@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -27,7 +27,9 @@ class TokenView:
             raise ValueError(f"{len(self.tokens)} tokens need as many values, not {len(self.values)}")
 
     @classmethod
-    def centred(cls, tokens: Sequence[str], values: Sequence[float], title: str, *, most: int | None = None) -> Self:
+    def centred(
+        cls, tokens: Sequence[str], values: Sequence[float], title: str, *, most: int | None = None
+    ) -> "TokenView":
         """The last tokens (all, or at most so many) with the mean over all of them taken off.
 
         The residual stream has a large part that all tokens share; without it they can be compared.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mechlens.settings import RANDOM_DIRECTIONS, Answering, ModelChoice, PromptSets, RunChoice, Sampling
-from mechlens.studies.registry import Study
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,4 @@ class Causal(RunChoice, CausalPlan, PromptSets, ModelChoice):
     """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
 
 
-STUDY = Study(
-    "causal",
-    Causal,
-    "mechlens.studies.causal.study:prepare",
-    "mechlens.studies.causal.study:execute",
-    "mechlens.studies.causal.report:record",
-)
+STUDY = of_folder("causal", Causal)

@@ -4,7 +4,7 @@ Two checkpoints are a short series: this is the tracking study of it, and reads 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mechlens.errors import UserError
@@ -22,7 +22,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.compare.config import Compare
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import require_sampling
-from mechlens.studies.track.config import TrackPlan
+from mechlens.studies.track.config import SeriesPlan, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import refused_by
 from mechlens.studies.track.result import Tracking
@@ -60,15 +60,7 @@ def prepare(config: Compare) -> Preparation[SeriesStudy]:
 
 def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Comparison:
     """The comparison of the two."""
-    plan = TrackPlan(
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        positions=("inst", "last"),
-        steered=config.steered,
-        resamples=config.resamples,
-        permutations=config.permutations,
-        random_directions=config.random_directions,
-    )
+    plan = TrackPlan(**{field.name: getattr(config, field.name) for field in fields(SeriesPlan)})
     with given.swapper as swapper:
         result = track(swapper, given.series, given.questions, plan, cache=writer.cache)
         moved = move_activations(

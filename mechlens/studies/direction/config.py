@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mechlens.settings import DetectionPlan, ModelChoice, RunChoice
-from mechlens.studies.registry import Study
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,4 @@ class FindDirection(RunChoice, DetectionPlan, ModelChoice):
     """match: remove final punctuation from all prompts where it differs between the classes."""
 
 
-STUDY = Study(
-    "direction",
-    FindDirection,
-    "mechlens.studies.direction.study:prepare",
-    "mechlens.studies.direction.study:execute",
-    "mechlens.studies.direction.report:record",
-)
+STUDY = of_folder("direction", FindDirection)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mechlens.settings import Answering, DetectionPlan, ModelChoice, PromptSets, RunChoice
-from mechlens.studies.registry import Command, Study
+from mechlens.studies.registry import Command, of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +71,6 @@ class GuardPredict(ModelChoice):
     """Use the guard on weights that it wasn't fitted on."""
 
 
-FIT = Study(
-    "guard fit",
-    GuardFit,
-    "mechlens.studies.guard.study:prepare_fit",
-    "mechlens.studies.guard.study:execute_fit",
-    "mechlens.studies.guard.report:record",
-)
-EVAL = Study(
-    "guard eval",
-    GuardEval,
-    "mechlens.studies.guard.study:prepare_eval",
-    "mechlens.studies.guard.study:execute_eval",
-    "mechlens.studies.guard.report:record",
-)
+FIT = of_folder("guard fit", GuardFit, "_fit")
+EVAL = of_folder("guard eval", GuardEval, "_eval")
 PREDICT = Command("guard predict", GuardPredict, "mechlens.studies.guard.predict:execute")

@@ -99,9 +99,9 @@ def _measured(result: GuardEvaluation, detector: Detector, own: list[int], again
     right = detector.flagged == positive
     found = {
         "auroc": auroc_estimate(*curve, seed, draws) if enough else missing,
-        "accuracy": _share(right, own, groups, seed, draws),
-        "tpr": _share(detector.flagged, up, groups, seed, draws),
-        "fpr": _share(detector.flagged, down, groups, seed, draws),
+        "accuracy": _share(result, right, own),
+        "tpr": _share(result, detector.flagged, up),
+        "fpr": _share(result, detector.flagged, down),
         "tpr_at_1pct_fpr": tpr_at_fpr_estimate(*curve, 0.01, seed, draws) if enough else missing,
         "tpr_at_5pct_fpr": tpr_at_fpr_estimate(*curve, 0.05, seed, draws) if enough else missing,
     }
@@ -116,13 +116,13 @@ def _measured(result: GuardEvaluation, detector: Detector, own: list[int], again
     return found
 
 
-def _share(
-    flags: Bool[Tensor, " prompt"], rows: Sequence[int], groups: Sequence[str], seed: int, resamples: int
-) -> Estimate:
+def _share(result: GuardEvaluation, flags: Bool[Tensor, " prompt"], rows: Sequence[int]) -> Estimate:
     """Share of the rows that carry the flag."""
     if len(rows) < MIN_IN_A_CLASS:
         return Estimate.missing(len(rows))
-    return mean_estimate(flags[list(rows)].double(), [groups[i] for i in rows], seed, resamples)
+    groups = families(result)
+    shares = flags[list(rows)].double()
+    return mean_estimate(shares, [groups[i] for i in rows], result.plan.seed, result.plan.resamples)
 
 
 @one_thread()
@@ -135,7 +135,7 @@ def five_columns(result: GuardEvaluation) -> pd.DataFrame:
     for detector in result.detectors:
         right = detector.flagged == positives(result)
         for column, members in _members(result).items():
-            found = _share(right, members, families(result), result.plan.seed, result.plan.resamples)
+            found = _share(result, right, members)
             rows.append({"detector": detector.name, "column": column, **found.row("accuracy")})
     return pd.DataFrame(rows)
 
@@ -162,7 +162,7 @@ def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
     ]
     found = []
     for detector in result.detectors:
-        share = _share(detector.flagged, rows, families(result), result.plan.seed, result.plan.resamples)
+        share = _share(result, detector.flagged, rows)
         found.append({"detector": detector.name, **share.row("false_positives")})
     return pd.DataFrame(found)
 

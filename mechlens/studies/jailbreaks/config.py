@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mechlens.settings import Answering, DetectionPlan, ModelChoice, RunChoice
-from mechlens.studies.registry import Study
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,4 @@ class Jailbreaks(RunChoice, JailbreakPlan, ModelChoice):
     """match: remove final punctuation from the reference prompts where it differs between the classes."""
 
 
-STUDY = Study(
-    "jailbreaks",
-    Jailbreaks,
-    "mechlens.studies.jailbreaks.study:prepare",
-    "mechlens.studies.jailbreaks.study:execute",
-    "mechlens.studies.jailbreaks.report:record",
-)
+STUDY = of_folder("jailbreaks", Jailbreaks)

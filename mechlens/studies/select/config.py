@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mechlens.settings import RANDOM_DIRECTIONS, Answering, ModelChoice, PromptSets, RunChoice, Sampling
-from mechlens.studies.registry import Study
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,4 @@ class Select(RunChoice, SelectionPlan, PromptSets, ModelChoice):
     """Prompts of each set, drawn by seed; None takes all. Half train, a fifth choose, the rest test."""
 
 
-STUDY = Study(
-    "select",
-    Select,
-    "mechlens.studies.select.study:prepare",
-    "mechlens.studies.select.study:execute",
-    "mechlens.studies.select.report:record",
-)
+STUDY = of_folder("select", Select)

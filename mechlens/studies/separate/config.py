@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mechlens.settings import Answering, DetectionPlan, ModelChoice, PromptSets, RunChoice
-from mechlens.studies.registry import Study
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,4 @@ class Separate(RunChoice, SeparationPlan, PromptSets, ModelChoice):
     """Further harmless prompts, for the quadrants and the refusal contrasts only; None leaves them out."""
 
 
-STUDY = Study(
-    "separate",
-    Separate,
-    "mechlens.studies.separate.study:prepare",
-    "mechlens.studies.separate.study:execute",
-    "mechlens.studies.separate.report:record",
-)
+STUDY = of_folder("separate", Separate)

@@ -3,21 +3,27 @@
 from dataclasses import dataclass
 
 from mechlens.settings import BaseChoice, DetectionPlan, PromptSets, RunChoice
-from mechlens.studies.registry import Study
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackPlan(DetectionPlan):
-    """The choices of a tracking study."""
+class SeriesPlan(DetectionPlan):
+    """What is asked of every checkpoint."""
 
     max_new_tokens: int = 12
     """Length of the answers that are judged."""
+    steered: int = 8
+    """Harmless test prompts on which the directions' causal effect is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackPlan(SeriesPlan):
+    """The choices of a tracking study."""
+
     positions: tuple[str, ...] = ("inst", "last")
     """Named positions: inst, post[k], post[*], last; inst and last are always among them."""
     levels: tuple[int, ...] = ()
     """Residual levels; none given is every level, and the last one is always among them."""
-    steered: int = 8
-    """Harmless test prompts on which the directions' causal effect is measured."""
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -43,10 +49,4 @@ class Track(RunChoice, TrackPlan, PromptSets, BaseChoice):
     """Subspaces, unbiased CKA and turning points too."""
 
 
-STUDY = Study(
-    "track",
-    Track,
-    "mechlens.studies.track.study:prepare",
-    "mechlens.studies.track.study:execute",
-    "mechlens.studies.track.report:record",
-)
+STUDY = of_folder("track", Track)

@@ -47,7 +47,9 @@ class LivePrompts:
     def fingerprint(self) -> str:
         """sha256 over prompts, template and everything else that a reference depends on."""
         prompts = [asdict(prompt) for prompt in self.batch.prompts]
-        record = json.dumps([prompts, self.batch.template, self.positions, asdict(self.plan)], sort_keys=True)
+        record = json.dumps(
+            [prompts, self.batch.template, self.positions, {**self.plan.key(), "refit": False}], sort_keys=True
+        )
         return hashlib.sha256(record.encode()).hexdigest()
 
 

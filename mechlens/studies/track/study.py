@@ -102,11 +102,10 @@ def _keys(swapper: CheckpointSwapper, questions: Questions, plan: TrackPlan, ser
 
 
 def _recorded(plan: TrackPlan) -> dict[str, object]:
-    """As the first version wrote it, so that finished pieces are found again."""
+    """What a snapshot depends on; see `DetectionPlan.key`."""
     return {
         "seed": plan.seed, "max_new_tokens": plan.max_new_tokens, "positions": plan.read,
-        "levels": plan.levels or None, "steered": plan.steered, "n_resamples": plan.resamples,
-        "n_permutations": plan.permutations, "n_random": plan.random_directions,
+        "levels": plan.levels or None, "steered": plan.steered, **plan.key(),
     }  # fmt: skip
 
 
