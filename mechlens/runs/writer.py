@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
@@ -30,6 +30,7 @@ NOT_SCIENCE = ("out", "wandb")
 STEPS_FILE = "steps.jsonl"
 
 
+@runtime_checkable
 class Result(Protocol):
     """What a study found, as `RunWriter.result` records it."""
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.methods.statistics.resample import family_weights, with_interval
 from mechlens.settings import RESAMPLES
 
 
@@ -133,5 +133,5 @@ def _estimate(
     if math.isnan(value):
         return Estimate.missing(len(positive))
     labels = ["positive" if flag else "negative" for flag in positive.tolist()]
-    bounds = interval(statistic(scores, positive, family_weights(families, resamples, seed, labels)))
-    return Estimate(value, float(bounds.low), float(bounds.high), len(positive))
+    samples = statistic(scores, positive, family_weights(families, resamples, seed, labels))
+    return with_interval(value, samples, len(positive))

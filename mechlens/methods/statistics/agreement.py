@@ -11,7 +11,7 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix
 from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.methods.statistics.resample import family_weights, with_interval
 from mechlens.settings import RESAMPLES
 
 
@@ -43,12 +43,9 @@ def agreement(
     for row, (one, other) in enumerate(zip(first, second, strict=True)):
         joint[row, verdicts.index(one), verdicts.index(other)] = 1.0
     weights = family_weights(families, resamples, seed)
-    bounds = interval(kappas(torch.einsum("rp,pab->rab", weights, torch.from_numpy(joint))))
+    samples = kappas(torch.einsum("rp,pab->rab", weights, torch.from_numpy(joint)))
     value = float(cohen_kappa_score(list(first), list(second), labels=verdicts))
-    return Agreement(
-        kappa=Estimate(value, float(bounds.low), float(bounds.high), len(first)),
-        counts=counts,
-    )
+    return Agreement(with_interval(value, samples, len(first)), counts)
 
 
 def kappas(tables: Float[Tensor, "table verdict verdict"]) -> Float[Tensor, " table"]:

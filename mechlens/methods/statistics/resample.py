@@ -118,6 +118,25 @@ def interval(samples: Float[Tensor, "*cell resample"], level: float = 0.95) -> I
     return Interval(low=low, high=high)
 
 
+def with_interval(value: float, samples: Float[Tensor, " resample"], n: int) -> Estimate:
+    """A number with the interval of its resamples."""
+    bounds = interval(samples)
+    return Estimate(value, float(bounds.low), float(bounds.high), n)
+
+
+def sample_and_resamples(
+    families: Sequence[str], resamples: int, seed: int, labels: Sequence[str] | None = None
+) -> Float[Tensor, "draw prompt"]:
+    """The sample itself, every weight 1, and after it its `family_weights`."""
+    drawn = family_weights(families, resamples, seed, labels)
+    return torch.cat([torch.ones(1, len(families), dtype=torch.float64), drawn])
+
+
+def of_sample(draws: Float[Tensor, " draw"], n: int) -> Estimate:
+    """The number of the sample, which is the first draw, with the interval of the others."""
+    return with_interval(float(draws[0]), draws[1:], n)
+
+
 def mean_estimate(
     values: Float[Tensor, " prompt"], families: Sequence[str], seed: int, resamples: int = RESAMPLES
 ) -> Estimate:
@@ -125,9 +144,7 @@ def mean_estimate(
     if len(values) == 0 or not bool(torch.isfinite(values).all()):
         return Estimate.missing(len(values))
     weights = family_weights(families, resamples, seed)
-    samples = weights @ values.double() / weights.sum(dim=1)
-    bounds = interval(samples)
-    return Estimate(float(values.double().mean()), float(bounds.low), float(bounds.high), len(values))
+    return with_interval(float(values.double().mean()), weights @ values.double() / weights.sum(dim=1), len(values))
 
 
 def _family_codes(families: Sequence[str]) -> tuple[Int[Tensor, " prompt"], int]:

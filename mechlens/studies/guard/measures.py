@@ -15,7 +15,13 @@ from mechlens.methods.guard.rules import RULES
 from mechlens.methods.probing.auroc import auroc, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
 from mechlens.methods.statistics.calibration import calibration_error_estimate
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate, one_thread, permuted_labels
+from mechlens.methods.statistics.resample import (
+    family_weights,
+    mean_estimate,
+    one_thread,
+    permuted_labels,
+    with_interval,
+)
 from mechlens.studies.guard.detectors import Detector
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.shared.sources import ATTACKS
@@ -178,9 +184,9 @@ def auroc_gains(result: GuardEvaluation) -> dict[str, Estimate]:
     own, own_draws = float(auroc(first.scores, positive)), auroc(first.scores, positive, weights)
     found = {}
     for other in result.detectors[1:]:
-        bounds = interval(own_draws - auroc(other.scores, positive, weights))
+        samples = own_draws - auroc(other.scores, positive, weights)
         value = own - float(auroc(other.scores, positive))
-        found[f"auroc_gain.{other.name}"] = Estimate(value, float(bounds.low), float(bounds.high), len(positive))
+        found[f"auroc_gain.{other.name}"] = with_interval(value, samples, len(positive))
     return found
 
 

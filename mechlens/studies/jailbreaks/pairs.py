@@ -19,7 +19,7 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
-from mechlens.methods.probing.beliefs import Centroids, beliefs
+from mechlens.methods.probing.beliefs import Centroids
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
@@ -39,7 +39,7 @@ from mechlens.studies.shared.quadrants import (
 )
 from mechlens.studies.shared.sources import SourcePrompts
 from mechlens.studies.shared.training_data import text_sha256, trained_on, was_seen
-from mechlens.studies.shared.two_beliefs import measure_beliefs
+from mechlens.studies.shared.two_beliefs import both_beliefs, measure_beliefs
 
 MIN_PAIRS = 10
 """A number about fewer pairs is not measurable."""
@@ -200,11 +200,8 @@ def pair_table(model: LanguageModel, pairs: Pairs, reference: OrdinaryPrompts) -
 def _readings(
     model: LanguageModel, acts: Activations, reference: OrdinaryPrompts
 ) -> dict[str, Float[Tensor, " prompt"]]:
-    found = {}
-    for name, centroids in (("belief_harm", reference.harm), ("belief_refusal", reference.refusal)):
-        found[name] = beliefs(acts, centroids, centered=False, skip_embedding=False)
-        found[f"{name}.centered"] = beliefs(acts, centroids, centered=True, skip_embedding=True)
-    return found | {"log_odds": last_log_odds(model, acts, reference.first_token.tokens)}
+    measured = both_beliefs(acts, {"belief_harm": reference.harm, "belief_refusal": reference.refusal})
+    return measured | {"log_odds": last_log_odds(model, acts, reference.first_token.tokens)}
 
 
 def family_estimates(pairs: pd.DataFrame, plan: JailbreakPlan) -> dict[str, dict[str, Estimate]]:

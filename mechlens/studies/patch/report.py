@@ -26,16 +26,7 @@ def record(writer: RunWriter, result: RefusalPath, given: Candidates) -> None:
     """Writes every sweep, its figures and the report into an open run."""
     seed = int(writer.run.seed or 0)
     verdict = path_verdict(result, seed)
-    writer.metrics(verdict.numbers)
-    chosen = result.chosen.pairs
-    writer.table(
-        "pairs", pd.DataFrame([{"clean": p.clean.text, "corrupt": p.corrupt.text, "id": p.clean.id} for p in chosen])
-    )
-    for name, sweep in result.sweeps.items():
-        writer.artifact(f"patching_{name}", sweep)
-        writer.table(f"patching_{name}", sweep.table(seed=seed))
-    writer.table("recovery_by_role", result.by_role(seed))
-    writer.table("heads", verdict.heads)
+    writer.result(verdict)
     writer.report(_report(writer, result, verdict, given.model, draw(writer, result, seed)))
 
 
@@ -110,24 +101,21 @@ STARS = "* p < 0.05, corrected over the whole grid. Point at a cell for its inte
 
 def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[str, ...]]:
     """Draws every figure; their names by section of the report."""
-    named: dict[str, list[str]] = {"where": [], "heads": []}
+    named: dict[str, list[str]] = {"where": []}
     for mode in MODES:
         title = f"{mode.capitalize()}: {SAYS[mode]}"
         grids = [_cells(result.sweeps[name], seed) for name in (mode, f"{mode}.random")]
         figure = _panels(title, grids, ("result", "control: random vectors"), "token", "token (of the first pair)")
-        writer.figure(f"grid_{mode}", figure, table=f"patching_{mode}", caption=STARS)
-        named["where"].append(f"grid_{mode}")
+        named["where"].append(writer.figure(f"grid_{mode}", figure, table=f"patching_{mode}", caption=STARS))
     for mode in MODES:
         figure = _role_lines(result.by_role(seed), mode)
         caption = "Over all pairs and the positions of a role; dotted: random vectors of the same length."
-        writer.figure(f"by_role_{mode}", figure, table="recovery_by_role", caption=caption)
-        named["where"].append(f"by_role_{mode}")
+        named["where"].append(writer.figure(f"by_role_{mode}", figure, table="recovery_by_role", caption=caption))
     names = [f"{way}{null}" for way in MODES for null in ("", ".random")]
     grids = [_cells(result.sweeps[f"heads.{name}"], seed) for name in names]
     titles = [name.replace(".random", ", control") for name in names]
     figure = _panels("Heads at the last token", grids, titles, "head", "head", reach=None)
-    writer.figure("heads", figure, table="patching_heads.denoising", caption=STARS)
-    named["heads"].append("heads")
+    named["heads"] = [writer.figure("heads", figure, table="patching_heads.denoising", caption=STARS)]
     return {section: tuple(names) for section, names in named.items()}
 
 

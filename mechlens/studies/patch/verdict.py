@@ -19,6 +19,23 @@ class PathVerdict:
     numbers: dict[str, Estimate]
     heads: pd.DataFrame
     """The heads with the largest effect at the last token, both directions, with corrected p."""
+    path: RefusalPath
+    seed: int
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every headline number by its name in run.json."""
+        return self.numbers
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        rows = [{"clean": p.clean.text, "corrupt": p.corrupt.text, "id": p.clean.id} for p in self.path.chosen.pairs]
+        sweeps = {f"patching_{name}": sweep.table(seed=self.seed) for name, sweep in self.path.sweeps.items()}
+        by_role = self.path.by_role(self.seed)
+        return {"pairs": pd.DataFrame(rows), **sweeps, "recovery_by_role": by_role, "heads": self.heads}
+
+    def artifacts(self) -> dict[str, object]:
+        """Every sweep."""
+        return {f"patching_{name}": sweep for name, sweep in self.path.sweeps.items()}
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdic
     numbers["attribution_correlation"] = Estimate.exact(result.correlation(), n)
     heads = pd.concat([way.heads.assign(mode=name) for name, way in ways.items()], ignore_index=True)
     heads = heads.drop(columns=["position", "token"])
-    return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads)
+    return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads, result, seed)
 
 
 def _way(result: RefusalPath, mode: str, seed: int, n_heads: int) -> _Way:

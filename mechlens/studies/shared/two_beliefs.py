@@ -4,7 +4,7 @@ Zhao et al. 2025, Fig. 2 and 3: centroids come from refused harmful and accepted
 well-behaved quadrants; the two misbehaving quadrants are then placed between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -16,7 +16,13 @@ from torch import Tensor
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.probing.beliefs import Centroids, beliefs, centroids, layer_scores
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate
+from mechlens.methods.statistics.resample import (
+    family_weights,
+    interval,
+    mean_estimate,
+    of_sample,
+    sample_and_resamples,
+)
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import QUADRANTS
 
@@ -83,11 +89,18 @@ def _metric(column: str, quadrant: str) -> str:
 
 
 def _prompt_table(held_out: Activations, harm: Centroids, refusal: Centroids) -> pd.DataFrame:
-    frame = pd.DataFrame({"id": held_out.ids, "quadrant": held_out.labels})
-    for name, reference in (("belief_harm", harm), ("belief_refusal", refusal)):
-        frame[name] = beliefs(held_out, reference, centered=False, skip_embedding=False).tolist()
-        frame[f"{name}.centered"] = beliefs(held_out, reference, centered=True, skip_embedding=True).tolist()
-    return frame
+    measured = both_beliefs(held_out, {"belief_harm": harm, "belief_refusal": refusal})
+    columns = {name: values.tolist() for name, values in measured.items()}
+    return pd.DataFrame({"id": held_out.ids, "quadrant": held_out.labels, **columns})
+
+
+def both_beliefs(acts: Activations, means: Mapping[str, Centroids]) -> dict[str, Float[Tensor, " prompt"]]:
+    """Each belief of every prompt as published, and with ".centered" the centred one without the embedding."""
+    measured = {}
+    for name, reference in means.items():
+        measured[name] = beliefs(acts, reference, centered=False, skip_embedding=False)
+        measured[f"{name}.centered"] = beliefs(acts, reference, centered=True, skip_embedding=True)
+    return measured
 
 
 def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, resamples: int) -> dict[str, Estimate]:
@@ -130,7 +143,7 @@ def _band(scores: Float[Tensor, "prompt level"], families: Sequence[str], seed: 
 
 def _correlations(prompts: pd.DataFrame, families: Sequence[str], seed: int, resamples: int) -> dict[str, Estimate]:
     harm, refusal = (torch.tensor(prompts[column].to_numpy()) for column in COLUMNS[:2])
-    weights = family_weights(families, resamples, seed)
+    weights = sample_and_resamples(families, resamples, seed)
     harm_ranks, refusal_ranks = (torch.tensor(stats.rankdata(values)) for values in (harm, refusal))
     return {
         "belief_correlation.pearson": _correlation(harm, refusal, weights),
@@ -139,15 +152,13 @@ def _correlations(prompts: pd.DataFrame, families: Sequence[str], seed: int, res
 
 
 def _correlation(
-    first: Float[Tensor, " prompt"], second: Float[Tensor, " prompt"], weights: Float[Tensor, "resample prompt"]
+    first: Float[Tensor, " prompt"], second: Float[Tensor, " prompt"], drawn: Float[Tensor, "draw prompt"]
 ) -> Estimate:
-    """Weighted Pearson correlation, the sample itself being the resample with all weights 1."""
-    drawn = torch.cat([torch.ones(1, len(first), dtype=torch.float64), weights])
+    """Weighted Pearson correlation in the sample and its resamples."""
     total = drawn.sum(dim=1)
     x = first.double() - (drawn @ first.double() / total).unsqueeze(1)
     y = second.double() - (drawn @ second.double() / total).unsqueeze(1)
     samples = (drawn * x * y).sum(dim=1) / ((drawn * x * x).sum(dim=1) * (drawn * y * y).sum(dim=1)).sqrt()
     if bool(samples[0].isnan()):
         return Estimate.missing(len(first))
-    bounds = interval(samples[1:])
-    return Estimate(float(samples[0]), float(bounds.low), float(bounds.high), len(first))
+    return of_sample(samples, len(first))

@@ -26,7 +26,7 @@ from mechlens.methods.probing.readouts import (
     thresholds,
 )
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval, one_thread
+from mechlens.methods.statistics.resample import interval, of_sample, one_thread, sample_and_resamples
 from mechlens.prompts.split import Split
 from mechlens.studies.track.measures.reference import TrackedConcept
 
@@ -92,9 +92,8 @@ def readout_table(
 
 def _test_part(acts: Activations, contrast: tuple[str, str], split: Split, seed: int, resamples: int) -> _Test:
     test = contrast_part(acts, split.test, contrast)
-    drawn = family_weights(test.families, resamples, seed, test.labels)
-    everyone = torch.ones(1, len(test.ids), dtype=torch.float64)
-    return _Test(test, is_positive(test, contrast), torch.cat([everyone, drawn]))
+    weights = sample_and_resamples(test.families, resamples, seed, test.labels)
+    return _Test(test, is_positive(test, contrast), weights)
 
 
 def _measured(
@@ -165,11 +164,8 @@ def transfer_table(
                 cell = replace(line, checkpoint=found.checkpoint).at(level, position)
                 scores = test.acts.at(level, position).double() @ cell.vector.double()
                 drawn = auroc(scores, test.positive, test.weights)
-                bounds = interval(drawn[1:])
-                rows.append(
-                    {"fitted": fitted, "tested": step, "position": position, "level": level, "auroc": float(drawn[0]),
-                     "low": float(bounds.low), "high": float(bounds.high), "n": len(test.acts.ids)}
-                )  # fmt: skip
+                where = {"fitted": fitted, "tested": step, "position": position, "level": level}
+                rows.append({**where, **of_sample(drawn, len(test.acts.ids)).row("auroc")})
     return pd.DataFrame(rows).assign(concept=concept.name)
 
 

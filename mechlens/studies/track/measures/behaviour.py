@@ -11,9 +11,9 @@ from torch import Tensor
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.judges import PHRASES, RefusalTokens, refusal_log_odds
 from mechlens.methods.directions.direction import Direction, project, random_like
-from mechlens.methods.probing.beliefs import Centroids, beliefs, centroids
+from mechlens.methods.probing.beliefs import Centroids, centroids
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate
+from mechlens.methods.statistics.resample import mean_estimate, of_sample, sample_and_resamples
 from mechlens.methods.steering.interventions import Add, Intervention
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, n_layers
@@ -21,7 +21,7 @@ from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import QUADRANTS
-from mechlens.studies.shared.two_beliefs import MIN_FOR_A_POLE, POLES
+from mechlens.studies.shared.two_beliefs import MIN_FOR_A_POLE, POLES, both_beliefs
 from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
 from mechlens.studies.track.measures.snapshot import Snapshot
 
@@ -54,7 +54,7 @@ def quadrant_table(
             ("reference", quadrants[0], frozen, acts[0]),
             ("own", quadrants[k], own, acts[k]),
         ):
-            numbers = _projections(part, reference, fitted) | _beliefs(part, means)
+            numbers = _projections(part, reference, fitted) | both_beliefs(part, means)
             for name, values in numbers.items():
                 for quadrant in QUADRANTS:
                     inside = [i for i, row in enumerate(held_out) if labels[row] == quadrant]
@@ -79,15 +79,6 @@ def _projections(part: Activations, reference: BaseReference, fitted: Activation
     for concept in reference.measurable:
         direction = concept.direction(fitted, reference.split)
         found[f"projection_{concept.name}"] = project(part.at(direction.level, direction.position), direction).double()
-    return found
-
-
-def _beliefs(part: Activations, means: dict[str, Centroids]) -> dict[str, Tensor]:
-    found = {}
-    for name in BELIEFS:
-        if name in means:
-            found[name] = beliefs(part, means[name], centered=False, skip_embedding=False)
-            found[f"{name}.centered"] = beliefs(part, means[name], centered=True, skip_embedding=True)
     return found
 
 
@@ -187,20 +178,14 @@ def gaps(
     rows = [i for i, label in enumerate(concept.labels) if label in concept.contrast]
     positive = torch.tensor([concept.labels[i] == concept.contrast[0] for i in rows])
     families, labels = [one.acts.families[i] for i in rows], [concept.labels[i] for i in rows]
-    drawn = family_weights(families, resamples, seed, labels)
-    weights = torch.cat([torch.ones(1, len(rows), dtype=torch.float64), drawn])
+    weights = sample_and_resamples(families, resamples, seed, labels)
     now, before = (_gap(refused_by(each)[rows], positive, weights) for each in (one, base))
-    return _estimate(now, len(rows)), _estimate(now - before, len(rows))
+    return of_sample(now, len(rows)), of_sample(now - before, len(rows))
 
 
 def _gap(refused: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
     up, down = weights * positive, weights * ~positive
     return up @ refused / up.sum(dim=1) - down @ refused / down.sum(dim=1)
-
-
-def _estimate(draws: Tensor, n: int) -> Estimate:
-    bounds = interval(draws[1:])
-    return Estimate(float(draws[0]), float(bounds.low), float(bounds.high), n)
 
 
 def effect_table(found: Sequence[Snapshot], families: Sequence[str], *, seed: int, resamples: int) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate, one_thread
+from mechlens.methods.statistics.resample import interval, mean_estimate, one_thread, sample_and_resamples
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.studies.shared.trigger import Trigger, with_trigger
@@ -93,8 +93,7 @@ def _draws(
     contrast = (kind, CLEAN)
     lines = direction_grid(contrast_part(acts, train, contrast), *contrast)
     part = contrast_part(acts, test, contrast)
-    drawn = family_weights(part.families, resamples, seed, part.labels)
-    weights = torch.cat([torch.ones(1, len(part.ids), dtype=torch.float64), drawn])
+    weights = sample_and_resamples(part.families, resamples, seed, part.labels)
     return auroc(score_grid(part, lines), is_positive(part, contrast), weights), len(part.ids)
 
 
