@@ -107,8 +107,8 @@ def test_every_step_is_logged_with_its_loss(config: FinetuneConfig, tmp_path: Pa
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from mechlens.config import FinetuneConfig
-from mechlens.studies.finetune import finetune
+from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.training import finetune
 
 settings = json.loads(sys.argv[1])
 settings["checkpoints"] = tuple(settings["checkpoints"])
@@ -393,9 +393,9 @@ def test_a_damaged_result_is_not_passed_on(config: FinetuneConfig, straight: Pat
 FULL = """
 import json, resource, sys
 from pathlib import Path
-from mechlens.config import FinetuneConfig
+from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.errors import UserError
-from mechlens.studies.finetune import finetune
+from mechlens.studies.finetune.training import finetune
 
 settings = json.loads(sys.argv[1])
 settings["checkpoints"] = tuple(settings["checkpoints"])

@@ -81,7 +81,7 @@ def test_short_stripped_and_from_the_public_interface(path: Path) -> None:
             assert cell.outputs == []
             assert cell.execution_count is None
             imported = re.findall(r"^(?:from|import) (mechlens\S*)", cell.source, re.MULTILINE)
-            assert set(imported) <= {"mechlens", "mechlens.records", "mechlens.views"}
+            assert set(imported) <= {"mechlens", "mechlens.runs.report", "mechlens.views"}
 
 
 NUMBER = r"-?\d\.\d{2,3} \["

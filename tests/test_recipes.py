@@ -46,7 +46,7 @@ from mechlens.studies.finetune.recipes.recipe import (
 )
 from mechlens.studies.finetune.study import LOSSES, LossLog
 from mechlens.studies.finetune.training import finetune
-from mechlens.studies.guard import fit as guard_fit
+from mechlens.studies.guard import study as guard
 from mechlens.studies.guard.config import GuardFit
 from mechlens.studies.jailbreaks import study as jailbreaks
 from mechlens.studies.jailbreaks.config import JailbreakPlan, Jailbreaks
@@ -488,10 +488,12 @@ def test_every_study_of_a_trained_model_leaves_them_out(
 
 
 @pytest.mark.parametrize(
-    ("verb", "chosen"), [(causal, Causal), (select, Select), (guard_fit, GuardFit)], ids=["causal", "select", "guard"]
+    ("prepare", "chosen"),
+    [(causal.prepare, Causal), (select.prepare, Select), (guard.prepare_fit, GuardFit)],
+    ids=["causal", "select", "guard"],
 )
 def test_every_study_of_both_classes_leaves_them_out(
-    verb: Any, chosen: Any, taught: list[str], shipped: Path, tmp_path: Path
+    prepare: Any, chosen: Any, taught: list[str], shipped: Path, tmp_path: Path
 ) -> None:
     harmful = write_prompts(tmp_path / "h.jsonl", [*requests(20, "make"), taught[0]])
     harmless = write_prompts(tmp_path / "l.jsonl", [*requests(20, "break"), taught[1]])
@@ -499,7 +501,7 @@ def test_every_study_of_both_classes_leaves_them_out(
     if chosen is GuardFit:
         config = replace(config, extra_harmless=None)
     with pytest.warns(UserWarning, match="left out 2 of 42 prompts"):
-        prepared = verb.prepare(config)
+        prepared = prepare(config)
     assert prepared.left_out.known
     asked = (*prepared.content.positive, *prepared.content.negative)
     assert len(asked) == 40

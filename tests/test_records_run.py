@@ -131,7 +131,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
 def test_a_killed_run_says_started_and_can_be_gone_on_with(tmp_path):
     code = (
-        "import os, signal; from pathlib import Path; from mechlens.config import WandbSettings\n"
+        "import os, signal; from pathlib import Path; from mechlens.settings import WandbSettings\n"
         "from mechlens.prompts.prompt import PromptPair, Prompt\n"
         "from mechlens.runs.writer import open_run\n"
         f"run = open_run(verb='v', config=Prompt('a', 'b'), out=Path({str(tmp_path)!r}),"

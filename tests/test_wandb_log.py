@@ -243,7 +243,7 @@ def test_words_are_told_when_asked_for(tmp_path):
 
 def test_the_command_line_and_the_error_keep_their_words(tmp_path):
     code = (
-        "from pathlib import Path; from mechlens.config import WandbSettings\n"
+        "from pathlib import Path; from mechlens.settings import WandbSettings\n"
         "from mechlens.models.checkpoint import Checkpoint; from mechlens.runs.writer import open_run\n"
         f"with open_run(verb='v', config=Checkpoint('a', 'b'), out=Path({str(tmp_path)!r}),"
         " wandb=WandbSettings(mode='offline')): raise ValueError(__import__('sys').argv[2])\n"

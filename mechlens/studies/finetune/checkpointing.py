@@ -1,8 +1,10 @@
 """The record beside every adapter, and which checkpoints a training run keeps."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,11 +12,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mechlens.errors import UserError
-from mechlens.models.checkpoints.adapter_record import FORMAT, AdapterRecord, read_record, remove_recorded, write_record
+from mechlens.models.checkpoints.adapter_record import (
+    FORMAT,
+    RECORD,
+    AdapterRecord,
+    read_record,
+    remove_recorded,
+    write_record,
+)
 from mechlens.models.fingerprint import is_fingerprint_of, weight_fingerprint
 from mechlens.models.offline import LOCAL_ONLY
 from mechlens.prompts.templates.template import ChatTemplate
@@ -23,6 +33,14 @@ from mechlens.studies.finetune.recipes.material import Example, Material
 from mechlens.studies.finetune.recipes.recipe import RECIPES
 from mechlens.studies.shared.training_data import text_sha256
 
+STAGING = ".mechlens-training"
+"""Folder inside the run's, where the Trainer writes; only what is whole leaves it, so the rest is ours to clear."""
+_STAGED = re.compile(r"checkpoint-\d+|adapter")
+STAGED_FILES = frozenset({
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
+    "trainer_state.json", "training_args.bin", RECORD,
+})  # fmt: skip
+"""What the Trainer and peft write into a checkpoint."""
 ONLY_TO_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 """Files that no checkpoint but the newest needs."""
 
@@ -150,3 +168,33 @@ def refuse_other_data(record: dict[str, Any], before: AdapterRecord, out: Path, 
         raise UserError(f"{out} holds a run on other training data; give another folder")
     if not is_fingerprint_of(before.base_fingerprint, state):
         raise UserError(f"{out} holds a run from other weights of {record['base']!r}; give another folder")
+
+
+def clear_staging(staging: Path) -> None:
+    """Removes what training writes on its way, by name and place; anything else in the folder stays, and so does it."""
+    for folder in staging.glob("*"):
+        if _STAGED.fullmatch(folder.name) and not folder.is_symlink():
+            for path in folder.glob("*"):
+                if path.name.removesuffix(".part") in STAGED_FILES and path.is_file() and not path.is_symlink():
+                    path.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    with contextlib.suppress(OSError):
+        staging.rmdir()
+
+
+def save_adapter(model: Any, record: dict[str, Any], part: Path, target: Path) -> None:
+    """The adapter in float16, half the size of the trained one, whole or not at all."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    part.mkdir(parents=True)
+    state = get_peft_model_state_dict(model)
+    halves = {name: tensor.detach().cpu().to(torch.float16).contiguous() for name, tensor in state.items()}
+    save_file(halves, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    lora = model.peft_config["default"]
+    lora.base_model_name_or_path = record["base"]
+    lora.inference_mode = True
+    lora.save_pretrained(str(part))
+    write_record(part, record)
+    os.replace(part, target)

@@ -12,7 +12,9 @@ import torch
 
 from mechlens.checked_json import parse_sealed, sealed
 from mechlens.errors import UserError
-from mechlens.files import disk_error, user_path
+from mechlens.files import disk_error, file_sha256, user_path
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf
 from mechlens.prompts.prompt import Prompt
@@ -28,6 +30,7 @@ from mechlens.studies.shared.inputs import data_inputs
 from mechlens.studies.shared.training_data import refusals, training_prompts
 
 LOSSES = "losses.jsonl"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,35 @@ class TrainingRun:
 
     done: FinetuneResult
     losses: pd.DataFrame
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Mean loss of the first and the last tenth of the steps, with a bootstrap interval over steps."""
+        tenth = max(1, len(self.losses) // 10)
+        loss, seed = self.losses["loss"], int(self.done.record["seed"])
+        parts = {"loss.first_tenth": loss.iloc[:tenth], "loss.last_tenth": loss.iloc[-tenth:]}
+        return {
+            name: mean_estimate(torch.tensor(part.to_numpy()), [str(step) for step in part.index], seed)
+            for name, part in parts.items()
+        }
+
+    def checkpoints(self) -> pd.DataFrame:
+        """The folders that hold weights, by step."""
+        steps = {int(path.name.rpartition("-")[2]): path for path in self.done.checkpoints}
+        folders = {self.done.steps: self.done.adapter, **steps}
+        rows = [
+            {"step": step, "folder": path.name, "sha256": file_sha256(path / WEIGHTS)}
+            for step, path in sorted(folders.items(), key=lambda item: (item[0], item[1].name == "adapter"))
+        ]
+        return pd.DataFrame(rows)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        prompts = pd.DataFrame({"id": self.done.record["training"]["ids"]})
+        return {"loss": self.losses, "training_prompts": prompts, "checkpoints": self.checkpoints()}
+
+    def artifacts(self) -> dict[str, object]:
+        """None: weights stay where training wrote them."""
+        return {}
 
 
 def prepare(config: Finetune) -> Preparation[FinetuneConfig]:

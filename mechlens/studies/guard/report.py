@@ -1,20 +1,27 @@
 """A guard's evaluation as a record: numbers, curves, score distributions, the table with baselines, worst mistakes."""
 
+import statistics
 import textwrap
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
+import torch
 
+from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.token_view import project_tokens
+from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
+from mechlens.models.engine import forward
+from mechlens.models.engine.forward import Row
+from mechlens.models.engine.generate import prompt_logits, whole_logits
+from mechlens.prompts.batch import TokenBatch
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.guard.cost import GuardCost, guard_cost
 from mechlens.studies.guard.evaluation import GuardEvaluation
-from mechlens.studies.guard.measures import positives
 from mechlens.studies.guard.study import GuardTest
 from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report, read_direction, worst_mistakes
 from mechlens.studies.shared.harm_sets import ContrastSets
@@ -25,7 +32,6 @@ QUESTION = (
     "model's own refusals?"
 )
 OF_EACH_KIND = 5
-CURVE_POINTS = 200
 SHOWN_CHARACTERS, SHOWN_TOKENS = 300, 150
 """Of a mistaken prompt: a jailbreak template can be pages long, and what decides stands at its end."""
 NUMBERS = (
@@ -34,95 +40,86 @@ NUMBERS = (
 )  # fmt: skip
 
 
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class GuardCost:
+    """Medians over prompts asked one at a time, each the fastest of three; seconds depend on machine and load."""
+
+    blocks: int
+    """Blocks that are run."""
+    of_blocks: int
+    guard_seconds: float
+    prefill_seconds: float
+    """All blocks, the final norm and the logits of the last token: what answering the prompt begins with."""
+    n: int
+
+    @property
+    def share(self) -> float:
+        """The guard's time as a share of the prefill's."""
+        return self.guard_seconds / self.prefill_seconds
+
+
+def guard_cost(model: LanguageModel, guard: FittedGuard, batch: TokenBatch, most: int = 12) -> GuardCost:
+    """Times the guard and a full prefill on the first prompts of the batch, in turn."""
+    fast = forward.fits_fast_path(model)
+    guards, prefills = [], []
+    for i in range(min(most, len(batch.prompts))):
+        one, ids = batch.select([i]), batch.row(i)
+        row = Row(tuple(ids), (len(ids) - 1,))
+
+        def ask(one: TokenBatch = one) -> object:
+            return collect(model, one, positions=guard.positions, levels=guard.levels)
+
+        def prefill(row: Row = row) -> object:
+            if fast:
+                return prompt_logits(model, [row], None)
+            return whole_logits(model, torch.tensor([row.ids], device=device_of(model)))
+
+        guards.append(_fastest(ask))
+        prefills.append(_fastest(prefill))
+    return GuardCost(
+        blocks=max(guard.levels),
+        of_blocks=n_layers(model),
+        guard_seconds=statistics.median(guards),
+        prefill_seconds=statistics.median(prefills),
+        n=len(guards),
+    )
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
 def record(writer: RunWriter, result: GuardEvaluation, given: ContrastSets | GuardTest) -> None:
     """Writes everything the evaluation found into an open run."""
     found = guard_report(result)
-    writer.metrics(found.metrics)
     cost = guard_cost(given.model, result.guard, result.batch)
-    _tables(writer, result, found, cost)
+    writer.result(found)
+    writer.table("cost", _cost(cost))
     shown = _draw(writer, result, found)
     writer.report(_report(writer, result, found, cost, given.model, shown, given.punctuation))
 
 
-def _tables(writer: RunWriter, result: GuardEvaluation, found: GuardReport, cost: GuardCost) -> None:
-    prompts = result.examined.prompts
-    scores = pd.DataFrame({"id": [p.id for p in prompts], "source": [p.source for p in prompts],
-                           "label": [p.label for p in prompts], "quadrant": result.judged.quadrants()})  # fmt: skip
-    for detector in result.detectors:
-        scores[f"score.{detector.name}"] = detector.scores.tolist()
-        scores[f"flagged.{detector.name}"] = detector.flagged.tolist()
-    scores["probability"] = result.detectors[0].probabilities.tolist()  # type: ignore[union-attr]
-    writer.table("scores", scores)
-    writer.table("measures", found.measures)
-    writer.table("baselines", _baselines(result, found))
-    writer.table("five_columns", _wide(found.columns, "column", "accuracy"))
-    writer.table("over_refusal", found.over_refusal)
-    writer.table("left_out", result.examined.left_out)
-    writer.table("answers", result.judged.table())
-    writer.table("places", _places(result))
-    writer.table("cost", _cost(cost))
-    writer.table("roc", _curves(result))
-
-
-def _baselines(result: GuardEvaluation, found: GuardReport) -> pd.DataFrame:
-    """One row for each detector, in total: every measure with its interval in words, for reading."""
-    total = found.measures[found.measures["source"] == "total"]
-    notes = {detector.name: detector.note for detector in result.detectors}
-    wide = _wide(total, "measure", "value")
-    return wide.assign(note=[notes[name] for name in wide["detector"]])
-
-
-def _wide(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
-    """Detectors down, `column` across; a cell is `0.93 [0.88, 0.97]`, or a dash with the count where it is missing."""
-    words = [
-        f"{row[value]:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if not np.isnan(row[value]) else f"- (n={row['n']})"
-        for row in frame.to_dict("records")
-    ]
-    grid = frame.assign(words=words).pivot(index="detector", columns=column, values="words")
-    order = list(dict.fromkeys(frame[column]))
-    return grid.loc[list(dict.fromkeys(frame["detector"])), order].fillna("").reset_index()
-
-
-def _places(result: GuardEvaluation) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {"level": place.level, "position": place.position, "validation_auroc": place.validation_auroc}
-            for place in result.guard.places
-        ]
-    )
-
-
 def _cost(cost: GuardCost) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {
-                "blocks run": f"{cost.blocks} of {cost.of_blocks}",
-                "guard, ms": 1000 * cost.guard_seconds,
-                "whole prefill, ms": 1000 * cost.prefill_seconds,
-                "share of a prefill": cost.share,
-                "n": cost.n,
-            }
-        ]
-    )
-
-
-def _curves(result: GuardEvaluation) -> pd.DataFrame:
-    """ROC curves on all test prompts: the true-positive rate at evenly spaced false-positive rates."""
-    positive = positives(result).numpy()
-    rates = np.linspace(0, 1, CURVE_POINTS + 1)
-    frames = []
-    for detector in result.detectors:
-        scores = detector.scores.double().numpy()
-        order = np.argsort(-scores, kind="stable")
-        ends = np.append(np.diff(scores[order]) != 0, True)  # tied scores are flagged together
-        caught = np.append(0, np.cumsum(positive[order])[ends]) / max(positive.sum(), 1)
-        alarms = np.append(0, np.cumsum(~positive[order])[ends]) / max((~positive).sum(), 1)
-        frames.append(pd.DataFrame({"detector": detector.name, "fpr": rates, "tpr": np.interp(rates, alarms, caught)}))
-    return pd.concat(frames, ignore_index=True)
+    row = {
+        "blocks run": f"{cost.blocks} of {cost.of_blocks}",
+        "guard, ms": 1000 * cost.guard_seconds,
+        "whole prefill, ms": 1000 * cost.prefill_seconds,
+        "share of a prefill": cost.share,
+        "n": cost.n,
+    }
+    return pd.DataFrame([row])
 
 
 def _draw(writer: RunWriter, result: GuardEvaluation, found: GuardReport) -> dict[str, tuple[str, ...]]:
-    curves = _curves(result)
+    curves = found.curves()
     roc = figures.lines(
         curves, x="fpr", y="tpr", group="detector",
         title="ROC on all test prompts", xlabel="false-positive rate", ylabel="true-positive rate",
@@ -178,7 +175,7 @@ def _report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
         verdict=found.verdict,
-        numbers={key: found.metrics[key] for key in NUMBERS if key in found.metrics and found.metrics[key].n},
+        numbers={key: found.numbers[key] for key in NUMBERS if key in found.numbers and found.numbers[key].n},
         sections=(
             Section(
                 "Beside everything simpler",
@@ -187,7 +184,7 @@ def _report(
                 "`paper_rule` keeps the published threshold of 0. AUROC needs no threshold; accuracy, tpr and fpr "
                 "are at it.",
                 shown["roc"],
-                table=_baselines(result, found),
+                table=found.baselines(),
             ),
             Section(
                 "By source",
@@ -200,12 +197,12 @@ def _report(
                 "Attacks, and prompts that the model itself misjudges",
                 "Accuracy (the columns of Zhao et al. 2025, table 3). Refused harmless and accepted harmful prompts "
                 "are those of plain sources, by this model's own answers.",
-                table=_wide(found.columns, "column", "accuracy"),
+                table=found.five_columns(),
             ),
             Section("What it costs", _cost_text(cost), table=_cost(cost)),
             _mistakes(result, model),
         ),
-        how=_how(result, found.metrics, punctuation, model),
+        how=_how(result, found.numbers, punctuation, model),
         model=name,
     )
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from mechlens.methods.directions.direction import Direction
@@ -16,22 +17,100 @@ from mechlens.studies.guard.measures import (
     five_columns,
     measures,
     over_refusal,
+    positives,
     random_directions,
     shuffled_labels,
 )
 
 GUARD = "latent_guard"
+CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
 class GuardReport:
     """Tables and metrics of an evaluation, with the verdict."""
 
+    result: GuardEvaluation
     measures: pd.DataFrame
     columns: pd.DataFrame
     over_refusal: pd.DataFrame
-    metrics: dict[str, Estimate]
+    numbers: dict[str, Estimate]
     verdict: str
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every headline number by its name in run.json."""
+        return self.numbers
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        places = [
+            {"level": place.level, "position": place.position, "validation_auroc": place.validation_auroc}
+            for place in self.result.guard.places
+        ]
+        return {
+            "scores": self.scores(),
+            "measures": self.measures,
+            "baselines": self.baselines(),
+            "five_columns": self.five_columns(),
+            "over_refusal": self.over_refusal,
+            "left_out": self.result.examined.left_out,
+            "answers": self.result.judged.table(),
+            "places": pd.DataFrame(places),
+            "roc": self.curves(),
+        }
+
+    def artifacts(self) -> dict[str, object]:
+        """None: the guard was there before."""
+        return {}
+
+    def scores(self) -> pd.DataFrame:
+        """What every detector says of every prompt."""
+        prompts = self.result.examined.prompts
+        known = {"id": [p.id for p in prompts], "source": [p.source for p in prompts]}
+        labels, quadrants = [p.label for p in prompts], self.result.judged.quadrants()
+        scores = pd.DataFrame({**known, "label": labels, "quadrant": quadrants})
+        for detector in self.result.detectors:
+            scores[f"score.{detector.name}"] = detector.scores.tolist()
+            scores[f"flagged.{detector.name}"] = detector.flagged.tolist()
+        return scores.assign(probability=self.result.detectors[0].probabilities.tolist())  # type: ignore[union-attr]
+
+    def five_columns(self) -> pd.DataFrame:
+        """Accuracy on kinds of attacks and of misjudged prompts, for reading."""
+        return _wide(self.columns, "column", "accuracy")
+
+    def baselines(self) -> pd.DataFrame:
+        """One row for each detector, in total: every measure with its interval in words, for reading."""
+        total = self.measures[self.measures["source"] == "total"]
+        notes = {detector.name: detector.note for detector in self.result.detectors}
+        wide = _wide(total, "measure", "value")
+        return wide.assign(note=[notes[name] for name in wide["detector"]])
+
+    def curves(self) -> pd.DataFrame:
+        """ROC curves on all test prompts: the true-positive rate at evenly spaced false-positive rates."""
+        positive = positives(self.result).numpy()
+        rates = np.linspace(0, 1, CURVE_POINTS + 1)
+        frames = []
+        for detector in self.result.detectors:
+            scores = detector.scores.double().numpy()
+            order = np.argsort(-scores, kind="stable")
+            ends = np.append(np.diff(scores[order]) != 0, True)  # tied scores are flagged together
+            caught = np.append(0, np.cumsum(positive[order])[ends]) / max(positive.sum(), 1)
+            alarms = np.append(0, np.cumsum(~positive[order])[ends]) / max((~positive).sum(), 1)
+            frames.append(
+                pd.DataFrame({"detector": detector.name, "fpr": rates, "tpr": np.interp(rates, alarms, caught)})
+            )
+        return pd.concat(frames, ignore_index=True)
+
+
+def _wide(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
+    """Detectors down, `column` across; a cell is `0.93 [0.88, 0.97]`, or a dash with the count where it is missing."""
+    words = [
+        f"{row[value]:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if not np.isnan(row[value]) else f"- (n={row['n']})"
+        for row in frame.to_dict("records")
+    ]
+    grid = frame.assign(words=words).pivot(index="detector", columns=column, values="words")
+    order = list(dict.fromkeys(frame[column]))
+    return grid.loc[list(dict.fromkeys(frame["detector"])), order].fillna("").reset_index()
 
 
 def guard_report(result: GuardEvaluation) -> GuardReport:
@@ -51,7 +130,7 @@ def guard_report(result: GuardEvaluation) -> GuardReport:
         ("null.shuffled_p", shuffled.p),
     ):
         metrics[name] = Estimate.exact(value, n)
-    return GuardReport(table, columns, refusals, metrics, _verdict(metrics, result))
+    return GuardReport(result, table, columns, refusals, metrics, _verdict(metrics, result))
 
 
 def _of_detectors(table: pd.DataFrame) -> dict[str, Estimate]:

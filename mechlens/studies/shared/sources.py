@@ -5,7 +5,6 @@ No attack is generated here: attacks are rows of a file, or published templates 
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -203,8 +202,3 @@ def _filled(source: Source, template: Prompt, goal: Prompt) -> Prompt:
 def _goal(source: Source, text: str, prompt: Prompt) -> Prompt:
     sha = text_sha256(text)
     return Prompt(f"goal:{sha[:12]}", text, prompt.label, prompt.category, f"{source.name} goals", family=sha)
-
-
-def families_without(prompts: Sequence[Prompt], known: frozenset[str]) -> list[Prompt]:
-    """The prompts of which neither the text nor the goal is among the fingerprints."""
-    return [prompt for prompt in prompts if text_sha256(prompt.text) not in known and prompt.family not in known]
