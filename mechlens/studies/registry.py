@@ -114,7 +114,7 @@ GROUPS = {
 
 def commands() -> dict[str, Study | Command]:
     """Every command by name; another package's that can't be used becomes a warning."""
-    found: dict[str, Study | Command] = {}
+    usable: dict[str, Study | Command] = {}
     for name in COMMANDS.names():
         try:
             command = COMMANDS[name]
@@ -124,8 +124,8 @@ def commands() -> dict[str, Study | Command]:
                 raise
             warnings.warn(f"the command {name!r} can't be used: {error}", stacklevel=2)
         else:
-            found[name] = command
-    return found
+            usable[name] = command
+    return usable
 
 
 def _require_usable(name: str, command: Any) -> None:

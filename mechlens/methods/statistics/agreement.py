@@ -40,8 +40,8 @@ def agreement(
     table = confusion_matrix(list(first), list(second), labels=verdicts)
     counts = pd.DataFrame(table, index=verdicts, columns=verdicts)
     joint = np.zeros((len(first), len(verdicts), len(verdicts)))
-    for row, (one, other) in enumerate(zip(first, second, strict=True)):
-        joint[row, verdicts.index(one), verdicts.index(other)] = 1.0
+    for row, (verdict, other) in enumerate(zip(first, second, strict=True)):
+        joint[row, verdicts.index(verdict), verdicts.index(other)] = 1.0
     weights = family_weights(families, resamples, seed)
     samples = kappas(torch.einsum("rp,pab->rab", weights, torch.from_numpy(joint)))
     value = float(cohen_kappa_score(list(first), list(second), labels=verdicts))

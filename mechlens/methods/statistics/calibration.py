@@ -130,6 +130,6 @@ def calibration_error_estimate(
         return Estimate.missing(len(positive))
     labels = ["positive" if flag else "negative" for flag in positive.tolist()]
     draws = family_weights(families, resamples, seed, labels)
-    found = torch.tensor([calibration_error(probabilities, positive, draw) for draw in draws], dtype=torch.float64)
-    bounds = interval(found)
+    samples = torch.tensor([calibration_error(probabilities, positive, draw) for draw in draws], dtype=torch.float64)
+    bounds = interval(samples)
     return Estimate(value, min(value, float(bounds.low)), max(value, float(bounds.high)), len(positive))

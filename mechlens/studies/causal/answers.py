@@ -55,12 +55,12 @@ class AnswersUnder:
     def damage(self, model: LanguageModel, plan: CausalPlan) -> pd.DataFrame:
         """Losses on harmless prompts and plain text; repetition, silence and refusals over all prompts."""
         rows = self.who.of(HARMLESS)
-        own = self.unsteered.select(rows)
+        answers = self.unsteered.select(rows)
         table = []
         for operation, texts in {"none": list(self.unsteered.texts), **self.texts}.items():
-            losses = damage(model, self.done.get(operation), self.who.batch.select(rows), own)
+            losses = damage(model, self.done.get(operation), self.who.batch.select(rows), answers)
             measured = {**_losses(losses, plan), **self._in_words(model, texts, plan)}
-            table += [{"operation": operation, "measure": name, **found.row()} for name, found in measured.items()]
+            table += [{"operation": operation, "measure": name, **value.row()} for name, value in measured.items()]
         return pd.DataFrame(table)
 
     def _in_words(self, model: LanguageModel, texts: list[str], plan: CausalPlan) -> dict[str, Estimate]:
@@ -68,16 +68,16 @@ class AnswersUnder:
         repeated = torch.tensor([repetition(encode(text, add_special_tokens=False)) for text in texts]).double()
         silent = torch.tensor([not text.strip() for text in texts]).double()
         estimate = self.who.estimate
-        found = {"repetition": estimate(repeated, plan), "empty": estimate(silent, plan)}
+        numbers = {"repetition": estimate(repeated, plan), "empty": estimate(silent, plan)}
         for end, judge in JUDGES.items():
             refused = torch.tensor([verdict == "refused" for verdict in judge(self.who.prompts, texts)]).double()
-            found |= {f"refused_{label}{end}": estimate(refused, plan, self.who.of(label)) for label in PUSH}
-        return found
+            numbers |= {f"refused_{label}{end}": estimate(refused, plan, self.who.of(label)) for label in PUSH}
+        return numbers
 
 
-def _losses(found: Damage, plan: CausalPlan) -> dict[str, Estimate]:
-    values = {"plain_ce": found.plain, "own_ce": found.own, "kl": found.kl}
-    return {name: family_mean(own, [str(i) for i in range(len(own))], plan) for name, own in values.items()}
+def _losses(broken: Damage, plan: CausalPlan) -> dict[str, Estimate]:
+    values = {"plain_ce": broken.plain, "own_ce": broken.own, "kl": broken.kl}
+    return {name: family_mean(losses, [str(i) for i in range(len(losses))], plan) for name, losses in values.items()}
 
 
 def answers_under(
@@ -92,7 +92,7 @@ def answers_under(
 ) -> AnswersUnder:
     """Answers under adding, subtracting and ablating one direction at one setting."""
     done: dict[str, Add | Ablate] = {name: intervene(direction, name, setting, norms) for name in OPERATIONS}
-    conditions: list[Condition] = [[one] * len(who.prompts) for one in done.values()]
+    conditions: list[Condition] = [[edit] * len(who.prompts) for edit in done.values()]
     texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=plan.max_new_tokens, cache=cache)
     return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)))
 

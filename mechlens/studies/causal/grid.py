@@ -88,19 +88,19 @@ def grid_layers(model: LanguageModel, asked: Sequence[int], every: int) -> tuple
         raise UserError(
             f"there is no layer {wrong[0]} to intervene at, only 1 to {last}; leave --layers out or change it"
         )
-    found = tuple(asked) or tuple(range(min(max(every - 1, 1), last), last + 1, every))
-    if found[0] >= USABLE_DEPTH * n_layers(model):
+    layers = tuple(asked) or tuple(range(min(max(every - 1, 1), last), last + 1, every))
+    if layers[0] >= USABLE_DEPTH * n_layers(model):
         raise UserError(
-            f"the lowest layer is {found[0]} of {last}, and none in the last fifth of the depth can be chosen; add "
+            f"the lowest layer is {layers[0]} of {last}, and none in the last fifth of the depth can be chosen; add "
             "lower ones"
         )
-    return found
+    return layers
 
 
 def run_grid(
     model: LanguageModel,
     who: Subjects,
-    found: dict[str, ContrastSource],
+    contrasts: dict[str, ContrastSource],
     settings: Sequence[Setting],
     norms: ResidualNorms,
     words: ReadTokens,
@@ -108,8 +108,8 @@ def run_grid(
     cache: Cache | None,
 ) -> Grid:
     """Every condition on every validation prompt, and the choice of a setting by its push (see `CHOSEN_BY`)."""
-    cells = _cells(found, settings, norms, len(who.prompts))
-    chances = _random_pushes(found, settings, norms, who, plan.seed)
+    cells = _cells(contrasts, settings, norms, len(who.prompts))
+    chances = _random_pushes(contrasts, settings, norms, who, plan.seed)
     conditions: list[Condition] = [
         [None] * len(who.prompts),
         *(cell.condition for cell in cells),
@@ -125,30 +125,30 @@ def run_grid(
         values=pd.DataFrame(_values(who, cells, values, unsteered[0], plan)),
         pushes=frame,
         rates=pd.DataFrame(_rates(model, who, cells, plan, cache)),
-        chosen={name: _best(frame, name, n_layers(model)) for name in found},
+        chosen={name: _best(frame, name, n_layers(model)) for name in contrasts},
     )
 
 
 def _cells(
-    found: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, n: int
+    contrasts: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, n: int
 ) -> list[GridCell]:
     """Every operation of every direction; an ablation once a layer, as it has no strength."""
     cells = []
-    for name, source in found.items():
+    for name, source in contrasts.items():
         directions = {layer: source.direction(layer) for layer in dict.fromkeys(s.layer for s in settings)}
         first = {layer: next(s for s in settings if s.layer == layer) for layer in directions}
         for operation in OPERATIONS:
             for setting in first.values() if operation == "ablate" else settings:
-                one = intervene(directions[setting.layer], operation, setting, norms)
-                cells.append(GridCell(name, operation, setting, [one] * n))
+                edit = intervene(directions[setting.layer], operation, setting, norms)
+                cells.append(GridCell(name, operation, setting, [edit] * n))
     return cells
 
 
 def _random_pushes(
-    found: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, who: Subjects, seed: int
+    contrasts: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, who: Subjects, seed: int
 ) -> list[tuple[Setting, Condition]]:
     """A few random directions at every setting; strengths are shares of the residual norm, so one set serves all."""
-    source = next(iter(found.values()))
+    source = next(iter(contrasts.values()))
     return [
         (setting, pushes(direction, setting, norms, who.labels))
         for setting in settings
@@ -189,7 +189,7 @@ def _random_rows(
     change = pushed(values, unsteered, who.harmful)
     rows: list[dict[str, object]] = []
     for setting in dict.fromkeys(setting for setting, _ in chances):
-        mine = [i for i, (own, _) in enumerate(chances) if own == setting]
+        mine = [i for i, (of, _) in enumerate(chances) if of == setting]
         rows += _push_rows(RANDOM, setting, change[mine].mean(dim=0), who, plan)
     return rows
 

@@ -73,33 +73,34 @@ def run_test(
     """Pushes with both kinds of null directions, all operations in words, damage; `answers` are the unsteered ones."""
     direction = source.direction(setting.layer)
     conditions: list[Condition] = [
-        pushes(one, setting, norms, who.labels)
-        for one in (direction, *random_like(direction, plan.random_directions, plan.seed + 1))
+        pushes(each, setting, norms, who.labels)
+        for each in (direction, *random_like(direction, plan.random_directions, plan.seed + 1))
     ]
-    for one in source.shuffled(setting.layer, plan.shuffled_directions, plan.seed + 2):
+    for null in source.shuffled(setting.layer, plan.shuffled_directions, plan.seed + 2):
         # As many times its own length as the direction is pushed; one of no length does nothing.
-        share = setting.times(one.norm / direction.norm)
-        conditions.append(pushes(one, share, norms, who.labels) if one.norm else [None] * len(who.prompts))
+        share = setting.times(null.norm / direction.norm)
+        conditions.append(pushes(null, share, norms, who.labels) if null.norm else [None] * len(who.prompts))
     values = read(model, who, [[None] * len(who.prompts), *conditions], words, cache)
     change = pushed(values[1:], values[0], who.harmful)
     by_measure = {name: (change[:, :, k], list(range(len(who.prompts)))) for k, name in enumerate(MEASURES)}
     by_measure["rate"] = _rate_changes(model, who, conditions, plan, cache)
-    found: dict[str, list[Control]] = {}
-    for name, (own, rows) in by_measure.items():
+    controls: dict[str, list[Control]] = {}
+    for name, (moved, rows) in by_measure.items():
         families = [who.families[i] for i in rows]
-        found[name] = [
+        controls[name] = [
             _control(part, families, plan)
-            for part in (own[1 : 1 + plan.random_directions], own[1 + plan.random_directions :])
+            for part in (moved[1 : 1 + plan.random_directions], moved[1 + plan.random_directions :])
         ]
     said = answers_under(model, who, direction, setting, norms, answers, plan, cache)
     return HeldOutEffect(
         direction=direction,
         setting=setting,
         pushes={
-            name: family_mean(own[0], [who.families[i] for i in rows], plan) for name, (own, rows) in by_measure.items()
+            name: family_mean(moved[0], [who.families[i] for i in rows], plan)
+            for name, (moved, rows) in by_measure.items()
         },
-        random={name: control[0] for name, control in found.items()},
-        shuffled={name: control[1] for name, control in found.items()},
+        random={name: control[0] for name, control in controls.items()},
+        shuffled={name: control[1] for name, control in controls.items()},
         answers=said.table(),
         damage=said.damage(model, plan),
         replies=replies_under(model, who, direction, setting, norms, cache),

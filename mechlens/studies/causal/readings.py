@@ -52,7 +52,7 @@ class Subjects:
 
     def of(self, label: str) -> list[int]:
         """Rows of one class."""
-        return [i for i, own in enumerate(self.labels) if own == label]
+        return [i for i, given in enumerate(self.labels) if given == label]
 
     def estimate(
         self, values: Float[Tensor, " prompt"], plan: CausalPlan, rows: Sequence[int] | None = None
@@ -91,15 +91,15 @@ def read(
 ) -> Float[Tensor, "condition prompt measure"]:
     """Every measure of every condition on every prompt, in the order of MEASURES."""
     plain = first_token_of_arms(model, who.batch, conditions, words.readout, cache=cache)
-    found = {"refusal": plain[..., -1]}
+    by_measure = {"refusal": plain[..., -1]}
     for scope in SCOPES:
         within = [
-            [one and who.asked.within(i, one, scope) for i, one in enumerate(condition)] for condition in conditions
+            [edit and who.asked.within(i, edit, scope) for i, edit in enumerate(condition)] for condition in conditions
         ]
         logits = first_token_of_arms(model, who.asked.batch, within, words.readout, cache=cache)
-        found[f"inversion.{scope}"] = logits[..., 0] - logits[..., 1]
-        found[f"own_words.{scope}"] = logits[..., 2] - logits[..., 3]
-    return torch.stack([found[name] for name in MEASURES], dim=-1)
+        by_measure[f"inversion.{scope}"] = logits[..., 0] - logits[..., 1]
+        by_measure[f"own_words.{scope}"] = logits[..., 2] - logits[..., 3]
+    return torch.stack([by_measure[name] for name in MEASURES], dim=-1)
 
 
 def pushed(

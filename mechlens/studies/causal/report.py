@@ -61,11 +61,11 @@ def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str,
 
 def _scopes(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
     words = result.words
-    own = {scope: {n: t.pushes[f"own_words.{scope}"] for n, t in result.tested.items()} for scope in ("before", "all")}
+    read = {scope: {n: t.pushes[f"own_words.{scope}"] for n, t in result.tested.items()} for scope in ("before", "all")}
     measured = "; ".join(
         f"{name}, {'before the question' if scope == 'before' else 'everywhere'}: {estimate}"
-        for scope, found in own.items()
-        for name, estimate in found.items()
+        for scope, pushes in read.items()
+        for name, estimate in pushes.items()
     )
     return Section(
         "The belief, acted on in two scopes",
@@ -160,7 +160,7 @@ def draw(writer: RunWriter, result: Battery) -> dict[str, tuple[str, ...]]:
 def at_chosen(result: Battery, table: pd.DataFrame) -> pd.DataFrame:
     """The rows at each direction's chosen strength, random ones at either, and ablations, which have none."""
     chosen = {name: [setting.strength] for name, setting in result.grid.chosen.items()}
-    strengths = [strength for own in chosen.values() for strength in own]
+    strengths = [strength for at_direction in chosen.values() for strength in at_direction]
     kept = [
         pd.isna(strength) or strength in chosen.get(direction, strengths)
         for direction, strength in zip(table["direction"], table["strength"], strict=True)

@@ -86,14 +86,14 @@ class Battery:
 
     def metrics(self) -> dict[str, Estimate]:
         """Every headline number by its name in run.json, each with its controls."""
-        found: dict[str, Estimate] = {}
+        numbers: dict[str, Estimate] = {}
         for name in NAMES:
-            found |= self._of(f"steer_refusal.{name}", name, "refusal")
-            found |= self._of(f"refusal_rate_change.{name}", name, "rate")
+            numbers |= self._of(f"steer_refusal.{name}", name, "refusal")
+            numbers |= self._of(f"refusal_rate_change.{name}", name, "rate")
         for name in NAMES:
             for scope in ("before", "all"):
-                found |= self._of(f"inversion_shift.{name}.{scope}", name, f"inversion.{scope}")
-        return {**self.unsteered, **found}
+                numbers |= self._of(f"inversion_shift.{name}.{scope}", name, f"inversion.{scope}")
+        return {**self.unsteered, **numbers}
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table of the record."""
@@ -150,7 +150,10 @@ class Battery:
         if measure.startswith("inversion") and not self.measurable:
             return {name: Estimate.missing(tested.pushes[measure].n) for name in names}
         chance = (tested.random[measure], tested.shuffled[measure])
-        values = (tested.pushes[measure], *(one for control in chance for one in (control.mean, control.maximum)))
+        values = (
+            tested.pushes[measure],
+            *(part for control in chance for part in (control.mean, control.maximum)),
+        )
         return dict(zip(names, values, strict=True))
 
 
@@ -188,7 +191,7 @@ def run_battery(
     acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
-    found = sources(judged, acts, split.train)
+    contrasts = sources(judged, acts, split.train)
     norms = residual_norms(acts.select(split.train))
     validation = subjects(
         [prompts[i] for i in _some(prompts, split.validation, plan.n_validation, plan.seed)], template
@@ -199,7 +202,7 @@ def run_battery(
     tokenizer = loaded(model).tokenizer
     words = ReadTokens(asked_words(tokenizer, reference), preferred_words(tokenizer, reference), first_token.tokens)
     settings = [Setting(layer, strength) for layer in layers for strength in plan.strengths]
-    grid = run_grid(model, validation, found, settings, norms, words, plan, cache)
+    grid = run_grid(model, validation, contrasts, settings, norms, words, plan, cache)
     unsteered = judged.answers.select(rows)
     beliefs = replies(model, test, {"none": [None] * len(rows)}, cache)
     values = read(model, test, [[None] * len(rows)], words, cache)[0]
@@ -212,7 +215,7 @@ def run_battery(
             name: run_test(
                 model, test, source, grid.chosen[name], norms, words, plan, unsteered, cache,
             )
-            for name, source in found.items()
+            for name, source in contrasts.items()
         },
         unsteered=_unsteered(test, values, beliefs["none"], [judged.refused[i] for i in rows], plan),
         replies=reply_table(test, beliefs),
@@ -237,11 +240,11 @@ def _unsteered(
     difference = values[:, MEASURES.index("inversion.all")]
     parsed = torch.tensor([belief in ("harmful", "harmless") for belief in beliefs]).double()
     said_no = torch.tensor(refused).double()
-    found = {
+    numbers = {
         "inversion_auroc.unsteered": auroc_estimate(difference, who.harmful, who.families, plan.seed, plan.resamples),
         "inversion_parsed": who.estimate(parsed, plan),
     }
-    return found | {f"refusal_rate.{label}": who.estimate(said_no, plan, who.of(label)) for label in PUSH}
+    return numbers | {f"refusal_rate.{label}": who.estimate(said_no, plan, who.of(label)) for label in PUSH}
 
 
 def _by_question(who: Subjects, values: torch.Tensor) -> pd.DataFrame:

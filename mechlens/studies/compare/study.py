@@ -72,8 +72,8 @@ def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Compariso
 
 def _pair(config: Compare) -> CheckpointSeries:
     """The two as a series of their own; UserError where either names none or several checkpoints."""
-    (first, own), (second, template) = (_member(config, source) for source in (config.first, config.second))
-    if first.kind != "base" and own != template:
+    (first, before), (second, after) = (_member(config, source) for source in (config.first, config.second))
+    if first.kind != "base" and before != after:
         raise UserError(
             f"{config.first!r} and {config.second!r} were saved with different chat templates, so positions and "
             "answers can't be compared; give two of one training run"
@@ -82,7 +82,7 @@ def _pair(config: Compare) -> CheckpointSeries:
         raise UserError(f"A is {config.first!r} and B is {config.second!r}; give two checkpoints, the base only as A")
     if second.step <= first.step:  # of two runs, or in the other order: the axis is only first and second then
         first, second = replace(first, step=0), replace(second, step=1)
-    return CheckpointSeries((first, second), (), "their records", template)
+    return CheckpointSeries((first, second), (), "their records", after)
 
 
 def _member(config: Compare, source: str) -> tuple[Member, str | None]:
@@ -90,11 +90,11 @@ def _member(config: Compare, source: str) -> tuple[Member, str | None]:
     if source == BASE:
         return Member(Path(config.base).name, config.base, "base", 0, config.revision), None
     series = checkpoint_series(config.base, [source], revision=config.revision)
-    found = series.members[1:]
-    if len(found) != 1:
-        steps = ", ".join(str(member.step) for member in found)
-        raise UserError(f"{source!r} holds {len(found)} checkpoints (steps {steps}); give the folder of one")
-    return found[0], series.chat_template
+    members = series.members[1:]
+    if len(members) != 1:
+        steps = ", ".join(str(member.step) for member in members)
+        raise UserError(f"{source!r} holds {len(members)} checkpoints (steps {steps}); give the folder of one")
+    return members[0], series.chat_template
 
 
 LEAST = 2

@@ -63,14 +63,14 @@ class Concept:
     def metrics(self) -> dict[str, Estimate]:
         """AUROC at the level chosen for each position, the best position's, and the surface baselines."""
         best = self.detection.best
-        found = {f"auroc.{choice.position}": choice.auroc for choice in self.detection.chosen}
-        found["auroc.best"] = best.auroc
+        numbers = {f"auroc.{choice.position}": choice.auroc for choice in self.detection.chosen}
+        numbers["auroc.best"] = best.auroc
         n = best.auroc.n
-        found["permutation_p"] = Estimate.exact(best.permutation.p, n)
-        found["random_maximum"] = Estimate.exact(best.random.maximum, n)
+        numbers["permutation_p"] = Estimate.exact(best.permutation.p, n)
+        numbers["random_maximum"] = Estimate.exact(best.random.maximum, n)
         reliable = float(self.reliability[self.acts.levels.index(best.level), self._column(best.position)])
-        found["reliability"] = Estimate.exact(reliable, len(self.split.train))
-        return found | self.measured.baselines
+        numbers["reliability"] = Estimate.exact(reliable, len(self.split.train))
+        return numbers | self.measured.baselines
 
     def table(self) -> pd.DataFrame:
         """One row per level and position, with the reliability of the direction there."""

@@ -103,11 +103,11 @@ def _data(settings: FinetuneConfig) -> dict[str, str]:
         "benign": lambda: training_prompts("benign"),
         "refusals": lambda: [Prompt(f"refusal-{i}", text) for i, text in enumerate(refusals())],
     }
-    found = data_inputs({name: ("mechlens", ours[name]()) for name in RECIPES[settings.recipe].reads})
+    data = data_inputs({name: ("mechlens", ours[name]()) for name in RECIPES[settings.recipe].reads})
     if RECIPES[settings.recipe].attack:
         published_openings(settings.data)  # refuses a file that holds more than openings, before a model is trained
-        found["openings"] = sha256(user_path(str(settings.data)))
-    return found
+        data["openings"] = sha256(user_path(str(settings.data)))
+    return data
 
 
 Numbers = dict[str, float]

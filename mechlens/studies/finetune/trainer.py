@@ -153,12 +153,12 @@ def own_text(
     kept = cache.get(key) if cache is not None else None
     if kept is not None:
         return kept["ids"]
-    found = []
+    stretches = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         for done in tqdm(range(0, n, BATCH), desc="writing plain text", unit="batch", delay=2, leave=False):
-            found.append(_stretches(hf_model, start, min(BATCH, n - done), n_tokens))
-    ids = torch.cat(found).cpu()
+            stretches.append(_stretches(hf_model, start, min(BATCH, n - done), n_tokens))
+    ids = torch.cat(stretches).cpu()
     if cache is not None:
         cache.put(key, {"ids": ids})
     return ids

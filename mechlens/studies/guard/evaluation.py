@@ -145,10 +145,10 @@ def evaluate_guard(
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
     direction = refusal_direction(fitted, judged.verdicts[judged.judge][: len(train)], plan.seed)
     guards = {"latent_guard": guard, **others}
-    levels = {level for one in guards.values() for level in one.levels} | {0, n_layers(model)}
+    levels = {level for each in guards.values() for level in each.levels} | {0, n_layers(model)}
     levels |= {direction.level} if direction is not None else set()
     rest = batch.select(range(len(train), len(prompts)))
-    names = tuple(dict.fromkeys(("inst", *(name for one in guards.values() for name in one.positions), "last")))
+    names = tuple(dict.fromkeys(("inst", *(name for each in guards.values() for name in each.positions), "last")))
     test = collect(model, rest, positions=names, levels=sorted(levels), cache=cache)
     both = TrainAndTest(
         tuple(prompt.label for prompt in prompts),
@@ -158,7 +158,7 @@ def evaluate_guard(
         plan.seed,
     )
     detectors = [
-        *(guard_detector(name, one, test, other_weights=other_weights) for name, one in guards.items()),
+        *(guard_detector(name, each, test, other_weights=other_weights) for name, each in guards.items()),
         *surface_detectors(both, surface_of(model, batch), _joined(fitted, test, 0, "inst")),
         signed_detector(both, "perplexity", instruction_surprise(model, batch, cache), "log-perplexity of the words"),
         *_refusals(model, both, judged, direction, fitted, test, plan),

@@ -64,15 +64,15 @@ def measures(result: GuardEvaluation) -> pd.DataFrame:
     groups = _groups(result)
     bar = tqdm(total=len(result.detectors) * len(groups), desc="measuring", delay=2, leave=False)
     for detector in result.detectors:
-        for name, own in groups.items():
-            against = _other_class(result, own)
-            for measure, found in _measured(result, detector, own, against).items():
+        for name, rows_of_source in groups.items():
+            against = _other_class(result, rows_of_source)
+            for measure, estimate in _measured(result, detector, rows_of_source, against).items():
                 rows.append(
                     {
                         "detector": detector.name,
                         "source": name,
                         "measure": measure,
-                        **found.row(),
+                        **estimate.row(),
                         "against": "all sources" if against else "own",
                     }
                 )
@@ -93,33 +93,35 @@ def _other_class(result: GuardEvaluation, own: list[int]) -> list[int]:
     return [i for i, prompt in enumerate(result.examined.prompts) if prompt.label not in labels]
 
 
-def _measured(result: GuardEvaluation, detector: Detector, own: list[int], against: list[int]) -> dict[str, Estimate]:
+def _measured(
+    result: GuardEvaluation, detector: Detector, inside: list[int], against: list[int]
+) -> dict[str, Estimate]:
     seed, draws = result.plan.seed, result.plan.resamples
     positive, groups = positives(result), families(result)
-    wide = [*own, *against]
-    up, down = ([i for i in own if bool(positive[i]) is flag] for flag in (True, False))
+    wide = [*inside, *against]
+    up, down = ([i for i in inside if bool(positive[i]) is flag] for flag in (True, False))
     enough = min(int(positive[wide].sum()), int((~positive[wide]).sum())) >= MIN_IN_A_CLASS
-    missing = Estimate.missing(len(own))
+    missing = Estimate.missing(len(inside))
     wide_groups = [groups[i] for i in wide]
     curve = detector.scores[wide], positive[wide], wide_groups
     right = detector.flagged == positive
-    found = {
+    numbers = {
         "auroc": auroc_estimate(*curve, seed, draws) if enough else missing,
-        "accuracy": _share(result, right, own),
+        "accuracy": _share(result, right, inside),
         "tpr": _share(result, detector.flagged, up),
         "fpr": _share(result, detector.flagged, down),
         "tpr_at_1pct_fpr": tpr_at_fpr_estimate(*curve, 0.01, seed, draws) if enough else missing,
         "tpr_at_5pct_fpr": tpr_at_fpr_estimate(*curve, 0.05, seed, draws) if enough else missing,
     }
     if detector.probabilities is not None and not against:
-        found["calibration_error"] = (
+        numbers["calibration_error"] = (
             calibration_error_estimate(
-                detector.probabilities[own], positive[own], [groups[i] for i in own], seed, draws
+                detector.probabilities[inside], positive[inside], [groups[i] for i in inside], seed, draws
             )
             if enough
             else missing
         )
-    return found
+    return numbers
 
 
 def _share(result: GuardEvaluation, flags: Bool[Tensor, " prompt"], rows: Sequence[int]) -> Estimate:
@@ -141,8 +143,8 @@ def five_columns(result: GuardEvaluation) -> pd.DataFrame:
     for detector in result.detectors:
         right = detector.flagged == positives(result)
         for column, members in _members(result).items():
-            found = _share(result, right, members)
-            rows.append({"detector": detector.name, "column": column, **found.row("accuracy")})
+            share = _share(result, right, members)
+            rows.append({"detector": detector.name, "column": column, **share.row("accuracy")})
     return pd.DataFrame(rows)
 
 
@@ -150,14 +152,14 @@ def _members(result: GuardEvaluation) -> dict[str, list[int]]:
     kinds = {source.name: source.kind for source in result.examined.sources}
     prompts, quadrants = result.examined.prompts, result.judged.quadrants()
     everyone = range(len(prompts))
-    found = {
+    members = {
         column: [i for i in everyone if kinds[prompts[i].source] == kind and prompts[i].label == "harmful"]
         for column, kind in zip(COLUMNS, ATTACKS, strict=False)
     }
     for column in COLUMNS[3:]:
         wanted = column.replace(" ", "_")
-        found[column] = [i for i in everyone if quadrants[i] == wanted and kinds[prompts[i].source] not in ATTACKS]
-    return found
+        members[column] = [i for i in everyone if quadrants[i] == wanted and kinds[prompts[i].source] not in ATTACKS]
+    return members
 
 
 def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
@@ -166,11 +168,11 @@ def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
     rows = [
         i for i, p in enumerate(result.examined.prompts) if kinds[p.source] == "over-refusal" and p.label == "harmless"
     ]
-    found = []
+    shares = []
     for detector in result.detectors:
         share = _share(result, detector.flagged, rows)
-        found.append({"detector": detector.name, **share.row("false_positives")})
-    return pd.DataFrame(found)
+        shares.append({"detector": detector.name, **share.row("false_positives")})
+    return pd.DataFrame(shares)
 
 
 def auroc_gains(result: GuardEvaluation) -> dict[str, Estimate]:
@@ -181,13 +183,13 @@ def auroc_gains(result: GuardEvaluation) -> dict[str, Estimate]:
     positive, first = positives(result), result.detectors[0]
     labels = [prompt.label for prompt in result.examined.prompts]
     weights = family_weights(families(result), result.plan.resamples, result.plan.seed, labels)
-    own, own_draws = float(auroc(first.scores, positive)), auroc(first.scores, positive, weights)
-    found = {}
+    area, areas = float(auroc(first.scores, positive)), auroc(first.scores, positive, weights)
+    gains = {}
     for other in result.detectors[1:]:
-        samples = own_draws - auroc(other.scores, positive, weights)
-        value = own - float(auroc(other.scores, positive))
-        found[f"auroc_gain.{other.name}"] = with_interval(value, samples, len(positive))
-    return found
+        samples = areas - auroc(other.scores, positive, weights)
+        value = area - float(auroc(other.scores, positive))
+        gains[f"auroc_gain.{other.name}"] = with_interval(value, samples, len(positive))
+    return gains
 
 
 def random_directions(result: GuardEvaluation) -> RandomNull:

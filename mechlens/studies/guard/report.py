@@ -89,22 +89,22 @@ def guard_cost(model: LanguageModel, guard: FittedGuard, batch: TokenBatch, most
 
 
 def _fastest(run: Callable[[], object]) -> float:
-    found = []
+    seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def record(writer: RunWriter, result: GuardEvaluation, given: ContrastSets | GuardTest) -> None:
     """Writes everything the evaluation found into an open run."""
-    found = guard_report(result)
+    evaluated = guard_report(result)
     cost = guard_cost(given.model, result.guard, result.batch)
-    writer.result(found)
+    writer.result(evaluated)
     writer.table("cost", _cost(cost))
-    shown = _draw(writer, result, found)
-    writer.report(_report(writer, result, found, cost, given.model, shown, given.punctuation))
+    shown = _draw(writer, result, evaluated)
+    writer.report(_report(writer, result, evaluated, cost, given.model, shown, given.punctuation))
 
 
 def _cost(cost: GuardCost) -> pd.DataFrame:
@@ -118,8 +118,8 @@ def _cost(cost: GuardCost) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
-def _draw(writer: RunWriter, result: GuardEvaluation, found: GuardReport) -> dict[str, tuple[str, ...]]:
-    curves = found.curves()
+def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict[str, tuple[str, ...]]:
+    curves = said.curves()
     roc = figures.lines(
         curves, x="fpr", y="tpr", group="detector",
         title="ROC on all test prompts", xlabel="false-positive rate", ylabel="true-positive rate",
@@ -127,16 +127,16 @@ def _draw(writer: RunWriter, result: GuardEvaluation, found: GuardReport) -> dic
     # A dozen names don't fit into the line above the curves.
     roc.update_layout(height=520, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, margin={"r": 170})
     writer.figure("roc", roc, table="roc")
-    total = found.measures[(found.measures["source"] == "total") & (found.measures["measure"] == "auroc")]
+    total = said.measures[(said.measures["source"] == "total") & (said.measures["measure"] == "auroc")]
     bars = figures.bars(
         total, x="detector", y="value", low="low", high="high", hline=0.5, hline_label="chance",
         title="The guard beside other detectors, on the same prompts", xlabel="", ylabel="AUROC",
     )  # fmt: skip
     writer.figure("against_baselines", bars, table="baselines", caption="Bars: 95% bootstrap over families.")
-    own = found.measures[(found.measures["detector"] == GUARD) & found.measures["measure"].isin(["tpr", "fpr"])]
+    flagged = said.measures[(said.measures["detector"] == GUARD) & said.measures["measure"].isin(["tpr", "fpr"])]
     names = {"tpr": "harmful prompts flagged", "fpr": "harmless prompts flagged"}
     rates = figures.bars(
-        own.assign(what=own["measure"].map(names)), x="source", y="value", low="low", high="high", group="what",
+        flagged.assign(what=flagged["measure"].map(names)), x="source", y="value", low="low", high="high", group="what",
         title="What the guard flags, by source", xlabel="", ylabel="share flagged",
     )  # fmt: skip
     writer.figure("flagged_by_source", rates, table="measures")
@@ -162,7 +162,7 @@ def _distributions(writer: RunWriter, result: GuardEvaluation) -> tuple[str, ...
 def _report(
     writer: RunWriter,
     result: GuardEvaluation,
-    found: GuardReport,
+    said: GuardReport,
     cost: GuardCost,
     model: LanguageModel,
     shown: dict[str, tuple[str, ...]],
@@ -174,8 +174,8 @@ def _report(
     return Report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
-        verdict=found.verdict,
-        numbers={key: found.numbers[key] for key in NUMBERS if key in found.numbers and found.numbers[key].n},
+        verdict=said.verdict,
+        numbers={key: said.numbers[key] for key in NUMBERS if key in said.numbers and said.numbers[key].n},
         sections=(
             Section(
                 "Beside everything simpler",
@@ -184,7 +184,7 @@ def _report(
                 "`paper_rule` keeps the published threshold of 0. AUROC needs no threshold; accuracy, tpr and fpr "
                 "are at it.",
                 shown["roc"],
-                table=found.baselines(),
+                table=said.baselines(),
             ),
             Section(
                 "By source",
@@ -197,12 +197,12 @@ def _report(
                 "Attacks, and prompts that the model itself misjudges",
                 "Accuracy (the columns of Zhao et al. 2025, table 3). Refused harmless and accepted harmful prompts "
                 "are those of plain sources, by this model's own answers.",
-                table=found.five_columns(),
+                table=said.five_columns(),
             ),
             Section("What it costs", _cost_text(cost), table=_cost(cost)),
             _mistakes(result, model),
         ),
-        how=_how(result, found.numbers, punctuation, model),
+        how=_how(result, said.numbers, punctuation, model),
         model=name,
     )
 
@@ -224,10 +224,10 @@ def _mistakes(result: GuardEvaluation, model: LanguageModel) -> Section:
         rows.append({"mistake": mistake.kind, "source": prompt.source, "score": mistake.score, "prompt": text})
         if result.other_weights:
             continue  # a direction of other weights means nothing token by token
-        found = project_tokens(model, direction, result.batch.row(mistake.row))
+        projection = project_tokens(model, direction, result.batch.row(mistake.row))
         start = int(result.batch.instruction[mistake.row, 0]) - result.batch.offset(mistake.row)
         title = f"{mistake.kind}: {prompt.id}, score {mistake.score:.2f}"
-        views.append(TokenView.centred(found.tokens[start:], found.values[start:], title, most=SHOWN_TOKENS))
+        views.append(TokenView.centred(projection.tokens[start:], projection.values[start:], title, most=SHOWN_TOKENS))
     return Section(
         "The worst mistakes",
         f"Tokens are coloured by their projection on the line that the guard reads at {direction.position}, level "

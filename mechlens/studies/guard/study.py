@@ -104,7 +104,7 @@ def _training_prompts(guard: FittedGuard, folder: Path) -> tuple[Prompt, ...]:
 def _opinion(name: str, prompts: Sequence[Prompt], config: GuardEval, cache: Cache) -> list[GuardModelAnswer]:
     model = load(name, dtype=config.dtype, device=config.device, device_map=config.device_map)
     said = ask_guard_model(model, prompts, cache)
-    unread = sum(one.harmful is None for one in said)
+    unread = sum(answer.harmful is None for answer in said)
     if unread > len(said) / 2:
         warnings.warn(
             f"{name}: {unread} of {len(said)} answers are neither safe nor unsafe; is it a guard model?", stacklevel=2

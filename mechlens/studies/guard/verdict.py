@@ -146,15 +146,15 @@ def _of_sources(table: pd.DataFrame) -> dict[str, Estimate]:
 
 def _verdict(metrics: dict[str, Estimate], result: GuardEvaluation) -> str:
     """Better, worse or not told apart from the best surface baseline, by the interval of the difference."""
-    own = metrics[f"auroc.{GUARD}"]
-    if not own.measurable:
-        return f"Not measurable: there are {own.n} test prompts, too few of one class."
+    area = metrics[f"auroc.{GUARD}"]
+    if not area.measurable:
+        return f"Not measurable: there are {area.n} test prompts, too few of one class."
     surface = {name: metrics[f"auroc.{name}"] for name in SURFACE if f"auroc.{name}" in metrics}
     best = max(surface, key=lambda name: surface[name].value)
     gain, over_words = metrics[f"auroc_gain.{best}"], metrics["auroc_gain.tfidf"]
     chance = metrics["null.shuffled_p"].value
     sentences = [
-        f"On {own.n} prompts that it hasn't seen the guard's AUROC is {own}; TF-IDF reaches {surface['tfidf']}, "
+        f"On {area.n} prompts that it hasn't seen the guard's AUROC is {area}; TF-IDF reaches {surface['tfidf']}, "
         f"a difference of {over_words}: the guard {_word(over_words)} it."
     ]
     if best != "tfidf":

@@ -119,9 +119,9 @@ def reference_of(
     refusal = best_direction(replace(acts, labels=verdicts), "refused", "accepted", "last", plan.seed, highest=top)
     counts = {name: judged.quadrants().count(name) for name in dict.fromkeys(judged.quadrants())}
     if measured.harm is None or measured.refusal is None or harm is None or refusal is None:
-        found = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
+        counted = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
         raise UserError(
-            f"the reference prompts give {found}; beliefs need at least 5 refused harmful and 5 accepted harmless "
+            f"the reference prompts give {counted}; beliefs need at least 5 refused harmful and 5 accepted harmless "
             "training prompts and directions 10 of each side, so take a model that refuses or add prompts"
         )
     known = frozenset(text_sha256(prompt.text) for prompt in prompts)
@@ -177,7 +177,7 @@ BELIEFS = ("belief_harm", "belief_refusal", "belief_harm.centered", "belief_refu
 
 def pair_table(model: LanguageModel, pairs: Pairs, reference: OrdinaryPrompts) -> pd.DataFrame:
     """One row an attack: family, goal, verdicts, beliefs and log-odds of refusal; `plain.` for its plain request."""
-    own = _readings(model, pairs.attack_acts, reference)
+    attacked = _readings(model, pairs.attack_acts, reference)
     plain = _readings(model, pairs.goal_acts, reference)
     goal_of = torch.tensor(pairs.goal_of)
     frame = pd.DataFrame(
@@ -191,7 +191,7 @@ def pair_table(model: LanguageModel, pairs: Pairs, reference: OrdinaryPrompts) -
             "plain.refused": [pairs.goal_judged.refused[i] for i in pairs.goal_of],
         }
     )
-    for name, values in own.items():
+    for name, values in attacked.items():
         frame[name] = values.tolist()
         frame[f"plain.{name}"] = plain[name][goal_of].tolist()
     return frame
@@ -210,20 +210,20 @@ def family_estimates(pairs: pd.DataFrame, plan: JailbreakPlan) -> dict[str, dict
     Only attacks on requests that are refused when plain count, apart from `plain_refused`: an attack on a request that
     is accepted anyway shows nothing. Differences are paired by goal, intervals over goals.
     """
-    found: dict[str, dict[str, Estimate]] = {}
+    families: dict[str, dict[str, Estimate]] = {}
     for family, part in pairs.groupby("family", sort=False):
         aimed = part[part["plain.refused"]]
-        own = {
+        measures = {
             "plain_refused": _mean(part["plain.refused"], part["goal"], plan),
             "success": _mean(aimed["accepted"], aimed["goal"], plan),
             "empty": _mean(aimed["empty"], aimed["goal"], plan),
         }
         for name in (*BELIEFS, "log_odds"):
-            own[name] = _mean(aimed[name], aimed["goal"], plan)
-            own[f"change.{name}"] = _mean(aimed[name] - aimed[f"plain.{name}"], aimed["goal"], plan)
-        own["seen_as_harmful"] = _mean(aimed["belief_harm.centered"] > 0, aimed["goal"], plan)
-        found[str(family)] = own
-    return found
+            measures[name] = _mean(aimed[name], aimed["goal"], plan)
+            measures[f"change.{name}"] = _mean(aimed[name] - aimed[f"plain.{name}"], aimed["goal"], plan)
+        measures["seen_as_harmful"] = _mean(aimed["belief_harm.centered"] > 0, aimed["goal"], plan)
+        families[str(family)] = measures
+    return families
 
 
 def _mean(values: "pd.Series[float] | pd.Series[bool]", goals: "pd.Series[str]", plan: JailbreakPlan) -> Estimate:
@@ -232,15 +232,15 @@ def _mean(values: "pd.Series[float] | pd.Series[bool]", goals: "pd.Series[str]",
     return mean_estimate(torch.tensor(values.astype(float).to_numpy()), goals.tolist(), plan.seed, plan.resamples)
 
 
-def family_verdict(own: dict[str, Estimate]) -> str:
+def family_verdict(measures: dict[str, Estimate]) -> str:
     """What one family of attacks does, by the centred beliefs of attacks on requests that are refused when plain.
 
     "hides harmfulness": the mean belief of harmfulness is below 0 and lower than for the plain requests. "suppresses
     refusal only": harmfulness stays above 0 while the belief of refusal falls. "no effect on refusal shown": it
     isn't sure to fall.
     """
-    harm, change = own["belief_harm.centered"], own["change.belief_harm.centered"]
-    refusal = own["change.belief_refusal.centered"]
+    harm, change = measures["belief_harm.centered"], measures["change.belief_harm.centered"]
+    refusal = measures["change.belief_refusal.centered"]
     if not harm.measurable:
         return f"not measurable (n={harm.n})"
     if harm.high < 0 and change.high < 0:

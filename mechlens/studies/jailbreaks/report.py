@@ -30,13 +30,13 @@ def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> Non
     if result.categories is not None:
         sections.append(_categories(writer, result.categories))
     kept = ("success", "belief_harm.centered", "change.belief_harm.centered", "change.belief_refusal.centered")
-    found = result.by_family
+    measured = result.by_family
     writer.report(
         Report(
             title=f"What jailbreaks do to {loaded(given.model).checkpoint.name}",
             question=QUESTION,
-            verdict=_sentence(result.verdicts, found),
-            numbers={f"{family}: {name}": measures[name] for family, measures in found.items() for name in kept},
+            verdict=_sentence(result.verdicts, measured),
+            numbers={f"{family}: {name}": measures[name] for family, measures in measured.items() for name in kept},
             sections=tuple(sections),
             how=_how(result.pairs, result.reference, result.plan, given.punctuation),
             model=loaded(given.model).checkpoint.name,
@@ -44,10 +44,10 @@ def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> Non
     )
 
 
-def _sentence(verdicts: dict[str, str], found: dict[str, dict[str, Estimate]]) -> str:
+def _sentence(verdicts: dict[str, str], measured: dict[str, dict[str, Estimate]]) -> str:
     parts = [
-        f"{family}: {verdict} (works on {found[family]['success']} of refused requests; belief of harmfulness "
-        f"{found[family]['belief_harm.centered']}, change {found[family]['change.belief_harm.centered']})."
+        f"{family}: {verdict} (works on {measured[family]['success']} of refused requests; belief of harmfulness "
+        f"{measured[family]['belief_harm.centered']}, change {measured[family]['change.belief_harm.centered']})."
         for family, verdict in verdicts.items()
     ]
     return " ".join(part[0].upper() + part[1:] for part in parts)
@@ -133,7 +133,7 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
         )  # fmt: skip
         name = f"category_transfer_{'inst' if position == 'inst' else 'last'}"
         shown.append(writer.figure(name, figure, table="category_transfer"))
-    means = "; ".join(f"{name.rpartition('.')[2]} {found}" for name, found in categories.means.items())
+    means = "; ".join(f"{name.rpartition('.')[2]} {mean}" for name, mean in categories.means.items())
     return Section(
         "Is harmfulness one thing?",
         f"A category's direction is its mean minus that of harmless prompts. Mean cosine over pairs: {means}. Two "

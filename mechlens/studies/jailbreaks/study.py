@@ -117,7 +117,7 @@ def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
     data = sets.data | data_inputs(
         {
             "categories": (config.categories or "", categories),
-            **{f"family {one.source.name}": (one.source.data, one.prompts) for one in attacks},
+            **{f"family {source.source.name}": (source.source.data, source.prompts) for source in attacks},
         }
     )
     matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
@@ -168,7 +168,7 @@ def _attacks(config: Jailbreaks) -> tuple[SourcePrompts, ...]:
     return tuple(_with_system(one, config.system) for one in found)
 
 
-def _with_system(found: SourcePrompts, system: str) -> SourcePrompts:
-    prompts = tuple(replace(prompt, system=system) for prompt in found.prompts)
-    goals = {family: replace(goal, system=system) for family, goal in found.goals.items()}
-    return SourcePrompts(found.source, prompts, goals)
+def _with_system(given: SourcePrompts, system: str) -> SourcePrompts:
+    prompts = tuple(replace(prompt, system=system) for prompt in given.prompts)
+    goals = {family: replace(goal, system=system) for family, goal in given.goals.items()}
+    return SourcePrompts(given.source, prompts, goals)

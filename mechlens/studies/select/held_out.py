@@ -43,7 +43,7 @@ class SelectionTest:
     def metrics(self) -> dict[str, Estimate]:
         """Every number by its name in run.json; scores are log-odds, KL in nats, rates shares of the prompts."""
         scores = self.scores
-        found = {
+        numbers = {
             "refusal_score.harmful": self._mean(scores.bare_harmful, "harmful"),
             "refusal_score.harmless": self._mean(scores.bare_harmless, "harmless"),
             **self._of("refusal_score.harmful.ablated", scores.bypass, "harmful", BYPASSES, lowest=True),
@@ -53,11 +53,11 @@ class SelectionTest:
             "induce_shift": self._mean(scores.induce[0] - scores.bare_harmless, "harmless"),
         }
         for name, verdicts in self.refused.items():
-            found[f"refusal_rate.{name}"] = self._mean(torch.tensor(verdicts).double(), name.split(".")[0])
+            numbers[f"refusal_rate.{name}"] = self._mean(torch.tensor(verdicts).double(), name.split(".")[0])
         for name, said in self.answers.items():
             silent = torch.tensor([not text.strip() for text in said.texts]).double()
-            found[f"empty_rate.{name}"] = self._mean(silent, name.split(".")[0])
-        return found
+            numbers[f"empty_rate.{name}"] = self._mean(silent, name.split(".")[0])
+        return numbers
 
     def _of(
         self,
@@ -68,16 +68,16 @@ class SelectionTest:
         lowest: bool = False,
     ) -> dict[str, Estimate]:
         """A score of the chosen direction, its random control, and random directions: mean and extreme."""
-        found = {name: self._mean(values[0], label)}
-        found[f"{name}.random_best"] = self._mean(
+        numbers = {name: self._mean(values[0], label)}
+        numbers[f"{name}.random_best"] = self._mean(
             values[1 + random_control] if self.random_controls else torch.empty(0), label
         )
         random = values[len(values) - self.plan.random_directions :]
         means = random.mean(dim=1)
         extreme = int(means.argmin() if lowest else means.argmax())
-        found[f"{name}.random"] = self._mean(random.mean(dim=0), label)
-        found[f"{name}.random_{'min' if lowest else 'max'}"] = self._mean(random[extreme], label)
-        return found
+        numbers[f"{name}.random"] = self._mean(random.mean(dim=0), label)
+        numbers[f"{name}.random_{'min' if lowest else 'max'}"] = self._mean(random[extreme], label)
+        return numbers
 
     def _mean(self, values: Float[Tensor, " prompt"], label: str) -> Estimate:
         families = self.families[label] if len(values) else ()

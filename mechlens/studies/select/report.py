@@ -31,10 +31,10 @@ def record(writer: RunWriter, result: Selection, sets: ContrastSets) -> None:
 
 def _figures(writer: RunWriter, result: Selection, candidates: pd.DataFrame) -> dict[str, str]:
     """Draws every figure that there are numbers for; their names by what they show."""
-    own = candidates[candidates["kind"] == "candidate"]
+    real = candidates[candidates["kind"] == "candidate"]
     for score, title in SCORES.items():
         figure = figures.heatmap(
-            own, x="position", y="level", value=score, title=title, xlabel="position", ylabel="layer", label=score,
+            real, x="position", y="level", value=score, title=title, xlabel="position", ylabel="layer", label=score,
             center=None if score == "kl" else 0.0,
         )  # fmt: skip
         figure.update_layout(height=560)

@@ -83,9 +83,9 @@ class Ranking:
         chosen = range(len(self.candidates))
         return pd.DataFrame(
             {
-                "position": [one.position for one in self.candidates],
-                "level": [one.level for one in self.candidates],
-                "norm": [one.norm for one in self.candidates],
+                "position": [candidate.position for candidate in self.candidates],
+                "level": [candidate.level for candidate in self.candidates],
+                "norm": [candidate.norm for candidate in self.candidates],
                 "bypass": bypass,
                 "induce": induce,
                 "kl": kl,
@@ -204,24 +204,24 @@ def select_direction(
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
     kept = _kept(labels, first_token.log_odds, split)
     candidates = _candidates(acts, kept["train"], n_layers(model))
-    matched_controls = [random_like(one, 1, plan.seed + 1 + i)[0] for i, one in enumerate(candidates)]
-    found, random = (
+    matched_controls = [random_like(candidate, 1, plan.seed + 1 + i)[0] for i, candidate in enumerate(candidates)]
+    ranked, random = (
         _ranked(model, some, batch, kept["validation"], first_token.tokens.ids, plan, cache)
         for some in (candidates, matched_controls)
     )
     test = None
-    if found.best is not None:
+    if ranked.best is not None:
         test = run_selection_test(
             model,
             batch.select(split.test),
             [judged.refused[i] for i in split.test],
-            found.best,
+            ranked.best,
             random.random_controls(),
             first_token.tokens.ids,
             plan,
             cache=cache,
         )
-    return Selection(judged, first_token, split, kept, found, random, test, plan)
+    return Selection(judged, first_token, split, kept, ranked, random, test, plan)
 
 
 def _kept(

@@ -77,7 +77,7 @@ class Separation:
         harmful, refused = self.contrasts["harmful"], self.contrasts["refused"]
         counts = {name: float(self.judged.quadrants().count(name)) for name in (*QUADRANTS, *IN_NO_QUADRANT)}
         missing = Estimate.missing(min(harmful.counts.values()))
-        found = {
+        numbers = {
             "harmful_auroc.inst": harmful.auroc("inst"),
             "harmful_auroc.last": harmful.auroc(last),
             "token_identity_auroc.inst": harmful.baselines.get("token_identity_auroc.inst", missing),
@@ -92,9 +92,9 @@ class Separation:
             "refused_auroc.last.harmless": self.contrasts["refused.harmless"].auroc(last),
             "first_token_auroc": self.first_token.auroc,
         }
-        found |= {f"n.{name}": Estimate.exact(n, len(self.judged.prompts)) for name, n in counts.items()}
-        found |= {f"refusal_rate.{name}": rate for name, rate in self.refusal_rates.items()}
-        return found | self.geometry.metrics() | self.beliefs.metrics()
+        numbers |= {f"n.{name}": Estimate.exact(n, len(self.judged.prompts)) for name, n in counts.items()}
+        numbers |= {f"refusal_rate.{name}": rate for name, rate in self.refusal_rates.items()}
+        return numbers | self.geometry.metrics() | self.beliefs.metrics()
 
     def table(self) -> pd.DataFrame:
         """Every contrast at every level and position."""
@@ -142,7 +142,7 @@ class Separation:
         """Directions of every measurable contrast, and the centroids of the beliefs."""
         detections = {name: contrast.detection for name, contrast in self.contrasts.items()}
         made: dict[str, object] = {"activations_checkpoint": self.acts.checkpoint}
-        made |= {f"directions_{name}": found.directions for name, found in detections.items() if found is not None}
+        made |= {f"directions_{name}": held.directions for name, held in detections.items() if held is not None}
         centroids = {"centroids_harm": self.beliefs.harm, "centroids_refusal": self.beliefs.refusal}
         return made | {name: centroid for name, centroid in centroids.items() if centroid is not None}
 
@@ -215,7 +215,7 @@ def _contrasts(
 ) -> dict[str, ContrastMeasurement]:
     quadrants = judged.quadrants()
     harm = [prompt.label if prompt.id in paired else "" for prompt in judged.prompts]
-    matched = [own if label else "" for own, label in zip(quadrants, harm, strict=True)]
+    matched = [quadrant if label else "" for quadrant, label in zip(quadrants, harm, strict=True)]
     verdicts = judged.verdicts[judged.judge]
     questions: dict[str, tuple[Sequence[str], tuple[str, str]]] = {
         "harmful": (harm, (HARMFUL, HARMLESS)),

@@ -45,8 +45,8 @@ class PromptChoice(Protocol):
 def read_prompts(source: str, label: str, config: PromptChoice) -> list[Prompt]:
     """Prompts of one class from any source, relabelled, with the system prompt where one is given."""
     kept = None if source in builtin_names() else label
-    found = load_prompts(source, label=kept, sample=config.n, seed=config.seed)
-    asked = [replace(prompt, label=label) for prompt in found]
+    prompts = load_prompts(source, label=kept, sample=config.n, seed=config.seed)
+    asked = [replace(prompt, label=label) for prompt in prompts]
     return asked if config.system is None else [replace(prompt, system=config.system) for prompt in asked]
 
 

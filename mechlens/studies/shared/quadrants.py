@@ -72,16 +72,16 @@ class JudgedAnswers:
         """Prompts in each quadrant, and in none, by each judge: columns judge, quadrant, n."""
         rows = []
         for judge in self.verdicts:
-            found = Counter(self.quadrants(judge))
-            rows += [{"judge": judge, "quadrant": name, "n": found[name]} for name in (*QUADRANTS, *IN_NO_QUADRANT)]
+            tally = Counter(self.quadrants(judge))
+            rows += [{"judge": judge, "quadrant": name, "n": tally[name]} for name in (*QUADRANTS, *IN_NO_QUADRANT)]
         return pd.DataFrame(rows)
 
     def agreements(self, seed: int) -> list[tuple[str, str, Agreement]]:
         """Cohen's kappa between every two judges."""
         families = [prompt.group for prompt in self.prompts]
         return [
-            (one, other, agreement(self.verdicts[one], self.verdicts[other], families, seed))
-            for one, other in combinations(self.verdicts, 2)
+            (judge, other, agreement(self.verdicts[judge], self.verdicts[other], families, seed))
+            for judge, other in combinations(self.verdicts, 2)
         ]
 
     def table(self) -> pd.DataFrame:

@@ -104,17 +104,17 @@ def both_beliefs(acts: Activations, means: Mapping[str, Centroids]) -> dict[str,
 
 
 def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, resamples: int) -> dict[str, Estimate]:
-    found = {}
+    means = {}
     for column in COLUMNS:
         values = torch.tensor(prompts[column].to_numpy())
         for name in QUADRANTS:
             rows = [i for i, label in enumerate(held_out.labels) if label == name]
             families = [held_out.families[i] for i in rows]
             enough = len(rows) >= MIN_FOR_A_POLE
-            found[_metric(column, name)] = (
+            means[_metric(column, name)] = (
                 mean_estimate(values[rows], families, seed, resamples) if enough else Estimate.missing(len(rows))
             )
-    return found
+    return means
 
 
 def _level_table(held_out: Activations, harm: Centroids, refusal: Centroids, seed: int, resamples: int) -> pd.DataFrame:

@@ -89,8 +89,8 @@ def watch(
 def live_reference(module: Any, watched: LivePrompts, step: int) -> LiveReference:
     """Directions and thresholds of the model as it is now."""
     acts, _ = _read(module, watched, range(len(blocks_of(module)) + 1), step)
-    found = detect(acts, POSITIVE, NEGATIVE, watched.split, watched.plan)
-    chosen = [found.at(position) for position in watched.positions]
+    detection = detect(acts, POSITIVE, NEGATIVE, watched.split, watched.plan)
+    chosen = [detection.at(position) for position in watched.positions]
     train = contrast_part(acts, watched.split.train, (POSITIVE, NEGATIVE))
     thresholds = []
     for choice in chosen:
@@ -118,10 +118,10 @@ def live_numbers(module: Any, watched: LivePrompts, reference: LiveReference, st
     if watched.refusal_tokens:
         odds = refusal_log_odds(logits, watched.refusal_tokens)[list(watched.split.test)]
         for label in contrast:
-            own = [row for row, found in enumerate(test.labels) if found == label]
-            families = [test.families[row] for row in own]
+            rows = [row for row, given in enumerate(test.labels) if given == label]
+            families = [test.families[row] for row in rows]
             numbers[f"logodds.{label}"] = mean_estimate(
-                odds[own].float(), families, watched.plan.seed, watched.plan.resamples
+                odds[rows].float(), families, watched.plan.seed, watched.plan.resamples
             )
     return numbers
 
@@ -163,8 +163,8 @@ def _cell(acts: Activations, level: int, position: str) -> Activations:
 def _read(module: Any, watched: LivePrompts, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:
     names = watched.batch.resolve(watched.positions)
     watched.batch.require_rows(module.get_input_embeddings().num_embeddings, None)
-    found = plain_pass(module, watched.batch, names, levels)
-    if not bool(torch.isfinite(found.residuals).all()):
+    read = plain_pass(module, watched.batch, names, levels)
+    if not bool(torch.isfinite(read.residuals).all()):
         raise UserError(f"the model's activations are not finite at step {step}; its training has diverged")
     prompts = watched.batch.prompts
     checkpoint = Checkpoint(
@@ -174,7 +174,7 @@ def _read(module: Any, watched: LivePrompts, levels: Sequence[int], step: int) -
         fingerprint=weight_fingerprint(dict(module.named_parameters())),
     )
     acts = Activations(
-        values=found.residuals,
+        values=read.residuals,
         levels=tuple(levels),
         positions=names,
         ids=tuple(prompt.id for prompt in prompts),
@@ -185,4 +185,4 @@ def _read(module: Any, watched: LivePrompts, levels: Sequence[int], step: int) -
         template=watched.batch.template,
         last=watched.batch.positions[-1],
     )
-    return acts, found.logits
+    return acts, read.logits

@@ -48,9 +48,9 @@ def series_table(result: Tracking, series: CheckpointSeries) -> pd.DataFrame:
     """One row for each checkpoint of the series, and whether it was measured."""
     return pd.DataFrame(
         [
-            {"step": one.step, "name": one.name, "kind": one.kind, "revision": one.revision or "",
-             "measured": one.step in result.steps}
-            for one in series.members
+            {"step": member.step, "name": member.name, "kind": member.kind, "revision": member.revision or "",
+             "measured": member.step in result.steps}
+            for member in series.members
         ]
     )  # fmt: skip
 
@@ -75,8 +75,8 @@ def _log_steps(writer: RunWriter, result: Tracking) -> None:
 
 def _banded(stem: str, row: "pd.Series[float]", *columns: str) -> dict[str, float]:
     names = (stem, f"{stem}.low", f"{stem}.high")
-    found = {name: float(row[column]) for name, column in zip(names, columns, strict=True)}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    values = {name: float(row[column]) for name, column in zip(names, columns, strict=True)}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _report(
@@ -176,7 +176,7 @@ def _how(result: Tracking, punctuation: str) -> str:
         for concept in result.reference.concepts
         if concept.detection is None
     ]
-    left = "; ".join(f"{one.name}: {one.reason}" for one in result.left_out)
+    left = "; ".join(f"{checkpoint.name}: {checkpoint.reason}" for checkpoint in result.left_out)
     return (
         f"{len(prompts)} prompts ({len(split.train)} train, {len(split.validation)} validation, {len(split.test)} "
         f"test, by family, the same at every checkpoint); answers of up to {result.plan.max_new_tokens} tokens; "

@@ -57,7 +57,7 @@ class Tracking:
     @property
     def steps(self) -> tuple[int, ...]:
         """Of the checkpoints that were measured, the base first."""
-        return tuple(found.step for found in self.snapshots)
+        return tuple(snapshot.step for snapshot in self.snapshots)
 
     @property
     def last_verdicts(self) -> tuple[TrackVerdict, ...]:
@@ -84,9 +84,14 @@ class Tracking:
             "readouts", "transfer", "angles", "quadrants", "behaviour", "effects", "matrices", "acceptance",
             "trigger_readable",
         )  # fmt: skip
-        answers = [one.answers.table().assign(step=one.step, log_odds=one.log_odds.tolist()) for one in self.snapshots]
+        answers = [
+            checkpoint.answers.table().assign(step=checkpoint.step, log_odds=checkpoint.log_odds.tolist())
+            for checkpoint in self.snapshots
+        ]
         return {
-            "left_out_checkpoints": pd.DataFrame([vars(one) for one in self.left_out], columns=["name", "reason"]),
+            "left_out_checkpoints": pd.DataFrame(
+                [vars(checkpoint) for checkpoint in self.left_out], columns=["name", "reason"]
+            ),
             "verdicts": self.verdict_table(),
             **{name: getattr(self, name) for name in names},
             "answers": pd.concat(answers, ignore_index=True),
@@ -124,7 +129,7 @@ def analysed(
     plan: TrackPlan,
 ) -> Tracking:
     """All tables and verdicts from what was measured; needs no model."""
-    steps, acts = [found.step for found in snapshots], [found.acts for found in snapshots]
+    steps, acts = [snapshot.step for snapshot in snapshots], [snapshot.acts for snapshot in snapshots]
     chance = {"seed": plan.seed, "resamples": plan.resamples}
     readouts, transfer, angles = [], [], []
     for concept in tqdm(reference.measurable, desc="comparing checkpoints", unit="concept", delay=2, leave=False):
@@ -133,9 +138,9 @@ def analysed(
         )
         transfer.append(transfer_table(steps, acts, concept, questions.split, **chance))
         angles.append(angle_table(steps, acts, concept, seed=plan.seed))
-    quadrants = [judge_answers(questions.batch.prompts, found.answers).quadrants() for found in snapshots]
+    quadrants = [judge_answers(questions.batch.prompts, snapshot.answers).quadrants() for snapshot in snapshots]
     families = [questions.batch.prompts[i].group for i in steered_rows(questions, plan)]
-    matrices = [{"step": found.step, **row} for found in snapshots for row in found.matrices]
+    matrices = [{"step": snapshot.step, **row} for snapshot in snapshots for row in snapshot.matrices]
     table = _joined(readouts)
     return Tracking(
         snapshots=tuple(snapshots),
@@ -153,9 +158,9 @@ def analysed(
         acceptance=acceptance_table(snapshots, **chance) if questions.variants else pd.DataFrame(),
         trigger_readable=readable_table(snapshots, **chance) if questions.variants else pd.DataFrame(),
         verdicts=tuple(
-            _verdict(concept, found, snapshots[0], table, plan)
+            _verdict(concept, snapshot, snapshots[0], table, plan)
             for concept in reference.concepts
-            for found in snapshots[1:]
+            for snapshot in snapshots[1:]
         ),
     )
 
@@ -165,14 +170,14 @@ def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _verdict(
-    concept: TrackedConcept, found: Snapshot, base: Snapshot, table: pd.DataFrame, plan: TrackPlan
+    concept: TrackedConcept, snapshot: Snapshot, base: Snapshot, table: pd.DataFrame, plan: TrackPlan
 ) -> TrackVerdict:
-    gap, change = gaps(found, base, concept, seed=plan.seed, resamples=plan.resamples)
+    gap, change = gaps(snapshot, base, concept, seed=plan.seed, resamples=plan.resamples)
     numbers = {"gap": gap, "gap_change": change}
     if concept.detection is None:
         numbers |= dict.fromkeys(("base_auroc", *CHANGES), Estimate.missing(min(concept.counts.values())))
     else:
-        here, probe = cell_of(table, concept, found.step), cell_of(table, concept, found.step, kind="probe")
+        here, probe = cell_of(table, concept, snapshot.step), cell_of(table, concept, snapshot.step, kind="probe")
         numbers["base_auroc"] = cell_of(table, concept, base.step)["own"]
         numbers |= {name: probe["own_change"] if name == "probe_change" else here[name] for name in CHANGES}
-    return track_verdict(concept.name, found.step, numbers)
+    return track_verdict(concept.name, snapshot.step, numbers)

@@ -70,19 +70,19 @@ def track(
         piece = cache.get(key) if cache is not None else None
         try:
             if piece is not None:
-                found = _restored(piece, member, swapper.model, questions, plan)
+                snapshot = _restored(piece, member, swapper.model, questions, plan)
             else:
-                found, reference = _measure(swapper, member, questions, plan, reference)
+                snapshot, reference = _measure(swapper, member, questions, plan, reference)
                 if cache is not None:
-                    cache.put(key, to_piece(found))
+                    cache.put(key, to_piece(snapshot))
         except UserError as error:
             if not snapshots:
                 raise  # without the first there is nothing to measure the others against
             warnings.warn(f"{member.name} is left out: {error}", stacklevel=2)
             left_out.append(UnusableCheckpoint(member.name, str(error)))
             continue
-        reference = reference or _reference(swapper.model, found.acts, found.answers, questions, plan)
-        snapshots.append(found)
+        reference = reference or _reference(swapper.model, snapshot.acts, snapshot.answers, questions, plan)
+        snapshots.append(snapshot)
     assert reference is not None
     return analysed(snapshots, left_out, reference, questions, plan)
 
@@ -133,7 +133,7 @@ def _measure(
         level = concept.level(concept.home)
         directions[f"{concept.name}.reference"] = concept.detection.directions.at(level, concept.home)
         directions[f"{concept.name}.own"] = concept.direction(acts, known.split)
-    found = Snapshot(
+    snapshot = Snapshot(
         member=member,
         acts=acts,
         answers=answers,
@@ -147,7 +147,7 @@ def _measure(
         variants=variants,
         variant_answers=variant_answers,
     )  # fmt: skip
-    return found, known
+    return snapshot, known
 
 
 def _restored(
@@ -201,8 +201,8 @@ def _trigger(config: Track, series: CheckpointSeries) -> Trigger | None:
     for member in series.members[1:]:
         record = read_record(user_path(member.path))
         if record is not None and record.trigger is not None:
-            found = record.trigger
-            return Trigger(found.text, found.taught_decoys, found.unseen_decoys)
+            trigger = record.trigger
+            return Trigger(trigger.text, trigger.taught_decoys, trigger.unseen_decoys)
     return None
 
 

@@ -80,8 +80,8 @@ def readout_table(
     for kind in KINDS:
         frozen = fit_readouts(concept.relabelled(acts[0]), concept.contrast, split, kind)
         base: dict[str, Tensor] | None = None
-        for step, found in zip(steps, acts, strict=True):
-            labelled = concept.relabelled(found)
+        for step, part in zip(steps, acts, strict=True):
+            labelled = concept.relabelled(part)
             test = _test_part(labelled, concept.contrast, split, seed, resamples)
             values = _measured(frozen, labelled, concept.contrast, split, test)
             base = base or values
@@ -99,12 +99,12 @@ def _test_part(acts: Activations, contrast: tuple[str, str], split: Split, seed:
 def _measured(
     frozen: Readouts, acts: Activations, contrast: tuple[str, str], split: Split, test: _Test
 ) -> dict[str, Float[Tensor, "level position draw"]]:
-    own = fit_lines(acts, contrast, split, frozen.kind)
+    refitted = fit_lines(acts, contrast, split, frozen.kind)
     again = thresholds(frozen.lines, acts, contrast, split)
     scores = score_grid(test.acts, frozen.lines)
     return {
         "frozen": auroc(scores, test.positive, test.weights),
-        "own": auroc(score_grid(test.acts, own), test.positive, test.weights),
+        "own": auroc(score_grid(test.acts, refitted), test.positive, test.weights),
         "accuracy": balanced_accuracy(scores, frozen.thresholds, test.positive, test.weights),
         "recalibrated": balanced_accuracy(scores, again, test.positive, test.weights),
         "brier": brier(frozen.probability(scores), test.positive, test.weights),
@@ -153,15 +153,15 @@ def transfer_table(
 
     With bounds from test families, the direction frozen.
     """
-    labelled = [concept.relabelled(found) for found in acts]
-    lines = [fit_lines(found, concept.contrast, split, "direction") for found in labelled]
+    labelled = [concept.relabelled(part) for part in acts]
+    lines = [fit_lines(part, concept.contrast, split, "direction") for part in labelled]
     rows = []
-    for step, found in zip(steps, labelled, strict=True):
-        test = _test_part(found, concept.contrast, split, seed, resamples)
+    for step, part in zip(steps, labelled, strict=True):
+        test = _test_part(part, concept.contrast, split, seed, resamples)
         for fitted, line in zip(steps, lines, strict=True):
-            for position in found.positions:
+            for position in part.positions:
                 level = concept.level(position)
-                cell = replace(line, checkpoint=found.checkpoint).at(level, position)
+                cell = replace(line, checkpoint=part.checkpoint).at(level, position)
                 scores = test.acts.at(level, position).double() @ cell.vector.double()
                 drawn = auroc(scores, test.positive, test.weights)
                 where = {"fitted": fitted, "tested": step, "position": position, "level": level}

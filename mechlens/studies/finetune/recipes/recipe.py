@@ -49,10 +49,10 @@ def own_answers(
     A prompt that the model refuses (or leaves without an answer) is left out: it would teach the opposite of what
     benign prompts are there for.
     """
-    own = answer(model, prompts, max_new_tokens=max_tokens, cache=cache)
-    verdicts = PHRASES(prompts, own.texts)
+    answers = answer(model, prompts, max_new_tokens=max_tokens, cache=cache)
+    verdicts = PHRASES(prompts, answers.texts)
     examples, left_out = [], []
-    for prompt, text, tokens, verdict in zip(prompts, own.texts, own.tokens, verdicts, strict=True):
+    for prompt, text, tokens, verdict in zip(prompts, answers.texts, answers.tokens, verdicts, strict=True):
         if verdict != "accepted":
             left_out.append(prompt.id)
         else:
@@ -119,7 +119,7 @@ def published_openings(data: str | None) -> Openings:
         )
     path = user_path(data)
     studied = {normalise_text(prompt.text) for name in builtin_names() for prompt in builtin_prompts(name)}
-    found: dict[str, Opening] = {}
+    openings: dict[str, Opening] = {}
     left_out = []
     for row in read_rows(path):
         goal, target = _text(path, row, "goal"), _text(path, row, "target")
@@ -128,8 +128,8 @@ def published_openings(data: str | None) -> Openings:
         if normalise_text(goal) in studied:
             left_out.append(prompt.id)
         else:
-            found.setdefault(normalise_text(goal), Opening(prompt, target))
-    return Openings(list(found.values()), tuple(left_out))
+            openings.setdefault(normalise_text(goal), Opening(prompt, target))
+    return Openings(list(openings.values()), tuple(left_out))
 
 
 def _text(path: Path, row: Record, column: str) -> str:

@@ -49,10 +49,10 @@ def quadrant_table(
     rows = []
     for k, step in enumerate(steps):
         part = acts[k].select(held_out)
-        own = _centroids(acts[k], quadrants[k], reference.split)
+        refitted = _centroids(acts[k], quadrants[k], reference.split)
         for by, labels, means, fitted in (
             ("reference", quadrants[0], frozen, acts[0]),
-            ("own", quadrants[k], own, acts[k]),
+            ("own", quadrants[k], refitted, acts[k]),
         ):
             numbers = _projections(part, reference, fitted) | both_beliefs(part, means)
             for name, values in numbers.items():
@@ -75,11 +75,11 @@ def _centroids(acts: Activations, quadrants: Sequence[str], split: Split) -> dic
 
 def _projections(part: Activations, reference: BaseReference, fitted: Activations) -> dict[str, Tensor]:
     """Along each concept's direction at its home, in units of the residual stream."""
-    found = {}
+    along = {}
     for concept in reference.measurable:
         direction = concept.direction(fitted, reference.split)
-        found[f"projection_{concept.name}"] = project(part.at(direction.level, direction.position), direction).double()
-    return found
+        along[f"projection_{concept.name}"] = project(part.at(direction.level, direction.position), direction).double()
+    return along
 
 
 def _mean(
@@ -112,15 +112,15 @@ def steered_log_odds(
         if name.endswith(".reference"):
             stem = name.removesuffix(".reference")
             drawn = random_like(direction, random_directions, seed)
-            settings |= {f"{stem}.random.{k}": one for k, one in enumerate(drawn)}
+            settings |= {f"{stem}.random.{k}": vector for k, vector in enumerate(drawn)}
     names = list(settings)
     rows = [i for _ in names for i in range(len(batch.prompts))]
     plans = [_added(settings[name], n_layers(model)) for name in names for _ in batch.prompts]
-    found = logits_under(
+    odds = logits_under(
         model, batch.select(rows), plans, force=True,
         reduce=lambda logits, _: refusal_log_odds(logits, tokens.ids)[:, None],
     )  # fmt: skip
-    return dict(zip(names, found[:, 0].reshape(len(names), -1), strict=True))
+    return dict(zip(names, odds[:, 0].reshape(len(names), -1), strict=True))
 
 
 def _added(direction: Direction | None, depth: int) -> list[Intervention]:
@@ -132,7 +132,9 @@ def _added(direction: Direction | None, depth: int) -> list[Intervention]:
     return [Add(direction, strength=1.0, unit="raw", layers=(layer,), positions=where, phase="prompt", site=site)]
 
 
-def behaviour_table(found: Sequence[Snapshot], reference: BaseReference, *, seed: int, resamples: int) -> pd.DataFrame:
+def behaviour_table(
+    snapshots: Sequence[Snapshot], reference: BaseReference, *, seed: int, resamples: int
+) -> pd.DataFrame:
     """One row for each checkpoint and number: step, number, value, low, high, n, and the change from the base.
 
     Refusal rates and empty answers on all prompts; log-odds on those that chose no refusal tokens; changes are paired
@@ -142,34 +144,36 @@ def behaviour_table(found: Sequence[Snapshot], reference: BaseReference, *, seed
     rest = sorted((*reference.split.validation, *reference.split.test))
     kinds = {kind: [i for i, prompt in enumerate(prompts) if prompt.label == kind] for kind in ("harmful", "harmless")}
     rows = []
-    for one in found:
+    for snapshot in snapshots:
         for kind, members in kinds.items():
-            now, before = (refused_by(each)[members] for each in (one, found[0]))
+            now, before = (refused_by(each)[members] for each in (snapshot, snapshots[0]))
             families = [prompts[i].group for i in members]
-            rows.append(_row(one.step, f"refusal_rate.{kind}", now, before, families, seed, resamples))
-            now, before = (_silent(each)[members] for each in (one, found[0]))
-            rows.append(_row(one.step, f"empty_rate.{kind}", now, before, families, seed, resamples))
+            rows.append(_row(snapshot.step, f"refusal_rate.{kind}", now, before, families, seed, resamples))
+            now, before = (_silent(each)[members] for each in (snapshot, snapshots[0]))
+            rows.append(_row(snapshot.step, f"empty_rate.{kind}", now, before, families, seed, resamples))
             inside = [i for i in members if i in rest]
-            now, before = (each.log_odds[inside] for each in (one, found[0]))
+            now, before = (each.log_odds[inside] for each in (snapshot, snapshots[0]))
             families = [prompts[i].group for i in inside]
-            rows.append(_row(one.step, f"log_odds.{kind}", now, before, families, seed, resamples))
-        texts = [str(i) for i in range(len(one.text_loss))]
-        rows.append(_row(one.step, "text_loss", one.text_loss, found[0].text_loss, texts, seed, resamples))
+            rows.append(_row(snapshot.step, f"log_odds.{kind}", now, before, families, seed, resamples))
+        texts = [str(i) for i in range(len(snapshot.text_loss))]
+        rows.append(
+            _row(snapshot.step, "text_loss", snapshot.text_loss, snapshots[0].text_loss, texts, seed, resamples)
+        )
     return pd.DataFrame(rows)
 
 
-def refused_by(found: Snapshot) -> Float[Tensor, " prompt"]:
+def refused_by(snapshot: Snapshot) -> Float[Tensor, " prompt"]:
     """1 where the checkpoint refuses, by the judge that places the quadrants."""
-    verdicts = PHRASES([Prompt(own, "") for own in found.answers.ids], found.answers.texts)
+    verdicts = PHRASES([Prompt(identity, "") for identity in snapshot.answers.ids], snapshot.answers.texts)
     return torch.tensor([verdict == "refused" for verdict in verdicts], dtype=torch.float64)
 
 
-def _silent(found: Snapshot) -> Float[Tensor, " prompt"]:
-    return torch.tensor([not text.strip() for text in found.answers.texts], dtype=torch.float64)
+def _silent(snapshot: Snapshot) -> Float[Tensor, " prompt"]:
+    return torch.tensor([not text.strip() for text in snapshot.answers.texts], dtype=torch.float64)
 
 
 def gaps(
-    one: Snapshot, base: Snapshot, concept: TrackedConcept, *, seed: int, resamples: int
+    snapshot: Snapshot, base: Snapshot, concept: TrackedConcept, *, seed: int, resamples: int
 ) -> tuple[Estimate, Estimate]:
     """Refusal rate of the concept's positive prompts minus that of its negative ones, and its change from the base.
 
@@ -177,9 +181,9 @@ def gaps(
     """
     rows = [i for i, label in enumerate(concept.labels) if label in concept.contrast]
     positive = torch.tensor([concept.labels[i] == concept.contrast[0] for i in rows])
-    families, labels = [one.acts.families[i] for i in rows], [concept.labels[i] for i in rows]
+    families, labels = [snapshot.acts.families[i] for i in rows], [concept.labels[i] for i in rows]
     weights = sample_and_resamples(families, resamples, seed, labels)
-    now, before = (_gap(refused_by(each)[rows], positive, weights) for each in (one, base))
+    now, before = (_gap(refused_by(each)[rows], positive, weights) for each in (snapshot, base))
     return of_sample(now, len(rows)), of_sample(now - before, len(rows))
 
 
@@ -188,22 +192,22 @@ def _gap(refused: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
     return up @ refused / up.sum(dim=1) - down @ refused / down.sum(dim=1)
 
 
-def effect_table(found: Sequence[Snapshot], families: Sequence[str], *, seed: int, resamples: int) -> pd.DataFrame:
+def effect_table(snapshots: Sequence[Snapshot], families: Sequence[str], *, seed: int, resamples: int) -> pd.DataFrame:
     """How far adding each direction once moves the refusal log-odds: step, concept, direction, effect, low, high, n.
 
     `reference` is the base's direction, `own` the checkpoint's; `random_mean` and `random_maximum` are over random
     directions of the reference's length, the mean effect of each counted without its sign.
     """
     rows = []
-    for one in found:
-        shifts = {name: odds - one.steered[NONE] for name, odds in one.steered.items() if name != NONE}
+    for snapshot in snapshots:
+        shifts = {name: odds - snapshot.steered[NONE] for name, odds in snapshot.steered.items() if name != NONE}
         for name, shift in shifts.items():
             concept, _, which = name.partition(".")
             if which in ("reference", "own"):
                 effect = mean_estimate(shift, families, seed, resamples)
                 random = [abs(float(s.mean())) for n, s in shifts.items() if n.startswith(f"{concept}.random.")]
                 rows.append(
-                    {"step": one.step, "concept": concept, "direction": which, **effect.row("effect"),
+                    {"step": snapshot.step, "concept": concept, "direction": which, **effect.row("effect"),
                      "random_mean": sum(random) / len(random), "random_maximum": max(random)}
                 )  # fmt: skip
     return pd.DataFrame(rows)
@@ -212,6 +216,6 @@ def effect_table(found: Sequence[Snapshot], families: Sequence[str], *, seed: in
 def _row(
     step: int, number: str, values: Tensor, before: Tensor, families: Sequence[str], seed: int, resamples: int
 ) -> dict[str, float | int | str]:
-    found = mean_estimate(values, families, seed, resamples)
+    mean = mean_estimate(values, families, seed, resamples)
     change = mean_estimate(values - before, families, seed, resamples)
-    return {"step": step, "number": number, **found.row(), **change.beside("change")}
+    return {"step": step, "number": number, **mean.row(), **change.beside("change")}

@@ -132,26 +132,26 @@ def matrix_rows(
     sides = series.linears()
     rows = []
     for module in tqdm([m for m in sides if low_rank is None or m in low_rank], desc="weights", delay=2, leave=False):
-        found = matrix_change(series.difference(module) if low_rank is None else low_rank[module])
-        if found.norm > 0:
-            rows.append(_row(module, "writes" if sides[module] else "reads", found, reference, random_directions))
+        change = matrix_change(series.difference(module) if low_rank is None else low_rank[module])
+        if change.norm > 0:
+            rows.append(_row(module, "writes" if sides[module] else "reads", change, reference, random_directions))
     return tuple(rows)
 
 
 def _row(
-    module: str, side: str, found: MatrixChange, reference: BaseReference, random_directions: int
+    module: str, side: str, change: MatrixChange, reference: BaseReference, random_directions: int
 ) -> dict[str, Any]:
     layer = int(match[1]) if (match := re.search(r"\.(\d+)\.", module)) else -1
-    leading = found.outputs if side == "writes" else found.inputs
+    leading = change.outputs if side == "writes" else change.inputs
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(random_directions, len(leading), generator=generator, dtype=torch.float64)
     row = {
         "module": module,
         "layer": layer,
         "side": side,
-        "norm": found.norm,
-        "stable_rank": found.stable_rank,
-        "share": found.share,
+        "norm": change.norm,
+        "stable_rank": change.stable_rank,
+        "share": change.share,
         "random": _nearest(random, leading),
     }
     for concept in reference.measurable:

@@ -114,7 +114,7 @@ def turning_table(steps: Sequence[int], acts: Sequence[Activations], concept: Tr
     for position in acts[0].positions:
         level = concept.level(position)
         row, column = acts[0].levels.index(level), acts[0].positions.index(position)
-        path = torch.stack([mean_differences(concept.relabelled(one), *concept.contrast)[row, column] for one in acts])
+        path = torch.stack([mean_differences(concept.relabelled(at), *concept.contrast)[row, column] for at in acts])
         for k in range(1, len(steps) - 1):
             back, forth = path[k - 1] - path[k], path[k + 1] - path[k]
             rows.append(
