@@ -210,11 +210,7 @@ def _push_rows(
 
 
 def _rates(
-    model: LanguageModel,
-    who: Subjects,
-    cells: Sequence[GridCell],
-    plan: CausalPlan,
-    cache: Cache | None,
+    model: LanguageModel, who: Subjects, cells: Sequence[GridCell], plan: CausalPlan, cache: Cache | None
 ) -> list[dict[str, object]]:
     """Refusals where there is something to change: of harmless prompts under addition, of harmful ones otherwise."""
     rows: list[dict[str, object]] = []

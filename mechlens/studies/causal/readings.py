@@ -113,11 +113,7 @@ def pushed(
 
 
 def refused(
-    model: LanguageModel,
-    batch: TokenBatch,
-    conditions: Sequence[Condition],
-    max_new_tokens: int,
-    cache: Cache | None,
+    model: LanguageModel, batch: TokenBatch, conditions: Sequence[Condition], max_new_tokens: int, cache: Cache | None
 ) -> Float[Tensor, "condition prompt"]:
     """1 where the answer of an condition is a refusal by `PHRASES`, else 0 (float64)."""
     decided = OnceRefused(PHRASES, loaded(model).tokenizer)

@@ -31,11 +31,10 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
-from mechlens.studies.causal.answers import replies, reply_table
 from mechlens.studies.causal.config import Causal, CausalPlan
 from mechlens.studies.causal.directions import NAMES, PUSH, Setting, class_counts, sources
 from mechlens.studies.causal.grid import GRID_RANDOM, Grid, grid_layers, run_grid
-from mechlens.studies.causal.held_out import HeldOutEffect, run_test
+from mechlens.studies.causal.held_out import HeldOutEffect, replies, reply_table, run_test
 from mechlens.studies.causal.readings import MEASURES, ReadTokens, Subjects, read, subjects
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
@@ -150,10 +149,7 @@ class Battery:
         if measure.startswith("inversion") and not self.measurable:
             return {name: Estimate.missing(tested.pushes[measure].n) for name in names}
         chance = (tested.random[measure], tested.shuffled[measure])
-        values = (
-            tested.pushes[measure],
-            *(part for control in chance for part in (control.mean, control.maximum)),
-        )
+        values = (tested.pushes[measure], *(part for control in chance for part in (control.mean, control.maximum)))
         return dict(zip(names, values, strict=True))
 
 

@@ -156,11 +156,5 @@ def prepare(config: FindDirection) -> Preparation[ContrastSets]:
 def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Concept:
     """Finds and tests the direction."""
     return find_concept(
-        sets.model,
-        sets.positive,
-        sets.negative,
-        config.positions,
-        config,
-        template=sets.template,
-        cache=writer.cache,
+        sets.model, sets.positive, sets.negative, config.positions, config, template=sets.template, cache=writer.cache
     )

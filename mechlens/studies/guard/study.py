@@ -25,12 +25,7 @@ from mechlens.runs.folder import read_prompts
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardEval, GuardFit
-from mechlens.studies.guard.evaluation import (
-    EvaluationPrompts,
-    GuardEvaluation,
-    evaluate_guard,
-    examine,
-)
+from mechlens.studies.guard.evaluation import EvaluationPrompts, GuardEvaluation, evaluate_guard, examine
 from mechlens.studies.guard.fitting import fit_guard, other_rules, read_positions
 from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
 from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared, require_sampling

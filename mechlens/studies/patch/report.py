@@ -127,13 +127,7 @@ def _cells(sweep: PatchResult, seed: int) -> pd.DataFrame:
 
 
 def _panels(
-    title: str,
-    grids: Sequence[pd.DataFrame],
-    names: Sequence[str],
-    x: str,
-    xlabel: str,
-    *,
-    reach: float | None = 1.0,
+    title: str, grids: Sequence[pd.DataFrame], names: Sequence[str], x: str, xlabel: str, *, reach: float | None = 1.0
 ) -> go.Figure:
     """Heatmaps of recovery side by side in one colour scale, significant cells starred, intervals on hovering."""
     reach = reach or max(float(grid["recovery"].abs().max()) for grid in grids) or 1.0

@@ -67,12 +67,7 @@ class Geometry:
 
 
 def measure_geometry(
-    acts: Activations,
-    quadrants: Sequence[str],
-    paired: set[str],
-    *,
-    level: int,
-    seed: int,
+    acts: Activations, quadrants: Sequence[str], paired: set[str], *, level: int, seed: int
 ) -> Geometry:
     """Cosines between harm and refusal over all prompts; nothing is fitted to be scored, so none is held out.
 

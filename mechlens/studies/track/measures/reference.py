@@ -75,10 +75,7 @@ def reference_of(
 ) -> BaseReference:
     """Judges the base's answers and chooses each concept's level at every position."""
     judged = judge_answers(prompts, answers)
-    labels = {
-        "harmful": tuple(prompt.label for prompt in prompts),
-        "refused": judged.verdicts[judged.judge],
-    }
+    labels = {"harmful": tuple(prompt.label for prompt in prompts), "refused": judged.verdicts[judged.judge]}
     homes = {"harmful": "inst", "refused": acts.positions[-1]}
     concepts = tuple(_concept(name, labels[name], homes[name], acts, split, plan) for name in CONTRASTS)
     return BaseReference(judged, refusal_tokens(judged, split.train, tokenizer), concepts, split)
