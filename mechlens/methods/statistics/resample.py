@@ -138,10 +138,10 @@ def of_sample(draws: Float[Tensor, " draw"], n: int) -> Estimate:
 
 
 def mean_estimate(
-    values: Float[Tensor, " prompt"], families: Sequence[str], seed: int, resamples: int = RESAMPLES
+    values: Float[Tensor, " prompt"], families: Sequence[str], seed: int, resamples: int = RESAMPLES, *, least: int = 1
 ) -> Estimate:
-    """The mean over prompts with its family-bootstrap interval; missing where there is no prompt."""
-    if len(values) == 0 or not bool(torch.isfinite(values).all()):
+    """The mean over prompts with its family-bootstrap interval; missing where there are fewer than `least`."""
+    if len(values) < least or not bool(torch.isfinite(values).all()):
         return Estimate.missing(len(values))
     weights = family_weights(families, resamples, seed)
     return with_interval(float(values.double().mean()), weights @ values.double() / weights.sum(dim=1), len(values))

@@ -126,11 +126,9 @@ def _measured(
 
 def _share(result: GuardEvaluation, flags: Bool[Tensor, " prompt"], rows: Sequence[int]) -> Estimate:
     """Share of the rows that carry the flag."""
-    if len(rows) < MIN_IN_A_CLASS:
-        return Estimate.missing(len(rows))
-    groups = families(result)
+    groups, plan = families(result), result.plan
     shares = flags[list(rows)].double()
-    return mean_estimate(shares, [groups[i] for i in rows], result.plan.seed, result.plan.resamples)
+    return mean_estimate(shares, [groups[i] for i in rows], plan.seed, plan.resamples, least=MIN_IN_A_CLASS)
 
 
 @one_thread()

@@ -227,9 +227,8 @@ def family_estimates(pairs: pd.DataFrame, plan: JailbreakPlan) -> dict[str, dict
 
 
 def _mean(values: "pd.Series[float] | pd.Series[bool]", goals: "pd.Series[str]", plan: JailbreakPlan) -> Estimate:
-    if len(values) < MIN_PAIRS:
-        return Estimate.missing(len(values))
-    return mean_estimate(torch.tensor(values.astype(float).to_numpy()), goals.tolist(), plan.seed, plan.resamples)
+    numbers = torch.tensor(values.astype(float).to_numpy())
+    return mean_estimate(numbers, goals.tolist(), plan.seed, plan.resamples, least=MIN_PAIRS)
 
 
 def family_verdict(measures: dict[str, Estimate]) -> str:

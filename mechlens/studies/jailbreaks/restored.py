@@ -63,9 +63,8 @@ class RestoredComponents:
         return pd.DataFrame(rows)
 
     def _mean(self, values: Float[Tensor, " attack"], rows: Sequence[int], plan: JailbreakPlan) -> Estimate:
-        if len(rows) < MIN_PAIRS:
-            return Estimate.missing(len(rows))
-        return mean_estimate(values[list(rows)], [self.goals[i] for i in rows], plan.seed, plan.resamples)
+        goals = [self.goals[i] for i in rows]
+        return mean_estimate(values[list(rows)], goals, plan.seed, plan.resamples, least=MIN_PAIRS)
 
 
 def restore(

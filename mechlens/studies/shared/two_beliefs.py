@@ -110,10 +110,8 @@ def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, resamples: i
         for name in QUADRANTS:
             rows = [i for i, label in enumerate(held_out.labels) if label == name]
             families = [held_out.families[i] for i in rows]
-            enough = len(rows) >= MIN_FOR_A_POLE
-            means[_metric(column, name)] = (
-                mean_estimate(values[rows], families, seed, resamples) if enough else Estimate.missing(len(rows))
-            )
+            mean = mean_estimate(values[rows], families, seed, resamples, least=MIN_FOR_A_POLE)
+            means[_metric(column, name)] = mean
     return means
 
 

@@ -58,10 +58,9 @@ def quadrant_table(
             for name, values in numbers.items():
                 for quadrant in QUADRANTS:
                     inside = [i for i, row in enumerate(held_out) if labels[row] == quadrant]
-                    rows.append(
-                        {"step": step, "by": by, "number": name, "quadrant": quadrant,
-                         **_mean(values, inside, part.families, seed, resamples)}
-                    )  # fmt: skip
+                    families = [part.families[i] for i in inside]
+                    mean = mean_estimate(values[inside], families, seed, resamples, least=MIN_FOR_A_POLE)
+                    rows.append({"step": step, "by": by, "number": name, "quadrant": quadrant, **mean.row("mean")})
     return pd.DataFrame(rows, columns=["step", "by", "number", "quadrant", "mean", "low", "high", "n"])
 
 
@@ -80,14 +79,6 @@ def _projections(part: Activations, reference: BaseReference, fitted: Activation
         direction = concept.direction(fitted, reference.split)
         along[f"projection_{concept.name}"] = project(part.at(direction.level, direction.position), direction).double()
     return along
-
-
-def _mean(
-    values: Tensor, inside: list[int], families: Sequence[str], seed: int, resamples: int
-) -> dict[str, float | int]:
-    if len(inside) < MIN_FOR_A_POLE:
-        return Estimate.missing(len(inside)).row("mean")
-    return mean_estimate(torch.as_tensor(values)[inside], [families[i] for i in inside], seed, resamples).row("mean")
 
 
 NONE = "none"
