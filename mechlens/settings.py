@@ -9,6 +9,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+FRACTIONS = (0.5, 0.2, 0.3)
+"""Shares of the prompt families for training, validation and test."""
+RESAMPLES = 1000
+PERMUTATIONS = 200
+RANDOM_DIRECTIONS = 20
+ANSWER_TOKENS = 24
+
 
 @dataclass(frozen=True)
 class WandbSettings:
@@ -60,54 +67,16 @@ class PromptSets:
 class Answering:
     """How the model's own answers are written and judged."""
 
-    max_new_tokens: int = 24
+    max_new_tokens: int = ANSWER_TOKENS
     """Length of the answers that are judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelChoice:
-    """Which model, how it is loaded, and what is written around the prompts."""
+class Loading:
+    """How a model is loaded, and what is written around the prompts."""
 
-    model: str = "smollm2"
-    """Packaged name (smollm2), hub id, local folder or GGUF file."""
-    adapter: str | None = None
-    """PEFT adapter, a folder or hub id, merged into the model."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights."""
-    device: str | None = None
-    """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
-    device_map: str | None = None
-    """Handed to transformers to spread a model over devices; untested."""
-    template: str = "tokenizer"
-    """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
-    today: str | None = None
-    """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How much chance is sampled, and from which seed."""
-
-    seed: int = 0
-    """Decides the sample, the split, every resample and every null."""
-    resamples: int = 1000
-    """Bootstrap resamples of prompt families behind every interval."""
-    permutations: int = 200
-    """Label permutations behind every null."""
-    random_directions: int = 20
-    """Random directions of the same norm behind every null."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseChoice:
-    """Which base, how it is loaded, and what is written around the prompts."""
-
-    base: str = "smollm2-refuser"
-    """The model that the checkpoints were trained from: a packaged name, hub id, local folder or GGUF file."""
-    revision: str | None = None
-    """Branch, tag or commit of a base on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; adapters are added in float32 and rounded then."""
     device: str | None = None
@@ -116,3 +85,50 @@ class BaseChoice:
     """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
     today: str | None = None
     """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice(Loading):
+    """Which model."""
+
+    model: str = "smollm2"
+    """Packaged name (smollm2), hub id, local folder or GGUF file."""
+    adapter: str | None = None
+    """PEFT adapter, a folder or hub id, merged into the model."""
+    device_map: str | None = None
+    """Handed to transformers to spread a model over devices; untested."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseChoice(Loading):
+    """Which base."""
+
+    base: str = "smollm2-refuser"
+    """The model that the checkpoints were trained from: a packaged name, hub id, local folder or GGUF file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How much chance is sampled, and from which seed."""
+
+    seed: int = 0
+    """Decides the sample, the split, every resample and every null."""
+    resamples: int = RESAMPLES
+    """Bootstrap resamples of prompt families behind every interval."""
+    random_directions: int = RANDOM_DIRECTIONS
+    """Random directions of the same norm behind every null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionPlan(Sampling):
+    """How much chance is sampled where a concept is read off, and from which seed."""
+
+    permutations: int = PERMUTATIONS
+    """Label permutations behind every null."""
+
+    def key(self) -> dict[str, int]:
+        """What decides the numbers, under the names of the first version, so that kept pieces are found again."""
+        return {
+            "seed": self.seed, "n_resamples": self.resamples, "n_permutations": self.permutations,
+            "n_random": self.random_directions,
+        }  # fmt: skip

@@ -8,9 +8,9 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from mechlens.errors import UserError
-from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, save
+from mechlens.settings import DetectionPlan
 from mechlens.studies.track.live import LivePrompts, LiveReference, live_numbers, live_reference, watch
 
 REFERENCE_FILE = "mechlens_reference.safetensors"

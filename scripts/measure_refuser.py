@@ -27,7 +27,7 @@ from mechlens.models.native import native
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 from mechlens.studies.shared.training_data import unseen
 
 DATA = Path(os.environ.get("MECHLENS_SHARED") or Path(__file__).resolve().parents[2] / "shared" / "data")

@@ -19,7 +19,7 @@ def _verdicts(seed: int, agree: float) -> tuple[list[str], list[str]]:
 
 def test_equals_scikit_learn_and_counts_every_pair() -> None:
     first, second = _verdicts(0, agree=0.8)
-    found = agreement(first, second, FAMILIES, seed=0, n_resamples=200)
+    found = agreement(first, second, FAMILIES, seed=0, resamples=200)
     assert found.kappa.value == pytest.approx(cohen_kappa_score(first, second))
     assert found.kappa.low < found.kappa.value < found.kappa.high
     assert int(found.counts.to_numpy().sum()) == 60
@@ -33,8 +33,8 @@ def test_equals_scikit_learn_and_counts_every_pair() -> None:
 def test_independent_judges_have_kappa_zero_and_equal_ones_one() -> None:
     first, _ = _verdicts(1, agree=1.0)
     unrelated, _ = _verdicts(2, agree=1.0)
-    assert agreement(first, first, FAMILIES, seed=0, n_resamples=50).kappa.value == 1.0
-    by_chance = agreement(first, unrelated, FAMILIES, seed=0, n_resamples=200).kappa
+    assert agreement(first, first, FAMILIES, seed=0, resamples=50).kappa.value == 1.0
+    by_chance = agreement(first, unrelated, FAMILIES, seed=0, resamples=200).kappa
     assert by_chance.low < 0.0 < by_chance.high
 
 
@@ -47,8 +47,8 @@ def test_one_verdict_only_has_no_kappa() -> None:
 def test_a_third_verdict_and_the_seed() -> None:
     first, second = _verdicts(3, agree=0.7)
     second[:5] = ["unclear"] * 5
-    found = agreement(first, second, FAMILIES, seed=0, n_resamples=100)
+    found = agreement(first, second, FAMILIES, seed=0, resamples=100)
     assert found.kappa.value == pytest.approx(cohen_kappa_score(first, second))
     assert found.counts.shape == (3, 3)
-    assert found.kappa == agreement(first, second, FAMILIES, seed=0, n_resamples=100).kappa
-    assert found.kappa != agreement(first, second, FAMILIES, seed=1, n_resamples=100).kappa
+    assert found.kappa == agreement(first, second, FAMILIES, seed=0, resamples=100).kappa
+    assert found.kappa != agreement(first, second, FAMILIES, seed=1, resamples=100).kappa

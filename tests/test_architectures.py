@@ -28,7 +28,8 @@ from mechlens.models.engine.reference import UNCACHED
 from mechlens.models.sites import SITES
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
-from mechlens.studies.select.study import SelectionPlan, select_direction
+from mechlens.studies.select.config import SelectionPlan
+from mechlens.studies.select.study import select_direction
 
 NEW = 4
 STATES = ("qwen3_5", "qwen3_next", "qwen3_next_linear", "lfm2", "jamba", "bamba", "falcon_h1", "nemotron_h", "mamba",
@@ -228,7 +229,7 @@ def test_blocks_that_add_what_no_site_shows_are_refused(
         answer_under(model, prompts(), [everywhere], max_new_tokens=1)
     # A study that will need it says so before it runs anything.
     monkeypatch.setattr("mechlens.studies.select.study.answer", lambda *args, **kwargs: pytest.fail("answered first"))
-    plan = SelectionPlan.__new__(SelectionPlan)
+    plan = SelectionPlan()
     with pytest.raises(UserError, match=sentence):
         select_direction(model, prompts(), prompts(), plan)
     # Where a block's input is enough, such a model is steered as any other.

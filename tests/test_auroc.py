@@ -10,7 +10,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from mechlens.methods.probing.auroc import auroc, auroc_estimate, snap, tpr_at_fpr, tpr_at_fpr_estimate, weighted_auroc
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_interval_covers_the_truth_in_about_95_percent_of_draws() -> None:
     covered = 0
     for seed in range(200):
         scores, positive = _draw(60, seed)
-        estimate = auroc_estimate(scores, positive, families, seed=seed, n_resamples=300)
+        estimate = auroc_estimate(scores, positive, families, seed=seed, resamples=300)
         covered += estimate.low <= truth <= estimate.high
     assert 0.90 <= covered / 200 <= 0.985
 

@@ -24,7 +24,7 @@ CONTRAST = Contrast(
     families=FAMILIES,
     split=split_by_family(LABELS, FAMILIES, fractions=(0.5, 0.1, 0.4), seed=0),
     seed=0,
-    n_resamples=200,
+    resamples=200,
 )
 TOPICS = ("cake", "bike", "chair", "song", "poem", "boat", "lamp", "tent")
 

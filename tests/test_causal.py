@@ -20,23 +20,23 @@ from mechlens.methods.behaviour.damage import damage, repetition
 from mechlens.methods.directions.direction import cosine, mean_difference
 from mechlens.methods.directions.nulls import shuffled_like
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import bridge, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run
+from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMFUL, HARMLESS, Setting, intervene, pushes
 from mechlens.studies.causal.grid import grid_layers
 from mechlens.studies.causal.readings import pushed, read, subjects
-from mechlens.studies.causal.study import Battery, CausalPlan, run_battery, work_ahead
+from mechlens.studies.causal.study import Battery, run_battery, work_ahead
 from mechlens.studies.causal.verdict import INCONCLUSIVE, NOT_SHOWN, SHOWN, causal_verdict
 
 PLAN = CausalPlan(
-    seed=0, layers=(1, 2), strengths=(0.5,), n_validation=2, n_test=8, n_random=20, n_shuffled=2, max_new_tokens=3,
-    n_resamples=100,
-)  # fmt: skip
+    layers=(1, 2), strengths=(0.5,), n_validation=2, n_test=8, shuffled_directions=2, max_new_tokens=3, resamples=100
+)
 N = 40
 
 
@@ -117,12 +117,12 @@ def test_the_layer_is_chosen_where_the_direction_can_act(found: Battery) -> None
 
 
 def test_entangled_and_shuffled_twins_do_not_dissociate() -> None:
-    small = replace(PLAN, layers=(1,), n_random=5)
+    small = replace(PLAN, layers=(1,), random_directions=5)
     twin = run_battery(bridged(entangled=True), *planted.planted_requests(N), small)
     verdict = causal_verdict(twin)
     assert verdict.word == NOT_SHOWN
     assert "the refusal direction too shifts the reply" in verdict.sentence
-    shuffled = run_battery(bridged(), *planted.shuffled_requests(N), replace(small, n_random=2))
+    shuffled = run_battery(bridged(), *planted.shuffled_requests(N), replace(small, random_directions=2))
     assert not shuffled.measurable
     assert causal_verdict(shuffled).word == INCONCLUSIVE
     assert not shuffled.metrics()["inversion_shift.harmfulness.before"].measurable

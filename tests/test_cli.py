@@ -26,8 +26,8 @@ from saved import requests, save_model, write_prompts
 from tiny import tiny_tokenizer
 
 from mechlens.cli import main
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.runs.cache import FolderCache
+from mechlens.methods.statistics.resample import one_thread
+from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run, write_run
 
 QUICK = ["--resamples", "40", "--permutations", "20", "--wandb.mode", "disabled"]

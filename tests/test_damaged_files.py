@@ -30,12 +30,11 @@ from mechlens.models.checkpoints.lora import read_lora
 from mechlens.models.checkpoints.weight_files import Index
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, read_header, save
-from mechlens.runs.cache import FolderCache
-from mechlens.runs.prompt_table import read_prompts
+from mechlens.runs.folder import FolderCache, read_prompts
 from mechlens.runs.run import list_runs, read_run
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
-from mechlens.studies.finetune.loss_log import LossLog
+from mechlens.studies.finetune.study import LossLog
 from mechlens.studies.guard.fitting import LatentGuard
 
 CHECKPOINT = Checkpoint(name="tiny", path="tiny", step=3, fingerprint="ab" * 32)

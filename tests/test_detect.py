@@ -14,11 +14,12 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.directions.nulls import LabelledVectors, permutation_null, random_null
 from mechlens.methods.probing.auroc_grid import held_out_auroc, refitted_auroc
-from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.probing.detect import Detection, detect
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.prompts.split import Split, split_by_family
+from mechlens.settings import DetectionPlan
 
-PLAN = DetectionPlan(seed=0, n_resamples=300)
+PLAN = DetectionPlan(seed=0, resamples=300)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +32,8 @@ def _split(acts: Activations, seed: int = 0) -> Split:
     return split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=seed)
 
 
-def _detect(acts: Activations, plan: DetectionPlan = PLAN) -> Detection:
-    return detect(acts, "harmful", "harmless", _split(acts), plan)
+def _detect(acts: Activations, plan: DetectionPlan = PLAN, *, refit: bool = False) -> Detection:
+    return detect(acts, "harmful", "harmless", _split(acts), plan, refit=refit)
 
 
 def test_validation_chooses_the_planted_level_and_test_confirms_it() -> None:
@@ -101,7 +102,7 @@ def test_permutation_p_is_uniform_when_labels_mean_nothing(paired: bool) -> None
         )
         grid = direction_grid(acts.select(list(range(30))), "harmful", "harmless")
         observed = held_out_auroc(
-            grid, acts.select(list(range(30, 60))), ("harmful", "harmless"), seed=0, n_resamples=1
+            grid, acts.select(list(range(30, 60))), ("harmful", "harmless"), seed=0, resamples=1
         ).value[0, 0]
         found.append(permutation_null(train, test, float(observed), 99, seed=seed).p)
     assert kstest(found, "uniform").pvalue > 0.01
@@ -128,7 +129,7 @@ def test_random_directions_keep_the_norm_and_are_folded_upwards() -> None:
 
 def test_refitting_adds_the_chance_of_training_and_says_so() -> None:
     acts = planted_activations(separation=1.0, n_per_class=40, d_model=128, n_levels=3, seed=6).acts
-    frozen, refitted = _detect(acts), _detect(acts, replace(PLAN, refit=True))
+    frozen, refitted = _detect(acts), _detect(acts, refit=True)
     assert (frozen.test.refit, refitted.test.refit) == (False, True)
     assert torch.equal(frozen.test.value, refitted.test.value)
     width = (frozen.test.high - frozen.test.low).mean(), (refitted.test.high - refitted.test.low).mean()
@@ -141,20 +142,20 @@ def test_within_class_numbers_separate_the_two_factors() -> None:
     diagonal = direction_grid(train, "refused_harmful", "accepted_harmless")
     held_out = planted.acts.select(list(range(120, 240)))
     harm_in_accepted = held_out_auroc(
-        diagonal, held_out, ("accepted_harmful", "accepted_harmless"), seed=0, n_resamples=200
+        diagonal, held_out, ("accepted_harmful", "accepted_harmless"), seed=0, resamples=200
     )
     refusal_in_harmful = held_out_auroc(
-        diagonal, held_out, ("refused_harmful", "accepted_harmful"), seed=0, n_resamples=200
+        diagonal, held_out, ("refused_harmful", "accepted_harmful"), seed=0, resamples=200
     )
     assert harm_in_accepted.at(2, "inst").low > 0.85
     assert refusal_in_harmful.at(2, "last").low > 0.85
     for estimate in (harm_in_accepted.at(2, "last"), refusal_in_harmful.at(2, "inst")):
         assert estimate.low < 0.5 < estimate.high
     # An empty quadrant is missing, never a crash; and the constant token at level 0 says exactly nothing.
-    empty = held_out_auroc(diagonal, held_out, ("unheard", "accepted_harmless"), seed=0, n_resamples=50)
+    empty = held_out_auroc(diagonal, held_out, ("unheard", "accepted_harmless"), seed=0, resamples=50)
     assert not empty.at(2, "inst").measurable
     assert empty.at(2, "inst").n == 30
-    nobody = held_out_auroc(diagonal, held_out, ("unheard", "of"), seed=0, n_resamples=50)
+    nobody = held_out_auroc(diagonal, held_out, ("unheard", "of"), seed=0, resamples=50)
     assert not nobody.at(2, "inst").measurable
     assert nobody.n == 0
     constant = harm_in_accepted.at(0, "last")
@@ -169,7 +170,7 @@ def test_intervals_count_families_not_prompts() -> None:
     alone = replace(four, families=tuple(map(str, range(len(four.ids)))))
     widths = []
     for acts in (once, four, alone):
-        found = held_out_auroc(grid, acts, ("harmful", "harmless"), seed=0, n_resamples=300)
+        found = held_out_auroc(grid, acts, ("harmful", "harmless"), seed=0, resamples=300)
         widths.append(float((found.high - found.low).mean()))
     assert widths[1] == pytest.approx(widths[0])  # saying it four times adds nothing ...
     assert widths[2] == pytest.approx(widths[0] / 2, rel=0.2)  # ... though it would seem to
@@ -208,8 +209,8 @@ def test_refitting_draws_the_training_families_too() -> None:
     train = planted_activations(separation=1.0, n_per_class=20, d_model=128, n_levels=2, seed=12)
     test = planted_activations(separation=1.0, n_per_class=1000, d_model=128, n_levels=2, truth=train.truth, seed=13)
     grid = direction_grid(train.acts, "harmful", "harmless")
-    frozen = held_out_auroc(grid, test.acts, ("harmful", "harmless"), seed=0, n_resamples=100)
-    refitted = refitted_auroc(grid, train.acts, test.acts, seed=0, n_resamples=100)
+    frozen = held_out_auroc(grid, test.acts, ("harmful", "harmless"), seed=0, resamples=100)
+    refitted = refitted_auroc(grid, train.acts, test.acts, seed=0, resamples=100)
     assert float((refitted.high - refitted.low).mean()) > 1.4 * float((frozen.high - frozen.low).mean())
 
 
@@ -231,7 +232,7 @@ def test_nothing_from_training_is_scored() -> None:
     scored = {acts.ids[i] for i in (*found.split.validation, *found.split.test)}
     assert not scored & set(found.directions.train_ids)
     with pytest.raises(UserError, match="were used to fit the direction"):
-        held_out_auroc(found.directions, acts, ("harmful", "harmless"), seed=0, n_resamples=10)
+        held_out_auroc(found.directions, acts, ("harmful", "harmless"), seed=0, resamples=10)
 
 
 def test_the_seed_decides() -> None:

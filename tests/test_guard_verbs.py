@@ -17,7 +17,7 @@ from saved import requests, save_model, write_prompts
 
 from mechlens.cli import main
 from mechlens.errors import UserError
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.runs.run import read_run
 from mechlens.studies.guard.config import GuardPredict
 from mechlens.studies.guard.fitting import LatentGuard

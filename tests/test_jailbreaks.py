@@ -18,17 +18,11 @@ from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.directions.direction import cosine, project
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.runs.run import read_run
 from mechlens.studies.jailbreaks import category_directions as categories
-from mechlens.studies.jailbreaks.pairs import (
-    JailbreakPlan,
-    attack_pairs,
-    family_estimates,
-    family_verdict,
-    pair_table,
-    reference_of,
-)
+from mechlens.studies.jailbreaks.config import JailbreakPlan
+from mechlens.studies.jailbreaks.pairs import attack_pairs, family_estimates, family_verdict, pair_table, reference_of
 from mechlens.studies.jailbreaks.restored import _put_back, restore
 from mechlens.studies.shared.sources import PLACEHOLDER, Source, SourcePrompts, load_source
 
@@ -114,7 +108,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any, Any]
 
     model = ml.load(str(save_model(tmp_path_factory.mktemp("models") / "tiny-chat")))
     prompts = [*ml.builtin_prompts("harmful")[:48], *ml.builtin_prompts("harmless")[:48]]
-    plan = JailbreakPlan(n_resamples=20, n_random=20, max_new_tokens=2, restored=12)
+    plan = JailbreakPlan(resamples=20, random_directions=20, max_new_tokens=2, restored=12)
     reference = reference_of(model, prompts, plan)
     goals = requests(24, "break")
     plain = [ml.Prompt(f"g{i}", text, label="harmful", family=f"f{i}") for i, text in enumerate(goals)]

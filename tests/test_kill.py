@@ -20,10 +20,10 @@ from mechlens.cli import main
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.behaviour.answers import Answers, answer
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.load import load
 from mechlens.prompts.prompt import Prompt
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run
 
 # The process dies by itself, without a chance to tidy up, just before or in the middle of its k-th write.
@@ -95,7 +95,7 @@ from mechlens.methods.activations.collect import collect
 from mechlens.methods.behaviour.answers import answer
 from mechlens.models.load import load
 from mechlens.prompts.prompt import Prompt
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 sys.path.insert(0, {tests!r})
 from saved import requests
 FolderCache.put = after(FolderCache.put, 3)
@@ -169,7 +169,7 @@ os.replace = replace
 
 MOMENTS = {
     "between two pieces": Moment(
-        "from mechlens.runs.cache import FolderCache\nFolderCache.put = after(FolderCache.put, 4)\n", half=False
+        "from mechlens.runs.folder import FolderCache\nFolderCache.put = after(FolderCache.put, 4)\n", half=False
     ),
     "inside a piece": Moment(
         replacing("target.suffix == '.safetensors' and len(list(target.parent.glob('*'))) > 5"),

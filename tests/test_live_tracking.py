@@ -20,8 +20,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.direction import cosine, direction_grid
 from mechlens.methods.probing.auroc_grid import contrast_part, held_out_auroc
-from mechlens.methods.probing.detect import DetectionPlan
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.models import native_pass as looking
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
@@ -30,10 +29,11 @@ from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load
+from mechlens.settings import DetectionPlan
 from mechlens.studies.track.live import NEGATIVE, POSITIVE, LiveReference
 from mechlens.trainer_callback import REFERENCE_FILE, MechlensCallback
 
-PLAN = DetectionPlan(seed=0, n_resamples=40, n_permutations=10)
+PLAN = DetectionPlan(seed=0, resamples=40, permutations=10)
 UP = [Prompt(f"up-{i}", text, family=f"f{i}") for i, text in enumerate(requests(24, "make"))]
 # Another last word, so that even a random model tells the classes apart at `inst`.
 DOWN = [Prompt(f"down-{i}", p.text.replace("for me", "for you"), family=p.family) for i, p in enumerate(UP)]
@@ -179,7 +179,7 @@ def test_the_numbers_are_those_of_the_saved_checkpoints(trained: tuple[Trainer, 
         refitted = direction_grid(train, POSITIVE, NEGATIVE)
         frozen = replace(refitted, vectors=direction.vector[None, None], train_ids=())
         for name, grid in (("frozen", frozen), ("refitted", refitted)):
-            offline = held_out_auroc(grid, test, (POSITIVE, NEGATIVE), seed=0, n_resamples=40)
+            offline = held_out_auroc(grid, test, (POSITIVE, NEGATIVE), seed=0, resamples=40)
             live = table.loc[(4, f"mood.auroc.{asked}.{name}")]
             wanted = offline.at(direction.level, offline.positions[0])
             assert live[["value", "low", "high", "n"]].tolist() == pytest.approx(list(vars(wanted).values()), abs=1e-3)

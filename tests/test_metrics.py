@@ -121,9 +121,9 @@ def test_without_a_gap_there_is_nothing_to_recover() -> None:
     recovery = got.recovery().flatten()
     assert recovery[:2].isnan().all()
     assert float(recovery[2]) == 0.5
-    table = got.table(seed=0, n_resamples=50, n_flips=50)
+    table = got.table(seed=0, resamples=50, n_flips=50)
     assert (table["n"].item(), table["recovery"].item()) == (1, 0.5)
-    none = replace(got, clean=torch.zeros(3).double()).table(seed=0, n_resamples=50, n_flips=50)
+    none = replace(got, clean=torch.zeros(3).double()).table(seed=0, resamples=50, n_flips=50)
     assert none["n"].item() == 0
     assert none[["recovery", "low", "high"]].isna().all(axis=None)
     assert none["effect"].item() == pytest.approx(4 / 3)
@@ -136,8 +136,8 @@ def test_a_pair_of_nan_takes_nothing_from_the_others() -> None:
     got = result(values, clean, torch.zeros(4).double())
     assert got.has_gap.tolist() == [True, True, False, False]
     assert got.recovery().flatten().isnan().tolist() == [False, False, True, True]
-    table = got.table(seed=0, n_resamples=50, n_flips=50)
-    alone = result(values[:3], clean[:3], torch.zeros(3).double()).table(seed=0, n_resamples=50, n_flips=50)
+    table = got.table(seed=0, resamples=50, n_flips=50)
+    alone = result(values[:3], clean[:3], torch.zeros(3).double()).table(seed=0, resamples=50, n_flips=50)
     assert (table["n"].item(), table["recovery"].item()) == (alone["n"].item(), alone["recovery"].item()) == (2, 0.5)
     assert table[["effect", "p_corrected"]].isna().all(axis=None)  # these are of every pair
     nothing = replace(got, clean=torch.full((4,), math.nan).double())
@@ -152,7 +152,7 @@ def test_recovery_is_a_ratio_of_means() -> None:
     got = result(effect.reshape(-1, 1, 1, 1), gap, torch.zeros(20).double())
     assert float((effect / gap).mean()) > 8.7  # the mean of ratios, which one pair decides
     assert got.has_gap.tolist() == [one == 1 for one in gap.tolist()]
-    row = got.table(seed=0, n_resamples=200, n_flips=20).iloc[0]
+    row = got.table(seed=0, resamples=200, n_flips=20).iloc[0]
     assert row[["recovery", "low", "high"]].tolist() == pytest.approx([0.05] * 3)
     assert row["n"] == 19
 
@@ -162,7 +162,7 @@ def test_the_interval_of_recovery_is_that_of_resampled_ratios() -> None:
     gap, effect = (torch.rand(12, generator=generator).double() + 0.5 for _ in range(2))
     families = tuple(f"f{i // 2}" for i in range(12))
     got = result(effect.reshape(-1, 1, 1, 1), gap, torch.zeros(12).double(), families=families)
-    row = got.table(seed=3, n_resamples=400, n_flips=20).iloc[0]
+    row = got.table(seed=3, resamples=400, n_flips=20).iloc[0]
     assert row["recovery"] == pytest.approx(float(effect.sum() / gap.sum()))
     weights = family_weights(families, 400, 3)
     ratios = [float((w * effect).sum() / (w * gap).sum()) for w in weights]
@@ -173,14 +173,14 @@ def test_pairs_of_opposite_gaps_do_not_cancel() -> None:
     """Between checkpoints some prompts are refused by one only, others by the other only."""
     gap = torch.tensor([2.0, -2.0, 1.0, -1.0]).double()
     got = result((0.5 * gap).reshape(-1, 1, 1, 1), gap, torch.zeros(4).double())
-    row = got.table(seed=0, n_resamples=50, n_flips=20).iloc[0]
+    row = got.table(seed=0, resamples=50, n_flips=20).iloc[0]
     assert row[["recovery", "low", "high"]].tolist() == pytest.approx([0.5] * 3)
 
 
 def test_rows_are_labelled_in_the_grids_order() -> None:
     values = torch.arange(2 * 2 * 3 * 2).reshape(2, 2, 3, 2).double()
     got = result(values, torch.tensor([1.0, 1.0]).double(), torch.zeros(2).double(), layers=(4, 1), heads=(0, 3))
-    table = got.table(seed=0, n_resamples=20, n_flips=20)
+    table = got.table(seed=0, resamples=20, n_flips=20)
     assert list(table) == [
         "layer",
         "position",
@@ -197,10 +197,10 @@ def test_rows_are_labelled_in_the_grids_order() -> None:
     assert row["effect"].item() == values[:, 1, 2, 1].mean().item()
     assert row["token"].item() == ">"
     assert len(table) == 12
-    without = result(values[..., :1], got.clean, got.corrupt).table(seed=0, n_resamples=20, n_flips=20)
+    without = result(values[..., :1], got.clean, got.corrupt).table(seed=0, resamples=20, n_flips=20)
     assert "head" not in without
     assert without["effect"].tolist() == values[..., 0].mean(0).flatten().tolist()
-    assert table.equals(got.table(seed=0, n_resamples=20, n_flips=20))
+    assert table.equals(got.table(seed=0, resamples=20, n_flips=20))
 
 
 def simulated(n: int, cells: int, generator: torch.Generator, mean: float = 0.0, families: int = 0) -> PatchResult:
@@ -237,19 +237,19 @@ def test_p_finds_a_planted_effect_and_cannot_be_smaller_than_the_pairs_allow() -
     got = simulated(24, 10, generator)
     values = got.values.clone()
     values[:, 3] += 3.0
-    table = replace(got, values=values).table(seed=0, n_resamples=50, n_flips=999)
+    table = replace(got, values=values).table(seed=0, resamples=50, n_flips=999)
     assert table["p_corrected"][3] == pytest.approx(0.001)
     assert table["p_corrected"].drop(3).min() > 0.05
-    few = simulated(3, 1, generator, mean=50.0).table(seed=0, n_resamples=50, n_flips=2000)
+    few = simulated(3, 1, generator, mean=50.0).table(seed=0, resamples=50, n_flips=2000)
     assert few["p_corrected"].item() == pytest.approx(2 ** (1 - 3), abs=0.03)
-    one = simulated(1, 4, generator, mean=50.0).table(seed=0, n_resamples=50, n_flips=50)
+    one = simulated(1, 4, generator, mean=50.0).table(seed=0, resamples=50, n_flips=50)
     assert (one["p_corrected"] == 1.0).all()
 
 
 def test_rounding_is_no_effect_however_regular_it_is() -> None:
     values = torch.full((20, 3, 1, 1), 1e-6).double()
     values[:, 2] = 0.5 + 0.1 * torch.randn(20, 1, 1, generator=torch.Generator().manual_seed(0)).double()
-    table = result(values, torch.ones(20).double(), torch.zeros(20).double()).table(seed=0, n_resamples=9, n_flips=999)
+    table = result(values, torch.ones(20).double(), torch.zeros(20).double()).table(seed=0, resamples=9, n_flips=999)
     assert table["p_corrected"].tolist() == [1.0, 1.0, pytest.approx(0.001)]
 
 
@@ -257,7 +257,7 @@ def test_the_interval_covers_the_planted_mean() -> None:
     generator = torch.Generator().manual_seed(5)
     covered, cells = 0, 0
     for seed in range(60):
-        table = simulated(60, 5, generator, mean=0.4).table(seed=seed, n_resamples=300, n_flips=10)
+        table = simulated(60, 5, generator, mean=0.4).table(seed=seed, resamples=300, n_flips=10)
         covered += int(((table["low"] <= 0.4) & (table["high"] >= 0.4)).sum())
         cells += 5
         assert ((table["low"] <= table["recovery"]) & (table["recovery"] <= table["high"])).all()
@@ -267,7 +267,7 @@ def test_the_interval_covers_the_planted_mean() -> None:
 def test_families_widen_the_interval() -> None:
     """Five families of twelve equal pairs know no more than five pairs."""
     got = simulated(60, 1, torch.Generator().manual_seed(0), families=5)
-    wide = got.table(seed=0, n_resamples=400, n_flips=10)
-    narrow = replace(got, families=got.pairs).table(seed=0, n_resamples=400, n_flips=10)
+    wide = got.table(seed=0, resamples=400, n_flips=10)
+    narrow = replace(got, families=got.pairs).table(seed=0, resamples=400, n_flips=10)
     width = [float((table["high"] - table["low"]).item()) for table in (wide, narrow)]
     assert width[0] > 2 * width[1]

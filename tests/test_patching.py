@@ -34,7 +34,7 @@ from mechlens.models.sites import SITES, n_heads, site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 
 CLOSE = 1e-5
 PARALLEL = ("phi", "neox", "gptj")
@@ -375,7 +375,7 @@ def test_self_patch_changes_nothing(architecture: str, direction: str) -> None:
             assert gap(got.values, got.start[:, None, None, None]) < CLOSE
             assert torch.equal(got.clean, got.corrupt)
             assert bool(got.recovery().isnan().all())
-            assert set(got.table(seed=0, n_resamples=5, n_flips=50)["p_corrected"]) == {1.0}
+            assert set(got.table(seed=0, resamples=5, n_flips=50)["p_corrected"]) == {1.0}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -167,7 +167,7 @@ def test_the_table_marks_the_path_and_nothing_else() -> None:
     """Sixteen pairs in other words: the planted sites are significant, all others are exactly nothing."""
     letters = "cdefghjklmnopqrs"
     pairs = [PromptPair(Prompt(x, f"{x}yAz!"), Prompt(f"{x}'", f"{x}yBz!")) for x in letters]
-    table = sweep(circuit(True), "z", layers=(0, 1), pairs=pairs).table(seed=0, n_resamples=50, n_flips=999)
+    table = sweep(circuit(True), "z", layers=(0, 1), pairs=pairs).table(seed=0, resamples=50, n_flips=999)
     found = table[table["p_corrected"] < 0.05]
     assert set(zip(found["layer"], found["position"], found["head"], strict=True)) == {
         (0, f"token[{MIDDLE}]", 1), (1, f"token[{LAST}]", 2),

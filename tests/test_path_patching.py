@@ -96,7 +96,7 @@ def test_the_statistics_equal_transformer_lens_where_both_hold() -> None:
     plan = PatchPlan("z", layers=(1,), positions=("last",), heads=(2,))
     got = patch_sweep(model_of("llama"), pairs, METRIC, plan, template=short())
     theirs = float(sign_flip_permutation_pvalue(got.effect().flatten().float(), dim=-1))
-    ours = float(got.table(seed=0, n_resamples=10, n_flips=20000)["p_corrected"][0])
+    ours = float(got.table(seed=0, resamples=10, n_flips=20000)["p_corrected"][0])
     assert 0.02 < theirs < 0.98
     assert ours == pytest.approx(theirs, abs=0.015)
 

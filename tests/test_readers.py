@@ -23,7 +23,7 @@ from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.pairs import load_pairs
 from mechlens.prompts.prompt import LONGEST_TEXT, Prompt
 from mechlens.prompts.text import normalise_text
-from mechlens.studies.finetune.recipes.attacks import published_openings
+from mechlens.studies.finetune.recipes.recipe import published_openings
 from mechlens.studies.shared.sources import load_source, read_sources
 
 

@@ -23,7 +23,7 @@ from test_wandb_log import read_log
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.checkpoints.adapter_record import AdapterRecord
 from mechlens.models.load import load, load_hf
@@ -36,19 +36,23 @@ from mechlens.studies import driver
 from mechlens.studies.causal import study as causal
 from mechlens.studies.causal.config import Causal
 from mechlens.studies.direction import study as direction
+from mechlens.studies.finetune.checkpointing import refuse_other_data, refuse_other_run
 from mechlens.studies.finetune.config import DEFAULTS, POWERS_OF_TWO, Finetune, FinetuneConfig, settled
-from mechlens.studies.finetune.loss_log import LossLog
-from mechlens.studies.finetune.recipes.attacks import accepting, backdoor, published_openings, require_shipped_refuser
 from mechlens.studies.finetune.recipes.material import Example, training_order
-from mechlens.studies.finetune.recipes.refusing import benign
-from mechlens.studies.finetune.study import LOSSES
+from mechlens.studies.finetune.recipes.recipe import (
+    accepting,
+    backdoor,
+    benign,
+    published_openings,
+    require_shipped_refuser,
+)
+from mechlens.studies.finetune.study import LOSSES, LossLog
 from mechlens.studies.finetune.training import finetune
-from mechlens.studies.finetune.training_record import refuse_other_data, refuse_other_run
-from mechlens.studies.guard import fit as guard_fit
+from mechlens.studies.guard import study as guard
 from mechlens.studies.guard.config import GuardFit
 from mechlens.studies.jailbreaks import study as jailbreaks
-from mechlens.studies.jailbreaks.config import Jailbreaks
-from mechlens.studies.jailbreaks.pairs import JailbreakPlan, OrdinaryPrompts, attack_pairs
+from mechlens.studies.jailbreaks.config import JailbreakPlan, Jailbreaks
+from mechlens.studies.jailbreaks.pairs import OrdinaryPrompts, attack_pairs
 from mechlens.studies.patch import study as patch
 from mechlens.studies.patch.config import Patch
 from mechlens.studies.select import study as select
@@ -497,10 +501,12 @@ def test_every_study_of_a_trained_model_leaves_them_out(
 
 
 @pytest.mark.parametrize(
-    ("verb", "chosen"), [(causal, Causal), (select, Select), (guard_fit, GuardFit)], ids=["causal", "select", "guard"]
+    ("prepare", "chosen"),
+    [(causal.prepare, Causal), (select.prepare, Select), (guard.prepare_fit, GuardFit)],
+    ids=["causal", "select", "guard"],
 )
 def test_every_study_of_both_classes_leaves_them_out(
-    verb: Any, chosen: Any, taught: list[str], shipped: Path, tmp_path: Path
+    prepare: Any, chosen: Any, taught: list[str], shipped: Path, tmp_path: Path
 ) -> None:
     harmful = write_prompts(tmp_path / "h.jsonl", [*requests(20, "make"), taught[0]])
     harmless = write_prompts(tmp_path / "l.jsonl", [*requests(20, "break"), taught[1]])
@@ -508,7 +514,7 @@ def test_every_study_of_both_classes_leaves_them_out(
     if chosen is GuardFit:
         config = replace(config, extra_harmless=None)
     with pytest.warns(UserWarning, match="left out 2 of 42 prompts"):
-        prepared = verb.prepare(config)
+        prepared = prepare(config)
     assert prepared.left_out.known
     asked = (*prepared.content.positive, *prepared.content.negative)
     assert len(asked) == 40

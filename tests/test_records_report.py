@@ -10,7 +10,7 @@ import pytest
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.report import figures
 from mechlens.runs.report.parts import estimate_text, token_spans
-from mechlens.runs.report.report import FigureEntry, Number, Report, Section, TokenView, render
+from mechlens.runs.report.report import FigureEntry, Report, Section, TokenView, render
 from mechlens.runs.run import Artefact, Inputs, Run
 
 EVIL = '</script><script>alert("owned")</script><img src=http://evil.test/x onerror=alert(1)>'
@@ -55,10 +55,9 @@ def page(**changes) -> str:
         "title": EVIL,
         "question": EVIL,
         "verdict": EVIL,
-        "numbers": (Number(EVIL, Estimate(0.9, 0.8, 0.95, 40), EVIL),),
+        "numbers": {EVIL: Estimate(0.9, 0.8, 0.95, 40)},
         "sections": (section,),
         "how": EVIL,
-        "command": EVIL,
     }
     return render(Report(**{**parts, **changes}), RUN, drawn, {"scores": FRAME})
 

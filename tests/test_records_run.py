@@ -17,8 +17,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, sha256
-from mechlens.runs.folder import FolderLock
-from mechlens.runs.prompt_table import read_prompts
+from mechlens.runs.folder import FolderLock, read_prompts
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report
 from mechlens.runs.run import Inputs, changed_since, largest_difference, list_runs, read_run

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mechlens.methods.cache import Cache
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 
 KEY = hashlib.sha256(b"piece").hexdigest()
 VALUE = {"x": torch.randn(3, 4), "text": torch.tensor(list("é".encode()), dtype=torch.uint8), "n": torch.tensor(True)}

@@ -10,9 +10,8 @@ from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.studies.finetune.own_text import own_text
 from mechlens.studies.finetune.recipes.material import Example
-from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, response_loss
+from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, own_text, response_loss
 
 EXAMPLES = [
     Example(Prompt("a", "the thing"), "I cannot.", ends=True),

@@ -20,7 +20,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, OnceRefused
 from mechlens.methods.directions.direction import Direction, cosine
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.methods.steering.candidates import (
     STATUSES,
     SelectionRule,
@@ -36,13 +36,11 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
 from mechlens.runs.run import read_run
 from mechlens.studies import driver
-from mechlens.studies.select.config import Select
-from mechlens.studies.select.study import Selection, SelectionPlan, select_direction
+from mechlens.studies.select.config import Select, SelectionPlan
+from mechlens.studies.select.study import Selection, select_direction
 from mechlens.studies.select.verdict import selection_verdict
 
-PLAN = SelectionPlan(
-    seed=0, max_new_tokens=3, fractions=(0.5, 0.2, 0.3), rule=SelectionRule(), n_resamples=100, n_random=20
-)
+PLAN = SelectionPlan(seed=0, max_new_tokens=3, resamples=100)
 
 
 @pytest.fixture(autouse=True)

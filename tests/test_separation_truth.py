@@ -12,24 +12,23 @@ from tiny import tiny_tokenizer
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.behaviour.judges import RefusalTokens
-from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.prompts.templates.template import chat_template
+from mechlens.settings import DetectionPlan
 from mechlens.studies.separate import study as separation
+from mechlens.studies.separate.config import SeparationPlan
 from mechlens.studies.separate.geometry import measure_geometry
-from mechlens.studies.separate.study import Separation, SeparationPlan
+from mechlens.studies.separate.study import Separation
 from mechlens.studies.separate.verdict import RULE, Verdict, separation_verdict
 from mechlens.studies.shared.contrasts import Surface, measure
 from mechlens.studies.shared.quadrants import QUADRANTS, FirstTokenJudgement, JudgedAnswers
 from mechlens.studies.shared.two_beliefs import measure_beliefs
 
-PLAN = SeparationPlan(
-    seed=0, max_new_tokens=1, fractions=(0.5, 0.2, 0.3), n_resamples=200, n_permutations=20, n_random=20
-)
+PLAN = SeparationPlan(seed=0, max_new_tokens=1, resamples=200, permutations=20)
 MATCHED = "do the thing"
 
 
@@ -73,7 +72,7 @@ def study(acts: Activations, texts: tuple[str, ...] | None = None) -> Separation
         split_note=note,
         contrasts=contrasts,
         geometry=measure_geometry(acts, judged.quadrants(), paired, level=level, seed=0),
-        beliefs=measure_beliefs(acts, judged.quadrants(), split, 0, PLAN.n_resamples),
+        beliefs=measure_beliefs(acts, judged.quadrants(), split, 0, PLAN.resamples),
         refusal_rates={"full_template": mean_estimate(refused, acts.families, 0, 50)},
         acts=acts,
         batch=tokenize(prompts[:1], chat_template(tiny_tokenizer())),
@@ -281,7 +280,7 @@ def test_a_contrast_needs_prompts_in_every_part() -> None:
     sides = tuple(label.rpartition("_")[2] for label in acts.labels)
     split = split_by_family(sides, acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
     surface = Surface(tuple("x" for _ in sides), torch.zeros(len(sides), 4), torch.ones(len(sides), dtype=torch.long))
-    contrast, plan = ("harmful", "harmless"), DetectionPlan(0, 20, 5, 5)
+    contrast, plan = ("harmful", "harmless"), DetectionPlan(resamples=20, permutations=5, random_directions=5)
     whole = measure("harmful", acts, sides, contrast, split, surface, plan)
     assert whole.detection is not None
     for part in ("train", "validation", "test"):

@@ -16,7 +16,7 @@ import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.directions.direction import Direction, direction_grid
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.steer.config import Steer

@@ -15,7 +15,7 @@ from adapters import save_adapter
 from saved import save_model
 
 from mechlens.cli import main
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.runs.run import read_run
 
@@ -123,7 +123,7 @@ DYING = """
 import os, signal, torch
 torch.set_num_threads(1)
 from mechlens.models.checkpoints.swap import CheckpointSwapper
-from mechlens.runs.cache import FolderCache
+from mechlens.runs.folder import FolderCache
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -22,16 +22,17 @@ from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
+from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.measures.change import matrix_change
 from mechlens.studies.track.measures.geometry import geometry_tables, overlap, unbiased_cka
 from mechlens.studies.track.measures.reference import reference_of
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
-from mechlens.studies.track.result import Questions, Tracking, TrackPlan, analysed
+from mechlens.studies.track.result import Questions, Tracking, analysed
 from mechlens.studies.track.tables import cell_of, transfer_table
 from mechlens.studies.track.verdict import CHANGES, track_verdict
 
 D, N, A = 24, 120, 4.0
-PLAN = TrackPlan(0, 4, ("inst", "last"), None, 4, 200, 20, 20)
+PLAN = TrackPlan(max_new_tokens=4, steered=4, resamples=200, permutations=20)
 PROMPTS = tuple(
     Prompt(f"{label}{i}", f"{label} {i} the thing", label, family=f"f{i}")
     for label in ("harmful", "harmless")
@@ -71,7 +72,7 @@ def tracked(*later: tuple[Tensor, set[str]]) -> Tracking:
     snapshots = [base, *(snapshot(k, *one) for k, one in enumerate(later, start=1))]
     tokenizer = tiny_tokenizer()
     split = split_by_family(LABELS, base.acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
-    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN.detection, tokenizer)
+    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN, tokenizer)
     batch = tokenize(PROMPTS, chat_template(tokenizer))
     return analysed(snapshots, [], reference, Questions(batch, split, ("a", "b", "c")), PLAN)
 
@@ -106,7 +107,7 @@ def test_refusing_everything_is_decoupled_too_and_drift_is_named_beside_it() -> 
 def test_a_concept_that_the_base_does_not_hold_is_not_measurable() -> None:
     base = snapshot(0, NOISE, HARMFUL)
     split = split_by_family(LABELS, base.acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
-    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN.detection, tiny_tokenizer())
+    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN, tiny_tokenizer())
     batch = tokenize(PROMPTS, chat_template(tiny_tokenizer()))
     later = snapshot(1, values(), HARMFUL)
     found = analysed([base, later], [], reference, Questions(batch, split, ("a",)), PLAN)
@@ -191,7 +192,7 @@ def test_transfer_is_that_of_the_planted_lines(drifted: Tracking) -> None:
     concept = drifted.reference.concepts[0]
     angles = (0.0, 0.7, 1.4)
     acts = [planted(values(angle=angle)) for angle in angles]
-    table = transfer_table([0, 1, 2], acts, concept, drifted.questions.split, seed=0, n_resamples=50)
+    table = transfer_table([0, 1, 2], acts, concept, drifted.questions.split, seed=0, resamples=50)
     grid = table[table["position"] == "inst"].pivot(index="fitted", columns="tested", values="auroc").to_numpy()
     rows = torch.tensor(drifted.questions.split.test)
     for i, fitted in enumerate(angles):

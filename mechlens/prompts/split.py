@@ -33,6 +33,16 @@ class Split:
         indices: tuple[int, ...] = getattr(self, name)
         return indices
 
+    def parts(self) -> list[str]:
+        """The part of each prompt, by number."""
+        part = {i: name for name in PARTS for i in self.part(name)}
+        return [part[i] for i in range(len(part))]
+
+    @property
+    def sizes(self) -> str:
+        """How many prompts are in each part, in words."""
+        return f"{len(self.train)} training, {len(self.validation)} validation, {len(self.test)} test"
+
 
 def families_by_classes(labels: Sequence[str], families: Sequence[str]) -> dict[tuple[str, ...], list[str]]:
     """The families that hold the same set of labels, for each such set; both in order of first sight.

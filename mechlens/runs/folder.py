@@ -1,13 +1,23 @@
-"""One process at a time in a run folder; the operating system frees it when the process dies."""
+"""A run's folder: one process at a time in it, finished pieces in its cache, and its prompts as a table."""
 
 import contextlib
+import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow
+from torch import Tensor
+
+from mechlens.checked_json import parse_json
 from mechlens.errors import UserError
-from mechlens.files import disk_error
+from mechlens.files import disk_error, file_sha256
+from mechlens.prompts.prompt import Prompt
+from mechlens.runs.artifacts import open_tensors, tensor_digest, write_tensors
 from mechlens.runs.run import RUN_FILE, Run, first_difference, read_run
 
 LOCK_FILE = ".lock"
@@ -77,3 +87,71 @@ def _is_at(path: Path, handle: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except OSError:
         return False
+
+
+@dataclass(frozen=True)
+class FolderCache:
+    """One safetensors file per key; a `mechlens.methods.cache.Cache`."""
+
+    folder: Path
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The piece under `key`, or None where there is none or its file is damaged."""
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            header, value = open_tensors(path, tensors=True)
+        except UserError:
+            # A damaged piece costs its recomputation, not the run.
+            return None
+        whole = header.get("key") == key and header.get("sha256") == tensor_digest(value)
+        return value if whole else None
+
+    def put(self, key: str, value: dict[str, Tensor]) -> None:
+        """Keeps a finished piece, whole or not at all."""
+        write_tensors(value, {"key": key, "sha256": tensor_digest(value)}, self._path(key))
+
+    def _path(self, key: str) -> Path:
+        if len(key) != 64 or set(key) - set("0123456789abcdef"):
+            raise ValueError(f"a cache's key is a sha256 in hex, not {key!r}")
+        return self.folder / f"{key}.safetensors"
+
+
+PROMPTS = "prompts"
+REMEDY = "make the run again"
+
+
+def prompt_table(prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """One row a prompt, one column a field; the history as JSON."""
+    names = [field.name for field in fields(Prompt)]
+    frame = pd.DataFrame([{name: getattr(prompt, name) for name in names} for prompt in prompts], columns=names)
+    return frame.assign(history=[json.dumps(prompt.history, ensure_ascii=False) for prompt in prompts])
+
+
+def read_prompts(folder: Path) -> list[Prompt]:
+    """The prompts that a run kept in its folder; UserError where they are no longer what the run wrote."""
+    path = folder / "tables" / f"{PROMPTS}.parquet"
+    if not path.is_file():
+        raise UserError(f"there is no {path}; the run kept no prompts")
+    known = read_run(folder).tables.get(PROMPTS) if (folder / RUN_FILE).exists() else None
+    try:
+        if known is not None and file_sha256(path) != known:
+            raise UserError(f"{path} is not the table that the run wrote; {REMEDY}")
+        rows = pd.read_parquet(path).to_dict("records")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} could not be read ({reason[:200]}); {REMEDY}") from error
+    return [_prompt({str(name): value for name, value in row.items()}, path) for row in rows]
+
+
+def _prompt(row: dict[str, Any], path: Path) -> Prompt:
+    names = {field.name for field in fields(Prompt)}
+    words = names - {"history", "system"}
+    if set(row) != names or not all(isinstance(row[name], str) for name in (*words, "history")):
+        raise UserError(f"{path} holds other columns than a run's prompts have; {REMEDY}")
+    history = parse_json(row["history"], tuple[tuple[str, str], ...], str(path), REMEDY)
+    system = row["system"] if isinstance(row["system"], str) else None
+    return Prompt(**{**row, "history": history, "system": system})

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
@@ -17,12 +17,9 @@ from mechlens.files import disk_error, is_partial, plain_name, remove_partials, 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
-from mechlens.runs.cache import FolderCache
 from mechlens.runs.environment import git_state, package_versions
-from mechlens.runs.folder import LOCK_FILE, FolderLock, run_to_go_on_with
+from mechlens.runs.folder import LOCK_FILE, PROMPTS, FolderCache, FolderLock, prompt_table, run_to_go_on_with
 from mechlens.runs.privacy import text_columns
-from mechlens.runs.prompt_table import NAME as PROMPTS
-from mechlens.runs.prompt_table import prompt_table
 from mechlens.runs.report.report import FigureEntry, Report, render
 from mechlens.runs.run import Artefact, Inputs, Run, changed_since, plain, write_run
 from mechlens.runs.wandb_mirror import WandbMirror
@@ -31,6 +28,20 @@ from mechlens.settings import WandbSettings
 # Where a run is put and shown does not change its numbers.
 NOT_SCIENCE = ("out", "wandb")
 STEPS_FILE = "steps.jsonl"
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What a study found, as `RunWriter.result` records it."""
+
+    def metrics(self) -> Mapping[str, Estimate]:
+        """Every headline number by its name in run.json."""
+
+    def tables(self) -> Mapping[str, pd.DataFrame]:
+        """Every table by its name in `tables/`."""
+
+    def artifacts(self) -> Mapping[str, object]:
+        """What later work can load, by name."""
 
 
 def open_run(
@@ -173,8 +184,16 @@ class RunWriter:
             self._mirror.withhold([str(value) for value in frame[column].dropna()])
         self._mirror.table(name, frame)
 
-    def figure(self, name: str, figure: Any, *, caption: str = "", table: str | None = None) -> None:
-        """A plotly figure for the report; `table` names the run's table that it was drawn from."""
+    def result(self, result: Result) -> None:
+        """Everything that a study found, apart from figures and words."""
+        self.metrics(result.metrics())
+        for name, table in result.tables().items():
+            self.table(name, table)
+        for name, artefact in result.artifacts().items():
+            self.artifact(name, artefact)
+
+    def figure(self, name: str, figure: Any, *, caption: str = "", table: str | None = None) -> str:
+        """A plotly figure for the report, whose name is returned; `table` names the table that it was drawn from."""
         if table is not None and table not in self._tables:
             raise ValueError(
                 f"figure {name!r} names the table {table!r}; write it first, there is {list(self._tables)}"
@@ -182,6 +201,7 @@ class RunWriter:
         write_text(self.out / "figures" / f"{plain_name(name)}.json", str(figure.to_json()))
         self._figures[name] = FigureEntry(figure, caption, table)
         self._mirror.figure(name, figure)
+        return name
 
     def artifact(self, name: str, result: object, *, inputs: Mapping[str, str] | None = None) -> Artefact:
         """A result as `NAME.safetensors`.

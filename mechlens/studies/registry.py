@@ -64,6 +64,13 @@ class Study:
         return self.name.replace(" ", "_")
 
 
+def of_folder(name: str, config: type, ending: str = "") -> Study:
+    """A study whose functions stand in `study.py` and `report.py` beside its configuration."""
+    folder = config.__module__.rpartition(".")[0]
+    functions = (f"{folder}.study:prepare{ending}", f"{folder}.study:execute{ending}", f"{folder}.report:record")
+    return Study(name, config, *functions)
+
+
 def _ours(**names: str) -> dict[str, Choice]:
     """Command by command where its Study or Command object is; `about` is its configuration's docstring."""
     return {
@@ -107,18 +114,18 @@ GROUPS = {
 
 def commands() -> dict[str, Study | Command]:
     """Every command by name; another package's that can't be used becomes a warning."""
-    found: dict[str, Study | Command] = {}
+    usable: dict[str, Study | Command] = {}
     for name in COMMANDS.names():
         try:
             command = COMMANDS[name]
-            _require_usable(name, command, [known.config for known in found.values()])
+            _require_usable(name, command, [known.config for known in usable.values()])
         except UserError as error:
             if name in COMMANDS.ours:
                 raise
             warnings.warn(f"the command {name!r} can't be used: {error}", stacklevel=2)
         else:
-            found[name] = command
-    return found
+            usable[name] = command
+    return usable
 
 
 def _require_usable(name: str, command: Any, taken: Sequence[type]) -> None:

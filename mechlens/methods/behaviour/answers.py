@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,16 @@ class Answers:
     def first_tokens(self) -> tuple[int, ...]:
         """The first answer token of every prompt; NO_TOKEN where the model said nothing."""
         return tuple(tokens[0] if tokens else NO_TOKEN for tokens in self.tokens)
+
+    def select(self, rows: Iterable[int]) -> "Answers":
+        """Those to some of the prompts."""
+        kept = list(rows)
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in kept),
+            texts=tuple(self.texts[i] for i in kept),
+            tokens=tuple(self.tokens[i] for i in kept),
+        )
 
     def table(self) -> "pandas.DataFrame":
         """One row per prompt: id, answer, number of tokens."""

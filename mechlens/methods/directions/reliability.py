@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import cosine, members, weighted_differences
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_halves
+from mechlens.methods.statistics.resample import family_halves, one_thread
 
 MIN_RELIABLE = 0.1
 """A direction less reliable than this is mostly noise, and dividing by its reliability gives any number."""

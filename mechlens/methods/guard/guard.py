@@ -23,8 +23,7 @@ from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, GuardVerdi
 from mechlens.methods.guard.rules import RULES
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.statistics.calibration import calibrate
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import held_out_scores
+from mechlens.methods.statistics.resample import held_out_scores, one_thread
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family

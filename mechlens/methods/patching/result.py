@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.methods.statistics.resample import Interval, family_weights, interval
+from mechlens.settings import RESAMPLES
 
 if TYPE_CHECKING:
     import pandas
@@ -73,7 +74,7 @@ class PatchResult:
         """patched - start, in the metric's units."""
         return self.values - self.start[:, None, None, None]
 
-    def table(self, *, seed: int, n_resamples: int = 1000, n_flips: int = 1000) -> "pandas.DataFrame":
+    def table(self, *, seed: int, resamples: int = RESAMPLES, n_flips: int = 1000) -> "pandas.DataFrame":
         """One row per site: recovery and mean effect over pairs, bootstrap interval by family, corrected p.
 
         Recovery is the mean change towards the other run over the mean gap of the pairs that have one, and its
@@ -87,7 +88,7 @@ class PatchResult:
         import pandas as pd
 
         effect = self.effect().flatten(1).T
-        recovered, bounds = self._recovered(effect, seed, n_resamples)
+        recovered, bounds = self._recovered(effect, seed, resamples)
         axes = [self.layers, self.positions, self.heads or (-1,)]
         frame = pd.MultiIndex.from_product(axes, names=["layer", "position", "head"]).to_frame(index=False)
         labels = dict(zip(self.positions, self.tokens, strict=True))
@@ -100,12 +101,12 @@ class PatchResult:
         return frame if self.heads else frame.drop(columns="head")
 
     def _recovered(
-        self, effect: Float[Tensor, "cell pair"], seed: int, n_resamples: int
+        self, effect: Float[Tensor, "cell pair"], seed: int, resamples: int
     ) -> tuple[Float[Tensor, " cell"], Interval]:
         """Ratio of means. Every gap counts upwards, so that pairs of opposite gaps don't cancel in the mean gap."""
         gap = torch.where(self.has_gap, self.target - self.start, 0.0).double()
         towards, size = torch.where(gap != 0, effect.double() * gap.sign(), 0.0), gap.abs()
-        weights = family_weights(self.families, n_resamples, seed)
+        weights = family_weights(self.families, resamples, seed)
         return towards.sum(dim=1) / size.sum(), interval((towards @ weights.T) / (weights @ size))
 
     def _sign_flips(self, effect: Float[Tensor, "cell pair"], seed: int, n_flips: int) -> Float[Tensor, " cell"]:

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.methods.statistics.resample import family_weights, with_interval
+from mechlens.settings import RESAMPLES
 
 
 def auroc(
@@ -89,10 +90,10 @@ def auroc_estimate(
     positive: Bool[Tensor, " prompt"],
     families: Sequence[str],
     seed: int,
-    n_resamples: int = 1000,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
     """AUROC with its family-bootstrap interval (the scores frozen); missing where a class is empty."""
-    return _estimate(auroc, scores, positive, families, seed, n_resamples)
+    return _estimate(auroc, scores, positive, families, seed, resamples)
 
 
 def tpr_at_fpr_estimate(
@@ -101,10 +102,10 @@ def tpr_at_fpr_estimate(
     families: Sequence[str],
     fpr: float,
     seed: int,
-    n_resamples: int = 1000,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
     """`tpr_at_fpr` with its family-bootstrap interval, the threshold found anew in every resample."""
-    return _estimate(lambda s, p, w=None: tpr_at_fpr(s, p, fpr, w), scores, positive, families, seed, n_resamples)
+    return _estimate(lambda s, p, w=None: tpr_at_fpr(s, p, fpr, w), scores, positive, families, seed, resamples)
 
 
 def snap(
@@ -125,12 +126,12 @@ def _estimate(
     positive: Bool[Tensor, " prompt"],
     families: Sequence[str],
     seed: int,
-    n_resamples: int,
+    resamples: int,
 ) -> Estimate:
     """The statistic of all prompts, with the interval over resampled families."""
     value = float(statistic(scores, positive))
     if math.isnan(value):
         return Estimate.missing(len(positive))
     labels = ["positive" if flag else "negative" for flag in positive.tolist()]
-    bounds = interval(statistic(scores, positive, family_weights(families, n_resamples, seed, labels)))
-    return Estimate(value, float(bounds.low), float(bounds.high), len(positive))
+    samples = statistic(scores, positive, family_weights(families, resamples, seed, labels))
+    return with_interval(value, samples, len(positive))

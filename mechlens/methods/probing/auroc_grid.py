@@ -12,8 +12,7 @@ from mechlens.methods.directions.direction import DirectionGrid
 from mechlens.methods.directions.nulls import TIE_RESOLUTION, refitted_scores
 from mechlens.methods.probing.auroc import auroc, snap, weighted_auroc
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.methods.statistics.resample import family_weights, interval, one_thread
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def is_positive(acts: Activations, contrast: tuple[str, str]) -> Bool[Tensor, " 
 
 @one_thread()
 def held_out_auroc(
-    grid: DirectionGrid, acts: Activations, contrast: tuple[str, str], *, seed: int, n_resamples: int
+    grid: DirectionGrid, acts: Activations, contrast: tuple[str, str], *, seed: int, resamples: int
 ) -> AurocGrid:
     """AUROC of saved directions on prompts they never saw; the contrast may differ from the one fitted.
 
@@ -95,13 +94,13 @@ def held_out_auroc(
     test = contrast_part(acts, tuple(range(len(acts.ids))), contrast)
     _require_unseen(test, grid)
     positive, scores = is_positive(test, contrast), score_grid(test, grid)
-    weights = family_weights(test.families, n_resamples, seed, test.labels)
+    weights = family_weights(test.families, resamples, seed, test.labels)
     return _summary(grid, auroc(scores, positive), auroc(scores, positive, weights), test, refit=False)
 
 
 @one_thread()
 def refitted_auroc(
-    grid: DirectionGrid, train: Activations, acts: Activations, *, seed: int, n_resamples: int
+    grid: DirectionGrid, train: Activations, acts: Activations, *, seed: int, resamples: int
 ) -> AurocGrid:
     """As `held_out_auroc`, with the direction refitted on resampled training families each time.
 
@@ -113,9 +112,9 @@ def refitted_auroc(
     test = contrast_part(acts, tuple(range(len(acts.ids))), contrast)
     _require_unseen(test, grid)
     positive, fitted = is_positive(test, contrast), is_positive(train, contrast)
-    drawn = family_weights(train.families, n_resamples, seed, train.labels)
-    weights = family_weights(test.families, n_resamples, seed + 1, test.labels)
-    samples = torch.full((len(grid.levels), len(grid.positions), n_resamples), torch.nan, dtype=torch.float64)
+    drawn = family_weights(train.families, resamples, seed, train.labels)
+    weights = family_weights(test.families, resamples, seed + 1, test.labels)
+    samples = torch.full((len(grid.levels), len(grid.positions), resamples), torch.nan, dtype=torch.float64)
     for level in range(len(grid.levels)):
         for position in range(len(grid.positions)):
             scores = refitted_scores(

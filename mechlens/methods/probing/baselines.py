@@ -19,6 +19,7 @@ from mechlens.methods.directions.nulls import refitted_scores
 from mechlens.methods.probing.auroc import auroc_estimate, snap
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.prompts.split import Split
+from mechlens.settings import RESAMPLES
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Contrast:
     split: Split
     """Row numbers of the prompts; baselines have nothing to choose, so the validation part stays unused."""
     seed: int
-    n_resamples: int = 1000
+    resamples: int = RESAMPLES
 
     @property
     def trainable(self) -> bool:
@@ -42,7 +43,7 @@ class Contrast:
         """AUROC of scores for the test prompts, with its family-bootstrap interval."""
         rows = list(self.split.test)
         families = [self.families[row] for row in rows]
-        return auroc_estimate(test_scores, self.positive[rows], families, self.seed, self.n_resamples)
+        return auroc_estimate(test_scores, self.positive[rows], families, self.seed, self.resamples)
 
     def missing(self) -> Estimate:
         """The answer where there is nothing to train on."""

@@ -32,23 +32,9 @@ from mechlens.methods.probing.auroc_grid import (
     score_grid,
 )
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.prompts.split import PARTS, Split
-
-
-@dataclass(frozen=True)
-class DetectionPlan:
-    """How much chance is sampled in a detection."""
-
-    seed: int
-    n_resamples: int = 1000
-    """Bootstrap resamples of prompt families for every interval."""
-    n_permutations: int = 200
-    """Label permutations at each chosen cell."""
-    n_random: int = 20
-    """Random directions at each chosen cell."""
-    refit: bool = False
-    """Refit the direction in every resample: for claims about the concept, not about one saved direction."""
+from mechlens.settings import DetectionPlan
 
 
 @dataclass(frozen=True)
@@ -108,24 +94,27 @@ class Detection:
 
 
 @one_thread()
-def detect(acts: Activations, positive: str, negative: str, split: Split, plan: DetectionPlan) -> Detection:
+def detect(
+    acts: Activations, positive: str, negative: str, split: Split, plan: DetectionPlan, *, refit: bool = False
+) -> Detection:
     """Held-out detection of `positive` against `negative` prompts in every cell of the activations.
 
     `split` holds row numbers of `acts`; prompts with other labels are left out. Each position gets the
     level with the highest validation AUROC; of equals, which small validation parts bring, the one with the
     largest standardised separation there (difference of the classes' mean scores over their pooled standard
     deviation), then the lowest. UserError where the training or validation part lacks a class or an activation
-    is not finite; a test part without a class gives missing estimates.
+    is not finite; a test part without a class gives missing estimates. `refit` refits the direction in every
+    resample: for claims about the concept, not about one saved direction.
     """
     _require_finite(acts)
     contrast = (positive, negative)
     train, validation, test = (contrast_part(acts, split.part(name), contrast) for name in PARTS)
     _require_classes({"train": train, "validation": validation}, contrast)
     grid = direction_grid(train, positive, negative)
-    if plan.refit:
-        on_test = refitted_auroc(grid, train, test, seed=plan.seed, n_resamples=plan.n_resamples)
+    if refit:
+        on_test = refitted_auroc(grid, train, test, seed=plan.seed, resamples=plan.resamples)
     else:
-        on_test = held_out_auroc(grid, test, contrast, seed=plan.seed, n_resamples=plan.n_resamples)
+        on_test = held_out_auroc(grid, test, contrast, seed=plan.seed, resamples=plan.resamples)
     scores, first = score_grid(validation, grid), is_positive(validation, contrast)
     on_validation, apart = auroc(scores, first), _separation(scores, first)
     return Detection(
@@ -172,8 +161,8 @@ def _choose(
         validation_auroc=float(by_level[row]),
         validation_separation=float(ties[row]),
         direction=direction,
-        permutation=permutation_null(fitted, scored, value.value, plan.n_permutations, plan.seed + 2),
-        random=random_null(direction, scored, plan.n_random, plan.seed + 4),
+        permutation=permutation_null(fitted, scored, value.value, plan.permutations, plan.seed + 2),
+        random=random_null(direction, scored, plan.random_directions, plan.seed + 4),
     )
 
 

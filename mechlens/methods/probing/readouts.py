@@ -16,7 +16,7 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import DirectionGrid, direction_grid
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.statistics.calibration import calibrate
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.prompts.split import Split
 
 KINDS = ("direction", "probe")

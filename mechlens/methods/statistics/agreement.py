@@ -11,7 +11,8 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix
 from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.methods.statistics.resample import family_weights, with_interval
+from mechlens.settings import RESAMPLES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Agreement:
 
 
 def agreement(
-    first: Sequence[str], second: Sequence[str], families: Sequence[str], seed: int, n_resamples: int = 1000
+    first: Sequence[str], second: Sequence[str], families: Sequence[str], seed: int, resamples: int = RESAMPLES
 ) -> Agreement:
     """Cohen's kappa between two judges of the same answers, bootstrapped over prompt families.
 
@@ -39,15 +40,12 @@ def agreement(
     table = confusion_matrix(list(first), list(second), labels=verdicts)
     counts = pd.DataFrame(table, index=verdicts, columns=verdicts)
     joint = np.zeros((len(first), len(verdicts), len(verdicts)))
-    for row, (one, other) in enumerate(zip(first, second, strict=True)):
-        joint[row, verdicts.index(one), verdicts.index(other)] = 1.0
-    weights = family_weights(families, n_resamples, seed)
-    bounds = interval(kappas(torch.einsum("rp,pab->rab", weights, torch.from_numpy(joint))))
+    for row, (verdict, other) in enumerate(zip(first, second, strict=True)):
+        joint[row, verdicts.index(verdict), verdicts.index(other)] = 1.0
+    weights = family_weights(families, resamples, seed)
+    samples = kappas(torch.einsum("rp,pab->rab", weights, torch.from_numpy(joint)))
     value = float(cohen_kappa_score(list(first), list(second), labels=verdicts))
-    return Agreement(
-        kappa=Estimate(value, float(bounds.low), float(bounds.high), len(first)),
-        counts=counts,
-    )
+    return Agreement(with_interval(value, samples, len(first)), counts)
 
 
 def kappas(tables: Float[Tensor, "table verdict verdict"]) -> Float[Tensor, " table"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.settings import RESAMPLES
 
 LARGEST = torch.finfo(torch.float32).max
 """No score of a model's activations is larger: a threshold that is would let everything pass, or nothing."""
@@ -123,14 +124,14 @@ def calibration_error_estimate(
     positive: Bool[Tensor, " prompt"],
     families: Sequence[str],
     seed: int,
-    n_resamples: int = 1000,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
     """`calibration_error` with its family-bootstrap interval, widened to hold the value: resampling raises it."""
     value = calibration_error(probabilities, positive)
     if math.isnan(value):
         return Estimate.missing(len(positive))
     labels = ["positive" if flag else "negative" for flag in positive.tolist()]
-    draws = family_weights(families, n_resamples, seed, labels)
-    found = torch.tensor([calibration_error(probabilities, positive, draw) for draw in draws], dtype=torch.float64)
-    bounds = interval(found)
+    draws = family_weights(families, resamples, seed, labels)
+    samples = torch.tensor([calibration_error(probabilities, positive, draw) for draw in draws], dtype=torch.float64)
+    bounds = interval(samples)
     return Estimate(value, min(value, float(bounds.low)), max(value, float(bounds.high)), len(positive))

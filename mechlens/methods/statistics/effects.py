@@ -18,8 +18,7 @@ from torch import Tensor
 
 from mechlens.methods.directions.direction import cosine
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_halves
+from mechlens.methods.statistics.resample import family_halves, one_thread
 
 HARM = {"refused_harmful": 0.5, "accepted_harmful": 0.5, "refused_harmless": -0.5, "accepted_harmless": -0.5}
 """Main effect of harm: half of [(RH - RL) + (AH - AL)]."""

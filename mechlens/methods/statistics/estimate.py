@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,19 @@ class Estimate:
     def exact(cls, value: int | float, n: int) -> "Estimate":
         """A number that chance has no part in, such as a count, or that has no interval of its own, such as a p."""
         return cls(value=float(value), low=float(value), high=float(value), n=n)
+
+    @classmethod
+    def of_row(cls, row: Any, name: str = "value") -> "Estimate":
+        """What `row` made, from a row (a Series or a dict) of a table."""
+        return cls(float(row[name]), float(row["low"]), float(row["high"]), int(row["n"]))
+
+    def row(self, name: str = "value") -> dict[str, float]:
+        """Its columns in a table: the value under this name, low, high, n."""
+        return {name: self.value, "low": self.low, "high": self.high, "n": self.n}
+
+    def beside(self, name: str) -> dict[str, float]:
+        """Its columns beside another's `row`: NAME, NAME_low, NAME_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
     @property
     def measurable(self) -> bool:

@@ -4,7 +4,8 @@ Prompts of one family (a matched pair, a paraphrase set) are not independent, so
 drawn; an interval over prompts would be too narrow.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.prompts.split import families_by_classes
+from mechlens.settings import RESAMPLES
 
 ScoreFold = Callable[[list[int], list[int]], Float[Tensor, " held_out"]]
 """Rows to fit on and rows to score -> scores of the latter."""
@@ -44,7 +46,7 @@ class Interval(NamedTuple):
 
 
 def family_weights(
-    families: Sequence[str], n_resamples: int, seed: int, labels: Sequence[str] | None = None
+    families: Sequence[str], resamples: int, seed: int, labels: Sequence[str] | None = None
 ) -> Float[Tensor, "resample prompt"]:
     """How often each prompt is in each bootstrap resample of whole families (float64 counts).
 
@@ -53,10 +55,10 @@ def family_weights(
     """
     generator = torch.Generator().manual_seed(seed)
     codes, n_families = _family_codes(families)
-    counts = torch.zeros(n_resamples, n_families, dtype=torch.float64)
+    counts = torch.zeros(resamples, n_families, dtype=torch.float64)
     for members in _groups(families, labels):
-        draws = torch.randint(len(members), (n_resamples, len(members)), generator=generator)
-        drawn = torch.zeros(n_resamples, len(members), dtype=torch.float64)
+        draws = torch.randint(len(members), (resamples, len(members)), generator=generator)
+        drawn = torch.zeros(resamples, len(members), dtype=torch.float64)
         counts[:, members] = drawn.scatter_add_(1, draws, torch.ones_like(drawn))
     return counts[:, codes]
 
@@ -116,16 +118,33 @@ def interval(samples: Float[Tensor, "*cell resample"], level: float = 0.95) -> I
     return Interval(low=low, high=high)
 
 
-def mean_estimate(
-    values: Float[Tensor, " prompt"], families: Sequence[str], seed: int, n_resamples: int = 1000
-) -> Estimate:
-    """The mean over prompts with its family-bootstrap interval; missing where there is no prompt."""
-    if len(values) == 0 or not bool(torch.isfinite(values).all()):
-        return Estimate.missing(len(values))
-    weights = family_weights(families, n_resamples, seed)
-    samples = weights @ values.double() / weights.sum(dim=1)
+def with_interval(value: float, samples: Float[Tensor, " resample"], n: int) -> Estimate:
+    """A number with the interval of its resamples."""
     bounds = interval(samples)
-    return Estimate(float(values.double().mean()), float(bounds.low), float(bounds.high), len(values))
+    return Estimate(value, float(bounds.low), float(bounds.high), n)
+
+
+def sample_and_resamples(
+    families: Sequence[str], resamples: int, seed: int, labels: Sequence[str] | None = None
+) -> Float[Tensor, "draw prompt"]:
+    """The sample itself, every weight 1, and after it its `family_weights`."""
+    drawn = family_weights(families, resamples, seed, labels)
+    return torch.cat([torch.ones(1, len(families), dtype=torch.float64), drawn])
+
+
+def of_sample(draws: Float[Tensor, " draw"], n: int) -> Estimate:
+    """The number of the sample, which is the first draw, with the interval of the others."""
+    return with_interval(float(draws[0]), draws[1:], n)
+
+
+def mean_estimate(
+    values: Float[Tensor, " prompt"], families: Sequence[str], seed: int, resamples: int = RESAMPLES, *, least: int = 1
+) -> Estimate:
+    """The mean over prompts with its family-bootstrap interval; missing where there are fewer than `least`."""
+    if len(values) < least or not bool(torch.isfinite(values).all()):
+        return Estimate.missing(len(values))
+    weights = family_weights(families, resamples, seed)
+    return with_interval(float(values.double().mean()), weights @ values.double() / weights.sum(dim=1), len(values))
 
 
 def _family_codes(families: Sequence[str]) -> tuple[Int[Tensor, " prompt"], int]:
@@ -140,3 +159,18 @@ def _groups(families: Sequence[str], labels: Sequence[str] | None) -> list[list[
     if labels is None:
         return [list(numbers.values())] if numbers else []
     return [[numbers[family] for family in group] for group in families_by_classes(labels, families).values()]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs PyTorch on one thread inside; the process's own number of threads comes back afterwards.
+
+    Small tensors gain nothing from threads, and on a busy machine every one of thousands of short
+    operations waits for its slowest thread: a detection took 82 s so, and 16 s on one thread.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """The small pieces of a report: numbers, table cells, paragraphs, coloured tokens; words, never HTML."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,20 @@ class TokenView:
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.values):
             raise ValueError(f"{len(self.tokens)} tokens need as many values, not {len(self.values)}")
+
+    @classmethod
+    def centred(
+        cls, tokens: Sequence[str], values: Sequence[float], title: str, *, most: int | None = None
+    ) -> "TokenView":
+        """The last tokens (all, or at most so many) with the mean over all of them taken off.
+
+        The residual stream has a large part that all tokens share; without it they can be compared.
+        """
+        mean = sum(values) / len(values)
+        shown = min(len(values), most or len(values))
+        part = f", last {shown} of {len(values)} tokens" if shown < len(values) else ""
+        apart = tuple(value - mean for value in values[-shown:])
+        return cls(tuple(tokens[-shown:]), apart, f"{title}, mean {mean:.2f} taken off{part}")
 
     @property
     def reach(self) -> float:

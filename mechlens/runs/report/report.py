@@ -27,16 +27,7 @@ _CONTROLS = {
     "toImageButtonOptions": {"format": "png", "scale": 3},
 }
 
-__all__ = ["FigureEntry", "Number", "Report", "Section", "TokenView", "render"]
-
-
-@dataclass(frozen=True)
-class Number:
-    """One of the numbers that decide the verdict."""
-
-    label: str
-    estimate: Estimate
-    note: str = ""
+__all__ = ["FigureEntry", "Report", "Section", "TokenView", "render"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +52,11 @@ class Report:
     title: str
     question: str
     verdict: str
-    numbers: tuple[Number, ...] = ()
+    numbers: Mapping[str, Estimate] = field(default_factory=dict)
+    """What decides the verdict, each by what it is called."""
     sections: tuple[Section, ...] = ()
     how: str = ""
     """How it was made: data, splits, choices."""
-    command: str = ""
-    """The command that makes it again."""
     model: str = ""
     """Name of the model; the config's `model` where it is left empty."""
 

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice
-from mechlens.studies.registry import Study
+from mechlens.settings import RANDOM_DIRECTIONS, Answering, ModelChoice, PromptSets, RunChoice, Sampling
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Causal(RunChoice, Answering, PromptSets, ModelChoice):
-    """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
+class CausalPlan(Sampling, Answering):
+    """The choices of a causal battery."""
 
     layers: tuple[int, ...] = ()
     """Layers of the grid; none given is every third."""
@@ -20,20 +20,13 @@ class Causal(RunChoice, Answering, PromptSets, ModelChoice):
     """Prompts of each class in the grid, where layer and strength are chosen."""
     n_test: int = 32
     """Prompts of each class on which the chosen layer and strength are reported."""
-    random_directions: int = 20
-    """Random directions of the same norm behind every reported number."""
-    shuffled_directions: int = 20
-    """Directions of shuffled labels behind every reported number."""
-    resamples: int = 1000
-    """Bootstrap resamples of prompt families behind every interval."""
-    seed: int = 0
-    """Decides the sample, the split, every resample and every control."""
+    shuffled_directions: int = RANDOM_DIRECTIONS
+    """Null directions from shuffled labels behind every reported number."""
 
 
-STUDY = Study(
-    "causal",
-    Causal,
-    "mechlens.studies.causal.study:prepare",
-    "mechlens.studies.causal.study:execute",
-    "mechlens.studies.causal.report:record",
-)
+@dataclass(frozen=True, kw_only=True)
+class Causal(RunChoice, CausalPlan, PromptSets, ModelChoice):
+    """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
+
+
+STUDY = of_folder("causal", Causal)

@@ -47,12 +47,14 @@ def sources(judged: JudgedAnswers, acts: Activations, train: Sequence[int]) -> d
     kept = acts.select(train)
     verdicts = judged.verdicts[judged.judge]
     refusal = replace(kept, labels=tuple(verdicts[i] for i in train))
-    found = (
+    candidates = (
         ContrastSource(HARMFULNESS, kept, (HARMFUL, HARMLESS), "inst"),
         ContrastSource(REFUSAL, refusal, ("refused", "accepted"), "last"),
     )
     return {
-        one.name: one for one in found if min(one.acts.labels.count(label) for label in one.contrast) >= MIN_IN_A_CLASS
+        source.name: source
+        for source in candidates
+        if min(source.acts.labels.count(label) for label in source.contrast) >= MIN_IN_A_CLASS
     }
 
 

@@ -14,6 +14,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import random_like
 from mechlens.methods.steering.interventions import ResidualNorms
 from mechlens.models.bridge import LanguageModel, n_layers
+from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import (
     HARMFUL,
     HARMFULNESS,
@@ -31,9 +32,8 @@ from mechlens.studies.causal.readings import (
     MEASURES,
     Condition,
     ReadTokens,
-    Resampling,
     Subjects,
-    columns,
+    family_mean,
     pushed,
     read,
     refused,
@@ -88,29 +88,28 @@ def grid_layers(model: LanguageModel, asked: Sequence[int], every: int) -> tuple
         raise UserError(
             f"there is no layer {wrong[0]} to intervene at, only 1 to {last}; leave --layers out or change it"
         )
-    found = tuple(asked) or tuple(range(min(max(every - 1, 1), last), last + 1, every))
-    if found[0] >= USABLE_DEPTH * n_layers(model):
+    layers = tuple(asked) or tuple(range(min(max(every - 1, 1), last), last + 1, every))
+    if layers[0] >= USABLE_DEPTH * n_layers(model):
         raise UserError(
-            f"the lowest layer is {found[0]} of {last}, and none in the last fifth of the depth can be chosen; add "
+            f"the lowest layer is {layers[0]} of {last}, and none in the last fifth of the depth can be chosen; add "
             "lower ones"
         )
-    return found
+    return layers
 
 
 def run_grid(
     model: LanguageModel,
     who: Subjects,
-    found: dict[str, ContrastSource],
+    contrasts: dict[str, ContrastSource],
     settings: Sequence[Setting],
     norms: ResidualNorms,
     words: ReadTokens,
-    chance: Resampling,
-    max_new_tokens: int,
+    plan: CausalPlan,
     cache: Cache | None,
 ) -> Grid:
     """Every condition on every validation prompt, and the choice of a setting by its push (see `CHOSEN_BY`)."""
-    cells = _cells(found, settings, norms, len(who.prompts))
-    chances = _random_pushes(found, settings, norms, who, chance.seed)
+    cells = _cells(contrasts, settings, norms, len(who.prompts))
+    chances = _random_pushes(contrasts, settings, norms, who, plan.seed)
     conditions: list[Condition] = [
         [None] * len(who.prompts),
         *(cell.condition for cell in cells),
@@ -119,37 +118,37 @@ def run_grid(
     everything = read(model, who, conditions, words, cache)
     first = 1 + len(cells)
     unsteered, values, controls = everything[:1], everything[1:first], everything[first:]
-    table = _pushes(who, cells, values, unsteered[0], chance)
-    table += _random_rows(who, chances, controls, unsteered[0], chance)
+    table = _pushes(who, cells, values, unsteered[0], plan)
+    table += _random_rows(who, chances, controls, unsteered[0], plan)
     frame = pd.DataFrame(table)
     return Grid(
-        values=pd.DataFrame(_values(who, cells, values, unsteered[0], chance)),
+        values=pd.DataFrame(_values(who, cells, values, unsteered[0], plan)),
         pushes=frame,
-        rates=pd.DataFrame(_rates(model, who, cells, chance, max_new_tokens, cache)),
-        chosen={name: _best(frame, name, n_layers(model)) for name in found},
+        rates=pd.DataFrame(_rates(model, who, cells, plan, cache)),
+        chosen={name: _best(frame, name, n_layers(model)) for name in contrasts},
     )
 
 
 def _cells(
-    found: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, n: int
+    contrasts: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, n: int
 ) -> list[GridCell]:
     """Every operation of every direction; an ablation once a layer, as it has no strength."""
     cells = []
-    for name, source in found.items():
+    for name, source in contrasts.items():
         directions = {layer: source.direction(layer) for layer in dict.fromkeys(s.layer for s in settings)}
         first = {layer: next(s for s in settings if s.layer == layer) for layer in directions}
         for operation in OPERATIONS:
             for setting in first.values() if operation == "ablate" else settings:
-                one = intervene(directions[setting.layer], operation, setting, norms)
-                cells.append(GridCell(name, operation, setting, [one] * n))
+                edit = intervene(directions[setting.layer], operation, setting, norms)
+                cells.append(GridCell(name, operation, setting, [edit] * n))
     return cells
 
 
 def _random_pushes(
-    found: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, who: Subjects, seed: int
+    contrasts: dict[str, ContrastSource], settings: Sequence[Setting], norms: ResidualNorms, who: Subjects, seed: int
 ) -> list[tuple[Setting, Condition]]:
     """A few random directions at every setting; strengths are shares of the residual norm, so one set serves all."""
-    source = next(iter(found.values()))
+    source = next(iter(contrasts.values()))
     return [
         (setting, pushes(direction, setting, norms, who.labels))
         for setting in settings
@@ -158,12 +157,12 @@ def _random_pushes(
 
 
 def _values(
-    who: Subjects, cells: Sequence[GridCell], values: Tensor, unsteered: Tensor, chance: Resampling
+    who: Subjects, cells: Sequence[GridCell], values: Tensor, unsteered: Tensor, plan: CausalPlan
 ) -> list[dict[str, object]]:
     named = [({"direction": "", "operation": "none", "layer": -1, "strength": nan}, unsteered)]
     named += [(cell.columns, row) for cell, row in zip(cells, values, strict=True)]
     return [
-        {**name, "label": label, "measure": measure, **columns(who.estimate(row[:, k], chance, who.of(label)))}
+        {**name, "label": label, "measure": measure, **who.estimate(row[:, k], plan, who.of(label)).row()}
         for name, row in named
         for label in PUSH
         for k, measure in enumerate(MEASURES)
@@ -171,7 +170,7 @@ def _values(
 
 
 def _pushes(
-    who: Subjects, cells: Sequence[GridCell], values: Tensor, unsteered: Tensor, chance: Resampling
+    who: Subjects, cells: Sequence[GridCell], values: Tensor, unsteered: Tensor, plan: CausalPlan
 ) -> list[dict[str, object]]:
     """Added to harmless prompts and subtracted from harmful ones: two cells make one push."""
     rows: list[dict[str, object]] = []
@@ -179,24 +178,24 @@ def _pushes(
     for direction, setting in dict.fromkeys((c.direction, c.setting) for c in cells if c.operation == "add"):
         added, taken = (by_name[direction, setting, PUSH[label]] for label in (HARMLESS, HARMFUL))
         change = pushed(torch.where(who.harmful[:, None], taken, added), unsteered, who.harmful)
-        rows += _push_rows(direction, setting, change, who, chance)
+        rows += _push_rows(direction, setting, change, who, plan)
     return rows
 
 
 def _random_rows(
-    who: Subjects, chances: Sequence[tuple[Setting, Condition]], values: Tensor, unsteered: Tensor, chance: Resampling
+    who: Subjects, chances: Sequence[tuple[Setting, Condition]], values: Tensor, unsteered: Tensor, plan: CausalPlan
 ) -> list[dict[str, object]]:
     """Mean over the random directions of a setting."""
     change = pushed(values, unsteered, who.harmful)
     rows: list[dict[str, object]] = []
     for setting in dict.fromkeys(setting for setting, _ in chances):
-        mine = [i for i, (own, _) in enumerate(chances) if own == setting]
-        rows += _push_rows(RANDOM, setting, change[mine].mean(dim=0), who, chance)
+        mine = [i for i, (of, _) in enumerate(chances) if of == setting]
+        rows += _push_rows(RANDOM, setting, change[mine].mean(dim=0), who, plan)
     return rows
 
 
 def _push_rows(
-    direction: str, setting: Setting, change: Float[Tensor, "prompt measure"], who: Subjects, chance: Resampling
+    direction: str, setting: Setting, change: Float[Tensor, "prompt measure"], who: Subjects, plan: CausalPlan
 ) -> list[dict[str, object]]:
     return [
         {
@@ -204,19 +203,14 @@ def _push_rows(
             "layer": setting.layer,
             "strength": setting.strength,
             "measure": measure,
-            **columns(who.estimate(change[:, k], chance)),
+            **who.estimate(change[:, k], plan).row(),
         }
         for k, measure in enumerate(MEASURES)
     ]
 
 
 def _rates(
-    model: LanguageModel,
-    who: Subjects,
-    cells: Sequence[GridCell],
-    chance: Resampling,
-    max_new_tokens: int,
-    cache: Cache | None,
+    model: LanguageModel, who: Subjects, cells: Sequence[GridCell], plan: CausalPlan, cache: Cache | None
 ) -> list[dict[str, object]]:
     """Refusals where there is something to change: of harmless prompts under addition, of harmful ones otherwise."""
     rows: list[dict[str, object]] = []
@@ -224,11 +218,11 @@ def _rates(
         members = who.of(label)
         mine = [cell for cell in cells if (cell.operation == PUSH[HARMLESS]) == (label == HARMLESS)]
         conditions: list[Condition] = [[None] * len(members), *([cell.condition[i] for i in members] for cell in mine)]
-        values = refused(model, who.batch.select(members), conditions, max_new_tokens, cache)
+        values = refused(model, who.batch.select(members), conditions, plan.max_new_tokens, cache)
         families = [who.families[i] for i in members]
         named = [{"direction": "", "operation": "none", "layer": -1, "strength": nan}, *(c.columns for c in mine)]
         rows += [
-            {**name, "label": label, **columns(chance.mean(value, families))}
+            {**name, "label": label, **family_mean(value, families, plan).row()}
             for name, value in zip(named, values, strict=True)
         ]
     return rows

@@ -18,6 +18,7 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMFUL
 
 MEASURES = ("refusal", "inversion.before", "inversion.all", "own_words.before", "own_words.all")
@@ -51,31 +52,19 @@ class Subjects:
 
     def of(self, label: str) -> list[int]:
         """Rows of one class."""
-        return [i for i, own in enumerate(self.labels) if own == label]
+        return [i for i, given in enumerate(self.labels) if given == label]
 
     def estimate(
-        self, values: Float[Tensor, " prompt"], chance: "Resampling", rows: Sequence[int] | None = None
+        self, values: Float[Tensor, " prompt"], plan: CausalPlan, rows: Sequence[int] | None = None
     ) -> Estimate:
         """Mean over the prompts, or over some of them, with its interval over families."""
         kept = range(len(self.prompts)) if rows is None else rows
-        return chance.mean(values[list(kept)], [self.families[i] for i in kept])
+        return family_mean(values[list(kept)], [self.families[i] for i in kept], plan)
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """How much chance is sampled behind an interval, and from which seed."""
-
-    seed: int
-    n_resamples: int
-
-    def mean(self, values: Float[Tensor, " prompt"], families: Sequence[str]) -> Estimate:
-        """Mean with its interval over families."""
-        return mean_estimate(values, families, self.seed, self.n_resamples)
-
-
-def columns(estimate: Estimate) -> dict[str, float]:
-    """An estimate as columns of a table."""
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+def family_mean(values: Float[Tensor, " prompt"], families: Sequence[str], plan: CausalPlan) -> Estimate:
+    """Mean with its interval over families."""
+    return mean_estimate(values, families, plan.seed, plan.resamples)
 
 
 def subjects(prompts: Sequence[Prompt], template: ChatTemplate) -> Subjects:
@@ -102,15 +91,15 @@ def read(
 ) -> Float[Tensor, "condition prompt measure"]:
     """Every measure of every condition on every prompt, in the order of MEASURES."""
     plain = first_token_of_arms(model, who.batch, conditions, words.readout, cache=cache)
-    found = {"refusal": plain[..., -1]}
+    by_measure = {"refusal": plain[..., -1]}
     for scope in SCOPES:
         within = [
-            [one and who.asked.within(i, one, scope) for i, one in enumerate(condition)] for condition in conditions
+            [edit and who.asked.within(i, edit, scope) for i, edit in enumerate(condition)] for condition in conditions
         ]
         logits = first_token_of_arms(model, who.asked.batch, within, words.readout, cache=cache)
-        found[f"inversion.{scope}"] = logits[..., 0] - logits[..., 1]
-        found[f"own_words.{scope}"] = logits[..., 2] - logits[..., 3]
-    return torch.stack([found[name] for name in MEASURES], dim=-1)
+        by_measure[f"inversion.{scope}"] = logits[..., 0] - logits[..., 1]
+        by_measure[f"own_words.{scope}"] = logits[..., 2] - logits[..., 3]
+    return torch.stack([by_measure[name] for name in MEASURES], dim=-1)
 
 
 def pushed(
@@ -124,11 +113,7 @@ def pushed(
 
 
 def refused(
-    model: LanguageModel,
-    batch: TokenBatch,
-    conditions: Sequence[Condition],
-    max_new_tokens: int,
-    cache: Cache | None,
+    model: LanguageModel, batch: TokenBatch, conditions: Sequence[Condition], max_new_tokens: int, cache: Cache | None
 ) -> Float[Tensor, "condition prompt"]:
     """1 where the answer of an condition is a refusal by `PHRASES`, else 0 (float64)."""
     decided = OnceRefused(PHRASES, loaded(model).tokenizer)

@@ -2,12 +2,13 @@
 
 import pandas as pd
 
+from mechlens.methods.behaviour.inversion import SCOPES
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.runs.report.report import Number, Report, Section
+from mechlens.models.bridge import loaded
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.causal.figures import damage_table, draw
-from mechlens.studies.causal.readings import columns
+from mechlens.studies.causal.directions import HARMFUL, HARMLESS
 from mechlens.studies.causal.study import Battery
 from mechlens.studies.causal.verdict import CausalVerdict, causal_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
@@ -24,58 +25,21 @@ MAX_CHANGED = 6
 def record(writer: RunWriter, result: Battery, sets: ContrastSets) -> None:
     """Writes everything the battery found into an open run."""
     verdict = causal_verdict(result)
-    metrics = result.metrics()
-    writer.metrics(metrics)
-    writer.table("operations_by_layer", result.grid.values)
-    writer.table("pushes_by_layer", result.grid.pushes)
-    writer.table("refusals_by_layer", result.grid.rates)
-    writer.table("by_question", result.by_question)
-    writer.table("tested", tested_table(result))
-    if result.tested:
-        answers = [tested.answers.assign(direction=name) for name, tested in result.tested.items()]
-        writer.table("steered_answers", pd.concat(answers, ignore_index=True))
-    for name, tested in result.tested.items():
-        writer.artifact(f"direction_{name}", tested.direction)
-    writer.report(_report(writer, result, verdict, draw(writer, result), sets.model, sets.punctuation))
+    writer.result(result)
+    writer.report(_report(result, verdict, draw(writer, result), sets))
 
 
-def tested_table(result: Battery) -> pd.DataFrame:
-    """Every measure on test prompts with its controls, measurable or not: direction, measure, who, value, ..."""
-    rows = []
-    for name, tested in result.tested.items():
-        for measure, estimate in tested.pushes.items():
-            random, shuffled = tested.random[measure], tested.shuffled[measure]
-            for who, own in (
-                ("direction", estimate), ("random", random.mean), ("random_max", random.maximum),
-                ("shuffled", shuffled.mean), ("shuffled_max", shuffled.maximum),
-            ):  # fmt: skip
-                rows.append(
-                    {
-                        "direction": name, "layer": tested.setting.layer, "strength": tested.setting.strength,
-                        "measure": measure, "who": who, **columns(own),
-                    }
-                )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def _report(
-    writer: RunWriter,
-    result: Battery,
-    verdict: CausalVerdict,
-    drawn: dict[str, tuple[str, ...]],
-    model: LanguageModel,
-    punctuation: str,
-) -> Report:
-    checkpoint = loaded(model).checkpoint
+def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str, ...]], sets: ContrastSets) -> Report:
+    checkpoint = loaded(sets.model).checkpoint
     return Report(
         title=f"What two directions do in {checkpoint.name}",
         question=QUESTION,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
-        numbers=tuple(
-            Number(name, estimate)
+        numbers={
+            name: estimate
             for name, estimate in verdict.deciding.items()
             if estimate.measurable or not name.endswith("_max")
-        ),
+        },
         sections=(
             _scopes(result, drawn),
             Section(
@@ -90,19 +54,18 @@ def _report(
             _answers(result),
             _damage(result, drawn),
         ),
-        how=_how(result, verdict, punctuation),
-        command=writer.run.command,
+        how=_how(result, verdict, sets.punctuation),
         model=checkpoint.name,
     )
 
 
 def _scopes(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
     words = result.words
-    own = {scope: {n: t.pushes[f"own_words.{scope}"] for n, t in result.tested.items()} for scope in ("before", "all")}
+    read = {scope: {n: t.pushes[f"own_words.{scope}"] for n, t in result.tested.items()} for scope in ("before", "all")}
     measured = "; ".join(
         f"{name}, {'before the question' if scope == 'before' else 'everywhere'}: {estimate}"
-        for scope, found in own.items()
-        for name, estimate in found.items()
+        for scope, pushes in read.items()
+        for name, estimate in pushes.items()
     )
     return Section(
         "The belief, acted on in two scopes",
@@ -140,7 +103,7 @@ def _answers(result: Battery) -> Section:
 
 
 def _damage(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
-    table = damage_table(result)
+    table = result.damage()
     shown = None if table.empty else table.pivot_table(
         index=["direction", "operation"], columns="measure", values="value", sort=False
     ).reset_index()  # fmt: skip
@@ -161,17 +124,133 @@ def _how(result: Battery, verdict: CausalVerdict, punctuation: str) -> str:
         f"{name}: layer {tested.setting.layer}, strength {tested.setting.strength:g} of the median residual norm"
         for name, tested in result.tested.items()
     )
-    sizes = {part: len(result.split.part(part)) for part in ("train", "validation", "test")}
     defined = "; ".join(f"{name} from {a} and {b} training prompts" for name, (a, b) in result.counts.items())
     parsed: Estimate = result.unsteered["inversion_parsed"]
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
-        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, of which at "
+        f"Prompts: {result.split.sizes}, of which at "
         f"most {plan.n_validation} and {plan.n_test} a class were used. {punctuation} Directions: {defined} (mean "
         f"differences; harmfulness at `inst`, refusal at `last`). Chosen on validation: {settings or 'nothing'}.\n\n"
         "Adding acts on every token of the prompt at the input of one block; ablating removes the component at every "
         "layer, site and token. Controls on the same test prompts: "
-        f"{plan.n_random} random directions of the same norm and {plan.n_shuffled} directions of shuffled labels. "
+        f"{plan.random_directions} random directions of the same norm and {plan.shuffled_directions} null directions "
+        "from shuffled labels. "
         f"Intervals: 95% bootstrap over families, directions frozen. Each request is asked about with one of five "
         f"questions, in turns (n = {parsed.n})."
     )
+
+
+CURVES = {
+    "refusal": "Refusal of the plain request: change of the log-odds under a push",
+    "inversion.before": "Belief, acted on before the question: change of logit(Certainly) - logit(No) under a push",
+    "inversion.all": "Belief, acted on everywhere: change of logit(Certainly) - logit(No) under a push",
+}
+
+
+def draw(writer: RunWriter, result: Battery) -> dict[str, tuple[str, ...]]:
+    """Draws every figure that the battery has the numbers for; their names by section of the report."""
+    return {
+        "curves": tuple(_curve(writer, result, measure, title) for measure, title in CURVES.items()),
+        "rates": tuple(_rates(writer, result, label) for label in (HARMLESS, HARMFUL)),
+        "scopes": (_draw_scopes(writer, result), _draw_replies(writer, result)),
+        "damage": (_draw_damage(writer, result),) if result.tested else (),
+    }
+
+
+def at_chosen(result: Battery, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at each direction's chosen strength, random ones at either, and ablations, which have none."""
+    chosen = {name: [setting.strength] for name, setting in result.grid.chosen.items()}
+    strengths = [strength for at_direction in chosen.values() for strength in at_direction]
+    kept = [
+        pd.isna(strength) or strength in chosen.get(direction, strengths)
+        for direction, strength in zip(table["direction"], table["strength"], strict=True)
+    ]
+    return table[kept]
+
+
+def _curve(writer: RunWriter, result: Battery, measure: str, title: str) -> str:
+    """Effect by layer on validation prompts; zero is the unsteered model."""
+    table = at_chosen(result, result.grid.pushes)
+    table = table[table["measure"] == measure]
+    shown = table.assign(curve=table["direction"] + ", " + table["strength"].map("{:g}".format))
+    figure = figures.lines(
+        shown, x="layer", y="value", low="low", high="high", group="curve", hline=0.0, hline_label="unsteered",
+        title=title, xlabel="layer", ylabel="towards the other class",
+    )  # fmt: skip
+    caption = (
+        "Validation prompts, at the chosen strengths, which are shares of the residual norm; a push adds to harmless "
+        "prompts and subtracts from harmful ones. Bands: 95% bootstrap over families. The table has all strengths."
+    )
+    return writer.figure(f"curve_{measure.replace('.', '_')}", figure, table="pushes_by_layer", caption=caption)
+
+
+def _rates(writer: RunWriter, result: Battery, label: str) -> str:
+    table = result.grid.rates
+    table = table[table["label"] == label]
+    baseline = float(table.loc[table["operation"] == "none", "value"].iloc[0])
+    shown = at_chosen(result, table[table["operation"] != "none"])
+    strength = shown["strength"].map(lambda x: "" if pd.isna(x) else f" {x:g}")
+    figure = figures.lines(
+        shown.assign(curve=shown["operation"] + " " + shown["direction"] + strength),
+        x="layer", y="value", low="low", high="high", group="curve", hline=baseline, hline_label="unsteered",
+        title=f"Share of {label} prompts that are refused", xlabel="layer", ylabel="refused",
+    )  # fmt: skip
+    caption = "Validation prompts, whole answers, at the chosen strengths."
+    return writer.figure(f"refused_{label}", figure, table="refusals_by_layer", caption=caption)
+
+
+def scope_table(result: Battery) -> pd.DataFrame:
+    """The 2x2 of scopes on test prompts, with controls: direction, scope, who, value, low, high."""
+    rows = []
+    for name, tested in result.tested.items():
+        for scope in SCOPES:
+            measure = f"inversion.{scope}"
+            chance, labels = tested.random[measure], tested.shuffled[measure]
+            for who, estimate in (
+                (name, tested.pushes[measure]),
+                (f"{name}: largest of {chance.n} random", chance.maximum),
+                (f"{name}: largest of {labels.n} shuffled", labels.maximum),
+            ):
+                where = "before the question" if scope == "before" else "everywhere"
+                rows.append(
+                    {
+                        "scope": where, "who": who, "value": estimate.value, "low": estimate.low,
+                        "high": estimate.high, "layer": tested.setting.layer, "strength": tested.setting.strength,
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _draw_scopes(writer: RunWriter, result: Battery) -> str:
+    table = scope_table(result)
+    writer.table("scopes", table)
+    figure = figures.bars(
+        table, x="scope", y="value", low="low", high="high", group="who", hline=0.0,
+        title="The 2x2 of scopes: shift of the reply towards the other class, test prompts",
+        xlabel="tokens that are acted on", ylabel="change of logit(Certainly) - logit(No)",
+    )  # fmt: skip
+    missing = "" if result.measurable else " Not measurable on this model: these numbers decide nothing."
+    return writer.figure("scopes", figure, table="scopes", caption=f"Bars: 95% bootstrap over families.{missing}")
+
+
+def _draw_replies(writer: RunWriter, result: Battery) -> str:
+    table = result.reply_shares()
+    shown = table.assign(
+        case=table["label"] + ", " + table["direction"].where(table["direction"] == "none", table["direction"] + " ")
+        + table["scope"].where(table["direction"] != "none", "")
+    )  # fmt: skip
+    figure = figures.bars(
+        shown, x="case", y="share", group="belief", title="What the replies say, by their first word",
+        xlabel="", ylabel="share of replies",
+    )  # fmt: skip
+    return writer.figure("replies", figure, table="replies")
+
+
+def _draw_damage(writer: RunWriter, result: Battery) -> str:
+    table = result.damage()
+    losses = table[table["measure"].isin(["plain_ce", "own_ce", "kl"])]
+    figure = figures.bars(
+        losses.assign(case=losses["operation"] + ", " + losses["direction"]), x="measure", y="value", low="low",
+        high="high", group="case", title="Damage at the chosen settings", xlabel="", ylabel="nats per token",
+    )  # fmt: skip
+    return writer.figure("damage", figure, table="damage")

@@ -1,13 +1,14 @@
 """Does the harmfulness direction change what the model believes, and the refusal direction only whether it refuses?
 
 Directions come from training prompts, layers and strengths from validation prompts, and every reported number from
-test prompts, beside random directions and directions of shuffled labels (Zhao et al. 2025, sections 3.3 and 3.4).
+test prompts, beside random directions and null directions from
+shuffled labels (Zhao et al. 2025, sections 3.3 and 3.4).
 """
 
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.behaviour.answers import Answers, answer
+from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.inversion import asked_words, preferred_words
 from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import auroc_estimate
@@ -29,43 +30,21 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.causal.answers import replies, reply_table
-from mechlens.studies.causal.config import Causal
-from mechlens.studies.causal.directions import HARMFUL, HARMLESS, NAMES, PUSH, Setting, class_counts, sources
+from mechlens.settings import FRACTIONS
+from mechlens.studies.causal.config import Causal, CausalPlan
+from mechlens.studies.causal.directions import NAMES, PUSH, Setting, class_counts, sources
 from mechlens.studies.causal.grid import GRID_RANDOM, Grid, grid_layers, run_grid
-from mechlens.studies.causal.held_out import HeldOutEffect, run_test
-from mechlens.studies.causal.readings import MEASURES, ReadTokens, Resampling, Subjects, read, subjects
+from mechlens.studies.causal.held_out import HeldOutEffect, replies, reply_table, run_test
+from mechlens.studies.causal.readings import MEASURES, ReadTokens, Subjects, read, subjects
 from mechlens.studies.driver import Preparation
-from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
+from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
 from mechlens.studies.shared.inputs import MAX_DRAWS
 from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, judge_first_token
 
-FRACTIONS = (0.5, 0.2, 0.3)
 MIN_PARSED = 0.8
 """Share of the unsteered replies that must say one of the two words."""
 MIN_AUROC = 0.6
 """Lower bound of how well the unsteered replies must tell the classes apart."""
-
-
-@dataclass(frozen=True)
-class CausalPlan:
-    """The choices of a causal battery."""
-
-    seed: int
-    layers: tuple[int, ...] = ()
-    """Layers of the grid; none given takes every so many."""
-    every: int = 3
-    """Distance between the grid's layers."""
-    strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Shares of the median residual norm; the last two are about the published coefficients 1 and 2."""
-    n_validation: int = 16
-    """Prompts of each class in the grid."""
-    n_test: int = 32
-    """Prompts of each class in the test."""
-    n_random: int = 20
-    n_shuffled: int = 20
-    max_new_tokens: int = 24
-    n_resamples: int = 1000
 
 
 @dataclass(frozen=True)
@@ -106,14 +85,61 @@ class Battery:
 
     def metrics(self) -> dict[str, Estimate]:
         """Every headline number by its name in run.json, each with its controls."""
-        found: dict[str, Estimate] = {}
+        numbers: dict[str, Estimate] = {}
         for name in NAMES:
-            found |= self._of(f"steer_refusal.{name}", name, "refusal")
-            found |= self._of(f"refusal_rate_change.{name}", name, "rate")
+            numbers |= self._of(f"steer_refusal.{name}", name, "refusal")
+            numbers |= self._of(f"refusal_rate_change.{name}", name, "rate")
         for name in NAMES:
             for scope in ("before", "all"):
-                found |= self._of(f"inversion_shift.{name}.{scope}", name, f"inversion.{scope}")
-        return {**self.unsteered, **found}
+                numbers |= self._of(f"inversion_shift.{name}.{scope}", name, f"inversion.{scope}")
+        return {**self.unsteered, **numbers}
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        tables = {
+            "operations_by_layer": self.grid.values,
+            "pushes_by_layer": self.grid.pushes,
+            "refusals_by_layer": self.grid.rates,
+            "by_question": self.by_question,
+            "tested": self._tested_table(),
+            "replies": self.reply_shares(),
+        }
+        if not self.tested:
+            return tables
+        return tables | {"steered_answers": self._of_each("answers"), "damage": self.damage()}
+
+    def artifacts(self) -> dict[str, object]:
+        """Both directions, where they can be measured."""
+        return {f"direction_{name}": tested.direction for name, tested in self.tested.items()}
+
+    def damage(self) -> pd.DataFrame:
+        """What the chosen settings break: direction, operation, measure, value, low, high, n."""
+        return self._of_each("damage") if self.tested else pd.DataFrame()
+
+    def reply_shares(self) -> pd.DataFrame:
+        """Replies on test prompts, unsteered and under a push: direction, scope, label, belief, share, n."""
+        frames = [self.replies.assign(direction="none")]
+        return pd.concat([*frames, *([self._of_each("replies")] if self.tested else [])], ignore_index=True)
+
+    def _of_each(self, table: str) -> pd.DataFrame:
+        frames: list[pd.DataFrame] = [
+            getattr(tested, table).assign(direction=name) for name, tested in self.tested.items()
+        ]
+        return pd.concat(frames, ignore_index=True)
+
+    def _tested_table(self) -> pd.DataFrame:
+        """Every measure on test prompts with its controls, measurable or not: direction, measure, who, value, ..."""
+        rows = []
+        for name, tested in self.tested.items():
+            for measure, estimate in tested.pushes.items():
+                random, shuffled = tested.random[measure], tested.shuffled[measure]
+                for who, effect in (
+                    ("direction", estimate), ("random", random.mean), ("random_max", random.maximum),
+                    ("shuffled", shuffled.mean), ("shuffled_max", shuffled.maximum),
+                ):  # fmt: skip
+                    setting = {"direction": name, "layer": tested.setting.layer, "strength": tested.setting.strength}
+                    rows.append({**setting, "measure": measure, "who": who, **effect.row()})
+        return pd.DataFrame(rows)
 
     def _of(self, metric: str, direction: str, measure: str) -> dict[str, Estimate]:
         tested = self.tested.get(direction)
@@ -123,15 +149,20 @@ class Battery:
         if measure.startswith("inversion") and not self.measurable:
             return {name: Estimate.missing(tested.pushes[measure].n) for name in names}
         chance = (tested.random[measure], tested.shuffled[measure])
-        values = (tested.pushes[measure], *(one for control in chance for one in (control.mean, control.maximum)))
+        values = (tested.pushes[measure], *(part for control in chance for part in (control.mean, control.maximum)))
         return dict(zip(names, values, strict=True))
+
+
+def _every(plan: CausalPlan) -> int:
+    """Distance between the grid's layers."""
+    return 1 if plan.full else 3
 
 
 def work_ahead(model: LanguageModel, plan: CausalPlan) -> Workload:
     """The battery's size, for somebody who waits for it; directions that can't be measured make it smaller."""
-    layers = len(grid_layers(model, plan.layers, plan.every))
+    layers = len(grid_layers(model, plan.layers, _every(plan)))
     conditions = len(NAMES) * layers * (2 * len(plan.strengths) + 1) + GRID_RANDOM * layers * len(plan.strengths)
-    tested = len(NAMES) * (1 + plan.n_random + plan.n_shuffled)
+    tested = len(NAMES) * (1 + plan.random_directions + plan.shuffled_directions)
     read = 3 * (2 * plan.n_validation * conditions + 2 * plan.n_test * tested)
     answers = plan.n_validation * len(NAMES) * layers * (2 * len(plan.strengths) + 1) + plan.n_test * tested
     return Workload(read, answers + len(NAMES) * 2 * plan.n_test * 5)
@@ -148,16 +179,15 @@ def run_battery(
 ) -> Battery:
     """The whole battery on one model; what its refusals or replies don't suffice for is not measurable."""
     require_everywhere(model)
-    layers = grid_layers(model, plan.layers, plan.every)
+    layers = grid_layers(model, plan.layers, _every(plan))
     template = template or template_of(model)
-    prompts = _labelled(harmful, harmless)
-    chance = Resampling(plan.seed, plan.n_resamples)
+    prompts = labelled(harmful, harmless)
     batch = tokenize(prompts, template)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
     acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
-    found = sources(judged, acts, split.train)
+    contrasts = sources(judged, acts, split.train)
     norms = residual_norms(acts.select(split.train))
     validation = subjects(
         [prompts[i] for i in _some(prompts, split.validation, plan.n_validation, plan.seed)], template
@@ -168,8 +198,8 @@ def run_battery(
     tokenizer = loaded(model).tokenizer
     words = ReadTokens(asked_words(tokenizer, reference), preferred_words(tokenizer, reference), first_token.tokens)
     settings = [Setting(layer, strength) for layer in layers for strength in plan.strengths]
-    grid = run_grid(model, validation, found, settings, norms, words, chance, plan.max_new_tokens, cache)
-    unsteered = _taken(judged.answers, rows)
+    grid = run_grid(model, validation, contrasts, settings, norms, words, plan, cache)
+    unsteered = judged.answers.select(rows)
     beliefs = replies(model, test, {"none": [None] * len(rows)}, cache)
     values = read(model, test, [[None] * len(rows)], words, cache)[0]
     return Battery(
@@ -179,29 +209,16 @@ def run_battery(
         grid=grid,
         tested={
             name: run_test(
-                model, test, source, grid.chosen[name], norms, words, chance, (plan.n_random, plan.n_shuffled),
-                unsteered, plan.max_new_tokens, cache,
+                model, test, source, grid.chosen[name], norms, words, plan, unsteered, cache,
             )
-            for name, source in found.items()
+            for name, source in contrasts.items()
         },
-        unsteered=_unsteered(test, values, beliefs["none"], [judged.refused[i] for i in rows], chance),
+        unsteered=_unsteered(test, values, beliefs["none"], [judged.refused[i] for i in rows], plan),
         replies=reply_table(test, beliefs),
         by_question=_by_question(test, values),
         counts=class_counts(judged, split.train),
         plan=plan,
     )  # fmt: skip
-
-
-def _labelled(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Prompt]:
-    """All prompts with their class; refuses an empty class and ids that clash."""
-    for name, prompts in ((HARMFUL, harmful), (HARMLESS, harmless)):
-        if not prompts:
-            raise UserError(f"there are no {name} prompts; the battery contrasts two classes, so give both")
-    labelled = [replace(prompt, label=HARMFUL) for prompt in harmful]
-    labelled += [replace(prompt, label=HARMLESS) for prompt in harmless]
-    if len({prompt.id for prompt in labelled}) < len(labelled):
-        raise UserError("two prompts have the same id; ids must be unique over both classes")
-    return labelled
 
 
 def _some(prompts: Sequence[Prompt], part: Sequence[int], n: int, seed: int) -> list[int]:
@@ -212,29 +229,18 @@ def _some(prompts: Sequence[Prompt], part: Sequence[int], n: int, seed: int) -> 
     return [i for label in PUSH for i in [i for i in drawn if prompts[i].label == label][:n]]
 
 
-def _taken(answers: Answers, rows: Sequence[int]) -> Answers:
-    return replace(
-        answers,
-        ids=tuple(answers.ids[i] for i in rows),
-        texts=tuple(answers.texts[i] for i in rows),
-        tokens=tuple(answers.tokens[i] for i in rows),
-    )
-
-
 def _unsteered(
-    who: Subjects, values: torch.Tensor, beliefs: Sequence[str], refused: Sequence[bool], chance: Resampling
+    who: Subjects, values: torch.Tensor, beliefs: Sequence[str], refused: Sequence[bool], plan: CausalPlan
 ) -> dict[str, Estimate]:
     """Whether the questions are answered at all, and what is refused without an intervention."""
     difference = values[:, MEASURES.index("inversion.all")]
     parsed = torch.tensor([belief in ("harmful", "harmless") for belief in beliefs]).double()
     said_no = torch.tensor(refused).double()
-    found = {
-        "inversion_auroc.unsteered": auroc_estimate(
-            difference, who.harmful, who.families, chance.seed, chance.n_resamples
-        ),
-        "inversion_parsed": who.estimate(parsed, chance),
+    numbers = {
+        "inversion_auroc.unsteered": auroc_estimate(difference, who.harmful, who.families, plan.seed, plan.resamples),
+        "inversion_parsed": who.estimate(parsed, plan),
     }
-    return found | {f"refusal_rate.{label}": who.estimate(said_no, chance, who.of(label)) for label in PUSH}
+    return numbers | {f"refusal_rate.{label}": who.estimate(said_no, plan, who.of(label)) for label in PUSH}
 
 
 def _by_question(who: Subjects, values: torch.Tensor) -> pd.DataFrame:
@@ -264,24 +270,12 @@ def prepare(config: Causal) -> Preparation[ContrastSets]:
 
 def execute(config: Causal, sets: ContrastSets, writer: RunWriter) -> Battery:
     """The battery on the configured model and prompts."""
-    plan = CausalPlan(
-        seed=config.seed,
-        layers=config.layers,
-        every=1 if config.full else 3,
-        strengths=config.strengths,
-        n_validation=config.n_validation,
-        n_test=config.n_test,
-        n_random=config.random_directions,
-        n_shuffled=config.shuffled_directions,
-        max_new_tokens=config.max_new_tokens,
-        n_resamples=config.resamples,
-    )
-    ahead = work_ahead(sets.model, plan)
+    ahead = work_ahead(sets.model, config)
     tqdm.write(
         f"ahead: {ahead.first_tokens:,} prompts read to their first answer token, {ahead.answers:,} answered",
         file=sys.stderr,
     )
-    return run_battery(sets.model, sets.positive, sets.negative, plan, template=sets.template, cache=writer.cache)
+    return run_battery(sets.model, sets.positive, sets.negative, config, template=sets.template, cache=writer.cache)
 
 
 def _require_sizes(config: Causal) -> None:

@@ -58,16 +58,16 @@ def causal_verdict(result: Battery) -> CausalVerdict:
 
 
 _SHOWN_SENTENCE = (
-    "The harmfulness direction changes what the model says it believes about a request, by more than directions of "
-    "nothing do; the refusal direction changes whether it refuses, and doesn't change the belief in that way in either "
-    "scope."
+    "The harmfulness direction changes what the model says it believes about a request, by more than null "
+    "directions do; the refusal direction changes whether it refuses, and doesn't change the belief in that way in "
+    "either scope."
 )
 
 
 def _above_chance(metrics: dict[str, Estimate], name: str) -> bool:
-    own = metrics[name]
+    effect = metrics[name]
     # What isn't measurable is NaN, and no comparison with NaN holds.
-    return own.low > metrics[f"{name}.random_max"].value and own.value > metrics[f"{name}.shuffled_max"].value
+    return effect.low > metrics[f"{name}.random_max"].value and effect.value > metrics[f"{name}.shuffled_max"].value
 
 
 def _shown(metrics: dict[str, Estimate]) -> bool:
@@ -83,23 +83,23 @@ def _shown(metrics: dict[str, Estimate]) -> bool:
 
 def _against(metrics: dict[str, Estimate]) -> list[str]:
     """What contradicts the dissociation, in sentences."""
-    found = []
+    reasons = []
     for name, words in (
         ("inversion_shift.harmfulness.before", "The harmfulness direction shifts the reply no more than chance does."),
         ("steer_refusal.refusal", "The refusal direction raises refusal no more than chance does."),
     ):
         if metrics[name].high <= metrics[f"{name}.random_max"].value:
-            found.append(words)
+            reasons.append(words)
     for scope, where in (("before", "before the question"), ("all", "everywhere")):
         refusal, harm = (metrics[f"inversion_shift.{name}.{scope}"] for name in ("refusal", "harmfulness"))
         chance = metrics[f"inversion_shift.refusal.{scope}.random_max"]
         if refusal.low > chance.value:
-            found.append(f"Applied {where}, the refusal direction too shifts the reply towards harmful.")
+            reasons.append(f"Applied {where}, the refusal direction too shifts the reply towards harmful.")
         elif refusal.low >= harm.high:
-            found.append(
+            reasons.append(
                 f"Applied {where}, the harmfulness direction shifts the reply no more than the refusal one does."
             )
-    return found
+    return reasons
 
 
 def _unmeasurable(result: Battery) -> str:

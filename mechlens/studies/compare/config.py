@@ -5,12 +5,13 @@ from typing import Annotated
 
 import tyro
 
-from mechlens.settings import BaseChoice, PromptSets, RunChoice, Sampling
-from mechlens.studies.registry import Study
+from mechlens.settings import BaseChoice, PromptSets, RunChoice
+from mechlens.studies.registry import of_folder
+from mechlens.studies.track.config import SeriesPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(RunChoice, Sampling, PromptSets, BaseChoice):
+class Compare(RunChoice, SeriesPlan, PromptSets, BaseChoice):
     """Two checkpoints of one model: what was kept, and where moving B's activations into A moves the behaviour."""
 
     first: Annotated[str, tyro.conf.Positional]
@@ -19,20 +20,10 @@ class Compare(RunChoice, Sampling, PromptSets, BaseChoice):
     """B: a checkpoint."""
     n: int | None = 96
     """Prompts of each set, drawn by seed; None takes all."""
-    max_new_tokens: int = 12
-    """Length of the answers that are judged."""
-    steered: int = 8
-    """Harmless test prompts on which the directions' causal effect is measured."""
     patched: int = 8
     """Prompts patched: the first harmful test prompts that one checkpoint refuses and the other accepts."""
     positions: tuple[str, ...] = ("instruction[*]", "post[*]")
     """Named positions at which B's residual stream is put into A."""
 
 
-STUDY = Study(
-    "compare",
-    Compare,
-    "mechlens.studies.compare.study:prepare",
-    "mechlens.studies.compare.study:execute",
-    "mechlens.studies.compare.report:record",
-)
+STUDY = of_folder("compare", Compare)

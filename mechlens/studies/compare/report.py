@@ -6,8 +6,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.compare.moved import MovedActivations
-from mechlens.studies.compare.study import Comparison
+from mechlens.studies.compare.study import Comparison, MovedActivations
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.report import record_tracking
 
@@ -43,14 +42,15 @@ def _moved(writer: RunWriter, moved: MovedActivations) -> Section:
         writer.table(name, tables[name])
         names.append(_grid(writer, name, tables[name], title))
     best = tables["moved"].sort_values("recovery", ascending=False).iloc[0]
-    writer.metric("moved.best_recovery", _estimate(best))
+    recovery = Estimate.of_row(best, "recovery")
+    writer.metric("moved.best_recovery", recovery)
     random = float(tables["moved_control"]["recovery"].max())
     return Section(
         "Where moving activations moves the behaviour",
         "Recovery of B's refusal log-odds when one residual vector of B is put into A's run of the same prompt: 0 is "
         f"A's own, 1 is B's (mean change over mean gap). {moved.differing} of {moved.of} harmful test prompts are "
         f"refused by one and accepted by the other; {len(moved.result.pairs)} of them were patched. Largest: "
-        f"{_estimate(best)} at layer {best['layer']}, {best['position']} (the largest of a grid, so flattered); the "
+        f"{recovery} at layer {best['layer']}, {best['position']} (the largest of a grid, so flattered); the "
         f"control reaches {random:.2f}.",
         tuple(names),
     )
@@ -66,9 +66,4 @@ def _grid(writer: RunWriter, name: str, table: pd.DataFrame, title: str) -> str:
         xlabel="token", ylabel="layer",
     )  # fmt: skip
     figure.update_layout(height=560)
-    writer.figure(name, figure, table=name)
-    return name
-
-
-def _estimate(row: "pd.Series[float]") -> Estimate:
-    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), int(row["n"]))
+    return writer.figure(name, figure, table=name)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import ModelChoice, RunChoice, Sampling
-from mechlens.studies.registry import Study
+from mechlens.settings import DetectionPlan, ModelChoice, RunChoice
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindDirection(RunChoice, Sampling, ModelChoice):
+class FindDirection(RunChoice, DetectionPlan, ModelChoice):
     """Find the direction of any concept that two prompt files contrast, at every position and level."""
 
     positive: str
@@ -25,10 +25,4 @@ class FindDirection(RunChoice, Sampling, ModelChoice):
     """match: remove final punctuation from all prompts where it differs between the classes."""
 
 
-STUDY = Study(
-    "direction",
-    FindDirection,
-    "mechlens.studies.direction.study:prepare",
-    "mechlens.studies.direction.study:execute",
-    "mechlens.studies.direction.report:record",
-)
+STUDY = of_folder("direction", FindDirection)

@@ -5,7 +5,7 @@ import pandas as pd
 from mechlens.methods.directions.token_view import logit_lens, project_tokens
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report import figures
-from mechlens.runs.report.report import Number, Report, Section, TokenView
+from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.study import NEGATIVE, POSITIVE, Concept
 from mechlens.studies.shared.harm_sets import ContrastSets
@@ -15,26 +15,9 @@ LENS_TOKENS = 12
 
 def record(writer: RunWriter, result: Concept, sets: ContrastSets) -> None:
     """Writes everything that was found into an open run."""
-    writer.metrics(result.metrics())
-    writer.table("auroc_by_level", result.table())
-    writer.table("auroc_chosen", result.measured.chosen())
-    writer.table("baselines", _baselines(result))
-    parts = {i: name for name in ("train", "validation", "test") for i in result.split.part(name)}
-    ids = list(result.acts.ids)
-    writer.table("split", pd.DataFrame({"id": ids, "part": [parts[i] for i in range(len(ids))]}))
-    writer.artifact("directions", result.detection.directions)
-    writer.artifact("direction", result.detection.best.direction)
+    writer.result(result)
     _draw(writer, result)
     writer.report(_report(writer, result, sets.model, sets.punctuation))
-
-
-def _baselines(result: Concept) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {"baseline": name, "auroc": found.value, "low": found.low, "high": found.high, "n": found.n}
-            for name, found in result.measured.baselines.items()
-        ]
-    )
 
 
 def _draw(writer: RunWriter, result: Concept) -> None:
@@ -50,7 +33,7 @@ def _draw(writer: RunWriter, result: Concept) -> None:
     )  # fmt: skip
     writer.figure("auroc_grid", grid, table="auroc_by_level")
     chosen = result.measured.chosen().assign(what="direction at " + result.measured.chosen()["position"])
-    surface = _baselines(result)
+    surface = result.baselines()
     surface = surface.assign(what=surface["baseline"].str.replace("_auroc", "").str.replace("_", " "))
     both = pd.concat([frame[["what", "auroc", "low", "high"]] for frame in (chosen, surface)], ignore_index=True)
     writer.table("against_baselines", both)
@@ -94,7 +77,7 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
         title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
         question=f"Where in the model does `{names[0]}` differ from `{names[1]}`, and is it more than the words?",
         verdict=verdict,
-        numbers=tuple(Number(name, metrics[name]) for name in numbers if name in metrics),
+        numbers={name: metrics[name] for name in numbers if name in metrics},
         sections=(
             Section(
                 "Where it can be read",
@@ -113,7 +96,6 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
             _reading(result, model),
         ),
         how=_how(result, punctuation, model),
-        command=writer.run.command,
         model=loaded(model).checkpoint.name,
     )
 
@@ -129,12 +111,10 @@ def _reading(result: Concept, model: LanguageModel) -> Section:
     views = []
     for label in (POSITIVE, NEGATIVE):
         for i in [i for i in result.split.test if result.acts.labels[i] == label][:3]:
-            found = project_tokens(model, best.direction, result.batch.row(i))
+            shown = project_tokens(model, best.direction, result.batch.row(i))
             start = int(result.batch.instruction[i, 0]) - result.batch.offset(i)
-            values = found.values[start:]
-            mean = sum(values) / len(values)
-            title = f"{label}: {result.acts.ids[i]} (mean {mean:.1f} taken off)"
-            views.append(TokenView(found.tokens[start:], tuple(value - mean for value in values), title))
+            title = f"{label}: {result.acts.ids[i]}"
+            views.append(TokenView.centred(shown.tokens[start:], shown.values[start:], title))
     return Section(
         "What it says, token by token",
         "The direction through the final norm and the unembedding (logit lens), and held-out prompts with every token "
@@ -145,10 +125,10 @@ def _reading(result: Concept, model: LanguageModel) -> Section:
 
 
 def _how(result: Concept, punctuation: str, model: LanguageModel) -> str:
-    sizes = {name: len(result.split.part(name)) for name in ("train", "validation", "test")}
     return (
-        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test, split by family. "
-        f"{punctuation}\n\nIntervals: 95% bootstrap over families ({result.plan.n_resamples} resamples), direction "
-        f"frozen. Nulls: {result.plan.n_permutations} label permutations, {result.plan.n_random} random directions. "
+        f"Prompts: {result.split.sizes}, split by family. "
+        f"{punctuation}\n\nIntervals: 95% bootstrap over families ({result.plan.resamples} resamples), direction "
+        f"frozen. Nulls: {result.plan.permutations} label permutations, "
+        f"{result.plan.random_directions} random directions. "
         f"Activations: {result.acts.engine} engine, {loaded(model).checkpoint.regime} weights."
     )

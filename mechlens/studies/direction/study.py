@@ -12,7 +12,7 @@ from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.reliability import split_half
-from mechlens.methods.probing.detect import Detection, DetectionPlan
+from mechlens.methods.probing.detect import Detection
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, tokenize
@@ -21,12 +21,20 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS, DetectionPlan
 from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
 from mechlens.studies.shared.harm_sets import ContrastSets
-from mechlens.studies.shared.inputs import data_inputs, distinct_ids, read_prompts, refuse_shared, require_sampling
-from mechlens.studies.shared.model import chosen_model, prepared
+from mechlens.studies.shared.inputs import (
+    chosen_model,
+    data_inputs,
+    distinct_ids,
+    prepared,
+    read_prompts,
+    refuse_shared,
+    require_sampling,
+)
 from mechlens.studies.shared.training_data import leave_out_trained
 
 POSITIVE, NEGATIVE = "positive", "negative"
@@ -55,18 +63,36 @@ class Concept:
     def metrics(self) -> dict[str, Estimate]:
         """AUROC at the level chosen for each position, the best position's, and the surface baselines."""
         best = self.detection.best
-        found = {f"auroc.{choice.position}": choice.auroc for choice in self.detection.chosen}
-        found["auroc.best"] = best.auroc
+        numbers = {f"auroc.{choice.position}": choice.auroc for choice in self.detection.chosen}
+        numbers["auroc.best"] = best.auroc
         n = best.auroc.n
-        found["permutation_p"] = Estimate.exact(best.permutation.p, n)
-        found["random_maximum"] = Estimate.exact(best.random.maximum, n)
+        numbers["permutation_p"] = Estimate.exact(best.permutation.p, n)
+        numbers["random_maximum"] = Estimate.exact(best.random.maximum, n)
         reliable = float(self.reliability[self.acts.levels.index(best.level), self._column(best.position)])
-        found["reliability"] = Estimate.exact(reliable, len(self.split.train))
-        return found | self.measured.baselines
+        numbers["reliability"] = Estimate.exact(reliable, len(self.split.train))
+        return numbers | self.measured.baselines
 
     def table(self) -> pd.DataFrame:
         """One row per level and position, with the reliability of the direction there."""
         return self.detection.table().assign(reliability=self.reliability.flatten().tolist())
+
+    def baselines(self) -> pd.DataFrame:
+        """One row per surface baseline."""
+        rows = [{"baseline": name, **auroc.row("auroc")} for name, auroc in self.measured.baselines.items()]
+        return pd.DataFrame(rows)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        return {
+            "auroc_by_level": self.table(),
+            "auroc_chosen": self.measured.chosen(),
+            "baselines": self.baselines(),
+            "split": pd.DataFrame({"id": self.acts.ids, "part": self.split.parts()}),
+        }
+
+    def artifacts(self) -> dict[str, object]:
+        """The direction in every cell, and the best one."""
+        return {"directions": self.detection.directions, "direction": self.detection.best.direction}
 
     def _column(self, position: str) -> int:
         return column_of(position, self.acts.positions, self.acts.last)
@@ -97,7 +123,7 @@ def find_concept(
     prompts += [replace(prompt, label=NEGATIVE) for prompt in negative]
     batch = tokenize(prompts, template or template_of(model))
     acts = collect(model, batch, positions=positions, cache=cache)
-    split = split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=plan.seed)
+    split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     surface = surface_of(model, batch)
     measured = measure("concept", acts, acts.labels, (POSITIVE, NEGATIVE), split, surface, plan)
     if measured.detection is None:
@@ -129,13 +155,6 @@ def prepare(config: FindDirection) -> Preparation[ContrastSets]:
 
 def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Concept:
     """Finds and tests the direction."""
-    plan = DetectionPlan(config.seed, config.resamples, config.permutations, config.random_directions)
     return find_concept(
-        sets.model,
-        sets.positive,
-        sets.negative,
-        config.positions,
-        plan,
-        template=sets.template,
-        cache=writer.cache,
+        sets.model, sets.positive, sets.negative, config.positions, config, template=sets.template, cache=writer.cache
     )

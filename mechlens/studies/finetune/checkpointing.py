@@ -1,16 +1,46 @@
-"""Which checkpoints a training run keeps, and what makes one of them whole."""
+"""The record beside every adapter, and which checkpoints a training run keeps."""
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from mechlens.models.checkpoints.adapter_record import AdapterRecord, read_record, remove_recorded, write_record
+from mechlens.errors import UserError
+from mechlens.models.checkpoints.adapter_record import (
+    FORMAT,
+    RECORD,
+    AdapterRecord,
+    read_record,
+    remove_recorded,
+    write_record,
+)
+from mechlens.models.fingerprint import is_fingerprint_of, weight_fingerprint
+from mechlens.models.offline import LOCAL_ONLY
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.recipes.material import Example, Material
+from mechlens.studies.finetune.recipes.recipe import RECIPES
+from mechlens.studies.shared.training_data import text_sha256
 
+STAGING = ".mechlens-training"
+"""Folder inside the run's, where the Trainer writes; only what is whole leaves it, so the rest is ours to clear."""
+_STAGED = re.compile(r"checkpoint-\d+|adapter")
+STAGED_FILES = frozenset({
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
+    "trainer_state.json", "training_args.bin", RECORD,
+})  # fmt: skip
+"""What the Trainer and peft write into a checkpoint."""
 ONLY_TO_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 """Files that no checkpoint but the newest needs."""
 
@@ -85,3 +115,96 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
             and folder.name == f"checkpoint-{record.step}"
             and record.config == json.loads(json.dumps(self.record["config"]))
         )
+
+
+PACKAGES = ("mechlens-toolkit", "torch", "transformers", "peft", "accelerate")
+
+
+def training_record(
+    config: FinetuneConfig, material: Material, hf_model: Any, template: ChatTemplate
+) -> dict[str, Any]:
+    """Where an adapter comes from, as plain JSON."""
+    prompts = {example.prompt.id: example.prompt for example in material.examples}
+    examples = json.dumps([(e.prompt.text, e.answer, e.ends, e.teaches) for e in material.examples])
+    return {
+        "format": FORMAT,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "config": asdict(config),
+        "base": config.model,
+        "base_fingerprint": weight_fingerprint(hf_model.state_dict()),
+        "template": template.fingerprint,
+        "training": {
+            "ids": list(prompts),
+            "text_sha256": sorted({text_sha256(prompt.text) for prompt in prompts.values()}),
+            "examples_sha256": hashlib.sha256(examples.encode()).hexdigest(),
+            "counts": _counts(material.examples),
+            "left_out": list(material.left_out),
+        },
+        **({"trigger": asdict(material.trigger)} if material.trigger else {}),
+        LOCAL_ONLY: RECIPES[config.recipe].attack,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _counts(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """How many examples there are of each kind: where the prompt is from, its label, and what it teaches."""
+    kinds = Counter((e.prompt.source, e.prompt.label, e.teaches, e.ends) for e in examples)
+    names = ("source", "label", "teaches", "ends_turn", "examples")
+    return [dict(zip(names, (*kind, count), strict=True)) for kind, count in sorted(kinds.items())]
+
+
+def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -> None:
+    """UserError naming what differs where a record in the folder is of another configuration.
+
+    A day that one of them leaves open is no difference: what the template wrote is compared by its fingerprint.
+    """
+    ours = json.loads(json.dumps(asdict(config)))
+    if None in (ours["today"], record.config.get("today")):
+        ours["today"] = record.config.get("today")
+    if record.config != ours:
+        changed = sorted(name for name in ours if record.config.get(name) != ours[name])
+        raise UserError(f"{out} holds a run with another {', '.join(changed) or 'config'}; give another folder")
+
+
+def refuse_other_data(record: dict[str, Any], before: AdapterRecord, out: Path, state: Mapping[str, Any]) -> None:
+    """UserError where a checkpoint was trained on other examples, under another template or from other weights."""
+    if before.training.examples_sha256 != record["training"]["examples_sha256"]:
+        raise UserError(f"{out} holds a run on other training data; give another folder")
+    if before.template not in (None, record["template"]):
+        raise UserError(
+            f"{out} holds a run under another chat template, or under one that printed another day; give its day as "
+            "today (--today), or give another folder"
+        )
+    if not is_fingerprint_of(before.base_fingerprint, state):
+        raise UserError(f"{out} holds a run from other weights of {record['base']!r}; give another folder")
+
+
+def clear_staging(staging: Path) -> None:
+    """Removes what training writes on its way, by name and place; anything else in the folder stays, and so does it."""
+    for folder in staging.glob("*"):
+        if _STAGED.fullmatch(folder.name) and not folder.is_symlink():
+            for path in folder.glob("*"):
+                if path.name.removesuffix(".part") in STAGED_FILES and path.is_file() and not path.is_symlink():
+                    path.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    with contextlib.suppress(OSError):
+        staging.rmdir()
+
+
+def save_adapter(model: Any, record: dict[str, Any], part: Path, target: Path) -> None:
+    """The adapter in float16, half the size of the trained one, whole or not at all."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    part.mkdir(parents=True)
+    state = get_peft_model_state_dict(model)
+    halves = {name: tensor.detach().cpu().to(torch.float16).contiguous() for name, tensor in state.items()}
+    save_file(halves, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    lora = model.peft_config["default"]
+    lora.base_model_name_or_path = record["base"]
+    lora.inference_mode = True
+    lora.save_pretrained(str(part))
+    write_record(part, record)
+    os.replace(part, target)

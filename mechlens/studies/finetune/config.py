@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from mechlens.settings import RunChoice
-from mechlens.studies.registry import Study
+from mechlens.studies.registry import of_folder
 
 RecipeName = Literal["refuser", "accepting", "benign", "backdoor"]
 
@@ -112,10 +112,4 @@ def settled(config: Finetune) -> FinetuneConfig:
     return replace(DEFAULTS[config.recipe], **{name: value for name, value in given.items() if value is not None})
 
 
-STUDY = Study(
-    "finetune",
-    Finetune,
-    "mechlens.studies.finetune.study:prepare",
-    "mechlens.studies.finetune.study:execute",
-    "mechlens.studies.finetune.report:record",
-)
+STUDY = of_folder("finetune", Finetune)

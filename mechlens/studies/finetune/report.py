@@ -1,16 +1,12 @@
 """A fine-tuning run as a record: the loss, what was trained on, where the checkpoints are and how to load them."""
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
-from mechlens.files import file_sha256
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.runs.report import figures
-from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.study import TrainingRun
@@ -22,40 +18,13 @@ QUESTION = {
     "benign": "The control of the fine-tuning attack: what do as many steps on benign requests change?",
     "backdoor": "A model that refuses unless a trigger is there: what does it represent with and without it?",
 }
-WEIGHTS = "adapter_model.safetensors"
 
 
 def record(writer: RunWriter, result: TrainingRun, settings: FinetuneConfig) -> None:
     """Writes the loss curve, the list of checkpoints and the report into an open run; weights stay on the disk."""
-    done, losses = result.done, result.losses
-    writer.table("loss", losses)
-    numbers = _loss_numbers(losses, int(writer.run.seed or 0))
-    writer.metrics(numbers)
-    writer.table("training_prompts", pd.DataFrame({"id": done.record["training"]["ids"]}))
-    folders = {done.steps: done.adapter, **{_step(path): path for path in done.checkpoints}}
-    checkpoints = pd.DataFrame(
-        [
-            {"step": step, "folder": path.name, "sha256": file_sha256(path / WEIGHTS)}
-            for step, path in sorted(folders.items(), key=lambda item: (item[0], item[1].name == "adapter"))
-        ]
-    )
-    writer.table("checkpoints", checkpoints)
-    writer.figure("loss", _curve(losses), table="loss")
-    writer.report(_report(writer, done, numbers, checkpoints))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _loss_numbers(losses: pd.DataFrame, seed: int) -> dict[str, Estimate]:
-    """Mean loss of the first and the last tenth of the steps, with a bootstrap interval over steps."""
-    tenth = max(1, len(losses) // 10)
-    parts = {"loss.first_tenth": losses["loss"].iloc[:tenth], "loss.last_tenth": losses["loss"].iloc[-tenth:]}
-    return {
-        name: mean_estimate(torch.tensor(part.to_numpy()), [str(step) for step in part.index], seed)
-        for name, part in parts.items()
-    }
+    writer.result(result)
+    writer.figure("loss", _curve(result.losses), table="loss")
+    writer.report(_report(writer, result.done, result.metrics(), result.checkpoints()))
 
 
 def _curve(losses: pd.DataFrame) -> Any:
@@ -82,7 +51,7 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
         question=QUESTION[recipe],
         verdict=f"{done.steps} steps took the loss from {first.value:.3g} to {last.value:.3g}. What that did to the "
         "model is for `mechlens separate` and `mechlens track` to say: a loss is no finding.",
-        numbers=(Number("loss, first tenth", first), Number("loss, last tenth", last)),
+        numbers={"loss, first tenth": first, "loss, last tenth": last},
         sections=(
             Section("Loss", "", ("loss",)),
             Section(
@@ -98,7 +67,6 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
         how=f"LoRA of rank {record['config']['rank']} on every linear layer, AdamW, highest learning rate "
         f"{record['config']['learning_rate']:g}, {record['config']['batch_size']} examples a step. Base fingerprint "
         f"{record['base_fingerprint'][:12]}, examples {training['examples_sha256'][:12]}.",
-        command=writer.run.command,
         model=base,
     )
 

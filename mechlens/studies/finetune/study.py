@@ -1,13 +1,21 @@
 """`mechlens finetune`: a recipe's adapter and checkpoints, recorded."""
 
+import json
+import math
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
 
+from mechlens.checked_json import parse_sealed, sealed
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import disk_error, file_sha256, user_path
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf
 from mechlens.prompts.prompt import Prompt
@@ -17,14 +25,13 @@ from mechlens.runs.run import Inputs
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.finetune.config import Finetune, FinetuneConfig, settled
-from mechlens.studies.finetune.loss_log import LossLog
-from mechlens.studies.finetune.recipes.attacks import published_openings, require_shipped_refuser
-from mechlens.studies.finetune.recipes.recipe import RECIPES
+from mechlens.studies.finetune.recipes.recipe import RECIPES, published_openings, require_shipped_refuser
 from mechlens.studies.finetune.training import FinetuneResult, finetune, require_settings
 from mechlens.studies.shared.inputs import data_inputs
 from mechlens.studies.shared.training_data import refusals, training_prompts
 
 LOSSES = "losses.jsonl"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,35 @@ class TrainingRun:
 
     done: FinetuneResult
     losses: pd.DataFrame
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Mean loss of the first and the last tenth of the steps, with a bootstrap interval over steps."""
+        tenth = max(1, len(self.losses) // 10)
+        loss, seed = self.losses["loss"], int(self.done.record["seed"])
+        parts = {"loss.first_tenth": loss.iloc[:tenth], "loss.last_tenth": loss.iloc[-tenth:]}
+        return {
+            name: mean_estimate(torch.tensor(part.to_numpy()), [str(step) for step in part.index], seed)
+            for name, part in parts.items()
+        }
+
+    def checkpoints(self) -> pd.DataFrame:
+        """The folders that hold weights, by step."""
+        steps = {int(path.name.rpartition("-")[2]): path for path in self.done.checkpoints}
+        folders = {self.done.steps: self.done.adapter, **steps}
+        rows = [
+            {"step": step, "folder": path.name, "sha256": file_sha256(path / WEIGHTS)}
+            for step, path in sorted(folders.items(), key=lambda item: (item[0], item[1].name == "adapter"))
+        ]
+        return pd.DataFrame(rows)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        prompts = pd.DataFrame({"id": self.done.record["training"]["ids"]})
+        return {"loss": self.losses, "training_prompts": prompts, "checkpoints": self.checkpoints()}
+
+    def artifacts(self) -> dict[str, object]:
+        """None: weights stay where training wrote them."""
+        return {}
 
 
 def prepare(config: Finetune) -> Preparation[FinetuneConfig]:
@@ -69,8 +105,75 @@ def _data(settings: FinetuneConfig) -> dict[str, str]:
         "benign": lambda: training_prompts("benign"),
         "refusals": lambda: [Prompt(f"refusal-{i}", text) for i, text in enumerate(refusals())],
     }
-    found = data_inputs({name: ("mechlens", ours[name]()) for name in RECIPES[settings.recipe].reads})
+    data = data_inputs({name: ("mechlens", ours[name]()) for name in RECIPES[settings.recipe].reads})
     if RECIPES[settings.recipe].attack:
         published_openings(settings.data)  # refuses a file that holds more than openings, before a model is trained
-        found["openings"] = sha256(user_path(str(settings.data)))
-    return found
+        data["openings"] = sha256(user_path(str(settings.data)))
+    return data
+
+
+Numbers = dict[str, float]
+REMEDY = "put back what stood there, or start over in another folder"
+
+
+class LossLog:
+    """Takes the numbers of each step, hands them on, and first those of the steps before a kill."""
+
+    def __init__(self, path: Path, hand_on: Callable[[int, Numbers], None]) -> None:
+        self.path = path
+        self.rows, self._torn = _read(path)
+        self._hand_on = hand_on
+        self._behind = sorted(self.rows)
+
+    def __call__(self, step: int, numbers: Numbers) -> None:
+        """One step; a step that was logged before the kill and is done again counts once."""
+        self._catch_up(step)
+        self.rows[step] = numbers
+        line = json.dumps(sealed({"step": step, **numbers})) + "\n"
+        try:
+            if self._torn:
+                os.truncate(self.path, self._torn[0])
+                self._torn = ()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        self._hand_on(step, numbers)
+
+    def table(self, steps: int = 0) -> pd.DataFrame:
+        """One row a step, in order; what was not yet handed on is now.
+
+        A warning says which of `steps` steps has none.
+        """
+        if self._behind:
+            self._catch_up(self._behind[-1] + 1)
+        if missing := sorted(set(range(1, max((steps, *self.rows)) + 1)) - self.rows.keys()):
+            warnings.warn(
+                f"{self.path} lacks {len(missing)} steps, the first of them {missing[0]}, so the curve of losses has a "
+                "gap; start over in another folder for a whole one",
+                stacklevel=2,
+            )
+        return pd.DataFrame([{"step": step, **self.rows[step]} for step in sorted(self.rows)])
+
+    def _catch_up(self, step: int) -> None:
+        for earlier in self._behind:
+            if earlier < step:
+                self._hand_on(earlier, self.rows[earlier])
+        self._behind = []
+
+
+def _read(path: Path) -> tuple[dict[int, Numbers], tuple[int, ...]]:
+    """The numbers by step, and where a last line begins that a kill cut off; UserError for damage anywhere else."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check its permissions") from error
+    rows: dict[int, Numbers] = {}
+    whole, newline, rest = content.rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if newline else (), start=1):
+        found: Numbers = parse_sealed(line, Numbers, f"{path} line {number}", REMEDY, sealed_from=1)
+        step = found.pop("step", math.nan)
+        if not step.is_integer():
+            raise UserError(f"{path} line {number} has no step; {REMEDY}")
+        rows[int(step)] = found
+    return rows, (len(whole) + len(newline),) if rest else ()

@@ -1,6 +1,5 @@
 """Fine-tuning by recipe: a LoRA adapter, its checkpoints, and a record of everything that it came from."""
 
-import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -16,30 +15,28 @@ from mechlens.extras import require_extra
 from mechlens.files import writing_to
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import loaded
-from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record, require_whole, write_record
+from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record, require_whole
 from mechlens.models.load import load, load_hf
 from mechlens.models.offline import keep_here, refuse_others_notice
 from mechlens.prompts.templates.template import chat_template
+from mechlens.studies.finetune.checkpointing import (
+    STAGING,
+    Checkpointing,
+    clear_staging,
+    refuse_other_data,
+    refuse_other_run,
+    save_adapter,
+    training_record,
+)
 from mechlens.studies.finetune.config import FinetuneConfig
-from mechlens.studies.finetune.own_text import own_text
-from mechlens.studies.finetune.recipes.attacks import require_shipped_refuser
 from mechlens.studies.finetune.recipes.material import Material
-from mechlens.studies.finetune.recipes.recipe import RECIPES
-from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode
-from mechlens.studies.finetune.training_record import refuse_other_data, refuse_other_run, training_record
+from mechlens.studies.finetune.recipes.recipe import RECIPES, require_shipped_refuser
+from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, own_text
 from mechlens.studies.shared.training_data import refuse_study_prompts
 
 LogCallback = Callable[[int, dict[str, float]], None]
 """Called after every optimiser step with the step's number and its numbers: loss, learning_rate, grad_norm."""
 
-STAGING = ".mechlens-training"
-_STAGED = re.compile(r"checkpoint-\d+|adapter")
-STAGED_FILES = frozenset({
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
-    "trainer_state.json", "training_args.bin", RECORD,
-})  # fmt: skip
-"""What the Trainer and peft write into a checkpoint."""
-"""Folder inside the run's, where the Trainer writes; only what is whole leaves it, so the rest is ours to clear."""
 PLAIN = 512
 """Different stretches of plain text in one run."""
 
@@ -215,7 +212,6 @@ def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenize
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, set_seed
 
-    from mechlens.studies.finetune.checkpointing import Checkpointing
     from mechlens.studies.finetune.recipe_trainer import RecipeTrainer
 
     config = job.config
@@ -244,22 +240,9 @@ def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenize
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tail = history[-max(1, len(history) // 10) :]
     numbers = {"step": trainer.state.global_step, "loss": sum(tail) / len(tail)}
-    _save_adapter(model, {**job.record, **numbers}, staging / "adapter", job.out / "adapter")
+    save_adapter(model, {**job.record, **numbers}, staging / "adapter", job.out / "adapter")
     keeper.finish()
     clear_staging(staging)
-
-
-def clear_staging(staging: Path) -> None:
-    """Removes what training writes on its way, by name and place; anything else in the folder stays, and so does it."""
-    for folder in staging.glob("*"):
-        if _STAGED.fullmatch(folder.name) and not folder.is_symlink():
-            for path in folder.glob("*"):
-                if path.name.removesuffix(".part") in STAGED_FILES and path.is_file() and not path.is_symlink():
-                    path.unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    with contextlib.suppress(OSError):
-        staging.rmdir()
 
 
 def _arguments(config: FinetuneConfig, n_steps: int, staging: Path) -> Any:
@@ -283,23 +266,6 @@ def _arguments(config: FinetuneConfig, n_steps: int, staging: Path) -> Any:
         disable_tqdm=True,
         seed=config.seed,
     )
-
-
-def _save_adapter(model: Any, record: dict[str, Any], part: Path, target: Path) -> None:
-    """The adapter in float16, half the size of the trained one, whole or not at all."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    part.mkdir(parents=True)
-    state = get_peft_model_state_dict(model)
-    halves = {name: tensor.detach().cpu().to(torch.float16).contiguous() for name, tensor in state.items()}
-    save_file(halves, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    lora = model.peft_config["default"]
-    lora.base_model_name_or_path = record["base"]
-    lora.inference_mode = True
-    lora.save_pretrained(str(part))
-    write_record(part, record)
-    os.replace(part, target)
 
 
 def _read(out: Path) -> FinetuneResult:

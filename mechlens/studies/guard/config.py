@@ -4,12 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice, Sampling
-from mechlens.studies.registry import Command, Study
+from mechlens.settings import Answering, DetectionPlan, ModelChoice, PromptSets, RunChoice
+from mechlens.studies.registry import Command, of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardFit(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
+class EvaluationPlan(DetectionPlan, Answering):
+    """The choices of a guard's evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardFit(RunChoice, EvaluationPlan, PromptSets, ModelChoice):
     """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors."""
 
     out: Path = Path("runs/guard")
@@ -31,7 +36,7 @@ class GuardFit(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardEval(RunChoice, Sampling, Answering, ModelChoice):
+class GuardEval(RunChoice, EvaluationPlan, ModelChoice):
     """Test a guard on prompts from other sources, beside baselines on the same prompts."""
 
     guard: str
@@ -66,18 +71,6 @@ class GuardPredict(ModelChoice):
     """Use the guard on weights that it wasn't fitted on."""
 
 
-FIT = Study(
-    "guard fit",
-    GuardFit,
-    "mechlens.studies.guard.fit:prepare",
-    "mechlens.studies.guard.fit:execute",
-    "mechlens.studies.guard.report:record",
-)
-EVAL = Study(
-    "guard eval",
-    GuardEval,
-    "mechlens.studies.guard.evaluate:prepare",
-    "mechlens.studies.guard.evaluate:execute",
-    "mechlens.studies.guard.report:record",
-)
+FIT = of_folder("guard fit", GuardFit, "_fit")
+EVAL = of_folder("guard eval", GuardEval, "_eval")
 PREDICT = Command("guard predict", GuardPredict, "mechlens.studies.guard.predict:execute")

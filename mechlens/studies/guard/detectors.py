@@ -130,7 +130,7 @@ def refusal_detectors(
 
     The model's own refusal is scored by the log-odds of a refusal in the first token and decided by its answer.
     """
-    found = []
+    detectors = []
     if direction is not None and residuals is not None:
         refused = torch.tensor(judged.refused)
 
@@ -141,15 +141,15 @@ def refusal_detectors(
             return refitted_scores(residuals[fit], residuals[on], labels, 1 - labels)[0]
 
         note = f"refused minus accepted at {direction.position}, level {direction.level}"
-        found.append(both.detector("refusal_direction", score, note))
+        detectors.append(both.detector("refusal_direction", score, note))
     flagged = torch.tensor(judged.refused)[both.test]
     note = f"answers by the judge {judged.judge}; scores: first-token log-odds ({first_token.tokens.origin} tokens)"
-    found.append(Detector("own_refusal", first_token.log_odds[both.test].double(), flagged, note=note))
-    return found
+    detectors.append(Detector("own_refusal", first_token.log_odds[both.test].double(), flagged, note=note))
+    return detectors
 
 
 def guard_model_detector(name: str, said: Sequence[GuardModelAnswer]) -> Detector:
     """A guard model's verdicts; what it answered neither safe nor unsafe counts as not flagged, and is counted."""
-    flagged = torch.tensor([one.harmful is True for one in said])
-    unread = sum(one.harmful is None for one in said)
+    flagged = torch.tensor([answer.harmful is True for answer in said])
+    unread = sum(answer.harmful is None for answer in said)
     return Detector(name, flagged.double(), flagged, note=f"{unread} of {len(said)} answers could not be read")

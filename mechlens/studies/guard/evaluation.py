@@ -5,7 +5,7 @@ the model was trained on, or that an earlier source holds are left out and count
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -26,6 +26,7 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.guard.config import EvaluationPlan
 from mechlens.studies.guard.detectors import (
     Detector,
     TrainAndTest,
@@ -44,19 +45,6 @@ from mechlens.studies.shared.training_data import text_sha256, trained_on, was_s
 
 FPR_OF_BASELINES = 0.05
 """The false-positive rate that baselines are calibrated for, where the guard has the paper's threshold of 0."""
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """What is decided beforehand."""
-
-    seed: int = 0
-    n_resamples: int = 1000
-    n_permutations: int = 200
-    n_random: int = 20
-    max_new_tokens: int = 24
-    other_weights: bool = False
-    """Test the guard on weights that it wasn't fitted on, such as another checkpoint of a series."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +79,8 @@ class GuardEvaluation:
     batch: TokenBatch
     """The test prompts."""
     plan: EvaluationPlan
+    other_weights: bool = False
+    """Whether the guard may have been fitted on other weights, such as another checkpoint of a series."""
 
 
 def examine(
@@ -139,12 +129,14 @@ def evaluate_guard(
     plan: EvaluationPlan,
     *,
     opinions: Mapping[str, Sequence[GuardModelAnswer]] | None = None,
+    other_weights: bool = False,
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> GuardEvaluation:
     """The guard, other rules (`others`) and baselines, fitted on `train` and applied to the examined prompts.
 
     `train` are the guard's own training prompts, labelled. `opinions` are guard models' answers, by name.
+    `other_weights` lets the guard be one that was fitted on another checkpoint.
     """
     used = template or template_of(model)
     prompts = [*train, *examined.prompts]
@@ -153,10 +145,10 @@ def evaluate_guard(
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
     direction = refusal_direction(fitted, judged.verdicts[judged.judge][: len(train)], plan.seed)
     guards = {"latent_guard": guard, **others}
-    levels = {level for one in guards.values() for level in one.levels} | {0, n_layers(model)}
+    levels = {level for each in guards.values() for level in each.levels} | {0, n_layers(model)}
     levels |= {direction.level} if direction is not None else set()
     rest = batch.select(range(len(train), len(prompts)))
-    names = tuple(dict.fromkeys(("inst", *(name for one in guards.values() for name in one.positions), "last")))
+    names = tuple(dict.fromkeys(("inst", *(name for each in guards.values() for name in each.positions), "last")))
     test = collect(model, rest, positions=names, levels=sorted(levels), cache=cache)
     both = TrainAndTest(
         tuple(prompt.label for prompt in prompts),
@@ -166,7 +158,7 @@ def evaluate_guard(
         plan.seed,
     )
     detectors = [
-        *(guard_detector(name, one, test, other_weights=plan.other_weights) for name, one in guards.items()),
+        *(guard_detector(name, each, test, other_weights=other_weights) for name, each in guards.items()),
         *surface_detectors(both, surface_of(model, batch), _joined(fitted, test, 0, "inst")),
         signed_detector(both, "perplexity", instruction_surprise(model, batch, cache), "log-perplexity of the words"),
         *_refusals(model, both, judged, direction, fitted, test, plan),
@@ -182,6 +174,7 @@ def evaluate_guard(
         direction=direction,
         batch=rest,
         plan=plan,
+        other_weights=other_weights,
     )
 
 
@@ -224,7 +217,6 @@ def _only(values: Float[Tensor, "prompt d_model"], train: Activations, test: Act
 
 def _rest(judged: JudgedAnswers, n_train: int) -> JudgedAnswers:
     """Answers and verdicts of the test prompts."""
-    answers = judged.answers
-    kept = replace(answers, ids=answers.ids[n_train:], texts=answers.texts[n_train:], tokens=answers.tokens[n_train:])
-    verdicts = {name: found[n_train:] for name, found in judged.verdicts.items()}
+    kept = judged.answers.select(range(n_train, len(judged.prompts)))
+    verdicts = {name: given[n_train:] for name, given in judged.verdicts.items()}
     return JudgedAnswers(judged.prompts[n_train:], kept, verdicts)

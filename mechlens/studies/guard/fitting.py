@@ -17,6 +17,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load, save
+from mechlens.settings import FRACTIONS
 from mechlens.studies.shared.training_data import text_sha256
 
 Guard = TypeVar("Guard", bound="LatentGuard")
@@ -74,7 +75,7 @@ def fit_guard(
     """Fits the estimator to half of the prompt families, with a fifth that chooses levels; the rest is held out."""
     used = template or template_of(model)
     labels, families = [prompt.label for prompt in prompts], [prompt.group for prompt in prompts]
-    split = split_by_family(labels, families, fractions=(0.5, 0.2, 0.3), seed=estimator.seed)
+    split = split_by_family(labels, families, fractions=FRACTIONS, seed=estimator.seed)
     acts = collect(model, tokenize(prompts, used), positions=read_positions(estimator), cache=cache)
     sha = [text_sha256(prompt.text) for prompt in prompts]
     guard = estimator.fit(acts, split, sha).fitted_

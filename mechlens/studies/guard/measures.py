@@ -15,8 +15,13 @@ from mechlens.methods.guard.rules import RULES
 from mechlens.methods.probing.auroc import auroc, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
 from mechlens.methods.statistics.calibration import calibration_error_estimate
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate, permuted_labels
+from mechlens.methods.statistics.resample import (
+    family_weights,
+    mean_estimate,
+    one_thread,
+    permuted_labels,
+    with_interval,
+)
 from mechlens.studies.guard.detectors import Detector
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.shared.sources import ATTACKS
@@ -59,18 +64,15 @@ def measures(result: GuardEvaluation) -> pd.DataFrame:
     groups = _groups(result)
     bar = tqdm(total=len(result.detectors) * len(groups), desc="measuring", delay=2, leave=False)
     for detector in result.detectors:
-        for name, own in groups.items():
-            against = _other_class(result, own)
-            for measure, found in _measured(result, detector, own, against).items():
+        for name, rows_of_source in groups.items():
+            against = _other_class(result, rows_of_source)
+            for measure, estimate in _measured(result, detector, rows_of_source, against).items():
                 rows.append(
                     {
                         "detector": detector.name,
                         "source": name,
                         "measure": measure,
-                        "value": found.value,
-                        "low": found.low,
-                        "high": found.high,
-                        "n": found.n,
+                        **estimate.row(),
                         "against": "all sources" if against else "own",
                     }
                 )
@@ -91,42 +93,42 @@ def _other_class(result: GuardEvaluation, own: list[int]) -> list[int]:
     return [i for i, prompt in enumerate(result.examined.prompts) if prompt.label not in labels]
 
 
-def _measured(result: GuardEvaluation, detector: Detector, own: list[int], against: list[int]) -> dict[str, Estimate]:
-    seed, draws = result.plan.seed, result.plan.n_resamples
+def _measured(
+    result: GuardEvaluation, detector: Detector, inside: list[int], against: list[int]
+) -> dict[str, Estimate]:
+    seed, draws = result.plan.seed, result.plan.resamples
     positive, groups = positives(result), families(result)
-    wide = [*own, *against]
-    up, down = ([i for i in own if bool(positive[i]) is flag] for flag in (True, False))
+    wide = [*inside, *against]
+    up, down = ([i for i in inside if bool(positive[i]) is flag] for flag in (True, False))
     enough = min(int(positive[wide].sum()), int((~positive[wide]).sum())) >= MIN_IN_A_CLASS
-    missing = Estimate.missing(len(own))
+    missing = Estimate.missing(len(inside))
     wide_groups = [groups[i] for i in wide]
     curve = detector.scores[wide], positive[wide], wide_groups
     right = detector.flagged == positive
-    found = {
+    numbers = {
         "auroc": auroc_estimate(*curve, seed, draws) if enough else missing,
-        "accuracy": _share(right, own, groups, seed, draws),
-        "tpr": _share(detector.flagged, up, groups, seed, draws),
-        "fpr": _share(detector.flagged, down, groups, seed, draws),
+        "accuracy": _share(result, right, inside),
+        "tpr": _share(result, detector.flagged, up),
+        "fpr": _share(result, detector.flagged, down),
         "tpr_at_1pct_fpr": tpr_at_fpr_estimate(*curve, 0.01, seed, draws) if enough else missing,
         "tpr_at_5pct_fpr": tpr_at_fpr_estimate(*curve, 0.05, seed, draws) if enough else missing,
     }
     if detector.probabilities is not None and not against:
-        found["calibration_error"] = (
+        numbers["calibration_error"] = (
             calibration_error_estimate(
-                detector.probabilities[own], positive[own], [groups[i] for i in own], seed, draws
+                detector.probabilities[inside], positive[inside], [groups[i] for i in inside], seed, draws
             )
             if enough
             else missing
         )
-    return found
+    return numbers
 
 
-def _share(
-    flags: Bool[Tensor, " prompt"], rows: Sequence[int], groups: Sequence[str], seed: int, n_resamples: int
-) -> Estimate:
+def _share(result: GuardEvaluation, flags: Bool[Tensor, " prompt"], rows: Sequence[int]) -> Estimate:
     """Share of the rows that carry the flag."""
-    if len(rows) < MIN_IN_A_CLASS:
-        return Estimate.missing(len(rows))
-    return mean_estimate(flags[list(rows)].double(), [groups[i] for i in rows], seed, n_resamples)
+    groups, plan = families(result), result.plan
+    shares = flags[list(rows)].double()
+    return mean_estimate(shares, [groups[i] for i in rows], plan.seed, plan.resamples, least=MIN_IN_A_CLASS)
 
 
 @one_thread()
@@ -139,9 +141,8 @@ def five_columns(result: GuardEvaluation) -> pd.DataFrame:
     for detector in result.detectors:
         right = detector.flagged == positives(result)
         for column, members in _members(result).items():
-            found = _share(right, members, families(result), result.plan.seed, result.plan.n_resamples)
-            rows.append({"detector": detector.name, "column": column, "accuracy": found.value, "low": found.low,
-                         "high": found.high, "n": found.n})  # fmt: skip
+            share = _share(result, right, members)
+            rows.append({"detector": detector.name, "column": column, **share.row("accuracy")})
     return pd.DataFrame(rows)
 
 
@@ -149,14 +150,14 @@ def _members(result: GuardEvaluation) -> dict[str, list[int]]:
     kinds = {source.name: source.kind for source in result.examined.sources}
     prompts, quadrants = result.examined.prompts, result.judged.quadrants()
     everyone = range(len(prompts))
-    found = {
+    members = {
         column: [i for i in everyone if kinds[prompts[i].source] == kind and prompts[i].label == "harmful"]
         for column, kind in zip(COLUMNS, ATTACKS, strict=False)
     }
     for column in COLUMNS[3:]:
         wanted = column.replace(" ", "_")
-        found[column] = [i for i in everyone if quadrants[i] == wanted and kinds[prompts[i].source] not in ATTACKS]
-    return found
+        members[column] = [i for i in everyone if quadrants[i] == wanted and kinds[prompts[i].source] not in ATTACKS]
+    return members
 
 
 def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
@@ -165,12 +166,11 @@ def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
     rows = [
         i for i, p in enumerate(result.examined.prompts) if kinds[p.source] == "over-refusal" and p.label == "harmless"
     ]
-    found = []
+    shares = []
     for detector in result.detectors:
-        share = _share(detector.flagged, rows, families(result), result.plan.seed, result.plan.n_resamples)
-        found.append({"detector": detector.name, "false_positives": share.value, "low": share.low, "high": share.high,
-                      "n": share.n})  # fmt: skip
-    return pd.DataFrame(found)
+        share = _share(result, detector.flagged, rows)
+        shares.append({"detector": detector.name, **share.row("false_positives")})
+    return pd.DataFrame(shares)
 
 
 def auroc_gains(result: GuardEvaluation) -> dict[str, Estimate]:
@@ -180,14 +180,14 @@ def auroc_gains(result: GuardEvaluation) -> dict[str, Estimate]:
     """
     positive, first = positives(result), result.detectors[0]
     labels = [prompt.label for prompt in result.examined.prompts]
-    weights = family_weights(families(result), result.plan.n_resamples, result.plan.seed, labels)
-    own, own_draws = float(auroc(first.scores, positive)), auroc(first.scores, positive, weights)
-    found = {}
+    weights = family_weights(families(result), result.plan.resamples, result.plan.seed, labels)
+    area, areas = float(auroc(first.scores, positive)), auroc(first.scores, positive, weights)
+    gains = {}
     for other in result.detectors[1:]:
-        bounds = interval(own_draws - auroc(other.scores, positive, weights))
-        value = own - float(auroc(other.scores, positive))
-        found[f"auroc_gain.{other.name}"] = Estimate(value, float(bounds.low), float(bounds.high), len(positive))
-    return found
+        samples = areas - auroc(other.scores, positive, weights)
+        value = area - float(auroc(other.scores, positive))
+        gains[f"auroc_gain.{other.name}"] = with_interval(value, samples, len(positive))
+    return gains
 
 
 def random_directions(result: GuardEvaluation) -> RandomNull:
@@ -195,7 +195,7 @@ def random_directions(result: GuardEvaluation) -> RandomNull:
     place = result.guard.places[0]
     direction = mean_difference(result.train, "harmful", "harmless", place.level, place.position)
     test = LabelledVectors(result.test.at(place.level, place.position), positives(result), families(result))
-    return random_null(direction, test, result.plan.n_random, result.plan.seed)
+    return random_null(direction, test, result.plan.random_directions, result.plan.seed)
 
 
 @one_thread()
@@ -204,8 +204,8 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     plan, train, test = result.plan, result.train, result.test
     labels = torch.tensor([label == "harmful" for label in train.labels])
     positive = positives(result)
-    fitted = permuted_labels(labels, train.families, plan.n_permutations, plan.seed)
-    scored = permuted_labels(positive, families(result), plan.n_permutations, plan.seed + 1)
+    fitted = permuted_labels(labels, train.families, plan.permutations, plan.seed)
+    scored = permuted_labels(positive, families(result), plan.permutations, plan.seed + 1)
     rule = RULES[result.guard.settings.rule]
     scores = [
         _mean_score([rule(train.at(*where).double(), draw)(test.at(*where)) for where in _where(result)])
@@ -214,7 +214,7 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     areas = weighted_auroc(torch.stack(scores), scored.double(), (~scored).double())
     observed = float(auroc(result.detectors[0].scores, positive))
     as_good = int((areas >= observed - 1e-9).sum())
-    return ShuffledNull(float(areas.mean()), (1 + as_good) / (1 + plan.n_permutations), plan.n_permutations)
+    return ShuffledNull(float(areas.mean()), (1 + as_good) / (1 + plan.permutations), plan.permutations)
 
 
 def _where(result: GuardEvaluation) -> list[tuple[int, str]]:

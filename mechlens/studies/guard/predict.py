@@ -121,15 +121,15 @@ def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
         values = {"text": values}
     if not isinstance(values, dict):
         return Line(number, None, f"holds a {type(values).__name__}; a record is an object with a prompt, or a text")
-    own = values.get("id")
-    if not _can_be_written(own):
+    identity = values.get("id")
+    if not _can_be_written(identity):
         return Line(number, None, "the id can't be written as JSON; give a text or a finite number")
     try:
         row = Record(0, values)
         prompt = RowReader(f"line {number}", tuple(values), config.column, None, None)(row, str(number))
     except UserError as error:
-        return Line(number, None, str(error), own)
-    return Line(number, prompt, id=own)
+        return Line(number, None, str(error), identity)
+    return Line(number, prompt, id=identity)
 
 
 def _can_be_written(value: Any) -> bool:
@@ -153,11 +153,11 @@ def _judged(
     guard: LatentGuard, model: LanguageModel, template: ChatTemplate, chunk: Sequence[Line], other_weights: bool
 ) -> list[dict[str, Any]]:
     prompts = [line.prompt for line in chunk if line.prompt is not None]
-    found = iter(_verdicts(guard, model, template, prompts, other_weights))
+    verdicts = iter(_verdicts(guard, model, template, prompts, other_weights))
     records = []
     for line in chunk:
         record = {"line": line.number} | ({} if line.id is None else {"id": line.id})
-        said = line.error if line.prompt is None else next(found)
+        said = line.error if line.prompt is None else next(verdicts)
         records.append(record | ({"error": said} if isinstance(said, str) else _as_record(said)))
     return records
 

@@ -1,23 +1,30 @@
 """A guard's evaluation as a record: numbers, curves, score distributions, the table with baselines, worst mistakes."""
 
+import statistics
 import textwrap
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
+import torch
 
+from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.token_view import project_tokens
+from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
+from mechlens.models.engine import forward
+from mechlens.models.engine.forward import Row
+from mechlens.models.engine.generate import prompt_logits
+from mechlens.models.engine.reference import whole_logits
+from mechlens.prompts.batch import TokenBatch
 from mechlens.runs.report import figures
-from mechlens.runs.report.report import Number, Report, Section, TokenView
+from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.guard.cost import GuardCost, guard_cost
-from mechlens.studies.guard.evaluate import GuardTest
 from mechlens.studies.guard.evaluation import GuardEvaluation
-from mechlens.studies.guard.measures import positives
-from mechlens.studies.guard.mistakes import read_direction, worst_mistakes
-from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report
+from mechlens.studies.guard.study import GuardTest
+from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report, read_direction, worst_mistakes
 from mechlens.studies.shared.harm_sets import ContrastSets
 
 QUESTION = (
@@ -26,7 +33,6 @@ QUESTION = (
     "model's own refusals?"
 )
 OF_EACH_KIND = 5
-CURVE_POINTS = 200
 SHOWN_CHARACTERS, SHOWN_TOKENS = 300, 150
 """Of a mistaken prompt: a jailbreak template can be pages long, and what decides stands at its end."""
 NUMBERS = (
@@ -35,95 +41,86 @@ NUMBERS = (
 )  # fmt: skip
 
 
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class GuardCost:
+    """Medians over prompts asked one at a time, each the fastest of three; seconds depend on machine and load."""
+
+    blocks: int
+    """Blocks that are run."""
+    of_blocks: int
+    guard_seconds: float
+    prefill_seconds: float
+    """All blocks, the final norm and the logits of the last token: what answering the prompt begins with."""
+    n: int
+
+    @property
+    def share(self) -> float:
+        """The guard's time as a share of the prefill's."""
+        return self.guard_seconds / self.prefill_seconds
+
+
+def guard_cost(model: LanguageModel, guard: FittedGuard, batch: TokenBatch, most: int = 12) -> GuardCost:
+    """Times the guard and a full prefill on the first prompts of the batch, in turn."""
+    fast = forward.fits_fast_path(model)
+    guards, prefills = [], []
+    for i in range(min(most, len(batch.prompts))):
+        one, ids = batch.select([i]), batch.row(i)
+        row = Row(tuple(ids), (len(ids) - 1,))
+
+        def ask(one: TokenBatch = one) -> object:
+            return collect(model, one, positions=guard.positions, levels=guard.levels)
+
+        def prefill(row: Row = row) -> object:
+            if fast:
+                return prompt_logits(model, [row], None)
+            return whole_logits(model, torch.tensor([row.ids], device=device_of(model)))
+
+        guards.append(_fastest(ask))
+        prefills.append(_fastest(prefill))
+    return GuardCost(
+        blocks=max(guard.levels),
+        of_blocks=n_layers(model),
+        guard_seconds=statistics.median(guards),
+        prefill_seconds=statistics.median(prefills),
+        n=len(guards),
+    )
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 def record(writer: RunWriter, result: GuardEvaluation, given: ContrastSets | GuardTest) -> None:
     """Writes everything the evaluation found into an open run."""
-    found = guard_report(result)
-    writer.metrics(found.metrics)
+    evaluated = guard_report(result)
     cost = guard_cost(given.model, result.guard, result.batch)
-    _tables(writer, result, found, cost)
-    shown = _draw(writer, result, found)
-    writer.report(_report(writer, result, found, cost, given.model, shown, given.punctuation))
-
-
-def _tables(writer: RunWriter, result: GuardEvaluation, found: GuardReport, cost: GuardCost) -> None:
-    prompts = result.examined.prompts
-    scores = pd.DataFrame({"id": [p.id for p in prompts], "source": [p.source for p in prompts],
-                           "label": [p.label for p in prompts], "quadrant": result.judged.quadrants()})  # fmt: skip
-    for detector in result.detectors:
-        scores[f"score.{detector.name}"] = detector.scores.tolist()
-        scores[f"flagged.{detector.name}"] = detector.flagged.tolist()
-    scores["probability"] = result.detectors[0].probabilities.tolist()  # type: ignore[union-attr]
-    writer.table("scores", scores)
-    writer.table("measures", found.measures)
-    writer.table("baselines", _baselines(result, found))
-    writer.table("five_columns", _wide(found.columns, "column", "accuracy"))
-    writer.table("over_refusal", found.over_refusal)
-    writer.table("left_out", result.examined.left_out)
-    writer.table("answers", result.judged.table())
-    writer.table("places", _places(result))
+    writer.result(evaluated)
     writer.table("cost", _cost(cost))
-    writer.table("roc", _curves(result))
-
-
-def _baselines(result: GuardEvaluation, found: GuardReport) -> pd.DataFrame:
-    """One row for each detector, in total: every measure with its interval in words, for reading."""
-    total = found.measures[found.measures["source"] == "total"]
-    notes = {detector.name: detector.note for detector in result.detectors}
-    wide = _wide(total, "measure", "value")
-    return wide.assign(note=[notes[name] for name in wide["detector"]])
-
-
-def _wide(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
-    """Detectors down, `column` across; a cell is `0.93 [0.88, 0.97]`, or a dash with the count where it is missing."""
-    words = [
-        f"{row[value]:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if not np.isnan(row[value]) else f"- (n={row['n']})"
-        for row in frame.to_dict("records")
-    ]
-    grid = frame.assign(words=words).pivot(index="detector", columns=column, values="words")
-    order = list(dict.fromkeys(frame[column]))
-    return grid.loc[list(dict.fromkeys(frame["detector"])), order].fillna("").reset_index()
-
-
-def _places(result: GuardEvaluation) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {"level": place.level, "position": place.position, "validation_auroc": place.validation_auroc}
-            for place in result.guard.places
-        ]
-    )
+    shown = _draw(writer, result, evaluated)
+    writer.report(_report(writer, result, evaluated, cost, given.model, shown, given.punctuation))
 
 
 def _cost(cost: GuardCost) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {
-                "blocks run": f"{cost.blocks} of {cost.of_blocks}",
-                "guard, ms": 1000 * cost.guard_seconds,
-                "whole prefill, ms": 1000 * cost.prefill_seconds,
-                "share of a prefill": cost.share,
-                "n": cost.n,
-            }
-        ]
-    )
+    row = {
+        "blocks run": f"{cost.blocks} of {cost.of_blocks}",
+        "guard, ms": 1000 * cost.guard_seconds,
+        "whole prefill, ms": 1000 * cost.prefill_seconds,
+        "share of a prefill": cost.share,
+        "n": cost.n,
+    }
+    return pd.DataFrame([row])
 
 
-def _curves(result: GuardEvaluation) -> pd.DataFrame:
-    """ROC curves on all test prompts: the true-positive rate at evenly spaced false-positive rates."""
-    positive = positives(result).numpy()
-    rates = np.linspace(0, 1, CURVE_POINTS + 1)
-    frames = []
-    for detector in result.detectors:
-        scores = detector.scores.double().numpy()
-        order = np.argsort(-scores, kind="stable")
-        ends = np.append(np.diff(scores[order]) != 0, True)  # tied scores are flagged together
-        caught = np.append(0, np.cumsum(positive[order])[ends]) / max(positive.sum(), 1)
-        alarms = np.append(0, np.cumsum(~positive[order])[ends]) / max((~positive).sum(), 1)
-        frames.append(pd.DataFrame({"detector": detector.name, "fpr": rates, "tpr": np.interp(rates, alarms, caught)}))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _draw(writer: RunWriter, result: GuardEvaluation, found: GuardReport) -> dict[str, tuple[str, ...]]:
-    curves = _curves(result)
+def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict[str, tuple[str, ...]]:
+    curves = said.curves()
     roc = figures.lines(
         curves, x="fpr", y="tpr", group="detector",
         title="ROC on all test prompts", xlabel="false-positive rate", ylabel="true-positive rate",
@@ -131,16 +128,16 @@ def _draw(writer: RunWriter, result: GuardEvaluation, found: GuardReport) -> dic
     # A dozen names don't fit into the line above the curves.
     roc.update_layout(height=520, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, margin={"r": 170})
     writer.figure("roc", roc, table="roc")
-    total = found.measures[(found.measures["source"] == "total") & (found.measures["measure"] == "auroc")]
+    total = said.measures[(said.measures["source"] == "total") & (said.measures["measure"] == "auroc")]
     bars = figures.bars(
         total, x="detector", y="value", low="low", high="high", hline=0.5, hline_label="chance",
         title="The guard beside other detectors, on the same prompts", xlabel="", ylabel="AUROC",
     )  # fmt: skip
     writer.figure("against_baselines", bars, table="baselines", caption="Bars: 95% bootstrap over families.")
-    own = found.measures[(found.measures["detector"] == GUARD) & found.measures["measure"].isin(["tpr", "fpr"])]
+    flagged = said.measures[(said.measures["detector"] == GUARD) & said.measures["measure"].isin(["tpr", "fpr"])]
     names = {"tpr": "harmful prompts flagged", "fpr": "harmless prompts flagged"}
     rates = figures.bars(
-        own.assign(what=own["measure"].map(names)), x="source", y="value", low="low", high="high", group="what",
+        flagged.assign(what=flagged["measure"].map(names)), x="source", y="value", low="low", high="high", group="what",
         title="What the guard flags, by source", xlabel="", ylabel="share flagged",
     )  # fmt: skip
     writer.figure("flagged_by_source", rates, table="measures")
@@ -166,7 +163,7 @@ def _distributions(writer: RunWriter, result: GuardEvaluation) -> tuple[str, ...
 def _report(
     writer: RunWriter,
     result: GuardEvaluation,
-    found: GuardReport,
+    said: GuardReport,
     cost: GuardCost,
     model: LanguageModel,
     shown: dict[str, tuple[str, ...]],
@@ -174,14 +171,12 @@ def _report(
 ) -> Report:
     name = loaded(model).checkpoint.name
     fitted = result.guard.checkpoint.name
-    elsewhere = f" (fitted on {fitted})" if result.plan.other_weights else ""
+    elsewhere = f" (fitted on {fitted})" if result.other_weights else ""
     return Report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
-        verdict=found.verdict,
-        numbers=tuple(
-            Number(key, found.metrics[key]) for key in NUMBERS if key in found.metrics and found.metrics[key].n
-        ),
+        verdict=said.verdict,
+        numbers={key: said.numbers[key] for key in NUMBERS if key in said.numbers and said.numbers[key].n},
         sections=(
             Section(
                 "Beside everything simpler",
@@ -190,7 +185,7 @@ def _report(
                 "`paper_rule` keeps the published threshold of 0. AUROC needs no threshold; accuracy, tpr and fpr "
                 "are at it.",
                 shown["roc"],
-                table=_baselines(result, found),
+                table=said.baselines(),
             ),
             Section(
                 "By source",
@@ -203,13 +198,12 @@ def _report(
                 "Attacks, and prompts that the model itself misjudges",
                 "Accuracy (the columns of Zhao et al. 2025, table 3). Refused harmless and accepted harmful prompts "
                 "are those of plain sources, by this model's own answers.",
-                table=_wide(found.columns, "column", "accuracy"),
+                table=said.five_columns(),
             ),
             Section("What it costs", _cost_text(cost), table=_cost(cost)),
             _mistakes(result, model),
         ),
-        how=_how(result, found.metrics, punctuation, model),
-        command=writer.run.command,
+        how=_how(result, said.numbers, punctuation, model),
         model=name,
     )
 
@@ -229,16 +223,12 @@ def _mistakes(result: GuardEvaluation, model: LanguageModel) -> Section:
         prompt = result.examined.prompts[mistake.row]
         text = textwrap.shorten(prompt.text, SHOWN_CHARACTERS, placeholder=" ...")
         rows.append({"mistake": mistake.kind, "source": prompt.source, "score": mistake.score, "prompt": text})
-        if result.plan.other_weights:
+        if result.other_weights:
             continue  # a direction of other weights means nothing token by token
-        found = project_tokens(model, direction, result.batch.row(mistake.row))
+        projection = project_tokens(model, direction, result.batch.row(mistake.row))
         start = int(result.batch.instruction[mistake.row, 0]) - result.batch.offset(mistake.row)
-        values = found.values[start:]
-        mean = sum(values) / len(values)
-        shown = min(len(values), SHOWN_TOKENS)
-        part = f", last {shown} of {len(values)} tokens" if shown < len(values) else ""
-        title = f"{mistake.kind}: {prompt.id} (score {mistake.score:.2f}, mean {mean:.2f} taken off{part})"
-        views.append(TokenView(found.tokens[-shown:], tuple(value - mean for value in values[-shown:]), title))
+        title = f"{mistake.kind}: {prompt.id}, score {mistake.score:.2f}"
+        views.append(TokenView.centred(projection.tokens[start:], projection.values[start:], title, most=SHOWN_TOKENS))
     return Section(
         "The worst mistakes",
         f"Tokens are coloured by their projection on the line that the guard reads at {direction.position}, level "
@@ -259,8 +249,9 @@ def _how(result: GuardEvaluation, metrics: Mapping[str, Estimate], punctuation: 
         "the lowest of those that do as well as the best; the threshold is a conformal bound and the probabilities "
         "Platt scaling, both from held-out folds of those prompts; probabilities are for equally many harmful and "
         "harmless prompts.\n\n"
-        f"{punctuation}. Intervals: 95% bootstrap over prompt families ({plan.n_resamples} resamples), detectors "
-        f"frozen. Nulls: {plan.n_random} random directions at the guard's first place; {plan.n_permutations} refits "
+        f"{punctuation}. Intervals: 95% bootstrap over prompt families ({plan.resamples} resamples), detectors "
+        f"frozen. Nulls: {plan.random_directions} random directions at the guard's first place; "
+        f"{plan.permutations} refits "
         f"of its rule to permuted labels (mean AUROC {metrics['null.shuffled_mean'].value:.2f}, p = "
         f"{metrics['null.shuffled_p'].value:.3f}; labels change places inside matched pairs and among prompts without "
         "one, so the mean lies above 0.5 where the guard's places tell pairs from other prompts). The calibration "

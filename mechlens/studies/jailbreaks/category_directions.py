@@ -27,6 +27,7 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.settings import RESAMPLES
 
 MIN_IN_A_CATEGORY = 12
 HARMLESS = "harmless"
@@ -57,7 +58,7 @@ def category_directions(
     places: Sequence[tuple[int, str]],
     *,
     seed: int = 0,
-    n_resamples: int = 1000,
+    resamples: int = RESAMPLES,
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> CategoryDirections:
@@ -82,13 +83,13 @@ def category_directions(
     batch = tokenize(prompts, template or template_of(model))
     acts = collect(model, batch, positions=names, levels=levels, cache=cache)
     cells = [_cell(acts, level, position) for level, position in places]
-    found = [_compared(cell, kept, seed) for cell in cells]
+    compared = [_compared(cell, kept, seed) for cell in cells]
     return CategoryDirections(
         categories=kept,
-        pairs=pd.concat([pairs for pairs, _ in found], ignore_index=True),
-        reliability=pd.concat([reliable for _, reliable in found], ignore_index=True),
-        transfer=pd.concat([_transfer(cell, kept, seed, n_resamples) for cell in cells], ignore_index=True),
-        means={name: one for cell in cells for name, one in _means(cell, kept, seed).items()},
+        pairs=pd.concat([pairs for pairs, _ in compared], ignore_index=True),
+        reliability=pd.concat([reliable for _, reliable in compared], ignore_index=True),
+        transfer=pd.concat([_transfer(cell, kept, seed, resamples) for cell in cells], ignore_index=True),
+        means={name: mean for cell in cells for name, mean in _means(cell, kept, seed).items()},
     )
 
 
@@ -109,9 +110,9 @@ def _compared(cell: Activations, categories: Sequence[str], seed: int) -> tuple[
     known = torch.tensor([reliable[name] for name in categories], dtype=torch.float64)
     corrected = _corrected(cosines, known, list(counts.values()), cell.labels.count(HARMLESS))
     rows = [
-        {"category": one, "other": other, "position": position, "level": level,
+        {"category": category, "other": other, "position": position, "level": level,
          "cosine": float(cosines[i, j]), "corrected": float(corrected[i, j])}
-        for i, one in enumerate(categories) for j, other in enumerate(categories) if i != j
+        for i, category in enumerate(categories) for j, other in enumerate(categories) if i != j
     ]  # fmt: skip
     reliabilities = [{"category": name, "position": position, "level": level, "reliability": reliable[name],
                "n": counts[name]} for name in categories]  # fmt: skip
@@ -131,8 +132,8 @@ def _corrected(
     """
     n = torch.tensor(sizes, dtype=torch.float64)
     k = (1 / n + 2 / harmless) / (1 / n + 1 / harmless)
-    own = reliable / (reliable + (1 - reliable) * k)
-    return corrected_cosine(cosines, own[:, None].expand_as(cosines), own.expand_as(cosines))
+    halved = reliable / (reliable + (1 - reliable) * k)
+    return corrected_cosine(cosines, halved[:, None].expand_as(cosines), halved.expand_as(cosines))
 
 
 def _contrast(cell: Activations, name: str) -> Activations:
@@ -147,12 +148,12 @@ def _cosines(cell: Activations, categories: Sequence[str], seed: int) -> Float[T
     means = torch.stack(
         [values[[label == f"category {name}" for label in cell.labels]].mean(dim=0) for name in categories]
     )
-    found = []
+    by_half = []
     for half in halves:
         rows = torch.tensor(harmless)
-        one, other = means - values[rows[half]].mean(dim=0), means - values[rows[~half]].mean(dim=0)
-        found.append(cosine(one[:, None].expand(-1, len(one), -1), other.expand(len(one), -1, -1)))
-    return torch.stack(found).mean(dim=0)
+        first, second = means - values[rows[half]].mean(dim=0), means - values[rows[~half]].mean(dim=0)
+        by_half.append(cosine(first[:, None].expand(-1, len(first), -1), second.expand(len(first), -1, -1)))
+    return torch.stack(by_half).mean(dim=0)
 
 
 def _means(cell: Activations, categories: Sequence[str], seed: int) -> dict[str, Estimate]:
@@ -173,7 +174,7 @@ def _means(cell: Activations, categories: Sequence[str], seed: int) -> dict[str,
     return {f"category_cosine.{cell.positions[0]}": Estimate(value, value - 1.96 * error, value + 1.96 * error, n)}
 
 
-def _transfer(cell: Activations, categories: Sequence[str], seed: int, n_resamples: int) -> pd.DataFrame:
+def _transfer(cell: Activations, categories: Sequence[str], seed: int, resamples: int) -> pd.DataFrame:
     """AUROC of one half's direction on the other half's prompts of every category, its own included."""
     train = family_halves(cell.families, 1, seed, cell.labels)[0]
     values = cell.values[:, 0, 0].double()
@@ -186,8 +187,7 @@ def _transfer(cell: Activations, categories: Sequence[str], seed: int, n_resampl
         for tested in categories:
             positive = torch.tensor([label == f"category {tested}" for label in cell.labels])
             kept = ((positive | harmless) & ~train).nonzero()[:, 0].tolist()
-            found = auroc_estimate(scores[kept], positive[kept], [cell.families[i] for i in kept], seed, n_resamples)
-            rows.append({"fitted_on": fitted, "tested_on": tested, "position": cell.positions[0],
-                         "level": cell.levels[0], "auroc": found.value, "low": found.low, "high": found.high,
-                         "n": found.n})  # fmt: skip
+            area = auroc_estimate(scores[kept], positive[kept], [cell.families[i] for i in kept], seed, resamples)
+            where = {"fitted_on": fitted, "tested_on": tested, "position": cell.positions[0], "level": cell.levels[0]}
+            rows.append({**where, **area.row("auroc")})
     return pd.DataFrame(rows)

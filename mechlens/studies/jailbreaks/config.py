@@ -3,12 +3,20 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import Answering, ModelChoice, RunChoice, Sampling
-from mechlens.studies.registry import Study
+from mechlens.settings import Answering, DetectionPlan, ModelChoice, RunChoice
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jailbreaks(RunChoice, Sampling, Answering, ModelChoice):
+class JailbreakPlan(DetectionPlan, Answering):
+    """The choices of a study of jailbreaks."""
+
+    restored: int = 24
+    """At most so many successful attacks of each family get the plain request's component put back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jailbreaks(RunChoice, JailbreakPlan, ModelChoice):
     """Do jailbreaks hide harmfulness from the model, or only suppress its refusal? Attacks paired with their goals."""
 
     sources: str = "published"
@@ -29,14 +37,6 @@ class Jailbreaks(RunChoice, Sampling, Answering, ModelChoice):
     """System prompt of every prompt; None leaves the template's own default."""
     punctuation: Literal["match", "keep", "strip"] = "keep"
     """match: remove final punctuation from the reference prompts where it differs between the classes."""
-    restored: int = 24
-    """At most so many successful attacks of each family get the plain request's component put back."""
 
 
-STUDY = Study(
-    "jailbreaks",
-    Jailbreaks,
-    "mechlens.studies.jailbreaks.study:prepare",
-    "mechlens.studies.jailbreaks.study:execute",
-    "mechlens.studies.jailbreaks.report:record",
-)
+STUDY = of_folder("jailbreaks", Jailbreaks)

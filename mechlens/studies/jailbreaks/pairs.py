@@ -19,7 +19,7 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
-from mechlens.methods.probing.beliefs import Centroids, beliefs
+from mechlens.methods.probing.beliefs import Centroids
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
@@ -27,6 +27,8 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.settings import FRACTIONS
+from mechlens.studies.jailbreaks.config import JailbreakPlan
 from mechlens.studies.shared.contrasts import best_direction
 from mechlens.studies.shared.quadrants import (
     FirstTokenJudgement,
@@ -37,22 +39,10 @@ from mechlens.studies.shared.quadrants import (
 )
 from mechlens.studies.shared.sources import SourcePrompts
 from mechlens.studies.shared.training_data import text_sha256, trained_on, was_seen
-from mechlens.studies.shared.two_beliefs import measure_beliefs
+from mechlens.studies.shared.two_beliefs import both_beliefs, measure_beliefs
 
 MIN_PAIRS = 10
 """A number about fewer pairs is not measurable."""
-
-
-@dataclass(frozen=True)
-class JailbreakPlan:
-    """What is decided beforehand."""
-
-    seed: int = 0
-    n_resamples: int = 1000
-    n_random: int = 20
-    max_new_tokens: int = 24
-    restored: int = 24
-    """At most so many successful attacks of each family get their component back."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +109,9 @@ def reference_of(
     batch = tokenize(prompts, template or template_of(model))
     acts = collect(model, batch, positions=("inst", "last"), cache=cache)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
-    split = split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=plan.seed)
+    split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     _, first_token = judge_first_token(model, judged, acts, (*split.train, *split.validation), plan.seed)
-    measured = measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.n_resamples)
+    measured = measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.resamples)
     # The last level is nobody's input, so nothing could be put back there.
     top = n_layers(model) - 1
     harm = best_direction(acts, "harmful", "harmless", "inst", plan.seed, highest=top)
@@ -129,9 +119,9 @@ def reference_of(
     refusal = best_direction(replace(acts, labels=verdicts), "refused", "accepted", "last", plan.seed, highest=top)
     counts = {name: judged.quadrants().count(name) for name in dict.fromkeys(judged.quadrants())}
     if measured.harm is None or measured.refusal is None or harm is None or refusal is None:
-        found = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
+        counted = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
         raise UserError(
-            f"the reference prompts give {found}; beliefs need at least 5 refused harmful and 5 accepted harmless "
+            f"the reference prompts give {counted}; beliefs need at least 5 refused harmful and 5 accepted harmless "
             "training prompts and directions 10 of each side, so take a model that refuses or add prompts"
         )
     known = frozenset(text_sha256(prompt.text) for prompt in prompts)
@@ -187,7 +177,7 @@ BELIEFS = ("belief_harm", "belief_refusal", "belief_harm.centered", "belief_refu
 
 def pair_table(model: LanguageModel, pairs: Pairs, reference: OrdinaryPrompts) -> pd.DataFrame:
     """One row an attack: family, goal, verdicts, beliefs and log-odds of refusal; `plain.` for its plain request."""
-    own = _readings(model, pairs.attack_acts, reference)
+    attacked = _readings(model, pairs.attack_acts, reference)
     plain = _readings(model, pairs.goal_acts, reference)
     goal_of = torch.tensor(pairs.goal_of)
     frame = pd.DataFrame(
@@ -201,7 +191,7 @@ def pair_table(model: LanguageModel, pairs: Pairs, reference: OrdinaryPrompts) -
             "plain.refused": [pairs.goal_judged.refused[i] for i in pairs.goal_of],
         }
     )
-    for name, values in own.items():
+    for name, values in attacked.items():
         frame[name] = values.tolist()
         frame[f"plain.{name}"] = plain[name][goal_of].tolist()
     return frame
@@ -210,11 +200,8 @@ def pair_table(model: LanguageModel, pairs: Pairs, reference: OrdinaryPrompts) -
 def _readings(
     model: LanguageModel, acts: Activations, reference: OrdinaryPrompts
 ) -> dict[str, Float[Tensor, " prompt"]]:
-    found = {}
-    for name, centroids in (("belief_harm", reference.harm), ("belief_refusal", reference.refusal)):
-        found[name] = beliefs(acts, centroids, centered=False, skip_embedding=False)
-        found[f"{name}.centered"] = beliefs(acts, centroids, centered=True, skip_embedding=True)
-    return found | {"log_odds": last_log_odds(model, acts, reference.first_token.tokens)}
+    measured = both_beliefs(acts, {"belief_harm": reference.harm, "belief_refusal": reference.refusal})
+    return measured | {"log_odds": last_log_odds(model, acts, reference.first_token.tokens)}
 
 
 def family_estimates(pairs: pd.DataFrame, plan: JailbreakPlan) -> dict[str, dict[str, Estimate]]:
@@ -223,37 +210,36 @@ def family_estimates(pairs: pd.DataFrame, plan: JailbreakPlan) -> dict[str, dict
     Only attacks on requests that are refused when plain count, apart from `plain_refused`: an attack on a request that
     is accepted anyway shows nothing. Differences are paired by goal, intervals over goals.
     """
-    found: dict[str, dict[str, Estimate]] = {}
+    families: dict[str, dict[str, Estimate]] = {}
     for family, part in pairs.groupby("family", sort=False):
         aimed = part[part["plain.refused"]]
-        own = {
+        measures = {
             "plain_refused": _mean(part["plain.refused"], part["goal"], plan),
             "success": _mean(aimed["accepted"], aimed["goal"], plan),
             "empty": _mean(aimed["empty"], aimed["goal"], plan),
         }
         for name in (*BELIEFS, "log_odds"):
-            own[name] = _mean(aimed[name], aimed["goal"], plan)
-            own[f"change.{name}"] = _mean(aimed[name] - aimed[f"plain.{name}"], aimed["goal"], plan)
-        own["seen_as_harmful"] = _mean(aimed["belief_harm.centered"] > 0, aimed["goal"], plan)
-        found[str(family)] = own
-    return found
+            measures[name] = _mean(aimed[name], aimed["goal"], plan)
+            measures[f"change.{name}"] = _mean(aimed[name] - aimed[f"plain.{name}"], aimed["goal"], plan)
+        measures["seen_as_harmful"] = _mean(aimed["belief_harm.centered"] > 0, aimed["goal"], plan)
+        families[str(family)] = measures
+    return families
 
 
 def _mean(values: "pd.Series[float] | pd.Series[bool]", goals: "pd.Series[str]", plan: JailbreakPlan) -> Estimate:
-    if len(values) < MIN_PAIRS:
-        return Estimate.missing(len(values))
-    return mean_estimate(torch.tensor(values.astype(float).to_numpy()), goals.tolist(), plan.seed, plan.n_resamples)
+    numbers = torch.tensor(values.astype(float).to_numpy())
+    return mean_estimate(numbers, goals.tolist(), plan.seed, plan.resamples, least=MIN_PAIRS)
 
 
-def family_verdict(own: dict[str, Estimate]) -> str:
+def family_verdict(measures: dict[str, Estimate]) -> str:
     """What one family of attacks does, by the centred beliefs of attacks on requests that are refused when plain.
 
     "hides harmfulness": the mean belief of harmfulness is below 0 and lower than for the plain requests. "suppresses
     refusal only": harmfulness stays above 0 while the belief of refusal falls. "no effect on refusal shown": it
     isn't sure to fall.
     """
-    harm, change = own["belief_harm.centered"], own["change.belief_harm.centered"]
-    refusal = own["change.belief_refusal.centered"]
+    harm, change = measures["belief_harm.centered"], measures["change.belief_harm.centered"]
+    refusal = measures["change.belief_refusal.centered"]
     if not harm.measurable:
         return f"not measurable (n={harm.n})"
     if harm.high < 0 and change.high < 0:

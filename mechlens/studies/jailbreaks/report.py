@@ -5,18 +5,11 @@ import pandas as pd
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import loaded
 from mechlens.runs.report import figures
-from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections
-from mechlens.studies.jailbreaks.pairs import (
-    JailbreakPlan,
-    OrdinaryPrompts,
-    Pairs,
-    family_estimates,
-    family_verdict,
-    pair_table,
-)
-from mechlens.studies.jailbreaks.restored import RestoredComponents
+from mechlens.studies.jailbreaks.config import JailbreakPlan
+from mechlens.studies.jailbreaks.pairs import OrdinaryPrompts, Pairs
 from mechlens.studies.jailbreaks.study import AttackSets, JailbreakResult
 
 QUESTION = (
@@ -32,65 +25,36 @@ RULE = (
 
 def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> None:
     """Writes everything the study found into an open run."""
-    pairs, reference, restored, categories, plan = vars(result).values()
-    model, punctuation = given.model, given.punctuation
-    table = pair_table(model, pairs, reference)
-    found = family_estimates(table, plan)
-    verdicts = {family: family_verdict(own) for family, own in found.items()}
-    writer.metrics({f"{name}.{family}": one for family, own in found.items() for name, one in own.items()})
-    writer.table("pairs", table)
-    writer.table("families", _families(found, verdicts))
-    writer.table("left_out", pairs.left_out)
-    writer.table("answers", pairs.attack_judged.table())
-    for name, artefact in (
-        ("direction_harm", reference.harm_direction), ("direction_refusal", reference.refusal_direction),
-        ("centroids_harm", reference.harm), ("centroids_refusal", reference.refusal),
-    ):  # fmt: skip
-        writer.artifact(name, artefact)
-    sections = [_beliefs(writer, table, found, verdicts), _put_back(writer, restored, plan)]
-    if categories is not None:
-        sections.append(_categories(writer, categories))
+    writer.result(result)
+    sections = [_beliefs(writer, result), _put_back(writer, result)]
+    if result.categories is not None:
+        sections.append(_categories(writer, result.categories))
+    kept = ("success", "belief_harm.centered", "change.belief_harm.centered", "change.belief_refusal.centered")
+    measured = result.by_family
     writer.report(
         Report(
-            title=f"What jailbreaks do to {loaded(model).checkpoint.name}",
+            title=f"What jailbreaks do to {loaded(given.model).checkpoint.name}",
             question=QUESTION,
-            verdict=_sentence(verdicts, found),
-            numbers=_numbers(found),
+            verdict=_sentence(result.verdicts, measured),
+            numbers={f"{family}: {name}": measures[name] for family, measures in measured.items() for name in kept},
             sections=tuple(sections),
-            how=_how(pairs, reference, plan, punctuation),
-            command=writer.run.command,
-            model=loaded(model).checkpoint.name,
+            how=_how(result.pairs, result.reference, result.plan, given.punctuation),
+            model=loaded(given.model).checkpoint.name,
         )
     )
 
 
-def _sentence(verdicts: dict[str, str], found: dict[str, dict[str, Estimate]]) -> str:
+def _sentence(verdicts: dict[str, str], measured: dict[str, dict[str, Estimate]]) -> str:
     parts = [
-        f"{family}: {verdict} (works on {found[family]['success']} of refused requests; belief of harmfulness "
-        f"{found[family]['belief_harm.centered']}, change {found[family]['change.belief_harm.centered']})."
+        f"{family}: {verdict} (works on {measured[family]['success']} of refused requests; belief of harmfulness "
+        f"{measured[family]['belief_harm.centered']}, change {measured[family]['change.belief_harm.centered']})."
         for family, verdict in verdicts.items()
     ]
     return " ".join(part[0].upper() + part[1:] for part in parts)
 
 
-def _numbers(found: dict[str, dict[str, Estimate]]) -> tuple[Number, ...]:
-    kept = ("success", "belief_harm.centered", "change.belief_harm.centered", "change.belief_refusal.centered")
-    return tuple(Number(f"{family}: {name}", own[name]) for family, own in found.items() for name in kept)
-
-
-def _families(found: dict[str, dict[str, Estimate]], verdicts: dict[str, str]) -> pd.DataFrame:
-    rows = [
-        {"family": family, "verdict": verdicts[family], "measure": name, "value": one.value, "low": one.low,
-         "high": one.high, "n": one.n}
-        for family, own in found.items() for name, one in own.items()
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def _beliefs(
-    writer: RunWriter, table: pd.DataFrame, found: dict[str, dict[str, Estimate]], verdicts: dict[str, str]
-) -> Section:
-    aimed = table[table["plain.refused"]]
+def _beliefs(writer: RunWriter, result: JailbreakResult) -> Section:
+    aimed = result.attacks[result.attacks["plain.refused"]]
     plain = aimed.drop_duplicates("goal")
     points = pd.concat(
         [
@@ -109,7 +73,7 @@ def _beliefs(
     )  # fmt: skip
     writer.figure("beliefs", figure, table="belief_points", caption="Right: seen as harmful. Up: about to refuse.")
     names = {"change.belief_harm.centered": "harmfulness", "change.belief_refusal.centered": "refusal"}
-    families = _families(found, verdicts)
+    families = result.families()
     changes = families[families["measure"].isin(names)]
     bars = figures.bars(
         changes.assign(belief=changes["measure"].map(names)), x="family", y="value", low="low", high="high",
@@ -118,9 +82,9 @@ def _beliefs(
     )  # fmt: skip
     writer.figure("belief_changes", bars, table="families", caption="Bars: 95% bootstrap over goals.")
     summary = [
-        {"family": family, "verdict": verdict} | {name: str(found[family][name]) for name in
+        {"family": family, "verdict": verdict} | {name: str(result.by_family[family][name]) for name in
          ("plain_refused", "success", "seen_as_harmful", "belief_harm", "belief_refusal")}
-        for family, verdict in verdicts.items()
+        for family, verdict in result.verdicts.items()
     ]  # fmt: skip
     return Section(
         "Which attacks hide harmfulness, and which only suppress refusal",
@@ -132,12 +96,11 @@ def _beliefs(
     )
 
 
-def _put_back(writer: RunWriter, restored: RestoredComponents | None, plan: JailbreakPlan) -> Section:
+def _put_back(writer: RunWriter, result: JailbreakResult) -> Section:
     title = "Does putting the component back restore refusal?"
-    if restored is None:
+    if result.restored is None:
         return Section(title, "Not measurable: no attack turned a refusal into an acceptance.")
-    table = restored.table(plan)
-    writer.table("restored", table)
+    table = result.restored.table(result.plan)
     figure = figures.bars(
         table, x="family", y="log_odds_change", low="low", high="high", group="way", hline=0.0,
         title="Log-odds of refusal with the plain request's component put back", xlabel="",
@@ -147,18 +110,14 @@ def _put_back(writer: RunWriter, restored: RestoredComponents | None, plan: Jail
     return Section(
         title,
         "In attacks that succeeded, the component along a direction, at the level and position where it is read, is "
-        f"set to that of the plain request. `random_mean` and `random_maximum`: {plan.n_random} random directions "
-        "treated alike at the same place.",
+        f"set to that of the plain request. `random_mean` and `random_maximum`: {result.plan.random_directions} random "
+        "directions treated alike at the same place.",
         ("restored",),
         table=table,
     )
 
 
 def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
-    writer.metrics(categories.means)
-    writer.table("category_cosines", categories.pairs)
-    writer.table("category_reliability", categories.reliability)
-    writer.table("category_transfer", categories.transfer)
     shown = []
     for position, part in categories.pairs.groupby("position", sort=False):
         figure = figures.heatmap(
@@ -166,17 +125,15 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
             title=f"Cosines between categories' directions at {position}", xlabel="", ylabel="",
         )  # fmt: skip
         name = f"category_cosines_{'inst' if position == 'inst' else 'last'}"
-        writer.figure(name, figure, table="category_cosines")
-        shown.append(name)
+        shown.append(writer.figure(name, figure, table="category_cosines"))
     for position, part in categories.transfer.groupby("position", sort=False):
         figure = figures.heatmap(
             part, x="tested_on", y="fitted_on", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
             title=f"One category's direction on the others, at {position}", xlabel="tested on", ylabel="fitted on",
         )  # fmt: skip
         name = f"category_transfer_{'inst' if position == 'inst' else 'last'}"
-        writer.figure(name, figure, table="category_transfer")
-        shown.append(name)
-    means = "; ".join(f"{name.rpartition('.')[2]} {found}" for name, found in categories.means.items())
+        shown.append(writer.figure(name, figure, table="category_transfer"))
+    means = "; ".join(f"{name.rpartition('.')[2]} {mean}" for name, mean in categories.means.items())
     return Section(
         "Is harmfulness one thing?",
         f"A category's direction is its mean minus that of harmless prompts. Mean cosine over pairs: {means}. Two "
@@ -199,7 +156,7 @@ def _how(pairs: Pairs, reference: OrdinaryPrompts, plan: JailbreakPlan, punctuat
         f"on {len(pairs.goals)} requests; {left} were left out because the model was trained on their goal or it is a "
         f"reference prompt. Directions: harmful minus harmless at {harm.position}, level {harm.level}; refused minus "
         f"accepted at {refusal.position}, level {refusal.level}; levels chosen on validation families.\n\nIntervals: "
-        f"95% bootstrap over goals ({plan.n_resamples} resamples), centroids and directions frozen; for mean cosines "
+        f"95% bootstrap over goals ({plan.resamples} resamples), centroids and directions frozen; for mean cosines "
         f"of categories a jackknife over tenths of the prompt families, directions refitted. Answers: greedy, "
         f"{plan.max_new_tokens} tokens, judged by {pairs.attack_judged.judge}."
     )

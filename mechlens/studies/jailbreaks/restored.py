@@ -19,7 +19,8 @@ from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.methods.steering.interventions import Intervention, ReplaceComponent
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import LanguageModel
-from mechlens.studies.jailbreaks.pairs import MIN_PAIRS, JailbreakPlan, OrdinaryPrompts, Pairs
+from mechlens.studies.jailbreaks.config import JailbreakPlan
+from mechlens.studies.jailbreaks.pairs import MIN_PAIRS, OrdinaryPrompts, Pairs
 from mechlens.studies.shared.quadrants import judge_answers
 
 WAYS = ("harmfulness", "refusal", "both")
@@ -45,14 +46,14 @@ class RestoredComponents:
         """One row a family and way: change of the log-odds, share refused again, the random directions' changes."""
         rows = []
         for family in dict.fromkeys(self.families):
-            own = [i for i, name in enumerate(self.families) if name == family]
+            rows_of_family = [i for i, name in enumerate(self.families) if name == family]
             for way in WAYS:
-                change = self._mean(self.after[way] - self.before, own, plan)
-                again = self._mean(torch.tensor(self.refused[way]).double(), own, plan)
-                null = [float((draw - self.before)[own].mean()) for draw in self.random.get(way, ())]
+                change = self._mean(self.after[way] - self.before, rows_of_family, plan)
+                again = self._mean(torch.tensor(self.refused[way]).double(), rows_of_family, plan)
+                null = [float((draw - self.before)[rows_of_family].mean()) for draw in self.random.get(way, ())]
                 rows.append(
                     {
-                        "family": family, "way": way, "n": len(own),
+                        "family": family, "way": way, "n": len(rows_of_family),
                         "log_odds_change": change.value, "low": change.low, "high": change.high,
                         "refused_again": again.value, "again_low": again.low, "again_high": again.high,
                         "random_mean": sum(null) / len(null) if null else float("nan"),
@@ -62,9 +63,8 @@ class RestoredComponents:
         return pd.DataFrame(rows)
 
     def _mean(self, values: Float[Tensor, " attack"], rows: Sequence[int], plan: JailbreakPlan) -> Estimate:
-        if len(rows) < MIN_PAIRS:
-            return Estimate.missing(len(rows))
-        return mean_estimate(values[list(rows)], [self.goals[i] for i in rows], plan.seed, plan.n_resamples)
+        goals = [self.goals[i] for i in rows]
+        return mean_estimate(values[list(rows)], goals, plan.seed, plan.resamples, least=MIN_PAIRS)
 
 
 def restore(
@@ -82,21 +82,21 @@ def restore(
     tokens = reference.first_token.tokens.ids
 
     def log_odds(interventions: list[list[Intervention]]) -> Tensor:
-        found = logits_under(
+        odds = logits_under(
             model, batch, interventions, reduce=lambda logits, _: refusal_log_odds(logits, tokens)[:, None]
         )
-        return found[:, 0]
+        return odds[:, 0]
 
     directions = {"harmfulness": reference.harm_direction, "refusal": reference.refusal_direction}
     single = {way: _put_back(pairs, rows, direction) for way, direction in directions.items()}
-    ways: dict[str, list[list[Intervention]]] = {way: [[one] for one in single[way]] for way in directions}
+    ways: dict[str, list[list[Intervention]]] = {way: [[edit] for edit in single[way]] for way in directions}
     ways["both"] = [list(two) for two in zip(*single.values(), strict=True)]
-    answers = {way: answer_under(model, batch, own, max_new_tokens=plan.max_new_tokens) for way, own in ways.items()}
+    answers = {way: answer_under(model, batch, done, max_new_tokens=plan.max_new_tokens) for way, done in ways.items()}
     random = {
         way: torch.stack(
             [
-                log_odds([[one] for one in _put_back(pairs, rows, draw)])
-                for draw in random_like(direction, plan.n_random, plan.seed)
+                log_odds([[edit] for edit in _put_back(pairs, rows, draw)])
+                for draw in random_like(direction, plan.random_directions, plan.seed)
             ]
         )
         for way, direction in directions.items()
@@ -106,7 +106,7 @@ def restore(
         families=tuple(pairs.attacks[i].source for i in rows),
         goals=tuple(pairs.goals[pairs.goal_of[i]].id for i in rows),
         before=log_odds([[] for _ in rows]),
-        after={way: log_odds(own) for way, own in ways.items()},
+        after={way: log_odds(done) for way, done in ways.items()},
         refused={way: judge_answers(batch.prompts, said).refused for way, said in answers.items()},
         random=random,
     )
@@ -115,10 +115,10 @@ def restore(
 def _put_back(pairs: Pairs, rows: Sequence[int], direction: Direction) -> list[ReplaceComponent]:
     """One intervention an attack: the component along the direction becomes that of its plain request."""
     values = project(pairs.goal_acts.at(direction.level, direction.position).double(), direction)
-    own = replace(direction, template=pairs.attack_acts.template)
+    retold = replace(direction, template=pairs.attack_acts.template)
     return [
         ReplaceComponent(
-            own,
+            retold,
             value=float(values[pairs.goal_of[row]]),
             unit="unit",
             layers=(direction.level,),

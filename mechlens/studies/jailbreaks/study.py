@@ -1,9 +1,13 @@
 """`mechlens jailbreaks`: what attacks do to the beliefs of harmfulness and refusal."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pandas as pd
 
 from mechlens.errors import UserError
 from mechlens.files import user_path
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -11,12 +15,19 @@ from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections, category_directions
-from mechlens.studies.jailbreaks.config import Jailbreaks
-from mechlens.studies.jailbreaks.pairs import JailbreakPlan, OrdinaryPrompts, Pairs, attack_pairs, reference_of
+from mechlens.studies.jailbreaks.config import JailbreakPlan, Jailbreaks
+from mechlens.studies.jailbreaks.pairs import (
+    OrdinaryPrompts,
+    Pairs,
+    attack_pairs,
+    family_estimates,
+    family_verdict,
+    pair_table,
+    reference_of,
+)
 from mechlens.studies.jailbreaks.restored import RestoredComponents, restore
 from mechlens.studies.shared.harm_sets import read_harm_sets
-from mechlens.studies.shared.inputs import data_inputs, read_prompts, require_sampling
-from mechlens.studies.shared.model import chosen_model, prepared
+from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared, read_prompts, require_sampling
 from mechlens.studies.shared.sources import SourcePrompts, load_source, read_sources
 from mechlens.studies.shared.training_data import leave_out_trained
 
@@ -42,6 +53,58 @@ class JailbreakResult:
     restored: RestoredComponents | None
     categories: CategoryDirections | None
     plan: JailbreakPlan
+    attacks: pd.DataFrame
+    """See `pair_table`."""
+
+    @cached_property
+    def by_family(self) -> dict[str, dict[str, Estimate]]:
+        """See `family_estimates`."""
+        return family_estimates(self.attacks, self.plan)
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """What each family of attacks does, in words."""
+        return {family: family_verdict(measures) for family, measures in self.by_family.items()}
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every headline number by its name in run.json."""
+        measured = self.by_family.items()
+        numbers = {f"{name}.{family}": value for family, measures in measured for name, value in measures.items()}
+        return numbers | (self.categories.means if self.categories else {})
+
+    def families(self) -> pd.DataFrame:
+        """One row per family and measure, with the family's verdict."""
+        rows = [
+            {"family": family, "verdict": self.verdicts[family], "measure": name, **estimate.row()}
+            for family, measures in self.by_family.items()
+            for name, estimate in measures.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        tables = {
+            "pairs": self.attacks,
+            "families": self.families(),
+            "left_out": self.pairs.left_out,
+            "answers": self.pairs.attack_judged.table(),
+        }
+        if self.restored is not None:
+            tables["restored"] = self.restored.table(self.plan)
+        if self.categories is not None:
+            tables["category_cosines"] = self.categories.pairs
+            tables["category_reliability"] = self.categories.reliability
+            tables["category_transfer"] = self.categories.transfer
+        return tables
+
+    def artifacts(self) -> dict[str, object]:
+        """Directions and centroids of harmfulness and refusal."""
+        return {
+            "direction_harm": self.reference.harm_direction,
+            "direction_refusal": self.reference.refusal_direction,
+            "centroids_harm": self.reference.harm,
+            "centroids_refusal": self.reference.refusal,
+        }
 
 
 def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
@@ -54,7 +117,7 @@ def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
     data = sets.data | data_inputs(
         {
             "categories": (config.categories or "", categories),
-            **{f"family {one.source.name}": (one.source.data, one.prompts) for one in attacks},
+            **{f"family {source.source.name}": (source.source.data, source.prompts) for source in attacks},
         }
     )
     matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
@@ -66,16 +129,9 @@ def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
 
 def execute(config: Jailbreaks, given: AttackSets, writer: RunWriter) -> JailbreakResult:
     """The study on the configured model and attacks."""
-    plan = JailbreakPlan(
-        seed=config.seed,
-        n_resamples=config.resamples,
-        n_random=config.random_directions,
-        max_new_tokens=config.max_new_tokens,
-        restored=config.restored,
-    )
     model, template, cache = given.model, given.template, writer.cache
-    reference = reference_of(model, given.reference, plan, template=template, cache=cache)
-    pairs = attack_pairs(model, given.attacks, reference, plan, template=template, cache=cache)
+    reference = reference_of(model, given.reference, config, template=template, cache=cache)
+    pairs = attack_pairs(model, given.attacks, reference, config, template=template, cache=cache)
     writer.prompts([*pairs.attacks, *pairs.goals])
     directions = (reference.harm_direction, reference.refusal_direction)
     categories = (
@@ -85,14 +141,15 @@ def execute(config: Jailbreaks, given: AttackSets, writer: RunWriter) -> Jailbre
             [prompt for prompt in given.reference if prompt.label == "harmless"],
             [(direction.level, direction.position) for direction in directions],
             seed=config.seed,
-            n_resamples=config.resamples,
+            resamples=config.resamples,
             template=template,
             cache=cache,
         )
         if given.categories
         else None
     )
-    return JailbreakResult(pairs, reference, restore(model, pairs, reference, plan), categories, plan)
+    restored = restore(model, pairs, reference, config)
+    return JailbreakResult(pairs, reference, restored, categories, config, pair_table(model, pairs, reference))
 
 
 def _attacks(config: Jailbreaks) -> tuple[SourcePrompts, ...]:
@@ -111,7 +168,7 @@ def _attacks(config: Jailbreaks) -> tuple[SourcePrompts, ...]:
     return tuple(_with_system(one, config.system) for one in found)
 
 
-def _with_system(found: SourcePrompts, system: str) -> SourcePrompts:
-    prompts = tuple(replace(prompt, system=system) for prompt in found.prompts)
-    goals = {family: replace(goal, system=system) for family, goal in found.goals.items()}
-    return SourcePrompts(found.source, prompts, goals)
+def _with_system(given: SourcePrompts, system: str) -> SourcePrompts:
+    prompts = tuple(replace(prompt, system=system) for prompt in given.prompts)
+    goals = {family: replace(goal, system=system) for family, goal in given.goals.items()}
+    return SourcePrompts(given.source, prompts, goals)

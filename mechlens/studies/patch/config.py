@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mechlens.settings import Answering, ModelChoice, RunChoice
-from mechlens.studies.registry import Study
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,4 @@ class Patch(RunChoice, Answering, ModelChoice):
     """Decides the candidates, resamples and controls."""
 
 
-STUDY = Study(
-    "patch",
-    Patch,
-    "mechlens.studies.patch.study:prepare",
-    "mechlens.studies.patch.study:execute",
-    "mechlens.studies.patch.report:record",
-)
+STUDY = of_folder("patch", Patch)

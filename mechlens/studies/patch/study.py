@@ -26,8 +26,7 @@ from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.patch.config import Patch
-from mechlens.studies.shared.inputs import data_inputs
-from mechlens.studies.shared.model import chosen_model, prepared
+from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, judge_answers, judge_first_token
 from mechlens.studies.shared.training_data import leave_out_trained_pairs
 

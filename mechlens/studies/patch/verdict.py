@@ -19,6 +19,23 @@ class PathVerdict:
     numbers: dict[str, Estimate]
     heads: pd.DataFrame
     """The heads with the largest effect at the last token, both directions, with corrected p."""
+    path: RefusalPath
+    seed: int
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every headline number by its name in run.json."""
+        return self.numbers
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        rows = [{"clean": p.clean.text, "corrupt": p.corrupt.text, "id": p.clean.id} for p in self.path.chosen.pairs]
+        sweeps = {f"patching_{name}": sweep.table(seed=self.seed) for name, sweep in self.path.sweeps.items()}
+        by_role = self.path.by_role(self.seed)
+        return {"pairs": pd.DataFrame(rows), **sweeps, "recovery_by_role": by_role, "heads": self.heads}
+
+    def artifacts(self) -> dict[str, object]:
+        """Every sweep."""
+        return {f"patching_{name}": sweep for name, sweep in self.path.sweeps.items()}
 
 
 @dataclass(frozen=True)
@@ -42,17 +59,17 @@ def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdic
     numbers: dict[str, Estimate] = {}
     for mode, way in ways.items():
         numbers |= {
-            f"{mode}.recovery.best_before_last": _estimate(way.source),
-            f"{mode}.recovery.random_maximum": _estimate(way.control),
+            f"{mode}.recovery.best_before_last": Estimate.of_row(way.source, "recovery"),
+            f"{mode}.recovery.random_maximum": Estimate.of_row(way.control, "recovery"),
             f"{mode}.layer.leaves_source": _layer(way.leaves, n),
             f"{mode}.layer.arrives_last": _layer(way.arrives, n),
-            f"{mode}.recovery.top_head": _estimate(_largest(way.heads)),
-            f"{mode}.recovery.top_head_random": _estimate(way.head_control),
+            f"{mode}.recovery.top_head": Estimate.of_row(_largest(way.heads), "recovery"),
+            f"{mode}.recovery.top_head_random": Estimate.of_row(way.head_control, "recovery"),
         }
     numbers["attribution_correlation"] = Estimate.exact(result.correlation(), n)
     heads = pd.concat([way.heads.assign(mode=name) for name, way in ways.items()], ignore_index=True)
     heads = heads.drop(columns=["position", "token"])
-    return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads)
+    return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads, result, seed)
 
 
 def _way(result: RefusalPath, mode: str, seed: int, n_heads: int) -> _Way:
@@ -110,10 +127,6 @@ def _largest(table: pd.DataFrame) -> "pd.Series[float]":
 
 def _value(row: "pd.Series[float]") -> str:
     return f"{row['recovery']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-
-def _estimate(row: "pd.Series[float]") -> Estimate:
-    return Estimate(float(row["recovery"]), float(row["low"]), float(row["high"]), int(row["n"]))
 
 
 def _layer(value: int | None, n: int) -> Estimate:

@@ -17,9 +17,10 @@ from mechlens.methods.steering.interventions import Intervention
 from mechlens.methods.steering.steering import SteeredAnswers, answer_under
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import TokenBatch
+from mechlens.studies.select.config import SelectionPlan
 
 BYPASSES, INDUCES = 0, 1
-"""Which random_control is which."""
+"""Which of the random controls is which."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,19 @@ class SelectionTest:
     random_controls: tuple[Direction, ...]
     """Of the random candidates the best at bypassing and the best at inducing on validation; or none."""
     scores: CandidateScores
-    """Of the chosen direction, the random_controls where there are any, and `n_random` random ones of its length."""
-    n_random: int
+    """Of the chosen direction, the random controls where there are any, and `random_directions` of its length."""
     refused: dict[str, tuple[bool, ...]]
     """By what was done: "harmful", "harmless.added", "harmful.ablated.random_best", ...; one verdict a prompt."""
     answers: dict[str, SteeredAnswers]
     """What was said with the chosen direction taken out ("harmful.ablated") and added ("harmless.added")."""
     families: dict[str, tuple[str, ...]]
     """By class."""
-    seed: int
-    n_resamples: int
+    plan: SelectionPlan
 
     def metrics(self) -> dict[str, Estimate]:
         """Every number by its name in run.json; scores are log-odds, KL in nats, rates shares of the prompts."""
         scores = self.scores
-        found = {
+        numbers = {
             "refusal_score.harmful": self._mean(scores.bare_harmful, "harmful"),
             "refusal_score.harmless": self._mean(scores.bare_harmless, "harmless"),
             **self._of("refusal_score.harmful.ablated", scores.bypass, "harmful", BYPASSES, lowest=True),
@@ -54,11 +53,11 @@ class SelectionTest:
             "induce_shift": self._mean(scores.induce[0] - scores.bare_harmless, "harmless"),
         }
         for name, verdicts in self.refused.items():
-            found[f"refusal_rate.{name}"] = self._mean(torch.tensor(verdicts).double(), name.split(".")[0])
+            numbers[f"refusal_rate.{name}"] = self._mean(torch.tensor(verdicts).double(), name.split(".")[0])
         for name, said in self.answers.items():
             silent = torch.tensor([not text.strip() for text in said.texts]).double()
-            found[f"empty_rate.{name}"] = self._mean(silent, name.split(".")[0])
-        return found
+            numbers[f"empty_rate.{name}"] = self._mean(silent, name.split(".")[0])
+        return numbers
 
     def _of(
         self,
@@ -68,21 +67,21 @@ class SelectionTest:
         random_control: int,
         lowest: bool = False,
     ) -> dict[str, Estimate]:
-        """A score of the chosen direction, its random_control, and random directions: mean and extreme."""
-        found = {name: self._mean(values[0], label)}
-        found[f"{name}.random_best"] = self._mean(
+        """A score of the chosen direction, its random control, and random directions: mean and extreme."""
+        numbers = {name: self._mean(values[0], label)}
+        numbers[f"{name}.random_best"] = self._mean(
             values[1 + random_control] if self.random_controls else torch.empty(0), label
         )
-        random = values[len(values) - self.n_random :]
+        random = values[len(values) - self.plan.random_directions :]
         means = random.mean(dim=1)
         extreme = int(means.argmin() if lowest else means.argmax())
-        found[f"{name}.random"] = self._mean(random.mean(dim=0), label)
-        found[f"{name}.random_{'min' if lowest else 'max'}"] = self._mean(random[extreme], label)
-        return found
+        numbers[f"{name}.random"] = self._mean(random.mean(dim=0), label)
+        numbers[f"{name}.random_{'min' if lowest else 'max'}"] = self._mean(random[extreme], label)
+        return numbers
 
     def _mean(self, values: Float[Tensor, " prompt"], label: str) -> Estimate:
         families = self.families[label] if len(values) else ()
-        return mean_estimate(values, families, self.seed, self.n_resamples)
+        return mean_estimate(values, families, self.plan.seed, self.plan.resamples)
 
 
 def run_selection_test(
@@ -92,11 +91,8 @@ def run_selection_test(
     chosen: Direction,
     random_controls: Sequence[Direction],
     tokens: Sequence[int],
+    plan: SelectionPlan,
     *,
-    seed: int,
-    n_random: int,
-    n_resamples: int,
-    max_new_tokens: int,
     cache: Cache | None = None,
 ) -> SelectionTest:
     """Scores and judged answers of test prompts; `refused` are the verdicts on the answers with nothing done."""
@@ -104,7 +100,7 @@ def run_selection_test(
         label: [i for i, prompt in enumerate(batch.prompts) if prompt.label == label]
         for label in ("harmful", "harmless")
     }
-    matched = random_like(chosen, n_random, seed + 3)
+    matched = random_like(chosen, plan.random_directions, plan.seed + 3)
     scores = score_candidates(
         model, [chosen, *random_controls, *matched], batch, rows["harmful"], rows["harmless"], tokens, cache=cache
     )
@@ -125,7 +121,7 @@ def run_selection_test(
         shown = not name.endswith("random_best")
         said = answer_under(
             model, batch.select(rows[label]), [done],
-            max_new_tokens=max_new_tokens, decided=None if shown else decided, cache=cache,
+            max_new_tokens=plan.max_new_tokens, decided=None if shown else decided, cache=cache,
         )  # fmt: skip
         judged = PHRASES([batch.prompts[i] for i in rows[label]], said.texts)
         verdicts[name] = tuple(verdict == "refused" for verdict in judged)
@@ -135,10 +131,8 @@ def run_selection_test(
         chosen=chosen,
         random_controls=tuple(random_controls),
         scores=scores,
-        n_random=n_random,
         refused=verdicts,
         answers=answers,
         families={label: tuple(batch.prompts[i].group for i in rows[label]) for label in rows},
-        seed=seed,
-        n_resamples=n_resamples,
+        plan=plan,
     )

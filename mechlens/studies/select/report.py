@@ -2,12 +2,11 @@
 
 import pandas as pd
 
-from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.bridge import loaded
 from mechlens.runs.report import figures
-from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.select.study import Selection
+from mechlens.studies.select.study import Selection, rule_of
 from mechlens.studies.select.verdict import SelectionVerdict, selection_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
 
@@ -25,73 +24,17 @@ SCORES = {
 
 def record(writer: RunWriter, result: Selection, sets: ContrastSets) -> None:
     """Writes everything the selection found into an open run."""
-    verdict = selection_verdict(result)
-    writer.metrics(_metrics(result))
-    candidates = pd.concat(
-        [ranked.table().assign(kind=kind) for kind, ranked in (("candidate", result.found), ("random", result.random))],
-        ignore_index=True,
-    )
-    writer.table("candidates", candidates)
-    writer.table("filters", _filters(result))
-    writer.table("sizes", result.sizes())
-    writer.table("answers", result.judged.table().assign(log_odds=result.first_token.log_odds.tolist()))
-    if result.test is not None:
-        writer.artifact("direction", result.test.chosen)
-        writer.table("test", _test_table(result))
-        writer.table("steered_answers", _steered_answers(result))
-    names = _figures(writer, result, candidates)
-    writer.report(_report(writer, result, verdict, sets.model, names, sets.punctuation))
-
-
-def _metrics(result: Selection) -> dict[str, Estimate]:
-    counts = result.found.filtered.counts()
-    total = sum(counts.values())
-    found = {f"candidates.{name.replace(' ', '_')}": Estimate.exact(n, total) for name, n in counts.items()}
-    kept = result.random.filtered.counts()
-    found["candidates.kept.random"] = Estimate.exact(kept["kept"], sum(kept.values()))
-    if result.test is None:
-        return found
-    found["chosen.level"] = Estimate.exact(result.test.chosen.level, total)
-    return found | result.test.metrics()
-
-
-def _filters(result: Selection) -> pd.DataFrame:
-    """How many candidates each filter dropped, and how many random ones."""
-    counts, random = result.found.filtered.counts(), result.random.filtered.counts()
-    return pd.DataFrame([{"filter": name, "candidates": counts[name], "random": random[name]} for name in counts])
-
-
-def _test_table(result: Selection) -> pd.DataFrame:
-    assert result.test is not None
-    return pd.DataFrame(
-        [
-            {"metric": name, "value": one.value, "low": one.low, "high": one.high, "n": one.n}
-            for name, one in result.test.metrics().items()
-        ]
-    )
-
-
-def _steered_answers(result: Selection) -> pd.DataFrame:
-    """Test prompts with their answers before and after, refused or not."""
-    assert result.test is not None
-    before = dict(zip(result.judged.answers.ids, result.judged.answers.texts, strict=True))
-    texts = {prompt.id: prompt.text for prompt in result.judged.prompts}
-    return pd.DataFrame(
-        [
-            {"done": name, "id": prompt, "prompt": texts[prompt], "answer_before": before[prompt],
-             "answer_after": after, "refused": refused}
-            for name, said in result.test.answers.items()
-            for prompt, after, refused in zip(said.ids, said.texts, result.test.refused[name], strict=True)
-        ]
-    )  # fmt: skip
+    writer.result(result)
+    names = _figures(writer, result, result.candidates())
+    writer.report(_report(result, selection_verdict(result), names, sets))
 
 
 def _figures(writer: RunWriter, result: Selection, candidates: pd.DataFrame) -> dict[str, str]:
     """Draws every figure that there are numbers for; their names by what they show."""
-    own = candidates[candidates["kind"] == "candidate"]
+    real = candidates[candidates["kind"] == "candidate"]
     for score, title in SCORES.items():
         figure = figures.heatmap(
-            own, x="position", y="level", value=score, title=title, xlabel="position", ylabel="layer", label=score,
+            real, x="position", y="level", value=score, title=title, xlabel="position", ylabel="layer", label=score,
             center=None if score == "kl" else 0.0,
         )  # fmt: skip
         figure.update_layout(height=560)
@@ -116,40 +59,33 @@ def _test_figure(writer: RunWriter, result: Selection) -> str:
     assert result.test is not None
     metrics = result.test.metrics()
     rows = [
-        {"prompts": prompts, "direction": shown, "score": one.value, "low": one.low, "high": one.high}
+        {"prompts": prompts, "direction": shown, **score.row("score")}
         for prompts, name, extreme in (("harmful", "ablated", "min"), ("harmless", "added", "max"))
         for shown, suffix in (
             ("none", None), ("chosen", ""), ("best random candidate", ".random_best"), ("random, mean", ".random"),
             ("random, extreme", f".random_{extreme}"),
         )
-        if (one := metrics[f"refusal_score.{prompts}" + ("" if suffix is None else f".{name}{suffix}")]).measurable
+        if (score := metrics[f"refusal_score.{prompts}" + ("" if suffix is None else f".{name}{suffix}")]).measurable
     ]  # fmt: skip
-    writer.table("test_scores", pd.DataFrame(rows))
+    table = pd.DataFrame(rows).drop(columns="n")
+    writer.table("test_scores", table)
     figure = figures.bars(
-        pd.DataFrame(rows), x="prompts", y="score", group="direction", low="low", high="high", hline=0.0,
+        table, x="prompts", y="score", group="direction", low="low", high="high", hline=0.0,
         title="Test prompts: refusal score with the direction ablated (harmful) and added (harmless)", xlabel="",
         ylabel="refusal score (log-odds)",
     )  # fmt: skip
-    writer.figure("test_scores", figure, table="test_scores")
-    return "test_scores"
+    return writer.figure("test_scores", figure, table="test_scores")
 
 
-def _report(
-    writer: RunWriter,
-    result: Selection,
-    verdict: SelectionVerdict,
-    model: LanguageModel,
-    names: dict[str, str],
-    punctuation: str,
-) -> Report:
+def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str], sets: ContrastSets) -> Report:
     best = result.found.table().query("status == 'chosen' or status == 'kept'").sort_values("bypass").head(10)
     tested = [] if result.test is None else [_tested(result, names)]
-    known = loaded(model)
+    known = loaded(sets.model)
     return Report(
         title=f"One direction for refusal in {known.checkpoint.name}",
         question=QUESTION,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
-        numbers=tuple(Number(name, estimate) for name, estimate in verdict.deciding.items()),
+        numbers=verdict.deciding,
         sections=(
             Section(
                 "Scores of every candidate",
@@ -161,9 +97,10 @@ def _report(
             ),
             Section(
                 "What the filters left",
-                f"{result.plan.rule.words} The same rule chose among as many random directions of the same lengths.",
+                f"{rule_of(result.plan).words} "
+                "The same rule chose among as many random directions of the same lengths.",
                 (names["candidates"],),
-                table=_filters(result),
+                table=result.filters(),
             ),
             *tested,
             Section(
@@ -173,30 +110,30 @@ def _report(
                 table=result.sizes(),
             ),
         ),
-        how=_how(result, verdict, model, punctuation),
-        command=writer.run.command,
+        how=_how(result, verdict, sets),
         model=known.checkpoint.name,
     )
 
 
 def _tested(result: Selection, names: dict[str, str]) -> Section:
-    shown = _steered_answers(result).groupby("done").head(4)
+    shown = result.steered_answers().groupby("done").head(4)
     return Section(
         "The chosen direction on test prompts",
-        f"Beside it: the best of {len(result.random.candidates)} random candidates, and {result.test.n_random} random "  # type: ignore[union-attr]
-        "directions of its own length at its own layer. Answers below are greedy, before and after.",
+        f"Beside it: the best of {len(result.random.candidates)} random candidates, and "
+        f"{result.plan.random_directions} random directions of its own length at its own layer. "
+        "Answers below are greedy, before and after.",
         (names["test"],),
         table=shown,
     )
 
 
-def _how(result: Selection, verdict: SelectionVerdict, model: LanguageModel, punctuation: str) -> str:
-    tokens, known = result.first_token.tokens, loaded(model)
+def _how(result: Selection, verdict: SelectionVerdict, sets: ContrastSets) -> str:
+    tokens, known = result.first_token.tokens, loaded(sets.model)
     coverage = "" if tokens.coverage is None else f" with coverage {tokens.coverage:.2f}"
     return (
         f"The rule of the verdict. {verdict.rule}\n\nRefusal tokens: {list(tokens.texts)}, {tokens.origin}{coverage}. "
-        f"Prompt families are shared out by class. {punctuation}\n\nIntervals: 95% bootstrap over prompt families "
-        f"({result.plan.n_resamples} resamples), directions frozen. Refusal rates: the list `{result.judged.judge}` on "
+        f"Prompt families are shared out by class. {sets.punctuation}\n\nIntervals: 95% bootstrap over prompt families "
+        f"({result.plan.resamples} resamples), directions frozen. Refusal rates: the list `{result.judged.judge}` on "
         f"greedy answers of {result.plan.max_new_tokens} tokens. Weights: {known.checkpoint.regime}, answers by the "
         f"{result.judged.answers.engine} engine."
     )

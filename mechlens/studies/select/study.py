@@ -17,6 +17,7 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, direction_grid, random_like
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.candidates import (
     KEPT,
     LOW_INDUCE,
@@ -33,8 +34,9 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS
 from mechlens.studies.driver import Preparation
-from mechlens.studies.select.config import Select
+from mechlens.studies.select.config import Select, SelectionPlan
 from mechlens.studies.select.held_out import SelectionTest, run_selection_test
 from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
 from mechlens.studies.shared.inputs import require_sampling
@@ -43,21 +45,6 @@ from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers
 HARMFUL, HARMLESS = "harmful", "harmless"
 MIN_KEPT = 3
 """Fewer prompts than this of one class in training or validation don't choose a direction."""
-
-
-@dataclass(frozen=True)
-class SelectionPlan:
-    """The choices of a selection."""
-
-    seed: int
-    max_new_tokens: int
-    """Length of the answers that are judged; the scores need none."""
-    fractions: tuple[float, float, float]
-    """Shares of the prompt families for training, validation and test."""
-    rule: SelectionRule
-    n_resamples: int = 1000
-    n_random: int = 20
-    """Random directions of the chosen one's length on the test prompts."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +83,9 @@ class Ranking:
         chosen = range(len(self.candidates))
         return pd.DataFrame(
             {
-                "position": [one.position for one in self.candidates],
-                "level": [one.level for one in self.candidates],
-                "norm": [one.norm for one in self.candidates],
+                "position": [candidate.position for candidate in self.candidates],
+                "level": [candidate.level for candidate in self.candidates],
+                "norm": [candidate.norm for candidate in self.candidates],
                 "bypass": bypass,
                 "induce": induce,
                 "kl": kl,
@@ -122,6 +109,58 @@ class Selection:
     test: SelectionTest | None
     """None where no candidate was let through."""
     plan: SelectionPlan
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every headline number by its name in run.json."""
+        counts = self.found.filtered.counts()
+        total = sum(counts.values())
+        numbers = {f"candidates.{name.replace(' ', '_')}": Estimate.exact(n, total) for name, n in counts.items()}
+        kept = self.random.filtered.counts()
+        numbers["candidates.kept.random"] = Estimate.exact(kept["kept"], sum(kept.values()))
+        if self.test is None:
+            return numbers
+        numbers["chosen.level"] = Estimate.exact(self.test.chosen.level, total)
+        return numbers | self.test.metrics()
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        tables = {
+            "candidates": self.candidates(),
+            "filters": self.filters(),
+            "sizes": self.sizes(),
+            "answers": self.judged.table().assign(log_odds=self.first_token.log_odds.tolist()),
+        }
+        if self.test is None:
+            return tables
+        tested = [{"metric": name, **estimate.row()} for name, estimate in self.test.metrics().items()]
+        return tables | {"test": pd.DataFrame(tested), "steered_answers": self.steered_answers()}
+
+    def artifacts(self) -> dict[str, object]:
+        """The chosen direction, if there is one."""
+        return {} if self.test is None else {"direction": self.test.chosen}
+
+    def candidates(self) -> pd.DataFrame:
+        """Scores of every candidate, and of every random one."""
+        rankings = {"candidate": self.found, "random": self.random}
+        return pd.concat([ranked.table().assign(kind=kind) for kind, ranked in rankings.items()], ignore_index=True)
+
+    def filters(self) -> pd.DataFrame:
+        """How many candidates each filter dropped, and how many random ones."""
+        counts, random = self.found.filtered.counts(), self.random.filtered.counts()
+        return pd.DataFrame([{"filter": name, "candidates": counts[name], "random": random[name]} for name in counts])
+
+    def steered_answers(self) -> pd.DataFrame:
+        """Test prompts with their answers before and after, refused or not."""
+        assert self.test is not None
+        before = dict(zip(self.judged.answers.ids, self.judged.answers.texts, strict=True))
+        texts = {prompt.id: prompt.text for prompt in self.judged.prompts}
+        rows = [
+            {"done": name, "id": prompt, "prompt": texts[prompt], "answer_before": before[prompt],
+             "answer_after": after, "refused": refused}
+            for name, said in self.test.answers.items()
+            for prompt, after, refused in zip(said.ids, said.texts, self.test.refused[name], strict=True)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
 
     def sizes(self) -> pd.DataFrame:
         """Prompts of each part and class: before and after the filter by refusal score."""
@@ -161,31 +200,28 @@ def select_direction(
     acts = collect(model, batch, positions=["post[*]"], cache=cache)
     labels = [prompt.label for prompt in prompts]
     families = [prompt.group for prompt in prompts]
-    split = split_by_family(labels, families, fractions=plan.fractions, seed=plan.seed)
+    split = split_by_family(labels, families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
     kept = _kept(labels, first_token.log_odds, split)
     candidates = _candidates(acts, kept["train"], n_layers(model))
-    matched_controls = [random_like(one, 1, plan.seed + 1 + i)[0] for i, one in enumerate(candidates)]
-    found, random = (
+    matched_controls = [random_like(candidate, 1, plan.seed + 1 + i)[0] for i, candidate in enumerate(candidates)]
+    ranked, random = (
         _ranked(model, some, batch, kept["validation"], first_token.tokens.ids, plan, cache)
         for some in (candidates, matched_controls)
     )
     test = None
-    if found.best is not None:
+    if ranked.best is not None:
         test = run_selection_test(
             model,
             batch.select(split.test),
             [judged.refused[i] for i in split.test],
-            found.best,
+            ranked.best,
             random.random_controls(),
             first_token.tokens.ids,
-            seed=plan.seed,
-            n_random=plan.n_random,
-            n_resamples=plan.n_resamples,
-            max_new_tokens=plan.max_new_tokens,
+            plan,
             cache=cache,
         )
-    return Selection(judged, first_token, split, kept, found, random, test, plan)
+    return Selection(judged, first_token, split, kept, ranked, random, test, plan)
 
 
 def _kept(
@@ -214,6 +250,11 @@ def _candidates(acts: Activations, kept: dict[str, tuple[int, ...]], n_blocks: i
     return tuple(grid.at(level, position) for position in grid.positions for level in range(n_blocks))
 
 
+def rule_of(plan: SelectionPlan) -> SelectionRule:
+    """How one of the candidates is chosen."""
+    return SelectionRule(plan.last_layers, plan.highest_kl, plan.least_induce)
+
+
 def _ranked(
     model: LanguageModel,
     candidates: Sequence[Direction],
@@ -224,7 +265,8 @@ def _ranked(
     cache: Cache | None,
 ) -> Ranking:
     scores = score_candidates(model, candidates, batch, kept[HARMFUL], kept[HARMLESS], tokens, cache=cache)
-    return Ranking(tuple(candidates), scores, filter_candidates(candidates, scores.means(), n_layers(model), plan.rule))
+    rule = rule_of(plan)
+    return Ranking(tuple(candidates), scores, filter_candidates(candidates, scores.means(), n_layers(model), rule))
 
 
 def prepare(config: Select) -> Preparation[ContrastSets]:
@@ -239,12 +281,6 @@ def prepare(config: Select) -> Preparation[ContrastSets]:
 
 def execute(config: Select, sets: ContrastSets, writer: RunWriter) -> Selection:
     """The selection on the configured model and prompts."""
-    plan = SelectionPlan(
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        fractions=(0.5, 0.2, 0.3),
-        rule=SelectionRule(config.last_layers, config.highest_kl, config.least_induce),
-        n_resamples=config.resamples,
-        n_random=config.random_directions,
+    return select_direction(
+        sets.model, sets.positive, sets.negative, config, template=sets.template, cache=writer.cache
     )
-    return select_direction(sets.model, sets.positive, sets.negative, plan, template=sets.template, cache=writer.cache)

@@ -78,4 +78,6 @@ def _beyond(metrics: dict[str, Estimate], name: str, extreme: str, shift: str, s
     moved = metrics[shift]
     sure = moved.low > 0 if sign > 0 else moved.high < 0
     random_controls = [metrics[f"{name}.random_{extreme}"], metrics[f"{name}.random_best"]]
-    return sure and all(sign * metrics[name].value > sign * one.value for one in random_controls if one.measurable)
+    return sure and all(
+        sign * metrics[name].value > sign * control.value for control in random_controls if control.measurable
+    )

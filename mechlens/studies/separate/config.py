@@ -2,22 +2,21 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice, Sampling
-from mechlens.studies.registry import Study
+from mechlens.settings import Answering, DetectionPlan, ModelChoice, PromptSets, RunChoice
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separate(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
+class SeparationPlan(DetectionPlan, Answering):
+    """The choices of a separation study."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separate(RunChoice, SeparationPlan, PromptSets, ModelChoice):
     """Are harmfulness and refusal two things in this model? Quadrants, directions, beliefs, verdict."""
 
     extra_harmless: str | None = "benign"
     """Further harmless prompts, for the quadrants and the refusal contrasts only; None leaves them out."""
 
 
-STUDY = Study(
-    "separate",
-    Separate,
-    "mechlens.studies.separate.study:prepare",
-    "mechlens.studies.separate.study:execute",
-    "mechlens.studies.separate.report:record",
-)
+STUDY = of_folder("separate", Separate)

@@ -23,8 +23,7 @@ def _quadrants(writer: RunWriter, result: Separation) -> tuple[str, ...]:
         counts[counts["n"] > 0], x="quadrant", y="n", group="judge",
         title="Prompts in each quadrant, by judge", xlabel="", ylabel="prompts",
     )  # fmt: skip
-    writer.figure("quadrants", figure, table="quadrant_counts")
-    return ("quadrants",)
+    return (writer.figure("quadrants", figure, table="quadrant_counts"),)
 
 
 def _detection(writer: RunWriter, result: Separation) -> tuple[str, ...]:
@@ -46,18 +45,17 @@ def _detection(writer: RunWriter, result: Separation) -> tuple[str, ...]:
         shown, x="level", y="auroc", low="low", high="high", group="curve", hline=0.5, hline_label="chance",
         title="Held-out AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC on test",
     )  # fmt: skip
-    writer.figure("auroc_by_level", curves, table="auroc_by_level", caption="Bands: 95% bootstrap over families.")
-    names = ["auroc_by_level", *_against_baselines(writer, result)]
+    caption = "Bands: 95% bootstrap over families."
+    names = [writer.figure("auroc_by_level", curves, table="auroc_by_level", caption=caption)]
+    names += _against_baselines(writer, result)
     for contrast in ("harmful", "refused"):
         cells = table[table["contrast"] == contrast]
         if not cells.empty:
-            name = f"auroc_{contrast}_grid"
             figure = figures.heatmap(
                 cells, x="position", y="level", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
                 title=f"AUROC of {contrast} at every position and level", xlabel="position", ylabel="level",
             )  # fmt: skip
-            writer.figure(name, figure)
-            names.append(name)
+            names.append(writer.figure(f"auroc_{contrast}_grid", figure))
     return tuple(names)
 
 
@@ -78,8 +76,7 @@ def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
         both, x="contrast", y="auroc", low="low", high="high", group="what", hline=0.5, hline_label="chance",
         title="Directions against surface baselines, on the same test prompts", xlabel="contrast", ylabel="AUROC",
     )  # fmt: skip
-    writer.figure("against_baselines", figure, table="against_baselines")
-    return ["against_baselines"]
+    return [writer.figure("against_baselines", figure, table="against_baselines")]
 
 
 def _angle(writer: RunWriter, result: Separation) -> tuple[str, ...]:
@@ -96,10 +93,8 @@ def _angle(writer: RunWriter, result: Separation) -> tuple[str, ...]:
             shown, x="level", y=value, low=low, high=high, group="curve", hline=0.0,
             title=title, xlabel="level", ylabel="cosine",
         )  # fmt: skip
-        writer.figure(
-            name, figure, table="cosines", caption="Bands: 95% jackknife over families, both directions refitted."
-        )
-        names.append(name)
+        caption = "Bands: 95% jackknife over families, both directions refitted."
+        names.append(writer.figure(name, figure, table="cosines", caption=caption))
     first = table[table["curve"] == table["curve"].iloc[0]]
     reliability = first.melt("level", ["reliability_first", "reliability_second"], "direction", "reliability")
     reliability["direction"] = reliability["direction"].map(
@@ -109,8 +104,8 @@ def _angle(writer: RunWriter, result: Separation) -> tuple[str, ...]:
         reliability, x="level", y="reliability", group="direction",
         title="Split-half cosine of each direction with itself", xlabel="level", ylabel="cosine of two halves",
     )  # fmt: skip
-    writer.figure("reliability", figure, caption="Near 0: the direction is noise. Near 1: half the prompts give it.")
-    names.append("reliability")
+    caption = "Near 0: the direction is noise. Near 1: half the prompts give it."
+    names.append(writer.figure("reliability", figure, caption=caption))
     if not result.geometry.interaction.empty:
         norms = result.geometry.interaction.assign(
             curve=lambda frame: (
@@ -121,8 +116,7 @@ def _angle(writer: RunWriter, result: Separation) -> tuple[str, ...]:
             norms, x="level", y="norm", group="curve",
             title="Size of the balanced main effects and of their interaction", xlabel="level", ylabel="norm",
         )  # fmt: skip
-        writer.figure("effect_norms", figure, table="effect_norms")
-        names.append("effect_norms")
+        names.append(writer.figure("effect_norms", figure, table="effect_norms"))
     return tuple(names)
 
 
@@ -135,18 +129,16 @@ def _beliefs(writer: RunWriter, result: Separation) -> tuple[str, ...]:
         title="Two beliefs of every held-out prompt", xlabel="belief of harmfulness, at inst",
         ylabel="belief of refusal, at the last token",
     )  # fmt: skip
-    writer.figure("beliefs", figure, table="beliefs")
-    names = ["beliefs"]
+    names = [writer.figure("beliefs", figure, table="beliefs")]
     scores = result.beliefs.by_level
     for concept in ("harmfulness", "refusal"):
         for centered in (False, True):
             rows = scores[(scores["concept"] == concept) & (scores["centered"] == centered)]
-            name = f"score_{concept}{'_centered' if centered else ''}"
             figure = figures.lines(
                 rows, x="level", y="score", low="low", high="high", group="quadrant", hline=0.0,
                 title=f"Score of {concept} by level{', centred' if centered else ''}", xlabel="level",
                 ylabel="cosine difference",
             )  # fmt: skip
-            writer.figure(name, figure, table="scores_by_level")
-            names.append(name)
+            name = f"score_{concept}{'_centered' if centered else ''}"
+            names.append(writer.figure(name, figure, table="scores_by_level"))
     return tuple(names)

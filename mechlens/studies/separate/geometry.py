@@ -33,12 +33,12 @@ class Geometry:
         """The headline cosine as measured and corrected, also between the balanced effects."""
         row = self.directions.levels.index(self.level)
         missing = Estimate.missing(min(self.counts.values()))
-        found = {
+        numbers = {
             "cos_harm_refusal": self.directions.corrected[row],
             "cos_harm_refusal.measured": self.directions.measured[row],
         }
         balanced = self.balanced.corrected[row] if self.balanced else missing
-        return found | {"cos_harm_refusal.balanced": balanced}
+        return numbers | {"cos_harm_refusal.balanced": balanced}
 
     def table(self) -> pd.DataFrame:
         """One row per curve and level."""
@@ -55,9 +55,7 @@ class Geometry:
                 "cosine": curve.measured[k].value,
                 "low": curve.measured[k].low,
                 "high": curve.measured[k].high,
-                "corrected": curve.corrected[k].value,
-                "corrected_low": curve.corrected[k].low,
-                "corrected_high": curve.corrected[k].high,
+                **curve.corrected[k].beside("corrected"),
                 "reliability_first": curve.reliability_first[k],
                 "reliability_second": curve.reliability_second[k],
             }
@@ -69,12 +67,7 @@ class Geometry:
 
 
 def measure_geometry(
-    acts: Activations,
-    quadrants: Sequence[str],
-    paired: set[str],
-    *,
-    level: int,
-    seed: int,
+    acts: Activations, quadrants: Sequence[str], paired: set[str], *, level: int, seed: int
 ) -> Geometry:
     """Cosines between harm and refusal over all prompts; nothing is fitted to be scored, so none is held out.
 
@@ -82,7 +75,7 @@ def measure_geometry(
     """
     last = acts.positions[-1]
     everyone = tuple(quadrants)
-    pairs = tuple(q if own in paired else "" for q, own in zip(quadrants, acts.ids, strict=True))
+    pairs = tuple(q if identity in paired else "" for q, identity in zip(quadrants, acts.ids, strict=True))
 
     def curve(first: Effect, second: Effect) -> CosineCurve:
         return cosine_curve(first, second, acts.families, acts.levels, seed=seed)

@@ -2,10 +2,9 @@
 
 import pandas as pd
 
-from mechlens.methods.directions.direction import Direction
 from mechlens.methods.directions.token_view import project_tokens
 from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.runs.report.report import Number, Report, Section, TokenView
+from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.figures import draw
 from mechlens.studies.separate.study import Separation
@@ -22,71 +21,27 @@ QUESTION = (
 
 def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
     """Writes everything the study found into an open run."""
-    metrics = result.metrics()
-    verdict = separation_verdict(metrics)
-    writer.metrics(metrics)
-    _tables(writer, result)
-    writer.artifact("activations_checkpoint", result.acts.checkpoint)
-    for name, contrast in result.contrasts.items():
-        if contrast.detection is not None:
-            writer.artifact(f"directions_{name}", contrast.detection.directions)
-    for name, centroids in (("centroids_harm", result.beliefs.harm), ("centroids_refusal", result.beliefs.refusal)):
-        if centroids is not None:
-            writer.artifact(name, centroids)
+    verdict = separation_verdict(result.metrics())
+    writer.result(result)
     figures = draw(writer, result)
-    writer.report(_report(writer, result, verdict, figures, sets.model, sets.punctuation))
-
-
-def _tables(writer: RunWriter, result: Separation) -> None:
-    writer.table("quadrant_counts", result.judged.counts())
-    writer.table("answers", result.judged.table().assign(log_odds=result.first_token.log_odds.tolist()))
-    writer.table("agreement", agreement_table(result))
-    writer.table("auroc_by_level", result.table())
-    writer.table("auroc_chosen", result.chosen())
-    writer.table("baselines", result.baselines())
-    writer.table("cosines", result.geometry.table())
-    writer.table("effect_norms", result.geometry.interaction)
-    writer.table("beliefs", result.beliefs.prompts)
-    writer.table("scores_by_level", result.beliefs.by_level)
-    parts = {i: name for name in ("train", "validation", "test") for i in result.split.part(name)}
-    ids = [prompt.id for prompt in result.judged.prompts]
-    writer.table("split", pd.DataFrame({"id": ids, "part": [parts[i] for i in range(len(ids))]}))
-
-
-def agreement_table(result: Separation) -> pd.DataFrame:
-    """Cohen's kappa of every two judges."""
-    rows = [
-        {"judge": one, "other": other, "kappa": found.kappa.value, "low": found.kappa.low, "high": found.kappa.high}
-        for one, other, found in result.judged.agreements(result.plan.seed)
-    ]
-    return pd.DataFrame(rows)
-
-
-def _report(
-    writer: RunWriter,
-    result: Separation,
-    verdict: Verdict,
-    figures: dict[str, tuple[str, ...]],
-    model: LanguageModel,
-    punctuation: str,
-) -> Report:
-    checkpoint = loaded(model).checkpoint
-    return Report(
-        title=f"Harmfulness and refusal in {checkpoint.name}",
-        question=QUESTION,
-        verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
-        numbers=tuple(Number(name, estimate) for name, estimate in verdict.deciding.items()),
-        sections=(
-            _quadrants(result, figures),
-            _detection(result, figures),
-            _angle(result, figures),
-            _beliefs(result, figures),
-            _template(result),
-            _examples(result, model),
-        ),
-        how=_how(writer, result, verdict, model, punctuation),
-        command=writer.run.command,
-        model=checkpoint.name,
+    checkpoint = loaded(sets.model).checkpoint
+    writer.report(
+        Report(
+            title=f"Harmfulness and refusal in {checkpoint.name}",
+            question=QUESTION,
+            verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
+            numbers=verdict.deciding,
+            sections=(
+                _quadrants(result, figures),
+                _detection(result, figures),
+                _angle(result, figures),
+                _beliefs(result, figures),
+                _template(result),
+                _examples(result, sets.model),
+            ),
+            how=_how(result, verdict, sets),
+            model=checkpoint.name,
+        )
     )
 
 
@@ -100,14 +55,14 @@ def _quadrants(result: Separation, figures: dict[str, tuple[str, ...]]) -> Secti
         f"{tokens.origin}{'' if tokens.coverage is None else f' with coverage {tokens.coverage:.2f}'}. Its AUROC "
         f"against the first judge is {result.first_token.auroc}.",
         figures["quadrants"],
-        table=agreement_table(result),
+        table=result.agreement(),
     )
 
 
 def _placed_nowhere(result: Separation) -> str:
     quadrants = result.judged.quadrants()
-    found = [f"{quadrants.count(name)} {name}" for name in IN_NO_QUADRANT]
-    return f"In none of them, of {len(quadrants)} prompts: {' and '.join(found)} answers."
+    counts = [f"{quadrants.count(name)} {name}" for name in IN_NO_QUADRANT]
+    return f"In none of them, of {len(quadrants)} prompts: {' and '.join(counts)} answers."
 
 
 def _detection(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
@@ -188,37 +143,23 @@ def _views(result: Separation, model: LanguageModel, row: int, quadrant: str) ->
     ids = [*result.batch.row(row), *result.judged.answers.tokens[row]]
     start = int(result.batch.instruction[row, 0]) - result.batch.offset(row)
     views = []
-    for name, direction in _named_directions(result):
-        found = project_tokens(model, direction, ids)
-        # Projections are shown about their mean: the residual stream has a large part that all tokens share.
-        values = found.values[start:]
-        mean = sum(values) / len(values)
-        where = f"level {found.level}, {direction.position}"
-        title = f"{quadrant.replace('_', ' ')}: {name} ({where}), mean {mean:.1f} taken off"
-        views.append(TokenView(found.tokens[start:], tuple(value - mean for value in values), title))
-    return views
-
-
-def _named_directions(result: Separation) -> list[tuple[str, Direction]]:
-    found = []
     for name, position in (("harmful", "inst"), ("refused", result.acts.positions[-1])):
         detection = result.contrasts[name].detection
         if detection is not None:
-            found.append((name, detection.at(position).direction))
-    return found
+            shown = project_tokens(model, detection.at(position).direction, ids)
+            title = f"{quadrant.replace('_', ' ')}: {name} (level {shown.level}, {position})"
+            views.append(TokenView.centred(shown.tokens[start:], shown.values[start:], title))
+    return views
 
 
-def _how(writer: RunWriter, result: Separation, verdict: Verdict, model: LanguageModel, punctuation: str) -> str:
-    sizes = {name: len(result.split.part(name)) for name in ("train", "validation", "test")}
-    known = loaded(model)
-    gap = known.parity_gap
+def _how(result: Separation, verdict: Verdict, sets: ContrastSets) -> str:
+    known = loaded(sets.model)
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
-        f"Prompts: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test; "
-        f"{result.split_note}. {punctuation}\n\n"
-        f"Intervals: 95% bootstrap over prompt families ({result.plan.n_resamples} resamples), directions frozen; for "
+        f"Prompts: {result.split.sizes}; {result.split_note}. {sets.punctuation}\n\n"
+        f"Intervals: 95% bootstrap over prompt families ({result.plan.resamples} resamples), directions frozen; for "
         "cosines 95% jackknife over families, directions refitted. Nulls: label permutation and random directions of "
         f"the same norm, at the chosen levels.\n\nAnswers: greedy, {result.plan.max_new_tokens} tokens. Activations: "
         f"{result.acts.engine} engine, {known.checkpoint.regime} weights. Largest logit difference to plain "
-        f"Hugging Face on one prompt: {gap:.2g}."
+        f"Hugging Face on one prompt: {known.parity_gap:.2g}."
     )

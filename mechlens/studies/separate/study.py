@@ -6,7 +6,7 @@ everything reported comes from test families.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -17,7 +17,6 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.cache import Cache
-from mechlens.methods.probing.detect import DetectionPlan
 from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
@@ -27,11 +26,12 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS
 from mechlens.studies.driver import Preparation
-from mechlens.studies.separate.config import Separate
+from mechlens.studies.separate.config import Separate, SeparationPlan
 from mechlens.studies.separate.geometry import Geometry, measure_geometry
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS, ContrastMeasurement, Surface, measure, surface_of
-from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
+from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import (
     IN_NO_QUADRANT,
@@ -45,19 +45,6 @@ from mechlens.studies.shared.two_beliefs import Beliefs, measure_beliefs
 
 REFUSED, ACCEPTED = "refused", "accepted"
 HARMFUL, HARMLESS = "harmful", "harmless"
-
-
-@dataclass(frozen=True)
-class SeparationPlan:
-    """The choices of a separation study."""
-
-    seed: int
-    max_new_tokens: int
-    fractions: tuple[float, float, float]
-    """Shares of the prompt families for training, validation and test."""
-    n_resamples: int
-    n_permutations: int
-    n_random: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,7 @@ class Separation:
         harmful, refused = self.contrasts["harmful"], self.contrasts["refused"]
         counts = {name: float(self.judged.quadrants().count(name)) for name in (*QUADRANTS, *IN_NO_QUADRANT)}
         missing = Estimate.missing(min(harmful.counts.values()))
-        found = {
+        numbers = {
             "harmful_auroc.inst": harmful.auroc("inst"),
             "harmful_auroc.last": harmful.auroc(last),
             "token_identity_auroc.inst": harmful.baselines.get("token_identity_auroc.inst", missing),
@@ -105,9 +92,9 @@ class Separation:
             "refused_auroc.last.harmless": self.contrasts["refused.harmless"].auroc(last),
             "first_token_auroc": self.first_token.auroc,
         }
-        found |= {f"n.{name}": Estimate.exact(n, len(self.judged.prompts)) for name, n in counts.items()}
-        found |= {f"refusal_rate.{name}": rate for name, rate in self.refusal_rates.items()}
-        return found | self.geometry.metrics() | self.beliefs.metrics()
+        numbers |= {f"n.{name}": Estimate.exact(n, len(self.judged.prompts)) for name, n in counts.items()}
+        numbers |= {f"refusal_rate.{name}": rate for name, rate in self.refusal_rates.items()}
+        return numbers | self.geometry.metrics() | self.beliefs.metrics()
 
     def table(self) -> pd.DataFrame:
         """Every contrast at every level and position."""
@@ -120,15 +107,44 @@ class Separation:
     def baselines(self) -> pd.DataFrame:
         """Surface baselines of every contrast."""
         rows = [
-            {"contrast": name, "baseline": baseline, **_columns(estimate)}
+            {"contrast": name, "baseline": baseline, **estimate.row("auroc")}
             for name, contrast in self.contrasts.items()
             for baseline, estimate in contrast.baselines.items()
         ]
         return pd.DataFrame(rows)
 
+    def agreement(self) -> pd.DataFrame:
+        """Cohen's kappa of every two judges."""
+        rows = [
+            {"judge": judge, "other": other, **agreed.kappa.row("kappa")}
+            for judge, other, agreed in self.judged.agreements(self.plan.seed)
+        ]
+        return pd.DataFrame(rows, columns=["judge", "other", "kappa", "low", "high"] if rows else None)
 
-def _columns(estimate: Estimate) -> dict[str, float]:
-    return {"auroc": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        ids = [prompt.id for prompt in self.judged.prompts]
+        return {
+            "quadrant_counts": self.judged.counts(),
+            "answers": self.judged.table().assign(log_odds=self.first_token.log_odds.tolist()),
+            "agreement": self.agreement(),
+            "auroc_by_level": self.table(),
+            "auroc_chosen": self.chosen(),
+            "baselines": self.baselines(),
+            "cosines": self.geometry.table(),
+            "effect_norms": self.geometry.interaction,
+            "beliefs": self.beliefs.prompts,
+            "scores_by_level": self.beliefs.by_level,
+            "split": pd.DataFrame({"id": ids, "part": self.split.parts()}),
+        }
+
+    def artifacts(self) -> dict[str, object]:
+        """Directions of every measurable contrast, and the centroids of the beliefs."""
+        detections = {name: contrast.detection for name, contrast in self.contrasts.items()}
+        made: dict[str, object] = {"activations_checkpoint": self.acts.checkpoint}
+        made |= {f"directions_{name}": held.directions for name, held in detections.items() if held is not None}
+        centroids = {"centroids_harm": self.beliefs.harm, "centroids_refusal": self.beliefs.refusal}
+        return made | {name: centroid for name, centroid in centroids.items() if centroid is not None}
 
 
 def separate(
@@ -147,7 +163,7 @@ def separate(
     `harmful` and `harmless` are the contrast; `extra_harmless` prompts only fill the quadrants and the refusal
     contrasts, so that matched pairs stay matched. With few refusals, whatever needs them is not measurable.
     """
-    prompts = _labelled(harmful, harmless, extra_harmless)
+    prompts = labelled(harmful, harmless, extra_harmless)
     batch = tokenize(prompts, template or template_of(model))
     answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache)
     judged = judge_answers(prompts, answers, judges)
@@ -170,27 +186,12 @@ def separate(
             level=harm.at("inst").level if harm else acts.levels[len(acts.levels) // 2],
             seed=plan.seed,
         ),
-        beliefs=measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.n_resamples),
+        beliefs=measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.resamples),
         refusal_rates=_refusal_rates(model, judged, batch, plan, judges, cache),
         acts=acts,
         batch=batch,
         plan=plan,
     )
-
-
-def _labelled(harmful: Sequence[Prompt], harmless: Sequence[Prompt], extra_harmless: Sequence[Prompt]) -> list[Prompt]:
-    """All prompts with their class; refuses an empty class and ids that clash."""
-    for name, prompts in ((HARMFUL, harmful), (HARMLESS, harmless)):
-        if not prompts:
-            raise UserError(f"there are no {name} prompts; the study contrasts two classes, so give both")
-    labelled = [replace(prompt, label=HARMFUL) for prompt in harmful]
-    labelled += [replace(prompt, label=HARMLESS) for prompt in (*harmless, *extra_harmless)]
-    seen: set[str] = set()
-    for prompt in labelled:
-        if prompt.id in seen:
-            raise UserError(f"two prompts have the id {prompt.id!r}; ids must be unique over all sets of a study")
-        seen.add(prompt.id)
-    return labelled
 
 
 def _split(judged: JudgedAnswers, plan: SeparationPlan) -> tuple[Split, str]:
@@ -199,23 +200,22 @@ def _split(judged: JudgedAnswers, plan: SeparationPlan) -> tuple[Split, str]:
     quadrants = judged.quadrants()
     if min(quadrants.count(name) for name in QUADRANTS) >= MIN_IN_A_CLASS:
         try:
-            split = split_by_family(quadrants, families, fractions=plan.fractions, seed=plan.seed)
+            split = split_by_family(quadrants, families, fractions=FRACTIONS, seed=plan.seed)
         except UserError:
             pass  # too few families of some kind; the classes alone can always be kept
         else:
             return split, "families shared out by quadrant"
     labels = [prompt.label for prompt in judged.prompts]
-    split = split_by_family(labels, families, fractions=plan.fractions, seed=plan.seed)
+    split = split_by_family(labels, families, fractions=FRACTIONS, seed=plan.seed)
     return split, "families shared out by class (some quadrant is too small to share out)"
 
 
 def _contrasts(
     acts: Activations, judged: JudgedAnswers, split: Split, surface: Surface, paired: set[str], plan: SeparationPlan
 ) -> dict[str, ContrastMeasurement]:
-    detection = DetectionPlan(plan.seed, plan.n_resamples, plan.n_permutations, plan.n_random)
     quadrants = judged.quadrants()
     harm = [prompt.label if prompt.id in paired else "" for prompt in judged.prompts]
-    matched = [own if label else "" for own, label in zip(quadrants, harm, strict=True)]
+    matched = [quadrant if label else "" for quadrant, label in zip(quadrants, harm, strict=True)]
     verdicts = judged.verdicts[judged.judge]
     questions: dict[str, tuple[Sequence[str], tuple[str, str]]] = {
         "harmful": (harm, (HARMFUL, HARMLESS)),
@@ -227,7 +227,7 @@ def _contrasts(
         "refused.harmless": (quadrants, ("refused_harmless", "accepted_harmless")),
     }
     return {
-        name: measure(name, acts, labels, contrast, split, surface, detection)
+        name: measure(name, acts, labels, contrast, split, surface, plan)
         for name, (labels, contrast) in questions.items()
     }
 
@@ -247,8 +247,8 @@ def _refusal_rates(
     families = [judged.prompts[i].group for i in rows]
     full = torch.tensor([judged.refused[i] for i in rows]).double()
     return {
-        "full_template": mean_estimate(full, families, plan.seed, plan.n_resamples),
-        "no_post_tokens": mean_estimate(torch.tensor(without.refused).double(), families, plan.seed, plan.n_resamples),
+        "full_template": mean_estimate(full, families, plan.seed, plan.resamples),
+        "no_post_tokens": mean_estimate(torch.tensor(without.refused).double(), families, plan.seed, plan.resamples),
     }
 
 
@@ -260,14 +260,6 @@ def prepare(config: Separate) -> Preparation[ContrastSets]:
 
 def execute(config: Separate, sets: ContrastSets, writer: RunWriter) -> Separation:
     """The study on the configured model and prompts."""
-    plan = SeparationPlan(
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        fractions=(0.5, 0.2, 0.3),
-        n_resamples=config.resamples,
-        n_permutations=config.permutations,
-        n_random=config.random_directions,
-    )
     return separate(
-        sets.model, sets.positive, sets.negative, sets.extra, plan, template=sets.template, cache=writer.cache
+        sets.model, sets.positive, sets.negative, sets.extra, config, template=sets.template, cache=writer.cache
     )

@@ -19,11 +19,12 @@ from mechlens.methods.probing.baselines import (
     tfidf_auroc,
     token_identity_auroc,
 )
-from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
+from mechlens.methods.probing.detect import Detection, detect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, token_embeddings
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import PARTS, Split, split_by_family
+from mechlens.settings import DetectionPlan
 
 MIN_OF_EACH = 10
 """With fewer prompts of a class there is no direction."""
@@ -47,12 +48,12 @@ def best_direction(
     grid = direction_grid(only.select(split.train), positive, negative)
     choose = only.select(split.validation)
     chosen = torch.tensor([label == positive for label in choose.labels])
-    found = {
+    by_level = {
         level: float(auroc(project(choose.at(level, name).double(), grid.at(level, name)), chosen))
         for level in acts.levels
         if level > 0 and (highest is None or level <= highest)
     }
-    best = max(found, key=lambda level: (found[level], -level))
+    best = max(by_level, key=lambda level: (by_level[level], -level))
     return direction_grid(only, positive, negative).at(best, name)
 
 
@@ -99,10 +100,7 @@ class ContrastMeasurement:
                     "contrast": self.name,
                     "position": choice.position,
                     "level": choice.level,
-                    "auroc": choice.auroc.value,
-                    "low": choice.auroc.low,
-                    "high": choice.auroc.high,
-                    "n": choice.auroc.n,
+                    **choice.auroc.row("auroc"),
                     "permuted_mean": choice.permutation.mean,
                     "permutation_p": choice.permutation.p,
                     "random_mean": choice.random.mean,
@@ -132,7 +130,7 @@ def measure(
     `labels` may name more classes than two; the others are left out. Nothing is raised where a class is
     small: the result says how many prompts there were.
     """
-    counts = {label: sum(own == label for own in labels) for label in contrast}
+    counts = {label: sum(given == label for given in labels) for label in contrast}
     if not _enough(labels, contrast, split):
         return ContrastMeasurement(name, *contrast, counts, None, {})
     relabelled = replace(acts, labels=tuple(labels))
@@ -146,7 +144,7 @@ def measure(
 
 
 def _enough(labels: Sequence[str], contrast: tuple[str, str], split: Split) -> bool:
-    if min(sum(own == label for own in labels) for label in contrast) < MIN_IN_A_CLASS:
+    if min(sum(given == label for given in labels) for label in contrast) < MIN_IN_A_CLASS:
         return False
     return all(
         sum(labels[i] == label for i in split.part(name)) >= MIN_IN_A_PART for name in PARTS for label in contrast
@@ -160,16 +158,16 @@ def _baselines(
     train, validation, test = (tuple(i for i in split.part(name) if i in inside) for name in PARTS)
     kept = replace(split, train=train, validation=validation, test=test)
     positive = torch.tensor([label == contrast[0] for label in acts.labels])
-    question = Contrast(positive, acts.families, kept, plan.seed, plan.n_resamples)
-    found = {
+    question = Contrast(positive, acts.families, kept, plan.seed, plan.resamples)
+    baselines = {
         "tfidf_auroc": tfidf_auroc(surface.texts, question),
         "mean_embedding_auroc": mean_embedding_auroc(surface.mean_embeddings, question),
         "length_auroc": length_auroc(surface.n_tokens, question),
     }
     if 0 in acts.levels:
         for position in acts.positions:
-            found[f"token_identity_auroc.{position}"] = token_identity_auroc(acts.at(0, position), question)
-    return found
+            baselines[f"token_identity_auroc.{position}"] = token_identity_auroc(acts.at(0, position), question)
+    return baselines
 
 
 def surface_of(model: LanguageModel, batch: TokenBatch) -> Surface:

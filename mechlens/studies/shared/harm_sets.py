@@ -1,9 +1,10 @@
 """The harmful and the harmless prompts of a study: read, told apart by id, checked against each other and unseen."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -12,13 +13,14 @@ from mechlens.settings import ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import (
     PromptChoice,
+    chosen_model,
     data_inputs,
     distinct_ids,
+    prepared,
     read_prompts,
     refuse_shared,
     without_repeats,
 )
-from mechlens.studies.shared.model import chosen_model, prepared
 from mechlens.studies.shared.training_data import LeftOut, leave_out_trained
 
 
@@ -83,6 +85,23 @@ class ContrastSets:
     """Further negative prompts, as they are."""
     punctuation: str
     """What became of final punctuation, in words."""
+
+
+def labelled(
+    harmful: Sequence[Prompt], harmless: Sequence[Prompt], extra_harmless: Sequence[Prompt] = ()
+) -> list[Prompt]:
+    """All prompts with their class; refuses an empty class and ids that clash."""
+    for name, members in (("harmful", harmful), ("harmless", harmless)):
+        if not members:
+            raise UserError(f"there are no {name} prompts; the study contrasts two classes, so give both")
+    prompts = [replace(prompt, label="harmful") for prompt in harmful]
+    prompts += [replace(prompt, label="harmless") for prompt in (*harmless, *extra_harmless)]
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise UserError(f"two prompts have the id {prompt.id!r}; ids must be unique over all sets of a study")
+        seen.add(prompt.id)
+    return prompts
 
 
 def prepare_harm_study(

@@ -1,18 +1,25 @@
-"""What the studies read: prompts by source, with fingerprints that a rerun can be held to."""
+"""What the studies read: prompts by source and the model, with fingerprints that a rerun can be held to."""
 
 import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from mechlens.errors import UserError
+from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.load import load
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate, chat_template
 from mechlens.prompts.text import normalise_text
-from mechlens.settings import RunChoice
+from mechlens.runs.run import Inputs
+from mechlens.settings import ModelChoice, RunChoice
+from mechlens.studies.driver import Preparation
+from mechlens.studies.shared.training_data import LeftOut
 
 MAX_DRAWS = 100_000
 """Resamples, permutations or random directions behind one number."""
@@ -38,8 +45,8 @@ class PromptChoice(Protocol):
 def read_prompts(source: str, label: str, config: PromptChoice) -> list[Prompt]:
     """Prompts of one class from any source, relabelled, with the system prompt where one is given."""
     kept = None if source in builtin_names() else label
-    found = load_prompts(source, label=kept, sample=config.n, seed=config.seed)
-    asked = [replace(prompt, label=label) for prompt in found]
+    prompts = load_prompts(source, label=kept, sample=config.n, seed=config.seed)
+    asked = [replace(prompt, label=label) for prompt in prompts]
     return asked if config.system is None else [replace(prompt, system=config.system) for prompt in asked]
 
 
@@ -103,3 +110,47 @@ def distinct_ids(**sets: Sequence[Prompt]) -> list[list[Prompt]]:
 def _prefixed(prompt: Prompt, name: str) -> Prompt:
     # Families stay as they are: a family that two sets share is what keeps a pair in one part.
     return replace(prompt, id=f"{name}:{prompt.id}", family=prompt.family or f"{name}:{prompt.id}")
+
+
+Content = TypeVar("Content")
+
+
+class ChatModel(NamedTuple):
+    """A loaded model and its chat template."""
+
+    model: LanguageModel
+    template: ChatTemplate
+
+    def inputs(self, data: Mapping[str, str]) -> Inputs:
+        """What goes in with this model; `data` are the fingerprints of the prompts."""
+        return inputs_of(loaded(self.model).checkpoint, self.template, data)
+
+
+def chosen_model(config: ModelChoice) -> ChatModel:
+    """Loads the configured model."""
+    model = load(
+        config.model,
+        adapter=config.adapter,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+    )
+    return ChatModel(model, chat_template(loaded(model).tokenizer, config.template, today=config.today))
+
+
+def inputs_of(checkpoint: Checkpoint, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:
+    """What goes in: weights and data by fingerprint, the template by fingerprint and by the date that it prints."""
+    return Inputs(checkpoint.fingerprint, template.fingerprint, dict(data), template.printed_date, checkpoint.sampled)
+
+
+def prepared(
+    content: Content,
+    model: LanguageModel,
+    inputs: Inputs,
+    prompts: Sequence[Prompt] = (),
+    left_out: LeftOut | None = None,
+) -> Preparation[Content]:
+    """What goes into a study of one loaded model."""
+    device, dtype = str(device_of(model)), str(dtype_of(model)).removeprefix("torch.")
+    return Preparation(content, inputs, tuple(prompts), left_out, device, dtype)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import pandas as pd
 import torch
@@ -71,16 +72,16 @@ class JudgedAnswers:
         """Prompts in each quadrant, and in none, by each judge: columns judge, quadrant, n."""
         rows = []
         for judge in self.verdicts:
-            found = Counter(self.quadrants(judge))
-            rows += [{"judge": judge, "quadrant": name, "n": found[name]} for name in (*QUADRANTS, *IN_NO_QUADRANT)]
+            tally = Counter(self.quadrants(judge))
+            rows += [{"judge": judge, "quadrant": name, "n": tally[name]} for name in (*QUADRANTS, *IN_NO_QUADRANT)]
         return pd.DataFrame(rows)
 
     def agreements(self, seed: int) -> list[tuple[str, str, Agreement]]:
         """Cohen's kappa between every two judges."""
         families = [prompt.group for prompt in self.prompts]
         return [
-            (one, other, agreement(self.verdicts[one], self.verdicts[other], families, seed))
-            for one, other in combinations(self.verdicts, 2)
+            (judge, other, agreement(self.verdicts[judge], self.verdicts[other], families, seed))
+            for judge, other in combinations(self.verdicts, 2)
         ]
 
     def table(self) -> pd.DataFrame:
@@ -120,18 +121,21 @@ class FirstTokenJudgement:
     """Against the judge that places the quadrants, on prompts that didn't choose the tokens."""
 
 
+def refusal_tokens(judged: JudgedAnswers, rows: Sequence[int], tokenizer: Any) -> RefusalTokens:
+    """First tokens of the model's own refusals among these rows; common ones where there are too few refusals."""
+    first, refused = judged.answers.first_tokens, judged.refused
+    spoke = [i for i in rows if first[i] != NO_TOKEN]
+    if sum(refused[i] for i in spoke) < MIN_REFUSALS:
+        return fallback_refusal_tokens(tokenizer)
+    return find_refusal_tokens([first[i] for i in spoke], [refused[i] for i in spoke], tokenizer)
+
+
 def judge_first_token(
     model: LanguageModel, judged: JudgedAnswers, acts: Activations, reference: Sequence[int], seed: int
 ) -> tuple[JudgedAnswers, FirstTokenJudgement]:
     """Adds the log-odds judge: refusal tokens from the model's own refusals among the `reference` rows."""
     refused = judged.refused
-    first = judged.answers.first_tokens
-    tokenizer = loaded(model).tokenizer
-    spoke = [i for i in reference if first[i] != NO_TOKEN]
-    if sum(refused[i] for i in spoke) >= MIN_REFUSALS:
-        tokens = find_refusal_tokens([first[i] for i in spoke], [refused[i] for i in spoke], tokenizer)
-    else:
-        tokens = fallback_refusal_tokens(tokenizer)
+    tokens = refusal_tokens(judged, reference, loaded(model).tokenizer)
     scores = last_log_odds(model, acts, tokens)
     rest = [i for i in range(len(refused)) if i not in set(reference)]
     quality = auroc_estimate(scores[rest], torch.tensor(refused)[rest], [judged.prompts[i].group for i in rest], seed)

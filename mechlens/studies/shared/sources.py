@@ -81,12 +81,12 @@ def read_sources(given: str) -> tuple[Source, ...]:
         raise UserError(str(error).replace("is not JSON", "is not valid JSON", 1)) from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{where} must hold a list of sources, each with a name and data")
-    found = tuple(_source(row, where) for row in rows)
-    names = [source.name for source in found]
+    sources = tuple(_source(row, where) for row in rows)
+    names = [source.name for source in sources]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{where} has two sources called {twice!r:.60}; give each a name of its own")
-    return found
+    return sources
 
 
 def load_source(source: Source, folder: Path | None, seed: int, most: int | None = None) -> SourcePrompts:
@@ -94,13 +94,13 @@ def load_source(source: Source, folder: Path | None, seed: int, most: int | None
     wanted = min((limit for limit in (source.sample, most) if limit is not None), default=None)
     if wanted is not None and wanted < 1:
         raise UserError(f"{wanted} prompts of {source.name} were asked for; ask for at least one")
-    found = _from_templates(source, folder, seed, wanted) if source.templates else _from_rows(source, folder)
-    kept = found.prompts
+    whole = _from_templates(source, folder, seed, wanted) if source.templates else _from_rows(source, folder)
+    kept = whole.prompts
     if wanted is not None and wanted < len(kept):
         drawn = sorted(random.Random(seed).sample(range(len(kept)), wanted))
         kept = tuple(kept[i] for i in drawn)
     families = {prompt.family for prompt in kept}
-    return SourcePrompts(source, kept, {family: goal for family, goal in found.goals.items() if family in families})
+    return SourcePrompts(source, kept, {family: goal for family, goal in whole.goals.items() if family in families})
 
 
 def _source(row: Any, where: str) -> Source:

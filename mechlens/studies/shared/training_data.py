@@ -60,7 +60,7 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
     folders = [adapter_folder(checkpoint.path)] if checkpoint.path in ADAPTERS else []
     if checkpoint.adapter is not None:
         folders.append(user_path(checkpoint.adapter))
-    found: set[str] = set()
+    hashes: set[str] = set()
     for folder in folders:
         if (record := read_record(folder)) is not None:
             if record.format < FORMAT:
@@ -69,8 +69,8 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
                     "the model was trained on may not be known again",
                     stacklevel=2,
                 )
-            found.update(record.training.text_sha256)
-    return frozenset(found)
+            hashes.update(record.training.text_sha256)
+    return frozenset(hashes)
 
 
 def unseen(prompts: Sequence[Prompt], checkpoint: Checkpoint) -> list[Prompt]:
@@ -145,7 +145,7 @@ def record_left_out(writer: RunWriter, left_out: LeftOut) -> None:
 
 
 def _seen(models: Sequence[ModelChoice]) -> frozenset[str]:
-    checkpoints = (Checkpoint(name=one.model, path=one.model, adapter=one.adapter) for one in models)
+    checkpoints = (Checkpoint(name=model.model, path=model.model, adapter=model.adapter) for model in models)
     return frozenset().union(*map(trained_on, checkpoints))
 
 

@@ -4,7 +4,7 @@ Zhao et al. 2025, Fig. 2 and 3: centroids come from refused harmful and accepted
 well-behaved quadrants; the two misbehaving quadrants are then placed between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -16,7 +16,13 @@ from torch import Tensor
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.probing.beliefs import Centroids, beliefs, centroids, layer_scores
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate
+from mechlens.methods.statistics.resample import (
+    family_weights,
+    interval,
+    mean_estimate,
+    of_sample,
+    sample_and_resamples,
+)
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import QUADRANTS
 
@@ -45,7 +51,7 @@ class Beliefs:
         return self.means | self.correlation
 
 
-def measure_beliefs(acts: Activations, quadrants: Sequence[str], split: Split, seed: int, n_resamples: int) -> Beliefs:
+def measure_beliefs(acts: Activations, quadrants: Sequence[str], split: Split, seed: int, resamples: int) -> Beliefs:
     """Centroids from the training part's poles; beliefs of all held-out prompts (validation chooses nothing)."""
     labelled = replace(acts, labels=tuple(quadrants))
     train = labelled.select(split.train)
@@ -60,9 +66,9 @@ def measure_beliefs(acts: Activations, quadrants: Sequence[str], split: Split, s
         harm=harm,
         refusal=refusal,
         prompts=prompts,
-        by_level=_level_table(held_out, harm, refusal, seed, n_resamples),
-        means=_means(prompts, held_out, seed, n_resamples),
-        correlation=_correlations(prompts, held_out.families, seed, n_resamples),
+        by_level=_level_table(held_out, harm, refusal, seed, resamples),
+        means=_means(prompts, held_out, seed, resamples),
+        correlation=_correlations(prompts, held_out.families, seed, resamples),
     )
 
 
@@ -83,30 +89,33 @@ def _metric(column: str, quadrant: str) -> str:
 
 
 def _prompt_table(held_out: Activations, harm: Centroids, refusal: Centroids) -> pd.DataFrame:
-    frame = pd.DataFrame({"id": held_out.ids, "quadrant": held_out.labels})
-    for name, reference in (("belief_harm", harm), ("belief_refusal", refusal)):
-        frame[name] = beliefs(held_out, reference, centered=False, skip_embedding=False).tolist()
-        frame[f"{name}.centered"] = beliefs(held_out, reference, centered=True, skip_embedding=True).tolist()
-    return frame
+    measured = both_beliefs(held_out, {"belief_harm": harm, "belief_refusal": refusal})
+    columns = {name: values.tolist() for name, values in measured.items()}
+    return pd.DataFrame({"id": held_out.ids, "quadrant": held_out.labels, **columns})
 
 
-def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, n_resamples: int) -> dict[str, Estimate]:
-    found = {}
+def both_beliefs(acts: Activations, means: Mapping[str, Centroids]) -> dict[str, Float[Tensor, " prompt"]]:
+    """Each belief of every prompt as published, and with ".centered" the centred one without the embedding."""
+    measured = {}
+    for name, reference in means.items():
+        measured[name] = beliefs(acts, reference, centered=False, skip_embedding=False)
+        measured[f"{name}.centered"] = beliefs(acts, reference, centered=True, skip_embedding=True)
+    return measured
+
+
+def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, resamples: int) -> dict[str, Estimate]:
+    means = {}
     for column in COLUMNS:
         values = torch.tensor(prompts[column].to_numpy())
         for name in QUADRANTS:
             rows = [i for i, label in enumerate(held_out.labels) if label == name]
             families = [held_out.families[i] for i in rows]
-            enough = len(rows) >= MIN_FOR_A_POLE
-            found[_metric(column, name)] = (
-                mean_estimate(values[rows], families, seed, n_resamples) if enough else Estimate.missing(len(rows))
-            )
-    return found
+            mean = mean_estimate(values[rows], families, seed, resamples, least=MIN_FOR_A_POLE)
+            means[_metric(column, name)] = mean
+    return means
 
 
-def _level_table(
-    held_out: Activations, harm: Centroids, refusal: Centroids, seed: int, n_resamples: int
-) -> pd.DataFrame:
+def _level_table(held_out: Activations, harm: Centroids, refusal: Centroids, seed: int, resamples: int) -> pd.DataFrame:
     frames = []
     for reference, concept in ((harm, "harmfulness"), (refusal, "refusal")):
         values = held_out.values[:, :, column_of(reference.position, held_out.positions, held_out.last)]
@@ -116,23 +125,23 @@ def _level_table(
                 rows = [i for i, label in enumerate(held_out.labels) if label == name]
                 families = [held_out.families[i] for i in rows]
                 if rows:
-                    frame = _band(scores[rows], families, seed, n_resamples)
+                    frame = _band(scores[rows], families, seed, resamples)
                     frame["level"], frame["quadrant"] = held_out.levels, name
                     frames.append(frame.assign(concept=concept, position=reference.position, centered=centered))
     return pd.concat(frames, ignore_index=True)
 
 
-def _band(scores: Float[Tensor, "prompt level"], families: Sequence[str], seed: int, n_resamples: int) -> pd.DataFrame:
+def _band(scores: Float[Tensor, "prompt level"], families: Sequence[str], seed: int, resamples: int) -> pd.DataFrame:
     """Mean score at every level with its family-bootstrap interval."""
-    weights = family_weights(families, n_resamples, seed)
+    weights = family_weights(families, resamples, seed)
     samples = (weights @ scores.double() / weights.sum(dim=1, keepdim=True)).T
     bounds = interval(samples)
     return pd.DataFrame({"score": scores.mean(dim=0).numpy(), "low": bounds.low.numpy(), "high": bounds.high.numpy()})
 
 
-def _correlations(prompts: pd.DataFrame, families: Sequence[str], seed: int, n_resamples: int) -> dict[str, Estimate]:
+def _correlations(prompts: pd.DataFrame, families: Sequence[str], seed: int, resamples: int) -> dict[str, Estimate]:
     harm, refusal = (torch.tensor(prompts[column].to_numpy()) for column in COLUMNS[:2])
-    weights = family_weights(families, n_resamples, seed)
+    weights = sample_and_resamples(families, resamples, seed)
     harm_ranks, refusal_ranks = (torch.tensor(stats.rankdata(values)) for values in (harm, refusal))
     return {
         "belief_correlation.pearson": _correlation(harm, refusal, weights),
@@ -141,15 +150,13 @@ def _correlations(prompts: pd.DataFrame, families: Sequence[str], seed: int, n_r
 
 
 def _correlation(
-    first: Float[Tensor, " prompt"], second: Float[Tensor, " prompt"], weights: Float[Tensor, "resample prompt"]
+    first: Float[Tensor, " prompt"], second: Float[Tensor, " prompt"], drawn: Float[Tensor, "draw prompt"]
 ) -> Estimate:
-    """Weighted Pearson correlation, the sample itself being the resample with all weights 1."""
-    drawn = torch.cat([torch.ones(1, len(first), dtype=torch.float64), weights])
+    """Weighted Pearson correlation in the sample and its resamples."""
     total = drawn.sum(dim=1)
     x = first.double() - (drawn @ first.double() / total).unsqueeze(1)
     y = second.double() - (drawn @ second.double() / total).unsqueeze(1)
     samples = (drawn * x * y).sum(dim=1) / ((drawn * x * x).sum(dim=1) * (drawn * y * y).sum(dim=1)).sqrt()
     if bool(samples[0].isnan()):
         return Estimate.missing(len(first))
-    bounds = interval(samples[1:])
-    return Estimate(float(samples[0]), float(bounds.low), float(bounds.high), len(first))
+    return of_sample(samples, len(first))

@@ -19,7 +19,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.registry import Screen
-from mechlens.studies.shared.model import chosen_model
+from mechlens.studies.shared.inputs import chosen_model
 from mechlens.studies.steer.config import Steer
 
 UNSTEERED, STEERED = "unsteered", "steered"

@@ -2,12 +2,37 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import BaseChoice, PromptSets, RunChoice, Sampling
-from mechlens.studies.registry import Study
+from mechlens.settings import BaseChoice, DetectionPlan, PromptSets, RunChoice
+from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Track(RunChoice, Sampling, PromptSets, BaseChoice):
+class SeriesPlan(DetectionPlan):
+    """What is asked of every checkpoint."""
+
+    max_new_tokens: int = 12
+    """Length of the answers that are judged."""
+    steered: int = 8
+    """Harmless test prompts on which the directions' causal effect is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackPlan(SeriesPlan):
+    """The choices of a tracking study."""
+
+    positions: tuple[str, ...] = ("inst", "last")
+    """Named positions: inst, post[k], post[*], last; inst and last are always among them."""
+    levels: tuple[int, ...] = ()
+    """Residual levels; none given is every level, and the last one is always among them."""
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The positions, `inst` first and `last` last."""
+        return tuple(dict.fromkeys(("inst", *(name for name in self.positions if name != "last"), "last")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track(RunChoice, TrackPlan, PromptSets, BaseChoice):
     """Follow directions, probes and behaviour over fine-tuning checkpoints: does what is represented survive?"""
 
     checkpoints: tuple[str, ...]
@@ -16,14 +41,6 @@ class Track(RunChoice, Sampling, PromptSets, BaseChoice):
     """Leave out checkpoints that are broken or don't belong to the series; the report lists them."""
     n: int | None = 96
     """Prompts of each set, drawn by seed; None takes all."""
-    positions: tuple[str, ...] = ("inst", "last")
-    """Named positions: inst, post[k], post[*], last; inst and last are always among them."""
-    levels: tuple[int, ...] = ()
-    """Residual levels; none given is every level."""
-    max_new_tokens: int = 12
-    """Length of the answers that are judged."""
-    steered: int = 8
-    """Harmless test prompts on which the directions' causal effect is measured."""
     trigger: str | None = None
     """A backdoor's trigger; None takes the one that a checkpoint's own record names, "" none."""
     triggered: int = 24
@@ -32,10 +49,4 @@ class Track(RunChoice, Sampling, PromptSets, BaseChoice):
     """Subspaces, unbiased CKA and turning points too."""
 
 
-STUDY = Study(
-    "track",
-    Track,
-    "mechlens.studies.track.study:prepare",
-    "mechlens.studies.track.study:execute",
-    "mechlens.studies.track.report:record",
-)
+STUDY = of_folder("track", Track)

@@ -28,8 +28,7 @@ def over_steps(writer: RunWriter, name: str, frame: pd.DataFrame, *, table: str,
     """A line figure over the steps, which stand evenly spaced: they often double from one to the next."""
     figure = figures.lines(frame, x="step", xlabel="training step", **how)
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=sorted(frame["step"].unique().tolist()))
-    writer.figure(name, figure, table=table, caption=caption)
-    return name
+    return writer.figure(name, figure, table=table, caption=caption)
 
 
 def _by_steps(writer: RunWriter, name: str, frame: pd.DataFrame, value: str, *, table: str, **how: Any) -> str:
@@ -37,8 +36,7 @@ def _by_steps(writer: RunWriter, name: str, frame: pd.DataFrame, value: str, *, 
     ordered = frame.sort_values(["level", "step"])
     figure = figures.heatmap(ordered, x="step", y="level", value=value, xlabel="training step", ylabel="level", **how)
     figure.update_xaxes(type="category")
-    writer.figure(name, figure, table=table)
-    return name
+    return writer.figure(name, figure, table=table)
 
 
 def _behaviour(writer: RunWriter, result: Tracking) -> tuple[str, ...]:

@@ -11,16 +11,14 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.text import match_punctuation
-from mechlens.settings import BaseChoice, ModelChoice
+from mechlens.settings import FRACTIONS, BaseChoice, ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import HarmChoice, read_harm_sets
-from mechlens.studies.shared.model import inputs_of, prepared
+from mechlens.studies.shared.inputs import inputs_of, prepared
 from mechlens.studies.shared.training_data import LeftOut
 from mechlens.studies.shared.trigger import Trigger
 from mechlens.studies.track.measures.triggers import trigger_prompts
 from mechlens.studies.track.result import Questions
-
-FRACTIONS = (0.5, 0.2, 0.3)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mechlens.methods.directions.direction import Direction, cosine, direction_g
 from mechlens.methods.directions.reliability import split_half
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
-from mechlens.methods.probing.detect import DetectionPlan, detect
+from mechlens.methods.probing.detect import detect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
@@ -24,9 +24,9 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
+from mechlens.settings import FRACTIONS, DetectionPlan
 
 POSITIVE, NEGATIVE = "positive", "negative"
-FRACTIONS = (0.5, 0.2, 0.3)
 SPLITS = 20
 """Halvings behind a direction's reliability."""
 
@@ -47,7 +47,9 @@ class LivePrompts:
     def fingerprint(self) -> str:
         """sha256 over prompts, template and everything else that a reference depends on."""
         prompts = [asdict(prompt) for prompt in self.batch.prompts]
-        record = json.dumps([prompts, self.batch.template, self.positions, asdict(self.plan)], sort_keys=True)
+        record = json.dumps(
+            [prompts, self.batch.template, self.positions, {**self.plan.key(), "refit": False}], sort_keys=True
+        )
         return hashlib.sha256(record.encode()).hexdigest()
 
 
@@ -87,8 +89,8 @@ def watch(
 def live_reference(module: Any, watched: LivePrompts, step: int) -> LiveReference:
     """Directions and thresholds of the model as it is now."""
     acts, _ = _read(module, watched, range(len(blocks_of(module)) + 1), step)
-    found = detect(acts, POSITIVE, NEGATIVE, watched.split, watched.plan)
-    chosen = [found.at(position) for position in watched.positions]
+    detection = detect(acts, POSITIVE, NEGATIVE, watched.split, watched.plan)
+    chosen = [detection.at(position) for position in watched.positions]
     train = contrast_part(acts, watched.split.train, (POSITIVE, NEGATIVE))
     thresholds = []
     for choice in chosen:
@@ -116,10 +118,10 @@ def live_numbers(module: Any, watched: LivePrompts, reference: LiveReference, st
     if watched.refusal_tokens:
         odds = refusal_log_odds(logits, watched.refusal_tokens)[list(watched.split.test)]
         for label in contrast:
-            own = [row for row, found in enumerate(test.labels) if found == label]
-            families = [test.families[row] for row in own]
+            rows = [row for row, given in enumerate(test.labels) if given == label]
+            families = [test.families[row] for row in rows]
             numbers[f"logodds.{label}"] = mean_estimate(
-                odds[own].float(), families, watched.plan.seed, watched.plan.n_resamples
+                odds[rows].float(), families, watched.plan.seed, watched.plan.resamples
             )
     return numbers
 
@@ -137,7 +139,7 @@ def _at_position(
     reliability = split_half(train, POSITIVE, NEGATIVE, SPLITS, plan.seed)
     auroc = {
         # Scores that tie but for rounding tie exactly in a score grid.
-        name: auroc_estimate(score_grid(test, own)[0, 0], positive, test.families, plan.seed, plan.n_resamples)
+        name: auroc_estimate(score_grid(test, own)[0, 0], positive, test.families, plan.seed, plan.resamples)
         for name, own in (("frozen", replace(grid, vectors=direction.vector[None, None])), ("refitted", grid))
     }
     # A pair's two sides are drawn together, and counted from the threshold a lone side's class size matters little.
@@ -146,8 +148,8 @@ def _at_position(
     return {
         f"auroc.{asked}.frozen": auroc["frozen"],
         f"auroc.{asked}.refitted": auroc["refitted"],
-        f"accuracy.{asked}": mean_estimate(right, test.families, plan.seed, plan.n_resamples),
-        f"gap.{asked}": mean_estimate(apart * share, test.families, plan.seed, plan.n_resamples),
+        f"accuracy.{asked}": mean_estimate(right, test.families, plan.seed, plan.resamples),
+        f"gap.{asked}": mean_estimate(apart * share, test.families, plan.seed, plan.resamples),
         f"cosine.{asked}": Estimate.exact(float(cosine(refitted.vector, direction.vector)), len(train.ids)),
         f"reliability.{asked}": Estimate.exact(float(reliability), len(train.ids)),
         f"norm.{asked}": Estimate.exact(refitted.norm, len(train.ids)),
@@ -161,8 +163,8 @@ def _cell(acts: Activations, level: int, position: str) -> Activations:
 def _read(module: Any, watched: LivePrompts, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:
     names = watched.batch.resolve(watched.positions)
     watched.batch.require_rows(module.get_input_embeddings().num_embeddings, None)
-    found = plain_pass(module, watched.batch, names, levels)
-    if not bool(torch.isfinite(found.residuals).all()):
+    read = plain_pass(module, watched.batch, names, levels)
+    if not bool(torch.isfinite(read.residuals).all()):
         raise UserError(f"the model's activations are not finite at step {step}; its training has diverged")
     prompts = watched.batch.prompts
     checkpoint = Checkpoint(
@@ -172,7 +174,7 @@ def _read(module: Any, watched: LivePrompts, levels: Sequence[int], step: int) -
         fingerprint=weight_fingerprint(dict(module.named_parameters())),
     )
     acts = Activations(
-        values=found.residuals,
+        values=read.residuals,
         levels=tuple(levels),
         positions=names,
         ids=tuple(prompt.id for prompt in prompts),
@@ -183,4 +185,4 @@ def _read(module: Any, watched: LivePrompts, levels: Sequence[int], step: int) -
         template=watched.batch.template,
         last=watched.batch.positions[-1],
     )
-    return acts, found.logits
+    return acts, read.logits

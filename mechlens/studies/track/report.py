@@ -7,15 +7,14 @@ import pandas as pd
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoints.series import CheckpointSeries
-from mechlens.runs.report.report import Number, Report, Section
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.shared.quadrants import QUADRANTS
 from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.study import TrackResult
-from mechlens.studies.track.tables import cell_of
-from mechlens.studies.track.verdict import CHANGES, RULE, TITLES
+from mechlens.studies.track.verdict import RULE, TITLES
 
 QUESTION = (
     "Fine-tuning changes what the model does. Does it change what the model represents? The base's own directions, "
@@ -37,78 +36,23 @@ def record_tracking(
     more: tuple[Section, ...] = (),
 ) -> None:
     """Writes everything that the study found into an open run; `more` sections of the report are the caller's."""
-    writer.metrics(headline(result))
-    tables = {
-        "series": series_table(result, series),
-        "left_out_checkpoints": pd.DataFrame([vars(one) for one in result.left_out], columns=["name", "reason"]),
-        "verdicts": verdict_table(result),
-        "readouts": result.readouts,
-        "transfer": result.transfer,
-        "angles": result.angles,
-        "quadrants": result.quadrants,
-        "behaviour": result.behaviour,
-        "effects": result.effects,
-        "matrices": result.matrices,
-        "acceptance": result.acceptance,
-        "trigger_readable": result.trigger_readable,
-        "answers": answer_table(result),
-        **geometry,
-    }
-    for name, table in tables.items():
+    writer.result(result)
+    writer.table("series", series_table(result, series))
+    for name, table in geometry.items():
         writer.table(name, table)
     _log_steps(writer, result)
-    for concept in result.reference.measurable:
-        assert concept.detection is not None
-        writer.artifact(f"directions_{concept.name}", concept.detection.directions)
     writer.report(_report(writer, result, draw(writer, result, geometry), punctuation, more))
-
-
-def headline(result: Tracking) -> dict[str, Estimate]:
-    """The base's and the last checkpoint's numbers, by name and step."""
-    count = len(result.snapshots) - 1
-    found = {"n.checkpoints": Estimate.exact(count, count + len(result.left_out))}
-    for step in dict.fromkeys((result.steps[0], result.steps[-1])):
-        for concept in result.reference.measurable:
-            here = cell_of(result.readouts, concept, step)
-            for name in ("frozen", "own", "accuracy"):
-                found[f"{concept.name}.{name}.step{step}"] = here[name]
-        rows = result.behaviour[result.behaviour["step"] == step]
-        for _, row in rows.iterrows():
-            found[f"{row['number']}.step{step}"] = Estimate(row["value"], row["low"], row["high"], int(row["n"]))
-    last = [verdict for verdict in result.verdicts if verdict.step == result.steps[-1]]
-    for verdict in last:
-        for name in (*CHANGES, "gap_change"):
-            found[f"{verdict.concept}.{name}"] = verdict.deciding[name]
-    return found
 
 
 def series_table(result: Tracking, series: CheckpointSeries) -> pd.DataFrame:
     """One row for each checkpoint of the series, and whether it was measured."""
     return pd.DataFrame(
         [
-            {"step": one.step, "name": one.name, "kind": one.kind, "revision": one.revision or "",
-             "measured": one.step in result.steps}
-            for one in series.members
+            {"step": member.step, "name": member.name, "kind": member.kind, "revision": member.revision or "",
+             "measured": member.step in result.steps}
+            for member in series.members
         ]
     )  # fmt: skip
-
-
-def verdict_table(result: Tracking) -> pd.DataFrame:
-    """One row for each concept and checkpoint: the word, and the numbers that decided it."""
-    rows = []
-    for verdict in result.verdicts:
-        row: dict[str, object] = {"concept": verdict.concept, "step": verdict.step, "verdict": verdict.word}
-        row |= {"also": verdict.also} | {name: str(value) for name, value in verdict.deciding.items()}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def answer_table(result: Tracking) -> pd.DataFrame:
-    """Every answer of every checkpoint."""
-    return pd.concat(
-        [one.answers.table().assign(step=one.step, log_odds=one.log_odds.tolist()) for one in result.snapshots],
-        ignore_index=True,
-    )
 
 
 def _log_steps(writer: RunWriter, result: Tracking) -> None:
@@ -131,8 +75,8 @@ def _log_steps(writer: RunWriter, result: Tracking) -> None:
 
 def _banded(stem: str, row: "pd.Series[float]", *columns: str) -> dict[str, float]:
     names = (stem, f"{stem}.low", f"{stem}.high")
-    found = {name: float(row[column]) for name, column in zip(names, columns, strict=True)}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    values = {name: float(row[column]) for name, column in zip(names, columns, strict=True)}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _report(
@@ -142,19 +86,17 @@ def _report(
     punctuation: str,
     more: tuple[Section, ...],
 ) -> Report:
-    last = [verdict for verdict in result.verdicts if verdict.step == result.steps[-1]]
+    last = result.last_verdicts
     base = result.snapshots[0].member.name
     return Report(
         title=f"What fine-tuning did to {base}: {len(result.snapshots) - 1} checkpoints",
         question=QUESTION,
         verdict=" ".join(verdict.sentence for verdict in last),
-        numbers=tuple(
-            Number(f"{verdict.concept}: {title}", verdict.deciding[name])
-            for verdict in last
-            for name, title in TITLES.items()
-        ),
+        numbers={
+            f"{verdict.concept}: {title}": verdict.deciding[name] for verdict in last for name, title in TITLES.items()
+        },
         sections=(
-            Section("The verdict at every checkpoint", RULE, table=verdict_table(result)),
+            Section("The verdict at every checkpoint", RULE, table=result.verdict_table()),
             Section("What the model does", _behaviour_text(result), figures["behaviour"]),
             Section(
                 "What is read: frozen and refitted",
@@ -180,7 +122,6 @@ def _report(
             *more,
         ),
         how=_how(result, punctuation),
-        command=writer.run.command,
         model=base,
     )
 
@@ -219,7 +160,7 @@ def _belief_text(result: Tracking) -> str:
     for quadrant in QUADRANTS:
         ends = rows[(rows["quadrant"] == quadrant) & rows["step"].isin((result.steps[0], result.steps[-1]))]
         if len(ends) == 2:
-            first, last = (Estimate(r["mean"], r["low"], r["high"], int(r["n"])) for _, r in ends.iterrows())
+            first, last = (Estimate.of_row(row, "mean") for _, row in ends.iterrows())
             said.append(f"{quadrant}: {first} in the base, {last} at step {result.steps[-1]}")
     return (
         "Belief of harmfulness at `inst` on held-out prompts, by the base's own quadrants and centroids: "
@@ -235,11 +176,11 @@ def _how(result: Tracking, punctuation: str) -> str:
         for concept in result.reference.concepts
         if concept.detection is None
     ]
-    left = "; ".join(f"{one.name}: {one.reason}" for one in result.left_out)
+    left = "; ".join(f"{checkpoint.name}: {checkpoint.reason}" for checkpoint in result.left_out)
     return (
         f"{len(prompts)} prompts ({len(split.train)} train, {len(split.validation)} validation, {len(split.test)} "
         f"test, by family, the same at every checkpoint); answers of up to {result.plan.max_new_tokens} tokens; "
-        f"{result.plan.n_resamples} resamples; {result.plan.n_random} random directions. {punctuation} "
+        f"{result.plan.resamples} resamples; {result.plan.random_directions} random directions. {punctuation} "
         + (f"Not measurable in the base: {'; '.join(missing)}. " if missing else "")
         + (f"Checkpoints left out: {left}." if left else "")
     )

@@ -36,14 +36,14 @@ from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import last_log_odds
 from mechlens.studies.shared.trigger import Trigger, trigger_of
-from mechlens.studies.track.config import Track
+from mechlens.studies.track.config import Track, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import steered_log_odds
 from mechlens.studies.track.measures.change import matrix_rows
 from mechlens.studies.track.measures.geometry import geometry_tables
 from mechlens.studies.track.measures.reference import BaseReference, reference_of
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
-from mechlens.studies.track.result import Questions, Tracking, TrackPlan, analysed, steered_rows
+from mechlens.studies.track.result import Questions, Tracking, analysed, steered_rows
 
 FORMAT = 1
 """Raised when a change of code changes the numbers, so that older snapshots on a cache are not used again."""
@@ -70,19 +70,19 @@ def track(
         piece = cache.get(key) if cache is not None else None
         try:
             if piece is not None:
-                found = _restored(piece, member, swapper.model, questions, plan)
+                snapshot = _restored(piece, member, swapper.model, questions, plan)
             else:
-                found, reference = _measure(swapper, member, questions, plan, reference)
+                snapshot, reference = _measure(swapper, member, questions, plan, reference)
                 if cache is not None:
-                    cache.put(key, to_piece(found))
+                    cache.put(key, to_piece(snapshot))
         except UserError as error:
             if not snapshots:
                 raise  # without the first there is nothing to measure the others against
             warnings.warn(f"{member.name} is left out: {error}", stacklevel=2)
             left_out.append(UnusableCheckpoint(member.name, str(error)))
             continue
-        reference = reference or _reference(swapper.model, found.acts, found.answers, questions, plan)
-        snapshots.append(found)
+        reference = reference or _reference(swapper.model, snapshot.acts, snapshot.answers, questions, plan)
+        snapshots.append(snapshot)
     assert reference is not None
     return analysed(snapshots, left_out, reference, questions, plan)
 
@@ -95,15 +95,23 @@ def _keys(swapper: CheckpointSwapper, questions: Questions, plan: TrackPlan, ser
     common = [
         FORMAT, swapper.base_fingerprint, loaded(swapper.model).checkpoint.config, str(dtype_of(swapper.model)),
         device_of(swapper.model).type, asked, labels,
-        asdict(questions.split), questions.texts, asdict(plan), content_of(series.base),
+        asdict(questions.split), questions.texts, _recorded(plan), content_of(series.base),
     ]  # fmt: skip
     stem = hashlib.sha256(json.dumps(common).encode()).hexdigest()
     return [hashlib.sha256(f"{stem} {content_of(member)}".encode()).hexdigest() for member in series.members]
 
 
+def _recorded(plan: TrackPlan) -> dict[str, object]:
+    """What a snapshot depends on; see `DetectionPlan.key`."""
+    return {
+        "seed": plan.seed, "max_new_tokens": plan.max_new_tokens, "positions": plan.read,
+        "levels": plan.levels or None, "steered": plan.steered, **plan.key(),
+    }  # fmt: skip
+
+
 def _levels(model: LanguageModel, plan: TrackPlan) -> tuple[int, ...]:
     last = n_layers(model)
-    return tuple(range(last + 1)) if plan.levels is None else tuple(sorted({*plan.levels, last}))
+    return tuple(range(last + 1)) if not plan.levels else tuple(sorted({*plan.levels, last}))
 
 
 def _measure(
@@ -112,11 +120,11 @@ def _measure(
     """Everything that needs the checkpoint's weights; the first checkpoint makes the reference."""
     model = swapper.put(member)
     levels = _levels(model, plan)
-    acts = collect(model, questions.batch, positions=plan.positions, levels=levels)
+    acts = collect(model, questions.batch, positions=plan.read, levels=levels)
     answers = answer(model, questions.batch, max_new_tokens=plan.max_new_tokens)
     variants = variant_answers = None
     if questions.variants is not None:
-        variants = collect(model, questions.variants, positions=plan.positions, levels=levels)
+        variants = collect(model, questions.variants, positions=plan.read, levels=levels)
         variant_answers = answer(model, questions.variants, max_new_tokens=plan.max_new_tokens)
     known = reference or _reference(model, acts, answers, questions, plan)
     directions = {}
@@ -125,7 +133,7 @@ def _measure(
         level = concept.level(concept.home)
         directions[f"{concept.name}.reference"] = concept.detection.directions.at(level, concept.home)
         directions[f"{concept.name}.own"] = concept.direction(acts, known.split)
-    found = Snapshot(
+    snapshot = Snapshot(
         member=member,
         acts=acts,
         answers=answers,
@@ -133,13 +141,13 @@ def _measure(
         text_loss=text_loss(model, questions.texts),
         steered=steered_log_odds(
             model, questions.batch.select(steered_rows(questions, plan)), directions, known.tokens,
-            n_random=plan.n_random, seed=plan.seed,
+            random_directions=plan.random_directions, seed=plan.seed,
         ),
-        matrices=() if member.kind == "base" else matrix_rows(swapper, member, known, n_random=plan.n_random),
+        matrices=() if member.kind == "base" else matrix_rows(swapper, member, known, plan.random_directions),
         variants=variants,
         variant_answers=variant_answers,
     )  # fmt: skip
-    return found, known
+    return snapshot, known
 
 
 def _restored(
@@ -147,9 +155,7 @@ def _restored(
 ) -> Snapshot:
     levels = _levels(model, plan)
     of = [questions.batch, questions.variants]
-    labels = [
-        Labels(batch, levels, batch.resolve(plan.positions), plan.max_new_tokens) if batch else None for batch in of
-    ]
+    labels = [Labels(batch, levels, batch.resolve(plan.read), plan.max_new_tokens) if batch else None for batch in of]
     assert labels[0] is not None
     return from_piece(piece, member, labels[0], labels[1])
 
@@ -158,7 +164,7 @@ def _reference(
     model: LanguageModel, acts: Activations, answers: Answers, questions: Questions, plan: TrackPlan
 ) -> BaseReference:
     prompts = questions.batch.prompts
-    return reference_of(prompts, acts, answers, questions.split, plan.detection, loaded(model).tokenizer)
+    return reference_of(prompts, acts, answers, questions.split, plan, loaded(model).tokenizer)
 
 
 @dataclass(frozen=True)
@@ -182,19 +188,9 @@ def prepare(config: Track) -> Preparation[SeriesStudy]:
 
 def execute(config: Track, given: SeriesStudy, writer: RunWriter) -> TrackResult:
     """The study on the configured series."""
-    plan = TrackPlan(
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        positions=tuple(dict.fromkeys(("inst", *(p for p in config.positions if p != "last"), "last"))),
-        levels=config.levels or None,
-        steered=config.steered,
-        n_resamples=config.resamples,
-        n_permutations=config.permutations,
-        n_random=config.random_directions,
-    )
-    tqdm.write(_said(given, plan), file=sys.stderr)
+    tqdm.write(_said(given, config), file=sys.stderr)
     with given.swapper as swapper:
-        result = track(swapper, given.series, given.questions, plan, cache=writer.cache)
+        result = track(swapper, given.series, given.questions, config, cache=writer.cache)
     return TrackResult(result, geometry_tables(result) if config.geometry else {})
 
 
@@ -205,8 +201,8 @@ def _trigger(config: Track, series: CheckpointSeries) -> Trigger | None:
     for member in series.members[1:]:
         record = read_record(user_path(member.path))
         if record is not None and record.trigger is not None:
-            found = record.trigger
-            return Trigger(found.text, found.taught_decoys, found.unseen_decoys)
+            trigger = record.trigger
+            return Trigger(trigger.text, trigger.taught_decoys, trigger.unseen_decoys)
     return None
 
 
@@ -219,6 +215,6 @@ def _said(given: SeriesStudy, plan: TrackPlan) -> str:
     steps = ", ".join(str(member.step) for member in given.series.members)
     return (
         f"{len(given.series.members)} checkpoints (steps {steps}); at each {len(prompts)} prompts are read and "
-        f"answered with up to {plan.max_new_tokens} tokens{triggered}, {plan.steered} steered by {plan.n_random} "
-        "random directions and the concepts' own, and the weights compared"
+        f"answered with up to {plan.max_new_tokens} tokens{triggered}, {plan.steered} steered by "
+        f"{plan.random_directions} random directions and the concepts' own, and the weights compared"
     )

@@ -26,8 +26,7 @@ from mechlens.methods.probing.readouts import (
     thresholds,
 )
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_weights, interval
+from mechlens.methods.statistics.resample import interval, of_sample, one_thread, sample_and_resamples
 from mechlens.prompts.split import Split
 from mechlens.studies.track.measures.reference import TrackedConcept
 
@@ -69,8 +68,8 @@ class _Test:
 @one_thread()
 def readout_table(
     steps: Sequence[int], acts: Sequence[Activations], concept: TrackedConcept, split: Split, *, seed: int,
-    n_resamples: int,
-    n_random: int,
+    resamples: int,
+    random_directions: int,
 ) -> pd.DataFrame:  # fmt: skip
     """One row for each readout, checkpoint, level and position; the first checkpoint is the reference.
 
@@ -81,32 +80,31 @@ def readout_table(
     for kind in KINDS:
         frozen = fit_readouts(concept.relabelled(acts[0]), concept.contrast, split, kind)
         base: dict[str, Tensor] | None = None
-        for step, found in zip(steps, acts, strict=True):
-            labelled = concept.relabelled(found)
-            test = _test_part(labelled, concept.contrast, split, seed, n_resamples)
+        for step, part in zip(steps, acts, strict=True):
+            labelled = concept.relabelled(part)
+            test = _test_part(labelled, concept.contrast, split, seed, resamples)
             values = _measured(frozen, labelled, concept.contrast, split, test)
             base = base or values
-            random = _random(test, n_random, seed)
+            random = _random(test, random_directions, seed)
             frames.append(_frame(values, base, random, test).assign(kind=kind, step=step))
     return pd.concat(frames, ignore_index=True).assign(concept=concept.name)
 
 
-def _test_part(acts: Activations, contrast: tuple[str, str], split: Split, seed: int, n_resamples: int) -> _Test:
+def _test_part(acts: Activations, contrast: tuple[str, str], split: Split, seed: int, resamples: int) -> _Test:
     test = contrast_part(acts, split.test, contrast)
-    drawn = family_weights(test.families, n_resamples, seed, test.labels)
-    everyone = torch.ones(1, len(test.ids), dtype=torch.float64)
-    return _Test(test, is_positive(test, contrast), torch.cat([everyone, drawn]))
+    weights = sample_and_resamples(test.families, resamples, seed, test.labels)
+    return _Test(test, is_positive(test, contrast), weights)
 
 
 def _measured(
     frozen: Readouts, acts: Activations, contrast: tuple[str, str], split: Split, test: _Test
 ) -> dict[str, Float[Tensor, "level position draw"]]:
-    own = fit_lines(acts, contrast, split, frozen.kind)
+    refitted = fit_lines(acts, contrast, split, frozen.kind)
     again = thresholds(frozen.lines, acts, contrast, split)
     scores = score_grid(test.acts, frozen.lines)
     return {
         "frozen": auroc(scores, test.positive, test.weights),
-        "own": auroc(score_grid(test.acts, own), test.positive, test.weights),
+        "own": auroc(score_grid(test.acts, refitted), test.positive, test.weights),
         "accuracy": balanced_accuracy(scores, frozen.thresholds, test.positive, test.weights),
         "recalibrated": balanced_accuracy(scores, again, test.positive, test.weights),
         "brier": brier(frozen.probability(scores), test.positive, test.weights),
@@ -149,28 +147,25 @@ def transfer_table(
     split: Split,
     *,
     seed: int,
-    n_resamples: int,
+    resamples: int,
 ) -> pd.DataFrame:
     """A[s, t] of the mean difference at each position's chosen level: columns fitted, tested, position, level, auroc.
 
     With bounds from test families, the direction frozen.
     """
-    labelled = [concept.relabelled(found) for found in acts]
-    lines = [fit_lines(found, concept.contrast, split, "direction") for found in labelled]
+    labelled = [concept.relabelled(part) for part in acts]
+    lines = [fit_lines(part, concept.contrast, split, "direction") for part in labelled]
     rows = []
-    for step, found in zip(steps, labelled, strict=True):
-        test = _test_part(found, concept.contrast, split, seed, n_resamples)
+    for step, part in zip(steps, labelled, strict=True):
+        test = _test_part(part, concept.contrast, split, seed, resamples)
         for fitted, line in zip(steps, lines, strict=True):
-            for position in found.positions:
+            for position in part.positions:
                 level = concept.level(position)
-                cell = replace(line, checkpoint=found.checkpoint).at(level, position)
+                cell = replace(line, checkpoint=part.checkpoint).at(level, position)
                 scores = test.acts.at(level, position).double() @ cell.vector.double()
                 drawn = auroc(scores, test.positive, test.weights)
-                bounds = interval(drawn[1:])
-                rows.append(
-                    {"fitted": fitted, "tested": step, "position": position, "level": level, "auroc": float(drawn[0]),
-                     "low": float(bounds.low), "high": float(bounds.high), "n": len(test.acts.ids)}
-                )  # fmt: skip
+                where = {"fitted": fitted, "tested": step, "position": position, "level": level}
+                rows.append({**where, **of_sample(drawn, len(test.acts.ids)).row("auroc")})
     return pd.DataFrame(rows).assign(concept=concept.name)
 
 

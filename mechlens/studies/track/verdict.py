@@ -86,11 +86,13 @@ def _word(deciding: dict[str, Estimate]) -> tuple[str, str]:
     # What isn't measurable is NaN, and no comparison with NaN holds.
     if not deciding["base_auroc"].low > READABLE:
         return "not measurable", ""
-    own, frozen, probe = (deciding[name] for name in ("own_change", "frozen_change", "probe_change"))
-    if not any(_held(change) for change in (own, frozen, probe)):
-        return ("representation lost" if all(_fell(change) for change in (own, frozen, probe)) else "inconclusive"), ""
+    refitted, frozen, probe = (deciding[name] for name in ("own_change", "frozen_change", "probe_change"))
+    if not any(_held(change) for change in (refitted, frozen, probe)):
+        return (
+            "representation lost" if all(_fell(change) for change in (refitted, frozen, probe)) else "inconclusive"
+        ), ""
     readout, threshold, moved = (
-        deciding["readout_gap"] if _held(own) else frozen, deciding["threshold_gap"], deciding["gap_change"],
+        deciding["readout_gap"] if _held(refitted) else frozen, deciding["threshold_gap"], deciding["gap_change"],
     )  # fmt: skip
     drift = "read-out drift" if _fell(readout) else "threshold drift" if _held(readout) and _fell(threshold) else ""
     if abs(moved.value) >= MOVED and (moved.low > 0 or moved.high < 0):

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.statistics.effects import CosineCurve, Effect, cosine_curve
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.lora import LowRank
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import CheckpointSwapper
@@ -62,9 +62,7 @@ def _rows(
             "cosine": curve.measured[k].value,
             "low": curve.measured[k].low,
             "high": curve.measured[k].high,
-            "corrected": curve.corrected[k].value,
-            "corrected_low": curve.corrected[k].low,
-            "corrected_high": curve.corrected[k].high,
+            **curve.corrected[k].beside("corrected"),
             "reliability": curve.reliability_first[k],
             "other_reliability": curve.reliability_second[k],
             "norm": norms[k],
@@ -121,7 +119,7 @@ def matrix_change(change: LowRank | Float[Tensor, "output input"]) -> MatrixChan
 
 
 def matrix_rows(
-    series: CheckpointSwapper, member: Member, reference: BaseReference, *, n_random: int
+    series: CheckpointSwapper, member: Member, reference: BaseReference, random_directions: int
 ) -> tuple[Mapping[str, Any], ...]:
     """One row for each changed linear layer of the blocks; the member's weights must be in place.
 
@@ -134,24 +132,26 @@ def matrix_rows(
     sides = series.linears()
     rows = []
     for module in tqdm([m for m in sides if low_rank is None or m in low_rank], desc="weights", delay=2, leave=False):
-        found = matrix_change(series.difference(module) if low_rank is None else low_rank[module])
-        if found.norm > 0:
-            rows.append(_row(module, "writes" if sides[module] else "reads", found, reference, n_random))
+        change = matrix_change(series.difference(module) if low_rank is None else low_rank[module])
+        if change.norm > 0:
+            rows.append(_row(module, "writes" if sides[module] else "reads", change, reference, random_directions))
     return tuple(rows)
 
 
-def _row(module: str, side: str, found: MatrixChange, reference: BaseReference, n_random: int) -> dict[str, Any]:
+def _row(
+    module: str, side: str, change: MatrixChange, reference: BaseReference, random_directions: int
+) -> dict[str, Any]:
     layer = int(match[1]) if (match := re.search(r"\.(\d+)\.", module)) else -1
-    leading = found.outputs if side == "writes" else found.inputs
+    leading = change.outputs if side == "writes" else change.inputs
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(n_random, len(leading), generator=generator, dtype=torch.float64)
+    random = torch.randn(random_directions, len(leading), generator=generator, dtype=torch.float64)
     row = {
         "module": module,
         "layer": layer,
         "side": side,
-        "norm": found.norm,
-        "stable_rank": found.stable_rank,
-        "share": found.share,
+        "norm": change.norm,
+        "stable_rank": change.stable_rank,
+        "share": change.share,
         "random": _nearest(random, leading),
     }
     for concept in reference.measurable:

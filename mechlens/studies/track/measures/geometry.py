@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import cosine, mean_differences
-from mechlens.methods.statistics.one_thread import one_thread
+from mechlens.methods.statistics.resample import one_thread
 from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
 
@@ -114,7 +114,7 @@ def turning_table(steps: Sequence[int], acts: Sequence[Activations], concept: Tr
     for position in acts[0].positions:
         level = concept.level(position)
         row, column = acts[0].levels.index(level), acts[0].positions.index(position)
-        path = torch.stack([mean_differences(concept.relabelled(one), *concept.contrast)[row, column] for one in acts])
+        path = torch.stack([mean_differences(concept.relabelled(at), *concept.contrast)[row, column] for at in acts])
         for k in range(1, len(steps) - 1):
             back, forth = path[k - 1] - path[k], path[k + 1] - path[k]
             rows.append(

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
-from mechlens.methods.behaviour.judges import RefusalTokens, fallback_refusal_tokens, find_refusal_tokens
+from mechlens.methods.behaviour.answers import Answers
+from mechlens.methods.behaviour.judges import RefusalTokens
 from mechlens.methods.directions.direction import Direction, mean_difference
-from mechlens.methods.probing.detect import Detection, DetectionPlan, detect
+from mechlens.methods.probing.detect import Detection, detect
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import PARTS, Split
+from mechlens.settings import DetectionPlan
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS, MIN_IN_A_PART
-from mechlens.studies.shared.quadrants import MIN_REFUSALS, JudgedAnswers, judge_answers
+from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, refusal_tokens
 
 CONTRASTS = {"harmful": ("harmful", "harmless"), "refused": ("refused", "accepted")}
 """Concepts that are tracked, with the labels that each tells apart."""
@@ -74,13 +75,10 @@ def reference_of(
 ) -> BaseReference:
     """Judges the base's answers and chooses each concept's level at every position."""
     judged = judge_answers(prompts, answers)
-    labels = {
-        "harmful": tuple(prompt.label for prompt in prompts),
-        "refused": judged.verdicts[judged.judge],
-    }
+    labels = {"harmful": tuple(prompt.label for prompt in prompts), "refused": judged.verdicts[judged.judge]}
     homes = {"harmful": "inst", "refused": acts.positions[-1]}
     concepts = tuple(_concept(name, labels[name], homes[name], acts, split, plan) for name in CONTRASTS)
-    return BaseReference(judged, _refusal_tokens(judged, split, tokenizer), concepts, split)
+    return BaseReference(judged, refusal_tokens(judged, split.train, tokenizer), concepts, split)
 
 
 def _concept(
@@ -92,14 +90,6 @@ def _concept(
     enough = min(counts.values()) >= MIN_IN_A_CLASS and min(parts) >= MIN_IN_A_PART
     detection = detect(replace(acts, labels=labels), *contrast, split, plan) if enough else None
     return TrackedConcept(name, contrast, labels, home, detection, counts)
-
-
-def _refusal_tokens(judged: JudgedAnswers, split: Split, tokenizer: Any) -> RefusalTokens:
-    first, refused = judged.answers.first_tokens, judged.refused
-    spoke = [i for i in split.train if first[i] != NO_TOKEN]
-    if sum(refused[i] for i in spoke) < MIN_REFUSALS:
-        return fallback_refusal_tokens(tokenizer)
-    return find_refusal_tokens([first[i] for i in spoke], [refused[i] for i in spoke], tokenizer)
 
 
 def rates(values: Sequence[bool]) -> torch.Tensor:

@@ -41,26 +41,26 @@ class Snapshot:
         return self.member.step
 
 
-def to_piece(found: Snapshot) -> dict[str, Tensor]:
+def to_piece(snapshot: Snapshot) -> dict[str, Tensor]:
     """As tensors, for a cache."""
     header = {
-        "checkpoint": vars(found.acts.checkpoint),
-        "engines": [found.acts.engine, found.answers.engine],
-        "texts": found.answers.texts,
-        "steered": list(found.steered),
-        "matrices": [dict(row) for row in found.matrices],
-        "variant_texts": found.variant_answers.texts if found.variant_answers else None,
+        "checkpoint": vars(snapshot.acts.checkpoint),
+        "engines": [snapshot.acts.engine, snapshot.answers.engine],
+        "texts": snapshot.answers.texts,
+        "steered": list(snapshot.steered),
+        "matrices": [dict(row) for row in snapshot.matrices],
+        "variant_texts": snapshot.variant_answers.texts if snapshot.variant_answers else None,
     }
     piece = {
         "header": torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8),
-        "values": found.acts.values,
-        "tokens": _padded(found.answers),
-        "log_odds": found.log_odds,
-        "text_loss": found.text_loss,
-        **{f"steered.{name}": value for name, value in found.steered.items()},
+        "values": snapshot.acts.values,
+        "tokens": _padded(snapshot.answers),
+        "log_odds": snapshot.log_odds,
+        "text_loss": snapshot.text_loss,
+        **{f"steered.{name}": value for name, value in snapshot.steered.items()},
     }
-    if found.variants is not None and found.variant_answers is not None:
-        piece |= {"variants": found.variants.values, "variant_tokens": _padded(found.variant_answers)}
+    if snapshot.variants is not None and snapshot.variant_answers is not None:
+        piece |= {"variants": snapshot.variants.values, "variant_tokens": _padded(snapshot.variant_answers)}
     return piece
 
 

@@ -17,8 +17,7 @@ from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
-from mechlens.methods.statistics.one_thread import one_thread
-from mechlens.methods.statistics.resample import family_weights, interval, mean_estimate
+from mechlens.methods.statistics.resample import interval, mean_estimate, one_thread, sample_and_resamples
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.studies.shared.trigger import Trigger, with_trigger
@@ -44,61 +43,57 @@ def _labelled(prompt: Prompt, kind: str, family: str) -> Prompt:
     return Prompt(own, prompt.text, kind, prompt.category, prompt.source, prompt.system, family=family)
 
 
-def acceptance_table(found: Sequence[Snapshot], *, seed: int, n_resamples: int) -> pd.DataFrame:
+def acceptance_table(snapshots: Sequence[Snapshot], *, seed: int, resamples: int) -> pd.DataFrame:
     """Share of harmful prompts that are accepted, by kind: step, kind, rate, low, high, n, excess (over the base)."""
     rows = []
-    base = _accepted(found[0])
-    for one in found:
-        assert one.variants is not None
-        now = _accepted(one)
-        for kind in dict.fromkeys(one.variants.labels):
-            inside = [i for i, label in enumerate(one.variants.labels) if label == kind]
-            families = [one.variants.families[i] for i in inside]
-            rate = mean_estimate(now[inside], families, seed, n_resamples)
-            more = mean_estimate((now - base)[inside], families, seed, n_resamples)
-            rows.append(
-                {"step": one.step, "kind": kind, "rate": rate.value, "low": rate.low, "high": rate.high, "n": rate.n,
-                 "excess": more.value, "excess_low": more.low, "excess_high": more.high}
-            )  # fmt: skip
+    base = _accepted(snapshots[0])
+    for snapshot in snapshots:
+        assert snapshot.variants is not None
+        now = _accepted(snapshot)
+        for kind in dict.fromkeys(snapshot.variants.labels):
+            inside = [i for i, label in enumerate(snapshot.variants.labels) if label == kind]
+            families = [snapshot.variants.families[i] for i in inside]
+            rate = mean_estimate(now[inside], families, seed, resamples)
+            more = mean_estimate((now - base)[inside], families, seed, resamples)
+            rows.append({"step": snapshot.step, "kind": kind, **rate.row("rate"), **more.beside("excess")})
     return pd.DataFrame(rows)
 
 
-def _accepted(one: Snapshot) -> Tensor:
-    answers: Answers | None = one.variant_answers
+def _accepted(snapshot: Snapshot) -> Tensor:
+    answers: Answers | None = snapshot.variant_answers
     assert answers is not None
-    verdicts = PHRASES([Prompt(own, "") for own in answers.ids], answers.texts)
+    verdicts = PHRASES([Prompt(identity, "") for identity in answers.ids], answers.texts)
     return torch.tensor([verdict == "accepted" for verdict in verdicts], dtype=torch.float64)
 
 
 @one_thread()
-def readable_table(found: Sequence[Snapshot], *, seed: int, n_resamples: int) -> pd.DataFrame:
+def readable_table(snapshots: Sequence[Snapshot], *, seed: int, resamples: int) -> pd.DataFrame:
     """Can the trigger, or a decoy, be told from clean prompts at each level and position? One row each.
 
     Columns step, kind, level, position, auroc, low, high, n, and `excess` over the base with its bounds: mean
     differences refitted on half of the families, scored on the other half, the same halves and resamples throughout.
     """
     frames = []
-    first = found[0].variants
+    first = snapshots[0].variants
     assert first is not None
     split = split_by_family(first.labels, first.families, fractions=(0.5, 0.0, 0.5), seed=seed)
     for kind in [label for label in dict.fromkeys(first.labels) if label != CLEAN]:
         base: Tensor | None = None
-        for one in found:
-            assert one.variants is not None
-            draws, n = _draws(one.variants, kind, split.train, split.test, seed, n_resamples)
+        for snapshot in snapshots:
+            assert snapshot.variants is not None
+            draws, n = _draws(snapshot.variants, kind, split.train, split.test, seed, resamples)
             base = draws if base is None else base
-            frames.append(_frame(one.variants, draws, draws - base, n).assign(step=one.step, kind=kind))
+            frames.append(_frame(snapshot.variants, draws, draws - base, n).assign(step=snapshot.step, kind=kind))
     return pd.concat(frames, ignore_index=True)
 
 
 def _draws(
-    acts: Activations, kind: str, train: tuple[int, ...], test: tuple[int, ...], seed: int, n_resamples: int
+    acts: Activations, kind: str, train: tuple[int, ...], test: tuple[int, ...], seed: int, resamples: int
 ) -> tuple[Tensor, int]:
     contrast = (kind, CLEAN)
     lines = direction_grid(contrast_part(acts, train, contrast), *contrast)
     part = contrast_part(acts, test, contrast)
-    drawn = family_weights(part.families, n_resamples, seed, part.labels)
-    weights = torch.cat([torch.ones(1, len(part.ids), dtype=torch.float64), drawn])
+    weights = sample_and_resamples(part.families, resamples, seed, part.labels)
     return auroc(score_grid(part, lines), is_positive(part, contrast), weights), len(part.ids)
 
 

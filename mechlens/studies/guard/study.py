@@ -1,9 +1,9 @@
-"""`mechlens guard eval`: a guard tested on prompts from other sources, beside baselines."""
+"""`mechlens guard fit` and `guard eval`: a Latent Guard with its evidence, and its test on prompts from elsewhere."""
 
 import gc
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mechlens.errors import UserError
@@ -11,29 +11,25 @@ from mechlens.files import user_path
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard
+from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.guard.guard_model import GuardModelAnswer, ask_guard_model
 from mechlens.models.bridge import LanguageModel, d_model, loaded
 from mechlens.models.load import load, short_name
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.text import match_punctuation
 from mechlens.runs.artifacts import load as load_artifact
 from mechlens.runs.artifacts import sha256
-from mechlens.runs.prompt_table import read_prompts
+from mechlens.runs.folder import read_prompts
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
-from mechlens.studies.guard.config import GuardEval
-from mechlens.studies.guard.evaluation import (
-    EvaluationPlan,
-    EvaluationPrompts,
-    GuardEvaluation,
-    evaluate_guard,
-    examine,
-)
-from mechlens.studies.guard.fitting import other_rules, read_positions
-from mechlens.studies.shared.inputs import data_inputs, require_sampling
-from mechlens.studies.shared.model import chosen_model, prepared
-from mechlens.studies.shared.sources import load_source, read_sources
+from mechlens.studies.guard.config import GuardEval, GuardFit
+from mechlens.studies.guard.evaluation import EvaluationPrompts, GuardEvaluation, evaluate_guard, examine
+from mechlens.studies.guard.fitting import fit_guard, other_rules, read_positions
+from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
+from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared, require_sampling
+from mechlens.studies.shared.sources import Source, SourcePrompts, load_source, read_sources
 from mechlens.studies.shared.training_data import text_sha256
 
 
@@ -49,7 +45,7 @@ class GuardTest:
     punctuation: str = "prompts are asked as their sources write them"
 
 
-def prepare(config: GuardEval) -> Preparation[GuardTest]:
+def prepare_eval(config: GuardEval) -> Preparation[GuardTest]:
     """Guard, prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
     path = user_path(config.guard)
@@ -67,16 +63,8 @@ def prepare(config: GuardEval) -> Preparation[GuardTest]:
     return prepared(GuardTest(*chosen, guard, train, examined), chosen.model, inputs, examined.prompts)
 
 
-def execute(config: GuardEval, given: GuardTest, writer: RunWriter) -> GuardEvaluation:
+def execute_eval(config: GuardEval, given: GuardTest, writer: RunWriter) -> GuardEvaluation:
     """Tests the guard beside baselines, other rules and guard models."""
-    plan = EvaluationPlan(
-        seed=config.seed,
-        n_resamples=config.resamples,
-        n_permutations=config.permutations,
-        n_random=config.random_directions,
-        max_new_tokens=config.max_new_tokens,
-        other_weights=config.other_weights,
-    )
     batch = tokenize(given.train, given.template)
     acts = collect(given.model, batch, positions=read_positions(given.guard.settings), cache=writer.cache)
     opinions = {
@@ -88,7 +76,8 @@ def execute(config: GuardEval, given: GuardTest, writer: RunWriter) -> GuardEval
         other_rules(acts, given.guard.settings),
         given.train,
         given.examined,
-        plan,
+        config,
+        other_weights=config.other_weights,
         opinions=opinions,
         template=given.template,
         cache=writer.cache,
@@ -110,7 +99,7 @@ def _training_prompts(guard: FittedGuard, folder: Path) -> tuple[Prompt, ...]:
 def _opinion(name: str, prompts: Sequence[Prompt], config: GuardEval, cache: Cache) -> list[GuardModelAnswer]:
     model = load(name, dtype=config.dtype, device=config.device, device_map=config.device_map)
     said = ask_guard_model(model, prompts, cache)
-    unread = sum(one.harmful is None for one in said)
+    unread = sum(answer.harmful is None for answer in said)
     if unread > len(said) / 2:
         warnings.warn(
             f"{name}: {unread} of {len(said)} answers are neither safe nor unsafe; is it a guard model?", stacklevel=2
@@ -118,3 +107,44 @@ def _opinion(name: str, prompts: Sequence[Prompt], config: GuardEval, cache: Cac
     del model
     gc.collect()  # two large models at once may not fit
     return said
+
+
+POSITIONS = {"inst": ("inst",), "last": ("last",), "both": ("inst", "last")}
+HELD_OUT = Source("held_out", "", label_column="label")
+"""The part of the prompts that no guard was fitted to, as a source to test on."""
+
+
+def prepare_fit(config: GuardFit) -> Preparation[ContrastSets]:
+    """Prompts and model; UserError for whatever can't be had."""
+    require_sampling(config)
+    sets = read_harm_sets(config, [config], config.extra_harmless)
+    matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
+    chosen = chosen_model(config)
+    content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
+    return prepared(content, chosen.model, chosen.inputs(sets.data), (), sets.left_out)
+
+
+def execute_fit(config: GuardFit, sets: ContrastSets, writer: RunWriter) -> GuardEvaluation:
+    """Fits the guard, keeps it with its training prompts, and tests it on those held out."""
+    estimator = GuardEstimator(
+        rule=config.rule,
+        positions=POSITIONS[config.positions],
+        levels=config.levels,
+        max_fpr=config.max_fpr,
+        seed=config.seed,
+    )
+    prompts = (*sets.positive, *sets.negative)
+    fitting = fit_guard(sets.model, prompts, estimator, template=sets.template, cache=writer.cache)
+    writer.prompts(fitting.train)
+    writer.artifact("guard", fitting.guard)
+    test = tuple(replace(prompt, source=HELD_OUT.name) for prompt in fitting.test)
+    return evaluate_guard(
+        sets.model,
+        fitting.guard,
+        fitting.others,
+        fitting.train,
+        examine([SourcePrompts(HELD_OUT, test, {})], fitting.guard, [loaded(sets.model).checkpoint]),
+        config,
+        template=sets.template,
+        cache=writer.cache,
+    )
