@@ -9,6 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mechlens.choices import JUDGES, MODELS, choice
+
+JUDGED_BY = "Who says whether an answer is a refusal; both published lists stand beside it."
+SOURCE = "A hub id, local folder, GGUF file or packaged name."
+
 
 @dataclass(frozen=True)
 class WandbSettings:
@@ -62,14 +67,16 @@ class Answering:
 
     max_new_tokens: int = 24
     """Length of the answers that are judged."""
+    judge: Annotated[str, JUDGES, choice(JUDGES, JUDGED_BY)] = "phrases"
+    """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
     """Which model, how it is loaded, and what is written around the prompts."""
 
-    model: str = "smollm2"
-    """Packaged name (smollm2), hub id, local folder or GGUF file."""
+    model: Annotated[str, choice(MODELS, SOURCE)] = "smollm2"
+    """A hub id, local folder, GGUF file or a name of `mechlens.choices.MODELS`."""
     adapter: str | None = None
     """PEFT adapter, a folder or hub id, merged into the model."""
     revision: str | None = None
@@ -104,8 +111,10 @@ class Sampling:
 class BaseChoice:
     """Which base, how it is loaded, and what is written around the prompts."""
 
-    base: str = "smollm2-refuser"
-    """The model that the checkpoints were trained from: a packaged name, hub id, local folder or GGUF file."""
+    base: Annotated[str, choice(MODELS, f"The model that the checkpoints were trained from. {SOURCE}")] = (
+        "smollm2-refuser"
+    )
+    """The model that the checkpoints were trained from, as `ModelChoice.model`."""
     revision: str | None = None
     """Branch, tag or commit of a base on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

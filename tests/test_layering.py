@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mechlens"
 # DESIGN 3, lowest first; a file imports from its own layer and from those before it.
 LAYERS = (
-    "errors", "registry", "files", "checked_json", "settings", "prompts", "models", "methods", "runs", "studies",
-    "trainer_callback", "views", "cli", "__main__",
+    "errors", "registry", "choices", "files", "checked_json", "settings", "prompts", "models", "methods", "runs",
+    "studies", "trainer_callback", "views", "cli", "__main__",
 )  # fmt: skip
 OTHERS = {("compare", "track")}
 """A study that imports another one, which says why in its docstring."""
@@ -128,7 +128,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-LIGHT = ("mechlens", "mechlens.settings", "mechlens.studies.registry", "mechlens.cli", "mechlens.errors")
+LIGHT = (
+    "mechlens",
+    "mechlens.choices",
+    "mechlens.settings",
+    "mechlens.studies.registry",
+    "mechlens.cli",
+    "mechlens.errors",
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from mechlens.choices import RULES, choice
 from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice, Sampling
 from mechlens.studies.registry import Command, Study
 
@@ -18,8 +19,10 @@ class GuardFit(RunChoice, Sampling, Answering, PromptSets, ModelChoice):
     """Further harmless prompts; None leaves them out."""
     punctuation: Literal["match", "keep", "strip"] = "keep"
     """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ."""
-    rule: Literal["faithful", "centred", "lda", "logistic"] = "logistic"
-    """faithful (the paper's cosines), centred, lda (shrinkage) or logistic; the others are fitted beside it."""
+    rule: Annotated[str, RULES, choice(RULES, "How a place is scored; the other rules are fitted beside it.")] = (
+        "logistic"
+    )
+    """How a place is scored: a name of `mechlens.choices.RULES`."""
     positions: Literal["inst", "last", "both"] = "both"
     """Where the guard reads: the last token of the user's words (inst holds best under fine-tuning), the prompt's last
     one, or both."""
