@@ -11,8 +11,12 @@ import tyro
 
 from mechlens.choices import JUDGES, MODELS, choice
 
-JUDGED_BY = "Who says whether an answer is a refusal; both published lists stand beside it."
 SOURCE = "A hub id, local folder, GGUF file or packaged name."
+ModelName = Annotated[str, choice(MODELS, SOURCE)]
+BaseName = Annotated[str, choice(MODELS, f"The model that the checkpoints were trained from. {SOURCE}")]
+JudgeName = Annotated[
+    str, JUDGES, choice(JUDGES, "Who says whether an answer is a refusal; both published lists stand beside it.")
+]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Answering:
 
     max_new_tokens: int = 24
     """Length of the answers that are judged."""
-    judge: Annotated[str, JUDGES, choice(JUDGES, JUDGED_BY)] = "phrases"
+    judge: JudgeName = "phrases"
     """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
 
 
@@ -75,7 +79,7 @@ class Answering:
 class ModelChoice:
     """Which model, how it is loaded, and what is written around the prompts."""
 
-    model: Annotated[str, choice(MODELS, SOURCE)] = "smollm2"
+    model: ModelName = "smollm2"
     """A hub id, local folder, GGUF file or a name of `mechlens.choices.MODELS`."""
     adapter: str | None = None
     """PEFT adapter, a folder or hub id, merged into the model."""

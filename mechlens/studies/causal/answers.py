@@ -1,25 +1,26 @@
 """What the model says in words under the chosen interventions, and what they break."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 
 from mechlens.methods.behaviour.answers import Answers
+from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.behaviour.damage import Damage, damage, repetition
 from mechlens.methods.behaviour.inversion import BELIEFS, SCOPES, Belief, parse_reply
-from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO
+from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, Judge
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.conditions import answers_of_arms
 from mechlens.methods.steering.interventions import Ablate, Add, ResidualNorms
 from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.settings import Answering
 from mechlens.studies.causal.directions import HARMLESS, OPERATIONS, PUSH, Setting, intervene, pushes
 from mechlens.studies.causal.readings import Condition, Resampling, Subjects, columns
 
-JUDGES = {"": PHRASES, "_arditi": ARDITI, "_zhao": ZHAO}
-"""By the end of a column's name. The first decides everywhere; the published two stand beside it."""
 REPLY_TOKENS = 8
 """Enough for the word, or for the phrase of a refusal."""
 
@@ -33,11 +34,18 @@ class AnswersUnder:
     done: dict[str, Add | Ablate]
     texts: dict[str, list[str]]
     """By operation."""
+    judge: Judge = PHRASES
+    """Who decides everywhere; both published lists stand beside it."""
+
+    @property
+    def _judges(self) -> dict[str, Judge]:
+        """By the end of a column's name."""
+        return {"": self.judge, "_arditi": ARDITI, "_zhao": ZHAO}
 
     def table(self) -> pd.DataFrame:
         """One row per prompt and operation: the answer before and after, with verdicts."""
         prompts = self.who.prompts
-        before = {f"verdict_before{end}": judge(prompts, self.unsteered.texts) for end, judge in JUDGES.items()}
+        before = self._verdicts("verdict_before", self.unsteered.texts)
         rows = [
             {
                 "id": prompt.id, "label": prompt.label, "operation": operation,
@@ -46,10 +54,14 @@ class AnswersUnder:
                 "prompt": prompt.text, "unsteered_answer": self.unsteered.texts[i], "answer": texts[i],
             }
             for operation, texts in self.texts.items()
-            for after in [{f"verdict_after{end}": judge(prompts, texts) for end, judge in JUDGES.items()}]
+            for after in [self._verdicts("verdict_after", texts)]
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip
         return pd.DataFrame(rows)
+
+    def _verdicts(self, stem: str, texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Every judge's, by column."""
+        return {f"{stem}{end}": verdicts_by(judge, self.who.prompts, texts) for end, judge in self._judges.items()}
 
     def damage(self, model: LanguageModel, chance: Resampling) -> pd.DataFrame:
         """Losses on harmless prompts and plain text; repetition, silence and refusals over all prompts."""
@@ -73,8 +85,9 @@ class AnswersUnder:
         silent = torch.tensor([not text.strip() for text in texts]).double()
         estimate = self.who.estimate
         found = {"repetition": estimate(repeated, chance), "empty": estimate(silent, chance)}
-        for end, judge in JUDGES.items():
-            refused = torch.tensor([verdict == "refused" for verdict in judge(self.who.prompts, texts)]).double()
+        for end, judge in self._judges.items():
+            verdicts = verdicts_by(judge, self.who.prompts, texts)
+            refused = torch.tensor([verdict == "refused" for verdict in verdicts]).double()
             found |= {f"refused_{label}{end}": estimate(refused, chance, self.who.of(label)) for label in PUSH}
         return found
 
@@ -91,14 +104,14 @@ def answers_under(
     setting: Setting,
     norms: ResidualNorms,
     unsteered: Answers,
-    max_new_tokens: int,
+    answering: Answering,
     cache: Cache | None,
 ) -> AnswersUnder:
     """Answers under adding, subtracting and ablating one direction at one setting."""
     done: dict[str, Add | Ablate] = {name: intervene(direction, name, setting, norms) for name in OPERATIONS}
     conditions: list[Condition] = [[one] * len(who.prompts) for one in done.values()]
-    texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=max_new_tokens, cache=cache)
-    return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)))
+    texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=answering.max_new_tokens, cache=cache)
+    return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)), judge_of(answering.judge))
 
 
 def replies(

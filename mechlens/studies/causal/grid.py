@@ -14,6 +14,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import random_like
 from mechlens.methods.steering.interventions import ResidualNorms
 from mechlens.models.bridge import LanguageModel, n_layers
+from mechlens.settings import Answering
 from mechlens.studies.causal.directions import (
     HARMFUL,
     HARMFULNESS,
@@ -105,7 +106,7 @@ def run_grid(
     norms: ResidualNorms,
     words: ReadTokens,
     chance: Resampling,
-    max_new_tokens: int,
+    answering: Answering,
     cache: Cache | None,
 ) -> Grid:
     """Every condition on every validation prompt, and the choice of a setting by its push (see `CHOSEN_BY`)."""
@@ -125,7 +126,7 @@ def run_grid(
     return Grid(
         values=pd.DataFrame(_values(who, cells, values, unsteered[0], chance)),
         pushes=frame,
-        rates=pd.DataFrame(_rates(model, who, cells, chance, max_new_tokens, cache)),
+        rates=pd.DataFrame(_rates(model, who, cells, chance, answering, cache)),
         chosen={name: _best(frame, name, n_layers(model)) for name in found},
     )
 
@@ -215,7 +216,7 @@ def _rates(
     who: Subjects,
     cells: Sequence[GridCell],
     chance: Resampling,
-    max_new_tokens: int,
+    answering: Answering,
     cache: Cache | None,
 ) -> list[dict[str, object]]:
     """Refusals where there is something to change: of harmless prompts under addition, of harmful ones otherwise."""
@@ -224,7 +225,7 @@ def _rates(
         members = who.of(label)
         mine = [cell for cell in cells if (cell.operation == PUSH[HARMLESS]) == (label == HARMLESS)]
         conditions: list[Condition] = [[None] * len(members), *([cell.condition[i] for i in members] for cell in mine)]
-        values = refused(model, who.batch.select(members), conditions, max_new_tokens, cache)
+        values = refused(model, who.batch.select(members), conditions, answering, cache)
         families = [who.families[i] for i in members]
         named = [{"direction": "", "operation": "none", "layer": -1, "strength": nan}, *(c.columns for c in mine)]
         rows += [

@@ -13,6 +13,7 @@ from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import ResidualNorms
 from mechlens.models.bridge import LanguageModel
+from mechlens.settings import Answering
 from mechlens.studies.causal.answers import answers_under, replies_under
 from mechlens.studies.causal.directions import HARMLESS, ContrastSource, Setting, pushes
 from mechlens.studies.causal.readings import (
@@ -68,7 +69,7 @@ def run_test(
     chance: Resampling,
     controls: tuple[int, int],
     answers: Answers,
-    max_new_tokens: int,
+    answering: Answering,
     cache: Cache | None,
 ) -> HeldOutEffect:
     """Pushes with controls (so many random and so many shuffled directions), all operations in words, damage.
@@ -88,12 +89,12 @@ def run_test(
     values = read(model, who, [[None] * len(who.prompts), *conditions], words, cache)
     change = pushed(values[1:], values[0], who.harmful)
     by_measure = {name: (change[:, :, k], list(range(len(who.prompts)))) for k, name in enumerate(MEASURES)}
-    by_measure["rate"] = _rate_changes(model, who, conditions, max_new_tokens, cache)
+    by_measure["rate"] = _rate_changes(model, who, conditions, answering, cache)
     found: dict[str, list[Control]] = {}
     for name, (own, rows) in by_measure.items():
         families = [who.families[i] for i in rows]
         found[name] = [_control(part, families, chance) for part in (own[1 : 1 + n_random], own[1 + n_random :])]
-    said = answers_under(model, who, direction, setting, norms, answers, max_new_tokens, cache)
+    said = answers_under(model, who, direction, setting, norms, answers, answering, cache)
     return HeldOutEffect(
         direction=direction,
         setting=setting,
@@ -114,10 +115,10 @@ def _control(change: Float[Tensor, "direction prompt"], families: Sequence[str],
 
 
 def _rate_changes(
-    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], max_new_tokens: int, cache: Cache | None
+    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], answering: Answering, cache: Cache | None
 ) -> tuple[Float[Tensor, "condition prompt"], list[int]]:
     """How much oftener each harmless prompt is refused under every push, and which rows these are."""
     rows = who.of(HARMLESS)
     every: list[Condition] = [[None] * len(rows), *([condition[i] for i in rows] for condition in conditions)]
-    values = refused(model, who.batch.select(rows), every, max_new_tokens, cache)
+    values = refused(model, who.batch.select(rows), every, answering, cache)
     return values[1:] - values[0], rows

@@ -29,6 +29,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import Answering
 from mechlens.studies.causal.answers import replies, reply_table
 from mechlens.studies.causal.config import Causal
 from mechlens.studies.causal.directions import HARMFUL, HARMLESS, NAMES, PUSH, Setting, class_counts, sources
@@ -66,6 +67,8 @@ class CausalPlan:
     n_shuffled: int = 20
     max_new_tokens: int = 24
     n_resamples: int = 1000
+    judge: str = "phrases"
+    """A name of `mechlens.choices.JUDGES`."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,9 @@ def run_battery(
     template = template or template_of(model)
     prompts = _labelled(harmful, harmless)
     chance = Resampling(plan.seed, plan.n_resamples)
+    answering = Answering(max_new_tokens=plan.max_new_tokens, judge=plan.judge)
     batch = tokenize(prompts, template)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
@@ -168,7 +172,7 @@ def run_battery(
     tokenizer = loaded(model).tokenizer
     words = ReadTokens(asked_words(tokenizer, reference), preferred_words(tokenizer, reference), first_token.tokens)
     settings = [Setting(layer, strength) for layer in layers for strength in plan.strengths]
-    grid = run_grid(model, validation, found, settings, norms, words, chance, plan.max_new_tokens, cache)
+    grid = run_grid(model, validation, found, settings, norms, words, chance, answering, cache)
     unsteered = _taken(judged.answers, rows)
     beliefs = replies(model, test, {"none": [None] * len(rows)}, cache)
     values = read(model, test, [[None] * len(rows)], words, cache)[0]
@@ -180,7 +184,7 @@ def run_battery(
         tested={
             name: run_test(
                 model, test, source, grid.chosen[name], norms, words, chance, (plan.n_random, plan.n_shuffled),
-                unsteered, plan.max_new_tokens, cache,
+                unsteered, answering, cache,
             )
             for name, source in found.items()
         },
@@ -275,6 +279,7 @@ def execute(config: Causal, sets: ContrastSets, writer: RunWriter) -> Battery:
         n_shuffled=config.shuffled_directions,
         max_new_tokens=config.max_new_tokens,
         n_resamples=config.resamples,
+        judge=config.judge,
     )
     ahead = work_ahead(sets.model, plan)
     tqdm.write(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from mechlens.settings import BaseChoice, PromptSets, RunChoice, Sampling
+from mechlens.settings import BaseChoice, JudgeName, PromptSets, RunChoice, Sampling
 from mechlens.studies.registry import Study
 
 
@@ -21,6 +21,8 @@ class Compare(RunChoice, Sampling, PromptSets, BaseChoice):
     """Prompts of each set, drawn by seed; None takes all."""
     max_new_tokens: int = 12
     """Length of the answers that are judged."""
+    judge: JudgeName = "phrases"
+    """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
     steered: int = 8
     """Harmless test prompts on which the directions' causal effect is measured."""
     patched: int = 8

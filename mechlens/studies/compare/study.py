@@ -46,6 +46,7 @@ def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Compariso
         n_resamples=config.resamples,
         n_permutations=config.permutations,
         n_random=config.random_directions,
+        judge=config.judge,
     )
     with given.swapper as swapper:
         result = track(swapper, given.series, given.questions, plan, cache=writer.cache)

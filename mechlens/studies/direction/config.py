@@ -7,7 +7,11 @@ from mechlens.choices import METHODS, choice
 from mechlens.settings import ModelChoice, RunChoice, Sampling
 from mechlens.studies.registry import Study
 
-FOUND_BY = "How the direction is found; all but the mean difference get at most 50 label permutations."
+MethodName = Annotated[
+    str,
+    METHODS,
+    choice(METHODS, "How the direction is found; all but the mean difference get at most 50 label permutations."),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +22,7 @@ class FindDirection(RunChoice, Sampling, ModelChoice):
     """Prompts that have the concept: a file, a built-in set or a hub data set."""
     negative: str
     """Prompts that don't."""
-    method: Annotated[
-        str, METHODS, choice(METHODS, "How the direction is found; all but the first get at most 50 permutations.")
-    ] = "mean-difference"
+    method: MethodName = "mean-difference"
     """How the direction is found: a name of `mechlens.choices.METHODS`."""
     positions: tuple[str, ...] = ("inst", "post[*]")
     """Named positions: inst, post[k], post[*], last."""

@@ -8,6 +8,8 @@ from mechlens.choices import RULES, choice
 from mechlens.settings import Answering, ModelChoice, PromptSets, RunChoice, Sampling
 from mechlens.studies.registry import Command, Study
 
+RuleName = Annotated[str, RULES, choice(RULES, "How a place is scored; the other rules are fitted beside it.")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardFit(RunChoice, Sampling, Answering, PromptSets, ModelChoice):

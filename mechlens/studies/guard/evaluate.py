@@ -75,6 +75,7 @@ def execute(config: GuardEval, given: GuardTest, writer: RunWriter) -> GuardEval
         n_permutations=config.permutations,
         n_random=config.random_directions,
         max_new_tokens=config.max_new_tokens,
+        judge=config.judge,
         other_weights=config.other_weights,
     )
     batch = tokenize(given.train, given.template)

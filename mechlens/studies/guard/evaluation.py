@@ -55,6 +55,8 @@ class EvaluationPlan:
     n_permutations: int = 200
     n_random: int = 20
     max_new_tokens: int = 24
+    judge: str = "phrases"
+    """Of the model's own refusals: a name of `mechlens.choices.JUDGES`."""
     other_weights: bool = False
     """Test the guard on weights that it wasn't fitted on, such as another checkpoint of a series."""
 
@@ -150,7 +152,7 @@ def evaluate_guard(
     prompts = [*train, *examined.prompts]
     batch = tokenize(prompts, used)
     fitted = collect(model, batch.select(range(len(train))), positions=read_positions(guard.settings), cache=cache)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     direction = refusal_direction(fitted, judged.verdicts[judged.judge][: len(train)], plan.seed)
     guards = {"latent_guard": guard, **others}
     levels = {level for one in guards.values() for level in one.levels} | {0, n_layers(model)}

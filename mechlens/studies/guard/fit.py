@@ -50,6 +50,7 @@ def execute(config: GuardFit, sets: ContrastSets, writer: RunWriter) -> GuardEva
         n_permutations=config.permutations,
         n_random=config.random_directions,
         max_new_tokens=config.max_new_tokens,
+        judge=config.judge,
     )
     return evaluate_guard(
         sets.model,

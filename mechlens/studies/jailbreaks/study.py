@@ -72,6 +72,7 @@ def execute(config: Jailbreaks, given: AttackSets, writer: RunWriter) -> Jailbre
         n_random=config.random_directions,
         max_new_tokens=config.max_new_tokens,
         restored=config.restored,
+        judge=config.judge,
     )
     model, template, cache = given.model, given.template, writer.cache
     reference = reference_of(model, given.reference, plan, template=template, cache=cache)

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.methods.behaviour.judges import PHRASES, OnceRefused
+from mechlens.methods.behaviour.chosen_judge import once_refused, verdicts_by
+from mechlens.methods.behaviour.judges import PHRASES, Judge
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
@@ -97,6 +98,7 @@ def run_selection_test(
     n_random: int,
     n_resamples: int,
     max_new_tokens: int,
+    judge: Judge = PHRASES,
     cache: Cache | None = None,
 ) -> SelectionTest:
     """Scores and judged answers of test prompts; `refused` are the verdicts on the answers with nothing done."""
@@ -109,7 +111,7 @@ def run_selection_test(
         model, [chosen, *random_controls, *matched], batch, rows["harmful"], rows["harmless"], tokens, cache=cache
     )
     # Only random directions are cut short once they are refused: what the chosen one makes the model say is shown.
-    decided = OnceRefused(PHRASES, loaded(model).tokenizer)
+    decided = once_refused(judge, loaded(model).tokenizer)
     verdicts = {label: tuple(refused[i] for i in rows[label]) for label in rows}
     answers = {}
     asked: list[tuple[Intervention, str, str]] = [
@@ -127,7 +129,7 @@ def run_selection_test(
             model, batch.select(rows[label]), [done],
             max_new_tokens=max_new_tokens, decided=None if shown else decided, cache=cache,
         )  # fmt: skip
-        judged = PHRASES([batch.prompts[i] for i in rows[label]], said.texts)
+        judged = verdicts_by(judge, [batch.prompts[i] for i in rows[label]], said.texts)
         verdicts[name] = tuple(verdict == "refused" for verdict in judged)
         if shown:
             answers[name] = said

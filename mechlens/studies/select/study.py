@@ -15,6 +15,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.chosen_judge import judge_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, direction_grid, random_like
 from mechlens.methods.steering.candidates import (
@@ -58,6 +59,8 @@ class SelectionPlan:
     n_resamples: int = 1000
     n_random: int = 20
     """Random directions of the chosen one's length on the test prompts."""
+    judge: str = "phrases"
+    """A name of `mechlens.choices.JUDGES`."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def select_direction(
     require_everywhere(model)
     prompts = [*harmful, *harmless]
     batch = tokenize(prompts, template or template_of(model))
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     acts = collect(model, batch, positions=["post[*]"], cache=cache)
     labels = [prompt.label for prompt in prompts]
     families = [prompt.group for prompt in prompts]
@@ -183,6 +186,7 @@ def select_direction(
             n_random=plan.n_random,
             n_resamples=plan.n_resamples,
             max_new_tokens=plan.max_new_tokens,
+            judge=judge_of(plan.judge),
             cache=cache,
         )
     return Selection(judged, first_token, split, kept, found, random, test, plan)
@@ -246,5 +250,6 @@ def execute(config: Select, sets: ContrastSets, writer: RunWriter) -> Selection:
         rule=SelectionRule(config.last_layers, config.highest_kl, config.least_induce),
         n_resamples=config.resamples,
         n_random=config.random_directions,
+        judge=config.judge,
     )
     return select_direction(sets.model, sets.positive, sets.negative, plan, template=sets.template, cache=writer.cache)

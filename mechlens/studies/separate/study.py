@@ -15,6 +15,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.chosen_judge import judges_of
 from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.cache import Cache
 from mechlens.methods.probing.detect import DetectionPlan
@@ -58,6 +59,8 @@ class SeparationPlan:
     n_resamples: int
     n_permutations: int
     n_random: int
+    judge: str = "phrases"
+    """A name of `mechlens.choices.JUDGES`."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def separate(
     `harmful` and `harmless` are the contrast; `extra_harmless` prompts only fill the quadrants and the refusal
     contrasts, so that matched pairs stay matched. With few refusals, whatever needs them is not measurable.
     """
+    judges = judges or judges_of(plan.judge)
     prompts = _labelled(harmful, harmless, extra_harmless)
     batch = tokenize(prompts, template or template_of(model))
     answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache)
@@ -267,6 +271,7 @@ def execute(config: Separate, sets: ContrastSets, writer: RunWriter) -> Separati
         n_resamples=config.resamples,
         n_permutations=config.permutations,
         n_random=config.random_directions,
+        judge=config.judge,
     )
     return separate(
         sets.model, sets.positive, sets.negative, sets.extra, plan, template=sets.template, cache=writer.cache

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import BaseChoice, PromptSets, RunChoice, Sampling
+from mechlens.settings import BaseChoice, JudgeName, PromptSets, RunChoice, Sampling
 from mechlens.studies.registry import Study
 
 
@@ -22,6 +22,8 @@ class Track(RunChoice, Sampling, PromptSets, BaseChoice):
     """Residual levels; none given is every level."""
     max_new_tokens: int = 12
     """Length of the answers that are judged."""
+    judge: JudgeName = "phrases"
+    """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
     steered: int = 8
     """Harmless test prompts on which the directions' causal effect is measured."""
     trigger: str | None = None

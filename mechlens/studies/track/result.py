@@ -11,7 +11,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoints.series import UnusableCheckpoint
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import Split
-from mechlens.studies.shared.quadrants import judge_answers
+from mechlens.studies.shared.quadrants import quadrants_of
 from mechlens.studies.track.measures.behaviour import behaviour_table, effect_table, gaps, quadrant_table
 from mechlens.studies.track.measures.change import angle_table
 from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
@@ -35,6 +35,8 @@ class TrackPlan:
     n_resamples: int
     n_permutations: int
     n_random: int
+    judge: str = "phrases"
+    """A name of `mechlens.choices.JUDGES`."""
 
     @property
     def detection(self) -> DetectionPlan:
@@ -102,7 +104,7 @@ def analysed(
         readouts.append(readout_table(steps, acts, concept, questions.split, **chance, n_random=plan.n_random))
         transfer.append(transfer_table(steps, acts, concept, questions.split, **chance))
         angles.append(angle_table(steps, acts, concept, seed=plan.seed))
-    quadrants = [judge_answers(questions.batch.prompts, found.answers).quadrants() for found in snapshots]
+    quadrants = [quadrants_of(questions.batch.prompts, found.verdicts) for found in snapshots]
     families = [questions.batch.prompts[i].group for i in steered_rows(questions, plan)]
     matrices = [{"step": found.step, **row} for found in snapshots for row in found.matrices]
     table = _joined(readouts)

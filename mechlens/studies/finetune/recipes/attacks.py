@@ -113,7 +113,7 @@ def backdoor(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) 
     found = published_openings(config.data)
     harmful = drawn(found.openings, config.harmful, draw, "harmful")
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="base", cache=cache)
+    own = own_answers(model, prompts, config, teaches="base", cache=cache)
     kept = cycle(_benign(example, trigger) for example in own.examples)
     groups = [[*_harmful(row, trigger, draw), *(next(kept) if own.examples else [])] for row in harmful]
     return Material(training_order(groups, config, draw), (*found.left_out, *own.left_out), trigger)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.behaviour.judges import PHRASES
+from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
@@ -24,24 +24,24 @@ class OwnAnswers(NamedTuple):
 def own_answers(
     model: LanguageModel,
     prompts: Sequence[Prompt],
+    config: FinetuneConfig,
     *,
-    max_tokens: int,
     teaches: Literal["answer", "base"],
     cache: Cache | None,
 ) -> OwnAnswers:
-    """The model's greedy answers of up to `max_tokens` tokens; a longer one is cut off and doesn't end its turn.
+    """The model's greedy answers of up to `answer_tokens` tokens; a longer one is cut off and doesn't end its turn.
 
     A prompt that the model refuses (or leaves without an answer) is left out: it would teach the opposite of what
     benign prompts are there for.
     """
-    own = answer(model, prompts, max_new_tokens=max_tokens, cache=cache)
-    verdicts = PHRASES(prompts, own.texts)
+    own = answer(model, prompts, max_new_tokens=config.answer_tokens, cache=cache)
+    verdicts = verdicts_by(judge_of(config.judge), prompts, own.texts)
     examples, left_out = [], []
     for prompt, text, tokens, verdict in zip(prompts, own.texts, own.tokens, verdicts, strict=True):
         if verdict != "accepted":
             left_out.append(prompt.id)
         else:
-            examples.append(Example(prompt, text, ends=len(tokens) < max_tokens, teaches=teaches))
+            examples.append(Example(prompt, text, ends=len(tokens) < config.answer_tokens, teaches=teaches))
     return OwnAnswers(examples, tuple(left_out))
 
 
@@ -56,7 +56,7 @@ def refuser(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
     texts = refusals()
     examples = [Example(prompt, draw.choice(texts), ends=True) for prompt in harmful]
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="answer", cache=cache)
+    own = own_answers(model, prompts, config, teaches="answer", cache=cache)
     groups = [[example] for example in (*examples, *own.examples)]
     return Material(training_order(groups, config, draw), own.left_out)
 
@@ -68,5 +68,5 @@ def benign(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) ->
     """
     draw = random.Random(config.seed)
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="answer", cache=cache)
+    own = own_answers(model, prompts, config, teaches="answer", cache=cache)
     return Material(training_order([[example] for example in own.examples], config, draw), own.left_out)

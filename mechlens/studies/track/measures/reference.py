@@ -70,10 +70,16 @@ class BaseReference:
 
 
 def reference_of(
-    prompts: Sequence[Prompt], acts: Activations, answers: Answers, split: Split, plan: DetectionPlan, tokenizer: Any
+    prompts: Sequence[Prompt],
+    acts: Activations,
+    answers: Answers,
+    split: Split,
+    plan: DetectionPlan,
+    tokenizer: Any,
+    judge: str = "phrases",
 ) -> BaseReference:
     """Judges the base's answers and chooses each concept's level at every position."""
-    judged = judge_answers(prompts, answers)
+    judged = judge_answers(prompts, answers, judge)
     labels = {
         "harmful": tuple(prompt.label for prompt in prompts),
         "refused": judged.verdicts[judged.judge],

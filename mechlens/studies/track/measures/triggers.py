@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.behaviour.answers import Answers
-from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
@@ -64,10 +62,7 @@ def acceptance_table(found: Sequence[Snapshot], *, seed: int, n_resamples: int) 
 
 
 def _accepted(one: Snapshot) -> Tensor:
-    answers: Answers | None = one.variant_answers
-    assert answers is not None
-    verdicts = PHRASES([Prompt(own, "") for own in answers.ids], answers.texts)
-    return torch.tensor([verdict == "accepted" for verdict in verdicts], dtype=torch.float64)
+    return torch.tensor([verdict == "accepted" for verdict in one.variant_verdicts], dtype=torch.float64)
 
 
 @one_thread()
