@@ -105,16 +105,29 @@ def test_its_method_finds_the_direction(installed: Path, model: str, tmp_path: P
 def test_what_is_not_there_is_said_in_one_sentence(
     installed: Path, tmp_path: Path, words: tuple[str, ...], sentence: str
 ) -> None:
-    site = shutil.copytree(installed, tmp_path / "site")
-    (site / "bent-1.0.dist-info").mkdir()
-    (site / "bent-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: bent\nVersion: 1.0\n")
-    (site / "bent-1.0.dist-info" / "entry_points.txt").write_text(BROKEN)
-    said = mechlens(site, *words, "--out", tmp_path / "out")
+    said = mechlens(_with_broken(installed, tmp_path), *words, "--out", tmp_path / "out")
     assert (said.returncode, said.stdout) == (1, "")
     warning, error = said.stderr.splitlines()
     assert warning.startswith("mechlens: warning: the command 'broken' can't be used: ")
     assert sentence in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_entry_point_is_one_warning_and_nothing_else(installed: Path, tmp_path: Path) -> None:
+    said = mechlens(_with_broken(installed, tmp_path), "env", "--json")
+    assert (said.returncode, len(said.stderr.splitlines())) == (0, 1)
+    assert "warning: the command 'broken' can't be used" in said.stderr
+    assert "judge bent (no_such_module)" in json.loads(said.stdout)["from other packages"]
+
+
+def _with_broken(installed: Path, folder: Path) -> Path:
+    """The same, with a package of which nothing can be imported."""
+    site = shutil.copytree(installed, folder / "site")
+    info = site / "bent-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bent\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(BROKEN)
+    return site
 
 
 def test_env_lists_what_was_added(installed: Path) -> None:

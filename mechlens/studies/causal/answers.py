@@ -10,7 +10,7 @@ from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.behaviour.damage import Damage, damage, repetition
 from mechlens.methods.behaviour.inversion import BELIEFS, SCOPES, Belief, parse_reply
-from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, Judge
+from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.statistics.estimate import Estimate
@@ -34,7 +34,7 @@ class AnswersUnder:
     done: dict[str, Add | Ablate]
     texts: dict[str, list[str]]
     """By operation."""
-    judge: Judge = PHRASES
+    judge: Judge
     """Who decides everywhere; both published lists stand beside it."""
 
     @property

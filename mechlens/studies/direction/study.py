@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.choices import METHODS
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of, one_cell
 from mechlens.methods.activations.collect import collect, template_of
@@ -91,6 +92,7 @@ def find_concept(
     Half of the prompt families train, a fifth chooses the level, the rest is reported. UserError where a
     side has fewer than 15 prompts.
     """
+    METHODS.require(plan.method)
     for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if len(prompts) < MIN_OF_A_SIDE:
             raise UserError(

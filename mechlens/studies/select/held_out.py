@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.behaviour.chosen_judge import once_refused, verdicts_by
-from mechlens.methods.behaviour.judges import PHRASES, Judge
+from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
@@ -98,7 +98,7 @@ def run_selection_test(
     n_random: int,
     n_resamples: int,
     max_new_tokens: int,
-    judge: Judge = PHRASES,
+    judge: Judge,
     cache: Cache | None = None,
 ) -> SelectionTest:
     """Scores and judged answers of test prompts; `refused` are the verdicts on the answers with nothing done."""
