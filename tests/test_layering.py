@@ -209,14 +209,8 @@ def test_a_study_is_a_folder_that_imports_no_other_study() -> None:
 
 def test_no_study_has_a_judge_of_its_own() -> None:
     # The configured one decides; the published lists only stand beside it.
-    asked = {"Answering", "JudgeName"}
     for path in (PACKAGE / "studies").glob("**/*.py"):
-        names = {
-            node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)
-        }
-        assert "PHRASES" not in names, path
-        if "max_new_tokens" in names and path.name == "config.py":
-            assert names & asked, path
+        assert "PHRASES" not in path.read_text(encoding="utf-8"), path
 
 
 def test_no_room_is_crowded() -> None:
