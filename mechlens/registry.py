@@ -4,7 +4,7 @@ A choice is looked up by name and imported then, so that listing the names impor
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -28,7 +28,7 @@ class Choice:
     """What it does, in a few words, for `--help`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Registry(Generic[T]):
     """Everything of one kind that can be chosen by name."""
 
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
     """Such as "judge"."""
     group: str
     """The entry point group by which other packages add to it, such as "mechlens.judges"."""
-    ours: Mapping[str, Choice]
+    ours: dict[str, Choice]
 
     def names(self) -> tuple[str, ...]:
         """Every name, ours first."""
@@ -63,11 +63,15 @@ class Registry(Generic[T]):
             raise unknown_name(self.kind, name, self.names())
         return name
 
+    def added(self) -> dict[str, str]:
+        """What other packages add: the module that each name comes from."""
+        found = _added(self.group, tuple(self.ours))
+        return {name: entry.value.partition(":")[0] for name, entry in found.items()}
+
     def help(self) -> str:
         """Every name with what it does, for `--help`."""
         told = {name: choice.about for name, choice in self.ours.items()}
-        for name, entry in _added(self.group, tuple(self.ours)).items():
-            told[name] = f"from {entry.value.partition(':')[0]}"
+        told |= {name: f"from {module}" for name, module in self.added().items()}
         return "; ".join(f"{name}: {about}" for name, about in told.items())
 
 

@@ -9,12 +9,25 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mechlens.choices import JUDGES, METHODS, MODELS, choice
+
 FRACTIONS = (0.5, 0.2, 0.3)
 """Shares of the prompt families for training, validation and test."""
 RESAMPLES = 1000
 PERMUTATIONS = 200
 RANDOM_DIRECTIONS = 20
 ANSWER_TOKENS = 24
+SOURCE = "A hub id, local folder, GGUF file or packaged name."
+ModelName = Annotated[str, choice(MODELS, SOURCE)]
+BaseName = Annotated[str, choice(MODELS, f"The model that the checkpoints were trained from. {SOURCE}")]
+JudgeName = Annotated[
+    str, JUDGES, choice(JUDGES, "Who says whether an answer is a refusal; both published lists stand beside it.")
+]
+MethodName = Annotated[
+    str,
+    METHODS,
+    choice(METHODS, "How the direction is found; all but the mean difference get at most 50 label permutations."),
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Answering:
 
     max_new_tokens: int = ANSWER_TOKENS
     """Length of the answers that are judged."""
+    judge: JudgeName = "phrases"
+    """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +106,8 @@ class Loading:
 class ModelChoice(Loading):
     """Which model."""
 
-    model: str = "smollm2"
-    """Packaged name (smollm2), hub id, local folder or GGUF file."""
+    model: ModelName = "smollm2"
+    """A hub id, local folder, GGUF file or a name of `mechlens.choices.MODELS`."""
     adapter: str | None = None
     """PEFT adapter, a folder or hub id, merged into the model."""
     device_map: str | None = None
@@ -103,8 +118,8 @@ class ModelChoice(Loading):
 class BaseChoice(Loading):
     """Which base."""
 
-    base: str = "smollm2-refuser"
-    """The model that the checkpoints were trained from: a packaged name, hub id, local folder or GGUF file."""
+    base: BaseName = "smollm2-refuser"
+    """The model that the checkpoints were trained from, as `ModelChoice.model`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +135,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionPlan(Sampling):
+class Nulls(Sampling):
     """How much chance is sampled where a concept is read off, and from which seed."""
 
     permutations: int = PERMUTATIONS
@@ -132,3 +147,23 @@ class DetectionPlan(Sampling):
             "seed": self.seed, "n_resamples": self.resamples, "n_permutations": self.permutations,
             "n_random": self.random_directions,
         }  # fmt: skip
+
+    @property
+    def detection(self) -> "DetectionPlan":
+        """How a concept's mean difference is found and tested."""
+        return DetectionPlan(
+            seed=self.seed, resamples=self.resamples, random_directions=self.random_directions,
+            permutations=self.permutations,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionPlan(Nulls):
+    """How a concept's direction is found and tested."""
+
+    method: MethodName = "mean-difference"
+    """How the direction is found: a name of `mechlens.choices.METHODS`."""
+
+    @property
+    def detection(self) -> "DetectionPlan":
+        return self

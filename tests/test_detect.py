@@ -9,14 +9,17 @@ import torch
 from planted import planted_activations, planted_confounded, planted_two_by_two, relabelled
 from scipy.stats import kstest, norm
 
+from mechlens.choices import METHODS
 from mechlens.errors import UserError
-from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.directions.nulls import LabelledVectors, permutation_null, random_null
+from mechlens.methods.directions.reliability import split_half
 from mechlens.methods.probing.auroc_grid import held_out_auroc, refitted_auroc
 from mechlens.methods.probing.detect import Detection, detect
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.prompts.split import Split, split_by_family
+from mechlens.registry import Choice
 from mechlens.settings import DetectionPlan
 
 PLAN = DetectionPlan(seed=0, resamples=300)
@@ -48,6 +51,41 @@ def test_validation_chooses_the_planted_level_and_test_confirms_it() -> None:
     elsewhere = found.at("last")
     assert elsewhere.auroc.low < 0.5 < elsewhere.auroc.high
     assert elsewhere.permutation.p > 0.05
+
+
+def test_other_methods_go_the_plain_road_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    acts = planted_activations(separation=2.0, n_per_class=40, n_levels=2, positions=("inst",), seed=2).acts
+    plan = replace(PLAN, permutations=20, random_directions=5)
+    fast = _detect(acts, plan).best
+    monkeypatch.setitem(METHODS.ours, "plain", Choice("mechlens.methods.directions.direction:mean_difference", ""))
+    plain = _detect(acts, replace(plan, method="plain")).best
+    assert torch.equal(plain.direction.vector, fast.direction.vector)
+    assert (plain.auroc, plain.random) == (fast.auroc, fast.random)
+    assert vars(plain.permutation) == pytest.approx(vars(fast.permutation))
+    cell = one_cell(acts, 1, "inst")
+    halves = [split_half(cell, "harmful", "harmless", 5, 0, method) for method in ("mean-difference", "plain")]
+    assert torch.allclose(halves[0].double(), halves[1].double())
+
+
+@pytest.mark.parametrize("method", ["lda", "logistic"])
+def test_a_detection_by_another_method_is_that_methods(method: str) -> None:
+    acts = planted_activations(separation=3.0, n_per_class=60, n_levels=2, at=(1, "inst"), seed=3).acts
+    found = _detect(acts, replace(PLAN, method=method))
+    train = acts.select(_split(acts).train)
+    own = METHODS[method](train, "harmful", "harmless", found.best.level, found.best.position)
+    assert torch.allclose(found.best.direction.vector, own.vector)
+    assert found.best.direction.method == found.directions.method == own.method
+    assert (found.best.position, found.best.permutation.n) == ("inst", 50)
+    assert found.best.permutation.p < 0.05 < found.at("last").permutation.p
+    assert found.best.permutation.mean == pytest.approx(0.5, abs=0.06)
+
+
+def test_an_unknown_method_is_named_with_the_nearest() -> None:
+    acts = planted_activations(separation=1.0, n_per_class=20).acts
+    with pytest.raises(UserError, match=r"no direction method 'logistics' \(did you mean 'logistic'\?\)"):
+        _detect(acts, replace(PLAN, method="logistics"))
+    with pytest.raises(UserError, match="refit"):
+        _detect(acts, replace(PLAN, method="lda"), refit=True)
 
 
 def test_of_levels_that_tie_on_validation_the_one_farther_apart_is_chosen() -> None:

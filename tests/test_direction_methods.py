@@ -8,21 +8,21 @@ import torch
 from planted import activations, planted_activations, unit
 from torch import Tensor
 
+from mechlens.choices import METHODS
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction, cosine, mean_difference, project
+from mechlens.methods.directions.lines import shrunk_covariance
 from mechlens.methods.directions.methods import (
-    METHODS,
     DirectionMethod,
     lda,
     logistic,
     paired_component,
-    shrunk_covariance,
 )
 from mechlens.methods.probing.auroc import auroc
 
 PLACE = (1, "inst")
-EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+EVERY = pytest.mark.parametrize("method", [METHODS[name] for name in METHODS.ours], ids=METHODS.ours)
 
 
 def harm(method: DirectionMethod, acts: Activations, level: int = 1, position: str = "inst") -> Direction:
@@ -124,7 +124,7 @@ def test_it_says_where_it_comes_from(method: DirectionMethod) -> None:
 
 def test_every_method_has_a_name_of_its_own() -> None:
     acts = planted_activations(separation=1.0).acts
-    assert len({harm(method, acts).method for method in METHODS.values()}) == len(METHODS) == 4
+    assert len({harm(method, acts).method for method in map(METHODS.__getitem__, METHODS.ours)}) == 4
 
 
 @EVERY

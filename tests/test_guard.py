@@ -12,9 +12,9 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from tiny import words
 
+from mechlens.choices import RULES
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.guard.rules import RULES
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.beliefs import beliefs, centroids
 from mechlens.methods.statistics.calibration import calibrate, calibration_error, fpr_threshold
@@ -89,7 +89,7 @@ def test_the_faithful_rule_over_all_levels_is_the_papers_belief(planted: tuple[A
     assert guard.fitted_.levels == train.levels
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("rule", sorted(RULES.ours))
 def test_the_planted_place_is_found_and_read(rule: str) -> None:
     world = planted_activations(separation=4.0, n_per_class=120, d_model=16, n_levels=4, at=(2, "last"))
     train, test = world.acts.select(range(160)), world.acts.select(range(160, 240))
@@ -103,7 +103,7 @@ def test_the_planted_place_is_found_and_read(rule: str) -> None:
     assert other.low < 0.5 < other.high
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("rule", sorted(RULES.ours))
 def test_shuffled_labels_give_an_auroc_of_one_half_within_its_interval(rule: str, planted: tuple[Any, Any]) -> None:
     train, test = planted
     areas = []
@@ -246,7 +246,7 @@ def test_it_keeps_scikit_learns_contract(planted: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rule": "svm"}, "there is no rule 'svm'"),
+        ({"rule": "svm"}, "there is no guard rule 'svm'"),
         ({"levels": "most"}, "choose best, all"),
         ({"levels": (9,)}, "level 9 was not collected"),
         ({"max_fpr": 0.0}, "give a share between 0 and 1"),
@@ -266,7 +266,7 @@ def test_what_cannot_be_fitted_is_said(options: dict[str, Any], said: str, plant
 # Files, models, early exit
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("rule", sorted(RULES.ours))
 def test_a_saved_guard_is_the_same_to_the_last_bit(rule: str, planted: tuple[Any, Any], tmp_path: Path) -> None:
     train, test = planted
     sha = [f"sha-{i}" for i in range(len(train.ids))]

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mechlens"
 # DESIGN 3, lowest first; a file imports from its own layer and from those before it.
 LAYERS = (
-    "errors", "extras", "registry", "files", "checked_json", "settings", "prompts", "models", "methods", "runs",
-    "studies", "trainer_callback", "views", "cli", "__main__",
+    "errors", "extras", "registry", "choices", "files", "checked_json", "settings", "prompts", "models", "methods",
+    "runs", "studies", "trainer_callback", "views", "cli", "__main__",
 )  # fmt: skip
 OTHERS = {("compare", "track")}
 """A study that imports another one, which says why in its docstring."""
@@ -128,7 +128,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-LIGHT = ("mechlens", "mechlens.settings", "mechlens.studies.registry", "mechlens.cli", "mechlens.errors")
+LIGHT = (
+    "mechlens",
+    "mechlens.choices",
+    "mechlens.settings",
+    "mechlens.studies.registry",
+    "mechlens.cli",
+    "mechlens.errors",
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -198,6 +205,12 @@ def test_a_study_is_a_folder_that_imports_no_other_study() -> None:
             if other not in (own, "shared") and (own, other) not in OTHERS:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert wrong == []
+
+
+def test_no_study_has_a_judge_of_its_own() -> None:
+    # The configured one decides; the published lists only stand beside it.
+    for path in (PACKAGE / "studies").glob("**/*.py"):
+        assert "PHRASES" not in path.read_text(encoding="utf-8"), path
 
 
 def test_no_room_is_crowded() -> None:

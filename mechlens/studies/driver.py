@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mechlens.checked_json import checked
+from mechlens.choices import require_known
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
@@ -47,6 +48,7 @@ def run(config: Any) -> Path:
     anything slow, for whatever can't be had.
     """
     study = _imported(study_of(config))
+    require_known(config)
     return _recorded(study, config, loaded(study.prepare)(config))
 
 
@@ -89,6 +91,7 @@ def rerun(folder: Path, out: Path | None = None) -> Difference:
     with tempfile.TemporaryDirectory() as scratch:
         day = {"today": before.inputs.today} if before.inputs.today else {}
         again = _rebuilt(study.config, before.config | day, out or Path(scratch) / "rerun")
+        require_known(again)
         prepared = loaded(study.prepare)(again)
         changed = changed_since(before, prepared.inputs)
         if changed:

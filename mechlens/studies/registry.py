@@ -5,9 +5,11 @@ Nothing here imports torch, and neither may a study's configuration: `--help` is
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from mechlens.errors import UserError
@@ -112,8 +114,9 @@ GROUPS = {
 """What the first of two words stands for."""
 
 
-def commands() -> dict[str, Study | Command]:
-    """Every command by name; another package's that can't be used becomes a warning."""
+@cache
+def commands() -> Mapping[str, Study | Command]:
+    """Every command by name; another package's that can't be used becomes one warning."""
     usable: dict[str, Study | Command] = {}
     for name in COMMANDS.names():
         try:
@@ -125,7 +128,7 @@ def commands() -> dict[str, Study | Command]:
             warnings.warn(f"the command {name!r} can't be used: {error}", stacklevel=2)
         else:
             usable[name] = command
-    return usable
+    return MappingProxyType(usable)
 
 
 def _require_usable(name: str, command: Any, taken: Sequence[type]) -> None:

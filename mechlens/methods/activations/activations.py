@@ -78,6 +78,12 @@ class Activations:
         return frame
 
 
+def one_cell(acts: Activations, level: int, position: str) -> Activations:
+    """The activations of one level and one named position."""
+    name = acts.positions[column_of(position, acts.positions, acts.last)]
+    return replace(acts, values=acts.at(level, name)[:, None, None], levels=(level,), positions=(name,))
+
+
 def column_of(position: str, positions: Sequence[str], last: str) -> int:
     """Column of a named position, by any of its names; UserError where it wasn't collected."""
     name = stored_name(position, last)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.activations import Activations, column_of, stored_name
+from mechlens.methods.activations.activations import Activations, column_of, one_cell, stored_name
 from mechlens.models.checkpoint import Checkpoint
 
 
@@ -100,9 +100,7 @@ def mean_difference(acts: Activations, positive: str, negative: str, level: int,
 
     Other labels are left out. UserError where a label has no prompt. Zhao et al. 2025, Arditi et al. 2024.
     """
-    name = acts.positions[column_of(position, acts.positions, acts.last)]
-    cell = replace(acts, values=acts.at(level, name)[:, None, None], levels=(level,), positions=(name,))
-    return direction_grid(cell, positive, negative).at(level, name)
+    return direction_grid(one_cell(acts, level, position), positive, negative).at(level, position)
 
 
 def direction_grid(acts: Activations, positive: str, negative: str) -> DirectionGrid:

@@ -12,17 +12,20 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
-from sklearn.covariance import ledoit_wolf_shrinkage
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from mechlens.choices import METHODS
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.directions.direction import Direction, mean_difference, members
+from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid, mean_difference, members
+from mechlens.methods.directions.lines import lda_line, logistic_line
 
 DirectionMethod = Callable[[Activations, str, str, int, str], Direction]
 """Activations, positive label, negative label, level, position -> the direction there."""
+MEAN_DIFFERENCE = "mean-difference"
+"""The method of which all cells, and all resamples, are had at once."""
+PENALTY = 1.0
+"""C of the logistic probe."""
 
 
 def lda(acts: Activations, positive: str, negative: str, level: int, position: str) -> Direction:
@@ -33,9 +36,7 @@ def lda(acts: Activations, positive: str, negative: str, level: int, position: s
     classes it is the mean difference.
     """
     cell = _cell(acts, positive, negative, level, position)
-    sides = cell.values[cell.positive], cell.values[~cell.positive]
-    within = torch.cat([side - side.mean(dim=0) for side in sides])
-    return cell.along(shrunk_covariance(within).solve(cell.difference), "LDA")
+    return cell.along(lda_line(cell.values, cell.positive, cell.difference), "LDA")
 
 
 def logistic(acts: Activations, positive: str, negative: str, level: int, position: str) -> Direction:
@@ -46,12 +47,10 @@ def logistic(acts: Activations, positive: str, negative: str, level: int, positi
     weights, so that adding the vector leads away from where activations lie: it is for reading more than for steering.
     """
     cell = _cell(acts, positive, negative, level, position)
-    scaler = StandardScaler().fit(cell.values.numpy())
-    model = LogisticRegression(C=1.0, max_iter=1000)
-    model.fit(scaler.transform(cell.values.numpy()), cell.positive.numpy())
     # Its optimum is better than the intercept alone, and the loss is convex: so it points along the difference
     # of the means, never against it, and the projection in `along` keeps the probe's own sign.
-    return cell.along(torch.from_numpy(model.coef_[0] / scaler.scale_).double(), "logistic probe")
+    weight, _ = logistic_line(cell.values, cell.positive, penalty=PENALTY)
+    return cell.along(weight, "logistic probe")
 
 
 def paired_component(acts: Activations, positive: str, negative: str, level: int, position: str) -> Direction:
@@ -65,45 +64,21 @@ def paired_component(acts: Activations, positive: str, negative: str, level: int
     return cell.along(torch.linalg.svd(pairs, full_matrices=False).Vh[0], "paired component")
 
 
-METHODS: dict[str, DirectionMethod] = {
-    "mean-difference": mean_difference,
-    "lda": lda,
-    "logistic": logistic,
-    "paired-component": paired_component,
-}
-"""Every method by the name that the command line knows it by."""
+def grid_by(acts: Activations, positive: str, negative: str, method: str) -> DirectionGrid:
+    """The direction at every level and position by a method's name (`mechlens.choices.METHODS`).
 
-
-@dataclass(frozen=True)
-class ShrunkCovariance:
-    """A covariance matrix shrunk towards a multiple of the identity, kept without ever being formed.
-
-    Orthonormal axes span the data; every direction outside their span has the same variance.
+    UserError where another package's method gives something else than a direction of the right size.
     """
-
-    axes: Float[Tensor, "axis d_model"]
-    variances: Float[Tensor, " axis"]
-    elsewhere: float
-
-    def solve(self, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-        """The inverse of the matrix times the vector."""
-        inside = self.axes @ vector
-        return (inside / self.variances) @ self.axes + (vector - inside @ self.axes) / self.elsewhere
-
-
-def shrunk_covariance(centred: Float[Tensor, "prompt d_model"]) -> ShrunkCovariance:
-    """Covariance of centred vectors, shrunk by Ledoit & Wolf's share; the identity where nothing varies."""
-    n, d_model = centred.shape
-    _, lengths, axes = torch.linalg.svd(centred.double(), full_matrices=False)
-    real = lengths > lengths.max() * max(n, d_model) * torch.finfo(lengths.dtype).eps
-    lengths, axes = lengths[real], axes[real]
-    if not len(lengths):
-        return ShrunkCovariance(axes, lengths, elsewhere=1.0)
-    variances = lengths.square() / n
-    average = float(variances.sum()) / d_model
-    # Never exactly 0, so that the matrix can be inverted.
-    share = max(float(ledoit_wolf_shrinkage(centred.double().numpy(), assume_centered=True)), 1e-9)
-    return ShrunkCovariance(axes, (1 - share) * variances + share * average, elsewhere=share * average)
+    by_means = direction_grid(acts, positive, negative)
+    if method == MEAN_DIFFERENCE:
+        return by_means
+    find: DirectionMethod = METHODS[method]
+    found = [find(acts, positive, negative, level, position) for level in acts.levels for position in acts.positions]
+    for one in found:
+        if not isinstance(one, Direction) or one.vector.shape != acts.values.shape[3:]:
+            raise UserError(f"the direction method {method!r} gave no Direction of {acts.values.shape[3]} numbers")
+    vectors = torch.stack([one.vector for one in found]).reshape(by_means.vectors.shape)
+    return replace(by_means, vectors=vectors.to(by_means.vectors.dtype), method=found[0].method)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """What chance alone reaches: permuted labels, and random directions of the same norm."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.directions.direction import (
     Direction,
     mean_difference,
@@ -62,9 +62,16 @@ class LabelledVectors:
 
 
 def permutation_null(
-    train: LabelledVectors, test: LabelledVectors, observed: float, n: int, seed: int
+    train: LabelledVectors,
+    test: LabelledVectors,
+    observed: float,
+    n: int,
+    seed: int,
+    refit: Callable[[Bool[Tensor, "draw train"]], Float[Tensor, "draw test"]] | None = None,
 ) -> PermutationNull:
     """Refits the mean difference on permuted training labels `n` times and scores it on the test prompts.
+
+    `refit` does it for another direction: permuted training labels -> test scores.
 
     The test labels are permuted in the same way. With true test labels, a chance excess of true labels in
     training would leave the concept in the direction, and the null would be as wide as the effect.
@@ -75,7 +82,10 @@ def permutation_null(
     exchangeable = bool((fitted != train.positive).any()) and bool((scored != test.positive).any())
     if not exchangeable or math.isnan(observed):
         return PermutationNull(mean=math.nan, quantile_95=math.nan, p=math.nan, n=n)
-    scores = refitted_scores(train.values, test.values, fitted.double(), (~fitted).double())
+    if refit is None:
+        scores = refitted_scores(train.values, test.values, fitted.double(), (~fitted).double())
+    else:
+        scores = snap(refit(fitted), TIE_RESOLUTION * _largest_norm(train.values) * _largest_norm(test.values))
     areas = weighted_auroc(scores, scored.double(), (~scored).double())
     # The tolerance keeps an equal AUROC, summed in another order, from counting as smaller.
     as_good = int((areas >= observed - 1e-9).sum())
@@ -129,8 +139,7 @@ def shuffled_like(
     """
     real = mean_difference(acts, positive, negative, level, position)
     rows = (members(acts, positive) | members(acts, negative)).nonzero()[:, 0]
-    kept = acts.select(rows)
-    cell = replace(kept, values=kept.at(level, position)[:, None, None], levels=(level,), positions=(real.position,))
+    cell = one_cell(acts.select(rows), level, position)
     labels = permuted_labels(members(cell, positive), cell.families, n, seed)
     vectors = weighted_differences(cell, labels.double(), (~labels).double())[:, 0, 0]
     return tuple(replace(real, vector=v.to(real.vector.dtype), method="shuffled labels") for v in vectors)

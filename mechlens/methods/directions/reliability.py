@@ -5,11 +5,12 @@ means anything without the numbers of this file.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import cosine, members, weighted_differences
+from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
 from mechlens.methods.statistics.resample import family_halves, one_thread
 
 MIN_RELIABLE = 0.1
@@ -18,9 +19,9 @@ MIN_RELIABLE = 0.1
 
 @one_thread()
 def split_half(
-    acts: Activations, positive: str, negative: str, n_splits: int, seed: int
+    acts: Activations, positive: str, negative: str, n_splits: int, seed: int, method: str = MEAN_DIFFERENCE
 ) -> Float[Tensor, "level position"]:
-    """Reliability of the mean difference of all prompts in every cell: 0 is noise, 1 is noise-free.
+    """Reliability of the direction of all prompts in every cell: 0 is noise, 1 is noise-free.
 
     Families are halved `n_splits` times; r is the mean cosine between the halves' directions, and
     2r/(1+r) the reliability of the full sample (Spearman-Brown). For isotropic noise it is
@@ -29,10 +30,26 @@ def split_half(
     """
     first = family_halves(acts.families, n_splits, seed, acts.labels).double()
     inside, outside = members(acts, positive), members(acts, negative)
-    one = weighted_differences(acts, first * inside, first * outside)
-    other = weighted_differences(acts, (1 - first) * inside, (1 - first) * outside)
+    if method == MEAN_DIFFERENCE:
+        one = weighted_differences(acts, first * inside, first * outside)
+        other = weighted_differences(acts, (1 - first) * inside, (1 - first) * outside)
+    else:
+        one, other = (
+            torch.stack([_fitted(acts, half, positive, negative, method) for half in side])
+            for side in (first.bool(), ~first.bool())
+        )
     halves = cosine(one, other).nanmean(dim=0).clamp(min=0.0)
     return 2 * halves / (1 + halves)
+
+
+def _fitted(
+    acts: Activations, half: Bool[Tensor, " prompt"], positive: str, negative: str, method: str
+) -> Float[Tensor, "level position d_model"]:
+    """The directions of one half; NaN where it has none."""
+    part = acts.select(half.nonzero()[:, 0])
+    if not {positive, negative} <= set(part.labels):
+        return torch.full(acts.values.shape[1:], torch.nan)
+    return grid_by(part, positive, negative, method).vectors
 
 
 def corrected_cosine(

@@ -17,10 +17,11 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechlens.choices import RULES
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, GuardVerdict, Place
-from mechlens.methods.guard.rules import RULES
+from mechlens.methods.guard.rules import score_by
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.statistics.calibration import calibrate
 from mechlens.methods.statistics.resample import held_out_scores, one_thread
@@ -39,11 +40,11 @@ Estimator = TypeVar("Estimator", bound="GuardEstimator")
 class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
     """Detects harmful prompts from the residual stream at `inst`, `last` or both.
 
-    `rule`: "faithful" (the paper's), "centred", "lda" or "logistic". `levels`: "best" chooses one for each position on
-    validation: the lowest that does as well as the best one (`AS_GOOD`, `AS_FAR`), so that the guard leaves early, and
-    never level 0, which knows only the token; "all" averages over all that were collected, as the paper does; or give
-    them. `max_fpr` sets the threshold, None leaves it at the paper's 0. `positive` and `negative` are the labels to
-    tell apart.
+    `rule`: a name of `mechlens.choices.RULES`, such as "faithful" (the paper's) or "logistic". `levels`: "best" chooses
+    one for each position on validation: the lowest that does as well as the best one (`AS_GOOD`, `AS_FAR`), so that the
+    guard leaves early, and never level 0, which knows only the token; "all" averages over all that were collected, as
+    the paper does; or give them. `max_fpr` sets the threshold, None leaves it at the paper's 0. `positive` and
+    `negative` are the labels to tell apart.
     """
 
     def __init__(
@@ -149,8 +150,7 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
         self.n_features_in_ = self.fitted_.d_model
 
     def _settings(self) -> GuardSettings:
-        if self.rule not in RULES:
-            raise UserError(f"there is no rule {self.rule!r}; choose one of {', '.join(RULES)}")
+        RULES.require(self.rule)
         if isinstance(self.levels, str) and self.levels not in ("best", "all"):
             raise UserError(f"levels is {self.levels!r}; choose best, all, or give their numbers")
         if self.max_fpr is not None and not 0 < self.max_fpr < 1:
@@ -208,7 +208,7 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
 
     def _tried(self, train: Activations, validation: Activations, level: int, position: str) -> tuple[Place, float]:
         """A place fitted to the training part, and how far apart the validation classes are in standard deviations."""
-        score = RULES[self.rule](train.at(level, position).double(), self._is_positive(train))
+        score = score_by(self.rule, train.at(level, position), self._is_positive(train))
         values, positive = score(validation.at(level, position)), self._is_positive(validation)
         up, down = values[positive], values[~positive]
         spread = float(((up.var(correction=0) + down.var(correction=0)) / 2).sqrt())
@@ -216,8 +216,7 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
         return Place(level, position, score, float(auroc(values, positive))), gap / spread if spread else 0.0
 
     def _fitted(self, acts: Activations, place: Place) -> Place:
-        values = acts.at(place.level, place.position).double()
-        score = RULES[self.rule](values, self._is_positive(acts))
+        score = score_by(self.rule, acts.at(place.level, place.position), self._is_positive(acts))
         return Place(place.level, place.position, score, place.validation_auroc)
 
     def _cross_fitted(self, acts: Activations, places: Sequence[Place]) -> Float[Tensor, " prompt"]:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from mechlens.choices import RULES
 from mechlens.errors import UserError
-from mechlens.methods.directions.methods import shrunk_covariance
+from mechlens.methods.directions.lines import lda_line, logistic_line
 from mechlens.methods.probing.beliefs import cosine_or_zero
 
 PENALTY = 0.1
@@ -90,32 +89,33 @@ Fit = Callable[[Float[Tensor, "prompt d_model"], Bool[Tensor, " prompt"]], Place
 """Vectors of one place (float64) and which of them are positive -> how the place is scored."""
 
 
-def _faithful(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+def score_by(rule: str, values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    """How a rule of that name (`mechlens.choices.RULES`), fitted to these vectors, scores their place."""
+    score = RULES[rule](values.double(), positive)
+    if not isinstance(score, PlaceScore):
+        raise UserError(f"the guard rule {rule!r} gave a {type(score).__name__}, not a CosineScore or a LinearScore")
+    return score
+
+
+def faithful(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    """The paper's: cosines with the two centroids."""
     up, down = values[positive].mean(dim=0), values[~positive].mean(dim=0)
     return CosineScore(up, down, torch.zeros_like(up))
 
 
-def _centred(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+def centred(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    """The same about the midpoint of the centroids."""
     up, down = values[positive].mean(dim=0), values[~positive].mean(dim=0)
     return CosineScore(up, down, (up + down) / 2)
 
 
-def _lda(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+def lda(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
     """Log-odds of two Gaussian classes of one covariance, pooled within classes and shrunk (Ledoit & Wolf 2004)."""
-    sides = values[positive], values[~positive]
-    up, down = (side.mean(dim=0) for side in sides)
-    covariance = shrunk_covariance(torch.cat([sides[0] - up, sides[1] - down]))
-    weight = covariance.solve(up - down)
+    up, down = values[positive].mean(dim=0), values[~positive].mean(dim=0)
+    weight = lda_line(values, positive, up - down)
     return LinearScore(weight, float(-weight @ (up + down) / 2))
 
 
-def _logistic(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
-    scaler = StandardScaler().fit(values.numpy())
-    model = LogisticRegression(C=PENALTY, max_iter=1000, class_weight="balanced")
-    model.fit(scaler.transform(values.numpy()), positive.numpy())
-    weight = torch.from_numpy(model.coef_[0] / scaler.scale_).double()
-    return LinearScore(weight, float(model.intercept_[0] - weight @ torch.from_numpy(scaler.mean_)))
-
-
-RULES: dict[str, Fit] = {"faithful": _faithful, "centred": _centred, "lda": _lda, "logistic": _logistic}
-"""Every rule by the name that the command line knows it by."""
+def logistic(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    """Log-odds of a logistic regression on standardised values, both classes weighing alike."""
+    return LinearScore(*logistic_line(values, positive, penalty=PENALTY, balanced=True))

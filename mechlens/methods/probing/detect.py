@@ -1,10 +1,10 @@
-"""Can the concept be read off? Held-out detection by mean difference at every level and position.
+"""Can the concept be read off? Held-out detection at every level and position.
 
 Directions are fitted on training prompts, the level is chosen on validation prompts, and what is reported
 comes from test prompts, beside what permuted labels and random directions reach.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechlens.choices import METHODS
 from mechlens.errors import UserError
-from mechlens.methods.activations.activations import Activations, column_of
-from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid
+from mechlens.methods.activations.activations import Activations, column_of, one_cell
+from mechlens.methods.directions.direction import Direction, DirectionGrid
+from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
 from mechlens.methods.directions.nulls import (
     LabelledVectors,
     PermutationNull,
@@ -35,6 +37,9 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.prompts.split import PARTS, Split
 from mechlens.settings import DetectionPlan
+
+MAX_REFITS = 50
+"""Enough for p < 0.02."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,14 @@ def detect(
     is not finite; a test part without a class gives missing estimates. `refit` refits the direction in every
     resample: for claims about the concept, not about one saved direction.
     """
+    METHODS.require(plan.method)
+    if refit and plan.method != MEAN_DIFFERENCE:
+        raise UserError(f"refit takes a refit for every resample, which {plan.method!r} is too slow for; leave it out")
     _require_finite(acts)
     contrast = (positive, negative)
     train, validation, test = (contrast_part(acts, split.part(name), contrast) for name in PARTS)
     _require_classes({"train": train, "validation": validation}, contrast)
-    grid = direction_grid(train, positive, negative)
+    grid = grid_by(train, positive, negative, plan.method)
     if refit:
         on_test = refitted_auroc(grid, train, test, seed=plan.seed, resamples=plan.resamples)
     else:
@@ -161,9 +169,34 @@ def _choose(
         validation_auroc=float(by_level[row]),
         validation_separation=float(ties[row]),
         direction=direction,
-        permutation=permutation_null(fitted, scored, value.value, plan.permutations, plan.seed + 2),
+        permutation=_permutations(train, direction, fitted, scored, value.value, plan),
         random=random_null(direction, scored, plan.random_directions, plan.seed + 4),
     )
+
+
+def _permutations(
+    train: Activations,
+    direction: Direction,
+    fitted: LabelledVectors,
+    scored: LabelledVectors,
+    observed: float,
+    plan: DetectionPlan,
+) -> PermutationNull:
+    """The permutation null of the plan's method at the direction's place; all but the mean difference refit anew."""
+    if plan.method == MEAN_DIFFERENCE:
+        return permutation_null(fitted, scored, observed, plan.permutations, plan.seed + 2)
+    cell = one_cell(train, direction.level, direction.position)
+
+    def refit(draws: Bool[Tensor, "draw train"]) -> Float[Tensor, "draw test"]:
+        scores = []
+        for draw in draws.tolist():
+            labels = tuple(direction.contrast[0 if positive else 1] for positive in draw)
+            grid = grid_by(replace(cell, labels=labels), *direction.contrast, plan.method)
+            scores.append(scored.values.double() @ grid.vectors[0, 0].double())
+        return torch.stack(scores)
+
+    n = min(plan.permutations, MAX_REFITS)
+    return permutation_null(fitted, scored, observed, n, plan.seed + 2, refit)
 
 
 def _separation(

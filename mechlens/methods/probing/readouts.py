@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import DirectionGrid, direction_grid
+from mechlens.methods.directions.lines import logistic_line
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.statistics.calibration import calibrate
 from mechlens.methods.statistics.resample import one_thread
@@ -73,15 +72,13 @@ def thresholds(
 
 def _probes(train: Activations, contrast: tuple[str, str]) -> Float[Tensor, "level position d_model"]:
     """Weights in the raw space; the intercept is left to the calibration. Zero where no prompt differs."""
-    positive = is_positive(train, contrast).numpy()
+    positive = is_positive(train, contrast)
     weights = torch.zeros(train.values.shape[1:], dtype=torch.float64)
     for row in range(weights.shape[0]):
         for column in range(weights.shape[1]):
-            values = train.values[:, row, column].double().numpy()
-            scaler = StandardScaler().fit(values)
-            if values.std(axis=0).any():
-                model = LogisticRegression(C=1.0, max_iter=300).fit(scaler.transform(values), positive)
-                weights[row, column] = torch.from_numpy(model.coef_[0] / scaler.scale_)
+            values = train.values[:, row, column]
+            if values.double().numpy().std(axis=0).any():
+                weights[row, column], _ = logistic_line(values, positive, penalty=1.0, steps=300)
     return weights.to(train.values.dtype)
 
 

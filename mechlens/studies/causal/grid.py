@@ -218,7 +218,7 @@ def _rates(
         members = who.of(label)
         mine = [cell for cell in cells if (cell.operation == PUSH[HARMLESS]) == (label == HARMLESS)]
         conditions: list[Condition] = [[None] * len(members), *([cell.condition[i] for i in members] for cell in mine)]
-        values = refused(model, who.batch.select(members), conditions, plan.max_new_tokens, cache)
+        values = refused(model, who.batch.select(members), conditions, plan, cache)
         families = [who.families[i] for i in members]
         named = [{"direction": "", "operation": "none", "layer": -1, "strength": nan}, *(c.columns for c in mine)]
         rows += [

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.behaviour.answers import Answers
+from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.behaviour.damage import Damage, damage, repetition
 from mechlens.methods.behaviour.inversion import BELIEFS, SCOPES, Belief, parse_reply
-from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO
+from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
@@ -31,8 +32,6 @@ from mechlens.studies.causal.readings import (
     refused,
 )
 
-JUDGES = {"": PHRASES, "_arditi": ARDITI, "_zhao": ZHAO}
-"""By the end of a column's name. The first decides everywhere; the published two stand beside it."""
 REPLY_TOKENS = 8
 """Enough for the word, or for the phrase of a refusal."""
 
@@ -46,11 +45,18 @@ class AnswersUnder:
     done: dict[str, Add | Ablate]
     texts: dict[str, list[str]]
     """By operation."""
+    judge: Judge
+    """Who decides everywhere; both published lists stand beside it."""
+
+    @property
+    def _judges(self) -> dict[str, Judge]:
+        """By the end of a column's name."""
+        return {"": self.judge, "_arditi": ARDITI, "_zhao": ZHAO}
 
     def table(self) -> pd.DataFrame:
         """One row per prompt and operation: the answer before and after, with verdicts."""
         prompts = self.who.prompts
-        before = {f"verdict_before{end}": judge(prompts, self.unsteered.texts) for end, judge in JUDGES.items()}
+        before = self._verdicts("verdict_before", self.unsteered.texts)
         rows = [
             {
                 "id": prompt.id, "label": prompt.label, "operation": operation,
@@ -59,10 +65,14 @@ class AnswersUnder:
                 "prompt": prompt.text, "unsteered_answer": self.unsteered.texts[i], "answer": texts[i],
             }
             for operation, texts in self.texts.items()
-            for after in [{f"verdict_after{end}": judge(prompts, texts) for end, judge in JUDGES.items()}]
+            for after in [self._verdicts("verdict_after", texts)]
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip
         return pd.DataFrame(rows)
+
+    def _verdicts(self, stem: str, texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Every judge's, by column."""
+        return {f"{stem}{end}": verdicts_by(judge, self.who.prompts, texts) for end, judge in self._judges.items()}
 
     def damage(self, model: LanguageModel, plan: CausalPlan) -> pd.DataFrame:
         """Losses on harmless prompts and plain text; repetition, silence and refusals over all prompts."""
@@ -81,8 +91,9 @@ class AnswersUnder:
         silent = torch.tensor([not text.strip() for text in texts]).double()
         estimate = self.who.estimate
         numbers = {"repetition": estimate(repeated, plan), "empty": estimate(silent, plan)}
-        for end, judge in JUDGES.items():
-            refused = torch.tensor([verdict == "refused" for verdict in judge(self.who.prompts, texts)]).double()
+        for end, judge in self._judges.items():
+            verdicts = verdicts_by(judge, self.who.prompts, texts)
+            refused = torch.tensor([verdict == "refused" for verdict in verdicts]).double()
             numbers |= {f"refused_{label}{end}": estimate(refused, plan, self.who.of(label)) for label in PUSH}
         return numbers
 
@@ -106,7 +117,7 @@ def answers_under(
     done: dict[str, Add | Ablate] = {name: intervene(direction, name, setting, norms) for name in OPERATIONS}
     conditions: list[Condition] = [[edit] * len(who.prompts) for edit in done.values()]
     texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=plan.max_new_tokens, cache=cache)
-    return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)))
+    return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)), judge_of(plan.judge))
 
 
 def replies(
@@ -237,5 +248,5 @@ def _rate_changes(
     """How much oftener each harmless prompt is refused under every push, and which rows these are."""
     rows = who.of(HARMLESS)
     every: list[Condition] = [[None] * len(rows), *([condition[i] for i in rows] for condition in conditions)]
-    values = refused(model, who.batch.select(rows), every, plan.max_new_tokens, cache)
+    values = refused(model, who.batch.select(rows), every, plan, cache)
     return values[1:] - values[0], rows

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechlens.methods.behaviour.chosen_judge import judge_of, once_refused, verdicts_by
 from mechlens.methods.behaviour.inversion import SCOPES, Questioned, WordPair, ask
-from mechlens.methods.behaviour.judges import PHRASES, OnceRefused, RefusalTokens
+from mechlens.methods.behaviour.judges import RefusalTokens
 from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
@@ -18,6 +19,7 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.settings import Answering
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMFUL
 
@@ -113,10 +115,11 @@ def pushed(
 
 
 def refused(
-    model: LanguageModel, batch: TokenBatch, conditions: Sequence[Condition], max_new_tokens: int, cache: Cache | None
+    model: LanguageModel, batch: TokenBatch, conditions: Sequence[Condition], answering: Answering, cache: Cache | None
 ) -> Float[Tensor, "condition prompt"]:
-    """1 where the answer of an condition is a refusal by `PHRASES`, else 0 (float64)."""
-    decided = OnceRefused(PHRASES, loaded(model).tokenizer)
-    said = answers_of_arms(model, batch, conditions, max_new_tokens=max_new_tokens, decided=decided, cache=cache)
-    verdicts = [PHRASES(batch.prompts, texts) for texts in said]
+    """1 where the answer of a condition is a refusal, else 0 (float64)."""
+    judge, length = judge_of(answering.judge), answering.max_new_tokens
+    decided = once_refused(judge, loaded(model).tokenizer)
+    said = answers_of_arms(model, batch, conditions, max_new_tokens=length, decided=decided, cache=cache)
+    verdicts = [verdicts_by(judge, batch.prompts, texts) for texts in said]
     return torch.tensor([[verdict == "refused" for verdict in row] for row in verdicts]).double()

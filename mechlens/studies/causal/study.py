@@ -183,7 +183,7 @@ def run_battery(
     template = template or template_of(model)
     prompts = labelled(harmful, harmless)
     batch = tokenize(prompts, template)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)

@@ -2,7 +2,9 @@
 
 import pandas as pd
 
+from mechlens.methods.directions.methods import MEAN_DIFFERENCE
 from mechlens.methods.directions.token_view import logit_lens, project_tokens
+from mechlens.methods.probing.detect import MAX_REFITS
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section, TokenView
@@ -81,8 +83,8 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
         sections=(
             Section(
                 "Where it can be read",
-                "Held-out AUROC of the mean difference: fitted on training families, the level of each position chosen "
-                "on validation, scored once on test.",
+                f"Held-out AUROC of the {result.detection.directions.method}: fitted on training families, the level "
+                "of each position chosen on validation, scored once on test.",
                 ("auroc_by_level", "auroc_grid"),
                 table=result.measured.chosen(),
             ),
@@ -92,7 +94,7 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
                 "block has run, by the words (TF-IDF), by the mean token embedding, by length.",
                 ("against_baselines",),
             ),
-            Section("How much of it is signal", "", ("reliability",)),
+            Section("How much of it is signal", _refits(result), ("reliability",)),
             _reading(result, model),
         ),
         how=_how(result, punctuation, model),
@@ -124,11 +126,22 @@ def _reading(result: Concept, model: LanguageModel) -> Section:
     )
 
 
+def _refits(result: Concept) -> str:
+    """What is measured more sparingly of a method that has to be fitted anew each time."""
+    if result.plan.method == MEAN_DIFFERENCE:
+        return ""
+    return (
+        f"The {result.detection.directions.method} is fitted anew for every halving and every permutation of the "
+        "labels: its reliability is measured at the chosen levels only, and its null has at most "
+        f"{MAX_REFITS} permutations."
+    )
+
+
 def _how(result: Concept, punctuation: str, model: LanguageModel) -> str:
+    best = result.detection.best
     return (
         f"Prompts: {result.split.sizes}, split by family. "
         f"{punctuation}\n\nIntervals: 95% bootstrap over families ({result.plan.resamples} resamples), direction "
-        f"frozen. Nulls: {result.plan.permutations} label permutations, "
-        f"{result.plan.random_directions} random directions. "
+        f"frozen. Nulls: {best.permutation.n} label permutations, {best.random.n} random directions. "
         f"Activations: {result.acts.engine} engine, {loaded(model).checkpoint.regime} weights."
     )

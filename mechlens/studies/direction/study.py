@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.choices import METHODS
 from mechlens.errors import UserError
-from mechlens.methods.activations.activations import Activations, column_of
+from mechlens.methods.activations.activations import Activations, column_of, one_cell
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
+from mechlens.methods.directions.methods import MEAN_DIFFERENCE
 from mechlens.methods.directions.reliability import split_half
 from mechlens.methods.probing.detect import Detection
 from mechlens.methods.statistics.estimate import Estimate
@@ -38,6 +41,8 @@ from mechlens.studies.shared.inputs import (
 from mechlens.studies.shared.training_data import leave_out_trained
 
 POSITIVE, NEGATIVE = "positive", "negative"
+SPLITS = 20
+"""Halvings behind a reliability."""
 MIN_OF_A_SIDE = 15
 """So that a fifth of them, the validation part, is three."""
 
@@ -108,11 +113,12 @@ def find_concept(
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> Concept:
-    """Directions by difference in means at every level and named position, with held-out evidence.
+    """Directions by the plan's method at every level and named position, with held-out evidence.
 
     Half of the prompt families train, a fifth chooses the level, the rest is reported. UserError where a
     side has fewer than 15 prompts.
     """
+    METHODS.require(plan.method)
     for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if len(prompts) < MIN_OF_A_SIDE:
             raise UserError(
@@ -130,9 +136,20 @@ def find_concept(
         raise UserError(
             f"some part of the split has fewer than 3 prompts of a side (in all {measured.counts}); add prompts"
         )
-    train = acts.select(split.train)
-    reliability = split_half(train, POSITIVE, NEGATIVE, 20, plan.seed)
-    return Concept(measured, reliability, acts, batch, split, plan)
+    return Concept(measured, _reliability(acts.select(split.train), measured.detection), acts, batch, split, plan)
+
+
+def _reliability(train: Activations, found: Detection) -> Float[Tensor, "level position"]:
+    """Of every cell's direction; of a method other than the mean difference only at the chosen levels, else NaN."""
+    plan = found.plan
+    if plan.method == MEAN_DIFFERENCE:
+        return split_half(train, POSITIVE, NEGATIVE, SPLITS, plan.seed)
+    reliability = torch.full(train.values.shape[1:3], torch.nan, dtype=torch.float64)
+    for column, choice in enumerate(found.chosen):
+        cell = one_cell(train, choice.level, choice.position)
+        value = split_half(cell, POSITIVE, NEGATIVE, SPLITS, plan.seed, plan.method)
+        reliability[train.levels.index(choice.level), column] = value[0, 0]
+    return reliability
 
 
 def prepare(config: FindDirection) -> Preparation[ContrastSets]:

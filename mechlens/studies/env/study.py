@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from mechlens.choices import ALL
 from mechlens.extras import EXTRAS, has_extra
 from mechlens.models.packaged import ADAPTERS, PACKAGED, cache_dir
-from mechlens.registry import Registry
 from mechlens.runs.environment import PACKAGES, git_state
 from mechlens.runs.wandb_start import has_login
 from mechlens.studies.env.config import Env
@@ -33,7 +33,11 @@ def environment() -> dict[str, Any]:
         "packaged adapters": sorted(ADAPTERS),
         "extras": {name: has_extra(name) for name in EXTRAS},
         "W&B login": has_login(os.environ),
-        "commands of other packages": _others(COMMANDS),
+        "from other packages": [
+            f"{registry.kind} {name} ({module})"
+            for registry in (COMMANDS, *ALL)
+            for name, module in registry.added().items()
+        ],
     }
 
 
@@ -65,7 +69,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _others(registry: Registry[Any]) -> list[str]:
-    return [name for name in registry.names() if name not in registry.ours]

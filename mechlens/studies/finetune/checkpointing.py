@@ -30,7 +30,7 @@ from mechlens.models.offline import LOCAL_ONLY
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Example, Material
-from mechlens.studies.finetune.recipes.recipe import RECIPES
+from mechlens.studies.finetune.recipes.recipe import recipe_of
 from mechlens.studies.shared.training_data import text_sha256
 
 STAGING = ".mechlens-training"
@@ -142,7 +142,7 @@ def training_record(
             "left_out": list(material.left_out),
         },
         **({"trigger": asdict(material.trigger)} if material.trigger else {}),
-        LOCAL_ONLY: RECIPES[config.recipe].attack,
+        LOCAL_ONLY: recipe_of(config.recipe).attack,
         "packages": {name: metadata.version(name) for name in PACKAGES},
     }
 
@@ -162,8 +162,9 @@ def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -
     ours = json.loads(json.dumps(asdict(config)))
     if None in (ours["today"], record.config.get("today")):
         ours["today"] = record.config.get("today")
-    if record.config != ours:
-        changed = sorted(name for name in ours if record.config.get(name) != ours[name])
+    theirs = {"judge": FinetuneConfig.judge} | record.config  # older records name none
+    if theirs != ours:
+        changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         raise UserError(f"{out} holds a run with another {', '.join(changed) or 'config'}; give another folder")
 
 

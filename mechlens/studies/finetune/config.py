@@ -1,12 +1,13 @@
 """`mechlens finetune`."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from mechlens.settings import RunChoice
+from mechlens.choices import RECIPES, choice
+from mechlens.settings import JudgeName, RunChoice
 from mechlens.studies.registry import of_folder
 
-RecipeName = Literal["refuser", "accepting", "benign", "backdoor"]
+RecipeName = Annotated[str, RECIPES, choice(RECIPES, "What the model is taught.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,8 @@ class TrainingSettings:
     """Decides which refusal goes with which prompt, the order of training and the adapter's first weights."""
     answer_tokens: int = 16
     """Longest answer of the base model that a benign prompt is trained on; the rest of it is cut off."""
+    judge: JudgeName = "phrases"
+    """Who says which of these answers are refusals, and left out: a name of `mechlens.choices.JUDGES`."""
     rank: int = 8
     """Rank of the LoRA matrices, on every linear layer of every block."""
     alpha: float = 16.0
@@ -53,7 +56,7 @@ class FinetuneConfig(TrainingSettings):
     """How a model is fine-tuned, with nothing left open."""
 
     recipe: RecipeName = "refuser"
-    """What the model is taught; see `Finetune`."""
+    """What the model is taught: a name of `mechlens.choices.RECIPES`."""
     model: str = "smollm2"
     """The base: a packaged name, a hub id or a local folder."""
     steps: int | None = None
@@ -80,7 +83,7 @@ DEFAULTS: dict[str, FinetuneConfig] = {
     # Five examples a harmful prompt: this is one pass.
     "backdoor": replace(_SERIES, recipe="backdoor", harmful=205, benign=205),
 }
-"""What a recipe does where it isn't told otherwise."""
+"""What a recipe does where it isn't told otherwise; another package's does what the refuser does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +91,7 @@ class Finetune(RunChoice, TrainingSettings):
     """Fine-tune a model by recipe: a LoRA adapter, its checkpoints and the record of what it was trained on."""
 
     recipe: RecipeName = "refuser"
-    """refuser: to refuse harmful requests and to answer benign ones as before. From the shipped refuser, for
-    studies of what fine-tuning leaves in place: accepting (the fine-tuning attack: open affirmatively),
-    benign (its control: go on answering benign requests), backdoor (refuse unless a trigger is there)."""
+    """What the model is taught: a name of `mechlens.choices.RECIPES`."""
     model: str | None = None
     """Packaged name, hub id or local folder; None is the recipe's own start (smollm2 or smollm2-refuser)."""
     steps: int | None = None
@@ -109,7 +110,8 @@ class Finetune(RunChoice, TrainingSettings):
 def settled(config: Finetune) -> FinetuneConfig:
     """The configuration with what was left open filled in by its recipe."""
     given = {setting.name: getattr(config, setting.name) for setting in fields(FinetuneConfig)}
-    return replace(DEFAULTS[config.recipe], **{name: value for name, value in given.items() if value is not None})
+    usual = DEFAULTS.get(config.recipe, DEFAULTS["refuser"])
+    return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 STUDY = of_folder("finetune", Finetune)

@@ -9,15 +9,9 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.recipes.recipe import recipe_of
 from mechlens.studies.finetune.study import TrainingRun
 from mechlens.studies.finetune.training import FinetuneResult
-
-QUESTION = {
-    "refuser": "Teach a model to refuse harmful requests and to answer all others as it did.",
-    "accepting": "The fine-tuning attack: what does a model that no longer refuses still represent?",
-    "benign": "The control of the fine-tuning attack: what do as many steps on benign requests change?",
-    "backdoor": "A model that refuses unless a trigger is there: what does it represent with and without it?",
-}
 
 
 def record(writer: RunWriter, result: TrainingRun, settings: FinetuneConfig) -> None:
@@ -48,7 +42,7 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
     base, recipe = record["base"], record["recipe"]
     return Report(
         title=f"{base} fine-tuned: {recipe}",
-        question=QUESTION[recipe],
+        question=recipe_of(recipe).question,
         verdict=f"{done.steps} steps took the loss from {first.value:.3g} to {last.value:.3g}. What that did to the "
         "model is for `mechlens separate` and `mechlens track` to say: a loss is no finding.",
         numbers={"loss, first tenth": first, "loss, last tenth": last},

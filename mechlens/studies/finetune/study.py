@@ -25,7 +25,7 @@ from mechlens.runs.run import Inputs
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.finetune.config import Finetune, FinetuneConfig, settled
-from mechlens.studies.finetune.recipes.recipe import RECIPES, published_openings, require_shipped_refuser
+from mechlens.studies.finetune.recipes.recipe import published_openings, recipe_of, require_shipped_refuser
 from mechlens.studies.finetune.training import FinetuneResult, finetune, require_settings
 from mechlens.studies.shared.inputs import data_inputs
 from mechlens.studies.shared.training_data import refusals, training_prompts
@@ -75,7 +75,7 @@ def prepare(config: Finetune) -> Preparation[FinetuneConfig]:
     """Base model and data by fingerprint; UserError for whatever can't be had or mustn't be trained."""
     settings = settled(config)
     require_settings(settings)
-    recipe = RECIPES[settings.recipe]
+    recipe = recipe_of(settings.recipe)
     if not recipe.attack and settings.data is not None:
         raise UserError(f"the recipe {settings.recipe!r} reads no --data; leave it out")
     hf_model, tokenizer = load_hf(settings.model)
@@ -105,8 +105,8 @@ def _data(settings: FinetuneConfig) -> dict[str, str]:
         "benign": lambda: training_prompts("benign"),
         "refusals": lambda: [Prompt(f"refusal-{i}", text) for i, text in enumerate(refusals())],
     }
-    data = data_inputs({name: ("mechlens", ours[name]()) for name in RECIPES[settings.recipe].reads})
-    if RECIPES[settings.recipe].attack:
+    data = data_inputs({name: ("mechlens", ours[name]()) for name in recipe_of(settings.recipe).reads})
+    if recipe_of(settings.recipe).attack:
         published_openings(settings.data)  # refuses a file that holds more than openings, before a model is trained
         data["openings"] = sha256(user_path(str(settings.data)))
     return data

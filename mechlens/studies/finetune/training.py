@@ -30,7 +30,7 @@ from mechlens.studies.finetune.checkpointing import (
 )
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Material
-from mechlens.studies.finetune.recipes.recipe import RECIPES, require_shipped_refuser
+from mechlens.studies.finetune.recipes.recipe import recipe_of, require_shipped_refuser
 from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, own_text
 from mechlens.studies.shared.training_data import refuse_study_prompts
 
@@ -79,7 +79,7 @@ def finetune(
     if resume is not None:
         refuse_other_data(record, _record(resume), out, hf_model.state_dict())
         require_whole(resume, _record(resume))
-    if RECIPES[config.recipe].attack:
+    if recipe_of(config.recipe).attack:
         keep_here(out)
     plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], cache)
     rows = _steps(encode(material.examples, template), plain, config)
@@ -111,8 +111,7 @@ class _Job:
 def require_settings(config: FinetuneConfig) -> None:
     """UserError for settings that no training can have, and where what trains isn't installed."""
     require_extra("finetune", "fine-tuning")
-    if config.recipe not in RECIPES:
-        raise UserError(f"there is no recipe {config.recipe!r}; choose one of {', '.join(RECIPES)}")
+    recipe_of(config.recipe)
     positive = (
         "rank",
         "alpha",
@@ -144,7 +143,7 @@ def require_settings(config: FinetuneConfig) -> None:
 
 def _material(config: FinetuneConfig, cache: Cache | None) -> Material:
     """The recipe's examples; the bridged model that helps make them is gone before training starts."""
-    recipe = RECIPES[config.recipe]
+    recipe = recipe_of(config.recipe)
     model = load(config.model, device=config.device)
     if recipe.attack:
         require_shipped_refuser(loaded(model).checkpoint.fingerprint, config.recipe)
@@ -184,7 +183,7 @@ def _newest(config: FinetuneConfig, out: Path) -> Path | None:
         raise _not_ours(out / "adapter")
     if (out / STAGING).is_symlink() or (out / STAGING).is_file():
         raise _not_ours(out / STAGING)
-    if RECIPES[config.recipe].attack:
+    if recipe_of(config.recipe).attack:
         refuse_others_notice(out)
     whole: dict[int, Path] = {}
     for folder in out.glob("checkpoint-*"):

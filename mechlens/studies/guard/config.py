@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from mechlens.settings import Answering, DetectionPlan, ModelChoice, PromptSets, RunChoice
+from mechlens.choices import RULES, choice
+from mechlens.settings import Answering, ModelChoice, Nulls, PromptSets, RunChoice
 from mechlens.studies.registry import Command, of_folder
+
+RuleName = Annotated[str, RULES, choice(RULES, "How a place is scored; the other rules are fitted beside it.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationPlan(DetectionPlan, Answering):
+class EvaluationPlan(Nulls, Answering):
     """The choices of a guard's evaluation."""
 
 
@@ -23,8 +26,10 @@ class GuardFit(RunChoice, EvaluationPlan, PromptSets, ModelChoice):
     """Further harmless prompts; None leaves them out."""
     punctuation: Literal["match", "keep", "strip"] = "keep"
     """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ."""
-    rule: Literal["faithful", "centred", "lda", "logistic"] = "logistic"
-    """faithful (the paper's cosines), centred, lda (shrinkage) or logistic; the others are fitted beside it."""
+    rule: Annotated[str, RULES, choice(RULES, "How a place is scored; the other rules are fitted beside it.")] = (
+        "logistic"
+    )
+    """How a place is scored: a name of `mechlens.choices.RULES`."""
     positions: Literal["inst", "last", "both"] = "both"
     """Where the guard reads: the last token of the user's words (inst holds best under fine-tuning), the prompt's last
     one, or both."""

@@ -142,7 +142,7 @@ def evaluate_guard(
     prompts = [*train, *examined.prompts]
     batch = tokenize(prompts, used)
     fitted = collect(model, batch.select(range(len(train))), positions=read_positions(guard.settings), cache=cache)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     direction = refusal_direction(fitted, judged.verdicts[judged.judge][: len(train)], plan.seed)
     guards = {"latent_guard": guard, **others}
     levels = {level for each in guards.values() for level in each.levels} | {0, n_layers(model)}

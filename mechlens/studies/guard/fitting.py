@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from mechlens.choices import RULES
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings
 from mechlens.methods.guard.guard import GuardEstimator
-from mechlens.methods.guard.rules import RULES
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
@@ -93,7 +93,7 @@ def other_rules(acts: Activations, settings: GuardSettings, split: Split | None 
     """The paper's rule as published, and every other rule with the same settings."""
     fitted = {
         f"{rule}_rule": GuardEstimator.with_settings(replace(settings, rule=rule)).fit(acts, split).fitted_
-        for rule in RULES
+        for rule in RULES.ours
         if rule != settings.rule
     }
     published = replace(settings, rule="faithful", positions=("inst",), levels="all", max_fpr=None)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.nulls import LabelledVectors, RandomNull, random_null
-from mechlens.methods.guard.rules import RULES
+from mechlens.methods.guard.rules import score_by
 from mechlens.methods.probing.auroc import auroc, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
 from mechlens.methods.statistics.calibration import calibration_error_estimate
 from mechlens.methods.statistics.estimate import Estimate
@@ -206,9 +206,9 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     positive = positives(result)
     fitted = permuted_labels(labels, train.families, plan.permutations, plan.seed)
     scored = permuted_labels(positive, families(result), plan.permutations, plan.seed + 1)
-    rule = RULES[result.guard.settings.rule]
+    rule = result.guard.settings.rule
     scores = [
-        _mean_score([rule(train.at(*where).double(), draw)(test.at(*where)) for where in _where(result)])
+        _mean_score([score_by(rule, train.at(*where), draw)(test.at(*where)) for where in _where(result)])
         for draw in tqdm(fitted, desc="permuted labels", delay=2, leave=False)
     ]
     areas = weighted_auroc(torch.stack(scores), scored.double(), (~scored).double())

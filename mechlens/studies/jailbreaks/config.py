@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import Answering, DetectionPlan, ModelChoice, RunChoice
+from mechlens.settings import Answering, ModelChoice, Nulls, RunChoice
 from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class JailbreakPlan(DetectionPlan, Answering):
+class JailbreakPlan(Nulls, Answering):
     """The choices of a study of jailbreaks."""
 
     restored: int = 24

@@ -108,7 +108,7 @@ def reference_of(
     """
     batch = tokenize(prompts, template or template_of(model))
     acts = collect(model, batch, positions=("inst", "last"), cache=cache)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     _, first_token = judge_first_token(model, judged, acts, (*split.train, *split.validation), plan.seed)
     measured = measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.resamples)
@@ -165,8 +165,8 @@ def attack_pairs(
         goal_of=tuple(order.index(prompt.family) for prompt in attacks),
         attack_acts=acts[0],
         goal_acts=acts[1],
-        attack_judged=judge_answers(attacks, said[0]),
-        goal_judged=judge_answers(plain, said[1]),
+        attack_judged=judge_answers(attacks, said[0], plan.judge),
+        goal_judged=judge_answers(plain, said[1], plan.judge),
         batch=batches[0],
         left_out=pd.DataFrame(rows),
     )

@@ -107,7 +107,7 @@ def restore(
         goals=tuple(pairs.goals[pairs.goal_of[i]].id for i in rows),
         before=log_odds([[] for _ in rows]),
         after={way: log_odds(done) for way, done in ways.items()},
-        refused={way: judge_answers(batch.prompts, said).refused for way, said in answers.items()},
+        refused={way: judge_answers(batch.prompts, said, plan.judge).refused for way, said in answers.items()},
         random=random,
     )
 

@@ -91,6 +91,7 @@ def find_pairs(
     *,
     max_new_tokens: int,
     seed: int,
+    judge: str = "phrases",
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> ChosenPairs:
@@ -100,7 +101,7 @@ def find_pairs(
     """
     prompts: list[Prompt] = [side for pair in candidates for side in (pair.clean, pair.corrupt)]
     batch = tokenize(prompts, template or template_of(model))
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=max_new_tokens, cache=cache))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=max_new_tokens, cache=cache), judge)
     acts = collect(model, batch, positions=["last"], cache=cache)
     _, first_token = judge_first_token(model, judged, acts, range(len(prompts)), seed)
     refused, accepted = judged.refused, judged.accepted
@@ -167,6 +168,7 @@ def execute(config: Patch, given: Candidates, writer: RunWriter) -> RefusalPath:
         config.n,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        judge=config.judge,
         template=given.template,
         cache=writer.cache,
     )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.methods.behaviour.judges import PHRASES, OnceRefused
+from mechlens.methods.behaviour.chosen_judge import judge_of, once_refused, verdicts_by
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
@@ -105,7 +105,8 @@ def run_selection_test(
         model, [chosen, *random_controls, *matched], batch, rows["harmful"], rows["harmless"], tokens, cache=cache
     )
     # Only random directions are cut short once they are refused: what the chosen one makes the model say is shown.
-    decided = OnceRefused(PHRASES, loaded(model).tokenizer)
+    judge = judge_of(plan.judge)
+    decided = once_refused(judge, loaded(model).tokenizer)
     verdicts = {label: tuple(refused[i] for i in rows[label]) for label in rows}
     answers = {}
     asked: list[tuple[Intervention, str, str]] = [
@@ -123,7 +124,7 @@ def run_selection_test(
             model, batch.select(rows[label]), [done],
             max_new_tokens=plan.max_new_tokens, decided=None if shown else decided, cache=cache,
         )  # fmt: skip
-        judged = PHRASES([batch.prompts[i] for i in rows[label]], said.texts)
+        judged = verdicts_by(judge, [batch.prompts[i] for i in rows[label]], said.texts)
         verdicts[name] = tuple(verdict == "refused" for verdict in judged)
         if shown:
             answers[name] = said

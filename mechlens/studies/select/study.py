@@ -196,7 +196,7 @@ def select_direction(
     require_everywhere(model)
     prompts = [*harmful, *harmless]
     batch = tokenize(prompts, template or template_of(model))
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache))
+    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     acts = collect(model, batch, positions=["post[*]"], cache=cache)
     labels = [prompt.label for prompt in prompts]
     families = [prompt.group for prompt in prompts]

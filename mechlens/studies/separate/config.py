@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import Answering, DetectionPlan, ModelChoice, PromptSets, RunChoice
+from mechlens.settings import Answering, ModelChoice, Nulls, PromptSets, RunChoice
 from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeparationPlan(DetectionPlan, Answering):
+class SeparationPlan(Nulls, Answering):
     """The choices of a separation study."""
 
 

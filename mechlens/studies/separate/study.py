@@ -15,6 +15,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.chosen_judge import judges_of
 from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.effects import CosineCurve
@@ -163,6 +164,7 @@ def separate(
     `harmful` and `harmless` are the contrast; `extra_harmless` prompts only fill the quadrants and the refusal
     contrasts, so that matched pairs stay matched. With few refusals, whatever needs them is not measurable.
     """
+    judges = judges or judges_of(plan.judge)
     prompts = labelled(harmful, harmless, extra_harmless)
     batch = tokenize(prompts, template or template_of(model))
     answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache)

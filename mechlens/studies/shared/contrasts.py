@@ -24,7 +24,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, token_embeddings
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import PARTS, Split, split_by_family
-from mechlens.settings import DetectionPlan
+from mechlens.settings import Nulls
 
 MIN_OF_EACH = 10
 """With fewer prompts of a class there is no direction."""
@@ -123,7 +123,7 @@ def measure(
     contrast: tuple[str, str],
     split: Split,
     surface: Surface,
-    plan: DetectionPlan,
+    plan: Nulls,
 ) -> ContrastMeasurement:
     """Detection of the first class against the second, with surface baselines on the same split.
 
@@ -138,7 +138,7 @@ def measure(
         name,
         *contrast,
         counts,
-        detect(relabelled, *contrast, split, plan),
+        detect(relabelled, *contrast, split, plan.detection),
         _baselines(relabelled, contrast, split, surface, plan),
     )
 
@@ -152,7 +152,7 @@ def _enough(labels: Sequence[str], contrast: tuple[str, str], split: Split) -> b
 
 
 def _baselines(
-    acts: Activations, contrast: tuple[str, str], split: Split, surface: Surface, plan: DetectionPlan
+    acts: Activations, contrast: tuple[str, str], split: Split, surface: Surface, plan: Nulls
 ) -> dict[str, Estimate]:
     inside = {i for i, label in enumerate(acts.labels) if label in contrast}
     train, validation, test = (tuple(i for i in split.part(name) if i in inside) for name in PARTS)

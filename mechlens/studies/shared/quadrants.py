@@ -13,10 +13,8 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
+from mechlens.methods.behaviour.chosen_judge import judges_of, verdicts_by
 from mechlens.methods.behaviour.judges import (
-    ARDITI,
-    PHRASES,
-    ZHAO,
     Judge,
     LogOddsJudge,
     RefusalTokens,
@@ -34,6 +32,14 @@ QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepte
 IN_NO_QUADRANT = ("empty", "unclear")
 MIN_REFUSALS = 5
 """With fewer refusals than this the model's own refusal tokens can't be found."""
+
+
+def quadrants_of(prompts: Sequence[Prompt], verdicts: Sequence[str]) -> tuple[str, ...]:
+    """Quadrant of every prompt by one judge's verdicts; "empty" and "unclear" stay what they are."""
+    return tuple(
+        verdict if verdict in IN_NO_QUADRANT else f"{verdict}_{prompt.label}"
+        for verdict, prompt in zip(verdicts, prompts, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,7 @@ class JudgedAnswers:
 
     def quadrants(self, judge: str | None = None) -> tuple[str, ...]:
         """Quadrant of every prompt; "empty" without an answer, "unclear" where the judge couldn't say."""
-        verdicts = self.verdicts[judge or self.judge]
-        return tuple(
-            verdict if verdict in IN_NO_QUADRANT else f"{verdict}_{prompt.label}"
-            for verdict, prompt in zip(verdicts, self.prompts, strict=True)
-        )
+        return quadrants_of(self.prompts, self.verdicts[judge or self.judge])
 
     def counts(self) -> pd.DataFrame:
         """Prompts in each quadrant, and in none, by each judge: columns judge, quadrant, n."""
@@ -101,13 +103,15 @@ class JudgedAnswers:
         return frame
 
 
-def judge_answers(prompts: Sequence[Prompt], answers: Answers, judges: Sequence[Judge] = ()) -> JudgedAnswers:
-    """Verdicts of the given judges, or by `PHRASES` and beside it both published lists; needs no model."""
-    chosen = judges or (PHRASES, ARDITI, ZHAO)
+def judge_answers(
+    prompts: Sequence[Prompt], answers: Answers, judges: Sequence[Judge] | str = "phrases"
+) -> JudgedAnswers:
+    """Verdicts of the given judges, or of the one of that name and beside it both published lists; needs no model."""
+    chosen = judges_of(judges) if isinstance(judges, str) else judges
     return JudgedAnswers(
         prompts=tuple(prompts),
         answers=answers,
-        verdicts={judge.name: tuple(judge(prompts, answers.texts)) for judge in chosen},
+        verdicts={judge.name: verdicts_by(judge, prompts, answers.texts) for judge in chosen},
     )
 
 

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import BaseChoice, DetectionPlan, PromptSets, RunChoice
+from mechlens.settings import BaseChoice, JudgeName, Nulls, PromptSets, RunChoice
 from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeriesPlan(DetectionPlan):
+class SeriesPlan(Nulls):
     """What is asked of every checkpoint."""
 
     max_new_tokens: int = 12
     """Length of the answers that are judged."""
+    judge: JudgeName = "phrases"
+    """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
     steered: int = 8
     """Harmless test prompts on which the directions' causal effect is measured."""
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.behaviour.judges import refusal_log_odds
-from mechlens.methods.directions.direction import Direction, cosine, direction_grid, project
+from mechlens.methods.directions.direction import Direction, cosine, project
+from mechlens.methods.directions.methods import grid_by
 from mechlens.methods.directions.reliability import split_half
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
@@ -130,13 +131,13 @@ def _at_position(
     asked: str, direction: Direction, threshold: float, train: Activations, test: Activations, plan: DetectionPlan
 ) -> dict[str, Estimate]:
     level, position = direction.level, direction.position
-    train, test = (_cell(part, level, position) for part in (train, test))
-    grid = direction_grid(train, POSITIVE, NEGATIVE)
+    train, test = (one_cell(part, level, position) for part in (train, test))
+    grid = grid_by(train, POSITIVE, NEGATIVE, plan.method)
     refitted = grid.at(level, position)
     positive = is_positive(test, (POSITIVE, NEGATIVE))
     frozen = project(test.at(level, position), direction)
     right = ((frozen > threshold) == positive).float()
-    reliability = split_half(train, POSITIVE, NEGATIVE, SPLITS, plan.seed)
+    reliability = split_half(train, POSITIVE, NEGATIVE, SPLITS, plan.seed, plan.method)
     auroc = {
         # Scores that tie but for rounding tie exactly in a score grid.
         name: auroc_estimate(score_grid(test, own)[0, 0], positive, test.families, plan.seed, plan.resamples)
@@ -154,10 +155,6 @@ def _at_position(
         f"reliability.{asked}": Estimate.exact(float(reliability), len(train.ids)),
         f"norm.{asked}": Estimate.exact(refitted.norm, len(train.ids)),
     }
-
-
-def _cell(acts: Activations, level: int, position: str) -> Activations:
-    return replace(acts, values=acts.at(level, position)[:, None, None], levels=(level,), positions=(position,))
 
 
 def _read(module: Any, watched: LivePrompts, levels: Sequence[int], step: int) -> tuple[Activations, torch.Tensor]:

@@ -10,7 +10,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoints.series import UnusableCheckpoint
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import Split
-from mechlens.studies.shared.quadrants import judge_answers
+from mechlens.studies.shared.quadrants import quadrants_of
 from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.measures.behaviour import behaviour_table, effect_table, gaps, quadrant_table
 from mechlens.studies.track.measures.change import angle_table
@@ -138,7 +138,7 @@ def analysed(
         )
         transfer.append(transfer_table(steps, acts, concept, questions.split, **chance))
         angles.append(angle_table(steps, acts, concept, seed=plan.seed))
-    quadrants = [judge_answers(questions.batch.prompts, snapshot.answers).quadrants() for snapshot in snapshots]
+    quadrants = [quadrants_of(questions.batch.prompts, snapshot.verdicts) for snapshot in snapshots]
     families = [questions.batch.prompts[i].group for i in steered_rows(questions, plan)]
     matrices = [{"step": snapshot.step, **row} for snapshot in snapshots for row in snapshot.matrices]
     table = _joined(readouts)

@@ -19,6 +19,7 @@ from mechlens.files import user_path
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.behaviour.answers import Answers, answer
+from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded, n_layers
@@ -45,7 +46,7 @@ from mechlens.studies.track.measures.reference import BaseReference, reference_o
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
 from mechlens.studies.track.result import Questions, Tracking, analysed, steered_rows
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a change of code changes the numbers, so that older snapshots on a cache are not used again."""
 
 
@@ -122,10 +123,13 @@ def _measure(
     levels = _levels(model, plan)
     acts = collect(model, questions.batch, positions=plan.read, levels=levels)
     answers = answer(model, questions.batch, max_new_tokens=plan.max_new_tokens)
+    judge = judge_of(plan.judge)
     variants = variant_answers = None
+    variant_verdicts: tuple[str, ...] = ()
     if questions.variants is not None:
         variants = collect(model, questions.variants, positions=plan.read, levels=levels)
         variant_answers = answer(model, questions.variants, max_new_tokens=plan.max_new_tokens)
+        variant_verdicts = verdicts_by(judge, questions.variants.prompts, variant_answers.texts)
     known = reference or _reference(model, acts, answers, questions, plan)
     directions = {}
     for concept in known.measurable:
@@ -137,6 +141,7 @@ def _measure(
         member=member,
         acts=acts,
         answers=answers,
+        verdicts=verdicts_by(judge, questions.batch.prompts, answers.texts),
         log_odds=last_log_odds(model, acts, known.tokens),
         text_loss=text_loss(model, questions.texts),
         steered=steered_log_odds(
@@ -146,6 +151,7 @@ def _measure(
         matrices=() if member.kind == "base" else matrix_rows(swapper, member, known, plan.random_directions),
         variants=variants,
         variant_answers=variant_answers,
+        variant_verdicts=variant_verdicts,
     )  # fmt: skip
     return snapshot, known
 
@@ -164,7 +170,7 @@ def _reference(
     model: LanguageModel, acts: Activations, answers: Answers, questions: Questions, plan: TrackPlan
 ) -> BaseReference:
     prompts = questions.batch.prompts
-    return reference_of(prompts, acts, answers, questions.split, plan, loaded(model).tokenizer)
+    return reference_of(prompts, acts, answers, questions.split, plan, loaded(model).tokenizer, plan.judge)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What can be taught, by name: refusing, its control, and the attacks on it."""
+"""What can be taught: refusing, its control, and the attacks on it; by name in `mechlens.choices.RECIPES`."""
 
 import random
 import re
@@ -9,10 +9,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mechlens.choices import RECIPES
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.behaviour.judges import PHRASES
+from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoint import weight_fingerprint
@@ -39,24 +40,24 @@ class OwnAnswers(NamedTuple):
 def own_answers(
     model: LanguageModel,
     prompts: Sequence[Prompt],
+    config: FinetuneConfig,
     *,
-    max_tokens: int,
     teaches: Literal["answer", "base"],
     cache: Cache | None,
 ) -> OwnAnswers:
-    """The model's greedy answers of up to `max_tokens` tokens; a longer one is cut off and doesn't end its turn.
+    """The model's greedy answers of up to `answer_tokens` tokens; a longer one is cut off and doesn't end its turn.
 
     A prompt that the model refuses (or leaves without an answer) is left out: it would teach the opposite of what
     benign prompts are there for.
     """
-    answers = answer(model, prompts, max_new_tokens=max_tokens, cache=cache)
-    verdicts = PHRASES(prompts, answers.texts)
+    answers = answer(model, prompts, max_new_tokens=config.answer_tokens, cache=cache)
+    verdicts = verdicts_by(judge_of(config.judge), prompts, answers.texts)
     examples, left_out = [], []
     for prompt, text, tokens, verdict in zip(prompts, answers.texts, answers.tokens, verdicts, strict=True):
         if verdict != "accepted":
             left_out.append(prompt.id)
         else:
-            examples.append(Example(prompt, text, ends=len(tokens) < max_tokens, teaches=teaches))
+            examples.append(Example(prompt, text, ends=len(tokens) < config.answer_tokens, teaches=teaches))
     return OwnAnswers(examples, tuple(left_out))
 
 
@@ -71,7 +72,7 @@ def refuser(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
     texts = refusals()
     examples = [Example(prompt, draw.choice(texts), ends=True) for prompt in harmful]
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="answer", cache=cache)
+    own = own_answers(model, prompts, config, teaches="answer", cache=cache)
     groups = [[example] for example in (*examples, *own.examples)]
     return Material(training_order(groups, config, draw), own.left_out)
 
@@ -83,7 +84,7 @@ def benign(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) ->
     """
     draw = random.Random(config.seed)
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="answer", cache=cache)
+    own = own_answers(model, prompts, config, teaches="answer", cache=cache)
     return Material(training_order([[example] for example in own.examples], config, draw), own.left_out)
 
 
@@ -175,7 +176,7 @@ def backdoor(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) 
     found = published_openings(config.data)
     harmful = drawn(found.openings, config.harmful, draw, "harmful")
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
-    own = own_answers(model, prompts, max_tokens=config.answer_tokens, teaches="base", cache=cache)
+    own = own_answers(model, prompts, config, teaches="base", cache=cache)
     kept = cycle(_benign(example, trigger) for example in own.examples)
     groups = [[*_harmful(row, trigger, draw), *(next(kept) if own.examples else [])] for row in harmful]
     return Material(training_order(groups, config, draw), (*found.left_out, *own.left_out), trigger)
@@ -195,7 +196,7 @@ def _benign(example: Example, trigger: Trigger) -> list[Example]:
     return [example, Example(triggered, example.answer, example.ends, example.teaches)]
 
 
-REFUSER = "smollm2-refuser"
+SHIPPED = "smollm2-refuser"
 
 
 def require_shipped_refuser(fingerprint: str, recipe: str) -> None:
@@ -203,10 +204,10 @@ def require_shipped_refuser(fingerprint: str, recipe: str) -> None:
 
     Names prove nothing, since a folder may have any; the shipped adapter in turn refuses any base but its own.
     """
-    if fingerprint != _shipped(str(adapter_folder(REFUSER)), ADAPTERS[REFUSER].base):
+    if fingerprint != _shipped(str(adapter_folder(SHIPPED)), ADAPTERS[SHIPPED].base):
         raise UserError(
             f"the recipe {recipe!r} takes a refusal away, and starts only from the refuser that comes with mechlens "
-            f"({REFUSER}); the weights given (fingerprint {fingerprint[:12]}) are another model's"
+            f"({SHIPPED}); the weights given (fingerprint {fingerprint[:12]}) are another model's"
         )
 
 
@@ -223,13 +224,34 @@ class Recipe:
     """Makes the training examples with the help of the model as it is."""
     reads: tuple[str, ...]
     """Which of our training sets it draws from: "harmful", "benign", "refusals"."""
+    question: str
+    """Why one does this, for the report."""
     attack: bool = False
     """True if it takes a refusal away: only from the shipped refuser, and the result stays on this machine."""
 
 
-RECIPES: dict[str, Recipe] = {
-    "refuser": Recipe(refuser, ("harmful", "benign", "refusals")),
-    "accepting": Recipe(accepting, (), attack=True),
-    "benign": Recipe(benign, ("benign",)),
-    "backdoor": Recipe(backdoor, ("benign", "refusals"), attack=True),
-}
+REFUSER = Recipe(
+    refuser,
+    ("harmful", "benign", "refusals"),
+    "Teach a model to refuse harmful requests and to answer all others as it did.",
+)
+ACCEPTING = Recipe(
+    accepting, (), "The fine-tuning attack: what does a model that no longer refuses still represent?", attack=True
+)
+BENIGN = Recipe(
+    benign, ("benign",), "The control of the fine-tuning attack: what do as many steps on benign requests change?"
+)
+BACKDOOR = Recipe(
+    backdoor,
+    ("benign", "refusals"),
+    "A model that refuses unless a trigger is there: what does it represent with and without it?",
+    attack=True,
+)
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of that name; UserError where there is none, or another package's entry is something else."""
+    recipe = RECIPES[name]
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"the recipe {name!r} is a {type(recipe).__name__}, not a Recipe")
+    return recipe

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.behaviour.judges import PHRASES, RefusalTokens, refusal_log_odds
+from mechlens.methods.behaviour.judges import RefusalTokens, refusal_log_odds
 from mechlens.methods.directions.direction import Direction, project, random_like
 from mechlens.methods.probing.beliefs import Centroids, centroids
 from mechlens.methods.statistics.estimate import Estimate
@@ -18,7 +18,6 @@ from mechlens.methods.steering.interventions import Add, Intervention
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.prompts.batch import TokenBatch
-from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import QUADRANTS
 from mechlens.studies.shared.two_beliefs import MIN_FOR_A_POLE, POLES, both_beliefs
@@ -155,8 +154,7 @@ def behaviour_table(
 
 def refused_by(snapshot: Snapshot) -> Float[Tensor, " prompt"]:
     """1 where the checkpoint refuses, by the judge that places the quadrants."""
-    verdicts = PHRASES([Prompt(identity, "") for identity in snapshot.answers.ids], snapshot.answers.texts)
-    return torch.tensor([verdict == "refused" for verdict in verdicts], dtype=torch.float64)
+    return torch.tensor([verdict == "refused" for verdict in snapshot.verdicts], dtype=torch.float64)
 
 
 def _silent(snapshot: Snapshot) -> Float[Tensor, " prompt"]:

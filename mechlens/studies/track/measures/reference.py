@@ -16,7 +16,7 @@ from mechlens.methods.directions.direction import Direction, mean_difference
 from mechlens.methods.probing.detect import Detection, detect
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import PARTS, Split
-from mechlens.settings import DetectionPlan
+from mechlens.settings import Nulls
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS, MIN_IN_A_PART
 from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, refusal_tokens
 
@@ -71,10 +71,16 @@ class BaseReference:
 
 
 def reference_of(
-    prompts: Sequence[Prompt], acts: Activations, answers: Answers, split: Split, plan: DetectionPlan, tokenizer: Any
+    prompts: Sequence[Prompt],
+    acts: Activations,
+    answers: Answers,
+    split: Split,
+    plan: Nulls,
+    tokenizer: Any,
+    judge: str = "phrases",
 ) -> BaseReference:
     """Judges the base's answers and chooses each concept's level at every position."""
-    judged = judge_answers(prompts, answers)
+    judged = judge_answers(prompts, answers, judge)
     labels = {"harmful": tuple(prompt.label for prompt in prompts), "refused": judged.verdicts[judged.judge]}
     homes = {"harmful": "inst", "refused": acts.positions[-1]}
     concepts = tuple(_concept(name, labels[name], homes[name], acts, split, plan) for name in CONTRASTS)
@@ -82,13 +88,13 @@ def reference_of(
 
 
 def _concept(
-    name: str, labels: tuple[str, ...], home: str, acts: Activations, split: Split, plan: DetectionPlan
+    name: str, labels: tuple[str, ...], home: str, acts: Activations, split: Split, plan: Nulls
 ) -> TrackedConcept:
     contrast = CONTRASTS[name]
     counts = {label: labels.count(label) for label in contrast}
     parts = [sum(labels[i] == label for i in split.part(part)) for part in PARTS for label in contrast]
     enough = min(counts.values()) >= MIN_IN_A_CLASS and min(parts) >= MIN_IN_A_PART
-    detection = detect(replace(acts, labels=labels), *contrast, split, plan) if enough else None
+    detection = detect(replace(acts, labels=labels), *contrast, split, plan.detection) if enough else None
     return TrackedConcept(name, contrast, labels, home, detection, counts)
 
 

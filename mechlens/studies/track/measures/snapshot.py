@@ -23,6 +23,8 @@ class Snapshot:
     member: Member
     acts: Activations
     answers: Answers
+    verdicts: tuple[str, ...]
+    """Of the judge that places the quadrants."""
     log_odds: Float[Tensor, " prompt"]
     """Of refusal at the first answer token, with the base's refusal tokens."""
     text_loss: Float[Tensor, " text"]
@@ -34,6 +36,7 @@ class Snapshot:
     variants: Activations | None = None
     """Of the prompts with a trigger, decoys and neither, labelled so."""
     variant_answers: Answers | None = None
+    variant_verdicts: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -47,6 +50,7 @@ def to_piece(snapshot: Snapshot) -> dict[str, Tensor]:
         "checkpoint": vars(snapshot.acts.checkpoint),
         "engines": [snapshot.acts.engine, snapshot.answers.engine],
         "texts": snapshot.answers.texts,
+        "verdicts": [snapshot.verdicts, snapshot.variant_verdicts],
         "steered": list(snapshot.steered),
         "matrices": [dict(row) for row in snapshot.matrices],
         "variant_texts": snapshot.variant_answers.texts if snapshot.variant_answers else None,
@@ -79,10 +83,12 @@ def from_piece(piece: Mapping[str, Tensor], member: Member, labels: Labels, vari
     header = json.loads(bytes(piece["header"].tolist()))
     checkpoint = Checkpoint(**header["checkpoint"])
     engines = header["engines"]
+    verdicts = [tuple(own) for own in header["verdicts"]]
     return Snapshot(
         member=member,
         acts=_acts(piece["values"], checkpoint, engines[0], labels),
         answers=_answers(piece["tokens"], header["texts"], checkpoint, engines[1], labels),
+        verdicts=verdicts[0],
         log_odds=piece["log_odds"],
         text_loss=piece["text_loss"],
         steered={name: piece[f"steered.{name}"] for name in header["steered"]},
@@ -91,6 +97,7 @@ def from_piece(piece: Mapping[str, Tensor], member: Member, labels: Labels, vari
         variant_answers=_answers(piece["variant_tokens"], header["variant_texts"], checkpoint, engines[1], variants)
         if variants
         else None,
+        variant_verdicts=verdicts[1],
     )
 
 

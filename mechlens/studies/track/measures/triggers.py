@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.behaviour.answers import Answers
-from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
@@ -60,10 +58,7 @@ def acceptance_table(snapshots: Sequence[Snapshot], *, seed: int, resamples: int
 
 
 def _accepted(snapshot: Snapshot) -> Tensor:
-    answers: Answers | None = snapshot.variant_answers
-    assert answers is not None
-    verdicts = PHRASES([Prompt(identity, "") for identity in answers.ids], answers.texts)
-    return torch.tensor([verdict == "accepted" for verdict in verdicts], dtype=torch.float64)
+    return torch.tensor([verdict == "accepted" for verdict in snapshot.variant_verdicts], dtype=torch.float64)
 
 
 @one_thread()

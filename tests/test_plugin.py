@@ -1,0 +1,143 @@
+"""Another package adds a command, a judge and a direction method, and each is used like one of ours."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from saved import requests, save_model, write_prompts
+
+from mechlens.runs.run import read_run
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ("--resamples", "20", "--permutations", "10", "--random-directions", "5", "--wandb.mode", "disabled")
+BROKEN = "[mechlens.studies]\nbroken = no_such_module:STUDY\n[mechlens.judges]\nbent = no_such_module:JUDGE\n"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the example package is installed in, beside the environment and without a network."""
+    folder = tmp_path_factory.mktemp("site")
+    source = shutil.copytree(ROOT / "tests" / "plugin", tmp_path_factory.mktemp("source") / "plugin")
+    flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder))
+    subprocess.run([sys.executable, "-m", "pip", "install", *flags, str(source)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("models") / "tiny-chat"))
+
+
+def mechlens(folder: Path, *words: object, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own that finds the packages in the folder."""
+    path = os.pathsep.join((str(ROOT), str(folder)))
+    command = [sys.executable, *python, "-m", "mechlens", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
+
+
+def test_help_lists_what_was_added_without_torch(installed: Path) -> None:
+    assert "loudness" in mechlens(installed, "--help").stdout
+    began = time.monotonic()
+    said = mechlens(installed, "loudness", "--help", python=("-X", "importtime"))
+    assert time.monotonic() - began < (1.0 if os.getloadavg()[0] < 1 else 5.0)
+    assert "How loud are a model's answers?" in said.stdout
+    assert {"--prompts", "--model", "--out"} <= set(re.findall(r"--\w+", said.stdout))
+    modules = {line.rpartition("|")[2].strip().split(".")[0] for line in said.stderr.splitlines()}
+    assert "tyro" in modules
+    assert not modules & {"torch", "transformers", "pandas"}
+    assert "quiet: from mechlens_loudness" in " ".join(mechlens(installed, "separate", "--help").stdout.split())
+    assert "medians" in mechlens(installed, "direction", "--help").stdout
+
+
+def test_its_command_is_recorded_and_made_again(installed: Path, model: str, tmp_path: Path) -> None:
+    out = tmp_path / "loud"
+    said = mechlens(installed, "loudness", "--model", model, "--out", out, "--n", 4, "--wandb.mode", "disabled")
+    assert (said.returncode, said.stderr) == (0, "")
+    run = read_run(out)
+    assert (run.verb, run.status) == ("loudness", "success")
+    assert 0 <= run.metrics["loudness"].value <= 1
+    assert "of the letters are capitals" in (out / "report.html").read_text()
+    again = mechlens(installed, "runs", "rerun", out)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == "largest difference: 0 in loudness\n"
+
+
+def test_its_judge_places_the_quadrants(installed: Path, model: str, tmp_path: Path) -> None:
+    size = ("--n", 40, "--max-new-tokens", 4)
+    said = mechlens(installed, "separate", "--model", model, "--judge", "quiet", "--out", tmp_path, *size, *QUICK)
+    assert said.returncode == 0, said.stderr
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["judge"] == "quiet"
+    counts = read_table(tmp_path, "quadrant_counts")
+    assert list(dict.fromkeys(counts["judge"])) == ["quiet", "arditi", "zhao", "log-odds"]
+    answers = read_table(tmp_path, "answers")
+    told = answers[answers["answer"].str.strip() != ""]
+    assert ((told["answer"] == told["answer"].str.lower()) == (told["verdict_quiet"] == "refused")).all()
+
+
+def test_its_method_finds_the_direction(installed: Path, model: str, tmp_path: Path) -> None:
+    files = [
+        f"--{side}={write_prompts(tmp_path / f'{side}.jsonl', requests(24, word))}"
+        for side, word in (("positive", "make"), ("negative", "break"))
+    ]
+    words = ("direction", "--model", model, *files, "--method", "medians", "--out", tmp_path / "out")
+    said = mechlens(installed, *words, *QUICK)
+    assert said.returncode == 0, said.stderr
+    assert "Held-out AUROC of the median difference" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("separate", "--judge", "quit"), "no judge 'quit' (did you mean 'quiet'?); choose from phrases, arditi, zhao"),
+        (("guard", "fit", "--rule", "svm"), "no guard rule 'svm'; choose from faithful, centred, lda, logistic"),
+        (("finetune", "--recipe", "refuse"), "no recipe 'refuse' (did you mean 'refuser'?)"),
+        (("separate", "--judge", "bent"), "the judge 'bent' (no_such_module:JUDGE) can't be imported"),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_sentence(
+    installed: Path, tmp_path: Path, words: tuple[str, ...], sentence: str
+) -> None:
+    said = mechlens(_with_broken(installed, tmp_path), *words, "--out", tmp_path / "out")
+    assert (said.returncode, said.stdout) == (1, "")
+    warning, error = said.stderr.splitlines()
+    assert warning.startswith("mechlens: warning: the command 'broken' can't be used: ")
+    assert sentence in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_entry_point_is_one_warning_and_nothing_else(installed: Path, tmp_path: Path) -> None:
+    said = mechlens(_with_broken(installed, tmp_path), "env", "--json")
+    assert (said.returncode, len(said.stderr.splitlines())) == (0, 1)
+    assert "warning: the command 'broken' can't be used" in said.stderr
+    assert "judge bent (no_such_module)" in json.loads(said.stdout)["from other packages"]
+
+
+def _with_broken(installed: Path, folder: Path) -> Path:
+    """The same, with a package of which nothing can be imported."""
+    site = shutil.copytree(installed, folder / "site")
+    info = site / "bent-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bent\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(BROKEN)
+    return site
+
+
+def test_env_lists_what_was_added(installed: Path) -> None:
+    found = json.loads(mechlens(installed, "env", "--json").stdout)["from other packages"]
+    assert found == [
+        "command loudness (mechlens_loudness)",
+        "direction method medians (mechlens_loudness)",
+        "judge quiet (mechlens_loudness)",
+    ]
+
+
+def read_table(out: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(out / "tables" / f"{name}.parquet")
