@@ -17,10 +17,9 @@ class Loudness(RunChoice, ModelChoice):
 
 
 def prepare(config):
-    from mechlens.studies.shared.model import chosen_model, prepared
+    from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared
 
     from mechlens.prompts.files.load import load_prompts
-    from mechlens.studies.shared.inputs import data_inputs
 
     prompts = load_prompts(config.prompts, label="asked")[: config.n]
     chosen = chosen_model(config)
