@@ -1,26 +1,11 @@
-"""Caches of keys and values: for many rows on one start, for one pass that keeps nothing, with room to grow."""
+"""Caches of keys and values: one for a single pass, which keeps nothing, and one with room to grow."""
 
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-
-
-def expanded(cache: DynamicCache | None, batch: int) -> DynamicCache:
-    """A fresh cache that starts with the same keys and values in every row."""
-    if cache is None:
-        return DynamicCache()
-    return DynamicCache([(x.keys.expand(batch, -1, -1, -1), x.values.expand(batch, -1, -1, -1)) for x in cache.layers])
-
-
-def chosen(layer: Any, rows: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
-    """Keys and values of some rows of one layer; views where there is only one row."""
-    if len(layer.keys) == 1:
-        return layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1)
-    return layer.keys[rows.to(layer.keys.device)], layer.values[rows.to(layer.values.device)]
 
 
 class ReadOnlyCache(DynamicCache):  # type: ignore[misc]  # transformers has no types

@@ -44,7 +44,7 @@ class Recording:
     values: dict[int, Tensor]
     """What the run has at a site, by layer: (seq, d_model), (seq, head, d_head), or (head, seq, key)."""
     cache: DynamicCache | None = None
-    """Keys and values of every layer; none from the plain path, which starts every pass at the first token."""
+    """Keys and values of every layer; none from the reference, which starts every pass at the first token."""
 
 
 @torch.inference_mode()
@@ -85,7 +85,7 @@ def _what_there_is(model: LanguageModel, site: str) -> str:
 
 
 def site_values(model: LanguageModel, ids: Sequence[int], site: str, layers: Sequence[int]) -> dict[int, Tensor]:
-    """What a run has at one site in each layer, by the plain path."""
+    """What a run has at one site in each layer, by the reference."""
     return reference_record(model, ids, -1, site, layers).values
 
 

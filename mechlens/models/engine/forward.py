@@ -30,8 +30,8 @@ from mechlens.models.bridge import (
     regime,
     whole,
 )
-from mechlens.models.engine.caches import expanded
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
+from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import level_hook
 from mechlens.models.transformers_versions import with_cache
@@ -198,7 +198,8 @@ def fast_batch(
     device = device_of(model)
     reader = Reader(levels, n_layers(model), read, stops=True)
     with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(_Stop):
-        hf_model(tokens.to(device), **with_cache(hf_model, expanded(prefix, len(rows))))
+        cache = SharedRows.apart(len(rows), n_layers(model), device).cache(prefix)
+        hf_model(tokens.to(device), **with_cache(hf_model, cache))
     return reader.stacked()
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers
-from mechlens.models.engine.caches import chosen
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
 from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.native import native, native_blocks
@@ -57,7 +57,7 @@ class SharedRows:
         if prefix is None:
             return DynamicCache()
         layers = zip(prefix.layers, self.first, strict=True)
-        return DynamicCache([chosen(layer, self.starts[first]) for layer, first in layers])
+        return DynamicCache([_chosen(layer, self.starts[first]) for layer, first in layers])
 
     @contextlib.contextmanager
     def running(
@@ -100,6 +100,12 @@ def _first_rows(block: Sequence[int]) -> list[int]:
     for row, number in enumerate(block):
         first.setdefault(number, row)
     return list(first.values())
+
+
+def _chosen(layer: Any, rows: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
+    if len(layer.keys) == 1:
+        return layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1)
+    return layer.keys[rows.to(layer.keys.device)], layer.values[rows.to(layer.values.device)]
 
 
 def _for_any_row(value: Any, rows: int) -> Any:
