@@ -169,7 +169,7 @@ os.replace = replace
 
 MOMENTS = {
     "between two pieces": Moment(
-        "from mechlens.runs.folder import FolderCache\nFolderShelf.put = after(FolderCache.put, 4)\n", half=False
+        "from mechlens.runs.folder import FolderCache\nFolderCache.put = after(FolderCache.put, 4)\n", half=False
     ),
     "inside a piece": Moment(
         replacing("target.suffix == '.safetensors' and len(list(target.parent.glob('*'))) > 5"),
