@@ -17,9 +17,8 @@ class Loudness(RunChoice, ModelChoice):
 
 
 def prepare(config):
-    from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared
-
     from mechlens.prompts.files.load import load_prompts
+    from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared
 
     prompts = load_prompts(config.prompts, label="asked")[: config.n]
     chosen = chosen_model(config)
@@ -39,12 +38,12 @@ def report(writer, answers, content):
     import torch
 
     from mechlens.methods.statistics.resample import mean_estimate
-    from mechlens.runs.report.report import Number, Report
+    from mechlens.runs.report.report import Report
 
     shares = [sum(c.isupper() for c in text) / max(sum(c.isalpha() for c in text), 1) for text in answers.texts]
     loudness = mean_estimate(torch.tensor(shares).double(), answers.ids, seed=0)
     writer.metrics({"loudness": loudness})
-    numbers = (Number("share of capitals", loudness),)
+    numbers = {"share of capitals": loudness}
     writer.report(Report("Loudness", "How loud are the answers?", f"{loudness} of the letters are capitals.", numbers))
 
 
