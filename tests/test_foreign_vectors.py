@@ -18,8 +18,13 @@ from mechlens.errors import UserError
 from mechlens.methods.directions.direction import Direction, direction_cosine, direction_grid
 from mechlens.methods.probing.beliefs import beliefs, centroids
 from mechlens.runs.artifacts import load, save
-from mechlens.runs.vectors.direction_files import read_direction
-from mechlens.runs.vectors.foreign_grids import read_mean_differences, read_stack, read_stacked_centroids, read_states
+from mechlens.runs.vectors.direction_files import (
+    read_direction,
+    read_mean_differences,
+    read_stack,
+    read_stacked_centroids,
+    read_states,
+)
 from mechlens.runs.vectors.foreign_vectors import is_foreign, read_refusal_direction, read_repeng, read_steering_vectors
 
 D_MODEL = 16

@@ -19,8 +19,7 @@ import pytest
 from mechlens.errors import UserError
 from mechlens.files import LARGEST_FILE, user_path
 from mechlens.prompts.files import parquet
-from mechlens.prompts.files.load import load_prompts
-from mechlens.prompts.pairs import load_pairs
+from mechlens.prompts.files.load import load_pairs, load_prompts
 from mechlens.prompts.prompt import LONGEST_TEXT, Prompt
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.finetune.recipes.recipe import published_openings

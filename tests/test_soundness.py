@@ -16,8 +16,8 @@ from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward, reference
+from mechlens.models.engine.probes import require_finite_logits, require_finite_weights
 from mechlens.models.load import load
-from mechlens.models.soundness import require_finite_logits, require_finite_weights
 from mechlens.prompts.prompt import Prompt
 
 PROMPTS = [Prompt(id="p0", text="the thing")]

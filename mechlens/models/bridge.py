@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from mechlens.errors import UserError
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine.head import head_gap, own_logits
-from mechlens.models.engine.probes import apart, decode_gap, probe_logits, tolerance
+from mechlens.models.engine.probes import (
+    apart,
+    decode_gap,
+    overflow_advice,
+    probe_logits,
+    require_finite_logits,
+    require_finite_weights,
+    require_present,
+    tolerance,
+)
 from mechlens.models.fingerprint import (
     config_fingerprint,
     sampled_fingerprint,
@@ -26,7 +35,6 @@ from mechlens.models.fingerprint import (
     weights_of,
 )
 from mechlens.models.offline import sealed
-from mechlens.models.soundness import overflow_advice, require_finite_logits, require_finite_weights, require_present
 from mechlens.models.transformers_versions import cache_by_old_name, mend_attention
 
 LanguageModel = Any

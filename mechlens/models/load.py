@@ -16,10 +16,10 @@ from mechlens.models.checkpoints.folders import other_format, own_tokenizer, rea
 from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
 from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
 from mechlens.models.checkpoints.weight_files import require_inside
+from mechlens.models.engine.probes import require_present
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.offline import sealed
 from mechlens.models.packaged import ADAPTERS, adapter_folder
-from mechlens.models.soundness import require_present
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -27,8 +27,8 @@ from mechlens.models.bridge import (
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
+from mechlens.models.engine.probes import overflow_advice
 from mechlens.models.sites import level_hook
-from mechlens.models.soundness import overflow_advice
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template

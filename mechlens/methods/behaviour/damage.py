@@ -12,7 +12,7 @@ from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.steering.interventions import ALL, Ablate, Add
 from mechlens.methods.steering.steering import applied
 from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, is_bridge, loaded
-from mechlens.models.soundness import require_finite_logits
+from mechlens.models.engine.probes import require_finite_logits
 from mechlens.prompts.batch import TokenBatch, require_rows_for
 
 PLAIN_TEXT = (

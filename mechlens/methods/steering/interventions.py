@@ -14,8 +14,7 @@ from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.engine.writes import Place, place_hooks, require_seen
-from mechlens.models.sites import CHANGEABLE, require_site
+from mechlens.models.sites import CHANGEABLE, Place, place_hooks, require_seen, require_site
 
 Phase = Literal["prompt", "generation", "both"]
 Unit = Literal["raw", "unit", "share"]

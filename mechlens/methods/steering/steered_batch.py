@@ -26,7 +26,7 @@ from mechlens.models.engine.generate import start_cache
 from mechlens.models.engine.intervene import AddAlong, Change, bears_fast, changed
 from mechlens.models.engine.shared_rows import SharedRows, shares_rows
 from mechlens.models.engine.token_mask import TokenMask
-from mechlens.models.engine.writes import Place
+from mechlens.models.sites import Place
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate

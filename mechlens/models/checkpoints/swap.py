@@ -21,10 +21,10 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.lora import LowRank, read_lora
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.weight_store import WeightStore, unnamed_file
+from mechlens.models.engine.probes import require_finite_weights
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf, load_merged, require_wrappable, short_name, type_without_loss
 from mechlens.models.native import native, native_blocks, refresh_splits, writing_modules
-from mechlens.models.soundness import require_finite_weights
 
 
 def checkpoint_swapper(

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, d_model, device_of, n_layers, whole
+from mechlens.models.engine.probes import require_finite_logits
 from mechlens.models.sites import SITES, n_heads, site_hook
-from mechlens.models.soundness import require_finite_logits
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from mechlens.models.engine.edits import (
     value_at,
 )
 from mechlens.models.engine.forward import cheapest_pieces, warn_plain, why_plain
+from mechlens.models.engine.probes import require_finite_logits
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
 from mechlens.models.native import native, native_blocks, native_tap
 from mechlens.models.sites import n_heads, site_hook
-from mechlens.models.soundness import require_finite_logits
 from mechlens.models.transformers_versions import with_cache
 
 

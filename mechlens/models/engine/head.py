@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, probe_tokens, tolerance
+from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, probe_tokens, require_finite_logits, tolerance
 from mechlens.models.native import native
-from mechlens.models.soundness import require_finite_logits
 
 Form = tuple[Any, ...] | None
 """What a block gives beside its residual; None for one that gives the bare residual."""

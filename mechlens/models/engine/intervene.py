@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mechlens.models.bridge import LanguageModel, device_of, is_bridge
 from mechlens.models.engine.token_mask import TokenMask
-from mechlens.models.engine.writes import Place, place_hooks
 from mechlens.models.native import native, plain_module
+from mechlens.models.sites import Place, place_hooks
 
 _Edit = Callable[[Tensor], Tensor]
 

@@ -12,10 +12,9 @@ from transformers import GenerationConfig, LogitsProcessorList
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, has_hooks, is_bridge, loaded, regime
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import Decided, Rest, stop_tokens
-from mechlens.models.engine.probes import decode_gap, loses, tolerance
+from mechlens.models.engine.probes import decode_gap, loses, require_finite_logits, tolerance
 from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.native import native
-from mechlens.models.soundness import require_finite_logits
 
 PLAIN, NATIVE, UNCACHED = "plain", "native", "uncached"
 """Ways of decoding that fit more models than packed batches do; see `reference_engine`."""

@@ -16,8 +16,8 @@ from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.steering.conditions import answers_of_arms
 from mechlens.methods.steering.interventions import Ablate, Add, ResidualNorms
+from mechlens.methods.steering.steering import answers_of_arms
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMLESS, OPERATIONS, PUSH, ContrastSource, Setting, intervene, pushes

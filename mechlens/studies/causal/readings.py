@@ -13,8 +13,8 @@ from mechlens.methods.behaviour.judges import RefusalTokens
 from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
-from mechlens.methods.steering.conditions import Readout, answers_of_arms, first_token_of_arms
 from mechlens.methods.steering.interventions import Ablate, Add
+from mechlens.methods.steering.steering import Readout, answers_of_arms, first_token_of_arms
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt

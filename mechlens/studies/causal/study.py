@@ -24,7 +24,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
-from mechlens.models.engine.writes import require_everywhere
+from mechlens.models.sites import require_everywhere
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family

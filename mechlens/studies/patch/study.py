@@ -20,7 +20,7 @@ from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, patch_sweep
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
-from mechlens.prompts.pairs import load_pairs
+from mechlens.prompts.files.load import load_pairs
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter

@@ -28,7 +28,7 @@ from mechlens.methods.steering.candidates import (
     score_candidates,
 )
 from mechlens.models.bridge import LanguageModel, n_layers
-from mechlens.models.engine.writes import require_everywhere
+from mechlens.models.sites import require_everywhere
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family

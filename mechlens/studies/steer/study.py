@@ -12,7 +12,7 @@ from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, ResidualNorms, residual_norms
 from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
-from mechlens.models.engine.writes import require_everywhere
+from mechlens.models.sites import require_everywhere
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
