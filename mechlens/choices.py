@@ -45,7 +45,7 @@ RULES: Registry[Any] = Registry(
         "logistic": Choice("mechlens.methods.guard.rules:logistic", "logistic regression"),
     },
 )
-"""`Fit`s: vectors of one place and which of them are positive -> `CosineScore` or `LinearScore`."""
+"""Functions: vectors of one place (float64) and which of them are positive -> `CosineScore` or `LinearScore`."""
 
 RECIPES: Registry[Any] = Registry(
     "recipe",

@@ -5,7 +5,6 @@ The paper's rule (Zhao et al. 2025) compares cosines, in which the mean that all
 both classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +84,6 @@ def _require_finite(what: str, *values: Tensor) -> None:
 
 
 PlaceScore = CosineScore | LinearScore
-Fit = Callable[[Float[Tensor, "prompt d_model"], Bool[Tensor, " prompt"]], PlaceScore]
-"""Vectors of one place (float64) and which of them are positive -> how the place is scored."""
 
 
 def score_by(rule: str, values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:

@@ -26,9 +26,7 @@ class GuardFit(RunChoice, EvaluationPlan, PromptSets, ModelChoice):
     """Further harmless prompts; None leaves them out."""
     punctuation: Literal["match", "keep", "strip"] = "keep"
     """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ."""
-    rule: Annotated[str, RULES, choice(RULES, "How a place is scored; the other rules are fitted beside it.")] = (
-        "logistic"
-    )
+    rule: RuleName = "logistic"
     """How a place is scored: a name of `mechlens.choices.RULES`."""
     positions: Literal["inst", "last", "both"] = "both"
     """Where the guard reads: the last token of the user's words (inst holds best under fine-tuning), the prompt's last
