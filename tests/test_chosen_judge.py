@@ -35,7 +35,6 @@ CONTRARY = Contrary()
 COMMANDS = {
     "separate": ["separate", "--extra-harmless", "None", *NULLS],
     "guard fit": ["guard", "fit", "--extra-harmless", "None", "--max-fpr", "0.2", *NULLS],
-    "select": ["select", "--random-directions", "2", "--last-layers", "0", "--highest-kl", "100", "--n", "40"],
 }
 
 
