@@ -452,7 +452,7 @@ WRONG = {
     "there are no positions": {"positions": ()},
     "there is no position 'end'": {"read": "end"},
     "names 2 positions": {"read": "post[*]"},
-    "there is no direction 'up'": {"direction": "up"},
+    "there is no mode 'up'": {"mode": "up"},
 }
 
 

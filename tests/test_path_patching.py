@@ -52,14 +52,14 @@ def by_hand(model: Any, start: list[int], source: list[int], sender: tuple[int, 
     return model.run_with_hooks(tokens, fwd_hooks=[(f"{name}.attn.hook_q", taken)])[0, -1]
 
 
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
-def test_equals_a_query_taken_from_a_run_with_the_other_write(direction: str) -> None:
+@pytest.mark.parametrize("mode", ["denoising", "noising"])
+def test_equals_a_query_taken_from_a_run_with_the_other_write(mode: str) -> None:
     model, metric = model_of("llama"), LogitDifference(40, 50)
-    got = path_sweep(model, LONG, metric, (0, 1), direction=direction, template=short())
+    got = path_sweep(model, LONG, metric, (0, 1), mode=mode, template=short())
     assert (got.layers, got.heads, got.values.shape) == ((1, 2), (0, 1, 2, 3), (1, 2, 1, 4))
     assert got.site == "q from head 0.1"
     rows = [tokenize([getattr(LONG[0], side)], short()).row(0) for side in ("clean", "corrupt")]
-    start, source = rows[::-1] if direction == "denoising" else rows
+    start, source = rows[::-1] if mode == "denoising" else rows
     ends = [float(metric(plain_logits(model, row)[None], plain_logits(model, row))) for row in rows]
     assert float(got.clean) == pytest.approx(ends[0], abs=CLOSE)
     assert float(got.corrupt) == pytest.approx(ends[1], abs=CLOSE)

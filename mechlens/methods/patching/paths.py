@@ -60,7 +60,7 @@ def path_sweep(
     sender: tuple[int, int],
     *,
     receiver: str = "q",
-    direction: str = "denoising",
+    mode: str = "denoising",
     template: ChatTemplate | None = None,
 ) -> PatchResult:
     """The metric after patching what the head `sender` (layer, head) writes, as one later head alone reads it.
@@ -71,12 +71,12 @@ def path_sweep(
     UserError for pairs of unequal length and where TransformerLens can't take the model's attention apart.
     """
     require_tokens(metric, embedding_rows(model))
-    _refuse_what_there_is_not(model, sender, receiver, direction)
+    _refuse_what_there_is_not(model, sender, receiver, mode)
     clean, corrupt = tokenized_pairs(model, pairs, template)
     rows = []
     for i in tqdm(range(len(pairs)), desc="patching paths", unit="pair", delay=2, leave=False):
         runs = {"denoising": (corrupt.row(i), clean.row(i)), "noising": (clean.row(i), corrupt.row(i))}
-        start, source = runs[direction]
+        start, source = runs[mode]
         if len(start) != len(source):
             raise UserError(
                 f"a path is patched at every token, and {pairs[i].clean.id!r} and {pairs[i].corrupt.id!r} have "
@@ -98,7 +98,7 @@ def path_sweep(
         tokens=("every token",),
         site=f"{receiver} from head {sender[0]}.{sender[1]}",
         metric=metric.name,
-        mode=direction,
+        mode=mode,
         engine="path patching of TransformerLens",
     )
 
@@ -107,7 +107,7 @@ def _on_last_token(metric: Metric, clean: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda logits: metric(logits[0, -1:].float().cpu(), clean)[0]
 
 
-def _refuse_what_there_is_not(model: LanguageModel, sender: tuple[int, int], receiver: str, direction: str) -> None:
+def _refuse_what_there_is_not(model: LanguageModel, sender: tuple[int, int], receiver: str, mode: str) -> None:
     layers, heads = n_layers(model), n_heads(model, "z")
     if not (0 <= sender[0] < layers - 1 and 0 <= sender[1] < heads):
         raise UserError(
@@ -116,5 +116,5 @@ def _refuse_what_there_is_not(model: LanguageModel, sender: tuple[int, int], rec
         )
     if receiver not in RECEIVERS:
         raise UserError(f"there is no receiver {receiver!r}; choose one of {', '.join(RECEIVERS)}")
-    if direction not in MODES:
-        raise UserError(f"there is no direction {direction!r}; choose {' or '.join(MODES)}")
+    if mode not in MODES:
+        raise UserError(f"there is no mode {mode!r}; choose {' or '.join(MODES)}")
