@@ -68,18 +68,18 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
             f"{best.permutation.p:.3f})."
         )
     )
-    numbers = [
-        "auroc.best",
-        f"token_identity_auroc.{best.position}",
-        "tfidf_auroc",
-        "mean_embedding_auroc",
-        "reliability",
-    ]
+    numbers = {
+        "auroc.best": f"AUROC at {best.position}",
+        f"token_identity_auroc.{best.position}": f"AUROC of the token at {best.position} alone",
+        "tfidf_auroc": "AUROC of the words (TF-IDF)",
+        "mean_embedding_auroc": "AUROC of the mean embedding",
+        "reliability": "split-half reliability of the direction",
+    }
     return Report(
         title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
         question=f"Where in the model does `{names[0]}` differ from `{names[1]}`, and is it more than the words?",
         verdict=verdict,
-        numbers={name: metrics[name] for name in numbers if name in metrics},
+        numbers={words: metrics[name] for name, words in numbers.items() if name in metrics},
         sections=(
             Section(
                 "Where it can be read",
