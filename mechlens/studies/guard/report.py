@@ -129,10 +129,8 @@ def _cost(cost: GuardCost) -> pd.DataFrame:
 
 def _in_words(frame: pd.DataFrame) -> pd.DataFrame:
     """The table with its detectors as a figure writes them."""
-    names = (
-        frame["detector"].str.replace("_", " ").replace({"tfidf": "words (TF-IDF)", "token identity": "token at inst"})
-    )
-    return frame.assign(detector=names)
+    names = frame["detector"].replace({"tfidf": "words (TF-IDF)", "token_identity": "token at inst"})
+    return frame.assign(detector=names.str.replace("_", " "))
 
 
 def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict[str, tuple[str, ...]]:

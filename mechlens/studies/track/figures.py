@@ -166,10 +166,12 @@ def _quadrants(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
             rows = shown[(shown["number"] == number) & (shown["by"] == by)]
             if not rows.empty:
                 whose = "the base's quadrants" if by == "reference" else "the checkpoint's own quadrants"
+                words, stem = NUMBERS.get(number, number), f"{number}_{by}".replace(".", "_")
                 names.append(
-                    over_steps(writer, f"{number}_{by}".replace(".", "_"), in_words(rows), table="quadrants", y="mean", low="low",
-                               high="high", group="quadrant", hline=0.0, title=f"{NUMBERS.get(number, number)}, by {whose}",
-                               ylabel=NUMBERS.get(number, number))
+                    over_steps(
+                        writer, stem, in_words(rows), table="quadrants", y="mean", low="low", high="high",
+                        group="quadrant", hline=0.0, title=f"{words}, by {whose}", ylabel=words.lower(),
+                    )
                 )  # fmt: skip
     return tuple(names)
 
