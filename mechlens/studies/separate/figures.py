@@ -76,8 +76,9 @@ def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
     columns = ["contrast", "what", "auroc", "low", "high"]
     both = pd.concat([ours[columns], surface[columns]], ignore_index=True)
     writer.table("against_baselines", both)
+    named = both.assign(contrast=both["contrast"].str.replace(".", " among ", regex=False))
     figure = figures.bars(
-        both, x="contrast", y="auroc", low="low", high="high", group="what", hline=0.5, hline_label="chance",
+        named, x="contrast", y="auroc", low="low", high="high", group="what", hline=0.5, hline_label="chance",
         title="Directions against surface baselines, on the same test prompts", xlabel="contrast", ylabel="AUROC",
     )  # fmt: skip
     return [writer.figure("against_baselines", figure, table="against_baselines")]
