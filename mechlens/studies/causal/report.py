@@ -267,7 +267,8 @@ def _draw_replies(writer: RunWriter, result: Battery) -> str:
 
 def _draw_damage(writer: RunWriter, result: Battery) -> str:
     table = result.damage()
-    losses = table[table["measure"].isin(["plain_ce", "own_ce", "kl"])]
+    named = {"plain_ce": "loss, plain text", "own_ce": "loss, own answers", "kl": "KL, own answers"}
+    losses = table[table["measure"].isin(list(named))].replace({"measure": named})
     figure = figures.bars(
         losses.assign(case=losses["operation"] + ", " + losses["direction"]), x="measure", y="value", low="low",
         high="high", group="case", title="Damage at the chosen settings", xlabel="", ylabel="nats per token",
