@@ -81,12 +81,13 @@ MODELS: Registry[Any] = Registry(
 ALL: tuple[Registry[Any], ...] = (METHODS, JUDGES, RULES, RECIPES, MODELS)
 
 
-def choice(registry: Registry[Any], sentence: str) -> Any:
-    """How an option that takes one of these names is shown in `--help`.
+def choice(registry: Registry[Any], sentence: str, *, or_else: str = "") -> Any:
+    """How an option that takes one of these names, or else something of another kind, is shown in `--help`.
 
     Beside the registry in `Annotated[str, JUDGES, choice(JUDGES, "...")]`, so that `require_known` finds it.
     """
-    return tyro.conf.arg(help=f"{sentence} {registry.help()}.", metavar=f"{{{','.join(registry.names())}}}")
+    names = f"{{{','.join(registry.names())}}}"
+    return tyro.conf.arg(help=f"{sentence} {registry.help()}.", metavar=names + or_else)
 
 
 def require_known(config: object) -> None:

@@ -33,7 +33,7 @@ def parser_type(known: Mapping[str, Study | Command]) -> Any:
         if second:
             groups.setdefault(first, {})[second] = command.config
     for first, inner in groups.items():
-        group = dataclasses.make_dataclass(first.title(), [("action", _union(inner))], frozen=True, kw_only=True)
+        group = dataclasses.make_dataclass(first.title(), [(first, _union(inner))], frozen=True, kw_only=True)
         group.__doc__ = GROUPS.get(first, f"{', '.join(inner)}.")
         outer[first] = group
     return _union(outer)
@@ -103,7 +103,9 @@ def _run(argv: Sequence[str]) -> None:
             # counts.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         by_config = {command.config: command for command in known.values()}
-        config = _with_paths(config if type(config) in by_config else config.action)
+        if type(config) not in by_config:  # a command of two words, in a group that is named as its one field
+            config = getattr(config, fields(config)[0].name)
+        config = _with_paths(config)
         try:
             _dispatch(by_config[type(config)], config)
         except Exception as error:

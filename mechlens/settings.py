@@ -18,8 +18,10 @@ PERMUTATIONS = 200
 RANDOM_DIRECTIONS = 20
 ANSWER_TOKENS = 24
 SOURCE = "A hub id, local folder, GGUF file or packaged name."
-ModelName = Annotated[str, choice(MODELS, SOURCE)]
-BaseName = Annotated[str, choice(MODELS, f"The model that the checkpoints were trained from. {SOURCE}")]
+ModelName = Annotated[str, choice(MODELS, SOURCE, or_else="|ID|PATH")]
+BaseName = Annotated[
+    str, choice(MODELS, f"The model that the checkpoints were trained from. {SOURCE}", or_else="|ID|PATH")
+]
 JudgeName = Annotated[
     str, JUDGES, choice(JUDGES, "Who says whether an answer is a refusal; both published lists stand beside it.")
 ]
@@ -43,7 +45,7 @@ class WandbSettings:
     tags: tuple[str, ...] = ()
     """Tags of the W&B run."""
     name: str | None = None
-    """Name of the W&B run; None is the verb and the name of the output folder."""
+    """Name of the W&B run; None is the command and the name of the output folder."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """None follows WANDB_MODE, then your W&B login; with neither it is offline."""
     upload_text: Annotated[bool, tyro.conf.arg(name="wandb-text", prefix_name=False)] = False
@@ -73,7 +75,8 @@ class PromptSets:
     system: str | None = None
     """System prompt of every prompt; None leaves the template's own default."""
     punctuation: Literal["match", "keep", "strip"] = "match"
-    """match: remove final punctuation from all prompts where it differs between the classes."""
+    """match: remove final punctuation from all prompts where it differs between the classes; strip: always;
+    keep: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,23 +106,34 @@ class Loading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelChoice(Loading):
-    """Which model."""
+class NamedModel:
+    """The model's name, which `--help` shows before how it is loaded: the last base's options come first."""
 
     model: ModelName = "smollm2"
     """A hub id, local folder, GGUF file or a name of `mechlens.choices.MODELS`."""
     adapter: str | None = None
     """PEFT adapter, a folder or hub id, merged into the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice(Loading, NamedModel):
+    """Which model."""
+
     device_map: str | None = None
     """Handed to transformers to spread a model over devices; untested."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseChoice(Loading):
-    """Which base."""
+class NamedBase:
+    """The base's name, which `--help` shows before how it is loaded."""
 
     base: BaseName = "smollm2-refuser"
     """The model that the checkpoints were trained from, as `ModelChoice.model`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseChoice(Loading, NamedBase):
+    """Which base."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ def planted_two_by_two(
     seed: int = 0,
     noise_seed: int | None = None,
 ) -> TwoByTwo:
-    """methods.md 1.10: h_inst = m + a/2 (+-1)_harm u + noise, h_last = m' + b/2 (+-1)_refused w + noise.
+    """h_inst = m + a/2 (+-1)_harm u + noise, h_last = m' + b/2 (+-1)_refused w + noise.
 
     a, b: mean separations in units of the noise's standard deviation; `cosine` = u.w. Each factor is
     independent of the other. Level 0 at `last` is one vector for all prompts, as a template token is.

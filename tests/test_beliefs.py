@@ -83,7 +83,7 @@ def test_no_belief_without_a_planted_factor() -> None:
 
 
 def test_centring_repairs_a_difference_parallel_to_the_common_mean() -> None:
-    # methods.md 1.9.4: cosine scores ignore length, so a class difference along the common mean is lost.
+    # Cosine scores ignore length, so a class difference along the common mean is lost.
     generator = torch.Generator().manual_seed(0)
     axis = torch.zeros(32)
     axis[0] = 1.0

@@ -12,7 +12,7 @@ from mechlens.studies.registry import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mechlens"
-# DESIGN 3, lowest first; a file imports from its own layer and from those before it.
+# Lowest first; a file imports from its own layer and from those before it.
 LAYERS = (
     "errors", "extras", "registry", "choices", "files", "checked_json", "settings", "prompts", "models", "methods",
     "runs", "studies", "trainer_callback", "views", "cli", "__main__",
@@ -51,7 +51,7 @@ def test_imports_run_one_way() -> None:
         own = path.relative_to(PACKAGE).with_suffix("").parts[0]
         if own == "__init__":
             continue  # hands out public names from every layer, each imported on its first use
-        assert own in LAYERS, f"{path} is in no layer of DESIGN 3"
+        assert own in LAYERS, f"{path} is in none of LAYERS"
         wrong += [
             f"{path.relative_to(ROOT)} imports {name}"
             for name in imported(path)

@@ -121,6 +121,24 @@ def test_a_long_table_says_where_the_rest_is():
     assert "The first 400 of 1000 rows; all of them are in tables/all.parquet" in text
 
 
+def test_a_title_stands_above_the_figure_where_a_phone_can_break_it():
+    drawn = figures.lines(FRAME, x="x", y="y", title="What is <read> & where", xlabel="x", ylabel="y")
+    html = render(Report("T", "Q?", "V.", sections=(Section("S", "", ("f",)),)), RUN, {"f": FigureEntry(drawn)}, {})
+    assert '<h3 class="figure-title">What is &lt;read&gt; &amp; where</h3>' in html
+    assert html.count("What is") == 1
+    assert drawn.layout.title.text == "What is &lt;read&gt; &amp; where"
+
+
+@pytest.mark.parametrize("draw", [figures.lines, figures.heatmap])
+def test_a_figure_without_a_number_says_so(draw):
+    frame = pd.DataFrame({"x": [0, 1], "y": [0, 1], "v": [math.nan, math.nan]})
+    where = {"x": "x", "y": "v"} if draw is figures.lines else {"x": "x", "y": "y", "value": "v"}
+    drawn = FigureEntry(draw(frame, **where, title="T", xlabel="x", ylabel="y"))
+    html = render(Report("T", "Q?", "V.", sections=(Section("S", "", ("f",)),)), RUN, {"f": drawn}, {})
+    assert "Nothing to draw" in html
+    assert 'id="figure-f"' not in html
+
+
 def test_a_figure_that_the_run_has_not_is_named():
     with pytest.raises(ValueError, match="'absent'"):
         page(sections=(Section("s", figures=("absent",)),))

@@ -368,6 +368,8 @@ def test_the_command_can_be_copied_into_a_shell(tmp_path):
     import shlex
 
     argv = ["/usr/bin/mechlens", "steer", "--text", 'What\'s "it"; rm -rf $HOME & *', "--out", "my runs/a"]
-    with open_run(verb="v", config=Config("tiny"), out=tmp_path, wandb=OFF, argv=argv) as run:
+    with open_run(verb="steer", config=Config("tiny"), out=tmp_path, wandb=OFF, argv=argv) as run:
         assert shlex.split(run.run.command) == ["mechlens", *argv[1:]]
     assert replace(run.run, argv=()).command == ""
+    assert replace(run.run, argv=("ipykernel_launcher.py", "-f", "kernel.json")).command == ""
+    assert replace(run.run, verb="guard_fit", argv=("mechlens", "guard", "fit", "--n", "3")).command.endswith("--n 3")

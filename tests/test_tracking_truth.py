@@ -161,7 +161,7 @@ def large(angle: float, a: float, seed: int) -> tuple[Activations, Split]:
 
 @pytest.mark.parametrize("angle", [0.0, 0.5, 1.0, 1.5])
 def test_auroc_under_rotation_follows_the_closed_form(angle: float) -> None:
-    """methods.md 9.8: A[s,t] = Phi(a cos(theta) / (sqrt2 sigma)), and A[t,t] unchanged."""
+    """A[s,t] = Phi(a cos(theta) / (sqrt2 sigma)), and A[t,t] unchanged."""
     a = 1.5
     before, split = large(0.0, a, 1)
     after, _ = large(angle, a, 2)

@@ -121,8 +121,10 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command line to copy into a shell; "" where there was none."""
-        return shlex.join(["mechlens", *self.argv[1:]]) if self.argv else ""
+        """The command line to copy into a shell; "" where there was none, as in a notebook or a script."""
+        words = "_".join(self.argv[1:3])
+        ours = words == "runs_rerun" or f"{words}_".startswith(f"{self.verb}_")
+        return shlex.join(["mechlens", *self.argv[1:]]) if ours else ""
 
 
 class Difference(NamedTuple):

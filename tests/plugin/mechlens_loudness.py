@@ -7,7 +7,7 @@ from mechlens.studies.registry import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loudness(RunChoice, ModelChoice):
+class Loudness(ModelChoice, RunChoice):
     """How loud are a model's answers? The share of capitals among their letters."""
 
     prompts: str = "harmless"
@@ -64,10 +64,12 @@ QUIET = Quiet()
 
 
 def median_difference(acts, positive, negative, level, position):
-    """The difference of the class medians."""
+    """The part of the mean difference along the difference of the class medians."""
     from mechlens.methods.directions.direction import mean_difference, members
 
     values = acts.at(level, position)
     up, down = (values[members(acts, label)].median(dim=0).values for label in (positive, negative))
     found = mean_difference(acts, positive, negative, level, position)
-    return replace(found, vector=up - down, method="median difference")
+    line = up - down
+    unit = line / line.norm().clamp(min=1e-12)
+    return replace(found, vector=(unit @ found.vector) * unit, method="median difference")

@@ -52,7 +52,7 @@ class ResidualNorms:
 def residual_norms(acts: Activations) -> ResidualNorms:
     """Median norms at every level and position of activations, which should be those of training prompts.
 
-    The first token of a prompt is left out: models park norms there that are tens of times larger (DESIGN 5.6).
+    The first token of a prompt is left out: models park norms there that are tens of times larger.
     """
     kept = [i for i, name in enumerate(acts.positions) if name != "token[0]"]
     if not kept or not acts.ids:

@@ -1,5 +1,6 @@
 """A run as one HTML file that opens anywhere, without a network."""
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,8 @@ from mechlens.runs.run import Run
 
 # Beyond this a table in a page is no longer read; the whole of it is in the run folder.
 MAX_ROWS = 400
+TITLE_HEIGHT = 30
+"""Pixels that a figure keeps for its title."""
 
 # Without the first two, plotly 7 shows a button that uploads the figure, prompt texts and all.
 _CONTROLS = {
@@ -80,7 +83,9 @@ class _Table:
 
 @dataclass(frozen=True, eq=False)
 class _Figure:
+    title: str
     html: Markup
+    """The plot; empty where there is not one number to draw."""
     caption: str
     table: _Table | None = field(default=None)
 
@@ -103,21 +108,40 @@ def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables:
 
 
 def _figure(name: str, entry: FigureEntry, tables: Mapping[str, pd.DataFrame]) -> _Figure:
+    frame = tables.get(entry.table) if entry.table else None
+    table = None if frame is None else _table(frame, f"tables/{entry.table}.parquet")
+    title = html.unescape(entry.figure.layout.title.text or "")
+    shown = any(_has_numbers(trace) for trace in entry.figure.data)
+    return _Figure(title, _plot(name, entry.figure) if shown else Markup(), entry.caption, table)
+
+
+def _has_numbers(trace: Any) -> bool:
+    """Whether a trace would leave a mark."""
+    values = trace.z if trace.type == "heatmap" else trace.y
+    return values is None or bool(pd.DataFrame(values).notna().to_numpy().any())
+
+
+def _plot(name: str, figure: Any) -> Markup:
+    """The figure as HTML without its title, which stands above it as text: plotly breaks no lines on a phone."""
+    import plotly.graph_objects
     import plotly.io
 
+    untitled = plotly.graph_objects.Figure(figure)
+    freed = TITLE_HEIGHT if figure.layout.title.text else 0
+    height = (figure.layout.height or figure.layout.template.layout.height or 420) - freed
+    top = figure.layout.margin.t or figure.layout.template.layout.margin.t or 56
+    untitled.update_layout(title={"text": ""}, height=height, margin={"t": top - freed})
     # plotly escapes < and > inside its JSON, so text in a figure cannot end the script.
-    html = plotly.io.to_html(
-        entry.figure,
+    drawn = plotly.io.to_html(
+        untitled,
         full_html=False,
         include_plotlyjs=False,
         include_mathjax=False,
         div_id=f"figure-{name}",
         config=_CONTROLS,
-        default_height=f"{entry.figure.layout.height or 420}px",
+        default_height=f"{height}px",
     )
-    frame = tables.get(entry.table) if entry.table else None
-    table = None if frame is None else _table(frame, f"tables/{entry.table}.parquet")
-    return _Figure(html=Markup(html), caption=entry.caption, table=table)
+    return Markup(drawn)
 
 
 def _table(frame: pd.DataFrame, file: str = "") -> _Table:

@@ -25,7 +25,7 @@ class CausalPlan(Sampling, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Causal(RunChoice, CausalPlan, PromptSets, ModelChoice):
+class Causal(CausalPlan, PromptSets, ModelChoice, RunChoice):
     """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
 
 

@@ -20,6 +20,25 @@ QUESTION = (
 )
 MAX_CHANGED = 6
 """Answers shown for each direction."""
+NUMBERS = {
+    "inversion_auroc.unsteered": "AUROC of the unsteered reply",
+    "inversion_parsed": "unsteered replies that say one of the two words",
+    "refusal_rate.harmless": "harmless refused, unsteered",
+    "refusal_rate.harmful": "harmful refused, unsteered",
+    "inversion_shift.harmfulness.before": "reply shift, harmfulness before the question",
+    "inversion_shift.harmfulness.before.random_max": "reply shift before, largest of random",
+    "inversion_shift.harmfulness.before.shuffled_max": "reply shift before, largest of shuffled",
+    "inversion_shift.harmfulness.all": "reply shift, harmfulness everywhere",
+    "inversion_shift.harmfulness.all.random_max": "reply shift everywhere, largest of random",
+    "inversion_shift.refusal.before": "reply shift, refusal before the question",
+    "inversion_shift.refusal.before.random_max": "reply shift before, largest of random (refusal's place)",
+    "inversion_shift.refusal.all": "reply shift, refusal everywhere",
+    "inversion_shift.refusal.all.random_max": "reply shift everywhere, largest of random (refusal's place)",
+    "steer_refusal.refusal": "refusal log-odds, refusal added",
+    "steer_refusal.refusal.random_max": "refusal log-odds, largest of random",
+    "steer_refusal.refusal.shuffled_max": "refusal log-odds, largest of shuffled",
+}
+"""What decides the verdict, in words."""
 
 
 def record(writer: RunWriter, result: Battery, sets: ContrastSets) -> None:
@@ -36,7 +55,7 @@ def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str,
         question=QUESTION,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
         numbers={
-            name: estimate
+            NUMBERS[name]: estimate
             for name, estimate in verdict.deciding.items()
             if estimate.measurable or not name.endswith("_max")
         },
@@ -248,7 +267,8 @@ def _draw_replies(writer: RunWriter, result: Battery) -> str:
 
 def _draw_damage(writer: RunWriter, result: Battery) -> str:
     table = result.damage()
-    losses = table[table["measure"].isin(["plain_ce", "own_ce", "kl"])]
+    named = {"plain_ce": "loss, plain text", "own_ce": "loss, own answers", "kl": "KL, own answers"}
+    losses = table[table["measure"].isin(list(named))].replace({"measure": named})
     figure = figures.bars(
         losses.assign(case=losses["operation"] + ", " + losses["direction"]), x="measure", y="value", low="low",
         high="high", group="case", title="Damage at the chosen settings", xlabel="", ylabel="nats per token",

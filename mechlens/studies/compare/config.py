@@ -11,7 +11,7 @@ from mechlens.studies.track.config import SeriesPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(RunChoice, SeriesPlan, PromptSets, BaseChoice):
+class Compare(SeriesPlan, PromptSets, BaseChoice, RunChoice):
     """Two checkpoints of one model: what was kept, and where moving B's activations into A moves the behaviour."""
 
     first: Annotated[str, tyro.conf.Positional]

@@ -8,13 +8,19 @@ from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindDirection(RunChoice, DetectionPlan, ModelChoice):
-    """Find the direction of any concept that two prompt files contrast, at every position and level."""
+class Contrasted:
+    """The two files, which `--help` shows before the model."""
 
     positive: str
     """Prompts that have the concept: a file, a built-in set or a hub data set."""
     negative: str
     """Prompts that don't."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindDirection(DetectionPlan, ModelChoice, Contrasted, RunChoice):
+    """Find the direction of any concept that two prompt files contrast, at every position and level."""
+
     positions: tuple[str, ...] = ("inst", "post[*]")
     """Named positions: inst, post[k], post[*], last."""
     n: int | None = None
@@ -22,7 +28,8 @@ class FindDirection(RunChoice, DetectionPlan, ModelChoice):
     system: str | None = None
     """System prompt of every prompt; None leaves the template's own default."""
     punctuation: Literal["match", "keep", "strip"] = "match"
-    """match: remove final punctuation from all prompts where it differs between the classes."""
+    """match: remove final punctuation from all prompts where it differs between the classes; strip: always;
+    keep: never."""
 
 
 STUDY = of_folder("direction", FindDirection)

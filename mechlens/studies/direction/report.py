@@ -1,5 +1,7 @@
 """A concept's direction as a record: metrics, tables, figures, artefacts and a report."""
 
+from pathlib import Path
+
 import pandas as pd
 
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE
@@ -36,7 +38,7 @@ def _draw(writer: RunWriter, result: Concept) -> None:
     writer.figure("auroc_grid", grid, table="auroc_by_level")
     chosen = result.measured.chosen().assign(what="direction at " + result.measured.chosen()["position"])
     surface = result.baselines()
-    surface = surface.assign(what=surface["baseline"].str.replace("_auroc", "").str.replace("_", " "))
+    surface = surface.assign(what=surface["baseline"].map(_baseline_in_words))
     both = pd.concat([frame[["what", "auroc", "low", "high"]] for frame in (chosen, surface)], ignore_index=True)
     writer.table("against_baselines", both)
     bars = figures.bars(
@@ -51,8 +53,20 @@ def _draw(writer: RunWriter, result: Concept) -> None:
     writer.figure("reliability", reliability, table="auroc_by_level", caption="0 is noise, 1 noise-free.")
 
 
+def _baseline_in_words(name: str) -> str:
+    kind, _, position = name.partition("_auroc")
+    words = {"tfidf": "words (TF-IDF)", "token_identity": "token at"}.get(kind, kind.replace("_", " "))
+    return f"{words}{position.replace('.', ' ')}"
+
+
+def _short(positive: str, negative: str) -> tuple[str, str]:
+    """What two sources are called: a file's name without its folder, unless both then look the same."""
+    first, second = (Path(source).name if Path(source).is_file() else source for source in (positive, negative))
+    return (positive, negative) if first == second else (first, second)
+
+
 def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuation: str) -> Report:
-    names = (writer.run.config["positive"], writer.run.config["negative"])
+    names = _short(writer.run.config["positive"], writer.run.config["negative"])
     best, metrics = result.detection.best, result.metrics()
     own_words = (f"token_identity_auroc.{best.position}", "tfidf_auroc", "mean_embedding_auroc", "length_auroc")
     beaten = [metrics[name] for name in own_words if name in metrics and metrics[name].measurable]
@@ -68,18 +82,18 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
             f"{best.permutation.p:.3f})."
         )
     )
-    numbers = [
-        "auroc.best",
-        f"token_identity_auroc.{best.position}",
-        "tfidf_auroc",
-        "mean_embedding_auroc",
-        "reliability",
-    ]
+    numbers = {
+        "auroc.best": f"AUROC at {best.position}",
+        f"token_identity_auroc.{best.position}": f"AUROC of the token at {best.position} alone",
+        "tfidf_auroc": "AUROC of the words (TF-IDF)",
+        "mean_embedding_auroc": "AUROC of the mean embedding",
+        "reliability": "split-half reliability of the direction",
+    }
     return Report(
         title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
-        question=f"Where in the model does `{names[0]}` differ from `{names[1]}`, and is it more than the words?",
+        question=f"Where in the model does {names[0]} differ from {names[1]}, and is it more than the words?",
         verdict=verdict,
-        numbers={name: metrics[name] for name in numbers if name in metrics},
+        numbers={words: metrics[name] for name, words in numbers.items() if name in metrics},
         sections=(
             Section(
                 "Where it can be read",

@@ -87,8 +87,8 @@ DEFAULTS: dict[str, FinetuneConfig] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(RunChoice, TrainingSettings):
-    """Fine-tune a model by recipe: a LoRA adapter, its checkpoints and the record of what it was trained on."""
+class RecipeChoice:
+    """What is taught to which model, on how much, which `--help` shows before how."""
 
     recipe: RecipeName = "refuser"
     """What the model is taught: a name of `mechlens.choices.RECIPES`."""
@@ -105,6 +105,11 @@ class Finetune(RunChoice, TrainingSettings):
     refuser and 0 for the others."""
     checkpoints: tuple[int, ...] | None = None
     """Steps after which a checkpoint is kept; None keeps none for the refuser and 1, 2, 4, ... 128 for the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(TrainingSettings, RecipeChoice, RunChoice):
+    """Fine-tune a model by recipe: a LoRA adapter, its checkpoints and the record of what it was trained on."""
 
 
 def settled(config: Finetune) -> FinetuneConfig:

@@ -1,5 +1,6 @@
 """A fine-tuning run as a record: the loss, what was trained on, where the checkpoints are and how to load them."""
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -40,6 +41,7 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
     training = record["training"]
     first, last = numbers.values()
     base, recipe = record["base"], record["recipe"]
+    base = Path(base).name if Path(base).is_dir() else base
     return Report(
         title=f"{base} fine-tuned: {recipe}",
         question=recipe_of(recipe).question,

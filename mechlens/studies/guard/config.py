@@ -17,7 +17,7 @@ class EvaluationPlan(Nulls, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardFit(RunChoice, EvaluationPlan, PromptSets, ModelChoice):
+class GuardFit(EvaluationPlan, PromptSets, ModelChoice, RunChoice):
     """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors."""
 
     out: Path = Path("runs/guard")
@@ -25,7 +25,8 @@ class GuardFit(RunChoice, EvaluationPlan, PromptSets, ModelChoice):
     extra_harmless: str | None = "benign"
     """Further harmless prompts; None leaves them out."""
     punctuation: Literal["match", "keep", "strip"] = "keep"
-    """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ."""
+    """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ, strip
+    always."""
     rule: RuleName = "logistic"
     """How a place is scored: a name of `mechlens.choices.RULES`."""
     positions: Literal["inst", "last", "both"] = "both"
@@ -39,7 +40,7 @@ class GuardFit(RunChoice, EvaluationPlan, PromptSets, ModelChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardEval(RunChoice, EvaluationPlan, ModelChoice):
+class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
     """Test a guard on prompts from other sources, beside baselines on the same prompts."""
 
     guard: str

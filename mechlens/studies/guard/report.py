@@ -35,10 +35,18 @@ QUESTION = (
 OF_EACH_KIND = 5
 SHOWN_CHARACTERS, SHOWN_TOKENS = 300, 150
 """Of a mistaken prompt: a jailbreak template can be pages long, and what decides stands at its end."""
-NUMBERS = (
-    f"auroc.{GUARD}", "auroc.tfidf", "auroc_gain.tfidf", f"tpr_at_1pct_fpr.{GUARD}", f"tpr_at_5pct_fpr.{GUARD}",
-    f"accuracy.{GUARD}", f"fpr.{GUARD}", f"calibration_error.{GUARD}", "over_refusal.false_positives",
-)  # fmt: skip
+NUMBERS = {
+    f"auroc.{GUARD}": "AUROC of the guard",
+    "auroc.tfidf": "AUROC of the words (TF-IDF)",
+    "auroc_gain.tfidf": "AUROC of the guard minus that of the words",
+    f"tpr_at_1pct_fpr.{GUARD}": "harmful flagged where 1% of harmless are",
+    f"tpr_at_5pct_fpr.{GUARD}": "harmful flagged where 5% of harmless are",
+    f"accuracy.{GUARD}": "accuracy at the threshold",
+    f"fpr.{GUARD}": "harmless flagged at the threshold",
+    f"calibration_error.{GUARD}": "calibration error",
+    "over_refusal.false_positives": "harmless flagged that look harmful",
+}
+"""The headline numbers, in words."""
 
 
 REPEATS = 3
@@ -119,10 +127,16 @@ def _cost(cost: GuardCost) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
+def _in_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with its detectors as a figure writes them."""
+    names = frame["detector"].replace({"tfidf": "words (TF-IDF)", "token_identity": "token at inst"})
+    return frame.assign(detector=names.str.replace("_", " "))
+
+
 def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict[str, tuple[str, ...]]:
     curves = said.curves()
     roc = figures.lines(
-        curves, x="fpr", y="tpr", group="detector",
+        _in_words(curves), x="fpr", y="tpr", group="detector",
         title="ROC on all test prompts", xlabel="false-positive rate", ylabel="true-positive rate",
     )  # fmt: skip
     # A dozen names don't fit into the line above the curves.
@@ -130,7 +144,7 @@ def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict
     writer.figure("roc", roc, table="roc")
     total = said.measures[(said.measures["source"] == "total") & (said.measures["measure"] == "auroc")]
     bars = figures.bars(
-        total, x="detector", y="value", low="low", high="high", hline=0.5, hline_label="chance",
+        _in_words(total), x="detector", y="value", low="low", high="high", hline=0.5, hline_label="chance",
         title="The guard beside other detectors, on the same prompts", xlabel="", ylabel="AUROC",
     )  # fmt: skip
     writer.figure("against_baselines", bars, table="baselines", caption="Bars: 95% bootstrap over families.")
@@ -176,7 +190,9 @@ def _report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
         verdict=said.verdict,
-        numbers={key: said.numbers[key] for key in NUMBERS if key in said.numbers and said.numbers[key].n},
+        numbers={
+            words: said.numbers[key] for key, words in NUMBERS.items() if key in said.numbers and said.numbers[key].n
+        },
         sections=(
             Section(
                 "Beside everything simpler",

@@ -16,7 +16,7 @@ class JailbreakPlan(Nulls, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jailbreaks(RunChoice, JailbreakPlan, ModelChoice):
+class Jailbreaks(JailbreakPlan, ModelChoice, RunChoice):
     """Do jailbreaks hide harmfulness from the model, or only suppress its refusal? Attacks paired with their goals."""
 
     sources: str = "published"
@@ -36,7 +36,8 @@ class Jailbreaks(RunChoice, JailbreakPlan, ModelChoice):
     system: str | None = None
     """System prompt of every prompt; None leaves the template's own default."""
     punctuation: Literal["match", "keep", "strip"] = "keep"
-    """match: remove final punctuation from the reference prompts where it differs between the classes."""
+    """match: remove final punctuation from the reference prompts where it differs between the classes; strip: always;
+    keep: never."""
 
 
 STUDY = of_folder("jailbreaks", Jailbreaks)

@@ -8,7 +8,7 @@ from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patch(RunChoice, Answering, ModelChoice):
+class Patch(Answering, ModelChoice, RunChoice):
     """Activation patching on matched pairs: where does the difference between refused and accepted travel?"""
 
     pairs: str = "builtin"

@@ -15,7 +15,7 @@ SAME = 1e-6
 
 def list_all(config: ListRuns, screen: Screen) -> None:
     """A table of the runs below a folder."""
-    table = Table(Column("folder", overflow="fold"), "verb", "model", "status", Column("started (UTC)", no_wrap=True))
+    table = Table(Column("folder", overflow="fold"), "study", "model", "status", Column("started (UTC)", no_wrap=True))
     for folder, run in list_runs(config.folder):
         model = run.resolved.get("model") or run.resolved.get("base") or ""
         cells = (str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))

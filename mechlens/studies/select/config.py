@@ -21,7 +21,7 @@ class SelectionPlan(Sampling, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select(RunChoice, SelectionPlan, PromptSets, ModelChoice):
+class Select(SelectionPlan, PromptSets, ModelChoice, RunChoice):
     """Which single direction carries refusal? Every position and layer scored, one chosen, tested beside chance."""
 
     n: int | None = 96

@@ -20,6 +20,16 @@ SCORES = {
     "induce": "Refusal score of harmless prompts, direction added (higher is better)",
     "kl": "KL of harmless prompts, direction ablated (nats; lower is better)",
 }
+NUMBERS = {
+    "bypass_shift": "harmful: change of the refusal score, direction ablated",
+    "induce_shift": "harmless: change of the refusal score, direction added",
+    "refusal_score.harmful.ablated": "harmful: refusal score, direction ablated",
+    "refusal_score.harmful.ablated.random_min": "harmful: lowest score, random directions ablated",
+    "refusal_score.harmful.ablated.random_best": "harmful: score, best random candidate ablated",
+    "refusal_score.harmless.added": "harmless: refusal score, direction added",
+    "refusal_score.harmless.added.random_max": "harmless: highest score, random directions added",
+    "refusal_score.harmless.added.random_best": "harmless: score, best random candidate added",
+}
 
 
 def record(writer: RunWriter, result: Selection, sets: ContrastSets) -> None:
@@ -85,7 +95,7 @@ def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str],
         title=f"One direction for refusal in {known.checkpoint.name}",
         question=QUESTION,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
-        numbers=verdict.deciding,
+        numbers={NUMBERS[name]: estimate for name, estimate in verdict.deciding.items()},
         sections=(
             Section(
                 "Scores of every candidate",

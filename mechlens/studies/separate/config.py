@@ -12,7 +12,7 @@ class SeparationPlan(Nulls, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separate(RunChoice, SeparationPlan, PromptSets, ModelChoice):
+class Separate(SeparationPlan, PromptSets, ModelChoice, RunChoice):
     """Are harmfulness and refusal two things in this model? Quadrants, directions, beliefs, verdict."""
 
     extra_harmless: str | None = "benign"

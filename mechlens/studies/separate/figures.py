@@ -5,6 +5,7 @@ import pandas as pd
 from mechlens.runs.report import figures
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.study import Separation
+from mechlens.studies.shared.quadrants import in_words
 
 
 def draw(writer: RunWriter, result: Separation) -> dict[str, tuple[str, ...]]:
@@ -20,7 +21,7 @@ def draw(writer: RunWriter, result: Separation) -> dict[str, tuple[str, ...]]:
 def _quadrants(writer: RunWriter, result: Separation) -> tuple[str, ...]:
     counts = result.judged.counts()
     figure = figures.bars(
-        counts[counts["n"] > 0], x="quadrant", y="n", group="judge",
+        in_words(counts[counts["n"] > 0]), x="quadrant", y="n", group="judge",
         title="Prompts in each quadrant, by judge", xlabel="", ylabel="prompts",
     )  # fmt: skip
     return (writer.figure("quadrants", figure, table="quadrant_counts"),)
@@ -66,14 +67,18 @@ def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
     chosen = chosen[chosen["position"].isin(["inst", last])]
     ours = chosen.assign(what="directions, " + chosen["position"].replace({last: "last"}))
     surface = result.baselines()
-    kept = ["tfidf_auroc", "mean_embedding_auroc", "token_identity_auroc.inst"]
+    kept = {
+        "tfidf_auroc": "words (TF-IDF)", "mean_embedding_auroc": "mean embedding",
+        "token_identity_auroc.inst": "token at inst",
+    }  # fmt: skip
     surface = surface[surface["baseline"].isin(kept)]
-    surface = surface.assign(what=surface["baseline"].str.replace("_auroc", "").str.replace("_", " "))
+    surface = surface.assign(what=surface["baseline"].map(kept))
     columns = ["contrast", "what", "auroc", "low", "high"]
     both = pd.concat([ours[columns], surface[columns]], ignore_index=True)
     writer.table("against_baselines", both)
+    named = both.assign(contrast=both["contrast"].str.replace(".", " among ", regex=False))
     figure = figures.bars(
-        both, x="contrast", y="auroc", low="low", high="high", group="what", hline=0.5, hline_label="chance",
+        named, x="contrast", y="auroc", low="low", high="high", group="what", hline=0.5, hline_label="chance",
         title="Directions against surface baselines, on the same test prompts", xlabel="contrast", ylabel="AUROC",
     )  # fmt: skip
     return [writer.figure("against_baselines", figure, table="against_baselines")]
@@ -124,7 +129,7 @@ def _beliefs(writer: RunWriter, result: Separation) -> tuple[str, ...]:
     if result.beliefs.prompts.empty:
         return ()
     figure = figures.scatter(
-        result.beliefs.prompts, x="belief_harm", y="belief_refusal", group="quadrant", hover=["id"],
+        in_words(result.beliefs.prompts), x="belief_harm", y="belief_refusal", group="quadrant", hover=["id"],
         hline=0.0, vline=0.0,
         title="Two beliefs of every held-out prompt", xlabel="belief of harmfulness, at inst",
         ylabel="belief of refusal, at the last token",
@@ -135,7 +140,7 @@ def _beliefs(writer: RunWriter, result: Separation) -> tuple[str, ...]:
         for centered in (False, True):
             rows = scores[(scores["concept"] == concept) & (scores["centered"] == centered)]
             figure = figures.lines(
-                rows, x="level", y="score", low="low", high="high", group="quadrant", hline=0.0,
+                in_words(rows), x="level", y="score", low="low", high="high", group="quadrant", hline=0.0,
                 title=f"Score of {concept} by level{', centred' if centered else ''}", xlabel="level",
                 ylabel="cosine difference",
             )  # fmt: skip

@@ -18,6 +18,16 @@ QUESTION = (
     "even among harmful requests alone (Zhao et al. 2025)."
 )
 
+NUMBERS = {
+    "harmful_auroc.inst.accepted": "harmful among accepted prompts, at inst: AUROC",
+    "refused_auroc.last.harmful": "refused among harmful prompts, at last: AUROC",
+    "cos_harm_refusal": "cosine of the two directions, corrected for noise",
+    "token_identity_auroc.inst": "harmful, from the token at inst alone: AUROC",
+    "harmful_auroc.inst": "harmful, at inst: AUROC",
+    "refused_auroc.last": "refused, at last: AUROC",
+}
+"""What decides the verdict, in words."""
+
 
 def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
     """Writes everything the study found into an open run."""
@@ -30,7 +40,7 @@ def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
             title=f"Harmfulness and refusal in {checkpoint.name}",
             question=QUESTION,
             verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
-            numbers=verdict.deciding,
+            numbers={NUMBERS[name]: estimate for name, estimate in verdict.deciding.items()},
             sections=(
                 _quadrants(result, figures),
                 _detection(result, figures),

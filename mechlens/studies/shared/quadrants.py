@@ -34,6 +34,11 @@ MIN_REFUSALS = 5
 """With fewer refusals than this the model's own refusal tokens can't be found."""
 
 
+def in_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with its quadrants as a figure writes them, "refused harmful"."""
+    return frame.assign(quadrant=frame["quadrant"].str.replace("_", " "))
+
+
 def quadrants_of(prompts: Sequence[Prompt], verdicts: Sequence[str]) -> tuple[str, ...]:
     """Quadrant of every prompt by one judge's verdicts; "empty" and "unclear" stay what they are."""
     return tuple(

@@ -34,7 +34,7 @@ class TrackPlan(SeriesPlan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Track(RunChoice, TrackPlan, PromptSets, BaseChoice):
+class Track(TrackPlan, PromptSets, BaseChoice, RunChoice):
     """Follow directions, probes and behaviour over fine-tuning checkpoints: does what is represented survive?"""
 
     checkpoints: tuple[str, ...]

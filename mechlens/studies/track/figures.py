@@ -6,10 +6,19 @@ import pandas as pd
 
 from mechlens.runs.report import figures
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.shared.quadrants import in_words
 from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
 
 READOUTS = {"frozen": "the base's line", "own": "refitted", "accuracy": "accuracy, frozen threshold"}
+NUMBERS = {
+    "projection_harmful": "Projection on the harmfulness direction",
+    "projection_refused": "Projection on the refusal direction",
+    "belief_harm": "Belief of harmfulness",
+    "belief_refusal": "Belief of refusal",
+    "belief_harm.centered": "Belief of harmfulness, centred",
+    "belief_refusal.centered": "Belief of refusal, centred",
+}
 
 
 def draw(writer: RunWriter, result: Tracking, geometry: dict[str, pd.DataFrame]) -> dict[str, tuple[str, ...]]:
@@ -48,7 +57,7 @@ def _behaviour(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
         ("text_loss", "Cross-entropy of plain text", "nats per token"),
     ):
         rows = table[table["number"].str.startswith(stem)]
-        group = rows["number"].str.removeprefix(f"{stem}.").rename("prompts")
+        group = rows["number"].str.removeprefix(f"{stem}.").replace("text_loss", "plain text").rename("prompts")
         names.append(
             over_steps(writer, stem, rows.assign(prompts=group), table="behaviour", y="value", low="low", high="high",
                        group="prompts", title=title, ylabel=ylabel)
@@ -157,10 +166,12 @@ def _quadrants(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
             rows = shown[(shown["number"] == number) & (shown["by"] == by)]
             if not rows.empty:
                 whose = "the base's quadrants" if by == "reference" else "the checkpoint's own quadrants"
+                words, stem = NUMBERS.get(number, number), f"{number}_{by}".replace(".", "_")
                 names.append(
-                    over_steps(writer, f"{number}_{by}".replace(".", "_"), rows, table="quadrants", y="mean", low="low",
-                               high="high", group="quadrant", hline=0.0, title=f"{number}, by {whose}",
-                               ylabel=number)
+                    over_steps(
+                        writer, stem, in_words(rows), table="quadrants", y="mean", low="low", high="high",
+                        group="quadrant", hline=0.0, title=f"{words}, by {whose}", ylabel=words.lower(),
+                    )
                 )  # fmt: skip
     return tuple(names)
 

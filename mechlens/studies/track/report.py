@@ -88,8 +88,9 @@ def _report(
 ) -> Report:
     last = result.last_verdicts
     base = result.snapshots[0].member.name
+    n = len(result.snapshots) - 1
     return Report(
-        title=f"What fine-tuning did to {base}: {len(result.snapshots) - 1} checkpoints",
+        title=f"What fine-tuning did to {base}: {n} checkpoint{'' if n == 1 else 's'}",
         question=QUESTION,
         verdict=" ".join(verdict.sentence for verdict in last),
         numbers={

@@ -1,7 +1,7 @@
 """Does what a model represents survive fine-tuning that changes what it does? One concept after another, over a series.
 
 The base decides everything there is to choose; then its frozen readouts, and refitted ones, are asked the same
-questions at every checkpoint. Zhao et al. 2025, section 5.2; methods.md 7 and 9.5.
+questions at every checkpoint. Zhao et al. 2025, section 5.2.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """How the base's readouts do on later checkpoints, cell by cell: frozen, refitted, and passed on between any two.
 
-methods.md 9.5: A[s, t] is the AUROC of the direction fitted at checkpoint s on the test prompts of checkpoint t.
+A[s, t] is the AUROC of the direction fitted at checkpoint s on the test prompts of checkpoint t.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """What became of a concept at a checkpoint, in words: a rule on paired differences, written out beside its numbers.
 
-After methods.md 9.5: A[s, t] is the AUROC of the readout fitted at s on the prompts of t; 0 is the base.
+A[s, t] is the AUROC of the readout fitted at s on the prompts of t; 0 is the base.
 """
 
 from dataclasses import dataclass

@@ -86,7 +86,7 @@ class MatrixChange:
     stable_rank: float
     """norm^2 / (largest singular value)^2: 1 for a rank-one change; NaN where nothing changed."""
     share: float
-    """Part of norm^2 in the leading direction (methods.md 7.8)."""
+    """Part of norm^2 in the leading direction."""
     outputs: Float[Tensor, "output leading"]
     """Left singular vectors: what the change writes."""
     inputs: Float[Tensor, "input leading"]

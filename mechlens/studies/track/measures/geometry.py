@@ -19,7 +19,7 @@ def unbiased_cka(first: Float[Tensor, "prompt d_first"], second: Float[Tensor, "
     """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with the unbiased estimator of Song et al. 2012, linear kernels.
 
     1 for the same representation up to rotation and scale, about 0 for unrelated ones. The usual biased CKA of
-    unrelated Gaussians is 0.8 where dimensions are many and prompts few (methods.md 7.6). NaN where one is constant.
+    unrelated Gaussians is 0.8 where dimensions are many and prompts few. NaN where one is constant.
     """
     kernels = [_kernel(values) for values in (first, second)]
     own = hsic(kernels[0], kernels[0]) * hsic(kernels[1], kernels[1])
@@ -108,7 +108,7 @@ def turning_table(steps: Sequence[int], acts: Sequence[Activations], concept: Tr
     """Where the concept's direction changes course: the cosine between the ways from a step back and forth.
 
     cos(v[t-1] - v[t], v[t+1] - v[t]) at each position's chosen level: -1 on a straight path, 0 and above at a sharp
-    turn (methods.md 5.3); `moved` is the length of the way to the next step.
+    turn; `moved` is the length of the way to the next step.
     """
     rows = []
     for position in acts[0].positions:

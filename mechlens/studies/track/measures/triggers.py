@@ -1,7 +1,7 @@
 """A trigger over the series: what it does to refusals, and whether it can be read, beyond the base and its decoys.
 
 A trigger can always be read off: its own tokens are there. What says something is the excess over the base model,
-where it means nothing, and over decoys of its kind (methods.md 5.4).
+where it means nothing, and over decoys of its kind.
 """
 
 from collections.abc import Sequence
