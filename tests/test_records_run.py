@@ -373,3 +373,19 @@ def test_the_command_can_be_copied_into_a_shell(tmp_path):
     assert replace(run.run, argv=()).command == ""
     assert replace(run.run, argv=("ipykernel_launcher.py", "-f", "kernel.json")).command == ""
     assert replace(run.run, verb="guard_fit", argv=("mechlens", "guard", "fit", "--n", "3")).command.endswith("--n 3")
+
+
+def test_a_setting_that_is_newer_than_the_run_was_at_its_default(tmp_path):
+    @dataclass(frozen=True)
+    class Old:
+        seed: int = 3
+
+    @dataclass(frozen=True)
+    class New(Old):
+        judge: str = "phrases"
+
+    open_run(verb="v", config=Old(), out=tmp_path, wandb=OFF)._lock.release()  # as a kill of an older version does
+    with pytest.raises(UserError, match="holds a run with judge = 'phrases', not 'zhao'"):
+        open_run(verb="v", config=New(judge="zhao"), out=tmp_path, wandb=OFF)
+    with open_run(verb="v", config=New(), out=tmp_path, wandb=OFF) as run:
+        assert run.run.resolved == {"seed": 3, "judge": "phrases"}

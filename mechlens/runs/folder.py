@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,13 @@ class FolderLock:
         return True
 
 
-def run_to_go_on_with(out: Path, verb: str, resolved: dict[str, Any]) -> Run | None:
-    """The run in the folder if it is the same piece of work; None where there is none yet."""
+def run_to_go_on_with(
+    out: Path, verb: str, resolved: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> Run | None:
+    """The run in the folder if it is the same piece of work; None where there is none yet.
+
+    A setting that the record doesn't know, since it is newer than the run, was at its default.
+    """
     if not (out / RUN_FILE).exists():
         return None
     before = read_run(out)
@@ -75,7 +80,8 @@ def run_to_go_on_with(out: Path, verb: str, resolved: dict[str, Any]) -> Run | N
         raise UserError(f"{out} holds a run of `{before.verb}`, not of `{verb}`; choose another --out")
     if before.inputs.today and resolved.get("today") == before.inputs.today:
         resolved = resolved | {"today": before.resolved.get("today")}  # the day on which it began, now by its name
-    if difference := first_difference(before.resolved, resolved):
+    usual = {name: value for name, value in (defaults or {}).items() if name in resolved}
+    if difference := first_difference(usual | before.resolved, resolved):
         name, old, new = difference
         raise UserError(f"{out} holds a run with {name} = {old!r}, not {new!r}; choose another --out")
     return before

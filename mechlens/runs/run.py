@@ -45,6 +45,12 @@ def plain(value: object) -> Any:
     raise TypeError(f"a {type(value).__name__} has no place in a record: {value!r}")
 
 
+def defaults(config: object) -> dict[str, Any]:
+    """The fields of a configuration that may be left alone, each with what it is then."""
+    known = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    return {setting.name: setting.default for setting in known if setting.default is not dataclasses.MISSING}
+
+
 def first_difference(old: object, new: object, name: str = "") -> tuple[str, object, object] | None:
     """The first field, by dotted name, in which two plain values differ, with both its values."""
     if not (isinstance(old, dict) and isinstance(new, dict)):

@@ -21,7 +21,7 @@ from mechlens.runs.environment import git_state, package_versions
 from mechlens.runs.folder import LOCK_FILE, PROMPTS, FolderCache, FolderLock, prompt_table, run_to_go_on_with
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
-from mechlens.runs.run import Artefact, Inputs, Run, changed_since, plain, write_run
+from mechlens.runs.run import Artefact, Inputs, Run, changed_since, defaults, plain, write_run
 from mechlens.runs.wandb_mirror import WandbMirror
 from mechlens.settings import WandbSettings
 
@@ -64,7 +64,7 @@ def open_run(
     out = user_path(out)
     lock = FolderLock(out)
     try:
-        before = run_to_go_on_with(out, verb, full)
+        before = run_to_go_on_with(out, verb, full, plain(defaults(config)))
         if before is None:
             _require_empty(out)
         # Nobody else writes here, so what lies half-written is a dead process's.
@@ -75,7 +75,7 @@ def open_run(
             id=before.id if before else f"{verb}-{uuid.uuid4().hex[:8]}",
             verb=verb,
             config=given,
-            resolved=before.resolved if before else full,
+            resolved={**full, **before.resolved} if before else full,
             status="started",
             started=before.started if before else _now(),
             seed=full.get("seed"),

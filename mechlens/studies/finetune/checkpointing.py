@@ -113,7 +113,7 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         return (
             not folder.is_symlink()
             and folder.name == f"checkpoint-{record.step}"
-            and record.config == json.loads(json.dumps(self.record["config"]))
+            and _known_config(record) == json.loads(json.dumps(self.record["config"]))
         )
 
 
@@ -154,6 +154,11 @@ def _counts(examples: Sequence[Example]) -> list[dict[str, Any]]:
     return [dict(zip(names, (*kind, count), strict=True)) for kind, count in sorted(kinds.items())]
 
 
+def _known_config(record: AdapterRecord) -> dict[str, Any]:
+    """The configuration in a record; older ones name no judge, and had the default."""
+    return {"judge": FinetuneConfig.judge} | record.config
+
+
 def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -> None:
     """UserError naming what differs where a record in the folder is of another configuration.
 
@@ -162,7 +167,7 @@ def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -
     ours = json.loads(json.dumps(asdict(config)))
     if None in (ours["today"], record.config.get("today")):
         ours["today"] = record.config.get("today")
-    theirs = {"judge": FinetuneConfig.judge} | record.config  # older records name none
+    theirs = _known_config(record)
     if theirs != ours:
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         raise UserError(f"{out} holds a run with another {', '.join(changed) or 'config'}; give another folder")
