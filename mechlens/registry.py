@@ -3,7 +3,9 @@
 A choice is looked up by name and imported then, so that listing the names imports nothing heavy.
 """
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -51,8 +53,9 @@ class Registry(Generic[T]):
         if name not in added:
             raise unknown_name(self.kind, name, self.names())
         try:
-            found = added[name].load()
-        except Exception as error:  # another package's code may fail in any way
+            with contextlib.redirect_stdout(sys.stderr):  # what a module prints at import is no result of ours
+                found = added[name].load()
+        except (Exception, SystemExit) as error:  # another package's code may fail in any way
             said = " ".join(str(error).split())[:200]
             raise UserError(f"the {self.kind} {name!r} ({added[name].value}) can't be imported: {said}") from error
         return found
@@ -90,8 +93,21 @@ def loaded(place: Lazy) -> Any:
     return getattr(import_module(module), name)
 
 
+def required(registry: Registry[Any], name: str) -> Callable[..., Any]:
+    """The function of that name; UserError where another package's entry is none."""
+    found: Callable[..., Any] = registry[name]
+    if not callable(found):
+        raise UserError(f"the {registry.kind} {name!r} is a {type(found).__name__}, not a function")
+    return found
+
+
 def unknown_name(kind: str, given: str, known: Sequence[str]) -> UserError:
     """The error for a name that nothing goes by: the nearest that something does, and all of them."""
-    close = difflib.get_close_matches(given, known, n=1)
-    nearest = f" (did you mean {close[0]!r}?)" if close else ""
-    return UserError(f"there is no {kind} {given!r}{nearest}; choose from {', '.join(known)}")
+    near = nearest(given, known)
+    return UserError(f"there is no {kind} {given!r}{f' ({near})' if near else ''}; choose from {', '.join(known)}")
+
+
+def nearest(given: str, known: Sequence[str]) -> str:
+    """A question after the known name that was perhaps meant, in any capitals; "" where none is near."""
+    close = difflib.get_close_matches(given.strip().lower(), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else ""

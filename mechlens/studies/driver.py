@@ -17,7 +17,7 @@ from mechlens.registry import loaded, unknown_name
 from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, metric_text, read_run
 from mechlens.runs.writer import RunWriter, open_run
 from mechlens.settings import WandbSettings
-from mechlens.studies.registry import Study, studies, study_of
+from mechlens.studies.registry import COMMANDS, Study, studies, study_of
 from mechlens.studies.shared.training_data import LeftOut, record_left_out
 
 Content = TypeVar("Content")
@@ -47,15 +47,28 @@ def run(config: Any) -> Path:
     A killed run goes on where it stopped when it is called again with the same configuration. UserError, before
     anything slow, for whatever can't be had.
     """
-    study = _imported(study_of(config))
+    study = study_of(config)
     require_known(config)
-    return _recorded(study, config, loaded(study.prepare)(config))
+    study = _imported(study)
+    return _recorded(study, config, _prepared(study, config))
 
 
 def _imported(study: Study) -> Study:
     """The study with its functions in place of their names: what can't be imported is said before a run is opened."""
-    report = None if study.report is None else loaded(study.report)
-    return replace(study, prepare=loaded(study.prepare), execute=loaded(study.execute), report=report)
+    try:
+        report = None if study.report is None else loaded(study.report)
+        return replace(study, prepare=loaded(study.prepare), execute=loaded(study.execute), report=report)
+    except (ImportError, AttributeError, ValueError) as error:
+        if study.name in COMMANDS.ours:
+            raise
+        raise UserError(f"a function of the study {study.name!r} can't be imported: {error}") from error
+
+
+def _prepared(study: Study, config: Any) -> Preparation[Any]:
+    found = loaded(study.prepare)(config)
+    if not isinstance(found, Preparation):
+        raise UserError(f"the study {study.name!r} prepared a {type(found).__name__}, not a Preparation")
+    return found
 
 
 def _recorded(study: Study, config: Any, prepared: Preparation[Any]) -> Path:
@@ -92,7 +105,7 @@ def rerun(folder: Path, out: Path | None = None) -> Difference:
         day = {"today": before.inputs.today} if before.inputs.today else {}
         again = _rebuilt(study.config, before.config | day, out or Path(scratch) / "rerun")
         require_known(again)
-        prepared = loaded(study.prepare)(again)
+        prepared = _prepared(study, again)
         changed = changed_since(before, prepared.inputs)
         if changed:
             raise UserError(f"the run {before.id} can't be made again: {'; '.join(changed)}")

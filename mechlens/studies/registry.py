@@ -4,13 +4,14 @@ Nothing here imports torch, and neither may a study's configuration: `--help` is
 """
 
 import dataclasses
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_type_hints, runtime_checkable
 
 from mechlens.errors import UserError
 from mechlens.registry import Choice, Lazy, Registry, unknown_name
@@ -121,7 +122,8 @@ def commands() -> Mapping[str, Study | Command]:
     for name in COMMANDS.names():
         try:
             command = COMMANDS[name]
-            _require_usable(name, command, [known.config for known in usable.values()])
+            if name not in COMMANDS.ours:
+                _require_usable(name, command, usable)
         except UserError as error:
             if name in COMMANDS.ours:
                 raise
@@ -131,16 +133,27 @@ def commands() -> Mapping[str, Study | Command]:
     return MappingProxyType(usable)
 
 
-def _require_usable(name: str, command: Any, taken: Sequence[type]) -> None:
+def _require_usable(name: str, command: Any, taken: Mapping[str, Study | Command]) -> None:
     """UserError for what is no command, or one whose runs could not be recorded."""
     if not isinstance(command, Study | Command):
         raise UserError(f"it is a {type(command).__name__}, not a Study or a Command")
-    if command.name != name or len(name.split(" ")) > 2:
+    if command.name != name or not re.fullmatch(r"[a-z][\w-]*( [a-z][\w-]*)?", name):
         raise UserError(
             f"its name is {command.name!r} and it is registered as {name!r}; give one name, of a word or two"
         )
-    if command.config in taken:
+    first, _, second = name.partition(" ")
+    alike = [one for one in taken if name.replace(" ", "_") == one.replace(" ", "_")]
+    alike += [one for one in taken if one == first or (not second and one.startswith(f"{first} "))]
+    if alike:
+        raise UserError(f"there is a command {alike[0]!r}; choose another name")
+    if not (isinstance(command.config, type) and dataclasses.is_dataclass(command.config)):
+        raise UserError("its configuration is no dataclass; inherit from mechlens.settings.RunChoice")
+    if command.config in [known.config for known in taken.values()]:
         raise UserError(f"its configuration {command.config.__name__} is another command's; give it one of its own")
+    try:
+        get_type_hints(command.config, include_extras=True)
+    except Exception as error:  # whatever an annotation of another package comes to
+        raise UserError(f"its configuration {command.config.__name__} can't be read: {error}") from error
     fields = {field.name for field in dataclasses.fields(command.config)}
     missing = [name for name in ("out", "wandb") if isinstance(command, Study) and name not in fields]
     if missing:
