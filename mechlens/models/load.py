@@ -20,6 +20,7 @@ from mechlens.models.engine.probes import require_present
 from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.offline import sealed
 from mechlens.models.packaged import ADAPTERS, adapter_folder
+from mechlens.registry import nearest, required
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -202,8 +203,8 @@ def _locate(model: str) -> tuple[str, str | None]:
 
 def _folder_of(model: str) -> str:
     """Where a packaged model is, fetched if need be; of `mechlens.choices.MODELS`."""
-    folder = Path(MODELS[model](model))
-    if not folder.is_dir():
+    folder = required(MODELS, model)(model)
+    if not (isinstance(folder, str | Path) and Path(folder).is_dir()):
         raise UserError(f"the model source {model!r} gave {str(folder)!r}, which is no folder")
     return str(folder)
 
@@ -246,7 +247,8 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        packaged = "" if "/" in model else f", nor packaged ({', '.join(MODELS.names())})"
+        near = nearest(model, MODELS.names())
+        packaged = "" if "/" in model else f", nor packaged ({', '.join(MODELS.names())}{near and f'; {near}'})"
         raise UserError(
             f"the model {model!r} is neither a local folder nor to be had from the hub{packaged}: {first_line(error)}"
         ) from error

@@ -1,6 +1,6 @@
 """The judge that was asked for by name, and what every judge's verdicts have to be."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from mechlens.choices import JUDGES
@@ -27,7 +27,10 @@ def judges_of(name: str) -> tuple[Judge, ...]:
 
 def verdicts_by(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> tuple[Verdict, ...]:
     """One verdict per answer; UserError where the judge gives something else."""
-    found = tuple(judge(prompts, answers))
+    given = judge(prompts, answers)
+    if not isinstance(given, Iterable):
+        raise UserError(f"the judge {judge.name!r} gave a {type(given).__name__}, not a verdict on each answer")
+    found = tuple(given)
     wrong = [verdict for verdict in found if verdict not in get_args(Verdict)]
     if wrong or len(found) != len(answers):
         gave = f"the verdict {wrong[0]!r}" if wrong else f"{len(found)} verdicts on {len(answers)} answers"

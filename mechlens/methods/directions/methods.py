@@ -19,6 +19,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid, mean_difference, members
 from mechlens.methods.directions.lines import lda_line, logistic_line
+from mechlens.registry import required
 
 DirectionMethod = Callable[[Activations, str, str, int, str], Direction]
 """Activations, positive label, negative label, level, position -> the direction there."""
@@ -72,7 +73,7 @@ def grid_by(acts: Activations, positive: str, negative: str, method: str) -> Dir
     by_means = direction_grid(acts, positive, negative)
     if method == MEAN_DIFFERENCE:
         return by_means
-    find: DirectionMethod = METHODS[method]
+    find: DirectionMethod = required(METHODS, method)
     found = [find(acts, positive, negative, level, position) for level in acts.levels for position in acts.positions]
     for one in found:
         if not isinstance(one, Direction) or one.vector.shape != acts.values.shape[3:]:

@@ -15,6 +15,7 @@ from mechlens.choices import RULES
 from mechlens.errors import UserError
 from mechlens.methods.directions.lines import lda_line, logistic_line
 from mechlens.methods.probing.beliefs import cosine_or_zero
+from mechlens.registry import required
 
 PENALTY = 0.1
 """C of the logistic rule: there are far more dimensions than prompts, so the penalty is a strong one."""
@@ -88,7 +89,7 @@ PlaceScore = CosineScore | LinearScore
 
 def score_by(rule: str, values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
     """How a rule of that name (`mechlens.choices.RULES`), fitted to these vectors, scores their place."""
-    score = RULES[rule](values.double(), positive)
+    score = required(RULES, rule)(values.double(), positive)
     if not isinstance(score, PlaceScore):
         raise UserError(f"the guard rule {rule!r} gave a {type(score).__name__}, not a CosineScore or a LinearScore")
     return score
