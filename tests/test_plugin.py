@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from saved import requests, save_model, write_prompts
 
+from mechlens.errors import UserError
+from mechlens.methods.behaviour.chosen_judge import verdicts_by
+from mechlens.registry import nearest
 from mechlens.runs.run import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,14 +124,90 @@ def test_a_broken_entry_point_is_one_warning_and_nothing_else(installed: Path, t
     assert "judge bent (no_such_module)" in json.loads(said.stdout)["from other packages"]
 
 
-def _with_broken(installed: Path, folder: Path) -> Path:
-    """The same, with a package of which nothing can be imported."""
+def _with_broken(installed: Path, folder: Path, entries: str = BROKEN, **modules: str) -> Path:
+    """The same, with a package of which nothing can be imported, or with other entries and their modules."""
     site = shutil.copytree(installed, folder / "site")
     info = site / "bent-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bent\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(BROKEN)
+    (info / "entry_points.txt").write_text(entries)
+    for name, code in modules.items():
+        (site / f"{name}.py").write_text(code)
     return site
+
+
+ODD = """
+import sys
+from dataclasses import dataclass
+from mechlens.settings import RunChoice
+from mechlens.studies.registry import Study
+print("loud")
+def config(*bases, **hints):
+    made = type("Config", bases, {"__annotations__": hints, **dict.fromkeys(hints, 1), "__doc__": "A study."})
+    return dataclass(frozen=True, kw_only=True)(made)
+def study(name, kind=None):
+    return Study(name, config(RunChoice) if kind is None else kind, "odd:prepare", "odd:prepare")
+def prepare(config):
+    return 5
+NUMBER, BARE, PLAIN = 3, study("bare", config()), study("plain", int)
+UNREAD = study("unread", config(RunChoice, x="No"))
+TAKEN, GROUP, BELOW, FINE = study("guard_fit"), study("runs"), study("separate more"), study("fine")
+LOST = Study("lost", config(RunChoice), "odd:nowhere", "odd:prepare")
+"""
+UNUSABLE = {
+    "number": ("odd:NUMBER", "it is a int, not a Study or a Command"),
+    "bare": ("odd:BARE", "its configuration has no 'out'"),
+    "plain": ("odd:PLAIN", "its configuration is no dataclass"),
+    "unread": ("odd:UNREAD", "its configuration Config can't be read: name 'No' is not defined"),
+    "guard_fit": ("odd:TAKEN", "there is a command 'guard fit'; choose another name"),
+    "runs": ("odd:GROUP", "there is a command 'runs list'; choose another name"),
+    "separate more": ("odd:BELOW", "there is a command 'separate'; choose another name"),
+    "leaves": ("leaves:STUDY", "can't be imported: get out"),
+}
+
+
+def test_commands_that_cannot_be_used_are_one_warning_each_and_stop_nothing(installed: Path, tmp_path: Path) -> None:
+    entries = "[mechlens.studies]\n" + "".join(f"{name} = {place}\n" for name, (place, _) in UNUSABLE.items())
+    entries += "fine = odd:FINE\nlost = odd:LOST\n"
+    site = _with_broken(installed, tmp_path, entries, odd=ODD, leaves="raise SystemExit('get out')")
+    said = mechlens(site, "env", "--json")
+    assert said.returncode == 0
+    json.loads(said.stdout)  # what the module printed is elsewhere
+    told = [line for line in said.stderr.splitlines() if line != "loud"]
+    assert len(told) == len(UNUSABLE)
+    for name, (_, reason) in UNUSABLE.items():
+        line = next(line for line in told if f"the command {name!r} can't be used: " in line)
+        assert reason in line
+    for name, reason in (("fine", "prepared a int, not a Preparation"), ("lost", "has no attribute 'nowhere'")):
+        said = mechlens(site, name, "--out", tmp_path / "out")
+        assert said.returncode == 1
+        assert reason in said.stderr.splitlines()[-1]
+        assert "Traceback" not in said.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (("refused",), "gave 1 verdicts on 2 answers"),
+        (("refused", "maybe"), "gave the verdict 'maybe'"),
+        (None, "gave a NoneType, not a verdict on each answer"),
+    ],
+)
+def test_a_judge_owes_a_verdict_on_each_answer(made: Any, sentence: str) -> None:
+    class Bad:
+        name = "bad"
+
+        def __call__(self, prompts: Any, answers: Any) -> Any:
+            return made
+
+    with pytest.raises(UserError, match=sentence):
+        verdicts_by(Bad(), [], ["a", "b"])
+
+
+@pytest.mark.parametrize(("given", "near"), [("smolm2", "smollm2"), ("SMOLLM2", "smollm2"), ("thing", "")])
+def test_the_nearest_name_is_asked_for_in_any_capitals(given: str, near: str) -> None:
+    assert nearest(given, ("smollm2", "gemma3-270m")) == (f"did you mean {near!r}?" if near else "")
 
 
 def test_env_lists_what_was_added(installed: Path) -> None:
