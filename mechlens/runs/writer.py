@@ -55,8 +55,8 @@ def open_run(
 ) -> "RunWriter":
     """A run recorded in the folder `out`, to be used in a `with` block.
 
-    `config` is the verb's frozen dataclass; `resolved` overrides what it left open (a device "auto"). A
-    folder with a run of the same verb and resolved config is gone on with, another one is refused, and so is one that
+    `config` is the study's frozen dataclass; `resolved` overrides what it left open (a device "auto"). A
+    folder with a run of the same study and resolved config is gone on with, another one is refused, and so is one that
     holds anything else than a run: nothing in it could be told from the run's own.
     """
     given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}

@@ -2,7 +2,6 @@
 
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from mechlens.choices import ALL
 from mechlens.extras import EXTRAS, has_extra
 from mechlens.models.packaged import ADAPTERS, PACKAGED, cache_dir
-from mechlens.runs.environment import PACKAGES, git_state
+from mechlens.runs.environment import PACKAGES, git_state, package_versions
 from mechlens.runs.wandb_start import has_login
 from mechlens.studies.env.config import Env
 from mechlens.studies.registry import COMMANDS, Screen
@@ -18,12 +17,11 @@ from mechlens.studies.registry import COMMANDS, Screen
 
 def environment() -> dict[str, Any]:
     """Versions, devices, cached models, extras, and other packages' additions."""
-    versions = {name: _version(name) for name in PACKAGES}
     state = git_state()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": dict.fromkeys(PACKAGES) | package_versions(),
         "commit": None if state is None else state.commit + (" (changed)" if state.dirty else ""),
         "cores": os.cpu_count(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
@@ -59,13 +57,6 @@ def execute(config: Env, screen: Screen) -> None:
 
 
 def _word(value: object) -> str:
-    return (
-        {True: "yes", False: "no", None: "-"}.get(value, str(value)) if isinstance(value, bool | None) else str(value)
-    )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)

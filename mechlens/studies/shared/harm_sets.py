@@ -26,7 +26,7 @@ from mechlens.studies.shared.training_data import LeftOut, leave_out_trained
 
 @runtime_checkable
 class HarmChoice(PromptChoice, Protocol):
-    """A verb's settings that name both classes."""
+    """A study's settings that name both classes."""
 
     @property
     def harmful(self) -> str:
@@ -42,7 +42,7 @@ class HarmChoice(PromptChoice, Protocol):
 
 
 class HarmSets(NamedTuple):
-    """Both classes, and further harmless prompts where a verb takes them."""
+    """Both classes, and further harmless prompts where a study takes them."""
 
     harmful: list[Prompt]
     harmless: list[Prompt]

@@ -27,7 +27,7 @@ MAX_DRAWS = 100_000
 
 @runtime_checkable
 class PromptChoice(Protocol):
-    """A verb's settings that decide which prompts of a source are asked, and under which system prompt."""
+    """A study's settings that decide which prompts of a source are asked, and under which system prompt."""
 
     @property
     def n(self) -> int | None:
