@@ -19,6 +19,7 @@ from mechlens.files import user_path
 from mechlens.models.bridge import LanguageModel, bridge, dtype_of, loaded, weights_now
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.lora import LowRank, read_lora
+from mechlens.models.checkpoints.random_blocks import randomise_blocks
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.weight_store import WeightStore, unnamed_file
 from mechlens.models.engine.probes import require_finite_weights
@@ -122,6 +123,26 @@ class CheckpointSwapper:
             self._name(self.base)
             raise
         self._name(_checkpoint(member, self.base))
+        return self.model
+
+    def put_random_blocks(self, seed: int) -> LanguageModel:
+        """The base with its blocks drawn anew, embeddings kept (see `randomise_blocks`); the next `put` ends it.
+
+        UserError where they can't be; the base's weights are then in place.
+        """
+        self._write({})
+        with native(self.model) as hf_model:
+            blocks = native_blocks(self.model)
+            inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+            named = hf_model.named_parameters(remove_duplicate=False)
+            self._changed = {name for name, parameter in named if id(parameter) in inside}
+            try:
+                randomise_blocks(hf_model, blocks, seed)
+            except UserError:
+                self._write({})
+                raise
+        refresh_splits(self.model)
+        self._name(Checkpoint(f"random blocks {seed}", self.base.path, self.base.revision, base=self.base.name))
         return self.model
 
     def changes(self, member: Member) -> dict[str, LowRank] | None:
