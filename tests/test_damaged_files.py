@@ -286,12 +286,20 @@ def test_an_old_file_is_read_and_is_checked_by_what_can_be(tmp_path: Path) -> No
     for value in (1e308, -1e308):  # it would let everything pass, or nothing
         assert "decides nothing" in said(lambda f, _, value=value: f["calibration"]["fields"].update(threshold=value))
         assert "than a float32" in said(lambda f, _, value=value: first(f)["score"]["fields"].update(bias=value))
+    for value in (1e30, -1e30):  # a float32 holds it, and no score of a residual stream comes near it
+        for change in (
+            lambda f, _, value=value: f["calibration"]["fields"].update(threshold=value),
+            lambda f, _, value=value: first(f)["score"]["fields"].update(bias=value),
+        ):
+            assert "so it decides nothing" in said(change)
     assert "level 1, inst, are all zero" in said(lambda _, tensors: tensors[weight].zero_())
     centroid = "places[1].score.positive"
     longer = torch.ones(SIZE + 1).double()
     assert re.search("entries|not a complete", said(lambda _, tensors: tensors.update({centroid: longer})))
     same = "places[1].score.negative"
     assert "centroids the same" in said(lambda _, tensors: tensors.update({same: tensors[centroid].clone()}))
+    for one in (centroid, same):
+        assert "one of a guard's centroids is all zero" in said(lambda _, tensors, one=one: tensors[one].zero_())
     assert "at least one place" in said(lambda fields, _: fields["places"].update({"$tuple": []}))
     assert "from 0 on" in said(lambda fields, _: first(fields).update(level=-1))
 

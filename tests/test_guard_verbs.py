@@ -483,52 +483,6 @@ def test_the_command_prints_one_object_a_line_and_one_sentence_for_a_wrong_guard
     assert "is truncated or not a safetensors file" in capfd.readouterr().err
 
 
-# Guard models
-
-
-def test_llama_guards_answers_are_parsed() -> None:
-    from mechlens.methods.guard.guard_model import parse_guard_answer
-
-    table = {
-        "safe": (False, ()),
-        "\n\nunsafe\nS1,S10": (True, ("S1", "S10")),
-        "Unsafe\nO3": (True, ("O3",)),
-        "unsafe": (True, ()),
-        "safe\nS1": (False, ()),
-        "This is not about safety": (None, ()),
-        "": (None, ()),
-        "unsafely safe": (False, ()),
-    }
-    for text, (harmful, hazards) in table.items():
-        said = parse_guard_answer(text)
-        assert (said.harmful, said.hazards) == (harmful, hazards), text
-
-
-def test_a_guard_model_is_asked_through_its_own_template(tmp_path: Path) -> None:
-    from tiny import tiny_hf, tiny_tokenizer
-
-    import mechlens as ml
-    from mechlens.methods.guard.guard_model import ask_guard_model
-
-    template = (
-        "{% for m in messages %}Task: is this harmful? User: {{ m['content'] | trim }}\n{% endfor %}"
-        "Answer safe or unsafe:"
-    )
-    tokenizer = tiny_tokenizer(template)
-    tokenizer.add_tokens([" unsafe"])
-    model = tiny_hf()
-    with torch.no_grad():
-        model.lm_head.weight[tokenizer.convert_tokens_to_ids(" unsafe")] *= 8.0
-    model.save_pretrained(tmp_path / "guard")
-    tokenizer.save_pretrained(tmp_path / "guard")
-    guard = ml.load(str(tmp_path / "guard"))
-    prompts = [ml.Prompt(str(i), text, system="ignored by a guard") for i, text in enumerate(requests(12, "make"))]
-    said = ask_guard_model(guard, prompts)
-    plain = ml.answer(guard, [ml.Prompt(p.id, p.text) for p in prompts], max_new_tokens=12)
-    assert [one.answer for one in said] == list(plain.texts)
-    assert any(one.harmful for one in said)  # the loud token comes up
-
-
 # Perplexity
 
 

@@ -82,6 +82,12 @@ class FittedGuard:
                 f"a guard's weights at level {blind[-1].level}, {blind[-1].position}, are all zero, or its centroids "
                 "the same, so every prompt scores alike there; fit it anew, elsewhere"
             )
+        low, high = (sum(ends) / len(self.places) for ends in zip(*(p.score.reach for p in self.places), strict=True))
+        if not low < self.calibration.threshold < high:
+            raise UserError(
+                f"a guard's threshold is {self.calibration.threshold:.3g} and its scores lie between {low:.3g} and "
+                f"{high:.3g}, so it decides nothing; fit it anew"
+            )
 
     @property
     def d_model(self) -> int:

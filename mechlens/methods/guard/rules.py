@@ -19,6 +19,8 @@ from mechlens.registry import required
 
 PENALTY = 0.1
 """C of the logistic rule: there are far more dimensions than prompts, so the penalty is a strong one."""
+LONGEST = 1e9
+"""No residual stream has a larger norm: the largest known reach about a million."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class CosineScore:
         sizes = sorted({len(vector) for vector in (self.positive, self.negative, self.origin)})
         if len(sizes) > 1:
             raise UserError(f"a guard's centroids have vectors of {sizes} entries; fit it anew")
+        # Both may be one vector, as a template's token at level 0 is, but no mean of a class is nothing.
+        nothing = [not bool(one.any()) or torch.equal(one, self.origin) for one in (self.positive, self.negative)]
+        if any(nothing) and not self.is_blind:
+            raise UserError("one of a guard's centroids is all zero, or its origin; fit it anew")
 
     @property
     def d_model(self) -> int:
@@ -45,6 +51,11 @@ class CosineScore:
     def is_blind(self) -> bool:
         """True where every prompt scores the same."""
         return torch.equal(self.positive, self.negative)
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Bounds of every score: of a difference of two cosines."""
+        return -2.0, 2.0
 
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
         shifted = (values.double() - self.origin)[:, None]
@@ -71,6 +82,12 @@ class LinearScore:
     def is_blind(self) -> bool:
         """True where every prompt scores the same."""
         return not bool(self.weight.any())
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Bounds of the scores of every vector that is no longer than `LONGEST`."""
+        far = LONGEST * float(self.weight.norm())
+        return self.bias - far, self.bias + far
 
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
         return values.double() @ self.weight + self.bias

@@ -52,7 +52,8 @@ class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
     n: int | None = None
     """At most so many prompts of each source, drawn by seed."""
     guard_models: tuple[str, ...] = ()
-    """Guard models to compare with (hub ids or folders), asked in Llama Guard's way."""
+    """Guard models to compare with (hub ids or folders), asked by their own chat templates; scored by the log-odds of
+    their verdict."""
     other_weights: bool = False
     """Test the guard on weights that it wasn't fitted on, such as another checkpoint of a series."""
 

@@ -15,7 +15,7 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.directions.nulls import refitted_scores
 from mechlens.methods.guard.fitted import FittedGuard
-from mechlens.methods.guard.guard_model import GuardModelAnswer
+from mechlens.methods.guard.guard_model import GuardModelOpinion
 from mechlens.methods.probing.baselines import mean_embedding_scores, tfidf_scores
 from mechlens.methods.statistics.calibration import fpr_threshold
 from mechlens.methods.statistics.resample import ScoreFold, held_out_scores
@@ -30,8 +30,8 @@ class Detector:
     """One detector's word on every test prompt."""
 
     name: str
-    scores: Float[Tensor, " prompt"]
-    """Higher is more harmful, in units of its own."""
+    scores: Float[Tensor, " prompt"] | None
+    """Higher is more harmful, in units of its own; None where it only says yes or no, so that it has no AUROC."""
     flagged: Bool[Tensor, " prompt"]
     probabilities: Float[Tensor, " prompt"] | None = None
     note: str = ""
@@ -148,8 +148,8 @@ def refusal_detectors(
     return detectors
 
 
-def guard_model_detector(name: str, said: Sequence[GuardModelAnswer]) -> Detector:
-    """A guard model's verdicts; what it answered neither safe nor unsafe counts as not flagged, and is counted."""
-    flagged = torch.tensor([answer.harmful is True for answer in said])
-    unread = sum(answer.harmful is None for answer in said)
-    return Detector(name, flagged.double(), flagged, note=f"{unread} of {len(said)} answers could not be read")
+def guard_model_detector(name: str, said: GuardModelOpinion) -> Detector:
+    """A guard model, scored by its log-odds, flagging by its words: an answer without a verdict flags nothing."""
+    flagged = torch.tensor([answer.harmful is True for answer in said.answers])
+    note = f"{said.note}; {said.unread} of {len(said.answers)} answers without a verdict"
+    return Detector(name, said.log_odds, flagged, note=note)

@@ -20,7 +20,7 @@ from mechlens.methods.behaviour.perplexity import instruction_surprise
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.guard.fitted import FittedGuard
-from mechlens.methods.guard.guard_model import GuardModelAnswer
+from mechlens.methods.guard.guard_model import GuardModelOpinion
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.batch import TokenBatch, tokenize
@@ -82,6 +82,13 @@ class GuardEvaluation:
     other_weights: bool = False
     """Whether the guard may have been fitted on other weights, such as another checkpoint of a series."""
 
+    @property
+    def scores(self) -> Float[Tensor, " prompt"]:
+        """The guard's own, of every test prompt."""
+        scores = self.detectors[0].scores
+        assert scores is not None
+        return scores
+
 
 def examine(
     loaded: Sequence[SourcePrompts], guard: FittedGuard, checkpoints: Sequence[Checkpoint]
@@ -128,14 +135,14 @@ def evaluate_guard(
     examined: EvaluationPrompts,
     plan: EvaluationPlan,
     *,
-    opinions: Mapping[str, Sequence[GuardModelAnswer]] | None = None,
+    opinions: Mapping[str, GuardModelOpinion] | None = None,
     other_weights: bool = False,
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> GuardEvaluation:
     """The guard, other rules (`others`) and baselines, fitted on `train` and applied to the examined prompts.
 
-    `train` are the guard's own training prompts, labelled. `opinions` are guard models' answers, by name.
+    `train` are the guard's own training prompts, labelled. `opinions` are those of guard models, by name.
     `other_weights` lets the guard be one that was fitted on another checkpoint.
     """
     used = template or template_of(model)

@@ -103,16 +103,22 @@ def _measured(
     enough = min(int(positive[wide].sum()), int((~positive[wide]).sum())) >= MIN_IN_A_CLASS
     missing = Estimate.missing(len(inside))
     wide_groups = [groups[i] for i in wide]
-    curve = detector.scores[wide], positive[wide], wide_groups
     right = detector.flagged == positive
     numbers = {
-        "auroc": auroc_estimate(*curve, seed, draws) if enough else missing,
+        "auroc": missing,
         "accuracy": _share(result, right, inside),
         "tpr": _share(result, detector.flagged, up),
         "fpr": _share(result, detector.flagged, down),
-        "tpr_at_1pct_fpr": tpr_at_fpr_estimate(*curve, 0.01, seed, draws) if enough else missing,
-        "tpr_at_5pct_fpr": tpr_at_fpr_estimate(*curve, 0.05, seed, draws) if enough else missing,
+        "tpr_at_1pct_fpr": missing,
+        "tpr_at_5pct_fpr": missing,
     }
+    if detector.scores is not None and enough:
+        curve = detector.scores[wide], positive[wide], wide_groups
+        numbers |= {
+            "auroc": auroc_estimate(*curve, seed, draws),
+            "tpr_at_1pct_fpr": tpr_at_fpr_estimate(*curve, 0.01, seed, draws),
+            "tpr_at_5pct_fpr": tpr_at_fpr_estimate(*curve, 0.05, seed, draws),
+        }
     if detector.probabilities is not None and not against:
         numbers["calibration_error"] = (
             calibration_error_estimate(
@@ -174,16 +180,18 @@ def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
 
 
 def auroc_gains(result: GuardEvaluation) -> dict[str, Estimate]:
-    """AUROC of the guard minus that of every other detector, in total, with the interval of the difference.
+    """AUROC of the guard minus that of every other detector that has one, in total, with the difference's interval.
 
     Both are computed on the same resamples, so that what they share doesn't widen the interval.
     """
-    positive, first = positives(result), result.detectors[0]
+    positive = positives(result)
     labels = [prompt.label for prompt in result.examined.prompts]
     weights = family_weights(families(result), result.plan.resamples, result.plan.seed, labels)
-    area, areas = float(auroc(first.scores, positive)), auroc(first.scores, positive, weights)
+    area, areas = float(auroc(result.scores, positive)), auroc(result.scores, positive, weights)
     gains = {}
     for other in result.detectors[1:]:
+        if other.scores is None:
+            continue
         samples = areas - auroc(other.scores, positive, weights)
         value = area - float(auroc(other.scores, positive))
         gains[f"auroc_gain.{other.name}"] = with_interval(value, samples, len(positive))
@@ -212,7 +220,7 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
         for draw in tqdm(fitted, desc="permuted labels", delay=2, leave=False)
     ]
     areas = weighted_auroc(torch.stack(scores), scored.double(), (~scored).double())
-    observed = float(auroc(result.detectors[0].scores, positive))
+    observed = float(auroc(result.scores, positive))
     as_good = int((areas >= observed - 1e-9).sum())
     return ShuffledNull(float(areas.mean()), (1 + as_good) / (1 + plan.permutations), plan.permutations)
 

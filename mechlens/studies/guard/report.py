@@ -162,7 +162,7 @@ def _distributions(writer: RunWriter, result: GuardEvaluation) -> tuple[str, ...
     prompts = result.examined.prompts
     frame = pd.DataFrame(
         {
-            "score": result.detectors[0].scores.tolist(),
+            "score": result.scores.tolist(),
             "group": [f"{prompt.source}, {prompt.label}" for prompt in prompts],
         }
     )

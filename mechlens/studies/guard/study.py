@@ -12,7 +12,7 @@ from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard import GuardEstimator
-from mechlens.methods.guard.guard_model import GuardModelAnswer, ask_guard_model
+from mechlens.methods.guard.guard_model import GuardModelOpinion, ask_guard_model
 from mechlens.models.bridge import LanguageModel, d_model, loaded
 from mechlens.models.load import load, short_name
 from mechlens.prompts.batch import tokenize
@@ -96,14 +96,12 @@ def _training_prompts(guard: FittedGuard, folder: Path) -> tuple[Prompt, ...]:
     return prompts
 
 
-def _opinion(name: str, prompts: Sequence[Prompt], config: GuardEval, cache: Cache) -> list[GuardModelAnswer]:
+def _opinion(name: str, prompts: Sequence[Prompt], config: GuardEval, cache: Cache) -> GuardModelOpinion:
     model = load(name, dtype=config.dtype, device=config.device, device_map=config.device_map)
     said = ask_guard_model(model, prompts, cache)
-    unread = sum(answer.harmful is None for answer in said)
-    if unread > len(said) / 2:
-        warnings.warn(
-            f"{name}: {unread} of {len(said)} answers are neither safe nor unsafe; is it a guard model?", stacklevel=2
-        )
+    if said.unread > len(said.answers) / 2:
+        counted = f"{said.unread} of {len(said.answers)} answers hold no verdict"
+        warnings.warn(f"{name}: {counted}; is it a guard model?", stacklevel=2)
     del model
     gc.collect()  # two large models at once may not fit
     return said

@@ -70,7 +70,8 @@ class GuardReport:
         labels, quadrants = [p.label for p in prompts], self.result.judged.quadrants()
         scores = pd.DataFrame({**known, "label": labels, "quadrant": quadrants})
         for detector in self.result.detectors:
-            scores[f"score.{detector.name}"] = detector.scores.tolist()
+            if detector.scores is not None:
+                scores[f"score.{detector.name}"] = detector.scores.tolist()
             scores[f"flagged.{detector.name}"] = detector.flagged.tolist()
         return scores.assign(probability=self.result.detectors[0].probabilities.tolist())  # type: ignore[union-attr]
 
@@ -91,6 +92,8 @@ class GuardReport:
         rates = np.linspace(0, 1, CURVE_POINTS + 1)
         frames = []
         for detector in self.result.detectors:
+            if detector.scores is None:
+                continue
             scores = detector.scores.double().numpy()
             order = np.argsort(-scores, kind="stable")
             ends = np.append(np.diff(scores[order]) != 0, True)  # tied scores are flagged together
@@ -188,8 +191,7 @@ class Mistake:
 
 def worst_mistakes(result: GuardEvaluation, of_each: int) -> list[Mistake]:
     """The harmless prompts with the highest scores and the harmful ones with the lowest, of those judged wrongly."""
-    detector = result.detectors[0]
-    scores, flagged = detector.scores.tolist(), detector.flagged.tolist()
+    scores, flagged = result.scores.tolist(), result.detectors[0].flagged.tolist()
     harmful = [prompt.label == "harmful" for prompt in result.examined.prompts]
     rows = range(len(scores))
     alarms = sorted((i for i in rows if flagged[i] and not harmful[i]), key=lambda i: -scores[i])[:of_each]
