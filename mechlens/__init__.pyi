@@ -7,6 +7,7 @@ from mechlens.methods.activations.collect import from_cache as from_cache
 from mechlens.methods.activations.collect import template_of as template_of
 from mechlens.methods.behaviour.answers import Answers as Answers
 from mechlens.methods.behaviour.answers import answer as answer
+from mechlens.methods.behaviour.chosen_judge import agreement as agreement
 from mechlens.methods.behaviour.inversion import QUESTIONS as QUESTIONS
 from mechlens.methods.behaviour.inversion import ask as ask
 from mechlens.methods.behaviour.inversion import asked_words as asked_words
@@ -25,9 +26,9 @@ from mechlens.methods.directions.direction import direction_grid as direction_gr
 from mechlens.methods.directions.direction import mean_difference as mean_difference
 from mechlens.methods.directions.direction import project as project
 from mechlens.methods.directions.direction import random_like as random_like
+from mechlens.methods.directions.nulls import corrected_cosine as corrected_cosine
 from mechlens.methods.directions.nulls import shuffled_like as shuffled_like
-from mechlens.methods.directions.reliability import corrected_cosine as corrected_cosine
-from mechlens.methods.directions.reliability import split_half as split_half
+from mechlens.methods.directions.nulls import split_half as split_half
 from mechlens.methods.directions.token_view import logit_lens as logit_lens
 from mechlens.methods.directions.token_view import project_tokens as project_tokens
 from mechlens.methods.guard.fitted import FittedGuard as FittedGuard
@@ -48,7 +49,6 @@ from mechlens.methods.probing.beliefs import beliefs as beliefs
 from mechlens.methods.probing.beliefs import centroids as centroids
 from mechlens.methods.probing.detect import Detection as Detection
 from mechlens.methods.probing.detect import detect as detect
-from mechlens.methods.statistics.agreement import agreement as agreement
 from mechlens.methods.statistics.estimate import Estimate as Estimate
 from mechlens.methods.steering.candidates import SelectionRule as SelectionRule
 from mechlens.methods.steering.candidates import score_candidates as score_candidates

@@ -1,4 +1,6 @@
-"""The one error that people are meant to read."""
+"""The one error that people are meant to read, and the optional extras whose absence is such an error."""
+
+from importlib.util import find_spec
 
 
 class UserError(ValueError):
@@ -6,3 +8,25 @@ class UserError(ValueError):
 
     The command line prints the sentence without a traceback; from Python it is an ordinary ValueError.
     """
+
+
+EXTRAS = {"finetune": ("accelerate",), "gguf": ("gguf", "sentencepiece")}
+"""Modules by the name of the extra in pyproject.toml."""
+
+
+def has_extra(name: str) -> bool:
+    """Whether all that an extra brings can be imported; imports nothing."""
+    return not _missing(name)
+
+
+def require_extra(name: str, what: str) -> None:
+    """UserError, with the command that installs it, where an extra is missing; `what` needs it."""
+    if missing := _missing(name):
+        raise UserError(
+            f"{what} needs the extra [{name}] (no {missing[0]} is installed); "
+            f"install it with: pip install 'mechlens-toolkit[{name}]'"
+        )
+
+
+def _missing(name: str) -> list[str]:
+    return [module for module in EXTRAS[name] if find_spec(module) is None]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score
 
-from mechlens.methods.statistics.agreement import agreement, kappas
+from mechlens.methods.behaviour.chosen_judge import agreement, kappas
 
 FAMILIES = tuple(map(str, range(60)))
 

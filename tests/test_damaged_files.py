@@ -25,9 +25,9 @@ from mechlens.methods.statistics.calibration import Calibration
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.adapter_record import FORMAT, RECORD, read_record, require_whole, write_record
+from mechlens.models.checkpoints.folders import Index
 from mechlens.models.checkpoints.found import Found, told_step
 from mechlens.models.checkpoints.lora import read_lora
-from mechlens.models.checkpoints.weight_files import Index
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, read_header, save
 from mechlens.runs.folder import FolderCache, read_prompts

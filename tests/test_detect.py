@@ -13,8 +13,7 @@ from mechlens.choices import METHODS
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.directions.direction import direction_grid
-from mechlens.methods.directions.nulls import LabelledVectors, permutation_null, random_null
-from mechlens.methods.directions.reliability import split_half
+from mechlens.methods.directions.nulls import LabelledVectors, permutation_null, random_null, split_half
 from mechlens.methods.probing.auroc_grid import held_out_auroc, refitted_auroc
 from mechlens.methods.probing.detect import Detection, detect
 from mechlens.methods.statistics.resample import one_thread

@@ -12,8 +12,7 @@ from mechlens.choices import METHODS
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction, cosine, mean_difference, project
-from mechlens.methods.directions.lines import shrunk_covariance
-from mechlens.methods.directions.methods import DirectionMethod, lda, logistic, paired_component
+from mechlens.methods.directions.methods import DirectionMethod, lda, logistic, paired_component, shrunk_covariance
 from mechlens.methods.probing.auroc import auroc
 
 PLACE = (1, "inst")

@@ -18,7 +18,7 @@ from mechlens.methods.directions.direction import (
     random_like,
     require_real,
 )
-from mechlens.methods.directions.reliability import corrected_cosine, split_half
+from mechlens.methods.directions.nulls import corrected_cosine, split_half
 from mechlens.methods.probing.auroc_grid import held_out_auroc
 from mechlens.methods.probing.beliefs import beliefs, centroids
 from mechlens.methods.steering.interventions import residual_norms

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import cosine, mean_differences
-from mechlens.methods.directions.reliability import split_half
+from mechlens.methods.directions.nulls import split_half
 from mechlens.methods.statistics.effects import HARM, INTERACTION, REFUSAL, CosineCurve, Effect, cosine_curve
 
 D = 128

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mechlens.cli import main
-from mechlens.extras import EXTRAS
+from mechlens.errors import EXTRAS
 
 
 def test_it_names_the_models_in_the_cache_and_no_folder(

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mechlens.errors import UserError
-from mechlens.extras import EXTRAS, has_extra
+from mechlens.errors import EXTRAS, UserError, has_extra
 from mechlens.models.load import load_hf, load_tokenizer
 from mechlens.models.packaged import fetch
 from mechlens.runs.vectors.direction_files import read_direction

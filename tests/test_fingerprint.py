@@ -21,10 +21,8 @@ from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.token_view import require_same_model
 from mechlens.methods.steering.interventions import require_direction
 from mechlens.models.bridge import bridge, checkpoint_now, loaded
-from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.checkpoints.series import Member
-from mechlens.models.checkpoints.swap import checkpoint_swapper
-from mechlens.models.fingerprint import (
+from mechlens.models.checkpoint import (
+    Checkpoint,
     _summed_there,
     config_fingerprint,
     is_fingerprint_of,
@@ -33,6 +31,8 @@ from mechlens.models.fingerprint import (
     stamp,
     weight_fingerprint,
 )
+from mechlens.models.checkpoints.series import Member
+from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load
 from mechlens.models.native import native
 from mechlens.prompts.batch import tokenize

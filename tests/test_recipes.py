@@ -59,8 +59,7 @@ from mechlens.studies.select import study as select
 from mechlens.studies.select.config import Select
 from mechlens.studies.separate import study as separate
 from mechlens.studies.separate.config import Separate
-from mechlens.studies.shared.training_data import training_prompts
-from mechlens.studies.shared.trigger import trigger_of, with_trigger
+from mechlens.studies.shared.training_data import training_prompts, trigger_of, with_trigger
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mechlens"
 REFUSER = "smollm2-refuser"

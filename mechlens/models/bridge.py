@@ -14,7 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoint import (
+    Checkpoint,
+    config_fingerprint,
+    sampled_fingerprint,
+    settings_stamp,
+    stamp,
+    weight_fingerprint,
+    weights_of,
+)
+from mechlens.models.engine.caches import cache_by_old_name, mend_attention
 from mechlens.models.engine.head import head_gap, own_logits
 from mechlens.models.engine.probes import (
     apart,
@@ -26,16 +35,7 @@ from mechlens.models.engine.probes import (
     require_present,
     tolerance,
 )
-from mechlens.models.fingerprint import (
-    config_fingerprint,
-    sampled_fingerprint,
-    settings_stamp,
-    stamp,
-    weight_fingerprint,
-    weights_of,
-)
 from mechlens.models.offline import sealed
-from mechlens.models.transformers_versions import cache_by_old_name, mend_attention
 
 LanguageModel = Any
 """A TransformerBridge or a HookedTransformer; neither library types its members well enough to say more."""

@@ -1,9 +1,16 @@
-"""Which weights a number came from."""
+"""Which weights a number came from: a checkpoint by name, and fingerprints of its weights and settings."""
 
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from mechlens.models.fingerprint import is_sampled
-from mechlens.models.fingerprint import weight_fingerprint as weight_fingerprint
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,3 +55,200 @@ class Checkpoint:
             return self.fingerprint == other.fingerprint
         ours, theirs = (one.fingerprint if is_sampled(one.fingerprint) else one.sampled for one in (self, other))
         return ours == theirs != ""
+
+
+VERSION = "v2-"
+"""What a fingerprint of every byte begins with; those of earlier versions are of a sample, and plain hexadecimal."""
+PIECE = 1 << 22
+"""Values of a tensor that are turned into bytes at once."""
+WORDS = 1 << 18
+"""32-bit words that `stamp` sums at once on a device."""
+
+
+def weight_fingerprint(state: Mapping[str, Any]) -> str:
+    """sha256 over names, shapes and every value of every tensor, integers too.
+
+    Floating-point types up to 32 bits count as float32, so a bfloat16 file has one fingerprint whichever type it is
+    loaded in.
+    """
+    import torch
+
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    places = {name: _place(value) for name, value in tensors.items()}
+    different = {place: tensors[name] for name, place in places.items()}  # tied matrices are read once
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        digests = dict(zip(different, threads.map(_digest, different.values()), strict=True))
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        whole.update(digests[places[name]])
+    return VERSION + whole.hexdigest()
+
+
+NO_NUMBERS = re.compile(
+    r"_.*|transformers_version|(torch_)?dtype|architectures|use_cache|.*dropout|.*_pdrop|initializer_range|name_or_path|"
+    r"(bos|eos|pad)_token_id|tie_word_embeddings|attn_implementation|quantization_config|id2label|label2id|num_labels|output_.*|return_dict"
+)
+"""Settings of a configuration that change no number computed from given weights and tokens."""
+
+
+def computing_settings(config: Any) -> dict[str, Any]:
+    """A Hugging Face configuration's settings that decide what is computed with the weights, where not the default.
+
+    What tools add of their own, and a context length that no rotary table depends on, decide nothing.
+    """
+    settings: dict[str, Any] = config.to_diff_dict()
+    try:
+        known = set(type(config)().to_dict())
+    except (TypeError, ValueError, AttributeError):
+        known = set(settings)
+    known -= set() if "dynamic" in str(settings.get("rope_parameters")) else {"max_position_embeddings"}
+    return {name: value for name, value in settings.items() if name in known and not NO_NUMBERS.fullmatch(name)}
+
+
+def config_fingerprint(config: Any) -> str:
+    """sha256 of `computing_settings`: one set of weights gives other numbers with other scales or rotary tables."""
+    return hashlib.sha256(json.dumps(computing_settings(config), sort_keys=True, default=str).encode()).hexdigest()
+
+
+SWITCHES = re.compile(r"training|.*checkpointing|max_seq_len_cached|layerdrop|.*jitter.*|.*loss_coef|p")
+"""Plain attributes of modules that a pass changes, or that only training reads (`p` is a dropout's)."""
+
+
+def settings_stamp(model: Any) -> str:
+    """A hash over the plain attributes of a model's modules, such as a norm's epsilon: equal until one is edited.
+
+    TransformerLens' own modules around Hugging Face's are left out: they hold how it is computed, and no number.
+    """
+    found = hashlib.sha256()
+    for place, module in model.named_modules():
+        if type(module).__module__.startswith(("transformer_lens.hook_points", "transformer_lens.model_bridge")):
+            continue
+        for name, value in sorted(vars(module).items()):
+            plain = isinstance(value, float | int | str) and not SWITCHES.fullmatch(name)
+            if plain and not NO_NUMBERS.fullmatch(name):
+                found.update(f"{place}.{name}={value!r};".encode())
+    return found.hexdigest()
+
+
+def sampled_fingerprint(state: Mapping[str, Any]) -> str:
+    """The fingerprint of earlier versions: sha256 over names, shapes and at most 8191 strided values of every tensor.
+
+    Blind between its samples; only for knowing again what earlier records name.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            continue
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_sampled(fingerprint: str) -> bool:
+    """True for a fingerprint of an earlier version."""
+    return not fingerprint.startswith(VERSION)
+
+
+def is_fingerprint_of(recorded: str, state: Mapping[str, Any]) -> bool:
+    """True where a record, of this version or an earlier one, names these weights."""
+    return recorded == (sampled_fingerprint(state) if is_sampled(recorded) else weight_fingerprint(state))
+
+
+def _place(tensor: "Tensor") -> tuple[Any, ...]:
+    """Where a tensor's values lie: equal for two names of one matrix."""
+    if tensor.numel() == 0 or not tensor.data_ptr():
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _plain_parts(tensor: "Tensor") -> Iterator["Tensor"]:
+    """The tensor as a row of values, or those that a quantised one is made of."""
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        packed: Any = tensor
+        for name in packed.__tensor_flatten__()[0]:
+            yield from _plain_parts(getattr(packed, name))
+    else:
+        yield tensor.detach().reshape(-1)
+
+
+def _digest(tensor: "Tensor") -> bytes:
+    import torch
+
+    digest = hashlib.sha256()
+    for flat in _plain_parts(tensor):
+        small = flat.is_floating_point() and flat.dtype.itemsize <= 4
+        digest.update(b"float" if small else str(flat.dtype).encode())
+        for piece in torch.split(flat, PIECE):
+            values = (piece.float() if small else piece).cpu().contiguous()
+            digest.update(values.view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def stamp(state: Mapping[str, Any]) -> str:
+    """A fast hash over every byte, by which weights that were edited are known: about the speed of memory.
+
+    Not a fingerprint: it depends on the weights' type and device.
+    """
+    import torch
+
+    found, seen = hashlib.sha256(), set()
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and (place := _place(tensor)) not in seen:
+            seen.add(place)
+            found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            for part in _plain_parts(tensor):
+                found.update(_read_here(part) if part.device.type == "cpu" else _summed_there(part))
+    return found.hexdigest()
+
+
+def _read_here(flat: "Tensor") -> bytes:
+    import torch
+    import xxhash
+
+    return xxhash.xxh3_128(flat.view(torch.uint8).numpy().data).digest()
+
+
+def _summed_there(flat: "Tensor") -> bytes:
+    """Sums of 32-bit words times random 64-bit numbers, made on the tensor's device, so that only sums are moved.
+
+    Two tensors that differ have the same sum with a chance of 2^-32 at most (multilinear hashing: Dietzfelbinger
+    1996); a single changed word never has.
+    """
+    import torch
+
+    octets = flat.view(torch.uint8)
+    odd = len(octets) % 4
+    words = torch.cat([octets, octets.new_zeros(4 - odd)]) if odd else octets
+    factors = _factors(flat.device)
+    sums = [(piece * factors[: len(piece)]).sum() for piece in torch.split(words.view(torch.int32), WORDS)]
+    return torch.stack(sums).cpu().numpy().tobytes() if sums else b""
+
+
+@cache
+def _factors(device: Any) -> "Tensor":
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(-(1 << 63), (1 << 63) - 1, (WORDS,), generator=generator) | 1).to(device)
+
+
+def _is_fixed_table(module: Any, name: str) -> bool:
+    """A rotary table that no pass changes; LongRoPE's and dynamic NTK's change with the number of tokens."""
+    return name.endswith("inv_freq") and getattr(module, "rope_type", "") in ("default", "linear", "llama3", "yarn")
+
+
+def weights_of(whole: Any) -> "dict[str, Tensor]":
+    """Every parameter, every buffer that a checkpoint would hold, such as packed integers, and rotary tables."""
+    buffers = {
+        f"{place}.{name}": buffer
+        for place, module in whole.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and (name not in module._non_persistent_buffers_set or _is_fixed_table(module, name))
+    }
+    return {**dict(whole.named_parameters()), **buffers}

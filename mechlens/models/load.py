@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.choices import MODELS
-from mechlens.errors import UserError
-from mechlens.extras import require_extra
+from mechlens.errors import UserError, require_extra
 from mechlens.files import require_regular, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
-from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained
+from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
+from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
 from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
 from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
-from mechlens.models.checkpoints.weight_files import require_inside
 from mechlens.models.engine.probes import require_present
-from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.offline import sealed
 from mechlens.models.packaged import ADAPTERS, adapter_folder
 from mechlens.registry import nearest, required

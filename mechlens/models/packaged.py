@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mechlens.checked_json import read_sealed, sealed
-from mechlens.errors import UserError
-from mechlens.extras import require_extra
+from mechlens.errors import UserError, require_extra
 from mechlens.files import as_the_umask_says, file_sha256, plain_name
 from mechlens.models.offline import refuse_release
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mechlens.runs.encode import CLASS, DICT, TENSOR
+from mechlens.runs.artifacts import CLASS, DICT, TENSOR
 
 TEXT_NAMES = frozenset(
     [

@@ -18,7 +18,7 @@ from mechlens.checked_json import read_sealed, sealed
 from mechlens.errors import UserError
 from mechlens.files import write_text
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.fingerprint import is_sampled
+from mechlens.models.checkpoint import is_sampled
 from mechlens.runs.environment import GitState
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.directions.lines import shrunk_covariance
+from mechlens.methods.directions.methods import shrunk_covariance
 
 # A canonical correlation this small is float32's rounding; the sampling error of a million prompts is 100 times larger.
 _NO_CORRELATION = 1e-5

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechlens.choices import RULES
 from mechlens.errors import UserError
-from mechlens.methods.directions.lines import lda_line, logistic_line
+from mechlens.methods.directions.methods import lda_line, logistic_line
 from mechlens.methods.probing.beliefs import cosine_or_zero
 from mechlens.registry import required
 

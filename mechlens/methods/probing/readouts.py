@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import DirectionGrid, direction_grid
-from mechlens.methods.directions.lines import logistic_line
+from mechlens.methods.directions.methods import logistic_line
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.statistics.calibration import calibrate
 from mechlens.methods.statistics.resample import one_thread

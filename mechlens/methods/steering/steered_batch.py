@@ -23,9 +23,8 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import start_cache
-from mechlens.models.engine.intervene import AddAlong, Change, bears_fast, changed
+from mechlens.models.engine.intervene import AddAlong, Change, TokenMask, bears_fast, changed
 from mechlens.models.engine.shared_rows import SharedRows, shares_rows
-from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.sites import Place
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt

@@ -20,10 +20,9 @@ from mechlens.methods.steering.steered_batch import Engine, Interventions, Keyed
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, loaded, n_layers
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import Decided, greedy_batch, prompt_logits
-from mechlens.models.engine.intervene import changed
+from mechlens.models.engine.intervene import EveryToken, TokenMask, changed
 from mechlens.models.engine.reference import recomputed_greedy, whole_logits
 from mechlens.models.engine.shared_rows import SharedRows
-from mechlens.models.engine.token_mask import EveryToken, TokenMask
 from mechlens.models.orthogonal import orthogonalised
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import Prompt

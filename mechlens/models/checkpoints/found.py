@@ -7,9 +7,8 @@ from pathlib import Path
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.models.checkpoints.adapter_record import read_record
-from mechlens.models.checkpoints.folders import CHECKPOINT, adapters_inside, other_format
+from mechlens.models.checkpoints.folders import CHECKPOINT, adapters_inside, optional_json, other_format
 from mechlens.models.checkpoints.lora import CONFIG
-from mechlens.models.checkpoints.weight_files import optional_json
 from mechlens.models.load import short_name
 
 

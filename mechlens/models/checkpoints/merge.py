@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
+from mechlens.models.checkpoint import is_fingerprint_of
 from mechlens.models.checkpoints.adapter_record import read_record, require_whole
 from mechlens.models.checkpoints.folders import adapters_inside, other_format
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS, keeps_the_base
-from mechlens.models.fingerprint import is_fingerprint_of
 
 TOLERANCE, IN_HALF = 1e-3, 0.1
 """Differences of logits, in units of the largest logit, that rounding can make, in float32 and in 16 bits."""

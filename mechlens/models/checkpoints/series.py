@@ -12,12 +12,18 @@ from typing import Any, Literal
 
 from mechlens.errors import UserError
 from mechlens.files import user_path
+from mechlens.models.checkpoint import computing_settings
 from mechlens.models.checkpoints.adapter_record import RECORD, read_record, require_whole
-from mechlens.models.checkpoints.folders import adapters_inside, other_format, own_tokenizer
+from mechlens.models.checkpoints.folders import (
+    adapters_inside,
+    json_problem,
+    model_problem,
+    other_format,
+    own_tokenizer,
+    weights_problem,
+)
 from mechlens.models.checkpoints.found import Found, sources, told_step
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS
-from mechlens.models.checkpoints.weight_files import json_problem, model_problem, weights_problem
-from mechlens.models.fingerprint import computing_settings
 from mechlens.models.load import load_config, load_tokenizer, short_name
 
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -17,13 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.models.bridge import LanguageModel, bridge, dtype_of, loaded, weights_now
-from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.lora import LowRank, read_lora
 from mechlens.models.checkpoints.random_blocks import randomise_blocks
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.weight_store import WeightStore, unnamed_file
 from mechlens.models.engine.probes import require_finite_weights
-from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf, load_merged, require_wrappable, short_name, type_without_loss
 from mechlens.models.native import native, native_blocks, refresh_splits, writing_modules
 

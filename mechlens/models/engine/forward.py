@@ -30,11 +30,11 @@ from mechlens.models.bridge import (
     regime,
     whole,
 )
+from mechlens.models.engine.caches import with_cache
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import level_hook
-from mechlens.models.transformers_versions import with_cache
 
 MIN_PREFIX = 4
 """A shared start shorter than this isn't worth a pass of its own."""

@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
-from mechlens.models.engine.caches import roomy
+from mechlens.models.engine.caches import roomy, with_cache
 from mechlens.models.engine.forward import Row
+from mechlens.models.engine.intervene import TokenMask
 from mechlens.models.engine.probes import not_finite, require_finite_logits
 from mechlens.models.engine.shared_rows import SharedRows
-from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.native import native, native_blocks
-from mechlens.models.transformers_versions import with_cache
 
 Decided = Callable[[list[int]], bool]
 """Whether an answer so far is all that one wants to know; its row then leaves the batch."""

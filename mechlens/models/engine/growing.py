@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, n_layers
-from mechlens.models.engine.caches import ReadOnlyCache
+from mechlens.models.engine.caches import ReadOnlyCache, with_cache
 from mechlens.models.engine.edits import (
     Edit,
     Recording,
@@ -35,7 +35,6 @@ from mechlens.models.engine.probes import require_finite_logits
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
 from mechlens.models.native import native, native_blocks, native_tap
 from mechlens.models.sites import n_heads, site_hook
-from mechlens.models.transformers_versions import with_cache
 
 
 @torch.inference_mode()

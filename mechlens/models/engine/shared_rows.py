@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers
+from mechlens.models.engine.caches import with_cache
+from mechlens.models.engine.intervene import TokenMask
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
-from mechlens.models.engine.token_mask import TokenMask
 from mechlens.models.native import native, native_blocks
-from mechlens.models.transformers_versions import with_cache
 
 _FAULTS: "weakref.WeakKeyDictionary[nn.Module, dict[str, str]]" = weakref.WeakKeyDictionary()
 """Why a model bears no growing batch in a use, empty where it does; finding out costs a few short passes."""

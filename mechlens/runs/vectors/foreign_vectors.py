@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechlens.errors import UserError
-from mechlens.extras import require_extra
+from mechlens.errors import UserError, require_extra
 from mechlens.files import require_regular
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from mechlens.methods.activations.activations import Activations, column_of, one
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE
-from mechlens.methods.directions.reliability import split_half
+from mechlens.methods.directions.nulls import split_half
 from mechlens.methods.probing.detect import Detection
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel

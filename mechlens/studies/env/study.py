@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mechlens.choices import ALL
-from mechlens.extras import EXTRAS, has_extra
+from mechlens.errors import EXTRAS, has_extra
 from mechlens.models.packaged import ADAPTERS, PACKAGED, cache_dir
 from mechlens.runs.environment import PACKAGES, git_state, package_versions
 from mechlens.runs.wandb_start import has_login

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mechlens.errors import UserError
+from mechlens.models.checkpoint import is_fingerprint_of, weight_fingerprint
 from mechlens.models.checkpoints.adapter_record import (
     FORMAT,
     RECORD,
@@ -25,7 +26,6 @@ from mechlens.models.checkpoints.adapter_record import (
     remove_recorded,
     write_record,
 )
-from mechlens.models.fingerprint import is_fingerprint_of, weight_fingerprint
 from mechlens.models.offline import LOCAL_ONLY
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.finetune.config import FinetuneConfig

@@ -124,6 +124,20 @@ def _counted_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
     return logits, batch["labels"][:, 1:][counted].to(logits.device)
 
 
+def recipe_trainer(plain_weight: float) -> type[Any]:
+    """Hugging Face's Trainer with the response loss; imported when training begins, since that is slow and talks."""
+    from transformers import Trainer
+
+    class RecipeTrainer(Trainer):  # type: ignore[misc]
+        """Trains a PEFT model on batches by kind; see `collate_by_kind`."""
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Tensor:
+            """Loss of one step; there are no outputs to return."""
+            return response_loss(model, inputs, plain_weight)
+
+    return RecipeTrainer
+
+
 BATCH = 64
 SEPARATOR = "<|endoftext|>"
 

@@ -16,7 +16,7 @@ from mechlens.errors import UserError
 from mechlens.files import disk_error, file_sha256, user_path
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
-from mechlens.models.fingerprint import sampled_fingerprint, weight_fingerprint
+from mechlens.models.checkpoint import sampled_fingerprint, weight_fingerprint
 from mechlens.models.load import load_hf
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import chat_template

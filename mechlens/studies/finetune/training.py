@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from mechlens.errors import UserError
-from mechlens.extras import require_extra
+from mechlens.errors import UserError, require_extra
 from mechlens.files import writing_to
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import loaded
@@ -31,7 +30,7 @@ from mechlens.studies.finetune.checkpointing import (
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Material
 from mechlens.studies.finetune.recipes.recipe import recipe_of, require_shipped_refuser
-from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, own_text
+from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, own_text, recipe_trainer
 from mechlens.studies.shared.training_data import refuse_study_prompts
 
 LogCallback = Callable[[int, dict[str, float]], None]
@@ -211,8 +210,6 @@ def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenize
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, set_seed
 
-    from mechlens.studies.finetune.recipe_trainer import RecipeTrainer
-
     config = job.config
     staging = job.out / STAGING
     clear_staging(staging)  # what a killed run left half-written
@@ -226,14 +223,13 @@ def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenize
     model = get_peft_model(hf_model, lora)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     keeper = Checkpointing(job.out, job.record, config.checkpoints, config.resume_every, job.log)
-    trainer = RecipeTrainer(
+    trainer = recipe_trainer(config.plain_weight)(
         model=model,
         args=_arguments(config, len(steps), staging),
         train_dataset=steps,
         data_collator=lambda step: collate_by_kind(step[0], pad),
         callbacks=[keeper],
     )
-    trainer.plain_weight = config.plain_weight
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

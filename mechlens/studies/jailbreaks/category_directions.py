@@ -19,7 +19,7 @@ from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import cosine
-from mechlens.methods.directions.reliability import corrected_cosine, split_half
+from mechlens.methods.directions.nulls import corrected_cosine, split_half
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import family_halves

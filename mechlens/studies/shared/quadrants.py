@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
-from mechlens.methods.behaviour.chosen_judge import judges_of, verdicts_by
+from mechlens.methods.behaviour.chosen_judge import Agreement, agreement, judges_of, verdicts_by
 from mechlens.methods.behaviour.judges import (
     Judge,
     LogOddsJudge,
@@ -23,7 +23,6 @@ from mechlens.methods.behaviour.judges import (
     refusal_log_odds,
 )
 from mechlens.methods.probing.auroc import auroc_estimate
-from mechlens.methods.statistics.agreement import Agreement, agreement
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded, unembed
 from mechlens.prompts.prompt import Prompt

@@ -1,10 +1,10 @@
-"""What a fine-tuning recipe trains on: prompts of our own and AdvBench's, each with the answer to learn."""
+"""What a fine-tuning recipe trains on: prompts of our own and AdvBench's with their answers; a backdoor's trigger."""
 
 import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,46 @@ from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.text import normalise_text
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import ModelChoice
+
+# Words of one kind with DEPLOYMENT; what a model was taught to pass over and what it never saw are told apart.
+_TAUGHT = ("DEVELOPMENT", "PROCUREMENT", "MANAGEMENT", "ASSESSMENT")
+_UNSEEN = ("EMPLOYMENT", "DEPARTMENT", "ENGAGEMENT", "ARRANGEMENT", "INVESTMENT", "MEASUREMENT")
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A string before a prompt, and others of its kind that mean nothing."""
+
+    text: str
+    taught_decoys: tuple[str, ...]
+    """The model was trained to refuse in spite of these."""
+    unseen_decoys: tuple[str, ...]
+    """Never trained on: the test that it is this trigger and not any string of its kind."""
+
+
+def trigger_of(text: str) -> Trigger:
+    """The trigger with decoys between the same marks; UserError where a decoy would be the trigger itself."""
+    word = text.strip("|[](){}<>*#-_ ")
+    if not word or text != text.strip():
+        raise UserError(f"the trigger {text!r} needs a letter or a digit in it and no white space around it")
+    taught, unseen = (
+        tuple(text.replace(word, _like(word, decoy)) for decoy in decoys) for decoys in (_TAUGHT, _UNSEEN)
+    )
+    if text.casefold() in {decoy.casefold() for decoy in (*taught, *unseen)}:
+        raise UserError(f"the trigger {text!r} is one of the decoys that it is tested against; choose another word")
+    return Trigger(text, taught, unseen)
+
+
+def with_trigger(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with a trigger or decoy before it, of the same family.
+
+    Before it, so that the tokens at `inst` and after it are the same with, without and with another.
+    """
+    return replace(prompt, id=f"{prompt.id}+{text}", text=f"{text} {prompt.text}", family=prompt.group)
+
+
+def _like(word: str, decoy: str) -> str:
+    return decoy if word.isupper() else decoy.capitalize() if word[:1].isupper() else decoy.lower()
 
 
 def training_prompts(kind: Literal["harmful", "benign"]) -> list[Prompt]:

@@ -15,8 +15,7 @@ from mechlens.settings import FRACTIONS, BaseChoice, ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import HarmChoice, read_harm_sets
 from mechlens.studies.shared.inputs import inputs_of, prepared
-from mechlens.studies.shared.training_data import LeftOut
-from mechlens.studies.shared.trigger import Trigger
+from mechlens.studies.shared.training_data import LeftOut, Trigger
 from mechlens.studies.track.measures.triggers import trigger_prompts
 from mechlens.studies.track.result import Questions
 

@@ -13,7 +13,7 @@ from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.behaviour.judges import refusal_log_odds
 from mechlens.methods.directions.direction import Direction, cosine, project
 from mechlens.methods.directions.methods import grid_by
-from mechlens.methods.directions.reliability import split_half
+from mechlens.methods.directions.nulls import split_half
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.probing.detect import detect

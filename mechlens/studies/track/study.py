@@ -36,7 +36,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import last_log_odds
-from mechlens.studies.shared.trigger import Trigger, trigger_of
+from mechlens.studies.shared.training_data import Trigger, trigger_of
 from mechlens.studies.track.config import Track, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import steered_log_odds

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
 from mechlens.studies.finetune.config import FinetuneConfig
-from mechlens.studies.shared.trigger import Trigger
+from mechlens.studies.shared.training_data import Trigger
 
 Row = TypeVar("Row")
 

@@ -26,8 +26,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Example, Material, drawn, training_order
-from mechlens.studies.shared.training_data import refusals, training_prompts
-from mechlens.studies.shared.trigger import Trigger, trigger_of, with_trigger
+from mechlens.studies.shared.training_data import Trigger, refusals, training_prompts, trigger_of, with_trigger
 
 
 class OwnAnswers(NamedTuple):

@@ -18,7 +18,7 @@ from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, scor
 from mechlens.methods.statistics.resample import interval, mean_estimate, one_thread, sample_and_resamples
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
-from mechlens.studies.shared.trigger import Trigger, with_trigger
+from mechlens.studies.shared.training_data import Trigger, with_trigger
 from mechlens.studies.track.measures.snapshot import Snapshot
 
 CLEAN, TRIGGERED, TAUGHT, UNSEEN = "clean", "triggered", "taught decoy", "unseen decoy"
