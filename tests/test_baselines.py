@@ -23,8 +23,6 @@ CONTRAST = Contrast(
     positive=torch.tensor([label == "harmful" for label in LABELS]),
     families=FAMILIES,
     split=split_by_family(LABELS, FAMILIES, fractions=(0.5, 0.1, 0.4), seed=0),
-    seed=0,
-    resamples=200,
 )
 TOPICS = ("cake", "bike", "chair", "song", "poem", "boat", "lamp", "tent")
 
@@ -56,14 +54,15 @@ def test_token_identity_is_one_half_on_matched_pairs_by_construction() -> None:
     scores = refitted_scores(tokens[drawn[:PAIRS]], 1000 * tokens[drawn[PAIRS:]], labels, 1 - labels)
     assert torch.equal(scores, torch.zeros_like(scores))
     # Resampling pairs whole keeps the tie in every resample.
-    assert (estimate.low, estimate.high) == (0.5, 0.5)
+    assert estimate.low < 0.5 < estimate.high
 
 
 def test_tfidf_reads_words_and_final_punctuation() -> None:
     assert tfidf_auroc(_texts("destroy", "paint"), CONTRAST).value == 1.0
     assert tfidf_auroc(_texts("paint", "paint", end=("?", ".")), CONTRAST).value == 1.0
     same = tfidf_auroc(_texts("paint", "paint"), CONTRAST)
-    assert (same.value, same.low, same.high) == (0.5, 0.5, 0.5)
+    assert same.value == 0.5
+    assert same.low < 0.5 < same.high
 
 
 def test_mean_embedding_finds_what_is_planted_and_nothing_else() -> None:
@@ -79,7 +78,8 @@ def test_length_counts_in_the_direction_of_training(sign: int) -> None:
     base = torch.randint(10, 20, (2 * PAIRS,), generator=torch.Generator().manual_seed(0))
     assert length_auroc(base + sign * 100 * CONTRAST.positive + 200, CONTRAST).value == 1.0
     equal = length_auroc(torch.full((2 * PAIRS,), 12), CONTRAST)
-    assert (equal.value, equal.low, equal.high) == (0.5, 0.5, 0.5)
+    assert equal.value == 0.5
+    assert equal.low < 0.5 < equal.high
     noise = length_auroc(base, CONTRAST)
     assert noise.low < 0.6
 
@@ -96,10 +96,3 @@ def test_one_class_or_blank_texts_are_missing() -> None:
     ):
         assert not estimate.measurable
         assert estimate.n == 32
-
-
-def test_the_seed_decides() -> None:
-    vectors = torch.randn(2 * PAIRS, 4, generator=torch.Generator().manual_seed(0))
-    first, again = mean_embedding_auroc(vectors, CONTRAST), mean_embedding_auroc(vectors, CONTRAST)
-    assert first == again
-    assert first != mean_embedding_auroc(vectors, replace(CONTRAST, seed=1))

@@ -35,7 +35,7 @@ from mechlens.studies.causal.study import Battery, run_battery, work_ahead
 from mechlens.studies.causal.verdict import INCONCLUSIVE, NOT_SHOWN, SHOWN, causal_verdict
 
 PLAN = CausalPlan(
-    layers=(1, 2), strengths=(0.5,), n_validation=2, n_test=8, shuffled_directions=2, max_new_tokens=3, resamples=100
+    layers=(1, 2), strengths=(0.5,), n_validation=2, n_test=12, shuffled_directions=2, max_new_tokens=3, resamples=100
 )
 N = 40
 
@@ -68,7 +68,7 @@ def test_the_planted_model_dissociates(found: Battery, model: Any) -> None:
     assert verdict.word == SHOWN
     metrics = found.metrics()
     assert metrics["inversion_parsed"].value == 1.0
-    assert metrics["inversion_auroc.unsteered"].low > 0.9
+    assert metrics["inversion_auroc.unsteered"].value == 1.0
     assert metrics["inversion_shift.harmfulness.before"].value > 3
     # The refusal direction before the question does nothing; everywhere it pushes towards the word that refuses.
     assert abs(metrics["inversion_shift.refusal.before"].value) < 0.5
@@ -256,7 +256,7 @@ def test_the_grid_and_the_work(model: Any) -> None:
         grid_layers(model, (1, 4), 3)
     work = work_ahead(model, PLAN)
     # 2 directions x 2 layers x (add, subtract, ablate) and 2 x 2 random; 23 arms in the test; 3 readings each.
-    assert work.first_tokens == 3 * (4 * (2 * 2 * 3 + 2 * 2) + 16 * 2 * 23)
+    assert work.first_tokens == 3 * (4 * (2 * 2 * 3 + 2 * 2) + 24 * 2 * 23)
 
 
 # The command line

@@ -138,9 +138,7 @@ def test_permutation_p_is_uniform_when_labels_mean_nothing(paired: bool) -> None
             for rows in (slice(0, 30), slice(30, 60))
         )
         grid = direction_grid(acts.select(list(range(30))), "harmful", "harmless")
-        observed = held_out_auroc(
-            grid, acts.select(list(range(30, 60))), ("harmful", "harmless"), seed=0, resamples=1
-        ).value[0, 0]
+        observed = held_out_auroc(grid, acts.select(list(range(30, 60))), ("harmful", "harmless")).value[0, 0]
         found.append(permutation_null(train, test, float(observed), 99, seed=seed).p)
     assert kstest(found, "uniform").pvalue > 0.01
 
@@ -178,25 +176,22 @@ def test_within_class_numbers_separate_the_two_factors() -> None:
     train = planted.acts.select(list(range(120)))
     diagonal = direction_grid(train, "refused_harmful", "accepted_harmless")
     held_out = planted.acts.select(list(range(120, 240)))
-    harm_in_accepted = held_out_auroc(
-        diagonal, held_out, ("accepted_harmful", "accepted_harmless"), seed=0, resamples=200
-    )
-    refusal_in_harmful = held_out_auroc(
-        diagonal, held_out, ("refused_harmful", "accepted_harmful"), seed=0, resamples=200
-    )
+    harm_in_accepted = held_out_auroc(diagonal, held_out, ("accepted_harmful", "accepted_harmless"))
+    refusal_in_harmful = held_out_auroc(diagonal, held_out, ("refused_harmful", "accepted_harmful"))
     assert harm_in_accepted.at(2, "inst").low > 0.85
     assert refusal_in_harmful.at(2, "last").low > 0.85
     for estimate in (harm_in_accepted.at(2, "last"), refusal_in_harmful.at(2, "inst")):
         assert estimate.low < 0.5 < estimate.high
     # An empty quadrant is missing, never a crash; and the constant token at level 0 says exactly nothing.
-    empty = held_out_auroc(diagonal, held_out, ("unheard", "accepted_harmless"), seed=0, resamples=50)
+    empty = held_out_auroc(diagonal, held_out, ("unheard", "accepted_harmless"))
     assert not empty.at(2, "inst").measurable
     assert empty.at(2, "inst").n == 30
-    nobody = held_out_auroc(diagonal, held_out, ("unheard", "of"), seed=0, resamples=50)
+    nobody = held_out_auroc(diagonal, held_out, ("unheard", "of"))
     assert not nobody.at(2, "inst").measurable
     assert nobody.n == 0
     constant = harm_in_accepted.at(0, "last")
-    assert (constant.value, constant.low, constant.high) == (0.5, 0.5, 0.5)
+    assert constant.value == 0.5
+    assert constant.low < 0.5 < constant.high
 
 
 def test_intervals_count_families_not_prompts() -> None:
@@ -207,9 +202,9 @@ def test_intervals_count_families_not_prompts() -> None:
     alone = replace(four, families=tuple(map(str, range(len(four.ids)))))
     widths = []
     for acts in (once, four, alone):
-        found = held_out_auroc(grid, acts, ("harmful", "harmless"), seed=0, resamples=300)
+        found = held_out_auroc(grid, acts, ("harmful", "harmless"))
         widths.append(float((found.high - found.low).mean()))
-    assert widths[1] == pytest.approx(widths[0])  # saying it four times adds nothing ...
+    assert widths[1] == pytest.approx(widths[0], rel=0.01)  # saying it four times adds nothing ...
     assert widths[2] == pytest.approx(widths[0] / 2, rel=0.2)  # ... though it would seem to
 
 
@@ -246,7 +241,7 @@ def test_refitting_draws_the_training_families_too() -> None:
     train = planted_activations(separation=1.0, n_per_class=20, d_model=128, n_levels=2, seed=12)
     test = planted_activations(separation=1.0, n_per_class=1000, d_model=128, n_levels=2, truth=train.truth, seed=13)
     grid = direction_grid(train.acts, "harmful", "harmless")
-    frozen = held_out_auroc(grid, test.acts, ("harmful", "harmless"), seed=0, resamples=100)
+    frozen = held_out_auroc(grid, test.acts, ("harmful", "harmless"))
     refitted = refitted_auroc(grid, train.acts, test.acts, seed=0, resamples=100)
     assert float((refitted.high - refitted.low).mean()) > 1.4 * float((frozen.high - frozen.low).mean())
 
@@ -269,14 +264,14 @@ def test_nothing_from_training_is_scored() -> None:
     scored = {acts.ids[i] for i in (*found.split.validation, *found.split.test)}
     assert not scored & set(found.directions.train_ids)
     with pytest.raises(UserError, match="were used to fit the direction"):
-        held_out_auroc(found.directions, acts, ("harmful", "harmless"), seed=0, resamples=10)
+        held_out_auroc(found.directions, acts, ("harmful", "harmless"))
 
 
 def test_the_seed_decides() -> None:
     acts = planted_activations(separation=1.0, n_per_class=40).acts
     first, again, other = (_detect(acts, replace(PLAN, seed=seed)) for seed in (1, 1, 2))
     assert first.table().equals(again.table())
-    assert not first.table().equals(other.table())
+    assert first.best.permutation != other.best.permutation  # the table has no chance of its own
     assert first.best.permutation == again.best.permutation
     assert first.best.random == again.best.random
 

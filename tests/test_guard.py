@@ -95,11 +95,11 @@ def test_the_planted_place_is_found_and_read(rule: str) -> None:
     train, test = world.acts.select(range(160)), world.acts.select(range(160, 240))
     guard = LatentGuard(rule, ("last",)).fit(train)
     assert [(place.level, place.position) for place in guard.fitted_.places] == [(2, "last")]
-    found = auroc_estimate(guard.score(test), positive(test), test.families, 0, 200)
+    found = auroc_estimate(guard.score(test), positive(test), test.families)
     assert found.value > (0.9 if rule != "faithful" else 0.75)
     # At the other position nothing was planted, and nothing may be read.
     blind = LatentGuard(rule, ("inst",)).fit(train)
-    other = auroc_estimate(blind.score(test), positive(test), test.families, 0, 200)
+    other = auroc_estimate(blind.score(test), positive(test), test.families)
     assert other.low < 0.5 < other.high
 
 
@@ -113,12 +113,12 @@ def test_shuffled_labels_give_an_auroc_of_one_half_within_its_interval(rule: str
         guard = LatentGuard(rule, levels=(1,)).fit(shuffled)
         order = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(100 + seed)).tolist()
         mixed = torch.tensor([test.labels[i] == "harmful" for i in order])
-        areas.append(auroc_estimate(guard.score(test), mixed, test.ids, seed, 200))
+        areas.append(auroc_estimate(guard.score(test), mixed, test.ids))
     covered = sum(area.low <= 0.5 <= area.high for area in areas)
     assert covered >= 16  # 19 of 20 are expected; fewer than 16 has a chance of 0.0003
     assert np.mean([area.value for area in areas]) == pytest.approx(0.5, abs=0.05)
     real = LatentGuard(rule, levels=(1,)).fit(train)
-    assert auroc_estimate(real.score(test), positive(test), test.families, 0, 200).low > 0.55
+    assert auroc_estimate(real.score(test), positive(test), test.families).low > 0.55
 
 
 def test_of_levels_that_do_as_well_the_lowest_is_read() -> None:

@@ -248,7 +248,7 @@ def test_planted_cosines_between_categories_are_recovered(shared: bool, expected
 
 def test_one_categorys_direction_finds_the_others_only_where_they_share_it() -> None:
     for shared in (True, False):
-        table = categories._transfer(planted_categories(4.0, shared=shared), NAMES, 0, 50)
+        table = categories._transfer(planted_categories(4.0, shared=shared), NAMES, 0)
         own = table[table["fitted_on"] == table["tested_on"]]
         others = table[table["fitted_on"] != table["tested_on"]]
         assert (own["auroc"] > 0.9).all()

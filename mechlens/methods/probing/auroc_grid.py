@@ -10,9 +10,9 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import DirectionGrid
 from mechlens.methods.directions.nulls import TIE_RESOLUTION, refitted_scores
-from mechlens.methods.probing.auroc import auroc, snap, weighted_auroc
+from mechlens.methods.probing.auroc import auroc, auroc_bounds, snap, weighted_auroc
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, interval, one_thread
+from mechlens.methods.statistics.resample import Interval, family_weights, interval, one_thread
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,17 @@ def is_positive(acts: Activations, contrast: tuple[str, str]) -> Bool[Tensor, " 
 
 
 @one_thread()
-def held_out_auroc(
-    grid: DirectionGrid, acts: Activations, contrast: tuple[str, str], *, seed: int, resamples: int
-) -> AurocGrid:
+def held_out_auroc(grid: DirectionGrid, acts: Activations, contrast: tuple[str, str]) -> AurocGrid:
     """AUROC of saved directions on prompts they never saw; the contrast may differ from the one fitted.
 
-    Prompts with other labels are left out; every cell is missing where a class is empty. Bootstrap over
-    test families, the directions frozen. UserError where a prompt was used in fitting.
+    Prompts with other labels are left out; every cell is missing where a class is empty. Intervals are those of
+    `auroc_bounds`, the directions frozen. UserError where a prompt was used in fitting.
     """
     test = contrast_part(acts, tuple(range(len(acts.ids))), contrast)
     _require_unseen(test, grid)
     positive, scores = is_positive(test, contrast), score_grid(test, grid)
-    weights = family_weights(test.families, resamples, seed, test.labels)
-    return _summary(grid, auroc(scores, positive), auroc(scores, positive, weights), test, refit=False)
+    bounds = auroc_bounds(scores, positive, test.families)
+    return _summary(grid, auroc(scores, positive), bounds, test, refit=False)
 
 
 @one_thread()
@@ -124,7 +122,7 @@ def refitted_auroc(
                 drawn * ~fitted,
             )
             samples[level, position] = weighted_auroc(scores, weights * positive, weights * ~positive)
-    return _summary(grid, auroc(score_grid(test, grid), positive), samples, test, refit=True)
+    return _summary(grid, auroc(score_grid(test, grid), positive), interval(samples), test, refit=True)
 
 
 def _require_unseen(test: Activations, grid: DirectionGrid) -> None:
@@ -139,12 +137,11 @@ def _require_unseen(test: Activations, grid: DirectionGrid) -> None:
 def _summary(
     grid: DirectionGrid,
     value: Float[Tensor, "level position"],
-    samples: Float[Tensor, "level position resample"],
+    bounds: Interval,
     test: Activations,
     *,
     refit: bool,
 ) -> AurocGrid:
-    bounds = interval(samples)
     return AurocGrid(
         value=value,
         low=bounds.low,

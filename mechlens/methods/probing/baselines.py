@@ -19,7 +19,6 @@ from mechlens.methods.directions.nulls import refitted_scores
 from mechlens.methods.probing.auroc import auroc_estimate, snap
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.prompts.split import Split
-from mechlens.settings import RESAMPLES
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,6 @@ class Contrast:
     families: Sequence[str]
     split: Split
     """Row numbers of the prompts; baselines have nothing to choose, so the validation part stays unused."""
-    seed: int
-    resamples: int = RESAMPLES
 
     @property
     def trainable(self) -> bool:
@@ -40,10 +37,10 @@ class Contrast:
         return bool(labels.any()) and not bool(labels.all())
 
     def estimate(self, test_scores: Float[Tensor, " test"]) -> Estimate:
-        """AUROC of scores for the test prompts, with its family-bootstrap interval."""
+        """AUROC of scores for the test prompts, with its interval."""
         rows = list(self.split.test)
         families = [self.families[row] for row in rows]
-        return auroc_estimate(test_scores, self.positive[rows], families, self.seed, self.resamples)
+        return auroc_estimate(test_scores, self.positive[rows], families)
 
     def missing(self) -> Estimate:
         """The answer where there is nothing to train on."""

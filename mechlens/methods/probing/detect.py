@@ -122,7 +122,7 @@ def detect(
     if refit:
         on_test = refitted_auroc(grid, train, test, seed=plan.seed, resamples=plan.resamples)
     else:
-        on_test = held_out_auroc(grid, test, contrast, seed=plan.seed, resamples=plan.resamples)
+        on_test = held_out_auroc(grid, test, contrast)
     scores, first = score_grid(validation, grid), is_positive(validation, contrast)
     on_validation, apart = auroc(scores, first), _separation(scores, first)
     return Detection(

@@ -186,7 +186,7 @@ def run_battery(
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
-    judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
+    judged, first_token = judge_first_token(model, judged, acts, split.train)
     contrasts = sources(judged, acts, split.train)
     norms = residual_norms(acts.select(split.train))
     validation = subjects(
@@ -237,7 +237,7 @@ def _unsteered(
     parsed = torch.tensor([belief in ("harmful", "harmless") for belief in beliefs]).double()
     said_no = torch.tensor(refused).double()
     numbers = {
-        "inversion_auroc.unsteered": auroc_estimate(difference, who.harmful, who.families, plan.seed, plan.resamples),
+        "inversion_auroc.unsteered": auroc_estimate(difference, who.harmful, who.families),
         "inversion_parsed": who.estimate(parsed, plan),
     }
     return numbers | {f"refusal_rate.{label}": who.estimate(said_no, plan, who.of(label)) for label in PUSH}

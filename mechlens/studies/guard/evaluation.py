@@ -196,7 +196,7 @@ def _refusals(
 ) -> list[Detector]:
     top = n_layers(model)
     last = _only(_joined(train, test, top, "last"), train, test, top)
-    judged, first_token = judge_first_token(model, judged, last, both.train, plan.seed)
+    judged, first_token = judge_first_token(model, judged, last, both.train)
     residuals = None if direction is None else _joined(train, test, direction.level, "last")
     return refusal_detectors(both, judged, first_token, direction, residuals)
 

@@ -88,7 +88,7 @@ def category_directions(
         categories=kept,
         pairs=pd.concat([pairs for pairs, _ in compared], ignore_index=True),
         reliability=pd.concat([reliable for _, reliable in compared], ignore_index=True),
-        transfer=pd.concat([_transfer(cell, kept, seed, resamples) for cell in cells], ignore_index=True),
+        transfer=pd.concat([_transfer(cell, kept, seed) for cell in cells], ignore_index=True),
         means={name: mean for cell in cells for name, mean in _means(cell, kept, seed).items()},
     )
 
@@ -174,7 +174,7 @@ def _means(cell: Activations, categories: Sequence[str], seed: int) -> dict[str,
     return {f"category_cosine.{cell.positions[0]}": Estimate(value, value - 1.96 * error, value + 1.96 * error, n)}
 
 
-def _transfer(cell: Activations, categories: Sequence[str], seed: int, resamples: int) -> pd.DataFrame:
+def _transfer(cell: Activations, categories: Sequence[str], seed: int) -> pd.DataFrame:
     """AUROC of one half's direction on the other half's prompts of every category, its own included."""
     train = family_halves(cell.families, 1, seed, cell.labels)[0]
     values = cell.values[:, 0, 0].double()
@@ -187,7 +187,7 @@ def _transfer(cell: Activations, categories: Sequence[str], seed: int, resamples
         for tested in categories:
             positive = torch.tensor([label == f"category {tested}" for label in cell.labels])
             kept = ((positive | harmless) & ~train).nonzero()[:, 0].tolist()
-            area = auroc_estimate(scores[kept], positive[kept], [cell.families[i] for i in kept], seed, resamples)
+            area = auroc_estimate(scores[kept], positive[kept], [cell.families[i] for i in kept])
             where = {"fitted_on": fitted, "tested_on": tested, "position": cell.positions[0], "level": cell.levels[0]}
             rows.append({**where, **area.row("auroc")})
     return pd.DataFrame(rows)

@@ -110,7 +110,7 @@ def reference_of(
     acts = collect(model, batch, positions=("inst", "last"), cache=cache)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
-    _, first_token = judge_first_token(model, judged, acts, (*split.train, *split.validation), plan.seed)
+    _, first_token = judge_first_token(model, judged, acts, (*split.train, *split.validation))
     measured = measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.resamples)
     # The last level is nobody's input, so nothing could be put back there.
     top = n_layers(model) - 1

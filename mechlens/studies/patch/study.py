@@ -103,7 +103,7 @@ def find_pairs(
     batch = tokenize(prompts, template or template_of(model))
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=max_new_tokens, cache=cache), judge)
     acts = collect(model, batch, positions=["last"], cache=cache)
-    _, first_token = judge_first_token(model, judged, acts, range(len(prompts)), seed)
+    _, first_token = judge_first_token(model, judged, acts, range(len(prompts)))
     refused, accepted = judged.refused, judged.accepted
     fitting = [pair for i, pair in enumerate(candidates) if refused[2 * i] and accepted[2 * i + 1]]
     if len(fitting) < MIN_PAIRS:

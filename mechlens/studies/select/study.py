@@ -201,7 +201,7 @@ def select_direction(
     labels = [prompt.label for prompt in prompts]
     families = [prompt.group for prompt in prompts]
     split = split_by_family(labels, families, fractions=FRACTIONS, seed=plan.seed)
-    judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
+    judged, first_token = judge_first_token(model, judged, acts, split.train)
     kept = _kept(labels, first_token.log_odds, split)
     candidates = _candidates(acts, kept["train"], n_layers(model))
     matched_controls = [random_like(candidate, 1, plan.seed + 1 + i)[0] for i, candidate in enumerate(candidates)]

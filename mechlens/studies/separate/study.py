@@ -171,7 +171,7 @@ def separate(
     judged = judge_answers(prompts, answers, judges)
     acts = collect(model, batch, positions=["inst", "post[*]"], cache=cache)
     split, note = _split(judged, plan)
-    judged, first_token = judge_first_token(model, judged, acts, split.train, plan.seed)
+    judged, first_token = judge_first_token(model, judged, acts, split.train)
     paired = {prompt.id for prompt in (*harmful, *harmless)}
     contrasts = _contrasts(acts, judged, split, surface_of(model, batch), paired, plan)
     harm = contrasts["harmful"].detection

@@ -158,7 +158,7 @@ def _baselines(
     train, validation, test = (tuple(i for i in split.part(name) if i in inside) for name in PARTS)
     kept = replace(split, train=train, validation=validation, test=test)
     positive = torch.tensor([label == contrast[0] for label in acts.labels])
-    question = Contrast(positive, acts.families, kept, plan.seed, plan.resamples)
+    question = Contrast(positive, acts.families, kept)
     baselines = {
         "tfidf_auroc": tfidf_auroc(surface.texts, question),
         "mean_embedding_auroc": mean_embedding_auroc(surface.mean_embeddings, question),

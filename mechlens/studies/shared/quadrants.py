@@ -139,14 +139,14 @@ def refusal_tokens(judged: JudgedAnswers, rows: Sequence[int], tokenizer: Any) -
 
 
 def judge_first_token(
-    model: LanguageModel, judged: JudgedAnswers, acts: Activations, reference: Sequence[int], seed: int
+    model: LanguageModel, judged: JudgedAnswers, acts: Activations, reference: Sequence[int]
 ) -> tuple[JudgedAnswers, FirstTokenJudgement]:
     """Adds the log-odds judge: refusal tokens from the model's own refusals among the `reference` rows."""
     refused = judged.refused
     tokens = refusal_tokens(judged, reference, loaded(model).tokenizer)
     scores = last_log_odds(model, acts, tokens)
     rest = [i for i in range(len(refused)) if i not in set(reference)]
-    quality = auroc_estimate(scores[rest], torch.tensor(refused)[rest], [judged.prompts[i].group for i in rest], seed)
+    quality = auroc_estimate(scores[rest], torch.tensor(refused)[rest], [judged.prompts[i].group for i in rest])
     by_id = dict(zip(acts.ids, scores.tolist(), strict=True))
     verdicts = LogOddsJudge(by_id)(judged.prompts, judged.answers.texts)
     more = JudgedAnswers(judged.prompts, judged.answers, {**judged.verdicts, "log-odds": tuple(verdicts)})

@@ -140,7 +140,7 @@ def _at_position(
     reliability = split_half(train, POSITIVE, NEGATIVE, SPLITS, plan.seed, plan.method)
     auroc = {
         # Scores that tie but for rounding tie exactly in a score grid.
-        name: auroc_estimate(score_grid(test, own)[0, 0], positive, test.families, plan.seed, plan.resamples)
+        name: auroc_estimate(score_grid(test, own)[0, 0], positive, test.families)
         for name, own in (("frozen", replace(grid, vectors=direction.vector[None, None])), ("refitted", grid))
     }
     # A pair's two sides are drawn together, and counted from the threshold a lone side's class size matters little.
