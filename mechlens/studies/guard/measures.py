@@ -115,7 +115,7 @@ def _measured(
     if detector.scores is not None and enough:
         curve = detector.scores[wide], positive[wide], wide_groups
         numbers |= {
-            "auroc": auroc_estimate(*curve, seed, draws),
+            "auroc": auroc_estimate(*curve),
             "tpr_at_1pct_fpr": tpr_at_fpr_estimate(*curve, 0.01, seed, draws),
             "tpr_at_5pct_fpr": tpr_at_fpr_estimate(*curve, 0.05, seed, draws),
         }
