@@ -113,15 +113,53 @@ def auroc_bounds(
     """
     cells = scores.double().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
     value = auroc(cells, positive)
-    least = min(
-        len({f for f, flag in zip(families, positive.tolist(), strict=True) if flag == side}) for side in (True, False)
-    )
+    least = _fewest_families(positive, families)
     if least < MIN_FAMILIES:
         low, high = torch.where(value.isnan(), value, 0.0), torch.where(value.isnan(), value, 1.0)
     else:
         reach = float(stats.t.ppf(0.975, least - 1)) * _family_effect(cells, positive, families, value).sqrt()
         low, high = (_farthest(value, end, reach, positive) for end in (0.0, 1.0))
     return Interval(low=low.reshape(scores.shape[:-1]), high=high.reshape(scores.shape[:-1]))
+
+
+def auroc_difference(
+    first: Float[Tensor, " prompt"],
+    second: Float[Tensor, " prompt"],
+    positive: Bool[Tensor, " prompt"],
+    families: Sequence[str],
+) -> Estimate:
+    """AUROC of the first scores minus that of the second on the same prompts, with a paired 95% interval by families.
+
+    By the placement values (DeLong et al. 1988, Obuchowski 1997) and Student's t; a standard error is never taken
+    for less than what half a pair of prompts changing places is worth. Missing below `MIN_FAMILIES` of a class.
+    """
+    both = torch.stack([first.double(), second.double()])
+    areas = auroc(both, positive)
+    least = _fewest_families(positive, families)
+    if bool(areas.isnan().any()) or least < MIN_FAMILIES:
+        return Estimate.missing(len(positive))
+    shares = placements(both, positive)
+    sums = _family_sums(((shares[0] - shares[1]) - (areas[0] - areas[1]))[None], positive, families)[0]
+    error = max(math.sqrt(float(sums.square().sum()) * len(sums) / (len(sums) - 1)), 0.5 / len(positive))
+    value, reach = float(areas[0] - areas[1]), float(stats.t.ppf(0.975, least - 1)) * error
+    return Estimate(value, value - reach, value + reach, len(positive))
+
+
+def _fewest_families(positive: Bool[Tensor, " prompt"], families: Sequence[str]) -> int:
+    """Families of the class that has fewer."""
+    flags = positive.tolist()
+    return min(len({f for f, flag in zip(families, flags, strict=True) if flag is side}) for side in (True, False))
+
+
+def _family_sums(
+    deviations: Float[Tensor, "cell prompt"], positive: Bool[Tensor, " prompt"], families: Sequence[str]
+) -> Float[Tensor, "cell family"]:
+    """What each family adds to the mean over its prompts' classes."""
+    numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}
+    codes = torch.tensor([numbers[family] for family in families])
+    counts = torch.where(positive, positive.sum(), (~positive).sum()).double()
+    empty = torch.zeros(len(deviations), len(numbers), dtype=torch.float64)
+    return empty.index_add_(1, codes, deviations / counts)
 
 
 def _family_effect(
@@ -131,14 +169,11 @@ def _family_effect(
     value: Float[Tensor, " cell"],
 ) -> Float[Tensor, " cell"]:
     """Variance of the AUROC by families over that of independent prompts; 1 where neither varies."""
-    numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}
-    codes = torch.tensor([numbers[family] for family in families])
     deviation = placements(scores, positive) - value[:, None]
+    sums = _family_sums(deviation, positive, families)
+    clustered = sums.square().sum(dim=1) * sums.shape[1] / (sums.shape[1] - 1)
     counts = torch.where(positive, positive.sum(), (~positive).sum()).double()
-    parts = deviation / counts
-    sums = torch.zeros(len(scores), len(numbers), dtype=torch.float64).index_add_(1, codes, parts)
-    clustered = sums.square().sum(dim=1) * len(numbers) / (len(numbers) - 1)
-    independent = (parts.square() * counts / (counts - 1)).sum(dim=1)
+    independent = (deviation.square() / (counts * (counts - 1))).sum(dim=1)
     return torch.where(independent > 0, clustered / independent, 1.0)
 
 

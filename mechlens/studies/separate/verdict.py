@@ -1,106 +1,180 @@
-"""The verdict of the separation study: a rule on four numbers, written out beside what it decided."""
+"""The verdict of the separation study: one variable or two, and what would settle it.
 
+How often it errs on worlds whose number of variables is known stands in this folder's README.
+"""
+
+import math
 from dataclasses import dataclass
 
+from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.studies.shared.quadrants import QUADRANTS
 
-MIN_AUROC = 0.6
-MAX_COSINE = 0.7
+MIN_EFFECT = 0.5
+"""The smallest D that counts as two variables; two independent ones give up to 4."""
+MAX_GAIN = 0.02
+"""An AUROC that can't be more than this above the best surface baseline is explained by it."""
 CHANCE = 0.5
+Z_POWER = 2.8
+"""An effect this many standard errors from a bound clears it in 80% of draws."""
 
 RULE = (
-    f"separate: the lower bounds of AUROC(harmful among accepted prompts, at inst) and of AUROC(refused among harmful "
-    f"prompts, at the last token) are above {MIN_AUROC}, and the upper bound of the noise-corrected cosine between "
-    f"the harmfulness and the refusal direction is below {MAX_COSINE}. not separate: a bound contradicts one of the "
-    f"three, so the upper bound of an AUROC is at most {MIN_AUROC}, or the lower bound of the cosine is at least "
-    f"{MAX_COSINE}; and both harmfulness at inst and refusal at the last token can be read over all prompts (lower "
-    f"bounds of both overall AUROCs above {CHANCE}): where one can't, there are no two things to be one. not "
-    "measurable: neither of these, and there are too few prompts for one of the AUROCs. inconclusive: everything else, "
-    "also where a direction is mostly noise and has no angle. Before all of these, explained by the surface: "
-    "harmfulness is told no better than by the token at inst alone, before any block has run."
+    f"not measurable: a quadrant has fewer than {MIN_FAMILIES} prompt families. explained by the words: harmfulness at "
+    "inst (among accepted prompts where they are enough, else over all) is read no better than by the best of words, "
+    "mean embedding, length and the token at the position (upper bound of the paired gain in AUROC at most "
+    f"{MAX_GAIN}). two variables: the lower bound of D is above 0 and D is above what 95% of one-variable worlds "
+    "fitted to the data give; and harmfulness among accepted prompts and refusal among harmful ones are both read "
+    "above chance and beyond the surface (lower bounds). one variable suffices: the upper bound of D is below "
+    f"{MIN_EFFECT}, and over all prompts both can be read above chance. inconclusive: everything else. "
+    "D = "
+    "[harm(accepted harmful) - harm(refused harmless)] - [refusal(accepted harmful) - refusal(refused harmless)], "
+    "harm read at inst and refusal at the last token, out of fold, the well-behaved quadrants at +1 and -1, topics "
+    "taken out."
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of separate, not separate, explained by the surface, inconclusive, not measurable; with its reasons."""
+    """One of two variables, one variable suffices, explained by the words, inconclusive, not measurable."""
 
     word: str
     sentence: str
+    """Names the number that decided; where nothing is decided, what would settle it."""
     deciding: dict[str, Estimate]
     rule: str = RULE
 
 
+DECIDING = (
+    "dissociation",
+    "dissociation.one_variable_95",
+    "harmful_auroc.inst.accepted",
+    "harmful_gain.accepted",
+    "refused_auroc.last.harmful",
+    "refused_gain.harmful",
+)
+
+
 def separation_verdict(metrics: dict[str, Estimate]) -> Verdict:
     """The verdict from the study's metrics."""
-    names = (
-        "harmful_auroc.inst.accepted",
-        "refused_auroc.last.harmful",
-        "cos_harm_refusal",
-        "token_identity_auroc.inst",
-        "harmful_auroc.inst",
-        "refused_auroc.last",
+    deciding = {name: metrics[name] for name in DECIDING}
+    gain = metrics["harmful_gain.accepted"]
+    if not gain.measurable:
+        gain = metrics["harmful_gain"]
+    if gain.high <= MAX_GAIN:
+        return Verdict("explained by the words", _explained(gain), deciding)
+    contrast = metrics["dissociation"]
+    if not contrast.measurable:
+        return Verdict("not measurable", _not_measurable(metrics), deciding)
+    failed = _failed(metrics)
+    if not failed:
+        return Verdict("two variables", _two(metrics), deciding)
+    readable = all(metrics[name].low > CHANCE for name in ("harmful_auroc.inst", "refused_auroc.last"))
+    if contrast.high < MIN_EFFECT and readable:
+        return Verdict("one variable suffices", _one(contrast), deciding)
+    return Verdict("inconclusive", _inconclusive(metrics, failed, readable=readable), deciding)
+
+
+def _failed(metrics: dict[str, Estimate]) -> list[str]:
+    """Which conditions of two variables don't hold, the deciding one first."""
+    contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"]
+    conditions = {
+        "dissociation": contrast.low > 0,
+        "dissociation.one_variable_95": contrast.value > null.value,
+        "harmful_auroc.inst.accepted": metrics["harmful_auroc.inst.accepted"].low > CHANCE,
+        "refused_auroc.last.harmful": metrics["refused_auroc.last.harmful"].low > CHANCE,
+        "harmful_gain.accepted": metrics["harmful_gain.accepted"].low > 0,
+        "refused_gain.harmful": metrics["refused_gain.harmful"].low > 0,
+    }
+    return [name for name, holds in conditions.items() if not holds]
+
+
+def _two(metrics: dict[str, Estimate]) -> str:
+    contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"]
+    return (
+        f"Harmfulness and refusal are two variables in this model on these prompts: D is {contrast}, where one "
+        f"variable gives 0 and stays below {null.value:.2f} in 95% of worlds fitted to the data. Harmful prompts that "
+        "it accepts still look harmful at the end of the instruction, and harmless ones that it refuses look refused "
+        "at the last token, both beyond what the words tell."
     )
-    deciding = {name: metrics[name] for name in names}
-    word = _word(*deciding.values())
-    return Verdict(word, _SENTENCES[word] + _why(word, deciding), deciding)
 
 
-def _why(word: str, deciding: dict[str, Estimate]) -> str:
-    """Which condition is contradicted, or what can't be read at all."""
-    harm, refusal, cosine, _, any_harm, any_refusal = deciding.values()
-    if word == "not separate":
-        reasons = [
-            reason
-            for reason, holds in (
-                ("harmfulness can't be read among accepted prompts", harm.high <= MIN_AUROC),
-                ("refusal can't be read among harmful prompts", refusal.high <= MIN_AUROC),
-                ("the two directions are nearly one", cosine.low >= MAX_COSINE),
-            )
-            if holds
-        ]
-        return f" {' and '.join(reasons).capitalize()}."
-    unread = [
-        name
-        for name, overall in (("harmfulness at inst", any_harm), ("refusal at the last token", any_refusal))
-        if overall.low <= CHANCE
-    ]
-    if word != "inconclusive" or not unread:
-        return ""
-    return f" Over all prompts {' and '.join(unread)} can't be told from chance, so nothing is shown to be one either."
+def _one(contrast: Estimate) -> str:
+    return (
+        f"One variable suffices for harmfulness and refusal on these prompts: D is {contrast}, and its upper bound is "
+        f"below {MIN_EFFECT}, the smallest that would count as two."
+    )
 
 
-def _word(
-    harm: Estimate, refusal: Estimate, cosine: Estimate, surface: Estimate, any_harm: Estimate, any_refusal: Estimate
-) -> str:
-    # What isn't measurable is NaN, and no comparison with NaN holds.
-    if surface.low > MIN_AUROC and surface.high >= any_harm.value:
-        return "explained by the surface"
-    if harm.low > MIN_AUROC and refusal.low > MIN_AUROC and cosine.high < MAX_COSINE:
-        return "separate"
-    contradicted = harm.high <= MIN_AUROC or refusal.high <= MIN_AUROC or cosine.low >= MAX_COSINE
-    if contradicted and any_harm.low > CHANCE and any_refusal.low > CHANCE:
-        return "not separate"
-    return "inconclusive" if harm.measurable and refusal.measurable else "not measurable"
+def _explained(gain: Estimate) -> str:
+    return (
+        "What looks like harmfulness is explained by the words: the residual stream at the end of the instruction "
+        f"tells the classes apart no better than the surface of the prompts does (AUROC gained: {gain}). Prompts "
+        "matched in form would settle whether the model knows more."
+    )
 
 
-_SENTENCES = {
-    "separate": (
-        "Harmfulness and refusal are represented separately: harmful prompts that the model accepts still look harmful "
-        "at the end of the instruction, refusal can be read at the last token among harmful prompts alone, and the two "
-        "directions differ by more than noise."
-    ),
-    "not separate": (
-        "Harmfulness and refusal are not two things here: an interval contradicts a condition of their being separate."
-    ),
-    "explained by the surface": (
-        "What looks like harmfulness is explained by the surface: the token at the end of the instruction tells the "
-        "classes apart as well before any block has run."
-    ),
-    "inconclusive": (
-        "The intervals are too wide, or a direction too noisy, to say whether harmfulness and refusal are two things."
-    ),
-    "not measurable": (
-        "The question can't be answered on this model with these prompts: some quadrant has too few of them."
-    ),
+def _not_measurable(metrics: dict[str, Estimate]) -> str:
+    needs = []
+    for name in QUADRANTS:
+        n = int(metrics[f"n.{name}"].value)
+        if n < MIN_FAMILIES:
+            verdict, _, side = name.partition("_")
+            total = sum(int(metrics[f"n.{own}_{side}"].value) for own in ("refused", "accepted"))
+            needs.append(f"{n} of {total} {side} prompts are {verdict}: {_more(n, total, side, verdict)}")
+    if not needs:
+        return f"A quadrant has fewer than {MIN_FAMILIES} prompt families, so D has no interval; add unrelated prompts."
+    return f"There must be {MIN_FAMILIES} prompt families in each quadrant. {'; '.join(needs).capitalize()}."
+
+
+def _more(n: int, total: int, side: str, verdict: str) -> str:
+    if n == 0:
+        kind = "looks-harmless" if side == "harmful" else "looks-harmful"
+        return f"prompts of another kind are needed, such as {kind}, which are {verdict} more often"
+    return f"about {math.ceil((MIN_FAMILIES - n) * total / n)} more of this kind would do"
+
+
+def _inconclusive(metrics: dict[str, Estimate], failed: list[str], *, readable: bool) -> str:
+    contrast = metrics["dissociation"]
+    if not readable:
+        unread = [f"{words} ({metrics[name]})" for name, words in _READ.items() if metrics[name].low <= CHANCE]
+        return (
+            f"Over all prompts {' and '.join(unread)} can't be told from chance, so there is nothing to be one or two."
+        )
+    name = failed[0]
+    if name.startswith("dissociation"):
+        return f"D is {contrast}: neither clearly above 0 nor below {MIN_EFFECT}. {_settled_d(metrics)}"
+    bound = 0.0 if "gain" in name else CHANCE
+    return f"D is {contrast}, but {_WANTING[name]} {metrics[name]}. {_settled(metrics[name], bound)}"
+
+
+_READ = {"harmful_auroc.inst": "harmfulness at inst", "refused_auroc.last": "refusal at the last token"}
+_WANTING = {
+    "harmful_auroc.inst.accepted": "harmfulness isn't read above chance among accepted prompts: AUROC",
+    "refused_auroc.last.harmful": "refusal isn't read above chance among harmful prompts: AUROC",
+    "harmful_gain.accepted": "among accepted prompts harmfulness isn't read beyond the words: AUROC gained",
+    "refused_gain.harmful": "among harmful prompts refusal isn't read beyond the words: AUROC gained",
 }
+
+
+def _times(estimate: Estimate, distance: float) -> float:
+    """How many times as many prompts would clear a bound at this distance in 80% of draws."""
+    error = (estimate.high - estimate.low) / 3.92
+    return (Z_POWER * error / distance) ** 2 if distance > 0 else math.inf
+
+
+def _settled_d(metrics: dict[str, Estimate]) -> str:
+    """How many more misbehaving prompts would decide, if D stayed as it is."""
+    contrast = metrics["dissociation"]
+    name = min(("accepted_harmful", "refused_harmless"), key=lambda own: metrics[f"n.{own}"].value)
+    n = metrics[f"n.{name}"].value
+    distances = [contrast.value, MIN_EFFECT - contrast.value]
+    times = max(min(_times(contrast, distance) for distance in distances), 1.2)
+    more = f"{math.ceil((times - 1) * n)} more {name.replace('_', ' ')} prompts"
+    return f"If it stays there, about {more} (now {n:.0f}) would settle it."
+
+
+def _settled(estimate: Estimate, bound: float) -> str:
+    times = _times(estimate, estimate.value - bound)
+    if math.isinf(times) or times > 50:
+        return "More prompts of this kind would hardly change that; others, matched in form, might."
+    return f"If it stays there, about {max(times, 1.2):.1f} times as many prompts would settle it."

@@ -1,0 +1,214 @@
+"""Contrasts of the separation study, out of fold: what is told apart from what, and how much of that the words tell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechlens.methods.activations.activations import Activations, column_of
+from mechlens.methods.directions.direction import DirectionGrid, direction_grid
+from mechlens.methods.directions.nulls import LabelledVectors, random_null
+from mechlens.methods.probing.auroc import (
+    MIN_FAMILIES,
+    auroc,
+    auroc_bounds,
+    auroc_difference,
+    auroc_estimate,
+)
+from mechlens.methods.probing.baselines import mean_embedding_scores, tfidf_scores
+from mechlens.methods.probing.out_of_fold import Fold, OutOfFoldScores, out_of_fold_null, out_of_fold_scores
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.settings import Nulls
+from mechlens.studies.shared.contrasts import Surface
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two classes of prompts to be told apart; the others are scored and count for nothing."""
+
+    name: str
+    positive_label: str
+    negative_label: str
+    labels: tuple[str, ...]
+
+    @property
+    def positive(self) -> Bool[Tensor, " prompt"]:
+        """Prompts of the first class."""
+        return torch.tensor([label == self.positive_label for label in self.labels])
+
+    @property
+    def member(self) -> Bool[Tensor, " prompt"]:
+        """Prompts of either class."""
+        return torch.tensor([label in (self.positive_label, self.negative_label) for label in self.labels])
+
+    def counts(self) -> dict[str, int]:
+        """Prompts of each class."""
+        return {label: self.labels.count(label) for label in (self.positive_label, self.negative_label)}
+
+
+@dataclass(frozen=True)
+class OutOfFoldContrast:
+    """One contrast with every prompt scored out of fold; without scores where a class has too few families."""
+
+    question: Question
+    scores: OutOfFoldScores | None
+    directions: DirectionGrid | None
+    """Fitted to all prompts of both classes: for use elsewhere, not for a number here."""
+    grid: pd.DataFrame
+    """One row per level and position: AUROC with interval, the level the same in all folds."""
+    chosen: pd.DataFrame
+    """One row per position: AUROC at the level chosen within each fold, its range over fold seeds, both nulls."""
+    surface: dict[str, Float[Tensor, " prompt"]]
+    """Scores of the surface baselines of all prompts, on the first fold seed."""
+    families: tuple[str, ...]
+
+    def auroc(self, position: str, inside: Bool[Tensor, " prompt"] | None = None) -> Estimate:
+        """Nested AUROC at one position over the members, or over those of them that are `inside`."""
+        kept = self.question.member if inside is None else self.question.member & inside
+        if self.scores is None:
+            return Estimate.missing(min(self.question.counts().values()))
+        return self._estimate(self.scores.at(position), kept)
+
+    def baseline(self, name: str, inside: Bool[Tensor, " prompt"] | None = None) -> Estimate:
+        """AUROC of one surface baseline over the same prompts."""
+        kept = self.question.member if inside is None else self.question.member & inside
+        if name not in self.surface:
+            return Estimate.missing(int(kept.sum()))
+        return self._estimate(self.surface[name], kept)
+
+    def gain(self, position: str, inside: Bool[Tensor, " prompt"] | None = None) -> tuple[Estimate, str]:
+        """AUROC beyond the best surface baseline, paired over the same prompts and folds; and that baseline's name."""
+        kept = self.question.member if inside is None else self.question.member & inside
+        if self.scores is None or not self.surface:
+            return Estimate.missing(int(kept.sum())), ""
+        positive, families = self._cut(kept)
+        own = {k: v for k, v in self.surface.items() if "." not in k or k.endswith(f".{position}")}
+        best = max(own, key=lambda name: float(auroc(own[name][kept], positive)))
+        first = self.scores.by_seed(position)[0]
+        return auroc_difference(first[kept], own[best][kept], positive, families), best
+
+    def baselines(self) -> pd.DataFrame:
+        """One row per baseline: contrast, baseline, auroc, low, high, n."""
+        names = {name: "_auroc.".join(name.split(".", 1)) if "." in name else f"{name}_auroc" for name in self.surface}
+        return pd.DataFrame(
+            [
+                {"contrast": self.question.name, "baseline": shown, **self.baseline(name).row("auroc")}
+                for name, shown in names.items()
+            ]
+        )
+
+    def _estimate(self, scores: Float[Tensor, " prompt"], kept: Bool[Tensor, " prompt"]) -> Estimate:
+        positive, families = self._cut(kept)
+        enough = min(
+            len({f for f, flag in zip(families, positive, strict=True) if bool(flag) is side}) for side in (True, False)
+        )
+        if enough < MIN_FAMILIES:
+            return Estimate.missing(min(int(positive.sum()), int((~positive).sum())))
+        return auroc_estimate(scores[kept], positive, families)
+
+    def _cut(self, kept: Bool[Tensor, " prompt"]) -> tuple[Bool[Tensor, " kept"], list[str]]:
+        return self.question.positive[kept], [self.families[i] for i in kept.nonzero().flatten().tolist()]
+
+
+def measure_contrast(
+    question: Question, acts: Activations, folds: Sequence[Sequence[Fold]], surface: Surface, plan: Nulls
+) -> OutOfFoldContrast:
+    """Scores of all prompts, baselines and nulls; nothing is raised where a class is small."""
+    if not _enough(question, acts, folds):
+        return OutOfFoldContrast(question, None, None, pd.DataFrame(), pd.DataFrame(), {}, acts.families)
+    scores = out_of_fold_scores(acts, question.positive, question.member, folds)
+    relabelled = replace(acts, labels=question.labels)
+    return OutOfFoldContrast(
+        question=question,
+        scores=scores,
+        directions=direction_grid(relabelled, question.positive_label, question.negative_label),
+        grid=_grid(question, scores, acts.families),
+        chosen=_chosen(question, scores, acts, folds[0], plan),
+        surface=_surface_scores(question, scores, surface, folds[0]),
+        families=acts.families,
+    )
+
+
+def _enough(question: Question, acts: Activations, folds: Sequence[Sequence[Fold]]) -> bool:
+    for label in (question.positive_label, question.negative_label):
+        inside = [own == label for own in question.labels]
+        if len({family for family, flag in zip(acts.families, inside, strict=True) if flag}) < MIN_FAMILIES:
+            return False
+        # Inner folds need some too.
+        if any(sum(inside[i] for i in fold.fitted) < MIN_FAMILIES // 2 for own in folds for fold in own):
+            return False
+    return True
+
+
+def _grid(question: Question, scores: OutOfFoldScores, families: Sequence[str]) -> pd.DataFrame:
+    member = question.member
+    positive = question.positive[member]
+    own = [families[i] for i in member.nonzero().flatten().tolist()]
+    cells = scores.by_level[:, :, member]
+    values, bounds = auroc(cells, positive), auroc_bounds(cells, positive, own)
+    return pd.DataFrame(
+        [
+            {"contrast": question.name, "level": level, "position": position, "auroc": float(values[i, j]),
+             "low": float(bounds.low[i, j]), "high": float(bounds.high[i, j]), "n": len(own)}
+            for i, level in enumerate(scores.levels) for j, position in enumerate(scores.positions)
+        ]
+    )  # fmt: skip
+
+
+def _chosen(
+    question: Question, scores: OutOfFoldScores, acts: Activations, folds: Sequence[Fold], plan: Nulls
+) -> pd.DataFrame:
+    member = question.member
+    rows = member.nonzero().flatten().tolist()
+    number = {row: i for i, row in enumerate(rows)}
+    inside = [Fold(*(tuple(number[i] for i in part if i in number) for part in fold)) for fold in folds]
+    positive, families = question.positive[member], [acts.families[row] for row in rows]
+    grid = direction_grid(replace(acts, labels=question.labels), question.positive_label, question.negative_label)
+    found = []
+    for position in scores.positions:
+        level = scores.level(position)
+        vectors = LabelledVectors(acts.at(level, position)[member], positive, families)
+        column = column_of(position, scores.positions, scores.last)
+        fixed = float(auroc(scores.by_level[scores.levels.index(level), column][member], positive))
+        permuted = out_of_fold_null(vectors, inside, fixed, plan.permutations, plan.seed + 2)
+        drawn = random_null(grid.at(level, position), vectors, plan.random_directions, plan.seed + 4)
+        by_seed = auroc(scores.by_seed(position)[:, member], positive)
+        found.append(
+            {"contrast": question.name, "position": position, "level": level,
+             **auroc_estimate(scores.at(position)[member], positive, families).row("auroc"),
+             "lowest_fold_seed": float(by_seed.min()), "highest_fold_seed": float(by_seed.max()),
+             "permuted_mean": permuted.mean, "permutation_p": permuted.p,
+             "random_mean": drawn.mean, "random_maximum": drawn.maximum}
+        )  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def _surface_scores(
+    question: Question, scores: OutOfFoldScores, surface: Surface, folds: Sequence[Fold]
+) -> dict[str, Float[Tensor, " prompt"]]:
+    """Each baseline fitted to the members of the same folds; of those that can be."""
+    positive, member = question.positive, question.member
+    found = {
+        "mean_embedding": torch.empty(len(member), dtype=torch.float64),
+        "length": surface.n_tokens.double().clone(),
+    }
+    if all(any(surface.texts[i].strip() for i in fold.fitted if member[i]) for fold in folds):
+        found["tfidf"] = torch.empty(len(member), dtype=torch.float64)
+    for fold in folds:
+        fitted, rows = [i for i in fold.fitted if member[i]], list(fold.scored)
+        labels = positive[fitted]
+        if "tfidf" in found:
+            texts = [surface.texts[i] for i in fitted], [surface.texts[i] for i in rows]
+            found["tfidf"][rows] = tfidf_scores(texts[0], labels, texts[1])
+        means = surface.mean_embeddings[fitted], surface.mean_embeddings[rows]
+        found["mean_embedding"][rows] = mean_embedding_scores(means[0], labels, means[1])
+        lengths = surface.n_tokens[fitted].double()
+        if float(lengths[labels].mean()) < float(lengths[~labels].mean()):
+            found["length"][rows] *= -1
+    if 0 in scores.levels:
+        for column, position in enumerate(scores.positions):
+            found[f"token_identity.{position}"] = scores.by_level[scores.levels.index(0), column]
+    return found
