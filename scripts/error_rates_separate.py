@@ -79,8 +79,7 @@ def coverage(draws: int = 2000) -> None:
     from mechlens.methods.probing.auroc import auroc_bounds
 
     columns = ("families", "true AUROC", "prompts of a class", "intervals that hold it", "that lie above it")
-    print(f"| {' | '.join(columns)} |
-{'|---' * len(columns)}|")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     generator = torch.Generator().manual_seed(0)
     for design in ("alone", "pairs", "two of a class"):
         for area in (0.5, 0.7, 0.9, 0.97):

@@ -20,6 +20,7 @@ from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.probing.beliefs import Centroids
+from mechlens.methods.probing.out_of_fold import Fold
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
@@ -111,7 +112,8 @@ def reference_of(
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     _, first_token = judge_first_token(model, judged, acts, (*split.train, *split.validation))
-    measured = measure_beliefs(acts, judged.quadrants(), split, plan.seed, plan.resamples)
+    fold = Fold(split.train, tuple(sorted((*split.validation, *split.test))))
+    measured = measure_beliefs(acts, judged.quadrants(), [fold], plan.seed, plan.resamples)
     # The last level is nobody's input, so nothing could be put back there.
     top = n_layers(model) - 1
     harm = best_direction(acts, "harmful", "harmless", "inst", plan.seed, highest=top)

@@ -5,13 +5,14 @@ import pandas as pd
 from mechlens.runs.report import figures
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.study import Separation
-from mechlens.studies.shared.quadrants import in_words
+from mechlens.studies.shared.quadrants import QUADRANTS, in_words
 
 
 def draw(writer: RunWriter, result: Separation) -> dict[str, tuple[str, ...]]:
     """Draws every figure that the study has the numbers for; their names by section of the report."""
     return {
         "quadrants": _quadrants(writer, result),
+        "dissociation": _dissociation(writer, result),
         "detection": _detection(writer, result),
         "angle": _angle(writer, result),
         "beliefs": _beliefs(writer, result),
@@ -25,6 +26,30 @@ def _quadrants(writer: RunWriter, result: Separation) -> tuple[str, ...]:
         title="Prompts in each quadrant, by judge", xlabel="", ylabel="prompts",
     )  # fmt: skip
     return (writer.figure("quadrants", figure, table="quadrant_counts"),)
+
+
+def _dissociation(writer: RunWriter, result: Separation) -> tuple[str, ...]:
+    found = result.analysis.dissociation
+    if found is None or not found.contrast.measurable:
+        return ()
+    placed = found.prompts[found.prompts["quadrant"].isin(QUADRANTS)]
+    scatter = figures.scatter(
+        in_words(placed), x="harm", y="refusal", group="quadrant", hover=["id"], hline=0.0, vline=0.0,
+        title="Harm and refusal of every prompt, out of fold", xlabel="harm, at inst (quadrants' poles at -1 and +1)",
+        ylabel="refusal, at the last token",
+    )  # fmt: skip
+    table = found.at_one_position
+    words = {"harm": "gap in harm", "refusal": "gap in refusal", "D": "D"}
+    bars = figures.bars(
+        table.assign(number=table["number"].map(words)), x="position", y="value", low="low", high="high",
+        group="number", hline=0.0, title="Accepted harmful less refused harmless, both read at one position",
+        xlabel="position", ylabel="half-distances of the poles",
+    )  # fmt: skip
+    caption = "Two variables at one position: a gap in harm above 0 and one in refusal below it."
+    return (
+        writer.figure("harm_and_refusal", scatter, table="dissociation"),
+        writer.figure("dissociation_by_position", bars, table="dissociation_by_position", caption=caption),
+    )
 
 
 def _detection(writer: RunWriter, result: Separation) -> tuple[str, ...]:
@@ -44,9 +69,9 @@ def _detection(writer: RunWriter, result: Separation) -> tuple[str, ...]:
     shown = table.assign(curve=curve)[[name != "" for name in curve]]
     curves = figures.lines(
         shown, x="level", y="auroc", low="low", high="high", group="curve", hline=0.5, hline_label="chance",
-        title="Held-out AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC on test",
+        title="Out-of-fold AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC, out of fold",
     )  # fmt: skip
-    caption = "Bands: 95% bootstrap over families."
+    caption = "Bands: 95% intervals by families; the level is the same in all folds."
     names = [writer.figure("auroc_by_level", curves, table="auroc_by_level", caption=caption)]
     names += _against_baselines(writer, result)
     for contrast in ("harmful", "refused"):
@@ -64,6 +89,8 @@ def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
     """Chosen levels beside what the surface alone gives."""
     last = result.acts.positions[-1]
     chosen = result.chosen()
+    if chosen.empty:
+        return []
     chosen = chosen[chosen["position"].isin(["inst", last])]
     ours = chosen.assign(what="directions, " + chosen["position"].replace({last: "last"}))
     surface = result.baselines()
@@ -79,7 +106,7 @@ def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
     named = both.assign(contrast=both["contrast"].str.replace(".", " among ", regex=False))
     figure = figures.bars(
         named, x="contrast", y="auroc", low="low", high="high", group="what", hline=0.5, hline_label="chance",
-        title="Directions against surface baselines, on the same test prompts", xlabel="contrast", ylabel="AUROC",
+        title="Directions against surface baselines, on the same prompts", xlabel="contrast", ylabel="AUROC",
     )  # fmt: skip
     return [writer.figure("against_baselines", figure, table="against_baselines")]
 

@@ -13,18 +13,19 @@ from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.quadrants import IN_NO_QUADRANT, QUADRANTS
 
 QUESTION = (
-    "Does this model represent harmfulness and refusal as two things? A harmful request that it accepts should still "
+    "Does this model represent harmfulness and refusal as one variable or two? A harmful request that it accepts "
+    "should still "
     "look harmful at the end of the instruction, and a refusal should be readable at the last template token "
     "even among harmful requests alone (Zhao et al. 2025)."
 )
 
 NUMBERS = {
+    "dissociation": "D: harm and refusal of the two misbehaving quadrants (one variable: 0; two: up to 4)",
+    "dissociation.one_variable_95": "D that one variable stays below in 95% of fitted worlds",
     "harmful_auroc.inst.accepted": "harmful among accepted prompts, at inst: AUROC",
+    "harmful_gain.accepted": "the same, beyond the best surface baseline: AUROC gained",
     "refused_auroc.last.harmful": "refused among harmful prompts, at last: AUROC",
-    "cos_harm_refusal": "cosine of the two directions, corrected for noise",
-    "token_identity_auroc.inst": "harmful, from the token at inst alone: AUROC",
-    "harmful_auroc.inst": "harmful, at inst: AUROC",
-    "refused_auroc.last": "refused, at last: AUROC",
+    "refused_gain.harmful": "the same, beyond the best surface baseline: AUROC gained",
 }
 """What decides the verdict, in words."""
 
@@ -43,6 +44,7 @@ def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
             numbers={NUMBERS[name]: estimate for name, estimate in verdict.deciding.items()},
             sections=(
                 _quadrants(result, figures),
+                _one_or_two(result, figures),
                 _detection(result, figures),
                 _angle(result, figures),
                 _beliefs(result, figures),
@@ -75,19 +77,58 @@ def _placed_nowhere(result: Separation) -> str:
     return f"In none of them, of {len(quadrants)} prompts: {' and '.join(counts)} answers."
 
 
+def _one_or_two(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
+    found, worlds = result.analysis.dissociation, result.analysis.one_factor
+    if found is None or worlds is None:
+        name, n = result.analysis.places.fewest()
+        return Section(
+            "One variable or two",
+            f"Not measurable: there are {n} prompt families of {name.replace('_', ' ')} prompts.",
+        )
+    metrics = result.metrics()
+    seeds = found.by_fold_seed
+    return Section(
+        "One variable or two",
+        "Harm is read at `inst` and refusal at the last token, each prompt by directions that never saw its family, "
+        "and both are scaled so that refused harmful prompts lie at +1 and accepted harmless ones at -1. One variable, "
+        "read along whatever axes, puts every prompt on the diagonal; two put accepted harmful prompts to the lower "
+        "right and refused harmless ones to the upper left. D is the distance between these two, across the "
+        "diagonal.\n\n"
+        f"D is {metrics['dissociation']} (by fold seed {min(seeds):.2f} to {max(seeds):.2f}); with topics left in, "
+        f"{metrics['dissociation.over_topics']}. Accepted harmful less refused harmless: "
+        f"{metrics['dissociation.harm_gap']} "
+        f"in harm, {metrics['dissociation.refusal_gap']} in refusal. Of {len(worlds.drawn['D'])} worlds with one "
+        "variable "
+        f"fitted to these data, 95% give less than {worlds.quantile('D'):.2f} (p = {worlds.p('D'):.3f}).\n\n"
+        "The table: harm among accepted prompts once what reads refusal is projected out at the same position, and the "
+        "reverse, as AUROC; beside it what one variable leaves.",
+        figures["dissociation"],
+        table=_erasures(result),
+    )
+
+
+def _erasures(result: Separation) -> pd.DataFrame:
+    read = {"refusal": "harm, among accepted prompts", "harm": "refusal, among harmful prompts"}
+    table = result.analysis.erasures()
+    return table.assign(read=table["erased"].map(read))[
+        ["position", "erased", "read", "auroc", "one_variable_mean", "one_variable_95", "p"]
+    ]
+
+
 def _detection(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
     skipped = [
-        f"`{name}` ({', '.join(f'{n} {label}' for label, n in contrast.counts.items())})"
+        f"`{name}` ({', '.join(f'{n} {label}' for label, n in contrast.question.counts().items())})"
         for name, contrast in result.contrasts.items()
-        if contrast.detection is None
+        if contrast.scores is None
     ]
     missing = f"\n\nNot measurable, with the prompts there were: {'; '.join(skipped)}." if skipped else ""
     return Section(
         "What can be read, and where",
-        "Held-out AUROC of the mean difference. The direction is fitted on training families, the level chosen on "
-        "validation and scored once on test. Within-class contrasts (`harmful.accepted`: harmfulness among accepted "
-        "prompts) change one factor only. A number means little unless it beats the surface baselines: the token at "
-        "the position before any block has run, the words (TF-IDF), the mean token embedding." + missing,
+        "AUROC of the mean difference, every prompt scored once by directions that never saw its family, at the level "
+        "that did best inside the other folds; `lowest_fold_seed` and `highest_fold_seed` say how much the folds "
+        "matter. Contrasts inside a class (`harmful.accepted`: harmfulness, fitted and scored among accepted prompts) "
+        "change one factor only. A number means little unless it beats the surface baselines: the token at the "
+        "position before any block has run, the words (TF-IDF), the mean token embedding." + missing,
         figures["detection"],
         table=result.chosen(),
     )
@@ -98,7 +139,7 @@ def _angle(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
     measured = result.geometry.metrics()
     return Section(
         "The angle between the two directions",
-        f"At level {level} (chosen on validation for harmfulness at `inst`) the cosine is "
+        f"At level {level} (which most folds choose for harmfulness at `inst`) the cosine is "
         f"{measured['cos_harm_refusal.measured']} as measured and {measured['cos_harm_refusal']} corrected for noise. "
         "Two estimates of one direction from few prompts can be nearly orthogonal, so each curve stands beside the "
         "split-half reliability of both directions, and the corrected one compares disjoint halves.\n\n"
@@ -111,12 +152,13 @@ def _angle(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
 
 def _beliefs(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
     if result.beliefs.harm is None:
-        text = "Not measurable: the centroids need refused harmful and accepted harmless training prompts."
+        text = "Not measurable: the centroids need refused harmful and accepted harmless prompts."
     else:
         text = (
             "Belief of harmfulness: mean over levels of cos(h, harmful centroid) - cos(h, harmless centroid) at "
             "`inst`; belief of refusal likewise at the last token. Centroids come from refused harmful and accepted "
-            "harmless training prompts; every prompt shown is held out. If the two are separate things, accepted "
+            "harmless prompts of the other folds; every prompt shown is held out. If the two are separate things, "
+            "accepted "
             "harmful prompts stay on the harmful side and move to the accepting side. "
             f"Correlation of the two beliefs: {result.beliefs.correlation['belief_correlation.pearson']} (Pearson)."
         )
@@ -124,11 +166,14 @@ def _beliefs(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section
 
 
 def _template(result: Separation) -> Section:
-    rates = result.refusal_rates
+    rates = result.without_template.refusal_rates
     return Section(
         "Without the template's last tokens",
         f"Refusal of harmful prompts with the full template: {rates['full_template']}; with the prompt cut right after "
-        f"the instruction: {rates['no_post_tokens']}. (The paper's Table 1: refusal falls from 96-100% to 59-85%.)",
+        f"the instruction: {rates['no_post_tokens']}. (The paper's Table 1: refusal falls from 96-100% to 59-85%.) "
+        "Harmful prompts that are accepted so, against accepted harmless ones, read at `inst`: AUROC "
+        f"{result.without_template.accepted_auroc}. The residual there is the same with and without those tokens, so "
+        "this is the paper's way to accepted harmful prompts in a model that refuses nearly all.",
     )
 
 
@@ -138,14 +183,17 @@ def _examples(result: Separation, model: LanguageModel) -> Section:
     rows = []
     quadrants = result.judged.quadrants()
     for name in QUADRANTS:
-        test = [i for i in result.split.test if quadrants[i] == name]
-        for i in test[:2]:
+        own = [i for i, quadrant in enumerate(quadrants) if quadrant == name]
+        for i in own[:2]:
             prompt, said = result.judged.prompts[i], result.judged.answers.texts[i]
             rows.append({"quadrant": name, "prompt": prompt.text, "answer": said})
-        if test:
-            views += _views(result, model, test[0], name)
+        if own:
+            views += _views(result, model, own[0], name)
     return Section(
-        "Examples", "Test prompts; blue is below zero, red above.", table=pd.DataFrame(rows), views=tuple(views)
+        "Examples",
+        "Two prompts of each quadrant; blue is below zero, red above. The directions are fitted to all prompts.",
+        table=pd.DataFrame(rows),
+        views=tuple(views),
     )
 
 
@@ -154,9 +202,10 @@ def _views(result: Separation, model: LanguageModel, row: int, quadrant: str) ->
     start = int(result.batch.instruction[row, 0]) - result.batch.offset(row)
     views = []
     for name, position in (("harmful", "inst"), ("refused", result.acts.positions[-1])):
-        detection = result.contrasts[name].detection
-        if detection is not None:
-            shown = project_tokens(model, detection.at(position).direction, ids)
+        contrast = result.contrasts[name]
+        if contrast.scores is not None and contrast.directions is not None:
+            direction = contrast.directions.at(contrast.scores.level(position), position)
+            shown = project_tokens(model, direction, ids)
             title = f"{quadrant.replace('_', ' ')}: {name} (level {shown.level}, {position})"
             views.append(TokenView.centred(shown.tokens[start:], shown.values[start:], title))
     return views
@@ -166,10 +215,14 @@ def _how(result: Separation, verdict: Verdict, sets: ContrastSets) -> str:
     known = loaded(sets.model)
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
-        f"Prompts: {result.split.sizes}; {result.split_note}. {sets.punctuation}\n\n"
-        f"Intervals: 95% bootstrap over prompt families ({result.plan.resamples} resamples), directions frozen; for "
-        "cosines 95% jackknife over families, directions refitted. Nulls: label permutation and random directions of "
-        f"the same norm, at the chosen levels.\n\nAnswers: greedy, {result.plan.max_new_tokens} tokens. Activations: "
+        f"Prompts: {len(result.judged.prompts)}, in {len(result.analysis.folds[0])} folds of whole families by "
+        f"{len(result.analysis.folds)} fold seeds. {sets.punctuation}\n\n"
+        "Intervals, 95%: of AUROCs by Newcombe's method 5, scaled by families, and paired for gains; of D and of means "
+        f"by bootstrap over families ({result.plan.resamples} resamples), D's stretched as Student's t is; of cosines "
+        "by "
+        "jackknife over families, directions refitted. Nulls: label permutation and random directions of the same "
+        f"norm, at the level that most folds chose.\n\nAnswers: greedy, {result.plan.max_new_tokens} tokens. "
+        "Activations: "
         f"{result.acts.engine} engine, {known.checkpoint.regime} weights. Largest logit difference to plain "
         f"Hugging Face on one prompt: {known.parity_gap:.2g}."
     )

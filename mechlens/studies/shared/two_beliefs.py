@@ -6,6 +6,7 @@ well-behaved quadrants; the two misbehaving quadrants are then placed between th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.probing.beliefs import Centroids, beliefs, centroids, layer_scores
+from mechlens.methods.probing.out_of_fold import Fold
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import (
     family_weights,
@@ -23,7 +25,6 @@ from mechlens.methods.statistics.resample import (
     of_sample,
     sample_and_resamples,
 )
-from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import QUADRANTS
 
 POLES = ("refused_harmful", "accepted_harmless")
@@ -32,7 +33,7 @@ MIN_FOR_A_POLE = 5
 
 @dataclass(frozen=True)
 class Beliefs:
-    """Beliefs of every prompt outside the training part, and their means by quadrant."""
+    """Beliefs of every prompt that was held out, and their means by quadrant."""
 
     harm: Centroids | None
     refusal: Centroids | None
@@ -51,22 +52,37 @@ class Beliefs:
         return self.means | self.correlation
 
 
-def measure_beliefs(acts: Activations, quadrants: Sequence[str], split: Split, seed: int, resamples: int) -> Beliefs:
-    """Centroids from the training part's poles; beliefs of all held-out prompts (validation chooses nothing)."""
+class Placed(NamedTuple):
+    """Held-out prompts with the centroids that place them."""
+
+    prompts: Activations
+    harm: Centroids
+    refusal: Centroids
+
+
+def measure_beliefs(
+    acts: Activations, quadrants: Sequence[str], folds: Sequence[Fold], seed: int, resamples: int
+) -> Beliefs:
+    """Beliefs of every prompt that a fold holds out, by centroids of the poles among those that it fits on.
+
+    The centroids that are kept are of the one fold, or of all prompts where there are several.
+    """
     labelled = replace(acts, labels=tuple(quadrants))
-    train = labelled.select(split.train)
-    held_out = labelled.select(sorted((*split.validation, *split.test)))
-    poles = [train.labels.count(name) for name in POLES]
-    if min(poles) < MIN_FOR_A_POLE:
+    held_out = labelled.select([row for fold in folds for row in fold.scored])
+    parts = [(labelled.select(fold.fitted), labelled.select(fold.scored)) for fold in folds]
+    if min(train.labels.count(name) for train, _ in parts for name in POLES) < MIN_FOR_A_POLE:
         return _not_measurable(held_out)
-    last = acts.positions[-1]
-    harm, refusal = (centroids(train, *POLES, position) for position in ("inst", last))
-    prompts = _prompt_table(held_out, harm, refusal)
+    places = ("inst", acts.positions[-1])
+    placed = [
+        Placed(part, centroids(train, *POLES, places[0]), centroids(train, *POLES, places[1])) for train, part in parts
+    ]
+    prompts = pd.concat([_prompt_table(*own) for own in placed], ignore_index=True)
+    fitted = parts[0][0] if len(folds) == 1 else labelled
     return Beliefs(
-        harm=harm,
-        refusal=refusal,
+        harm=centroids(fitted, *POLES, places[0]),
+        refusal=centroids(fitted, *POLES, places[1]),
         prompts=prompts,
-        by_level=_level_table(held_out, harm, refusal, seed, resamples),
+        by_level=_level_table(placed, held_out, seed, resamples),
         means=_means(prompts, held_out, seed, resamples),
         correlation=_correlations(prompts, held_out.families, seed, resamples),
     )
@@ -115,20 +131,27 @@ def _means(prompts: pd.DataFrame, held_out: Activations, seed: int, resamples: i
     return means
 
 
-def _level_table(held_out: Activations, harm: Centroids, refusal: Centroids, seed: int, resamples: int) -> pd.DataFrame:
+def _level_table(placed: Sequence[Placed], held_out: Activations, seed: int, resamples: int) -> pd.DataFrame:
+    """Mean layer scores over all held-out prompts, which stand in the order of the folds."""
     frames = []
-    for reference, concept in ((harm, "harmfulness"), (refusal, "refusal")):
-        values = held_out.values[:, :, column_of(reference.position, held_out.positions, held_out.last)]
+    for concept, references in (("harmfulness", [p.harm for p in placed]), ("refusal", [p.refusal for p in placed])):
         for centered in (False, True):
-            scores = layer_scores(values, reference, centered=centered)
+            parts = zip(placed, references, strict=True)
+            scores = torch.cat([_layer_scores(own.prompts, by, centered=centered) for own, by in parts])
             for name in QUADRANTS:
                 rows = [i for i, label in enumerate(held_out.labels) if label == name]
                 families = [held_out.families[i] for i in rows]
                 if rows:
                     frame = _band(scores[rows], families, seed, resamples)
                     frame["level"], frame["quadrant"] = held_out.levels, name
-                    frames.append(frame.assign(concept=concept, position=reference.position, centered=centered))
+                    where = references[0].position
+                    frames.append(frame.assign(concept=concept, position=where, centered=centered))
     return pd.concat(frames, ignore_index=True)
+
+
+def _layer_scores(part: Activations, reference: Centroids, *, centered: bool) -> Float[Tensor, "prompt level"]:
+    values = part.values[:, :, column_of(reference.position, part.positions, part.last)]
+    return layer_scores(values, reference, centered=centered)
 
 
 def _band(scores: Float[Tensor, "prompt level"], families: Sequence[str], seed: int, resamples: int) -> pd.DataFrame:
