@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from planted import CHECKPOINT, TwoByTwo, planted_confounded, planted_two_by_two
+from planted_worlds import analysed, world
 from scipy.stats import norm
 from tiny import tiny_tokenizer
 
@@ -16,15 +17,14 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.split import split_by_family
 from mechlens.prompts.templates.template import chat_template
-from mechlens.settings import DetectionPlan
 from mechlens.studies.separate import study as separation
+from mechlens.studies.separate.analysis import analyse
 from mechlens.studies.separate.config import SeparationPlan
 from mechlens.studies.separate.geometry import measure_geometry
-from mechlens.studies.separate.study import Separation
+from mechlens.studies.separate.study import Separation, WithoutTemplate
 from mechlens.studies.separate.verdict import RULE, Verdict, separation_verdict
-from mechlens.studies.shared.contrasts import Surface, measure
+from mechlens.studies.shared.contrasts import Surface
 from mechlens.studies.shared.quadrants import QUADRANTS, FirstTokenJudgement, JudgedAnswers
 from mechlens.studies.shared.two_beliefs import measure_beliefs
 
@@ -56,24 +56,24 @@ def study(acts: Activations, texts: tuple[str, ...] | None = None) -> Separation
     prompts = [replace(p, label="harmless") if v == "unclear" else p for p, v in zip(prompts, verdicts, strict=True)]
     blank = Answers(acts.ids, ("",) * len(prompts), ((),) * len(prompts), 1, CHECKPOINT, acts.template, "plain")
     judged = JudgedAnswers(tuple(prompts), blank, {"planted": verdicts})
-    split, note = separation._split(judged, PLAN)
     lengths = torch.tensor([len(text.split()) for text in words])
     surface = Surface(tuple(words), torch.randn(len(prompts), 8, generator=torch.Generator().manual_seed(1)), lengths)
-    paired = set(acts.ids)
-    contrasts = separation._contrasts(acts, judged, split, surface, paired, PLAN)
-    harm = contrasts["harmful"].detection
-    level = harm.at("inst").level if harm else 1
+    paired = torch.ones(len(prompts), dtype=torch.bool)
+    analysis = analyse(acts, judged.quadrants(), paired, [""] * len(prompts), surface, PLAN, fold_seeds=2)
+    harm = analysis.harm.scores
     refused = torch.tensor([float(flag) for flag in judged.refused])
     tokens = RefusalTokens((1,), ("I",), "fallback", None)
+    rate = {"full_template": mean_estimate(refused, acts.families, 0, 50)}
     return Separation(
         judged=judged,
         first_token=FirstTokenJudgement(tokens, refused, Estimate.missing(0)),
-        split=split,
-        split_note=note,
-        contrasts=contrasts,
-        geometry=measure_geometry(acts, judged.quadrants(), paired, level=level, seed=0),
-        beliefs=measure_beliefs(acts, judged.quadrants(), split, 0, PLAN.resamples),
-        refusal_rates={"full_template": mean_estimate(refused, acts.families, 0, 50)},
+        analysis=analysis,
+        within=separation._within(acts, analysis, [True] * len(prompts), surface, PLAN),
+        geometry=measure_geometry(
+            acts, judged.quadrants(), set(acts.ids), level=harm.level("inst") if harm else 1, seed=0
+        ),
+        beliefs=measure_beliefs(acts, judged.quadrants(), analysis.folds[0], 0, PLAN.resamples),
+        without_template=WithoutTemplate(rate, Estimate.missing(0)),
         acts=acts,
         batch=tokenize(prompts[:1], chat_template(tiny_tokenizer())),
         plan=PLAN,
@@ -96,32 +96,38 @@ def two_axes() -> Separation:
     return study(quadrants().acts)
 
 
-def test_two_planted_axes_are_separate(two_axes: Separation) -> None:
+def test_two_planted_axes_are_two_variables(two_axes: Separation) -> None:
     verdict = separation_verdict(two_axes.metrics())
-    assert verdict.word == "separate"
+    assert verdict.word == "two variables"
     assert verdict.rule == RULE
-    assert verdict.deciding["harmful_auroc.inst.accepted"].low > 0.6
-    assert verdict.deciding["cos_harm_refusal"].high < 0.7
+    # Independent and well read: each gap is a whole distance of the poles.
+    assert verdict.deciding["dissociation"].value == pytest.approx(4, abs=0.4)
+    assert verdict.deciding["dissociation"].low > verdict.deciding["dissociation.one_variable_95"].value
+    assert str(verdict.deciding["dissociation"]) in verdict.sentence
 
 
 def test_within_class_areas_match_theory() -> None:
-    # Half of 100 prompts a quadrant train, so a within-class contrast has 50 a side.
-    metrics = study(quadrants(n=100, strength=2.0, seed=1).acts).metrics()
-    cosine = 2 / math.sqrt(4 + 2 * 48 / 50)
+    # Four fifths of 100 prompts a quadrant fit, so a within-class contrast has 80 a side.
+    result = study(quadrants(n=100, strength=2.0, seed=1).acts)
+    cosine = 2 / math.sqrt(4 + 2 * 48 / 80)
     theory = float(norm.cdf(2 * cosine / math.sqrt(2)))
-    names = ("harmful_auroc.inst.accepted", "harmful_auroc.inst.refused")
-    found = [metrics[name] for name in (*names, "refused_auroc.last.harmful", "refused_auroc.last.harmless")]
-    assert sum(estimate.value for estimate in found) / 4 == pytest.approx(theory, abs=0.05)
-    assert sum(estimate.low <= theory <= estimate.high for estimate in found) >= 3
-    assert all(estimate.n == 60 for estimate in found)  # 30 test prompts in each of two quadrants
+    places = {"harmful.accepted": "inst", "harmful.refused": "inst", "refused.harmful": "last"}
+    found = [result.within[name].auroc(place) for name, place in places.items()]
+    assert sum(estimate.value for estimate in found) / 3 == pytest.approx(theory, abs=0.05)
+    assert sum(estimate.low <= theory <= estimate.high for estimate in found) >= 2
+    assert all(estimate.n == 200 for estimate in found)  # every prompt of two quadrants, once
+    # The direction of all prompts is fitted to twice as many.
+    cosine = 2 / math.sqrt(4 + 2 * 48 / 160)
+    whole = result.metrics()["harmful_auroc.inst.accepted"]
+    assert whole.low <= float(norm.cdf(2 * cosine / math.sqrt(2))) <= whole.high
 
 
 def test_each_factor_is_nowhere_but_at_its_own_position(two_axes: Separation) -> None:
     metrics = two_axes.metrics()
     for name in ("harmful_auroc.last", "refused_auroc.inst"):
-        assert metrics[name].low < 0.6
-        assert metrics[name].value == pytest.approx(0.5, abs=0.2)
-    assert metrics["token_identity_auroc.inst"].low < 0.5 < metrics["token_identity_auroc.inst"].high
+        assert metrics[name].low < 0.5
+        assert metrics[name].value == pytest.approx(0.5, abs=0.12)
+    assert metrics["token_identity_auroc.inst"].value == pytest.approx(0.5, abs=0.1)
     assert metrics["token_identity_auroc.last"].value == 0.5
 
 
@@ -156,13 +162,72 @@ def test_cosines_and_main_effects_match_theory(true_cosine: float) -> None:
         assert frame[cell] == pytest.approx(noise, rel=0.4)
 
 
-def test_one_shared_axis_is_not_separate() -> None:
-    for seed in range(3):
+def test_along_one_axis_two_variables_stay_two() -> None:
+    # A cosine says nothing about the number of variables: attention rotates an axis, and may rotate two onto one.
+    for seed in range(2):
         verdict = separation_verdict(study(quadrants(cosine=1.0, seed=seed).acts).metrics())
-        assert verdict.word == "not separate"
-        assert verdict.deciding["cos_harm_refusal"].low >= 0.7
-        # It's the angle that says so: both can be read.
-        assert verdict.deciding["harmful_auroc.inst.accepted"].low > 0.6
+        assert verdict.word == "two variables"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["one variable", "thresholds by topic"])
+def test_one_variable_along_two_axes_is_never_two(kind: str, seed: int) -> None:
+    analysis = analysed(world(kind, n=608, seed=seed))
+    metrics = analysis.metrics()
+    assert separation_verdict(metrics).word in ("one variable suffices", "inconclusive")
+    assert abs(metrics["dissociation"].value) < 0.5
+    # What the study called "separate" before: both are read inside the other's class, and the axes differ.
+    assert metrics["harmful_auroc.inst.accepted"].low > 0.6
+    assert metrics["refused_auroc.last.harmful"].low > 0.6
+
+
+def test_thresholds_that_differ_between_topics_are_no_second_variable_of_their_own() -> None:
+    metrics = analysed(world("thresholds by topic", n=608, seed=4)).metrics()
+    assert metrics["dissociation.over_topics"].low > 0  # what they would look like
+    assert metrics["dissociation"].low < 0 < metrics["dissociation"].high
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_correlated_variables_are_two(seed: int) -> None:
+    metrics = analysed(world("two variables", n=608, correlation=0.5, seed=seed)).metrics()
+    verdict = separation_verdict(metrics)
+    assert verdict.word == "two variables"
+    assert metrics["dissociation.harm_gap"].value > 0 > metrics["dissociation.refusal_gap"].value
+    # Erasing the one leaves the other, as one variable would not.
+    assert metrics["erase_refusal.inst.p"].value < 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_words_tell_is_explained_by_the_words(seed: int) -> None:
+    metrics = analysed(world("words only", n=608, seed=seed)).metrics()
+    assert metrics["dissociation"].low > 0  # two kinds of words make two variables
+    assert metrics["harmful_auroc.inst"].low > 0.8
+    assert separation_verdict(metrics).word == "explained by the words"
+
+
+def test_a_model_that_refuses_everything_harmful_is_said_what_it_needs() -> None:
+    for rate in (0.98, 1.0):
+        planted = world("two variables", n=608, refusal_rate=rate, seed=1)
+        metrics = analysed(planted).metrics()
+        n = int(metrics["n.accepted_harmful"].value)
+        verdict = separation_verdict(metrics)
+        assert verdict.word == "not measurable"
+        assert f"{n} of 192 harmful prompts are accepted" in verdict.sentence
+        wanted = "of another kind are needed, such as looks-harmless" if n == 0 else "more of this kind would do"
+        assert wanted in verdict.sentence
+        assert metrics["harmful_auroc.inst"].low > 0.7  # what needs no such prompt is as good as ever
+
+
+def test_units_and_rotations_of_the_residual_stream_change_nothing() -> None:
+    planted = world("two variables", n=300, correlation=0.3, seed=2)
+    turn = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    turned = (7 * planted.acts.values.double() @ turn).float()
+    first, second = (
+        analysed(replace(planted, acts=replace(planted.acts, values=values)), resamples=100).metrics()
+        for values in (planted.acts.values, turned)
+    )
+    for name in ("dissociation", "dissociation.harm_gap", "harmful_auroc.inst", "refused_gain.harmful"):
+        assert first[name].value == pytest.approx(second[name].value, abs=1e-3), name
 
 
 def test_a_label_that_follows_the_punctuation_is_explained_by_the_surface() -> None:
@@ -177,11 +242,12 @@ def test_a_label_that_follows_the_punctuation_is_explained_by_the_surface() -> N
         result = study(replace(acts, labels=labels), texts)
         metrics = result.metrics()
         verdict = separation_verdict(metrics)
-        assert verdict.word == "explained by the surface"
+        assert verdict.word == "explained by the words"
         # The within-class numbers alone look like harmfulness: this is what the baselines are for.
         assert metrics["harmful_auroc.inst.accepted"].low > 0.6
         assert metrics["token_identity_auroc.inst"].value == 1.0
         assert metrics["tfidf_auroc"].value == 1.0
+        assert metrics["harmful_gain.accepted"].high <= 0.02
 
 
 def shuffled(acts: Activations, seed: int) -> Activations:
@@ -191,10 +257,10 @@ def shuffled(acts: Activations, seed: int) -> Activations:
 
 def test_shuffled_labels_are_inconclusive() -> None:
     words = [separation_verdict(study(shuffled(quadrants(n=40, seed=s).acts, s)).metrics()).word for s in range(8)]
-    assert "separate" not in words
-    assert "explained by the surface" not in words
-    # An upper bound of chance is often below 0.6; that is no finding where nothing can be read.
-    assert words.count("inconclusive") >= 7
+    assert "two variables" not in words
+    assert "one variable suffices" not in words
+    # Where nothing is read, the words can't be said to explain it, save that their chance AUROC comes out higher.
+    assert words.count("inconclusive") >= 6
 
 
 def numbers(metrics: dict[str, Estimate]) -> list[float]:
@@ -208,11 +274,12 @@ def test_an_empty_quadrant_is_said_and_the_rest_is_measured(empty: str, two_axes
     assert metrics.keys() == two_axes.metrics().keys()
     assert not any(math.isinf(x) for x in numbers(metrics))
     assert metrics[f"n.{empty}"].value == 0
+    assert not metrics["dissociation"].measurable
+    assert not metrics["cos_harm_refusal.balanced"].measurable
     refused, harmful = empty.startswith("refused"), empty.endswith("_harmful")
     lacking = {
         f"harmful_auroc.inst.{'refused' if refused else 'accepted'}",
         f"refused_auroc.last.{'harmful' if harmful else 'harmless'}",
-        "cos_harm_refusal.balanced",
     }
     for name in lacking:
         assert not metrics[name].measurable
@@ -220,10 +287,7 @@ def test_an_empty_quadrant_is_said_and_the_rest_is_measured(empty: str, two_axes
         assert str(metrics[name]) == "not measurable, n=0"
     others = {"harmful_auroc.inst", "refused_auroc.last", "cos_harm_refusal.measured"}
     assert all(metrics[name].measurable for name in others)
-    decides = {"harmful_auroc.inst.accepted", "refused_auroc.last.harmful"} & lacking
-    word = separation_verdict(metrics).word
-    # With one quadrant gone, refusal and harm go together: the plain cosine then holds part of both.
-    assert (word == "not measurable") if decides else (word in ("separate", "inconclusive"))
+    assert separation_verdict(metrics).word == "not measurable"
     # Everything that a report shows can be made.
     for frame in (result.table(), result.chosen(), result.baselines(), result.geometry.table(), result.judged.counts()):
         assert not frame.empty
@@ -240,13 +304,13 @@ def test_few_refusals_as_on_a_model_that_hardly_refuses(refusals: int) -> None:
     assert verdict.word == "not measurable"
     assert metrics["n.refused_harmful"].value == refusals
     refused = result.contrasts["refused.harmful"]
-    assert refused.counts == {"refused_harmful": refusals, "accepted_harmful": 100}
-    assert verdict.deciding["refused_auroc.last.harmful"].n == refusals
+    assert refused.question.counts() == {"refused_harmful": refusals, "accepted_harmful": 100}
+    assert f"{refusals} of {100 + refusals} harmful prompts are refused" in verdict.sentence
     # What needs no refusal is as good as ever.
     assert metrics["harmful_auroc.inst"].low > 0.9
     assert metrics["harmful_auroc.inst.accepted"].low > 0.9
     assert not any(math.isinf(x) for x in numbers(metrics))
-    assert result.beliefs.harm is None or refusals >= 9
+    assert result.beliefs.harm is None or refusals >= 6
     for name in ("belief_harm", "belief_refusal"):
         assert not metrics[f"{name}.refused_harmless"].measurable
 
@@ -271,89 +335,74 @@ def test_prompts_that_no_judge_could_place_are_left_out() -> None:
     assert sum(metrics[f"n.{name}"].value for name in QUADRANTS) == labels.count("accepted_harmful") + sum(
         labels.count(name) for name in QUADRANTS if name != "accepted_harmful"
     )
-    assert result.contrasts["refused"].counts["refused"] == sum(label.startswith("refused") for label in labels)
-    assert separation_verdict(metrics).word in ("separate", "inconclusive")
+    assert result.contrasts["refused"].question.counts()["refused"] == sum(
+        label.startswith("refused") for label in labels
+    )
+    assert separation_verdict(metrics).word == "two variables"
 
 
-def test_a_contrast_needs_prompts_in_every_part() -> None:
-    acts = quadrants(n=20).acts
-    sides = tuple(label.rpartition("_")[2] for label in acts.labels)
-    split = split_by_family(sides, acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
-    surface = Surface(tuple("x" for _ in sides), torch.zeros(len(sides), 4), torch.ones(len(sides), dtype=torch.long))
-    contrast, plan = ("harmful", "harmless"), DetectionPlan(resamples=20, permutations=5, random_directions=5)
-    whole = measure("harmful", acts, sides, contrast, split, surface, plan)
-    assert whole.detection is not None
-    for part in ("train", "validation", "test"):
-        few = [i for i in split.part(part) if sides[i] == "harmful"][2:]
-        dropped = replace(split, **{part: tuple(i for i in split.part(part) if i not in few)})
-        missing = measure("harmful", acts, sides, contrast, dropped, surface, plan)
-        assert missing.detection is None
-        assert (missing.auroc("inst").measurable, missing.auroc("inst").n) == (False, 40)
-        assert missing.chosen().empty
-        assert missing.table().empty
+CLEAR = {
+    "dissociation": Estimate(2.0, 1.5, 2.5, 80),
+    "dissociation.one_variable_95": Estimate.exact(0.4, 600),
+    "harmful_auroc.inst.accepted": Estimate(0.8, 0.7, 0.9, 80),
+    "harmful_gain.accepted": Estimate(0.2, 0.1, 0.3, 80),
+    "harmful_gain": Estimate(0.2, 0.1, 0.3, 300),
+    "refused_auroc.last.harmful": Estimate(0.8, 0.7, 0.9, 80),
+    "refused_gain.harmful": Estimate(0.2, 0.1, 0.3, 80),
+    "harmful_auroc.inst": Estimate(0.9, 0.8, 0.95, 300),
+    "refused_auroc.last": Estimate(0.9, 0.8, 0.95, 300),
+    **{f"n.{name}": Estimate.exact(40, 160) for name in QUADRANTS},
+}
 
 
-def test_the_sentence_says_what_is_contradicted_or_unread() -> None:
-    chance = Estimate(0.5, 0.4, 0.6, 40)
-    said = sentence_of(**{"refused_auroc.last.harmful": chance})
-    assert "Refusal can't be read among harmful prompts." in said
-    assert "harmfulness can't be read" not in said.lower()
-    assert "The two directions are nearly one." in sentence_of(cos_harm_refusal=Estimate(0.9, 0.7, 1.1, 40))
-    unread = sentence_of(**{"refused_auroc.last": chance, "refused_auroc.last.harmful": chance})
-    assert "Over all prompts refusal at the last token can't be told from chance" in unread
-
-
-def verdict_of(**changed: Estimate) -> str:
-    return _verdict(changed).word
-
-
-def sentence_of(**changed: Estimate) -> str:
-    return _verdict(changed).sentence
-
-
-def _verdict(changed: dict[str, Estimate]) -> Verdict:
-    clear = Estimate(0.9, 0.8, 0.95, 40)
-    metrics = {
-        "harmful_auroc.inst.accepted": clear,
-        "refused_auroc.last.harmful": clear,
-        "cos_harm_refusal": Estimate(0.2, 0.0, 0.4, 40),
-        "token_identity_auroc.inst": Estimate(0.5, 0.4, 0.6, 40),
-        "harmful_auroc.inst": clear,
-        "refused_auroc.last": clear,
-    }
-    return separation_verdict(metrics | changed)
+def verdict_of(**changed: Estimate) -> Verdict:
+    return separation_verdict(CLEAR | changed)
 
 
 def test_the_rule_is_the_one_that_is_stated() -> None:
-    chance, vague, gone = Estimate(0.5, 0.4, 0.6, 40), Estimate(0.7, 0.55, 0.85, 40), Estimate.missing(4)
-    assert verdict_of() == "separate"
+    gone = Estimate.missing(4)
+    assert verdict_of().word == "two variables"
+    small = Estimate(0.1, -0.2, 0.4, 80)
+    assert verdict_of(dissociation=small).word == "one variable suffices"
+    assert verdict_of(dissociation=Estimate(0.1, -0.3, 0.5, 80)).word == "inconclusive"  # below, not at, 0.5
+    assert verdict_of(dissociation=Estimate(1.0, 0.0, 2.0, 80)).word == "inconclusive"  # above, not at, 0
+    assert verdict_of(dissociation=Estimate(-3.0, -4.0, -2.0, 80)).word == "one variable suffices"
+    # D may be above 0 and yet what one variable gives in such data.
+    assert verdict_of(**{"dissociation.one_variable_95": Estimate.exact(2.1, 600)}).word == "inconclusive"
     for name in ("harmful_auroc.inst.accepted", "refused_auroc.last.harmful"):
-        assert verdict_of(**{name: vague}) == "inconclusive"
-        assert verdict_of(**{name: chance}) == "not separate"
-        assert verdict_of(**{name: gone}) == "not measurable"
-        assert verdict_of(**{name: Estimate(0.7, 0.6, 0.8, 40)}) == "inconclusive"  # above, not at, 0.6
-    assert verdict_of(cos_harm_refusal=Estimate(0.6, 0.5, 0.7, 40)) == "inconclusive"  # below, not at, 0.7
-    assert verdict_of(cos_harm_refusal=Estimate(0.9, 0.7, 1.1, 40)) == "not separate"
-    assert verdict_of(cos_harm_refusal=gone) == "inconclusive"  # a direction is noise
-    # What is contradicted stays so, whatever else can't be measured.
-    both = {"harmful_auroc.inst.accepted": chance, "refused_auroc.last.harmful": gone}
-    assert verdict_of(**both) == "not separate"
-    # Where nothing can be read, nothing can be one or two things.
-    nothing = {"harmful_auroc.inst": chance, "refused_auroc.last": chance}
-    assert verdict_of(**nothing, **{"harmful_auroc.inst.accepted": chance}) == "inconclusive"
-    assert verdict_of(**nothing, **both) == "not measurable"
-    # Nor where only one of them can: a refusal that can't be read isn't the same thing as harmfulness.
-    unread = {"refused_auroc.last": chance, "refused_auroc.last.harmful": chance}
-    assert verdict_of(**unread) == "inconclusive"
-    assert verdict_of(**unread, cos_harm_refusal=Estimate(0.9, 0.7, 1.1, 40)) == "inconclusive"
-    assert verdict_of(**{**nothing, "refused_auroc.last": vague}, **both) == "not measurable"
-    surface = {"token_identity_auroc.inst": Estimate(0.85, 0.75, 0.92, 40)}
-    assert verdict_of(**surface) == "explained by the surface"
-    assert verdict_of(**surface, **both) == "explained by the surface"
-    assert verdict_of(**{"token_identity_auroc.inst": Estimate(0.7, 0.65, 0.8, 40)}) == "separate"
-    assert verdict_of(**{"token_identity_auroc.inst": gone}) == "separate"
+        verdict = verdict_of(**{name: Estimate(0.6, 0.5, 0.7, 80)})
+        assert verdict.word == "inconclusive"
+        assert "0.60 [0.50, 0.70]" in verdict.sentence
+        assert "times as many prompts would settle it" in verdict.sentence
+    for name in ("harmful_gain.accepted", "refused_gain.harmful"):
+        assert verdict_of(**{name: Estimate(0.1, 0.0, 0.2, 80)}).word == "inconclusive"
+    # The words come before everything else, also where D can't be measured.
+    words = {"harmful_gain.accepted": Estimate(-0.1, -0.2, 0.02, 80)}
+    assert verdict_of(**words).word == "explained by the words"
+    assert verdict_of(**words, dissociation=small).word == "explained by the words"
+    whole = {"harmful_gain.accepted": gone, "harmful_gain": Estimate(0.0, -0.01, 0.01, 300)}
+    assert verdict_of(**whole, dissociation=gone).word == "explained by the words"
+    # Where one can't be read at all, a small D says nothing.
+    for name in ("harmful_auroc.inst", "refused_auroc.last"):
+        verdict = verdict_of(**{name: Estimate(0.5, 0.4, 0.6, 300)}, dissociation=small)
+        assert verdict.word == "inconclusive"
+        assert "can't be told from chance" in verdict.sentence
 
 
-def test_every_verdict_has_its_sentence_and_the_rule_names_it() -> None:
-    for word in ("separate", "not separate", "explained by the surface", "inconclusive", "not measurable"):
-        assert f"{word}:" in RULE
+def test_what_would_settle_it_is_said_in_numbers() -> None:
+    # 80 of 400 accepted: 6 more for 10 of each needs five times as many prompts each.
+    few = {"n.accepted_harmful": Estimate.exact(4, 600), "n.refused_harmful": Estimate.exact(196, 600)}
+    verdict = verdict_of(dissociation=Estimate.missing(4), **few)
+    assert verdict.word == "not measurable"
+    assert "4 of 200 harmful prompts are accepted: about 300 more of this kind would do" in verdict.sentence.lower()
+    # An interval of +-0.392 has a standard error of 0.2; 2.8 of it for a distance of 0.4 need (1.4)^2 as many.
+    verdict = verdict_of(
+        dissociation=Estimate(0.4, 0.008, 0.792, 80), **{"dissociation.one_variable_95": Estimate.exact(0.5, 600)}
+    )
+    assert verdict.word == "inconclusive"
+    assert "about 39 more accepted harmful prompts (now 40)" in verdict.sentence
+
+
+def test_the_rule_names_every_verdict() -> None:
+    words = ("two variables", "one variable suffices", "explained by the words", "inconclusive", "not measurable")
+    assert all(f"{word}:" in RULE for word in words)

@@ -121,7 +121,7 @@ def mean_difference_scores(
     directions, middles = (up - down) @ values, (up + down) @ values / 2
     norms = directions.norm(dim=1, keepdim=True)
     raw = directions @ values.T - (directions * middles).sum(dim=1, keepdim=True)
-    largest = values.norm(dim=1).max()
+    largest = float(values.norm(dim=1).max())
     # Equal vectors tie exactly, and a difference of rounding errors is none.
     tied = snap(raw, TIE_RESOLUTION * largest**2)
     return torch.where(norms > 1e-6 * largest, tied / norms, 0.0)
