@@ -18,7 +18,8 @@ from mechlens.methods.activations.collect import collect
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.models import packaged as registry
-from mechlens.models.load import load, load_hf, load_tokenizer
+from mechlens.models.checkpoints.series import checkpoint_series
+from mechlens.models.load import load, load_config, load_hf, load_tokenizer
 from mechlens.models.packaged import ADAPTERS, PACKAGED, adapter_folder, cache_dir, fetch
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_prompts
@@ -170,12 +171,17 @@ def test_a_folder_of_that_name_comes_first(pip: FakePip, tmp_path: Path, monkeyp
     assert not pip.commands
 
 
-def test_every_packaged_model_can_be_chosen_and_an_unknown_name_lists_them() -> None:
+def test_every_packaged_model_can_be_chosen() -> None:
     assert set(MODELS.ours) == {*PACKAGED, *ADAPTERS}
-    with pytest.raises(
-        UserError, match=r"nor packaged \(smollm2, gemma3-270m, qwen2.5-coder-0.5b, smollm2-refuser; did"
-    ):
-        load("smollm3")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [load, load_config, load_tokenizer, lambda name: checkpoint_series(name, [str(adapter_folder("smollm2-refuser"))])],
+)
+def test_an_unknown_model_or_base_is_answered_with_the_nearest_packaged_one(asked: Callable[[str], object]) -> None:
+    with pytest.raises(UserError, match=r"nor packaged \(smollm2, .*, smollm2-refuser; did you mean 'smollm2'\?\)"):
+        asked("smollm3")
 
 
 def test_every_packaged_adapter_has_a_packaged_base_and_a_folder() -> None:
