@@ -30,6 +30,8 @@ MethodName = Annotated[
     METHODS,
     choice(METHODS, "How the direction is found; all but the mean difference get at most 50 label permutations."),
 ]
+TemplateArguments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
+"""Of the chat template, in the order given; a value is JSON where it parses as such, else text."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Loading:
     """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
     today: str | None = None
     """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+    template_arg: TemplateArguments = ()
+    """Argument of the chat template, such as enable_thinking=false; may be given more than once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         plan: DetectionPlan | None = None,
         refusal_tokens: Sequence[int] = (),
         today: str | None = None,
+        template_arg: Sequence[str] = (),
         log: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.name = name
@@ -48,6 +49,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
             plan=plan or DetectionPlan(seed=0),
             refusal_tokens=refusal_tokens,
             today=today,
+            template_arg=template_arg,
         )
         self.reference: LiveReference | None = None
         self.rows: list[dict[str, float | int | str]] = []

@@ -136,7 +136,10 @@ def chosen_model(config: ModelChoice) -> ChatModel:
         device=config.device,
         device_map=config.device_map,
     )
-    return ChatModel(model, chat_template(loaded(model).tokenizer, config.template, today=config.today))
+    return ChatModel(
+        model,
+        chat_template(loaded(model).tokenizer, config.template, today=config.today, template_arg=config.template_arg),
+    )
 
 
 def inputs_of(checkpoint: Checkpoint, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:

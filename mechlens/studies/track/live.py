@@ -74,6 +74,7 @@ def watch(
     plan: DetectionPlan,
     refusal_tokens: Sequence[int] = (),
     today: str | None = None,
+    template_arg: Sequence[str] = (),
 ) -> LivePrompts:
     """The prompts of two classes, split by family into those that fit, choose and test; see `chat_template`."""
     prompts = [replace(p, label=POSITIVE) for p in positive] + [replace(p, label=NEGATIVE) for p in negative]
@@ -81,7 +82,7 @@ def watch(
     if len(set(names)) < len(names):
         raise UserError(f"two prompts to watch have the id {max(names, key=names.count)!r}; give each an id of its own")
     split = split_by_family([p.label for p in prompts], [p.group for p in prompts], fractions=FRACTIONS, seed=plan.seed)
-    batch = tokenize(prompts, chat_template(tokenizer, today=today))
+    batch = tokenize(prompts, chat_template(tokenizer, today=today, template_arg=template_arg))
     columns = {name: batch.resolve([name]) for name in positions}  # an unknown position is refused before training
     named = tuple(name for asked, found in columns.items() for name in ((asked,) if len(found) == 1 else found))
     return LivePrompts(batch, split, named, plan, tuple(refusal_tokens))
