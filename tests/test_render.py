@@ -199,7 +199,7 @@ def test_a_day_that_is_none(today: str) -> None:
 
 def test_options_that_are_no_plain_data() -> None:
     with pytest.raises(UserError, match="the options of a chat template must be plain data"):
-        chat_template(tiny_tokenizer(), tools=[object()]).render(Prompt("p", "Hi"))
+        chat_template(tiny_tokenizer("{{ tools }}" + LAST + "!"), tools=[object()]).render(Prompt("p", "Hi"))
 
 
 def test_many_prompts_are_rendered_as_one_by_one() -> None:
