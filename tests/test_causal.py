@@ -83,7 +83,8 @@ def test_the_planted_model_dissociates(found: Battery, model: Any) -> None:
             # Belief is moved either way from anywhere; the refusal direction leaves it alone in every cell.
             assert of(found, f"belief.{scope}", "harmfulness", cell).low > 0
             for at in NAMES:
-                assert abs(of(found, f"belief.{scope}", "refusal", cell, at).value) < 0.5
+                harm = of(found, f"belief.{scope}", "harmfulness", PUSHES[0])
+                assert abs(of(found, f"belief.{scope}", "refusal", cell, at).value) < 0.25 * harm.value
         assert of(found, "refusal", "refusal", cell).low > 1
     # Everywhere it pushes both replies towards the word that refuses.
     for polarity in ("straight", "reversed"):

@@ -58,8 +58,7 @@ def read_unsteered(
     said = said_beliefs(model, who, nothing, cache)[0]
     read = {"unsteered": replies.belief[0], "straight": replies.straight[0], "reversed": -replies.reversed[0]}
     numbers = {
-        f"inversion_auroc.{name}": auroc_estimate(values, who.harmful, who.families)
-        for name, values in read.items()
+        f"inversion_auroc.{name}": auroc_estimate(values, who.harmful, who.families) for name, values in read.items()
     }
     outcomes = {
         "parsed": ("harmful", "harmless", "inconsistent"), "consistent": ("harmful", "harmless"),
