@@ -69,11 +69,12 @@ class PromptSets:
     """The harmful and the harmless prompts of a study."""
 
     harmful: str = "harmful"
-    """Harmful prompts: a built-in set (harmful), a file (JSON, JSONL, CSV, parquet, txt) or a hub data set."""
+    """Harmful prompts: a built-in set (harmful, looks-harmless), a file (JSON, JSONL, CSV, parquet, txt)
+    or a hub data set; a plus joins sources."""
     harmless: str = "harmless"
-    """Harmless prompts: a built-in set (harmless, benign), a file or a hub data set."""
+    """Harmless prompts: a built-in set (harmless, benign, looks-harmful), a file or a hub data set."""
     n: int | None = None
-    """Prompts of each set, drawn by seed; None takes all."""
+    """Prompts of each source, drawn by seed; None takes all."""
     system: str | None = None
     """System prompt of every prompt; None leaves the template's own default."""
     punctuation: Literal["match", "keep", "strip"] = "match"
