@@ -16,6 +16,7 @@ FRACTIONS = (0.5, 0.2, 0.3)
 RESAMPLES = 1000
 PERMUTATIONS = 200
 RANDOM_DIRECTIONS = 20
+RANDOM_NETWORKS = 3
 ANSWER_TOKENS = 24
 SOURCE = "A hub id, local folder, GGUF file or packaged name."
 ModelName = Annotated[str, choice(MODELS, SOURCE, or_else="|ID|PATH")]
