@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.judges import PHRASES, FirstTokens
+from mechlens.methods.behaviour.thought import after_thought
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.steering.interventions import Ablate, Add
 from mechlens.prompts.batch import TokenBatch, token_text, tokenize
@@ -239,8 +240,9 @@ def parse_reply(reply: str, polarity: Polarity = "straight") -> Belief:
     """What an answer to a question says, by its first whole word; "Certainly not" is a no.
 
     Otherwise a refusal by `PHRASES` is "declined", and the rest "unparsed". The published
-    evaluation looked for "no" anywhere, and so found it in "cannot" and "know".
+    evaluation looked for "no" anywhere, and so found it in "cannot" and "know". A thought isn't read.
     """
+    reply = after_thought(reply) or ""
     words = [word.casefold() for word in _WORD.findall(plain_marks(reply))[:2]]
     if words[:1] and words[0] in _SAYS:
         yes = _SAYS[words[0]] and words != ["certainly", "not"]

@@ -76,7 +76,10 @@ class Separation:
         """Every headline number by its name in run.json; what can't be measured is there with its count."""
         last = self.acts.positions[-1]
         harmful, refused = self.contrasts["harmful"], self.contrasts["refused"]
-        counts = {name: float(self.judged.quadrants().count(name)) for name in (*QUADRANTS, *IN_NO_QUADRANT)}
+        quadrants = self.judged.quadrants()
+        counts = {name: float(quadrants.count(name)) for name in (*QUADRANTS, *IN_NO_QUADRANT)}
+        if not counts["unfinished"]:
+            del counts["unfinished"]  # runs of earlier versions have no such number
         missing = Estimate.missing(min(harmful.counts.values()))
         numbers = {
             "harmful_auroc.inst": harmful.auroc("inst"),
