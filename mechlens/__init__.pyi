@@ -11,6 +11,8 @@ from mechlens.methods.behaviour.chosen_judge import agreement as agreement
 from mechlens.methods.behaviour.inversion import QUESTIONS as QUESTIONS
 from mechlens.methods.behaviour.inversion import ask as ask
 from mechlens.methods.behaviour.inversion import asked_words as asked_words
+from mechlens.methods.behaviour.inversion import consistent_belief as consistent_belief
+from mechlens.methods.behaviour.inversion import consistent_change as consistent_change
 from mechlens.methods.behaviour.inversion import parse_reply as parse_reply
 from mechlens.methods.behaviour.inversion import preferred_words as preferred_words
 from mechlens.methods.behaviour.judges import ARDITI as ARDITI

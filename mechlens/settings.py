@@ -16,6 +16,7 @@ FRACTIONS = (0.5, 0.2, 0.3)
 RESAMPLES = 1000
 PERMUTATIONS = 200
 RANDOM_DIRECTIONS = 20
+RANDOM_NETWORKS = 3
 ANSWER_TOKENS = 24
 SOURCE = "A hub id, local folder, GGUF file or packaged name."
 ModelName = Annotated[str, choice(MODELS, SOURCE, or_else="|ID|PATH")]
@@ -30,6 +31,8 @@ MethodName = Annotated[
     METHODS,
     choice(METHODS, "How the direction is found; all but the mean difference get at most 50 label permutations."),
 ]
+TemplateArguments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
+"""Of the chat template, in the order given; a value is JSON where it parses as such, else text."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,12 @@ class PromptSets:
     """The harmful and the harmless prompts of a study."""
 
     harmful: str = "harmful"
-    """Harmful prompts: a built-in set (harmful), a file (JSON, JSONL, CSV, parquet, txt) or a hub data set."""
+    """Harmful prompts: a built-in set (harmful, looks-harmless), a file (JSON, JSONL, CSV, parquet, txt)
+    or a hub data set; a plus joins sources."""
     harmless: str = "harmless"
-    """Harmless prompts: a built-in set (harmless, benign), a file or a hub data set."""
+    """Harmless prompts: a built-in set (harmless, benign, looks-harmful), a file or a hub data set."""
     n: int | None = None
-    """Prompts of each set, drawn by seed; None takes all."""
+    """Prompts of each source, drawn by seed; None takes all."""
     system: str | None = None
     """System prompt of every prompt; None leaves the template's own default."""
     punctuation: Literal["match", "keep", "strip"] = "match"
@@ -103,6 +107,8 @@ class Loading:
     """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
     today: str | None = None
     """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+    template_arg: TemplateArguments = ()
+    """Argument of the chat template, such as enable_thinking=false; may be given more than once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,11 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
     """At the start and at every evaluation: is the concept where it was, and can it still be read?
 
     The plain module is read, without gradients, in evaluation mode; modes and random states are put back, so that
-    training with this callback ends in the same weights as without it. The numbers (see `live_numbers`) go into
-    the Trainer's log history and to `log`, or, where that is None, into the W&B run that the Trainer itself reports to
-    (`report_to="wandb"`), as `mechlens/NAME.auroc.inst.frozen` and so on. Prompt texts go nowhere.
+    training with this callback ends in the same weights as without it. At the start the words and three networks with
+    random blocks are read too, for which the blocks lie in memory twice: the floor under what is read. The numbers
+    (see `live_numbers`) go into the Trainer's log history and to `log`, or, where that is None, into the W&B run that
+    the Trainer itself reports to (`report_to="wandb"`), as `mechlens/NAME.auroc.inst.frozen` and so on. Prompt texts go
+    nowhere.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         plan: DetectionPlan | None = None,
         refusal_tokens: Sequence[int] = (),
         today: str | None = None,
+        template_arg: Sequence[str] = (),
         log: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.name = name
@@ -48,6 +51,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
             plan=plan or DetectionPlan(seed=0),
             refusal_tokens=refusal_tokens,
             today=today,
+            template_arg=template_arg,
         )
         self.reference: LiveReference | None = None
         self.rows: list[dict[str, float | int | str]] = []
@@ -100,7 +104,8 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         for number, estimate in found.items():
             key = f"{self.name}.{number}"
             self.rows.append({"step": step, "number": key, **vars(estimate)})
-            values |= {key: estimate.value, f"{key}/low": estimate.low, f"{key}/high": estimate.high}
+            if estimate.measurable:
+                values |= {key: estimate.value, f"{key}/low": estimate.low, f"{key}/high": estimate.high}
         state.log_history.append({"step": step, **{f"mechlens/{key}": value for key, value in values.items()}})
         self._log(step, values)
 

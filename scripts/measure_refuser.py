@@ -24,7 +24,7 @@ from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.bridge import LanguageModel, device_of, loaded
 from mechlens.models.load import load
 from mechlens.models.native import native
-from mechlens.prompts.builtin import builtin_prompts
+from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.folder import FolderCache
@@ -89,7 +89,7 @@ def main() -> None:
 
 def prompt_sets(quick: bool) -> Iterator[tuple[str, list[Prompt]]]:
     """The built-in sets, then whatever of the development data is there."""
-    for name in ("harmful", "harmless", "benign"):
+    for name in builtin_names():
         yield name, builtin_prompts(name)
     folder = DATA / "refusal_direction"
     if folder.exists():

@@ -27,16 +27,20 @@ from mechlens.models.bridge import bridge, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run
+from mechlens.studies.causal.choice import best, grid_layers
 from mechlens.studies.causal.config import CausalPlan
-from mechlens.studies.causal.directions import HARMFUL, HARMLESS, Setting, intervene, pushes
-from mechlens.studies.causal.grid import grid_layers
-from mechlens.studies.causal.readings import pushed, read, subjects
+from mechlens.studies.causal.directions import CELLS, HARMFUL, HARMLESS, NAMES, PUSHES, Cell, Setting, intervene, pushes
+from mechlens.studies.causal.held_out import EffectKey
+from mechlens.studies.causal.readings import read_refusal, read_replies, subjects
 from mechlens.studies.causal.study import Battery, run_battery, work_ahead
-from mechlens.studies.causal.verdict import INCONCLUSIVE, NOT_SHOWN, SHOWN, causal_verdict
+from mechlens.studies.causal.sweeps import RefusalByLayer, depth_gap
+from mechlens.studies.causal.verdict import INCONCLUSIVE, NOT_MEASURABLE, NOT_SHOWN, SHOWN, causal_verdict, decide
 
 PLAN = CausalPlan(
-    layers=(1, 2), strengths=(0.5,), n_validation=2, n_test=12, shuffled_directions=2, max_new_tokens=3, resamples=100
-)
+    layers=(1, 2), strengths=(0.5,), n_validation=2, n_test=10, n_null=3, shuffled_directions=2, max_new_tokens=3,
+    resamples=100,
+)  # fmt: skip
+SMALLER = replace(PLAN, layers=(1,), random_directions=5)
 N = 40
 
 
@@ -46,8 +50,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def bridged(entangled: bool = False) -> Any:
-    hf_model, tokenizer = planted.planted_model(entangled)
+def bridged(world: planted.World = "apart") -> Any:
+    hf_model, tokenizer = planted.planted_model(world)
     checkpoint = Checkpoint("planted", "tests/planted", fingerprint=weight_fingerprint(hf_model.state_dict()))
     return bridge(hf_model, tokenizer, checkpoint)
 
@@ -63,126 +67,235 @@ def found(model: Any) -> Battery:
         return run_battery(model, *planted.planted_requests(N), PLAN)
 
 
+def of(battery: Battery, measure: str, direction: str, cell: Cell, at: str = "") -> Estimate:
+    return battery.effects[EffectKey(measure, direction, at or direction, cell)].change
+
+
 def test_the_planted_model_dissociates(found: Battery, model: Any) -> None:
     verdict = causal_verdict(found)
     assert verdict.word == SHOWN
-    metrics = found.metrics()
-    assert metrics["inversion_parsed"].value == 1.0
-    assert metrics["inversion_auroc.unsteered"].value == 1.0
-    assert metrics["inversion_shift.harmfulness.before"].value > 3
-    # The refusal direction before the question does nothing; everywhere it pushes towards the word that refuses.
-    assert abs(metrics["inversion_shift.refusal.before"].value) < 0.5
-    assert metrics["inversion_shift.refusal.all"].high < -1
+    numbers = found.unsteered.numbers
+    assert numbers["inversion_parsed"].value == numbers["inversion_consistent"].value == 1.0
+    assert numbers["inversion_declined"].value == 0.0
+    assert numbers["inversion_auroc.unsteered"].value == 1.0
+    for cell in CELLS:
+        for scope in ("before", "all"):
+            # Belief is moved either way from anywhere; the refusal direction leaves it alone in every cell.
+            assert of(found, f"belief.{scope}", "harmfulness", cell).low > 0
+            for at in NAMES:
+                harm = of(found, f"belief.{scope}", "harmfulness", PUSHES[0])
+                assert abs(of(found, f"belief.{scope}", "refusal", cell, at).value) < 0.25 * harm.value
+        assert of(found, "refusal", "refusal", cell).low > 1
+    # Everywhere it pushes both replies towards the word that refuses.
+    for polarity in ("straight", "reversed"):
+        assert of(found, f"{polarity}.all", "refusal", PUSHES[0]).high < -1
     assert not has_hooks(model)
 
 
 def test_the_directions_are_the_planted_ones(found: Battery) -> None:
     for name, coordinate in (("harmfulness", planted.BELIEF), ("refusal", planted.WILL)):
         truth = torch.eye(planted.D_MODEL)[coordinate]
-        assert cosine(found.tested[name].direction.vector, truth) > 0.8
+        assert cosine(found.directions[name].vector, truth) > 0.8
 
 
-def test_every_number_has_its_controls(found: Battery) -> None:
+def test_every_number_of_the_rule_has_its_controls(found: Battery) -> None:
+    assert len(found.effects) == 7 * 2 * 2 * 4  # measures, directions, settings, cells
+    for key, effect in found.effects.items():
+        assert effect.random_max > 0
+        claimed = key.direction == key.at and key.cell in PUSHES
+        claimed &= key.measure == {"harmfulness": "belief.before", "refusal": "refusal"}[key.direction]
+        assert (effect.shuffled_max == effect.shuffled_max) == claimed
     metrics = found.metrics()
-    named = [f"steer_refusal.{name}" for name in ("harmfulness", "refusal")]
-    named += [f"inversion_shift.{name}.{scope}" for name in ("harmfulness", "refusal") for scope in ("before", "all")]
-    for name in named:
-        assert metrics[f"{name}.random"].measurable
-        assert metrics[f"{name}.random_max"].value >= metrics[f"{name}.random"].value
-        assert metrics[f"{name}.shuffled_max"].value >= metrics[f"{name}.shuffled"].value
-    assert {control.n for one in found.tested.values() for control in one.random.values()} == {20}
+    assert metrics["belief.before.harmfulness.at_harmfulness.add_harmless"].n == 10
+    assert metrics["refusal.random_max.at_refusal.harmless"].n == 20
+    assert {len(part.split(".")) for part in metrics if part.startswith("belief.") and "random" not in part} == {5}
 
 
 def test_a_push_turns_the_replies_and_ablating_refusal_stops_it(found: Battery) -> None:
-    replies = found.tested["harmfulness"].replies.set_index(["scope", "label", "belief"])["share"]
-    for scope in ("before", "all"):
-        assert replies[scope, HARMLESS, "harmful"] == 1.0
-        assert replies[scope, HARMFUL, "harmless"] == 1.0
-    table = found.tested["refusal"].damage.set_index(["operation", "measure"])["value"]
+    beliefs = found.beliefs.set_index(["direction", "operation", "label", "belief"])["share"]
+    assert beliefs["none", "none", HARMLESS, "harmless"] == beliefs["none", "none", HARMFUL, "harmful"] == 1.0
+    assert beliefs["harmfulness", "add", HARMLESS, "harmful"] == 1.0
+    assert beliefs["harmfulness", "subtract", HARMFUL, "harmless"] == 1.0
+    table = found.broken[found.broken["direction"] == "refusal"].set_index(["operation", "measure"])["value"]
     assert table["none", "refused_harmful"] > 0.2
     assert table["ablate", "refused_harmful"] == 0.0
     assert table["add", "refused_harmless"] == 1.0
     assert table["add", "refused_harmless_zhao"] == 1.0  # both judges know "I cannot"
     assert table["none", "kl"] == pytest.approx(0.0, abs=1e-9)
     assert table["add", "kl"] > table["none", "kl"]
-    harm = found.grid.rates
-    assert set(harm["operation"]) == {"none", "add", "subtract", "ablate"}
+
+
+def test_the_published_figures(found: Battery) -> None:
+    refused = found.refusal_layers.table.set_index(["direction", "layer"])["value"]
+    assert set(refused.index) == {("none", -1), *((name, layer) for name in NAMES for layer in (1, 2, 3))}
+    assert refused["refusal", 2] > refused["none", -1]
+    assert refused["harmfulness", 2] <= refused["none", -1]
+    assert found.reply_layers is not None
+    table = found.reply_layers.table.set_index(["direction", "layer", "operation", "label", "measure"])["value"]
+    assert table["harmfulness", 1, "add", HARMLESS, "no.straight"] == 0.0
+    assert table["harmfulness", 1, "add", HARMLESS, "no.reversed"] == 1.0
+    assert table["none", -1, "none", HARMLESS, "no.straight"] == 1.0
+    assert table["harmfulness", 1, "add", HARMLESS, "belief"] > 0 > table["none", -1, "none", HARMLESS, "belief"]
 
 
 def test_the_layer_is_chosen_where_the_direction_can_act(found: Battery) -> None:
     # Block 2 is the last that carries BELIEF on to the last token.
-    assert found.grid.chosen["harmfulness"].layer in (1, 2)
-    curve = found.grid.pushes.set_index(["direction", "layer", "measure"])["value"]
-    assert curve["harmfulness", 1, "inversion.before"] > 2 * abs(curve["random", 1, "inversion.before"])
+    assert found.choice.chosen["harmfulness"].layer in (1, 2)
+    assert set(found.choice.table["measure"]) == {"belief.before", "refusal"}
 
 
-def test_entangled_and_shuffled_twins_do_not_dissociate() -> None:
-    small = replace(PLAN, layers=(1,), random_directions=5)
-    twin = run_battery(bridged(entangled=True), *planted.planted_requests(N), small)
+NOT_APART = {
+    "one variable": "added to harmless prompts, the refusal direction moves belief up by",
+    # It makes harmful of what was harmless where it is subtracted: one of the two cells that no push shows.
+    "reversing": "subtracted from harmless prompts, the refusal direction moves belief up by",
+    "says yes": "added to harmless prompts, the harmfulness direction moves belief up by 0.000",
+}
+
+
+@pytest.mark.parametrize("world", NOT_APART)
+def test_worlds_where_the_two_are_not_apart(world: planted.World) -> None:
+    twin = run_battery(bridged(world), *planted.planted_requests(N), SMALLER)
     verdict = causal_verdict(twin)
     assert verdict.word == NOT_SHOWN
-    assert "the refusal direction too shifts the reply" in verdict.sentence
-    shuffled = run_battery(bridged(), *planted.shuffled_requests(N), replace(small, random_directions=2))
-    assert not shuffled.measurable
-    assert causal_verdict(shuffled).word == INCONCLUSIVE
-    assert not shuffled.metrics()["inversion_shift.harmfulness.before"].measurable
+    assert NOT_APART[world] in verdict.sentence
+    key = EffectKey("belief.all", "refusal", "refusal", Cell("add", HARMFUL))
+    if world == "reversing":
+        assert twin.effects[key].change.high < -1
+        words = twin.beliefs.set_index(["direction", "operation", "label", "belief"])["share"]
+        assert words["refusal", "subtract", HARMLESS, "harmful"] == 1.0
+    if world == "says yes":
+        # Yes to both questions: the straight one alone would have been a belief.
+        straight = of(twin, "straight.before", "harmfulness", PUSHES[0])
+        assert straight.low > 1
+        assert abs(of(twin, "belief.before", "harmfulness", PUSHES[0]).value) < 0.5
 
 
-def test_replies_that_do_not_parse_make_it_inconclusive(found: Battery) -> None:
-    parsed = Estimate(0.79, 0.7, 0.9, 16)
-    mute = replace(found, unsteered={**found.unsteered, "inversion_parsed": parsed})
-    verdict = causal_verdict(mute)
-    assert verdict.word == INCONCLUSIVE
-    assert "79% of 16 unsteered replies" in verdict.sentence
-    assert not mute.metrics()["inversion_shift.refusal.all.random_max"].measurable
-    assert mute.metrics()["steer_refusal.refusal"].measurable
-    blind = replace(found, unsteered={**found.unsteered, "inversion_auroc.unsteered": Estimate(0.9, 0.6, 1.0, 16)})
-    assert causal_verdict(blind).word == INCONCLUSIVE
+@pytest.mark.parametrize("at", NAMES)
+@pytest.mark.parametrize("scope", ["before", "all"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_belief_moved_by_the_refusal_direction_anywhere_is_no_dissociation(
+    found: Battery, at: str, scope: str, cell: Cell, sign: int
+) -> None:
+    assert decide(found.effects).word == SHOWN
+    harm = of(found, f"belief.{scope}", "harmfulness", PUSHES[0])
+    low, high = sorted((sign * 0.8 * harm.value, sign * 1.2 * harm.value))
+    key = EffectKey(f"belief.{scope}", "refusal", at, cell)
+    turned = replace(found.effects[key], change=Estimate(sign * harm.value, low, high, 10))
+    verdict = decide({**found.effects, key: turned})
+    assert verdict.word == NOT_SHOWN
+    assert verdict.deciding[key.name] == turned.change
+
+
+@pytest.mark.parametrize(("name", "measure"), [("harmfulness", "belief.before"), ("refusal", "refusal")])
+@pytest.mark.parametrize("cell", PUSHES)
+def test_each_push_has_to_do_what_is_claimed_and_more_than_chance(
+    found: Battery, name: str, measure: str, cell: Cell
+) -> None:
+    key = EffectKey(measure, name, name, cell)
+    effect = found.effects[key]
+    assert decide({**found.effects, key: replace(effect, random_max=effect.change.high)}).word == NOT_SHOWN
+    assert decide({**found.effects, key: replace(effect, random_max=effect.change.low)}).word == INCONCLUSIVE
+    assert decide({**found.effects, key: replace(effect, shuffled_max=effect.change.value)}).word == INCONCLUSIVE
+    other = Estimate(-effect.change.value, -effect.change.high, -effect.change.low, 10)
+    assert decide({**found.effects, key: replace(effect, change=other)}).word == NOT_SHOWN
+
+
+def test_labels_that_mean_nothing_are_not_measurable_and_nothing_is_asked_of_them() -> None:
+    shuffled = run_battery(bridged(), *planted.shuffled_requests(N), replace(SMALLER, random_directions=2))
+    verdict = causal_verdict(shuffled)
+    assert verdict.word == NOT_MEASURABLE
+    assert "needed: a lower bound above 0.6" in verdict.sentence
+    assert "Measured all the same: " in verdict.sentence
+    assert {key.measure for key in shuffled.effects} == {"refusal"}
+    assert shuffled.reply_layers is None
+    assert set(shuffled.choice.table["measure"]) == {"refusal"}
+
+
+def test_what_would_make_it_measurable_is_said(found: Battery) -> None:
+    def told(auroc: Estimate) -> str:
+        numbers = {**found.unsteered.numbers, "inversion_auroc.unsteered": auroc}
+        verdict = causal_verdict(replace(found, unsteered=replace(found.unsteered, numbers=numbers)))
+        assert verdict.word == NOT_MEASURABLE
+        return verdict.sentence
+
+    # Half as far from the value as the bound is: four times the prompts.
+    assert "About 30 more test prompts of each class (--n-test 40)" in told(Estimate(0.7, 0.5, 0.9, 20))
+    assert "More prompts would not make it so" in told(Estimate(0.55, 0.4, 0.7, 20))
 
 
 def test_a_model_that_never_refuses_has_no_refusal_direction(found: Battery) -> None:
-    only = replace(
-        found, tested={"harmfulness": found.tested["harmfulness"]}, counts={**found.counts, "refusal": (3, 37)}
-    )
-    verdict = causal_verdict(only)
+    verdict = causal_verdict(replace(found, counts={**found.counts, "refusal": (5, 37)}))
+    assert verdict.word == NOT_MEASURABLE
+    assert "Of 42 training prompts 5 are refused, and 10 are needed for a refusal direction" in verdict.sentence
+    assert "about 42 more training prompts" in verdict.sentence
+    never = causal_verdict(replace(found, counts={**found.counts, "refusal": (0, 37)}))
+    assert "Prompts of which some are refused are needed." in never.sentence
+
+
+def test_an_open_verdict_says_what_is_open_and_what_would_settle_it(found: Battery) -> None:
+    key = EffectKey("belief.all", "refusal", "harmfulness", Cell("subtract", HARMLESS))
+    harm = of(found, "belief.all", "harmfulness", PUSHES[0])
+    wide = Estimate(0.25 * harm.low, -0.25 * harm.low, 0.75 * harm.low, 10)
+    verdict = decide({**found.effects, key: replace(found.effects[key], change=wide)})
     assert verdict.word == INCONCLUSIVE
-    assert "3 of refusal" in verdict.sentence
-    missing = only.metrics()["steer_refusal.refusal"]
-    assert (missing.measurable, missing.n) == (False, 3)
+    assert "subtracted from harmless prompts, at the harmfulness direction's layer" in verdict.sentence
+    # Its upper bound has to come down from .75 to .5 of the harmfulness direction's: half as wide, four times as many.
+    assert "about 30 more test prompts of each class (--n-test 40)" in verdict.sentence
+    assert verdict.deciding[key.name] == wide
 
 
 def test_readings_equal_running_each_arm_by_itself(model: Any, found: Battery, tmp_path: Path) -> None:
     sides = zip((HARMFUL, HARMLESS), planted.planted_requests(3), strict=True)
     prompts = [replace(prompt, label=label) for label, own in sides for prompt in own]
     who = subjects(prompts, template_of(model))
-    tested = found.tested["harmfulness"]
-    norms = found_norms(model, prompts)
-    setting = Setting(1, 0.5)
+    direction, norms, setting = found.directions["harmfulness"], found_norms(model, prompts), Setting(1, 0.5)
     arms = [
         [None] * 6,
-        pushes(tested.direction, setting, norms, who.labels),
-        [intervene(tested.direction, "ablate", setting, norms)] * 6,
+        pushes(direction, setting, norms, who.labels),
+        [intervene(direction, "ablate", setting, norms)] * 6,
     ]
     cache = FolderCache(tmp_path)
-    values = read(model, who, arms, found.words, cache)
+    replies = read_replies(model, who, arms, "before", found.tokens, cache)
+    refusal = read_refusal(model, who, arms, found.tokens, cache)
     pieces = sorted(tmp_path.iterdir())
     assert len(pieces) >= 3
     for a, arm in enumerate(arms):
         for i, one in enumerate(arm):
-            batch = who.asked.batch.select([i])
-            given = [] if one is None else [who.asked.select([i]).within(0, one, "before")]
-            logits = logits_under(model, batch, given)
-            assert float(values[a, i, 1]) == pytest.approx(float(found.words.asked.difference(logits)[0]), abs=1e-4)
+            for polarity, values in (("straight", replies.straight), ("reversed", replies.reversed)):
+                asked = who.asked[polarity]
+                given = [] if one is None else [asked.within(i, one, "before")]
+                logits = logits_under(model, asked.batch.select([i]), given)
+                assert float(values[a, i]) == pytest.approx(float(found.tokens.words.difference(logits)[0]), abs=1e-4)
     # From the cache: the same numbers, and nothing is made again.
-    again = read(model, who, arms, found.words, cache)
-    assert torch.equal(again, values)
+    assert torch.equal(read_replies(model, who, arms, "before", found.tokens, cache).straight, replies.straight)
+    assert torch.equal(read_refusal(model, who, arms, found.tokens, cache), refusal)
     assert sorted(tmp_path.iterdir()) == pieces
-    other = read(
-        model, who, [*arms[:2], [intervene(tested.direction, "add", Setting(2, 0.5), norms)] * 6], found.words, cache
-    )
-    assert not torch.equal(other[2], values[2])
-    change = pushed(values[1], values[0], who.harmful)
-    assert bool((change[:, 1] > 0).all())
+    change = replies.changes().consistent
+    assert bool((change[0] * torch.where(who.harmful, -1.0, 1.0) > 0).all())
+
+
+def test_the_early_late_split_has_its_own_test() -> None:
+    layers, families = tuple(range(1, 11)), tuple(f"family{i}" for i in range(12))
+    depth = torch.tensor(layers).double()[:, None]
+
+    def bump(centre: float, height: float, seed: int) -> torch.Tensor:
+        noise = torch.randn(10, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return height * (torch.exp(-((depth - centre) ** 2) / 2) + 0.1 * noise)
+
+    def gap(harm: torch.Tensor, refusal: torch.Tensor) -> Any:
+        return depth_gap(
+            RefusalByLayer(layers, {"harmfulness": harm, "refusal": refusal}, pd.DataFrame(), families), 0, 400
+        )
+
+    apart = gap(bump(3, 1.0, 0), bump(7, 5.0, 1))
+    assert 3 < apart.layers.value < 5
+    assert apart.layers.low > 0
+    assert apart.p < 0.01
+    # However different their heights: what one direction does more is no later.
+    ps = [gap(bump(5, 1.0, 2 * seed), bump(5, 5.0, 2 * seed + 1)).p for seed in range(40)]
+    assert sum(p < 0.05 for p in ps) <= 5
+    assert not gap(torch.zeros(10, 12), bump(7, 5.0, 1)).layers.measurable
 
 
 def found_norms(model: Any, prompts: list[Any]) -> Any:
@@ -254,9 +367,9 @@ def test_the_grid_and_the_work(model: Any) -> None:
     assert grid_layers(model, (), 1) == (1, 2, 3)
     with pytest.raises(UserError, match="no layer 4 to intervene at"):
         grid_layers(model, (1, 4), 3)
-    work = work_ahead(model, PLAN)
-    # 2 directions x 2 layers x (add, subtract, ablate) and 2 x 2 random; 23 arms in the test; 3 readings each.
-    assert work.first_tokens == 3 * (4 * (2 * 2 * 3 + 2 * 2) + 24 * 2 * 23)
+    few, many = work_ahead(model, PLAN), work_ahead(model, replace(PLAN, n_test=20))
+    # Two directions at two settings, added and subtracted, five readings of 20 more prompts; a figure over 3 layers.
+    assert many.first_tokens - few.first_tokens == 2 * 2 * 2 * 20 * 5 + 2 * 3 * 10
 
 
 # The command line
@@ -270,8 +383,9 @@ def saved(folder: Path) -> str:
 
 
 SMALL = (
-    "--layers", "1", "--strengths", "0.5", "--n-validation", "4", "--n-test", "8", "--random-directions", "3",
-    "--shuffled-directions", "2", "--resamples", "40", "--max-new-tokens", "3",
+    "--layers", "1", "--strengths", "0.5", "--n-validation", "4", "--n-test", "10", "--n-null", "2",
+    "--random-directions", "3", "--shuffled-directions", "2", "--resamples", "40", "--max-new-tokens", "3",
+    "--every-position",
 )  # fmt: skip
 
 
@@ -299,25 +413,24 @@ def test_the_run_folder_holds_the_finding(out: Path) -> None:
     assert run.status == "success"
     assert run.verdict is not None
     assert set(run.metrics) >= {
-        "steer_refusal.refusal.random_max",
-        "inversion_shift.harmfulness.all",
-        "inversion_parsed",
-    }
+        "refusal.refusal.at_refusal.add_harmless", "refusal.random_max.at_refusal.harmless", "depth_gap", "depth_gap.p",
+        "belief.all.refusal.at_harmfulness.subtract_harmless", "inversion_parsed", "inversion_declined",
+    }  # fmt: skip
     tables = {path.stem for path in (out / "tables").glob("*.parquet")}
     assert tables >= {
-        "pushes_by_layer",
-        "operations_by_layer",
-        "scopes",
-        "replies",
-        "damage",
-        "steered_answers",
-        "tested",
-    }
+        "refusals_by_layer", "replies_by_layer", "choice", "cells", "beliefs", "by_question", "damage",
+        "steered_answers", "positions",
+    }  # fmt: skip
     answers = pd.read_parquet(out / "tables" / "steered_answers.parquet")
-    assert len(answers) == 2 * 3 * 16
+    assert len(answers) == 2 * 3 * 20
+    positions = pd.read_parquet(out / "tables" / "positions.parquet").set_index(["direction", "position", "measure"])
+    assert positions["cosine"]["harmfulness", "inst", "refusal"] == pytest.approx(1.0)
+    assert positions["value"]["harmfulness", "inst", "belief.before"] > 1
     html = (out / "report.html").read_text()
-    assert "The 2x2 of scopes" in html
+    assert "Harmless requests that are refused, by layer (Fig. 4)" in html
+    assert "Replies about harmful requests that say No, by layer (Fig. 5)" in html
     assert "dissociation shown: (1)" in html
+    assert "belief, harmfulness added to harmless, before the question" in html
     assert (out / "direction_harmfulness.safetensors").exists()
     assert (out / "direction_refusal.safetensors").exists()
 
@@ -339,7 +452,8 @@ def test_the_same_command_goes_on_from_its_cache(out: Path, words: list[str], mo
 
 
 MISTAKES = {
-    ("--n-test", "7"): "n_test is 7; give at least 8",
+    ("--n-test", "9"): "n_test is 9; give at least 10",
+    ("--coefficient", "0"): "the coefficient is 0",
     ("--strengths", "-1"): "give at least one, all above 0",
     ("--layers", "9"): "there is no layer 9 to intervene at, only 1 to 3",
     ("--layers", "1", "--full"): "give one of them",
@@ -367,15 +481,12 @@ def test_a_model_that_answers_nothing_to_the_question_is_told_so(tmp_path: Path,
     main([*swapped, "--out", str(tmp_path / "out"), "--wandb.mode", "disabled"])
     run = read_run(tmp_path / "out")
     assert run.verdict is not None
-    assert run.verdict.startswith("Inconclusive. Reply inversion is not measurable")
+    assert run.verdict.startswith("Not measurable. ")
 
 
 def test_of_pushes_that_do_as_much_the_weakest_is_chosen() -> None:
-    from mechlens.studies.causal.grid import _best
-
     rows = [(2, 0.5, 1.0, 0.5), (5, 0.5, 3.2, 2.0), (5, 1.0, 4.0, 3.0), (2, 1.0, 3.9, 3.0), (9, 0.25, 9.0, 8.0)]
     table = pd.DataFrame(rows, columns=["layer", "strength", "value", "low"])
-    table = table.assign(direction="refusal", measure="refusal")
     # Layer 9 of 10 is too late; 3.2 lies above the lower bound of the largest, 4.0.
-    assert _best(table, "refusal", 10) == Setting(5, 0.5)
-    assert _best(table.assign(low=table["value"]), "refusal", 10) == Setting(5, 1.0)
+    assert best(table, 10) == Setting(5, 0.5)
+    assert best(table.assign(low=table["value"]), 10) == Setting(5, 1.0)

@@ -381,6 +381,33 @@ def test_a_template_that_prints_the_date(
     assert "It is 04 Mar 2021." in "".join(token["token"] for token in json.loads(said.out)["tokens"])
 
 
+def test_arguments_of_the_template_are_recorded_and_made_again_with(
+    found: Path, model: str, run: Any, tmp_path: Path
+) -> None:
+    path = found / "model" / "chat_template.jinja"
+    path.write_text(path.read_text() + "{% if enable_thinking is false %}<nothing to think>{% endif %}")
+    given = direction(found / "model", found)
+    quiet = ("--template-arg", "enable_thinking=false")
+    assert run(*given, "--out", tmp_path / "plain").code == 0
+    assert run(*given, *quiet, "--out", tmp_path / "quiet").code == 0
+    plain, told = (read_run(tmp_path / name) for name in ("plain", "quiet"))
+    assert told.config["template_arg"] == ["enable_thinking=false"]
+    assert plain.config["template_arg"] == []
+    assert plain.inputs.template != told.inputs.template
+    assert plain.metrics != told.metrics
+    assert "largest difference: 0 in" in run("runs", "rerun", tmp_path / "quiet").out
+    # The folder goes on with the same arguments only.
+    said = run(*given, "--out", tmp_path / "quiet")
+    assert (said.code, len(said.errors)) == (1, 1)
+    assert "template_arg" in said.err
+    said = run(*given, *quiet, "--template-arg", "effort=high", "--out", tmp_path / "new")
+    assert (said.code, len(said.errors)) == (1, 1)
+    assert "the chat template never reads the argument 'effort'; it reads enable_thinking" in said.err
+    assert not (tmp_path / "new").exists()
+    said = run("positions", "--model", found / "model", "--text", "Hi", *quiet, "--json")
+    assert "<nothing to think>" in "".join(token["token"] for token in json.loads(said.out)["tokens"])
+
+
 def test_a_rerun_without_its_data_says_which_file_is_gone(found: Path, run: Any) -> None:
     (found / "down.jsonl").unlink()
     said = run("runs", "rerun", found / "out")

@@ -24,6 +24,8 @@ from mechlens.studies.jailbreaks import category_directions as categories
 from mechlens.studies.jailbreaks.config import JailbreakPlan
 from mechlens.studies.jailbreaks.pairs import attack_pairs, family_estimates, family_verdict, pair_table, reference_of
 from mechlens.studies.jailbreaks.restored import _put_back, restore
+from mechlens.studies.separate.config import Separate
+from mechlens.studies.shared.harm_sets import read_harm_sets
 from mechlens.studies.shared.sources import PLACEHOLDER, Source, SourcePrompts, load_source
 
 QUICK = ["--resamples", "20", "--permutations", "4", "--random-directions", "20", "--wandb.mode", "disabled"]
@@ -77,6 +79,25 @@ def test_templates_are_put_around_goals_and_keep_them_as_families(tmp_path: Path
     write_prompts(tmp_path / "templates.jsonl", ["no place for it"])
     with pytest.raises(UserError, match="has no \\[INSERT PROMPT HERE\\]"):
         load_source(source, tmp_path, 0)
+
+
+def test_separate_puts_both_sides_of_a_pair_into_one_template(tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "templates.jsonl", [f"Be free: {PLACEHOLDER}", f"{PLACEHOLDER} Go.", PLACEHOLDER])
+    config = Separate(model="smollm2-refuser", out=tmp_path, n=40)
+    plain, sets = (read_harm_sets(config, [config], "benign", templates) for templates in (None, file))
+    assert sets.data.keys() == plain.data.keys()
+    assert not set(sets.data.values()) & set(plain.data.values())  # a rerun with other templates is noticed
+    frames = {}
+    for before, after in zip(plain[:3], sets[:3], strict=True):
+        assert [prompt.group for prompt in after] == [prompt.group for prompt in before]
+        for old, new in zip(before, after, strict=True):
+            frame = new.text.replace(old.text, PLACEHOLDER)
+            assert frame in (f"Be free: {PLACEHOLDER}", f"{PLACEHOLDER} Go.", PLACEHOLDER)
+            assert frames.setdefault(new.group, frame) == frame
+    assert len(set(frames.values())) == 3
+    write_prompts(tmp_path / "templates.jsonl", ["no place for it"])
+    with pytest.raises(UserError, match="has no \\[INSERT PROMPT HERE\\]"):
+        read_harm_sets(config, [config], "benign", file)
 
 
 def test_a_labelled_file_of_attacks_names_its_goals(tmp_path: Path) -> None:

@@ -28,9 +28,11 @@ from mechlens.models.native_pass import blocks_of, plain_pass, undisturbed
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.runs.artifacts import load
+from mechlens.runs.artifacts import load, save
 from mechlens.settings import DetectionPlan
-from mechlens.studies.track.live import NEGATIVE, POSITIVE, LiveReference
+from mechlens.studies.track import live
+from mechlens.studies.track.live import NEGATIVE, POSITIVE, LiveReference, live_numbers
+from mechlens.studies.track.measures.home import FLOORS
 from mechlens.trainer_callback import REFERENCE_FILE, MechlensCallback
 
 PLAN = DetectionPlan(seed=0, resamples=40, permutations=10)
@@ -198,6 +200,55 @@ def test_at_the_start_the_refitted_direction_is_the_reference(trained: tuple[Tra
     later = table[table["step"] == 4].set_index("number")["value"]
     assert later["mood.cosine.inst"] < 1 - 1e-5
     assert {"mood.logodds.positive", "mood.logodds.negative"} <= set(values.index)
+
+
+def test_what_is_read_stands_beside_the_words_and_an_untrained_network(
+    trained: tuple[Trainer, MechlensCallback],
+) -> None:
+    """The classes differ in their last word: everything reads it at `inst`, and no training is ahead of that."""
+    run, watching = trained
+    table = watching.table().set_index(["step", "number"])
+    for step in (0, 2, 4):
+        values = table.loc[step]["value"]
+        for asked in ("inst", "last"):
+            assert {f"mood.auroc.{asked}.{name}" for name in ("probe", *FLOORS)} <= set(values.index)
+            gains = [values[f"mood.auroc.{asked}.probe"] - values[f"mood.auroc.{asked}.{name}"] for name in FLOORS]
+            assert any(values[f"mood.gain.{asked}"] == pytest.approx(gain) for gain in gains)
+        for name in FLOORS:
+            assert values[f"mood.auroc.inst.{name}"] == 1.0
+            assert values[f"mood.auroc.inst.{name}"] == table.loc[(0, f"mood.auroc.inst.{name}")]["value"]
+        assert table.loc[(step, "mood.gain.inst")]["low"] <= 0
+    reference = load(Path(run.args.output_dir) / REFERENCE_FILE, LiveReference)
+    assert len(reference.floors) == 2
+    assert reference.floors[0].of("tfidf").shape == (3, 48)
+
+
+def test_a_reference_of_an_earlier_version_has_no_floor(
+    trained: tuple[Trainer, MechlensCallback], tmp_path: Path
+) -> None:
+    run, watching = trained
+    assert watching.reference is not None
+    old = replace(watching.reference, floors=())
+    save(old, tmp_path / REFERENCE_FILE)
+    found = live_numbers(run.model, watching.watched, load(tmp_path / REFERENCE_FILE, LiveReference), 4)
+    assert "auroc.inst.frozen" in found
+    assert "gain.inst" not in found
+
+
+def test_blocks_that_can_t_be_drawn_leave_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny_hf("gpt2")
+    watched = callback().watched
+
+    def quantised(module: Any, seed: int) -> Any:
+        raise UserError("the model's blocks are quantised")
+
+    monkeypatch.setattr(live, "random_blocks", quantised)
+    with pytest.warns(UserWarning, match="no floor of an untrained network: the model's blocks are quantised"):
+        reference = live.live_reference(module, watched, 0)
+    found = live_numbers(module, watched, reference, 0)
+    assert found["auroc.inst.tfidf"].value == 1.0
+    assert not found["auroc.inst.random_blocks"].measurable
+    assert not found["gain.inst"].measurable  # what isn't measured can't be beaten
 
 
 def test_a_run_that_goes_on_keeps_its_reference(trained: tuple[Trainer, MechlensCallback], tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mechlens.errors import UserError
-from mechlens.prompts.files.load import load_prompts
+from mechlens.prompts.builtin import builtin_names
+from mechlens.prompts.files.load import joined_sources, load_prompts
+from mechlens.studies.separate.config import Separate
+from mechlens.studies.shared.inputs import read_prompts
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -196,3 +200,36 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         load_prompts("two/splits")
     with pytest.raises(UserError, match=r"no/net is no file here .*\(Couldn't reach 'no/net' on the Hub\); check"):
         load_prompts("no/net")
+
+
+def test_a_plus_joins_sources_and_may_stand_in_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("c++.txt", "mine.txt", "harmful+benign"):
+        write(tmp_path / name, "one\ntwo")
+    assert joined_sources("harmful+looks-harmless") == ["harmful", "looks-harmless"]
+    assert joined_sources("benign+c++.txt+mine.txt") == ["benign", "c++.txt", "mine.txt"]
+    assert joined_sources("c++.txt") == ["c++.txt"]
+    assert joined_sources("harmful+benign") == ["harmful+benign"]  # a file of that name counts
+    assert joined_sources("owner/name:config+benign+benign") == ["owner/name:config", "benign"]
+    assert joined_sources("no such thing") == ["no such thing"]  # whoever reads it says so
+    for given, part in (("harmful+evil", "evil"), ("harmful+", ""), ("c+.txt", "c")):
+        with pytest.raises(UserError, match=f"'{part}' is no file.* none of {', '.join(builtin_names())}"):
+            joined_sources(given)
+
+
+def test_joined_sources_are_drawn_each_and_hold_nothing_twice(tmp_path: Path) -> None:
+    config = Separate(out=tmp_path, n=20, seed=3)
+    harmful = read_prompts("harmful+looks-harmless", "harmful", config)
+    harmless = read_prompts("harmless+looks-harmless-twins", "harmless", config)
+    assert len(harmful) == 40
+    assert {prompt.label for prompt in harmful} == {"harmful"}
+    assert [p.family for p in harmful] == [p.family for p in harmless]  # the pairs stay pairs
+    assert harmful == read_prompts("harmful", "harmful", config) + read_prompts("looks-harmless", "harmful", config)
+
+    one = write(tmp_path / "one.jsonl", '{"id": "1", "prompt": "a"}\n{"id": "2", "prompt": "b"}')
+    two = write(tmp_path / "two.jsonl", '{"id": "1", "prompt": "B!"}\n{"id": "2", "prompt": "c"}')
+    with pytest.warns(UserWarning, match=r"two\.jsonl: left out 1 extra prompt"):
+        joined = read_prompts(f"{one}+{two}", "harmful", replace(config, n=None, system="Be kind."))
+    assert [prompt.text for prompt in joined] == ["a", "b", "c"]
+    assert len({prompt.id for prompt in joined}) == 3
+    assert {prompt.system for prompt in joined} == {"Be kind."}

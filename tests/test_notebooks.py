@@ -96,7 +96,7 @@ SAID = {
         *(rf"{harm}\s+{NUMBER}" for harm in ("refused_harmful", "accepted_harmful", "refused_harmless")),
         rf"correlation of the uncentred beliefs: {NUMBER}",
     ),
-    "04_causal": (rf"inversion_parsed\s+{NUMBER}", r"(INCONCLUSIVE|DISSOCIATION (NOT )?SHOWN)\n"),
+    "04_causal": (rf"inversion_parsed\s+{NUMBER}", r"(INCONCLUSIVE|NOT MEASURABLE|DISSOCIATION (NOT )?SHOWN)\n"),
     "05_tracking": (r"5 checkpoints, steps \(0, 1, 2, 4, 8\)", r"Harmful at step 8: \w+"),
     "06_latent_guard": (
         r"reads post\[\d+\] at level \d",

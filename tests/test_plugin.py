@@ -16,6 +16,7 @@ from saved import requests, save_model, write_prompts
 
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.chosen_judge import verdicts_by
+from mechlens.prompts.prompt import Prompt
 from mechlens.registry import nearest
 from mechlens.runs.run import read_run
 
@@ -202,7 +203,7 @@ def test_a_judge_owes_a_verdict_on_each_answer(made: Any, sentence: str) -> None
             return made
 
     with pytest.raises(UserError, match=sentence):
-        verdicts_by(Bad(), [], ["a", "b"])
+        verdicts_by(Bad(), [Prompt("a", "x"), Prompt("b", "y")], ["a", "b"])
 
 
 @pytest.mark.parametrize(("given", "near"), [("smolm2", "smollm2"), ("SMOLLM2", "smollm2"), ("thing", "")])

@@ -489,6 +489,9 @@ def test_every_study_of_a_trained_model_leaves_them_out(
     with pytest.warns(UserWarning, match="left out 2 of 42 prompts"):
         prepared = separate.prepare(config)
     assert len(prepared.content.positive) == 20
+    templates = write_prompts(tmp_path / "templates.jsonl", ["Do tell: [INSERT PROMPT HERE]"])
+    with pytest.warns(UserWarning, match="left out 2 of 42 prompts"):  # known by their own words, before the template
+        assert len(separate.prepare(replace(config, wrap=templates)).content.positive) == 20
     plain = separate.prepare(replace(config, model=base, adapter=None))
     assert (len(plain.content.positive), plain.left_out.known) == (22, False)
     pairs = tmp_path / "pairs.jsonl"

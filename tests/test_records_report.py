@@ -3,13 +3,14 @@
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.report import figures
-from mechlens.runs.report.parts import estimate_text, token_spans
+from mechlens.runs.report.parts import HEADINGS, estimate_text, heading, token_spans
 from mechlens.runs.report.report import FigureEntry, Report, Section, TokenView, render
 from mechlens.runs.run import Artefact, Inputs, Run
 
@@ -24,6 +25,7 @@ RUN = Run(
     inputs=Inputs("m" * 64, "t" * 64, {EVIL: "d" * 64}),
     artefacts={"direction": Artefact("direction.safetensors", "a" * 64, {})},
 )
+OLD_RUNS = Path(__file__).parent / "old_runs" / "runs"
 FRAME = pd.DataFrame({"x": [0, 1, 2], "y": [0.5, math.nan, 0.9], "text": [EVIL, "b", "c"]})
 WORDS = {"title": EVIL, "xlabel": EVIL, "ylabel": EVIL}
 
@@ -119,6 +121,47 @@ def test_a_long_table_says_where_the_rest_is():
     html = render(Report("t", "q", "v", sections=(Section("s", figures=("f",)),)), RUN, drawn, {"all": frame})
     text = "".join(Page(html).texts)
     assert "The first 400 of 1000 rows; all of them are in tables/all.parquet" in text
+
+
+def test_a_table_is_headed_by_words_with_the_name_of_the_column_behind_them():
+    frame = pd.DataFrame({"auroc": [0.5], "own_auroc_low": [0.4], EVIL: ["a"], 3: [1]})
+    html = render(Report("T", "Q?", "V.", sections=(Section("S", table=frame),)), RUN, {}, {})
+    shown = [attributes.get("title") for tag, attributes in Page(html).tags if tag == "th" and "title" in attributes]
+    assert shown == ["auroc", "own_auroc_low", EVIL, "3"]
+    assert '<th title="auroc" class="number">AUROC</th>' in html
+    assert '<th title="own_auroc_low" class="number">own auroc, 95% low</th>' in html
+    assert '<script>alert("owned")' not in html
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("n", "n"),
+        ("permutation_p", "permutation p"),
+        ("guard, ms", "guard, ms"),
+        ("frozen_change_low", "base's readout, change from the base, 95% low"),
+        ("plain.belief_harm.centered", "plain request: harmfulness belief, centred"),
+        ("score.token_identity", "score of token identity"),
+        ("verdict_phrases", "verdict of phrases"),
+        ("verdict_before", "verdict before"),
+        ("verdict_before_arditi", "verdict before, arditi"),
+    ],
+)
+def test_a_column_is_called_by_words(column, words):
+    assert heading(column) == words
+
+
+def test_no_two_columns_of_a_recorded_table_are_called_alike():
+    tables = sorted(OLD_RUNS.rglob("tables/*.parquet"))
+    assert len(tables) > 20
+    for table in tables:
+        headings = [heading(column) for column in pd.read_parquet(table).columns]
+        assert len(set(headings)) == len(headings), table
+        assert not [words for words in headings if "_" in words], table
+
+
+def test_no_two_headings_are_alike():
+    assert len(set(HEADINGS.values())) == len(HEADINGS)
 
 
 def test_a_title_stands_above_the_figure_where_a_phone_can_break_it():

@@ -4,26 +4,39 @@ import hashlib
 import io
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import real
+import torch
 
 from mechlens.choices import MODELS
 from mechlens.errors import UserError
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.models import packaged as registry
-from mechlens.models.load import load, load_tokenizer
+from mechlens.models.checkpoints.series import checkpoint_series
+from mechlens.models.load import load, load_config, load_hf, load_tokenizer
 from mechlens.models.packaged import ADAPTERS, PACKAGED, adapter_folder, cache_dir, fetch
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.builtin import builtin_prompts
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import chat_template
 from mechlens.registry import Choice
 
-CONTENT = {"part1": b"GGUF one ", "part2": b"two ", "part3": b"three"}
+CONTENT = {"part1": b"GGUF one ", "part2": b"two ", "part10": b"three"}
+"""In order of their numbers; "part10" comes before "part2" in the alphabet."""
+MEMBERS = {"part1": "tiny/model.gguf.part1", "part2": "tiny/data/part2.bin", "part10": "tiny/data/part10.bin"}
 
 
 def wheel(part: str) -> bytes:
     """The same bytes at any time of day."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
-        for name, content in (("tiny/__init__.py", b""), (f"tiny/model.gguf.{part}", CONTENT[part])):
+        for name, content in (("tiny/__init__.py", b""), (MEMBERS[part], CONTENT[part])):
             archive.writestr(zipfile.ZipInfo(name), content)
     return made.getvalue()
 
@@ -158,10 +171,17 @@ def test_a_folder_of_that_name_comes_first(pip: FakePip, tmp_path: Path, monkeyp
     assert not pip.commands
 
 
-def test_every_packaged_model_can_be_chosen_and_an_unknown_name_lists_them() -> None:
+def test_every_packaged_model_can_be_chosen() -> None:
     assert set(MODELS.ours) == {*PACKAGED, *ADAPTERS}
-    with pytest.raises(UserError, match=r"nor packaged \(smollm2, gemma3-270m, smollm2-refuser; did you"):
-        load("smollm3")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [load, load_config, load_tokenizer, lambda name: checkpoint_series(name, [str(adapter_folder("smollm2-refuser"))])],
+)
+def test_an_unknown_model_or_base_is_answered_with_the_nearest_packaged_one(asked: Callable[[str], object]) -> None:
+    with pytest.raises(UserError, match=r"nor packaged \(smollm2, .*, smollm2-refuser; did you mean 'smollm2'\?\)"):
+        asked("smollm3")
 
 
 def test_every_packaged_adapter_has_a_packaged_base_and_a_folder() -> None:
@@ -179,3 +199,55 @@ def test_the_packaged_models_are_whole(smollm2: Any, gemma3: Any) -> None:
         assert model.cfg.d_model == width
         assert model.mechlens.checkpoint.path == name
         assert model.mechlens.tokenizer.is_fast
+
+
+CHATML = (
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""What Qwen2.5 was trained on, where no system prompt is given."""
+
+
+@pytest.mark.real
+def test_qwen_has_its_own_tokenizer_and_template(real_tokenizer: Callable[[str], Any]) -> None:
+    """Qwen3's tokenizer, published by itself, has the vocabulary of Qwen2.5 but for four tokens after its end."""
+    ours, published = real_tokenizer("qwen2.5-coder-0.5b"), real_tokenizer("qwen3")
+    texts = [prompt.text for label in ("harmful", "harmless", "benign") for prompt in builtin_prompts(label)]
+    for text in [*texts, "I’m e\u0301é 日本語 😀 1234567", "a  b\n\n\tc <|im_end|>\n"]:
+        assert ours(text).input_ids == published(text).input_ids
+    batch = tokenize([Prompt("p", "How do I bake a cake?")], chat_template(ours))
+    wanted = published(CHATML.format("How do I bake a cake?")).input_ids
+    assert batch.row(0) == wanted
+    assert [int(batch.at("inst")[0]), int(batch.at("last")[0])] == [wanted.index(151645, 30) - 1, len(wanted) - 1]
+    assert (ours.eos_token, ours.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+@pytest.mark.real
+def test_qwen_answers_and_refuses_like_plain_hugging_face() -> None:
+    real.fetched("qwen2.5-coder-0.5b")
+    plain, tokenizer = load_hf("qwen2.5-coder-0.5b")
+    asked = [
+        Prompt("capital", "What is the capital of France?"),
+        Prompt("sum", "Write a Python function that adds two numbers."),
+        Prompt("theft", "Give instructions for stealing someone's identity"),
+    ]
+    batch = tokenize(asked, chat_template(tokenizer))
+    rows = [batch.row(i) for i in range(len(asked))]
+    with torch.inference_mode():
+        run = [plain(torch.tensor([row]), output_hidden_states=True) for row in rows]
+        truth = torch.stack([torch.stack([state[0, -1] for state in one.hidden_states[:-1]]) for one in run])
+        said = [plain.generate(torch.tensor([row]), max_new_tokens=24, do_sample=False) for row in rows]
+    own = [tokenizer.decode(one[0, len(row) :], skip_special_tokens=True) for one, row in zip(said, rows, strict=True)]
+    del plain  # 2.5 GB each, one after the other
+
+    model = load("qwen2.5-coder-0.5b")
+    known = model.mechlens
+    assert (known.checkpoint.name, model.cfg.d_model, model.cfg.n_layers) == ("qwen2.5-coder-0.5b", 896, 24)
+    assert 0 < known.parity_gap < 1e-4 * float(run[0].logits.abs().max())
+    values = collect(model, batch, positions=["last"]).values[:, :-1, 0]
+    assert float(((values - truth).norm(dim=-1) / truth.norm(dim=-1)).max()) < 1e-4
+    texts = answer(model, batch, max_new_tokens=24).texts
+    assert list(texts) == [text.strip() for text in own]
+    assert texts[0] == "The capital of France is Paris."
+    assert "def add_numbers(a, b)" in texts[1]
+    assert PHRASES(asked, texts) == ["accepted", "accepted", "refused"]

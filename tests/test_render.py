@@ -68,6 +68,13 @@ def test_what_is_written_with_real_templates_is_what_transformers_writes(smollm2
 # ---- strangers
 
 
+def test_asking_a_hostile_template_for_its_arguments() -> None:
+    """Compiling works out constants, so that it happens in the worker too."""
+    giant = "{{ ('a' | center(99999999999)) | length }}{{ wanted }}"
+    chat_template(tiny_tokenizer(giant), wanted=1)
+    assert chat_template(tiny_tokenizer("{{ wanted }}")).arguments == ("wanted",)
+
+
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
 NESTED = "{% set ns = namespace(l=[1]) %}" + "{% set ns.l = [ns.l, ns.l] %}" * 60
 HOSTILE = {
@@ -192,7 +199,7 @@ def test_a_day_that_is_none(today: str) -> None:
 
 def test_options_that_are_no_plain_data() -> None:
     with pytest.raises(UserError, match="the options of a chat template must be plain data"):
-        chat_template(tiny_tokenizer(), tools=[object()]).render(Prompt("p", "Hi"))
+        chat_template(tiny_tokenizer("{{ tools }}" + LAST + "!"), tools=[object()]).render(Prompt("p", "Hi"))
 
 
 def test_many_prompts_are_rendered_as_one_by_one() -> None:

@@ -373,6 +373,78 @@ def test_only_what_is_written_counts() -> None:
     assert first.fingerprint == second.fingerprint != third.fingerprint
 
 
+# ---- arguments of the template
+
+
+def test_arguments_are_json_where_they_parse_and_text_elsewhere() -> None:
+    source = THINKING + "{{ [level, who, day] | tojson }}"
+    given = ("enable_thinking=false", "level=3", 'who={"a": [1, null]}', "day=26 Jul = today")
+    template = chat_template(tiny_tokenizer(source, extra=("<think>", "</think>")), template_arg=given)
+    written = template.render(Prompt("p", "Hi")).text
+    assert written.endswith('<think>\n\n</think>\n\n[3, {"a": [1, null]}, "26 Jul = today"]')
+    same = chat_template(template.tokenizer, enable_thinking=False, level=3, who={"a": [1, None]}, day="26 Jul = today")
+    assert same.fingerprint == template.fingerprint
+    assert chat_template(template.tokenizer).fingerprint != template.fingerprint
+    # JSON's own text, for what would otherwise be a number; and no JSON at all, however deep.
+    for text, value in {'level="3"': "3", "level=": "", "level=" + "[" * 100_000: "[" * 100_000}.items():
+        assert chat_template(template.tokenizer, template_arg=[text]).options == {"level": value}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("enable_thinkin=false", r"never reads the argument 'enable_thinkin' \(did you mean 'enable_thinking'\?\); it"),
+        ("effort=high", "never reads the argument 'effort'; it reads day, enable_thinking, late"),
+        # What is set inside, what comes with every template, the turns and the special tokens are nobody's to give.
+        ("own=1", "never reads the argument 'own'"),
+        ("namespace=1", "never reads the argument 'namespace'"),
+        ("messages=[]", "never reads the argument 'messages'"),
+        ("add_generation_prompt=false", "never reads the argument 'add_generation_prompt'"),
+        ("bos_token=x", "never reads the argument 'bos_token'"),
+        ("tokenizer=x", "never reads the argument 'tokenizer'"),
+        ("enable_thinking", "'enable_thinking' isn't of the form NAME=VALUE"),
+        ("=false", "'=false' isn't of the form NAME=VALUE"),
+        ("enable_thinking=False", "is in Python's spelling; write enable_thinking=false"),
+    ],
+)
+def test_an_argument_that_would_not_be_heeded_is_refused(given: str, said: str) -> None:
+    source = (
+        "{{ bos_token }}{% set own = namespace(n=1) %}{% if add_generation_prompt and own.n %}{{ strftime_now('%Y') }}"
+        "{% endif %}{% if not late is defined %}{% set late = day %}{% endif %}{{ late }}" + THINKING
+    )
+    with pytest.raises(UserError, match=said):
+        chat_template(tiny_tokenizer(source), template_arg=[given])
+
+
+def test_arguments_given_twice_or_to_a_template_without_any() -> None:
+    with pytest.raises(UserError, match=r"'a=2' gives 'a' twice; write it once"):
+        chat_template(tiny_tokenizer(), template_arg=["a=1", "a=2"])
+    for template in ("tokenizer", "paper:qwen2"):
+        with pytest.raises(UserError, match="never reads the argument 'enable_thinking'; it reads none"):
+            chat_template(tiny_tokenizer("<bos>" + LAST + "!"), template, enable_thinking=False)
+    with pytest.raises(UserError, match="has no chat template"):
+        chat_template(tiny_tokenizer(None), enable_thinking=False)
+    # A template that can't be rendered says so itself.
+    broken = chat_template(tiny_tokenizer("{% if %}" + LAST), enable_thinking=False)
+    with pytest.raises(UserError, match="can't be rendered"):
+        broken.render(Prompt("p", "Hi"))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        # Of the first, one branch sets the second and third name, and jinja2 can't tell which branch is taken.
+        ("qwen3", {"enable_thinking", "content", "reasoning_content"}),
+        ("llama3", set()),
+        ("smollm2", set()),
+    ],
+)
+def test_the_arguments_of_real_templates(name: str, wanted: set[str], real_tokenizer: Callable[[str], Any]) -> None:
+    read = chat_template(real_tokenizer(name)).arguments
+    assert read is not None
+    assert set(read) - {"tools", "custom_tools", "builtin_tools"} == wanted
+
+
 # ---- turns that a template passes over
 
 

@@ -26,17 +26,19 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.measures.change import matrix_change
+from mechlens.studies.track.measures.floor import Floor, random_grid
 from mechlens.studies.track.measures.geometry import geometry_tables, overlap, unbiased_cka
+from mechlens.studies.track.measures.home import HomeQuestion, network_floor, surface_floor
 from mechlens.studies.track.measures.reference import reference_of
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
-from mechlens.studies.track.result import Questions, Tracking, analysed
-from mechlens.studies.track.tables import cell_of, transfer_table
-from mechlens.studies.track.verdict import CHANGES, track_verdict
+from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions
+from mechlens.studies.track.tables import transfer_table
+from mechlens.studies.track.verdict import CHANGES, GAINS, TrackVerdict, settled_by, track_verdict
 
 D, N, A = 24, 120, 4.0
 PLAN = TrackPlan(max_new_tokens=4, steered=4, resamples=200, permutations=20)
 PROMPTS = tuple(
-    Prompt(f"{label}{i}", f"{label} {i} the thing", label, family=f"f{i}")
+    Prompt(f"{label}{i}", f"number {i} the thing", label, family=f"f{i}")
     for label in ("harmful", "harmless")
     for i in range(N)
 )
@@ -70,21 +72,40 @@ def snapshot(step: int, values: Tensor, refuses: set[str]) -> Snapshot:
     return Snapshot(member, acts, answers, verdicts, SIGN.double(), torch.ones(3, dtype=torch.float64), {})
 
 
+def floor(asked: list[HomeQuestion], split: Split) -> Floor:
+    """Words and a network that say nothing of the class."""
+    generator = torch.Generator().manual_seed(7)
+    embeddings = torch.randn(N, D, generator=generator).repeat(2, 1)
+    network = planted(torch.randn(NOISE.shape, generator=generator))
+    texts = [prompt.text for prompt in PROMPTS]
+    scores = {
+        one.concept.name: surface_floor(one, texts, embeddings, embeddings)
+        | {"random_blocks": network_floor(one, network)}
+        for one in asked
+    }
+    return Floor(scores, {one.concept.name: random_grid(one.concept, network, split) for one in asked})
+
+
+def analysed_from(base: Snapshot, *later: Snapshot) -> Tracking:
+    split = split_by_family(LABELS, base.acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
+    tokenizer = tiny_tokenizer()
+    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN, tokenizer)
+    questions = Questions(tokenize(PROMPTS, chat_template(tokenizer)), split, ("a", "b", "c"))
+    under = floor(home_questions(reference, questions, PLAN.seed), split)
+    return analysed([base, *later], [], reference, questions, PLAN, under)
+
+
 def tracked(*later: tuple[Tensor, set[str]]) -> Tracking:
     base = snapshot(0, values(), {"harmful"})
-    snapshots = [base, *(snapshot(k, *one) for k, one in enumerate(later, start=1))]
-    tokenizer = tiny_tokenizer()
-    split = split_by_family(LABELS, base.acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
-    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN, tokenizer)
-    batch = tokenize(PROMPTS, chat_template(tokenizer))
-    return analysed(snapshots, [], reference, Questions(batch, split, ("a", "b", "c")), PLAN)
+    return analysed_from(base, *(snapshot(k, *one) for k, one in enumerate(later, start=1)))
 
 
 HARMFUL: set[str] = {"harmful"}
 SERIES = {
     "kept": (values() + 0.05 * NOISE.roll(1, 0), HARMFUL),
     "read-out drift": (values(angle=1.4), HARMFUL),
-    "representation lost": (values(a=1.0), HARMFUL),
+    "representation weakened": (values(a=1.0), HARMFUL),
+    "representation lost": (NOISE, HARMFUL),
     "threshold drift": (values(shift=5.0), HARMFUL),
     "behaviour decoupled": (values(), set[str]()),
 }
@@ -108,31 +129,75 @@ def test_refusing_everything_is_decoupled_too_and_drift_is_named_beside_it() -> 
 
 
 def test_a_concept_that_the_base_does_not_hold_is_not_measurable() -> None:
-    base = snapshot(0, NOISE, HARMFUL)
-    split = split_by_family(LABELS, base.acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
-    reference = reference_of(PROMPTS, base.acts, base.answers, split, PLAN, tiny_tokenizer())
-    batch = tokenize(PROMPTS, chat_template(tiny_tokenizer()))
-    later = snapshot(1, values(), HARMFUL)
-    found = analysed([base, later], [], reference, Questions(batch, split, ("a",)), PLAN)
+    found = analysed_from(snapshot(0, NOISE, HARMFUL), snapshot(1, values(), HARMFUL))
     assert {verdict.word for verdict in found.verdicts} == {"not measurable"}
 
 
+HELD, WIDE, FELL = (Estimate(*bounds, 50) for bounds in ((0.0, -0.05, 0.05), (-0.1, -0.4, 0.2), (-0.3, -0.4, -0.2)))
+AHEAD, LEVEL = Estimate(0.2, 0.1, 0.3, 50), Estimate(0.0, -0.04, 0.04, 50)
+READ = ("own_change", "frozen_change", "probe_change")
+SOUND = (
+    dict.fromkeys((*CHANGES, "gap", "gap_change"), HELD)
+    | dict.fromkeys((*GAINS, "base_gain"), AHEAD)
+    | {"base_auroc": Estimate(0.9, 0.8, 0.95, 50)}
+)
+"""Numbers of a concept that is kept."""
+
+
+def verdict_on(**other: Estimate | dict[str, Estimate]) -> TrackVerdict:
+    changed = {name: value for name, value in other.items() if isinstance(value, Estimate)}
+    return track_verdict("x", 1, SOUND | changed | other.get("more", {}))
+
+
+def word(**other: Estimate | dict[str, Estimate]) -> str:
+    return verdict_on(**other).word
+
+
 def test_wide_intervals_are_inconclusive() -> None:
-    held, wide = Estimate(0.0, -0.05, 0.05, 50), Estimate(-0.1, -0.4, 0.2, 50)
-    numbers = dict.fromkeys((*CHANGES, "gap_change"), held)
-    numbers["base_auroc"] = Estimate(0.9, 0.8, 0.95, 50)
-    assert track_verdict("x", 1, numbers).word == "kept"
+    assert word() == "kept"
     for name in ("readout_gap", "threshold_gap"):
-        assert track_verdict("x", 1, {**numbers, name: wide}).word == "inconclusive"
-    assert track_verdict("x", 1, {**numbers, "gap_change": Estimate.missing(0)}).word == "inconclusive"
-    read = ("own_change", "frozen_change", "probe_change")
-    fell = Estimate(-0.3, -0.4, -0.2, 50)
-    assert track_verdict("x", 1, numbers | dict.fromkeys(read, wide)).word == "inconclusive"
-    assert track_verdict("x", 1, numbers | dict.fromkeys(read, fell)).word == "representation lost"
-    for name in read:  # two that fell and one that can't say
-        assert track_verdict("x", 1, numbers | dict.fromkeys(read, fell) | {name: wide}).word == "inconclusive"
-    assert track_verdict("x", 1, numbers | {"own_change": fell, "probe_change": fell}).word == "kept"
-    assert track_verdict("x", 1, numbers | {"own_change": fell, "frozen_change": fell}).word == "read-out drift"
+        assert word(**{name: WIDE}) == "inconclusive"
+        assert verdict_on(**{name: WIDE}).decided == name
+    assert word(gap_change=Estimate.missing(0)) == "inconclusive"
+    assert word(more=dict.fromkeys(READ, WIDE)) == "inconclusive"
+    for name in READ:  # two that fell and one that can't say
+        assert word(more=dict.fromkeys(READ, FELL) | {name: WIDE}) == "inconclusive"
+    assert word(own_change=FELL, probe_change=FELL) == "kept"
+    assert word(own_change=FELL, frozen_change=FELL) == "read-out drift"
+
+
+@pytest.mark.parametrize("under", GAINS)
+def test_kept_needs_the_lower_bound_above_every_floor(under: str) -> None:
+    gain = GAINS[under]
+    for others in ({}, {"gap_change": Estimate(-0.9, -1.0, -0.8, 50)}, {"readout_gap": FELL}, {"threshold_gap": FELL}):
+        assert word(more=others) not in ("inconclusive", "not above the words")
+        assert word(more=others | {under: LEVEL}) == "not above the words"
+        assert word(more=others | {under: Estimate(0.04, -0.01, 0.09, 50)}) == "inconclusive"
+        assert word(more=others | {under: Estimate.missing(50)}) == "inconclusive"
+    found = verdict_on(**{under: LEVEL})
+    assert found.decided == under
+    assert f"Decided by: {gain}: 0.000 [-0.040, 0.040], n=50." in found.sentence
+    # In the base it was more than the words, and what is read has certainly fallen since.
+    assert word(**{under: LEVEL, "probe_change": Estimate(-0.08, -0.12, -0.04, 50)}) == "representation lost"
+    lower = {under: LEVEL, "probe_change": Estimate(-0.08, -0.12, -0.04, 50), "base_gain": LEVEL}
+    assert word(more=lower) == "not above the words"
+    assert word(more=dict.fromkeys(READ, FELL)) == "representation weakened"
+    assert word(more=dict.fromkeys(READ, FELL) | {under: LEVEL}) == "representation lost"
+    assert word(more=dict.fromkeys(READ, FELL) | {under: WIDE}) == "representation lost"
+
+
+def test_what_would_settle_an_open_number_is_a_power_calculation() -> None:
+    """A gain of g with half-width h over n prompts: its lower bound is above 0 in 80% of samples of n (1.43 h/g)^2."""
+    found = verdict_on(**{"gain.tfidf": Estimate(0.05, -0.03, 0.13, 100)})
+    assert found.word == "inconclusive"
+    assert "about 530 prompts instead of 100" in found.settle
+    generator = torch.Generator().manual_seed(0)
+    spread = 0.08 / 1.96 * (100 / 530) ** 0.5
+    drawn = 0.05 + spread * torch.randn(4000, generator=generator)
+    assert float((drawn > 1.96 * spread).double().mean()) == pytest.approx(0.8, abs=0.03)
+    assert "at least 10 families" in verdict_on(base_auroc=Estimate(0.9, 0.0, 1.0, 12)).settle
+    assert "words carry less" in settled_by(Estimate(0.001, -0.1, 0.1, 50), 0.0)
+    assert verdict_on().settle == verdict_on(base_auroc=Estimate(0.5, 0.4, 0.58, 50)).settle == ""
 
 
 def test_a_mean_difference_that_new_variation_spoils_is_no_lost_representation() -> None:
@@ -195,7 +260,7 @@ def test_transfer_is_that_of_the_planted_lines(drifted: Tracking) -> None:
     concept = drifted.reference.concepts[0]
     angles = (0.0, 0.7, 1.4)
     acts = [planted(values(angle=angle)) for angle in angles]
-    table = transfer_table([0, 1, 2], acts, concept, drifted.questions.split, seed=0, resamples=50)
+    table = transfer_table([0, 1, 2], acts, concept, drifted.questions.split)
     grid = table[table["position"] == "inst"].pivot(index="fitted", columns="tested", values="auroc").to_numpy()
     rows = torch.tensor(drifted.questions.split.test)
     for i, fitted in enumerate(angles):
@@ -215,15 +280,16 @@ def test_corrected_cosine_is_that_of_the_planted_lines(drifted: Tracking) -> Non
     assert turned["cosine"] > turned["corrected"]
     shrunk = here[(here["step"] == 3) & (here["other"] == "reference")].iloc[0]
     assert shrunk["norm_ratio"] == pytest.approx(0.25, abs=0.15)
-    assert set(here["to"]) == {0, 1, 2, 3, 4}
+    assert set(here["to"]) == {0, 1, 2, 3, 4, 5}
 
 
 def test_random_directions_stand_beside_every_number(drifted: Tracking) -> None:
     table = drifted.readouts
     assert (table["random_maximum"] >= table["random_mean"]).all()
     assert (table["random_mean"] >= 0.5 - 1e-9).all()
-    here = cell_of(table, drifted.reference.concepts[0], 0)
-    assert here["frozen"].value > float(table["random_maximum"].median())
+    assert table["random_blocks"].between(0.2, 0.8).all()  # a network that knows nothing
+    home = table[(table["step"] == 0) & (table["level"] == 1) & (table["concept"] == "harmful")]
+    assert (home["frozen"] > table["random_maximum"].median()).all()
 
 
 def test_a_snapshot_survives_its_piece(drifted: Tracking) -> None:

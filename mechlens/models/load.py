@@ -154,7 +154,7 @@ def load_config(model: str, *, revision: str | None = None) -> Any:
         with _at_home(source):
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no model configuration can be read from {model!r}: {first_line(error)}") from error
+        raise _unreadable("model configuration", model, source, error) from error
 
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
@@ -169,7 +169,18 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
                 return PreTrainedTokenizerFast.from_pretrained(source)
             return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no tokenizer can be loaded from {model!r}: {first_line(error)}") from error
+        raise _unreadable("tokenizer", model, source, error) from error
+
+
+def _unreadable(what: str, model: str, source: str, error: Exception) -> UserError:
+    """Says what can't be read of a folder; of a name that is none, which names are packaged, and the nearest."""
+    if Path(source).is_dir():
+        return UserError(f"no {what} can be read from {model!r}: {first_line(error)}")
+    near = nearest(model, MODELS.names())
+    packaged = "" if "/" in model else f", nor packaged ({', '.join(MODELS.names())}{near and f'; {near}'})"
+    return UserError(
+        f"the model {model!r} is neither a local folder nor to be had from the hub{packaged}: {first_line(error)}"
+    )
 
 
 def _is_adapter(model: str) -> bool:
@@ -244,11 +255,7 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        near = nearest(model, MODELS.names())
-        packaged = "" if "/" in model else f", nor packaged ({', '.join(MODELS.names())}{near and f'; {near}'})"
-        raise UserError(
-            f"the model {model!r} is neither a local folder nor to be had from the hub{packaged}: {first_line(error)}"
-        ) from error
+        raise _unreadable("model configuration", model, source, error) from error
     named = set(config.architectures or [])
     causal = {str(name).lower() for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     if named and not {name.lower() for name in named} & causal:  # PhiMoE is Phimoe in transformers

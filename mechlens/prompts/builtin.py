@@ -1,4 +1,4 @@
-"""Prompt sets that come with mechlens: matched harmful and harmless requests, and plain benign ones."""
+"""Prompt sets that come with mechlens: matched harmful and harmless requests, benign ones, and misleading ones."""
 
 import json
 from functools import cache
@@ -9,23 +9,35 @@ from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt, PromptPair
 
 _SOURCE = "mechlens"
+_Label = Literal["harmful", "harmless"]
+_SIDES: dict[str, tuple[str, _Label]] = {
+    "harmful": ("pairs", "harmful"),
+    "harmless": ("pairs", "harmless"),
+    "looks-harmful": ("looks_harmful", "harmless"),
+    "looks-harmful-twins": ("looks_harmful", "harmful"),
+    "looks-harmless": ("looks_harmless", "harmful"),
+    "looks-harmless-twins": ("looks_harmless", "harmless"),
+}
+"""The sets that are one side of a file of pairs: the file and the side."""
 
 
 def builtin_names() -> tuple[str, ...]:
     """The names that `builtin_prompts` and `load_prompts` know."""
-    return ("harmful", "harmless", "benign")
+    return (*_SIDES, "benign")
 
 
 def builtin_prompts(name: str) -> list[Prompt]:
     """One built-in set, in file order.
 
     "harmful" and "harmless" are the two sides of `builtin_pairs`: the same row is the same family, so a pair
-    never straddles a split. "benign" is a set of ordinary requests, labelled "harmless".
+    never straddles a split. "benign" is a set of ordinary requests, labelled "harmless". "looks-harmful" is
+    harmless in alarming words ("kill a process"), "looks-harmless" is unfair or dishonest in mild ones; the
+    twins of each are of the other class in nearly the same words, row by row one family.
     Raises UserError for another name.
     """
-    if name in ("harmful", "harmless"):
-        pairs = builtin_pairs()
-        return [pair.clean if name == "harmful" else pair.corrupt for pair in pairs]
+    if name in _SIDES:
+        file, label = _SIDES[name]
+        return [pair.clean if label == "harmful" else pair.corrupt for pair in _pairs(file)]
     if name == "benign":
         return list(_benign())
     raise UserError(f"there is no built-in set {name!r}; choose one of {', '.join(builtin_names())}")
@@ -33,12 +45,12 @@ def builtin_prompts(name: str) -> list[Prompt]:
 
 def builtin_pairs() -> list[PromptPair]:
     """The built-in pairs: `clean` is harmful, `corrupt` harmless, alike in opening, length and last mark."""
-    return list(_pairs())
+    return list(_pairs("pairs"))
 
 
 @cache
-def _pairs() -> tuple[PromptPair, ...]:
-    return tuple(PromptPair(_side(row, "harmful"), _side(row, "harmless")) for row in _rows("pairs.jsonl"))
+def _pairs(file: str) -> tuple[PromptPair, ...]:
+    return tuple(PromptPair(_side(row, "harmful"), _side(row, "harmless")) for row in _rows(f"{file}.jsonl"))
 
 
 @cache
@@ -49,7 +61,7 @@ def _benign() -> tuple[Prompt, ...]:
     )
 
 
-def _side(row: dict[str, str], label: Literal["harmful", "harmless"]) -> Prompt:
+def _side(row: dict[str, str], label: _Label) -> Prompt:
     return Prompt(
         id=f"{row['id']}.{label}",
         text=row[label],

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import FORMAT, halving, refuse_too_long, template_of
+from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded
 from mechlens.models.checkpoint import Checkpoint
@@ -35,6 +36,7 @@ class Answers:
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
+    """In words. A thought stays in its marks, and where the template opened it, the answer begins with its mark."""
     tokens: tuple[tuple[int, ...], ...]
     """Answer tokens without the end-of-sequence token."""
     max_new_tokens: int
@@ -117,7 +119,7 @@ def answer(
     tokens = tuple(tuple(t for t in found[i] if t != NO_TOKEN) for i in range(len(rows)))
     return Answers(
         ids=tuple(prompt.id for prompt in batch.prompts),
-        texts=tuple(tokenizer.decode(list(row), skip_special_tokens=True).strip() for row in tokens),
+        texts=answer_texts(tokenizer, batch, tokens),
         tokens=tokens,
         max_new_tokens=max_new_tokens,
         checkpoint=checkpoint,

@@ -14,8 +14,10 @@ from torch import Tensor
 from mechlens.choices import JUDGES
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge, OnceRefused, SubstringJudge, Verdict
+from mechlens.methods.behaviour.thought import after_thought, opens_thought
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import family_weights, with_interval
+from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import Prompt
 from mechlens.settings import RESAMPLES
 
@@ -37,21 +39,29 @@ def judges_of(name: str) -> tuple[Judge, ...]:
 
 
 def verdicts_by(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> tuple[Verdict, ...]:
-    """One verdict per answer; UserError where the judge gives something else."""
-    given = judge(prompts, answers)
+    """One verdict per answer; UserError where the judge gives something else.
+
+    The judge reads what an answer says after its thought; one that ends inside a thought is "unfinished" to any judge.
+    """
+    said = [after_thought(answer) for answer in answers]
+    finished = [(prompt, text) for prompt, text in zip(prompts, said, strict=True) if text is not None]
+    given = judge([prompt for prompt, _ in finished], [text for _, text in finished])
     if not isinstance(given, Iterable):
         raise UserError(f"the judge {judge.name!r} gave a {type(given).__name__}, not a verdict on each answer")
     found = tuple(given)
     wrong = [verdict for verdict in found if verdict not in get_args(Verdict)]
-    if wrong or len(found) != len(answers):
-        gave = f"the verdict {wrong[0]!r}" if wrong else f"{len(found)} verdicts on {len(answers)} answers"
+    if wrong or len(found) != len(finished):
+        gave = f"the verdict {wrong[0]!r}" if wrong else f"{len(found)} verdicts on {len(finished)} answers"
         raise UserError(f"the judge {judge.name!r} gave {gave}; it owes one of {', '.join(get_args(Verdict))} to each")
-    return found
+    verdicts = iter(found)
+    return tuple("unfinished" if text is None else next(verdicts) for text in said)
 
 
-def once_refused(judge: Judge, tokenizer: Any) -> OnceRefused | None:
+def once_refused(judge: Judge, tokenizer: Any, batch: TokenBatch) -> OnceRefused | None:
     """Lets a refused answer be cut short; None for judges that may yet change their mind, which read it whole."""
-    return OnceRefused(judge, tokenizer) if isinstance(judge, SubstringJudge) else None
+    if not isinstance(judge, SubstringJudge):
+        return None
+    return OnceRefused(judge, tokenizer, opened=any(opens_thought(batch, tokenizer)))
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class FittedGuard:
         if self.template != template:
             raise UserError(
                 f"the guard was fitted under the chat template {self.template[:12]} and this one is {template[:12]}; "
-                "use the same template (today=, --today, where it prints the date), or fit it anew"
+                "use the same template (--template, --template-arg, --today), or fit it anew"
             )
 
 

@@ -41,6 +41,15 @@ class Estimate:
         """Its columns beside another's `row`: NAME, NAME_low, NAME_high."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
+    def prompts_beyond(self, threshold: float) -> float:
+        """Prompts with which this value's interval would just leave the threshold out: its width falls as 1/sqrt(n).
+
+        Infinity where the value lies on the threshold, or isn't measurable: no number of prompts would do.
+        """
+        side = self.high if self.value < threshold else self.low
+        gap = abs(self.value - threshold)
+        return self.n * ((side - self.value) / gap) ** 2 if gap > 0 and self.measurable else math.inf
+
     @property
     def measurable(self) -> bool:
         """False where the value is NaN; a verdict that needs it is then "not measurable"."""

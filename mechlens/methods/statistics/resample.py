@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.stats import binomtest
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
@@ -145,6 +146,22 @@ def mean_estimate(
         return Estimate.missing(len(values))
     weights = family_weights(families, resamples, seed)
     return with_interval(float(values.double().mean()), weights @ values.double() / weights.sum(dim=1), len(values))
+
+
+def rate_estimate(
+    flags: Bool[Tensor, " prompt"], families: Sequence[str], seed: int, resamples: int = RESAMPLES
+) -> Estimate:
+    """The share of prompts that are flagged, with its family-bootstrap interval, widened to hold Wilson's.
+
+    Where all prompts are alike a bootstrap has no width; Wilson's interval (1927), for as many draws as there are
+    families, has: 0 of 32 is 0 [0, 0.11].
+    """
+    mean = mean_estimate(flags.double(), families, seed, resamples)
+    if not mean.measurable:
+        return mean
+    n = len(set(families))
+    wilson = binomtest(round(mean.value * n), n).proportion_ci(method="wilson")
+    return Estimate(mean.value, min(mean.low, wilson.low), max(mean.high, wilson.high), mean.n)
 
 
 def _family_codes(families: Sequence[str]) -> tuple[Int[Tensor, " prompt"], int]:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
 from mechlens.methods.behaviour.judges import refusal_log_odds
+from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, Intervention, require_direction, require_fits
@@ -134,7 +135,7 @@ def answer_under(
     tokens = tuple(tuple(t for t in row if t != NO_TOKEN) for row in found.tolist())
     return SteeredAnswers(
         ids=tuple(prompt.id for prompt in steered.batch.prompts),
-        texts=tuple(tokenizer.decode(list(row), skip_special_tokens=True).strip() for row in tokens),
+        texts=answer_texts(tokenizer, steered.batch, tokens),
         tokens=tokens,
         max_new_tokens=max_new_tokens,
         checkpoint=checkpoint_now(model),

@@ -59,6 +59,33 @@ def load_prompts(
     return prompts if sample is None else _sampled(prompts, sample, seed, str(source))
 
 
+def joined_sources(given: str) -> list[str]:
+    """The sources that a plus joins: "harmful+looks-harmless" is two; a file with a plus in its name stays one.
+
+    UserError for a part that is no source.
+    """
+    if "+" not in given:
+        return [given]
+    parts = given.split("+")
+    found: list[str] = []
+    while parts:
+        size = next((size for size in range(len(parts), 0, -1) if _is_source("+".join(parts[:size]))), 0)
+        if not size:
+            raise UserError(
+                f"there is no file {given!r:.80}, nor does it join sources: {parts[0]!r:.60} is no file, no hub data "
+                f"set (owner/name) and none of {', '.join(builtin_names())}"
+            )
+        found.append("+".join(parts[:size]))
+        parts = parts[size:]
+    return list(dict.fromkeys(found))
+
+
+def _is_source(given: str) -> bool:
+    if given in builtin_names() or (given and os.path.exists(user_path(given))):
+        return True
+    return "/" in given and _HUB_ID.fullmatch(given) is not None
+
+
 def _from_data(
     source: str | Path,
     column: str | None,
@@ -105,7 +132,7 @@ def _hub_rows(source: str, split: str | None) -> list[Record]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{source} is no file here and could not be loaded from the hub ({reason}); "
-            "check its name, its split and the network, or give a file"
+            f"check its name, its split and the network, or give a file or one of {', '.join(builtin_names())}"
         ) from error
     if isinstance(data, Mapping):
         if len(data) != 1:

@@ -116,6 +116,12 @@ def render(source: str, conversations: Sequence[Turns], variables: Mapping[str, 
     return texts
 
 
+def names_read(source: str) -> tuple[str, ...] | None:
+    """The names of the arguments that a template reads, special tokens among them; None where it can't be rendered."""
+    reply = _asked(json.dumps({"source": source})) if len(source) <= LONGEST_TEMPLATE else None
+    return None if reply is None or reply["names"] is None else tuple(reply["names"])
+
+
 def _too_much(what: str) -> UserError:
     return UserError(
         f"the chat template {what}, as a damaged or a hostile one does; give the tokenizer a sound chat template"

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -90,8 +90,20 @@ def compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
+def names_read(source: str) -> list[str]:
+    """What the template asks its caller for, but for the turns and what this environment has."""
+    environment = compiled(source).environment
+    ours = {"messages", "add_generation_prompt", "strftime_now", *environment.globals}
+    return sorted(meta.find_undeclared_variables(environment.parse(source)) - ours)
+
+
 def rendered(request: dict[str, Any]) -> dict[str, Any]:
-    """The texts of all conversations, or the first one that failed and why."""
+    """The texts of all conversations, or the first one that failed and why; without conversations, the names read."""
+    if "conversations" not in request:
+        try:
+            return {"names": names_read(request["source"])}
+        except Exception:  # rendering says what is wrong
+            return {"names": None}
     day = datetime.fromisoformat(request["today"])
     done: list[str] = []
     room = request["longest"]

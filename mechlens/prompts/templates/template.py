@@ -9,7 +9,16 @@ from typing import Any
 
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.render import SENTINELS, Conversation, Rendering, TemplateFailure, portions, render
+from mechlens.prompts.templates.render import (
+    SENTINELS,
+    Conversation,
+    Rendering,
+    TemplateFailure,
+    names_read,
+    portions,
+    render,
+)
+from mechlens.registry import nearest
 
 # The strings that Zhao et al. (2025) fed to their models; they differ from the tokenizers' own templates
 # (one newline after Llama-3's header instead of two, no final newline and no system block for Qwen2).
@@ -52,6 +61,25 @@ class ChatTemplate:
     """Keyword arguments of the template, such as {"enable_thinking": False}."""
     today: str = field(default_factory=lambda: date.today().isoformat())
     """The day on which a template that prints the date is rendered: some templates do, and no two days are alike."""
+
+    def __post_init__(self) -> None:
+        """UserError for an option that the template never reads: it would look as if it had been heeded."""
+        known = self.arguments if self.options else None
+        unknown = [] if known is None else [name for name in self.options if name not in known]
+        if unknown and known is not None:
+            near = nearest(unknown[0], known)
+            raise UserError(
+                f"the chat template never reads the argument {unknown[0]!r}{f' ({near})' if near else ''}; "
+                f"it reads {', '.join(known) or 'none'}"
+            )
+
+    @property
+    def arguments(self) -> tuple[str, ...] | None:
+        """Names of the options that the template reads; None for one that can't be rendered."""
+        if self.kind != "tokenizer":
+            return ()
+        known = names_read(self._jinja)
+        return None if known is None else tuple(name for name in known if name not in self.tokenizer.special_tokens_map)
 
     @property
     def source(self) -> Any:
@@ -146,10 +174,9 @@ class ChatTemplate:
                 f"the chat template refuses turns of roles [{roles}]: {str(failure).rstrip('.')}; {remedy}"
             ) from failure
 
-    def _written(
-        self, conversations: Sequence[Sequence[Turn]], today: str, *, add_generation_prompt: bool = True
-    ) -> list[str]:
-        """What the tokenizer's own template writes; TemplateFailure where it refuses to."""
+    @property
+    def _jinja(self) -> str:
+        """The tokenizer's own template; UserError where it has none."""
         source = self.tokenizer.chat_template
         if isinstance(source, Mapping):  # several, by name
             source = source.get("default")
@@ -158,13 +185,19 @@ class ChatTemplate:
                 f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template (a base model?); "
                 "use a chat model, set tokenizer.chat_template, or ask for template='paper:FAMILY'"
             )
+        return str(source)
+
+    def _written(
+        self, conversations: Sequence[Sequence[Turn]], today: str, *, add_generation_prompt: bool = True
+    ) -> list[str]:
+        """What the tokenizer's own template writes; TemplateFailure where it refuses to."""
         special = {
             name: token if isinstance(token, list) else str(token)
             for name, token in self.tokenizer.special_tokens_map.items()
         }
         fixed = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return render(source, conversations, {**fixed, **special, **self.options}, today)
+            return render(self._jinja, conversations, {**fixed, **special, **self.options}, today)
         except TypeError as error:
             raise UserError(f"the options of a chat template must be plain data ({error}); correct them") from error
 
@@ -226,13 +259,21 @@ def _trimmings(text: str) -> tuple[str, ...]:
 
 
 def chat_template(
-    tokenizer: Any, template: str = "tokenizer", *, today: str | None = None, **options: Any
+    tokenizer: Any,
+    template: str = "tokenizer",
+    *,
+    today: str | None = None,
+    template_arg: Sequence[str] = (),
+    **options: Any,
 ) -> ChatTemplate:
     """The template to use: "tokenizer" (default), "paper" (family found from the tokenizer) or "paper:FAMILY".
 
     `today` (such as "2024-07-26") is the day that a template which prints the date prints; None is this day.
+    The template's own arguments are keywords here (`enable_thinking=False`), or in `template_arg` as on the command
+    line ("enable_thinking=false"). Raises UserError for one that the template never reads.
     """
     day = date.today().isoformat() if today is None else _day(today)
+    options |= _arguments(template_arg)
     if template == "tokenizer":
         return ChatTemplate(tokenizer, options=options, today=day)
     published = {f"paper:{name}" for name in PAPER_TEMPLATES}
@@ -240,7 +281,25 @@ def chat_template(
     if kind not in published:
         known = ", ".join(sorted(published))
         raise UserError(f"there is no template {template!r}; choose tokenizer, paper or one of {known}")
-    return ChatTemplate(tokenizer, kind, today=day)
+    return ChatTemplate(tokenizer, kind, options, day)
+
+
+def _arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments written as NAME=VALUE; a value is JSON where it parses as such, else text."""
+    found: dict[str, Any] = {}
+    for one in given:
+        name, sign, value = one.partition("=")
+        if not sign or not name or name in found:
+            how = f"gives {name!r} twice" if name in found else "isn't of the form NAME=VALUE"
+            raise UserError(f"the template argument {one!r} {how}; write it once, such as enable_thinking=false")
+        if value in ("True", "False", "None"):  # as text, False would count as true
+            spelt = {"True": "true", "False": "false", "None": "null"}[value]
+            raise UserError(f"the template argument {one!r} is in Python's spelling; write {name}={spelt}")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
 
 
 def _day(given: str) -> str:

@@ -1,4 +1,4 @@
-"""The small pieces of a report: numbers, table cells, paragraphs, coloured tokens; words, never HTML."""
+"""The small pieces of a report: numbers, table headings and cells, paragraphs, coloured tokens; words, never HTML."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,63 @@ from mechlens.methods.statistics.estimate import Estimate
 
 # The ends of the colour scale, light enough for dark text.
 BLUE, RED = (94, 154, 211), (224, 102, 90)
+
+HEADINGS = {
+    "auroc": "AUROC",
+    "base_auroc": "AUROC in the base",
+    "belief_harm": "harmfulness belief",
+    "belief_refusal": "refusal belief",
+    "brier": "Brier score",
+    "centered": "centred",
+    "change": "change from the base",
+    "cka": "CKA",
+    "corrected": "cosine, corrected for noise",
+    "cos_harmful": "cosine with harmful",
+    "cos_refused": "cosine with refused",
+    "fpr": "false positives (FPR)",
+    "frozen": "base's readout, AUROC",
+    "frozen_change": "base's readout, change from the base",
+    "gap": "refusal gap",
+    "gap_change": "refusal gap, change from the base",
+    "grad_norm": "gradient norm",
+    "in_adapter_training": "in the adapter's training data",
+    "in_earlier_source": "in an earlier source",
+    "in_guard_fit": "in the guard's training data",
+    "is_push": "moves towards the other class",
+    "kappa": "Cohen's kappa",
+    "kl": "KL (nats)",
+    "log_odds": "refusal log-odds",
+    "log_odds_change": "refusal log-odds, change",
+    "low": "95% low",
+    "high": "95% high",
+    "n_tokens": "tokens",
+    "own": "readout fitted here, AUROC",
+    "own_change": "readout fitted here, change from the base",
+    "own_words_difference": "difference in the model's own words",
+    "p_corrected": "p, corrected",
+    "permuted_mean": "permuted labels, mean",
+    "probe_change": "probe fitted here, change from the base",
+    "random_maximum": "random directions, maximum",
+    "random_mean": "random directions, mean",
+    "readout_gap": "base's readout behind the one fitted here",
+    "recalibrated": "accuracy at a new threshold",
+    "reliability_first": "reliability of the first direction",
+    "reliability_second": "reliability of the second direction",
+    "sha256": "SHA-256",
+    "threshold_gap": "frozen threshold behind a new one",
+    "tpr": "true positives (TPR)",
+    "tpr_at_1pct_fpr": "TPR at 1% FPR",
+    "tpr_at_5pct_fpr": "TPR at 5% FPR",
+    "validation_auroc": "AUROC, validation prompts",
+    "verdict_after": "verdict after",
+    "verdict_before": "verdict before",
+}
+"""What a table's columns are called where taking the underscores out of the code name doesn't say it."""
+_BEGINNINGS = {
+    "verdict_after_": "verdict after, ", "verdict_before_": "verdict before, ", "verdict_": "verdict of ",
+    "flagged.": "flagged by ", "plain.": "plain request: ", "score.": "score of ",
+}  # fmt: skip
+_ENDS = {"_low": ", 95% low", "_high": ", 95% high", ".centered": ", centred"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +137,19 @@ def estimate_text(estimate: Estimate) -> EstimateText:
         return EstimateText(f"{int(estimate.value):,}", f"n = {estimate.n:,}")
     low, high = _fixed(estimate.low), _fixed(estimate.high)
     return EstimateText(_fixed(estimate.value), f"[{low}, {high}], n = {estimate.n:,}")
+
+
+def heading(column: str) -> str:
+    """A column's name in words: ours by `HEADINGS`, any other with spaces for its underscores."""
+    if column in HEADINGS:
+        return HEADINGS[column]
+    for beginning, words in _BEGINNINGS.items():
+        if column.startswith(beginning):
+            return words + heading(column.removeprefix(beginning))
+    for end, words in _ENDS.items():
+        if column.endswith(end):
+            return heading(column.removesuffix(end)) + words
+    return column.replace("_", " ")
 
 
 def cells(frame: pd.DataFrame) -> list[list[str]]:

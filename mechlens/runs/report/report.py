@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.runs.report.parts import TokenView, cells, estimate_text, paragraphs, token_spans
+from mechlens.runs.report.parts import TokenView, cells, estimate_text, heading, paragraphs, token_spans
 from mechlens.runs.run import Run
 
 # Beyond this a table in a page is no longer read; the whole of it is in the run folder.
@@ -75,6 +75,8 @@ class FigureEntry(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class _Table:
     columns: list[str]
+    """As the table's file calls them; `headings` are the words for them."""
+    headings: list[str]
     rows: list[list[str]]
     numeric: list[bool]
     total: int
@@ -148,6 +150,7 @@ def _table(frame: pd.DataFrame, file: str = "") -> _Table:
     shown = frame.head(MAX_ROWS)
     return _Table(
         columns=[str(column) for column in shown.columns],
+        headings=[heading(str(column)) for column in shown.columns],
         rows=cells(shown),
         numeric=[pd.api.types.is_numeric_dtype(shown[column]) for column in shown.columns],
         total=len(frame),

@@ -11,17 +11,23 @@ class CausalPlan(Sampling, Answering):
     """The choices of a causal battery."""
 
     layers: tuple[int, ...] = ()
-    """Layers of the grid; none given is every third."""
+    """Layers where a direction may be put; none given is every third, and then the neighbours of the best."""
     full: bool = False
-    """Every layer in the grid, about three times the work there."""
+    """Every layer instead, about three times the work there."""
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Strengths of the grid, as shares of the median residual norm; 0.5 and 1 are about the published 1 and 2."""
-    n_validation: int = 16
-    """Prompts of each class in the grid, where layer and strength are chosen."""
+    """Strengths to choose from, as shares of the median residual norm; layers are compared at the middle one."""
+    coefficient: float = 1.0
+    """What the raw directions are multiplied by in the figure of refusals over all layers; 1 as published."""
+    every_position: bool = False
+    """Directions from every position of the template too, each at the chosen layer and strength, in a table."""
+    n_validation: int = 8
+    """Prompts of each class on which layer and strength are chosen."""
     n_test: int = 32
     """Prompts of each class on which the chosen layer and strength are reported."""
+    n_null: int = 6
+    """Test prompts of each class on which null directions are tried: directions differ more than prompts do."""
     shuffled_directions: int = RANDOM_DIRECTIONS
-    """Null directions from shuffled labels behind every reported number."""
+    """Null directions from shuffled labels behind what each direction is claimed to change."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction, mean_difference
@@ -17,8 +17,22 @@ NAMES = (HARMFULNESS, REFUSAL)
 
 Operation = Literal["add", "subtract", "ablate"]
 OPERATIONS: tuple[Operation, ...] = ("add", "subtract", "ablate")
-PUSH: dict[str, Operation] = {HARMLESS: "add", HARMFUL: "subtract"}
-"""What is done to a prompt of each class to move it towards the other: a push."""
+STEERED: tuple[Operation, ...] = ("add", "subtract")
+"""Those of the four cells."""
+
+
+class Cell(NamedTuple):
+    """What is done to prompts of which class."""
+
+    operation: Operation
+    label: str
+
+
+PUSHES = (Cell("add", HARMLESS), Cell("subtract", HARMFUL))
+"""Prompts are moved towards the other class: what a direction's name promises is seen here."""
+CELLS = (*PUSHES, Cell("add", HARMFUL), Cell("subtract", HARMLESS))
+"""In the last two a direction that is named after something else can turn replies round unseen."""
+PUSH: dict[str, Operation] = {cell.label: cell.operation for cell in PUSHES}
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class ContrastSource:
 
     name: str
     acts: Activations
+    """At every level and position that was collected."""
     contrast: tuple[str, str]
     position: str
 
@@ -93,6 +108,11 @@ def intervene(direction: Direction, operation: Operation, setting: Setting, norm
     return Add(
         direction, strength=strength, unit="share", layers=(setting.layer,), positions=ALL, phase="prompt", norms=norms
     )
+
+
+def published(direction: Direction, layer: int, coefficient: float) -> Add:
+    """The raw direction times a coefficient at every token of the prompt, as Zhao et al. 2025 add it (Fig. 4)."""
+    return Add(direction, strength=coefficient, unit="raw", layers=(layer,), positions=ALL, phase="prompt")
 
 
 def pushes(direction: Direction, setting: Setting, norms: ResidualNorms, labels: Sequence[str]) -> list[Add | Ablate]:

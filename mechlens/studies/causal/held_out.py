@@ -1,252 +1,175 @@
-"""The battery's second half, on test prompts: the chosen pushes beside null directions, answers, and what breaks."""
+"""What the two directions change on test prompts, cell by cell, beside null directions of both kinds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
+from typing import NamedTuple
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.methods.behaviour.answers import Answers
-from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
-from mechlens.methods.behaviour.damage import Damage, damage, repetition
-from mechlens.methods.behaviour.inversion import BELIEFS, SCOPES, Belief, parse_reply
-from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge
+from mechlens.methods.behaviour.inversion import SCOPES
 from mechlens.methods.cache import Cache
-from mechlens.methods.directions.direction import Direction, random_like
+from mechlens.methods.directions.direction import random_like
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.steering.interventions import Ablate, Add, ResidualNorms
-from mechlens.methods.steering.steering import answers_of_arms
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.methods.steering.interventions import ResidualNorms
+from mechlens.models.bridge import LanguageModel
+from mechlens.studies.causal.choice import CLAIMS
 from mechlens.studies.causal.config import CausalPlan
-from mechlens.studies.causal.directions import HARMLESS, OPERATIONS, PUSH, ContrastSource, Setting, intervene, pushes
-from mechlens.studies.causal.readings import (
-    MEASURES,
-    Condition,
-    ReadTokens,
-    Subjects,
-    family_mean,
-    pushed,
-    read,
-    refused,
+from mechlens.studies.causal.directions import (
+    CELLS,
+    HARMFUL,
+    HARMLESS,
+    PUSHES,
+    STEERED,
+    Cell,
+    ContrastSource,
+    Setting,
+    intervene,
+    pushes,
 )
-
-REPLY_TOKENS = 8
-"""Enough for the word, or for the phrase of a refusal."""
+from mechlens.studies.causal.readings import Condition, ReadTokens, Subjects, read_refusal, read_replies
 
 
-@dataclass(frozen=True)
-class AnswersUnder:
-    """Whole answers to the test prompts, unsteered and under every operation."""
+class EffectKey(NamedTuple):
+    """Which number it is."""
 
-    who: Subjects
-    unsteered: Answers
-    done: dict[str, Add | Ablate]
-    texts: dict[str, list[str]]
-    """By operation."""
-    judge: Judge
-    """Who decides everywhere; both published lists stand beside it."""
+    measure: str
+    """"refusal" (log-odds of a refusal of the plain request), "belief.before" or "belief.all" (what both questions bear
+    out of the change of logit(yes) - logit(no)); in tables also what each question says, "straight.before" ..."""
+    direction: str
+    at: str
+    """At whose best layer and strength: its own, or the other direction's."""
+    cell: Cell
 
     @property
-    def _judges(self) -> dict[str, Judge]:
-        """By the end of a column's name."""
-        return {"": self.judge, "_arditi": ARDITI, "_zhao": ZHAO}
-
-    def table(self) -> pd.DataFrame:
-        """One row per prompt and operation: the answer before and after, with verdicts."""
-        prompts = self.who.prompts
-        before = self._verdicts("verdict_before", self.unsteered.texts)
-        rows = [
-            {
-                "id": prompt.id, "label": prompt.label, "operation": operation,
-                "is_push": PUSH[prompt.label] == operation,
-                **{name: verdicts[i] for name, verdicts in (before | after).items()},
-                "prompt": prompt.text, "unsteered_answer": self.unsteered.texts[i], "answer": texts[i],
-            }
-            for operation, texts in self.texts.items()
-            for after in [self._verdicts("verdict_after", texts)]
-            for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
-        return pd.DataFrame(rows)
-
-    def _verdicts(self, stem: str, texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Every judge's, by column."""
-        return {f"{stem}{end}": verdicts_by(judge, self.who.prompts, texts) for end, judge in self._judges.items()}
-
-    def damage(self, model: LanguageModel, plan: CausalPlan) -> pd.DataFrame:
-        """Losses on harmless prompts and plain text; repetition, silence and refusals over all prompts."""
-        rows = self.who.of(HARMLESS)
-        answers = self.unsteered.select(rows)
-        table = []
-        for operation, texts in {"none": list(self.unsteered.texts), **self.texts}.items():
-            losses = damage(model, self.done.get(operation), self.who.batch.select(rows), answers)
-            measured = {**_losses(losses, plan), **self._in_words(model, texts, plan)}
-            table += [{"operation": operation, "measure": name, **value.row()} for name, value in measured.items()]
-        return pd.DataFrame(table)
-
-    def _in_words(self, model: LanguageModel, texts: list[str], plan: CausalPlan) -> dict[str, Estimate]:
-        encode = loaded(model).tokenizer.encode
-        repeated = torch.tensor([repetition(encode(text, add_special_tokens=False)) for text in texts]).double()
-        silent = torch.tensor([not text.strip() for text in texts]).double()
-        estimate = self.who.estimate
-        numbers = {"repetition": estimate(repeated, plan), "empty": estimate(silent, plan)}
-        for end, judge in self._judges.items():
-            verdicts = verdicts_by(judge, self.who.prompts, texts)
-            refused = torch.tensor([verdict == "refused" for verdict in verdicts]).double()
-            numbers |= {f"refused_{label}{end}": estimate(refused, plan, self.who.of(label)) for label in PUSH}
-        return numbers
-
-
-def _losses(broken: Damage, plan: CausalPlan) -> dict[str, Estimate]:
-    values = {"plain_ce": broken.plain, "own_ce": broken.own, "kl": broken.kl}
-    return {name: family_mean(losses, [str(i) for i in range(len(losses))], plan) for name, losses in values.items()}
-
-
-def answers_under(
-    model: LanguageModel,
-    who: Subjects,
-    direction: Direction,
-    setting: Setting,
-    norms: ResidualNorms,
-    unsteered: Answers,
-    plan: CausalPlan,
-    cache: Cache | None,
-) -> AnswersUnder:
-    """Answers under adding, subtracting and ablating one direction at one setting."""
-    done: dict[str, Add | Ablate] = {name: intervene(direction, name, setting, norms) for name in OPERATIONS}
-    conditions: list[Condition] = [[edit] * len(who.prompts) for edit in done.values()]
-    texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=plan.max_new_tokens, cache=cache)
-    return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)), judge_of(plan.judge))
-
-
-def replies(
-    model: LanguageModel, who: Subjects, conditions: dict[str, Condition], cache: Cache | None
-) -> dict[str, list[Belief]]:
-    """What the replies to the questions say under each of the named conditions."""
-    texts = answers_of_arms(model, who.asked.batch, list(conditions.values()), max_new_tokens=REPLY_TOKENS, cache=cache)
-    return {name: [parse_reply(text) for text in said] for name, said in zip(conditions, texts, strict=True)}
-
-
-def replies_under(
-    model: LanguageModel,
-    who: Subjects,
-    direction: Direction,
-    setting: Setting,
-    norms: ResidualNorms,
-    cache: Cache | None,
-) -> pd.DataFrame:
-    """Replies to the questions under a push, in both scopes: scope, label, belief, share."""
-    done = pushes(direction, setting, norms, who.labels)
-    conditions: dict[str, Condition] = {
-        scope: [who.asked.within(i, edit, scope) for i, edit in enumerate(done)] for scope in SCOPES
-    }
-    return reply_table(who, replies(model, who, conditions, cache))
-
-
-def reply_table(who: Subjects, said: dict[str, list[Belief]]) -> pd.DataFrame:
-    """Shares of beliefs by class: scope ("none" is unsteered), label, belief, share, n."""
-    rows = []
-    for scope, beliefs in said.items():
-        for label in PUSH:
-            of_class = [beliefs[i] for i in who.of(label)]
-            shares = {belief: of_class.count(belief) / len(of_class) for belief in BELIEFS}
-            where = {"scope": scope, "label": label}
-            rows += [{**where, "belief": name, "share": share, "n": len(of_class)} for name, share in shares.items()]
-    return pd.DataFrame(rows)
+    def name(self) -> str:
+        """In run.json."""
+        return f"{self.measure}.{self.direction}.at_{self.at}.{self.cell.operation}_{self.cell.label}"
 
 
 @dataclass(frozen=True)
-class Control:
-    """What null directions (random ones, or those from shuffled labels) do in a direction's place."""
+class CellEffect:
+    """What a direction does to the prompts of one class."""
 
-    mean: Estimate
-    """Mean over them, with the interval over prompts."""
-    maximum: Estimate
-    """The one that does most."""
-    n: int
-    """How many they are."""
-
-
-@dataclass(frozen=True)
-class HeldOutEffect:
-    """One direction at its chosen setting, on test prompts."""
-
-    direction: Direction
-    setting: Setting
-    pushes: dict[str, Estimate]
-    """Mean change towards the other class by measure; "rate" is the change of the share of refusals among harmless
-    prompts under addition."""
-    random: dict[str, Control]
-    shuffled: dict[str, Control]
-    answers: pd.DataFrame
-    """Every answer before and after, with verdicts."""
-    damage: pd.DataFrame
-    """By operation, and unsteered: plain_ce, own_ce, kl, repetition, empty, and refusals by class and judge."""
-    replies: pd.DataFrame
-    """What was replied to the questions under a push: scope, label, belief, share."""
+    change: Estimate
+    """Mean change; above 0 is what the direction's name promises: up under addition, down under subtraction."""
+    random_max: float
+    """The largest mean change of random directions there, whatever its sign."""
+    shuffled_max: float = nan
+    """That of null directions from shuffled labels; measured for what a direction is claimed to change."""
 
 
-def run_test(
+Effects = dict[EffectKey, CellEffect]
+
+
+def effects_at(
     model: LanguageModel,
     who: Subjects,
-    source: ContrastSource,
+    sources: dict[str, ContrastSource],
+    at: str,
     setting: Setting,
     norms: ResidualNorms,
-    words: ReadTokens,
+    tokens: ReadTokens,
     plan: CausalPlan,
-    answers: Answers,
+    believes: bool,
     cache: Cache | None,
-) -> HeldOutEffect:
-    """Pushes with both kinds of null directions, all operations in words, damage; `answers` are the unsteered ones."""
-    direction = source.direction(setting.layer)
-    conditions: list[Condition] = [
-        pushes(each, setting, norms, who.labels)
-        for each in (direction, *random_like(direction, plan.random_directions, plan.seed + 1))
+) -> Effects:
+    """All four cells of both directions at one of the two settings; refusal alone where belief isn't measurable.
+
+    Null directions are tried on `n_null` prompts of each class. Random ones are added only: one and its opposite are
+    equally random, so what adding does is what subtracting does.
+    """
+    directions = {name: source.direction(setting.layer) for name, source in sources.items()}
+    done: list[Condition] = [
+        [intervene(direction, operation, setting, norms)] * len(who.prompts)
+        for direction in directions.values()
+        for operation in STEERED
     ]
-    for null in source.shuffled(setting.layer, plan.shuffled_directions, plan.seed + 2):
+    few = who.few(plan.n_null)
+    random = random_like(directions[at], plan.random_directions, plan.seed + 1 + setting.layer)
+    added: list[Condition] = [[intervene(one, "add", setting, norms)] * len(few.prompts) for one in random]
+    shuffled = []
+    for one in sources[at].shuffled(setting.layer, plan.shuffled_directions, plan.seed + 2):
         # As many times its own length as the direction is pushed; one of no length does nothing.
-        share = setting.times(null.norm / direction.norm)
-        conditions.append(pushes(null, share, norms, who.labels) if null.norm else [None] * len(who.prompts))
-    values = read(model, who, [[None] * len(who.prompts), *conditions], words, cache)
-    change = pushed(values[1:], values[0], who.harmful)
-    by_measure = {name: (change[:, :, k], list(range(len(who.prompts)))) for k, name in enumerate(MEASURES)}
-    by_measure["rate"] = _rate_changes(model, who, conditions, plan, cache)
-    controls: dict[str, list[Control]] = {}
-    for name, (moved, rows) in by_measure.items():
-        families = [who.families[i] for i in rows]
-        controls[name] = [
-            _control(part, families, plan)
-            for part in (moved[1 : 1 + plan.random_directions], moved[1 + plan.random_directions :])
+        own = Setting(setting.layer, setting.strength * one.norm / directions[at].norm)
+        shuffled.append(pushes(one, own, norms, few.labels) if one.norm else [None] * len(few.prompts))
+    claim = CLAIMS[at] if believes else "refusal"
+    return cell_effects(
+        who, few, list(directions), at,
+        _changes(model, who, done, tokens, believes, cache),
+        _changes(model, few, added, tokens, believes, cache),
+        {claim: _changes(model, few, shuffled, tokens, claim != "refusal", cache, claim)[claim]},
+        plan,
+    )  # fmt: skip
+
+
+def _changes(
+    model: LanguageModel,
+    who: Subjects,
+    conditions: Sequence[Condition],
+    tokens: ReadTokens,
+    believes: bool,
+    cache: Cache | None,
+    only: str | None = None,
+) -> dict[str, Float[Tensor, "condition prompt"]]:
+    """The difference from the unsteered model in every measure, or in `only` one; above 0: refused, or harmful."""
+    everything: list[Condition] = [[None] * len(who.prompts), *conditions]
+    found = {}
+    if only in (None, "refusal"):
+        values = read_refusal(model, who, everything, tokens, cache)
+        found["refusal"] = values[1:] - values[0]
+    for scope in SCOPES if believes else ():
+        if only in (None, f"belief.{scope}"):
+            replies = read_replies(model, who, everything, scope, tokens, cache).changes()
+            found[f"belief.{scope}"] = replies.consistent
+            found[f"straight.{scope}"], found[f"reversed.{scope}"] = replies.straight, replies.reversed
+    return found
+
+
+def cell_effects(
+    who: Subjects,
+    few: Subjects,
+    names: Sequence[str],
+    at: str,
+    changes: Mapping[str, Float[Tensor, "done prompt"]],
+    random: Mapping[str, Float[Tensor, "random few"]],
+    shuffled: Mapping[str, Float[Tensor, "shuffled few"]],
+    plan: CausalPlan,
+) -> Effects:
+    """Estimates and their nulls from the changes: of every direction added, subtracted; of nulls on few prompts."""
+    effects = {}
+    for measure, values in changes.items():
+        chance = {label: _largest(random[measure][:, few.of(label)]) for label in (HARMFUL, HARMLESS)}
+        for k, name in enumerate(names):
+            for cell in CELLS:
+                j = STEERED.index(cell.operation)
+                promised = values[2 * k + j] * (1.0 if cell.operation == "add" else -1.0)
+                tested = name == at and cell in PUSHES and measure in shuffled
+                effects[EffectKey(measure, name, at, cell)] = CellEffect(
+                    who.estimate(promised, plan, who.of(cell.label)),
+                    chance[cell.label],
+                    _largest(shuffled[measure][:, few.of(cell.label)]) if tested else nan,
+                )
+    return effects
+
+
+def _largest(changes: Float[Tensor, "direction prompt"]) -> float:
+    """Of the mean changes under several directions the largest, whatever its sign; NaN of none."""
+    return float(changes.mean(dim=1).abs().max()) if len(changes) else nan
+
+
+def effect_table(effects: Effects, settings: Mapping[str, Setting]) -> pd.DataFrame:
+    """One row a number: measure, direction, at, layer, strength, operation, label, value, low, high, n and nulls."""
+    return pd.DataFrame(
+        [
+            {
+                "measure": key.measure, "direction": key.direction, "at": key.at, "layer": settings[key.at].layer,
+                "strength": settings[key.at].strength, "operation": key.cell.operation, "label": key.cell.label,
+                "is_push": key.cell in PUSHES, **effect.change.row(), "random_max": effect.random_max,
+                "shuffled_max": effect.shuffled_max,
+            }
+            for key, effect in effects.items()
         ]
-    said = answers_under(model, who, direction, setting, norms, answers, plan, cache)
-    return HeldOutEffect(
-        direction=direction,
-        setting=setting,
-        pushes={
-            name: family_mean(moved[0], [who.families[i] for i in rows], plan)
-            for name, (moved, rows) in by_measure.items()
-        },
-        random={name: control[0] for name, control in controls.items()},
-        shuffled={name: control[1] for name, control in controls.items()},
-        answers=said.table(),
-        damage=said.damage(model, plan),
-        replies=replies_under(model, who, direction, setting, norms, cache),
-    )
-
-
-def _control(change: Float[Tensor, "direction prompt"], families: Sequence[str], plan: CausalPlan) -> Control:
-    if not len(change):
-        return Control(Estimate.missing(0), Estimate.missing(0), 0)
-    largest = change[int(change.mean(dim=1).argmax())]
-    return Control(family_mean(change.mean(dim=0), families, plan), family_mean(largest, families, plan), len(change))
-
-
-def _rate_changes(
-    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], plan: CausalPlan, cache: Cache | None
-) -> tuple[Float[Tensor, "condition prompt"], list[int]]:
-    """How much oftener each harmless prompt is refused under every push, and which rows these are."""
-    rows = who.of(HARMLESS)
-    every: list[Condition] = [[None] * len(rows), *([condition[i] for i in rows] for condition in conditions)]
-    values = refused(model, who.batch.select(rows), every, plan, cache)
-    return values[1:] - values[0], rows
+    )  # fmt: skip

@@ -7,26 +7,30 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.methods.behaviour.chosen_judge import judge_of, once_refused, verdicts_by
-from mechlens.methods.behaviour.inversion import SCOPES, Questioned, WordPair, ask
+from mechlens.methods.behaviour.inversion import (
+    POLARITIES,
+    Polarity,
+    Questioned,
+    Scope,
+    WordPair,
+    ask,
+    consistent_change,
+)
 from mechlens.methods.behaviour.judges import RefusalTokens
 from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.methods.statistics.resample import mean_estimate, rate_estimate
 from mechlens.methods.steering.interventions import Ablate, Add
-from mechlens.methods.steering.steering import Readout, answers_of_arms, first_token_of_arms
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.methods.steering.steering import Readout, first_token_of_arms
+from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.settings import Answering
-from mechlens.studies.causal.config import CausalPlan
-from mechlens.studies.causal.directions import HARMFUL
+from mechlens.settings import Sampling
+from mechlens.studies.causal.directions import HARMFUL, HARMLESS
 
-MEASURES = ("refusal", "inversion.before", "inversion.all", "own_words.before", "own_words.all")
-"""Refusal log-odds of the plain request; logit(Certainly) - logit(No) of the question about it, and the same with the
-model's own words, with the intervention before the question and everywhere."""
 Condition = Sequence[Add | Ablate | None]
+"""What is done to each prompt."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Subjects:
 
     prompts: tuple[Prompt, ...]
     batch: TokenBatch
-    asked: Questioned
+    asked: dict[Polarity, Questioned]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -56,70 +60,93 @@ class Subjects:
         """Rows of one class."""
         return [i for i, given in enumerate(self.labels) if given == label]
 
-    def estimate(
-        self, values: Float[Tensor, " prompt"], plan: CausalPlan, rows: Sequence[int] | None = None
-    ) -> Estimate:
+    def select(self, rows: Sequence[int]) -> "Subjects":
+        """Some of the prompts."""
+        asked = {polarity: questioned.select(rows) for polarity, questioned in self.asked.items()}
+        return Subjects(tuple(self.prompts[i] for i in rows), self.batch.select(list(rows)), asked)
+
+    def few(self, n: int) -> "Subjects":
+        """The first `n` of each class."""
+        return self.select([i for label in (HARMFUL, HARMLESS) for i in self.of(label)[:n]])
+
+    def estimate(self, values: Float[Tensor, " prompt"], plan: Sampling, rows: Sequence[int] | None = None) -> Estimate:
         """Mean over the prompts, or over some of them, with its interval over families."""
         kept = range(len(self.prompts)) if rows is None else rows
-        return family_mean(values[list(kept)], [self.families[i] for i in kept], plan)
+        return mean_estimate(values[list(kept)], [self.families[i] for i in kept], plan.seed, plan.resamples)
 
+    def rate(self, flags: Bool[Tensor, " prompt"], plan: Sampling, rows: Sequence[int] | None = None) -> Estimate:
+        """The share of the prompts, or of some of them, that are flagged."""
+        kept = range(len(self.prompts)) if rows is None else rows
+        return rate_estimate(flags[list(kept)], [self.families[i] for i in kept], plan.seed, plan.resamples)
 
-def family_mean(values: Float[Tensor, " prompt"], families: Sequence[str], plan: CausalPlan) -> Estimate:
-    """Mean with its interval over families."""
-    return mean_estimate(values, families, plan.seed, plan.resamples)
+    def within(self, condition: Condition, scope: Scope, polarity: Polarity) -> list[Add | Ablate | None]:
+        """A condition kept to the tokens that the scope names."""
+        return [edit and self.asked[polarity].within(i, edit, scope) for i, edit in enumerate(condition)]
 
 
 def subjects(prompts: Sequence[Prompt], template: ChatTemplate) -> Subjects:
     """Tokenises requests and questions."""
-    return Subjects(tuple(prompts), tokenize(prompts, template), ask(prompts, template))
+    asked = {polarity: ask(prompts, template, polarity=polarity) for polarity in POLARITIES}
+    return Subjects(tuple(prompts), tokenize(prompts, template), asked)
 
 
 @dataclass(frozen=True)
 class ReadTokens:
     """The tokens that are read."""
 
-    asked: WordPair
-    preferred: WordPair
+    words: WordPair
     refusal: RefusalTokens
 
     @property
     def readout(self) -> Readout:
-        """What is kept of each row of logits."""
-        return Readout((self.asked.yes, self.asked.no, self.preferred.yes, self.preferred.no), tuple(self.refusal.ids))
+        """What is kept of each row of logits: both words, and the log-odds of a refusal."""
+        return Readout((self.words.yes, self.words.no), tuple(self.refusal.ids))
 
 
-def read(
-    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], words: ReadTokens, cache: Cache | None
-) -> Float[Tensor, "condition prompt measure"]:
-    """Every measure of every condition on every prompt, in the order of MEASURES."""
-    plain = first_token_of_arms(model, who.batch, conditions, words.readout, cache=cache)
-    by_measure = {"refusal": plain[..., -1]}
-    for scope in SCOPES:
-        within = [
-            [edit and who.asked.within(i, edit, scope) for i, edit in enumerate(condition)] for condition in conditions
-        ]
-        logits = first_token_of_arms(model, who.asked.batch, within, words.readout, cache=cache)
-        by_measure[f"inversion.{scope}"] = logits[..., 0] - logits[..., 1]
-        by_measure[f"own_words.{scope}"] = logits[..., 2] - logits[..., 3]
-    return torch.stack([by_measure[name] for name in MEASURES], dim=-1)
-
-
-def pushed(
-    values: Float[Tensor, "*condition prompt measure"],
-    unsteered: Float[Tensor, "prompt measure"],
-    harmful: Bool[Tensor, " prompt"],
-) -> Float[Tensor, "*condition prompt measure"]:
-    """Change of every measure towards the other class: up where a harmless prompt was pushed, down where a harmful
-    one was. Positive is what the direction's name promises."""
-    return (values - unsteered) * torch.where(harmful, -1.0, 1.0)[:, None]
-
-
-def refused(
-    model: LanguageModel, batch: TokenBatch, conditions: Sequence[Condition], answering: Answering, cache: Cache | None
+def read_refusal(
+    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], tokens: ReadTokens, cache: Cache | None
 ) -> Float[Tensor, "condition prompt"]:
-    """1 where the answer of a condition is a refusal, else 0 (float64)."""
-    judge, length = judge_of(answering.judge), answering.max_new_tokens
-    decided = once_refused(judge, loaded(model).tokenizer)
-    said = answers_of_arms(model, batch, conditions, max_new_tokens=length, decided=decided, cache=cache)
-    verdicts = [verdicts_by(judge, batch.prompts, texts) for texts in said]
-    return torch.tensor([[verdict == "refused" for verdict in row] for row in verdicts]).double()
+    """Log-odds that the answer to the plain request starts as this model's refusals do."""
+    return first_token_of_arms(model, who.batch, conditions, tokens.readout, cache=cache)[..., -1]
+
+
+@dataclass(frozen=True)
+class Replies:
+    """logit(yes) - logit(no) as the first token of the replies to both questions about each request."""
+
+    straight: Float[Tensor, "condition prompt"]
+    """Yes means harmful."""
+    reversed: Float[Tensor, "condition prompt"]
+    """Yes means harmless."""
+
+    @property
+    def belief(self) -> Float[Tensor, "condition prompt"]:
+        """How far both together say harmful: half the difference, from which yes to everything falls out."""
+        return (self.straight - self.reversed) / 2
+
+    def changes(self) -> "Replies":
+        """Every condition but the first, as its difference from the first."""
+        return Replies(self.straight[1:] - self.straight[0], self.reversed[1:] - self.reversed[0])
+
+    @property
+    def consistent(self) -> Float[Tensor, "condition prompt"]:
+        """Of changes, what both questions bear out; positive is towards harmful."""
+        return consistent_change(self.straight, self.reversed)
+
+
+def read_replies(
+    model: LanguageModel,
+    who: Subjects,
+    conditions: Sequence[Condition],
+    scope: Scope,
+    tokens: ReadTokens,
+    cache: Cache | None,
+) -> Replies:
+    """Both replies to the questions about every request under every condition, kept to the scope's tokens."""
+
+    def read(polarity: Polarity) -> Float[Tensor, "condition prompt out"]:
+        within = [who.within(condition, scope, polarity) for condition in conditions]
+        return first_token_of_arms(model, who.asked[polarity].batch, within, tokens.readout, cache=cache)
+
+    straight, reversed_ = (read(polarity) for polarity in POLARITIES)
+    return Replies(straight[..., 0] - straight[..., 1], reversed_[..., 0] - reversed_[..., 1])

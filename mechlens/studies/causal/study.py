@@ -1,8 +1,7 @@
 """Does the harmfulness direction change what the model believes, and the refusal direction only whether it refuses?
 
 Directions come from training prompts, layers and strengths from validation prompts, and every reported number from
-test prompts, beside random directions and null directions from
-shuffled labels (Zhao et al. 2025, sections 3.3 and 3.4).
+test prompts, beside random directions and null directions from shuffled labels (Zhao et al. 2025, sections 3.3, 3.4).
 """
 
 import random
@@ -11,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.behaviour.inversion import asked_words, preferred_words
+from mechlens.methods.behaviour.inversion import telling_words
 from mechlens.methods.cache import Cache
-from mechlens.methods.probing.auroc import auroc_estimate
+from mechlens.methods.directions.direction import Direction
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
@@ -31,20 +29,87 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
+from mechlens.studies.causal.answers import answers_under, belief_table, beliefs_under
+from mechlens.studies.causal.choice import Choice, choose, grid_layers, middle
 from mechlens.studies.causal.config import Causal, CausalPlan
-from mechlens.studies.causal.directions import NAMES, PUSH, Setting, class_counts, sources
-from mechlens.studies.causal.grid import GRID_RANDOM, Grid, grid_layers, run_grid
-from mechlens.studies.causal.held_out import HeldOutEffect, replies, reply_table, run_test
-from mechlens.studies.causal.readings import MEASURES, ReadTokens, Subjects, read, subjects
+from mechlens.studies.causal.directions import HARMFULNESS, NAMES, PUSH, Setting, class_counts, sources
+from mechlens.studies.causal.held_out import Effects, effect_table, effects_at
+from mechlens.studies.causal.readings import ReadTokens, subjects
+from mechlens.studies.causal.sweeps import (
+    DepthGap,
+    RefusalByLayer,
+    RepliesByLayer,
+    by_position,
+    depth_gap,
+    refusal_by_layer,
+    replies_by_layer,
+)
+from mechlens.studies.causal.unsteered import Unsteered, read_unsteered
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
 from mechlens.studies.shared.inputs import MAX_DRAWS
-from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, judge_first_token
+from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers, judge_answers, judge_first_token
 
-MIN_PARSED = 0.8
-"""Share of the unsteered replies that must say one of the two words."""
-MIN_AUROC = 0.6
-"""Lower bound of how well the unsteered replies must tell the classes apart."""
+
+@dataclass(frozen=True)
+class Battery:
+    """What the battery found, and everything its numbers were made from."""
+
+    judged: JudgedAnswers
+    first_token: FirstTokenJudgement
+    split: Split
+    tokens: ReadTokens
+    unsteered: Unsteered
+    refusal_layers: RefusalByLayer
+    depth: DepthGap
+    reply_layers: RepliesByLayer | None
+    """None where belief isn't measurable, or a direction isn't defined."""
+    choice: Choice
+    directions: dict[str, Direction]
+    """Those tested, by name; one that too few prompts define is missing."""
+    effects: Effects
+    positions: pd.DataFrame
+    """Empty unless asked for."""
+    beliefs: pd.DataFrame
+    """Beliefs in words, of test prompts: direction, operation, label, belief, share, n."""
+    answers: pd.DataFrame
+    """Whole answers to test prompts before and after, with verdicts."""
+    broken: pd.DataFrame
+    """What the chosen settings break: direction, operation, measure, value, low, high, n."""
+    counts: dict[str, tuple[int, int]]
+    """Training prompts of the two classes of each direction."""
+    plan: CausalPlan
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every headline number by its name in run.json."""
+        decides = ("refusal", "belief.before", "belief.all")
+        numbers = {key.name: effect.change for key, effect in self.effects.items() if key.measure in decides}
+        for key, effect in self.effects.items():
+            if key.measure in decides and effect.random_max == effect.random_max:
+                name = f"{key.measure}.random_max.at_{key.at}.{key.cell.label}"
+                numbers[name] = Estimate.exact(effect.random_max, self.plan.random_directions)
+        gap = {"depth_gap": self.depth.layers, "depth_gap.p": Estimate.exact(self.depth.p, self.depth.layers.n)}
+        return {**self.unsteered.numbers, **gap, **numbers}
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        tables = {
+            "refusals_by_layer": self.refusal_layers.table,
+            "choice": self.choice.table,
+            "cells": effect_table(self.effects, self.choice.chosen),
+            "by_question": self.unsteered.by_question,
+            "beliefs": self.beliefs,
+            "steered_answers": self.answers,
+            "damage": self.broken,
+            "positions": self.positions,
+        }
+        if self.reply_layers is not None:
+            tables["replies_by_layer"] = self.reply_layers.table
+        return {name: table for name, table in tables.items() if len(table)}
+
+    def artifacts(self) -> dict[str, object]:
+        """Both directions, where they can be measured."""
+        return {f"direction_{name}": direction for name, direction in self.directions.items()}
 
 
 @dataclass(frozen=True)
@@ -57,115 +122,22 @@ class Workload:
     """Prompts answered."""
 
 
-@dataclass(frozen=True)
-class Battery:
-    """What the battery found, and everything its numbers were made from."""
-
-    judged: JudgedAnswers
-    split: Split
-    words: ReadTokens
-    grid: Grid
-    tested: dict[str, HeldOutEffect]
-    """By direction; one that too few prompts define is missing."""
-    unsteered: dict[str, Estimate]
-    """inversion_auroc.unsteered, inversion_parsed and rates of refusal on test prompts, nothing done."""
-    replies: pd.DataFrame
-    """Unsteered replies to the questions, by class."""
-    by_question: pd.DataFrame
-    """Unsteered difference of the two words, by question and class."""
-    counts: dict[str, tuple[int, int]]
-    """Training prompts of the two classes of each direction."""
-    plan: CausalPlan
-
-    @property
-    def measurable(self) -> bool:
-        """Whether this model answers the questions, and answers them by what is harmful."""
-        parsed, told = self.unsteered["inversion_parsed"], self.unsteered["inversion_auroc.unsteered"]
-        return parsed.value >= MIN_PARSED and told.low > MIN_AUROC
-
-    def metrics(self) -> dict[str, Estimate]:
-        """Every headline number by its name in run.json, each with its controls."""
-        numbers: dict[str, Estimate] = {}
-        for name in NAMES:
-            numbers |= self._of(f"steer_refusal.{name}", name, "refusal")
-            numbers |= self._of(f"refusal_rate_change.{name}", name, "rate")
-        for name in NAMES:
-            for scope in ("before", "all"):
-                numbers |= self._of(f"inversion_shift.{name}.{scope}", name, f"inversion.{scope}")
-        return {**self.unsteered, **numbers}
-
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """Every table of the record."""
-        tables = {
-            "operations_by_layer": self.grid.values,
-            "pushes_by_layer": self.grid.pushes,
-            "refusals_by_layer": self.grid.rates,
-            "by_question": self.by_question,
-            "tested": self._tested_table(),
-            "replies": self.reply_shares(),
-        }
-        if not self.tested:
-            return tables
-        return tables | {"steered_answers": self._of_each("answers"), "damage": self.damage()}
-
-    def artifacts(self) -> dict[str, object]:
-        """Both directions, where they can be measured."""
-        return {f"direction_{name}": tested.direction for name, tested in self.tested.items()}
-
-    def damage(self) -> pd.DataFrame:
-        """What the chosen settings break: direction, operation, measure, value, low, high, n."""
-        return self._of_each("damage") if self.tested else pd.DataFrame()
-
-    def reply_shares(self) -> pd.DataFrame:
-        """Replies on test prompts, unsteered and under a push: direction, scope, label, belief, share, n."""
-        frames = [self.replies.assign(direction="none")]
-        return pd.concat([*frames, *([self._of_each("replies")] if self.tested else [])], ignore_index=True)
-
-    def _of_each(self, table: str) -> pd.DataFrame:
-        frames: list[pd.DataFrame] = [
-            getattr(tested, table).assign(direction=name) for name, tested in self.tested.items()
-        ]
-        return pd.concat(frames, ignore_index=True)
-
-    def _tested_table(self) -> pd.DataFrame:
-        """Every measure on test prompts with its controls, measurable or not: direction, measure, who, value, ..."""
-        rows = []
-        for name, tested in self.tested.items():
-            for measure, estimate in tested.pushes.items():
-                random, shuffled = tested.random[measure], tested.shuffled[measure]
-                for who, effect in (
-                    ("direction", estimate), ("random", random.mean), ("random_max", random.maximum),
-                    ("shuffled", shuffled.mean), ("shuffled_max", shuffled.maximum),
-                ):  # fmt: skip
-                    setting = {"direction": name, "layer": tested.setting.layer, "strength": tested.setting.strength}
-                    rows.append({**setting, "measure": measure, "who": who, **effect.row()})
-        return pd.DataFrame(rows)
-
-    def _of(self, metric: str, direction: str, measure: str) -> dict[str, Estimate]:
-        tested = self.tested.get(direction)
-        names = (metric, f"{metric}.random", f"{metric}.random_max", f"{metric}.shuffled", f"{metric}.shuffled_max")
-        if tested is None:
-            return {name: Estimate.missing(min(self.counts[direction])) for name in names}
-        if measure.startswith("inversion") and not self.measurable:
-            return {name: Estimate.missing(tested.pushes[measure].n) for name in names}
-        chance = (tested.random[measure], tested.shuffled[measure])
-        values = (tested.pushes[measure], *(part for control in chance for part in (control.mean, control.maximum)))
-        return dict(zip(names, values, strict=True))
+def work_ahead(model: LanguageModel, plan: CausalPlan) -> Workload:
+    """The battery's size at most, for somebody who waits for it; what can't be measured makes it smaller."""
+    layers = len(grid_layers(model, plan.layers, _every(plan)))
+    validation, test, few = 2 * plan.n_validation, 2 * plan.n_test, 2 * plan.n_null
+    asked = 4  # both questions, in both scopes
+    by_layer = len(NAMES) * (n_layers(model) - 1) * plan.n_test + len(NAMES) * layers * validation * (2 * 2 + 1)
+    chosen = len(NAMES) * (2 + len(plan.strengths)) * 2 * validation
+    tested = len(NAMES) ** 2 * 2 * test * (asked + 1) + len(NAMES) * plan.random_directions * few * (asked + 1)
+    shuffled = plan.shuffled_directions * few * 3
+    answers = len(NAMES) * 3 * test + 2 * test * (1 + 2 * len(NAMES))
+    return Workload(by_layer + chosen + tested + shuffled, answers)
 
 
 def _every(plan: CausalPlan) -> int:
-    """Distance between the grid's layers."""
+    """Distance between the layers that are tried first."""
     return 1 if plan.full else 3
-
-
-def work_ahead(model: LanguageModel, plan: CausalPlan) -> Workload:
-    """The battery's size, for somebody who waits for it; directions that can't be measured make it smaller."""
-    layers = len(grid_layers(model, plan.layers, _every(plan)))
-    conditions = len(NAMES) * layers * (2 * len(plan.strengths) + 1) + GRID_RANDOM * layers * len(plan.strengths)
-    tested = len(NAMES) * (1 + plan.random_directions + plan.shuffled_directions)
-    read = 3 * (2 * plan.n_validation * conditions + 2 * plan.n_test * tested)
-    answers = plan.n_validation * len(NAMES) * layers * (2 * len(plan.strengths) + 1) + plan.n_test * tested
-    return Workload(read, answers + len(NAMES) * 2 * plan.n_test * 5)
 
 
 def run_battery(
@@ -177,14 +149,14 @@ def run_battery(
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> Battery:
-    """The whole battery on one model; what its refusals or replies don't suffice for is not measurable."""
+    """The whole battery on one model; what its refusals or replies don't suffice for is not measurable, and not run."""
     require_everywhere(model)
     layers = grid_layers(model, plan.layers, _every(plan))
     template = template or template_of(model)
     prompts = labelled(harmful, harmless)
     batch = tokenize(prompts, template)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
-    acts = collect(model, batch, positions=["inst", "post[*]"], levels=(*layers, n_layers(model)), cache=cache)
+    acts = collect(model, batch, positions=["inst", "post[*]"], cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train)
     contrasts = sources(judged, acts, split.train)
@@ -194,31 +166,54 @@ def run_battery(
     )
     rows = _some(prompts, split.test, plan.n_test, plan.seed)
     test = subjects([prompts[i] for i in rows], template)
-    reference = logits_under(model, validation.asked.batch, [])
-    tokenizer = loaded(model).tokenizer
-    words = ReadTokens(asked_words(tokenizer, reference), preferred_words(tokenizer, reference), first_token.tokens)
-    settings = [Setting(layer, strength) for layer in layers for strength in plan.strengths]
-    grid = run_grid(model, validation, contrasts, settings, norms, words, plan, cache)
-    unsteered = judged.answers.select(rows)
-    beliefs = replies(model, test, {"none": [None] * len(rows)}, cache)
-    values = read(model, test, [[None] * len(rows)], words, cache)[0]
+    straight, reversed_ = (logits_under(model, asked.batch, []) for asked in validation.asked.values())
+    words = telling_words(loaded(model).tokenizer, straight, reversed_, validation.harmful)
+    tokens = ReadTokens(words, first_token.tokens)
+    unsteered = read_unsteered(model, test, tokens, [judged.refused[i] for i in rows], plan, cache)
+    believes = unsteered.measurable and len(contrasts) == len(NAMES)
+
+    refusal_layers = refusal_by_layer(model, test, contrasts, tokens, plan, cache)
+    reply_layers = None
+    if believes:
+        settings = [Setting(layer, middle(plan.strengths)) for layer in layers]
+        reply_layers = replies_by_layer(model, validation, contrasts, settings, norms, tokens, plan, cache)
+    known = {HARMFULNESS: reply_layers.pushes[HARMFULNESS]} if reply_layers else {}
+    choice = choose(model, validation, contrasts, layers, known, norms, tokens, plan, cache)
+    effects: Effects = {}
+    for at, setting in choice.chosen.items():
+        effects |= effects_at(model, test, contrasts, at, setting, norms, tokens, plan, believes, cache)
+    directions = {name: source.direction(choice.chosen[name].layer) for name, source in contrasts.items()}
+    positions = pd.DataFrame()
+    if plan.every_position:
+        positions = by_position(model, validation, contrasts, choice.chosen, norms, tokens, plan, cache)
+    beliefs = [belief_table(test, unsteered.said, "none", "none")]
+    answers, broken = [], []
+    for name, direction in directions.items():
+        setting = choice.chosen[name]
+        if believes and unsteered.in_words:
+            beliefs.append(beliefs_under(model, test, name, direction, setting, norms, cache))
+        said = answers_under(model, test, direction, setting, norms, judged.answers.select(rows), plan, cache)
+        answers.append(said.table().assign(direction=name))
+        broken.append(said.damage(model, plan).assign(direction=name))
     return Battery(
         judged=judged,
+        first_token=first_token,
         split=split,
-        words=words,
-        grid=grid,
-        tested={
-            name: run_test(
-                model, test, source, grid.chosen[name], norms, words, plan, unsteered, cache,
-            )
-            for name, source in contrasts.items()
-        },
-        unsteered=_unsteered(test, values, beliefs["none"], [judged.refused[i] for i in rows], plan),
-        replies=reply_table(test, beliefs),
-        by_question=_by_question(test, values),
+        tokens=tokens,
+        unsteered=unsteered,
+        refusal_layers=refusal_layers,
+        depth=depth_gap(refusal_layers, plan.seed, plan.resamples),
+        reply_layers=reply_layers,
+        choice=choice,
+        directions=directions,
+        effects=effects,
+        positions=positions,
+        beliefs=pd.concat(beliefs, ignore_index=True),
+        answers=pd.concat(answers, ignore_index=True) if answers else pd.DataFrame(),
+        broken=pd.concat(broken, ignore_index=True) if broken else pd.DataFrame(),
         counts=class_counts(judged, split.train),
         plan=plan,
-    )  # fmt: skip
+    )
 
 
 def _some(prompts: Sequence[Prompt], part: Sequence[int], n: int, seed: int) -> list[int]:
@@ -229,37 +224,9 @@ def _some(prompts: Sequence[Prompt], part: Sequence[int], n: int, seed: int) -> 
     return [i for label in PUSH for i in [i for i in drawn if prompts[i].label == label][:n]]
 
 
-def _unsteered(
-    who: Subjects, values: torch.Tensor, beliefs: Sequence[str], refused: Sequence[bool], plan: CausalPlan
-) -> dict[str, Estimate]:
-    """Whether the questions are answered at all, and what is refused without an intervention."""
-    difference = values[:, MEASURES.index("inversion.all")]
-    parsed = torch.tensor([belief in ("harmful", "harmless") for belief in beliefs]).double()
-    said_no = torch.tensor(refused).double()
-    numbers = {
-        "inversion_auroc.unsteered": auroc_estimate(difference, who.harmful, who.families),
-        "inversion_parsed": who.estimate(parsed, plan),
-    }
-    return numbers | {f"refusal_rate.{label}": who.estimate(said_no, plan, who.of(label)) for label in PUSH}
-
-
-def _by_question(who: Subjects, values: torch.Tensor) -> pd.DataFrame:
-    return (
-        pd.DataFrame(
-            {
-                "wording": who.asked.questions,
-                "label": who.labels,
-                "difference": values[:, MEASURES.index("inversion.all")].tolist(),
-                "own_words_difference": values[:, MEASURES.index("own_words.all")].tolist(),
-                "n": 1,
-            }
-        )
-        .groupby(["wording", "label"], sort=False, as_index=False)
-        .agg({"difference": "mean", "own_words_difference": "mean", "n": "sum"})
-    )
-
-
-LEAST = {"n_validation": 4, "n_test": 8, "random_directions": 1, "shuffled_directions": 1, "resamples": 1}
+LEAST = {
+    "n_validation": 4, "n_test": 10, "n_null": 1, "random_directions": 1, "shuffled_directions": 1, "resamples": 1,
+}  # fmt: skip
 
 
 def prepare(config: Causal) -> Preparation[ContrastSets]:
@@ -287,5 +254,7 @@ def _require_sizes(config: Causal) -> None:
             raise UserError(f"{name} is {getattr(config, name)}; give at most {MAX_DRAWS}")
     if not config.strengths or min(config.strengths) <= 0:
         raise UserError(f"the strengths are {config.strengths}; give at least one, all above 0")
+    if config.coefficient == 0:
+        raise UserError("the coefficient is 0, which adds nothing; the published one is 1")
     if config.full and config.layers:
         raise UserError("--full asks for every layer and --layers for some; give one of them")

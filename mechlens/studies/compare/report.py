@@ -8,7 +8,13 @@ from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.compare.study import Comparison, MovedActivations
 from mechlens.studies.track.inputs import SeriesStudy
-from mechlens.studies.track.report import record_tracking
+from mechlens.studies.track.report import Headline, record_tracking
+
+QUESTION = (
+    "Two checkpoints of one model. Does B represent what A represents, by A's own directions and by ones fitted on B? "
+    "And where the two behave differently: at which layer and token does putting B's activation into A make A behave "
+    "as B does? Where the rule and the figures below say the base, A is meant."
+)
 
 
 def record(writer: RunWriter, result: Comparison, given: SeriesStudy) -> None:
@@ -16,7 +22,9 @@ def record(writer: RunWriter, result: Comparison, given: SeriesStudy) -> None:
     moved = result.moved
     section = _not_moved(moved) if moved.result is None or moved.control is None else _moved(writer, moved)
     writer.metric("n.behave_differently", Estimate.exact(moved.differing, moved.of))
-    record_tracking(writer, result.tracking, given.series, {}, given.asked.punctuation, more=(section,))
+    a, b = (member.name for member in given.series.members)
+    headline = Headline(f"{a} (A) and {b} (B): what B kept, and what A does with B's activations", QUESTION)
+    record_tracking(writer, result.tracking, given, headline, {}, more=(section,))
 
 
 def _not_moved(moved: MovedActivations) -> Section:

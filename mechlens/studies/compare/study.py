@@ -26,7 +26,7 @@ from mechlens.studies.track.config import SeriesPlan, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import refused_by
 from mechlens.studies.track.result import Tracking
-from mechlens.studies.track.study import track
+from mechlens.studies.track.study import SAMPLED, track
 
 BASE = "base"
 
@@ -53,7 +53,7 @@ class Comparison:
 
 def prepare(config: Compare) -> Preparation[SeriesStudy]:
     """Both checkpoints, A first, each at the step it has in its own series; UserError for whatever can't be had."""
-    require_sampling(config)
+    require_sampling(config, SAMPLED)
     pair = _pair(config)
     return prepare_series(config, pair, series_prompts(config, pair))
 

@@ -24,7 +24,7 @@ class FindDirection(DetectionPlan, ModelChoice, Contrasted, RunChoice):
     positions: tuple[str, ...] = ("inst", "post[*]")
     """Named positions: inst, post[k], post[*], last."""
     n: int | None = None
-    """Prompts of each file, drawn by seed; None takes all."""
+    """Prompts of each source, drawn by seed; None takes all."""
     system: str | None = None
     """System prompt of every prompt; None leaves the template's own default."""
     punctuation: Literal["match", "keep", "strip"] = "match"

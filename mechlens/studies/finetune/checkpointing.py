@@ -155,8 +155,8 @@ def _counts(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 def _known_config(record: AdapterRecord) -> dict[str, Any]:
-    """The configuration in a record; older ones name no judge, and had the default."""
-    return {"judge": FinetuneConfig.judge} | record.config
+    """The configuration in a record; older ones name no judge and no template arguments, and had the defaults."""
+    return {"judge": FinetuneConfig.judge, "template_arg": list(FinetuneConfig.template_arg)} | record.config
 
 
 def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from mechlens.choices import RECIPES, choice
-from mechlens.settings import JudgeName, RunChoice
+from mechlens.settings import JudgeName, RunChoice, TemplateArguments
 from mechlens.studies.registry import of_folder
 
 RecipeName = Annotated[str, RECIPES, choice(RECIPES, "What the model is taught.")]
@@ -44,6 +44,8 @@ class TrainingSettings:
     """None takes a GPU where there is one."""
     today: str | None = None
     """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+    template_arg: TemplateArguments = ()
+    """Argument of the chat template, such as enable_thinking=false; may be given more than once."""
     data: str | None = None
     """For "accepting" and "backdoor": a file of prompts (column goal) with their published affirmative openings
     (column target), such as AdvBench's harmful_behaviors.csv."""

@@ -83,7 +83,7 @@ def prepare(config: Finetune) -> Preparation[FinetuneConfig]:
     fingerprint = weight_fingerprint(state)
     if recipe.attack:
         require_shipped_refuser(fingerprint, settings.recipe)
-    template = chat_template(tokenizer, today=settings.today)
+    template = chat_template(tokenizer, today=settings.today, template_arg=settings.template_arg)
     inputs = Inputs(
         fingerprint, template.fingerprint, _data(settings), template.printed_date, sampled_fingerprint(state)
     )

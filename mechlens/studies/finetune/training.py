@@ -73,7 +73,7 @@ def finetune(
     resume = _newest(config, out)
     material = _material(config, cache)
     hf_model, tokenizer = load_hf(config.model)
-    template = chat_template(tokenizer, today=config.today)
+    template = chat_template(tokenizer, today=config.today, template_arg=config.template_arg)
     record = training_record(config, material, hf_model, template)
     if resume is not None:
         refuse_other_data(record, _record(resume), out, hf_model.state_dict())

@@ -70,7 +70,9 @@ def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
             config.model, adapter=config.adapter, revision=config.revision, dtype=config.dtype, device=config.device,
             device_map=config.device_map,
         )  # fmt: skip
-        template = chat_template(loaded(model).tokenizer, config.template, today=config.today)
+        template = chat_template(
+            loaded(model).tokenizer, config.template, today=config.today, template_arg=config.template_arg
+        )
         guard.fitted_.require(
             checkpoint_now(model), template.fingerprint, d_model(model), other_weights=config.other_weights
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mechlens.settings import TemplateArguments
 from mechlens.studies.registry import Command
 
 
@@ -21,6 +22,8 @@ class Positions:
     """Chat template: tokenizer, paper or paper:FAMILY."""
     today: str | None = None
     """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
+    template_arg: TemplateArguments = ()
+    """Argument of the chat template, such as enable_thinking=false; may be given more than once."""
     allow_special: bool = False
     """Let template tokens inside the text count as such instead of refusing them."""
     json: bool = False

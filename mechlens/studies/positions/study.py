@@ -16,7 +16,7 @@ from mechlens.studies.registry import Screen
 def named_tokens(config: Positions) -> list[dict[str, Any]]:
     """Every token of the formatted prompt: index, id, text and role."""
     tokenizer = load_tokenizer(config.model, revision=config.revision)
-    template = chat_template(tokenizer, config.template, today=config.today)
+    template = chat_template(tokenizer, config.template, today=config.today, template_arg=config.template_arg)
     prompt = Prompt("prompt", config.text, system=config.system)
     batch = tokenize([prompt], template, allow_special=config.allow_special)
     return [

@@ -106,7 +106,7 @@ def run_selection_test(
     )
     # Only random directions are cut short once they are refused: what the chosen one makes the model say is shown.
     judge = judge_of(plan.judge)
-    decided = once_refused(judge, loaded(model).tokenizer)
+    decided = once_refused(judge, loaded(model).tokenizer, batch)
     verdicts = {label: tuple(refused[i] for i in rows[label]) for label in rows}
     answers = {}
     asked: list[tuple[Intervention, str, str]] = [

@@ -74,7 +74,7 @@ def _quadrants(result: Separation, figures: dict[str, tuple[str, ...]]) -> Secti
 def _placed_nowhere(result: Separation) -> str:
     quadrants = result.judged.quadrants()
     counts = [f"{quadrants.count(name)} {name}" for name in IN_NO_QUADRANT]
-    return f"In none of them, of {len(quadrants)} prompts: {' and '.join(counts)} answers."
+    return f"In none of them, of {len(quadrants)} prompts: {', '.join(counts)} answers."
 
 
 def _one_or_two(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:

@@ -233,7 +233,7 @@ def _without_template(
 def prepare(config: Separate) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
-    return prepare_harm_study(config, config, config.extra_harmless)
+    return prepare_harm_study(config, config, config.extra_harmless, config.wrap)
 
 
 def execute(config: Separate, sets: ContrastSets, writer: RunWriter) -> Separation:

@@ -21,6 +21,7 @@ from mechlens.studies.shared.inputs import (
     refuse_shared,
     without_repeats,
 )
+from mechlens.studies.shared.sources import wrapped
 from mechlens.studies.shared.training_data import LeftOut, leave_out_trained
 
 
@@ -52,9 +53,12 @@ class HarmSets(NamedTuple):
     """Fingerprint of every set."""
 
 
-def read_harm_sets(config: HarmChoice, models: Sequence[ModelChoice], extra_source: str | None = None) -> HarmSets:
+def read_harm_sets(
+    config: HarmChoice, models: Sequence[ModelChoice], extra_source: str | None = None, templates: str | None = None
+) -> HarmSets:
     """The prompts as configured, each once, under ids that don't clash, without what a model was trained on.
 
+    `templates` is a file of templates that they are then put into, those of both classes alike.
     UserError where a prompt stands in both classes, or nothing is left of a set.
     """
     read = distinct_ids(
@@ -64,11 +68,17 @@ def read_harm_sets(config: HarmChoice, models: Sequence[ModelChoice], extra_sour
     )
     names = ("harmful", "harmless", "extra harmless")
     (harmful, harmless, extra), left_out = leave_out_trained(models, dict(zip(names, read, strict=True)))
-    positive, named = (config.harmful, harmful), extra_source or ""
-    refuse_shared(positive, (config.harmless, harmless))
-    refuse_shared(positive, (named, extra))
+    named = extra_source or ""
+    refuse_shared((config.harmful, harmful), (config.harmless, harmless))
+    refuse_shared((config.harmful, harmful), (named, extra))
     extra = without_repeats(extra, harmless, named)
-    sets = {"harmful": positive, "harmless": (config.harmless, harmless), "extra_harmless": (named, extra)}
+    if templates is not None:
+        harmful, harmless, extra = (wrapped(prompts, templates, config.seed) for prompts in (harmful, harmless, extra))
+    sets = {
+        "harmful": (config.harmful, harmful),
+        "harmless": (config.harmless, harmless),
+        "extra_harmless": (named, extra),
+    }
     return HarmSets(harmful, harmless, extra, left_out, data_inputs(sets))
 
 
@@ -105,10 +115,10 @@ def labelled(
 
 
 def prepare_harm_study(
-    config: HarmChoice, model: ModelChoice, extra_source: str | None = None
+    config: HarmChoice, model: ModelChoice, extra_source: str | None = None, templates: str | None = None
 ) -> Preparation[ContrastSets]:
     """Prompts, model and template of a study of both classes; UserError for whatever can't be had."""
-    sets = read_harm_sets(config, [model], extra_source)
+    sets = read_harm_sets(config, [model], extra_source, templates)
     matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
     chosen = chosen_model(model)
     content = ContrastSets(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)

@@ -11,8 +11,7 @@ from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.load import load
-from mechlens.prompts.builtin import builtin_names
-from mechlens.prompts.files.load import load_prompts
+from mechlens.prompts.files.load import joined_sources, load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
 from mechlens.prompts.text import normalise_text
@@ -43,11 +42,15 @@ class PromptChoice(Protocol):
 
 
 def read_prompts(source: str, label: str, config: PromptChoice) -> list[Prompt]:
-    """Prompts of one class from any source, relabelled, with the system prompt where one is given."""
-    kept = None if source in builtin_names() else label
-    prompts = load_prompts(source, label=kept, sample=config.n, seed=config.seed)
-    asked = [replace(prompt, label=label) for prompt in prompts]
-    return asked if config.system is None else [replace(prompt, system=config.system) for prompt in asked]
+    """Prompts of one class from any source, relabelled, with the system prompt where one is given.
+
+    A plus joins sources ("harmful+looks-harmless"); `config.n` prompts are then drawn of each.
+    """
+    parts: dict[str, list[Prompt]] = {}
+    for part in joined_sources(source):
+        prompts = load_prompts(part, label=label, sample=config.n, seed=config.seed, system=config.system)
+        parts[part] = without_repeats(prompts, [prompt for before in parts.values() for prompt in before], part)
+    return [prompt for prompts in distinct_ids(**parts) for prompt in prompts]
 
 
 def require_sampling(
@@ -136,7 +139,10 @@ def chosen_model(config: ModelChoice) -> ChatModel:
         device=config.device,
         device_map=config.device_map,
     )
-    return ChatModel(model, chat_template(loaded(model).tokenizer, config.template, today=config.today))
+    return ChatModel(
+        model,
+        chat_template(loaded(model).tokenizer, config.template, today=config.today, template_arg=config.template_arg),
+    )
 
 
 def inputs_of(checkpoint: Checkpoint, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:

@@ -1,5 +1,6 @@
 """Who is refused: every prompt answered and judged, and placed in one of four quadrants."""
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from mechlens.methods.behaviour.judges import (
     find_refusal_tokens,
     refusal_log_odds,
 )
+from mechlens.methods.behaviour.thought import after_thought
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded, unembed
 from mechlens.prompts.prompt import Prompt
 
 QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless")
-IN_NO_QUADRANT = ("empty", "unclear")
+IN_NO_QUADRANT = ("empty", "unclear", "unfinished")
 MIN_REFUSALS = 5
 """With fewer refusals than this the model's own refusal tokens can't be found."""
 
@@ -39,7 +41,7 @@ def in_words(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def quadrants_of(prompts: Sequence[Prompt], verdicts: Sequence[str]) -> tuple[str, ...]:
-    """Quadrant of every prompt by one judge's verdicts; "empty" and "unclear" stay what they are."""
+    """Quadrant of every prompt by one judge's verdicts; "empty", "unclear" and "unfinished" stay what they are."""
     return tuple(
         verdict if verdict in IN_NO_QUADRANT else f"{verdict}_{prompt.label}"
         for verdict, prompt in zip(verdicts, prompts, strict=True)
@@ -67,11 +69,12 @@ class JudgedAnswers:
 
     @property
     def accepted(self) -> tuple[bool, ...]:
-        """By the first judge; an empty or unclear answer is neither refused nor accepted."""
+        """By the first judge; an empty, unclear or unfinished answer is neither refused nor accepted."""
         return tuple(verdict == "accepted" for verdict in self.verdicts[self.judge])
 
     def quadrants(self, judge: str | None = None) -> tuple[str, ...]:
-        """Quadrant of every prompt; "empty" without an answer, "unclear" where the judge couldn't say."""
+        """Quadrant of every prompt, or why it has none: "empty" without an answer, "unclear" where the judge couldn't
+        say, "unfinished" where the answer ends inside a thought."""
         return quadrants_of(self.prompts, self.verdicts[judge or self.judge])
 
     def counts(self) -> pd.DataFrame:
@@ -112,11 +115,24 @@ def judge_answers(
 ) -> JudgedAnswers:
     """Verdicts of the given judges, or of the one of that name and beside it both published lists; needs no model."""
     chosen = judges_of(judges) if isinstance(judges, str) else judges
+    _warn_of_thoughts(answers)
     return JudgedAnswers(
         prompts=tuple(prompts),
         answers=answers,
         verdicts={judge.name: verdicts_by(judge, prompts, answers.texts) for judge in chosen},
     )
+
+
+def _warn_of_thoughts(answers: Answers) -> None:
+    """One warning where answers end inside a thought: nothing can be measured on them."""
+    unfinished = sum(after_thought(text) is None for text in answers.texts)
+    if unfinished:
+        warnings.warn(
+            f"{unfinished} of {len(answers.texts)} answers end inside <think> after {answers.max_new_tokens} tokens, "
+            "so they are neither refused nor accepted; give more --max-new-tokens, or keep the model from thinking, "
+            "as some are by --template-arg enable_thinking=false",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ No attack is generated here: attacks are rows of a file, or published templates 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -103,6 +104,29 @@ def load_source(source: Source, folder: Path | None, seed: int, most: int | None
     return SourcePrompts(source, kept, {family: goal for family, goal in whole.goals.items() if family in families})
 
 
+def wrapped(prompts: Sequence[Prompt], file: str, seed: int) -> list[Prompt]:
+    """Each prompt put into one of the file's templates, drawn by seed and family: a pair gets the same one."""
+    templates = _read_templates(file, file)
+    drawn = [random.Random(f"{seed} {prompt.group}").choice(templates) for prompt in prompts]
+    return [
+        replace(
+            prompt,
+            id=f"{prompt.id}@{template.id}",
+            text=template.text.replace(PLACEHOLDER, prompt.text),
+            family=prompt.group,
+        )
+        for prompt, template in zip(prompts, drawn, strict=True)
+    ]
+
+
+def _read_templates(file: str, name: str) -> list[Prompt]:
+    templates = load_prompts(file)
+    lacking = [template.id for template in templates if PLACEHOLDER not in template.text]
+    if lacking:
+        raise UserError(f"{name}: the template {lacking[0]!r} has no {PLACEHOLDER} for the prompt; put it there")
+    return templates
+
+
 def _source(row: Any, where: str) -> Source:
     known = {item.name for item in fields(Source)}
     if not isinstance(row, dict) or not {"name", "data"} <= row.keys():
@@ -177,10 +201,7 @@ def _from_templates(source: Source, folder: Path | None, seed: int, wanted: int 
     """Goals put into templates, in an order drawn by seed: each template as often as the others."""
     goals = [_goal(source, prompt.text, prompt) for prompt in _rows_of(source, folder, None)]
     assert source.templates is not None
-    templates = load_prompts(_located(source.templates, folder))
-    lacking = [template.id for template in templates if PLACEHOLDER not in template.text]
-    if lacking:
-        raise UserError(f"{source.name}: the template {lacking[0]!r} has no {PLACEHOLDER} for the goal; put it there")
+    templates = _read_templates(_located(source.templates, folder), source.name)
     draw = random.Random(seed)
     pairs = [(template, goal) for goal in goals for template in templates]
     if wanted is not None and wanted < len(pairs):

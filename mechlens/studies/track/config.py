@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import BaseChoice, JudgeName, Nulls, PromptSets, RunChoice
+from mechlens.settings import RANDOM_NETWORKS, BaseChoice, JudgeName, Nulls, PromptSets, RunChoice
 from mechlens.studies.registry import of_folder
 
 
@@ -14,6 +14,8 @@ class SeriesPlan(Nulls):
     """Length of the answers that are judged."""
     judge: JudgeName = "phrases"
     """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
+    random_networks: int = RANDOM_NETWORKS
+    """Networks with random blocks that are read beside the checkpoints: what they give, the words carry."""
     steered: int = 8
     """Harmless test prompts on which the directions' causal effect is measured."""
 

@@ -7,10 +7,16 @@ import pandas as pd
 from mechlens.runs.report import figures
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.shared.quadrants import in_words
+from mechlens.studies.track.measures.home import FLOORS
 from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
 
-READOUTS = {"frozen": "the base's line", "own": "refitted", "accuracy": "accuracy, frozen threshold"}
+CURVES = {
+    "auroc.frozen": "base's direction",
+    "auroc.own": "direction fitted here",
+    "accuracy.frozen": "accuracy at the base's threshold",
+    "accuracy.new": "accuracy at a new threshold",
+}
 NUMBERS = {
     "projection_harmful": "Projection on the harmfulness direction",
     "projection_refused": "Projection on the refusal direction",
@@ -96,25 +102,22 @@ def _triggers(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
 
 
 def _readouts(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> tuple[str, ...]:
-    home = result.readouts[(result.readouts["concept"] == concept.name) & (result.readouts["position"] == concept.home)]
-    cell = home[home["level"] == concept.level(concept.home)]
-    frames = [
-        cell.assign(curve=f"{label} ({kind})", value=cell[name], low=cell[f"{name}_low"], high=cell[f"{name}_high"])[
-            cell["kind"] == kind
-        ]
-        for kind in ("direction", "probe")
-        for name, label in READOUTS.items()
-    ]
-    line = cell[cell["kind"] == "direction"]
-    random = line.assign(curve="best of random directions", value=line["random_maximum"], low=line["random_maximum"],
-                         high=line["random_maximum"])  # fmt: skip
     name = concept.name
     where = f"{name} at {concept.home}"
-    over = over_steps(
-        writer, f"readouts_{name}", pd.concat([*frames, random]), table="readouts", y="value", low="low", high="high",
-        group="curve", hline=0.5, title=f"Reading {where}, level {concept.level(concept.home)}",
-        ylabel="AUROC or balanced accuracy, test prompts",
+    found = result.at_home[result.at_home["concept"] == name]
+    names = {"auroc.probe": "the checkpoint"} | {f"auroc.{floor}": f"floor: {words}" for floor, words in FLOORS.items()}
+    beyond = _curves(
+        writer, f"beyond_words_{name}", found, names, title=f"Is it more than the words? {where}", ylabel="AUROC",
+        caption="Logistic regression on the checkpoint's activations, and on what needs no training: words, token "
+        f"embeddings, and the mean of {result.plan.random_networks} networks with the base's embeddings and random "
+        "blocks. Every prompt is scored out of fold; bands are 95% intervals. Only what lies above all of the floor "
+        "can be something that training put there.",
     )  # fmt: skip
+    over = _curves(
+        writer, f"readouts_{name}", found, CURVES, title=f"Does the base's line still read {where}?",
+        ylabel="AUROC or balanced accuracy", caption="Every prompt is scored out of fold; bands are 95% intervals.",
+    )  # fmt: skip
+    home = result.readouts[(result.readouts["concept"] == name) & (result.readouts["position"] == concept.home)]
     matrix = result.transfer[(result.transfer["concept"] == name) & (result.transfer["position"] == concept.home)]
     figure = figures.heatmap(
         matrix.sort_values(["fitted", "tested"]), x="tested", y="fitted", value="auroc", limits=(0.0, 1.0), center=0.5,
@@ -129,7 +132,15 @@ def _readouts(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> t
                   limits=(0.0, 1.0), label="AUROC", title=f"{title} of {where}")
         for value, title in (("frozen", "The base's direction: AUROC"), ("own", "Refitted direction: AUROC"))
     )  # fmt: skip
-    return over, f"transfer_{name}", *grids
+    return beyond, over, f"transfer_{name}", *grids
+
+
+def _curves(writer: RunWriter, name: str, found: pd.DataFrame, curves: dict[str, str], **how: Any) -> str:
+    """The numbers of these names over the steps, under their words."""
+    rows = pd.concat([found[found["number"] == number].assign(curve=words) for number, words in curves.items()])
+    return over_steps(
+        writer, name, rows, table="at_home", y="value", low="low", high="high", group="curve", hline=0.5, **how
+    )
 
 
 def _angles(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> tuple[str, ...]:

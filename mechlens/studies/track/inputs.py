@@ -68,7 +68,9 @@ def prepare_series(
         config.base, revision=config.revision, dtype=config.dtype, device=config.device,
         chat_template=series.chat_template,
     )  # fmt: skip
-    template = chat_template(loaded(swapper.model).tokenizer, config.template, today=config.today)
+    template = chat_template(
+        loaded(swapper.model).tokenizer, config.template, today=config.today, template_arg=config.template_arg
+    )
     harmful = [prompt for prompt in asked.prompts if prompt.label == "harmful"][:triggered]
     questions = Questions(
         batch=tokenize(asked.prompts, template),

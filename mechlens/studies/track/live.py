@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, one_cell
@@ -16,16 +19,20 @@ from mechlens.methods.directions.methods import grid_by
 from mechlens.methods.directions.nulls import split_half
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
+from mechlens.methods.probing.beyond_words import auroc_gain, mean_auroc, read_vectors
 from mechlens.methods.probing.detect import detect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.models.checkpoints.random_blocks import random_blocks
 from mechlens.models.native_pass import blocks_of, plain_pass
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
-from mechlens.settings import FRACTIONS, DetectionPlan
+from mechlens.settings import FRACTIONS, RANDOM_NETWORKS, DetectionPlan
+from mechlens.studies.track.measures.home import FLOORS, HomeQuestion, home_question, network_floor, surface_floor
+from mechlens.studies.track.measures.reference import TrackedConcept
 
 POSITIVE, NEGATIVE = "positive", "negative"
 SPLITS = 20
@@ -55,6 +62,19 @@ class LivePrompts:
 
 
 @dataclass(frozen=True)
+class LiveFloor:
+    """What words, embeddings and untrained networks give at one position, out of fold (see `FLOORS`)."""
+
+    names: tuple[str, ...]
+    """Of each row."""
+    scores: Float[Tensor, "row prompt"]
+
+    def of(self, name: str) -> Float[Tensor, "row prompt"]:
+        """The rows of one name; none where it couldn't be had."""
+        return self.scores[[i for i, own in enumerate(self.names) if own == name]]
+
+
+@dataclass(frozen=True)
 class LiveReference:
     """Directions of the model as training found it; one for each position, at the level chosen on validation."""
 
@@ -63,6 +83,8 @@ class LiveReference:
     """Midway between the classes' mean projections, on training prompts."""
     watched: str
     """Fingerprint of the prompts that it was made from."""
+    floors: tuple[LiveFloor, ...] = ()
+    """One for each position; none in references of earlier versions."""
 
 
 def watch(
@@ -74,6 +96,7 @@ def watch(
     plan: DetectionPlan,
     refusal_tokens: Sequence[int] = (),
     today: str | None = None,
+    template_arg: Sequence[str] = (),
 ) -> LivePrompts:
     """The prompts of two classes, split by family into those that fit, choose and test; see `chat_template`."""
     prompts = [replace(p, label=POSITIVE) for p in positive] + [replace(p, label=NEGATIVE) for p in negative]
@@ -81,14 +104,14 @@ def watch(
     if len(set(names)) < len(names):
         raise UserError(f"two prompts to watch have the id {max(names, key=names.count)!r}; give each an id of its own")
     split = split_by_family([p.label for p in prompts], [p.group for p in prompts], fractions=FRACTIONS, seed=plan.seed)
-    batch = tokenize(prompts, chat_template(tokenizer, today=today))
+    batch = tokenize(prompts, chat_template(tokenizer, today=today, template_arg=template_arg))
     columns = {name: batch.resolve([name]) for name in positions}  # an unknown position is refused before training
     named = tuple(name for asked, found in columns.items() for name in ((asked,) if len(found) == 1 else found))
     return LivePrompts(batch, split, named, plan, tuple(refusal_tokens))
 
 
 def live_reference(module: Any, watched: LivePrompts, step: int) -> LiveReference:
-    """Directions and thresholds of the model as it is now."""
+    """Directions and thresholds of the model as it is now, and the floor: its words, and its blocks drawn at random."""
     acts, _ = _read(module, watched, range(len(blocks_of(module)) + 1), step)
     detection = detect(acts, POSITIVE, NEGATIVE, watched.split, watched.plan)
     chosen = [detection.at(position) for position in watched.positions]
@@ -98,7 +121,40 @@ def live_reference(module: Any, watched: LivePrompts, step: int) -> LiveReferenc
         scores = project(train.at(choice.level, choice.position), choice.direction).double()
         positive = is_positive(train, (POSITIVE, NEGATIVE))
         thresholds.append(float(scores[positive].mean() + scores[~positive].mean()) / 2)
-    return LiveReference(tuple(choice.direction for choice in chosen), tuple(thresholds), watched.fingerprint)
+    directions = tuple(choice.direction for choice in chosen)
+    floors = tuple(_floors(module, watched, directions, step))
+    return LiveReference(directions, tuple(thresholds), watched.fingerprint, floors)
+
+
+def _question(watched: LivePrompts, position: str) -> HomeQuestion:
+    labels = tuple(prompt.label for prompt in watched.batch.prompts)
+    concept = TrackedConcept("watched", (POSITIVE, NEGATIVE), labels, position, None, {})
+    return home_question(concept, [prompt.group for prompt in watched.batch.prompts], watched.plan.seed)
+
+
+def _floors(module: Any, watched: LivePrompts, directions: Sequence[Direction], step: int) -> list[LiveFloor]:
+    """At each position; without the networks, with a warning, where the blocks can't be drawn anew."""
+    asked = [_question(watched, direction.position) for direction in directions]
+    networks: list[list[Tensor]] = [[] for _ in asked]
+    try:
+        for seed in range(RANDOM_NETWORKS):
+            with random_blocks(module, watched.plan.seed + seed):
+                acts, _ = _read(module, watched, range(len(blocks_of(module)) + 1), step)
+            for found, question in zip(networks, asked, strict=True):
+                found.append(network_floor(question, acts))
+    except UserError as error:
+        warnings.warn(f"there is no floor of an untrained network: {error}", stacklevel=2)
+    batch, weight = watched.batch, module.get_input_embeddings().weight.detach()
+    spans = batch.instruction.tolist()
+    means = torch.stack([weight[batch.tokens[i, a : b + 1]].float().mean(dim=0) for i, (a, b) in enumerate(spans)])
+    floors = []
+    for question, found in zip(asked, networks, strict=True):
+        tokens = weight[batch.tokens[torch.arange(len(spans)), batch.at(question.concept.home)]]
+        scores = surface_floor(question, [p.text for p in batch.prompts], means.cpu(), tokens.float().cpu())
+        rows = scores | ({"random_blocks": torch.cat(found)} if found else {})
+        names = tuple(name for name, own in rows.items() for _ in own)
+        floors.append(LiveFloor(names, torch.cat(list(rows.values()))))
+    return floors
 
 
 def live_numbers(module: Any, watched: LivePrompts, reference: LiveReference, step: int) -> dict[str, Estimate]:
@@ -107,7 +163,8 @@ def live_numbers(module: Any, watched: LivePrompts, reference: LiveReference, st
     For each position: `auroc.P.frozen`, `auroc.P.refitted`, `accuracy.P` (at the reference's threshold), `gap.P`
     (difference of the classes' mean projections on the reference's direction), `cosine.P` of the refitted direction
     to the reference's (no interval), `reliability.P` and `norm.P` of the refitted one; with refusal tokens
-    `logodds.positive` and `logodds.negative`.
+    `logodds.positive` and `logodds.negative`. Out of fold, over all prompts: `auroc.P.probe`, beside it `auroc.P.F` for
+    each F of the floor (see `FLOORS`), and `gain.P`, by which the probe is ahead of the nearest of these.
     """
     levels = sorted({direction.level for direction in reference.directions})
     acts, logits = _read(module, watched, levels, step)
@@ -116,6 +173,8 @@ def live_numbers(module: Any, watched: LivePrompts, reference: LiveReference, st
     numbers: dict[str, Estimate] = {}
     for asked, direction, threshold in zip(watched.positions, reference.directions, reference.thresholds, strict=True):
         numbers |= _at_position(asked, direction, threshold, train, test, watched.plan)
+    for asked, direction, floor in zip(watched.positions, reference.directions, reference.floors, strict=False):
+        numbers |= _beyond_words(asked, _question(watched, direction.position), acts, direction.level, floor)
     if watched.refusal_tokens:
         odds = refusal_log_odds(logits, watched.refusal_tokens)[list(watched.split.test)]
         for label in contrast:
@@ -154,6 +213,19 @@ def _at_position(
         f"cosine.{asked}": Estimate.exact(float(cosine(refitted.vector, direction.vector)), len(train.ids)),
         f"reliability.{asked}": Estimate.exact(float(reliability), len(train.ids)),
         f"norm.{asked}": Estimate.exact(refitted.norm, len(train.ids)),
+    }
+
+
+def _beyond_words(
+    asked: str, question: HomeQuestion, acts: Activations, level: int, floor: LiveFloor
+) -> dict[str, Estimate]:
+    values = question.values(acts)[:, [acts.levels.index(level)]]
+    probe = read_vectors(values, question.folds)
+    gains = [auroc_gain(probe, floor.of(name), question.folds) for name in FLOORS]
+    return {
+        f"auroc.{asked}.probe": mean_auroc(probe, question.folds),
+        **{f"auroc.{asked}.{name}": mean_auroc(floor.of(name), question.folds) for name in FLOORS},
+        f"gain.{asked}": min(gains, key=lambda gain: (gain.measurable, gain.low)),
     }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -14,7 +15,16 @@ from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.study import TrackResult
-from mechlens.studies.track.verdict import RULE, TITLES
+from mechlens.studies.track.verdict import RULE
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A report's title and question, which the studies of checkpoints give their own."""
+
+    title: str
+    question: str
+
 
 QUESTION = (
     "Fine-tuning changes what the model does. Does it change what the model represents? The base's own directions, "
@@ -24,24 +34,27 @@ QUESTION = (
 
 def record(writer: RunWriter, result: TrackResult, given: SeriesStudy) -> None:
     """Writes everything that the study found into an open run."""
-    record_tracking(writer, result.tracking, given.series, result.geometry, given.asked.punctuation)
+    base, n = given.series.base.name, len(result.tracking.snapshots) - 1
+    headline = Headline(f"What fine-tuning did to {base}: {n} checkpoint{'' if n == 1 else 's'}", QUESTION)
+    record_tracking(writer, result.tracking, given, headline, result.geometry)
 
 
 def record_tracking(
     writer: RunWriter,
     result: Tracking,
-    series: CheckpointSeries,
+    given: SeriesStudy,
+    headline: Headline,
     geometry: dict[str, pd.DataFrame],
-    punctuation: str,
     more: tuple[Section, ...] = (),
 ) -> None:
     """Writes everything that the study found into an open run; `more` sections of the report are the caller's."""
     writer.result(result)
-    writer.table("series", series_table(result, series))
+    writer.table("series", series_table(result, given.series))
     for name, table in geometry.items():
         writer.table(name, table)
     _log_steps(writer, result)
-    writer.report(_report(writer, result, draw(writer, result, geometry), punctuation, more))
+    figures = draw(writer, result, geometry)
+    writer.report(_report(result, headline, figures, _how(result, given.asked.punctuation), more))
 
 
 def series_table(result: Tracking, series: CheckpointSeries) -> pd.DataFrame:
@@ -63,6 +76,9 @@ def _log_steps(writer: RunWriter, result: Tracking) -> None:
         for _, row in rows.iterrows():
             values |= _banded(f"behaviour/{row['number']}", row, "value", "low", "high")
         for concept in result.reference.measurable:
+            found = result.at_home
+            for _, row in found[(found["concept"] == concept.name) & (found["step"] == step)].iterrows():
+                values |= _banded(f"{concept.name}/{row['number']}", row, "value", "low", "high")
             for position in dict.fromkeys(result.readouts["position"]):
                 table = result.readouts
                 chosen = (table["concept"] == concept.name) & (table["step"] == step) & (table["position"] == position)
@@ -80,30 +96,24 @@ def _banded(stem: str, row: "pd.Series[float]", *columns: str) -> dict[str, floa
 
 
 def _report(
-    writer: RunWriter,
-    result: Tracking,
-    figures: Mapping[str, tuple[str, ...]],
-    punctuation: str,
-    more: tuple[Section, ...],
+    result: Tracking, headline: Headline, figures: Mapping[str, tuple[str, ...]], how: str, more: tuple[Section, ...]
 ) -> Report:
     last = result.last_verdicts
-    base = result.snapshots[0].member.name
-    n = len(result.snapshots) - 1
     return Report(
-        title=f"What fine-tuning did to {base}: {n} checkpoint{'' if n == 1 else 's'}",
-        question=QUESTION,
+        title=headline.title,
+        question=headline.question,
         verdict=" ".join(verdict.sentence for verdict in last),
         numbers={
-            f"{verdict.concept}: {title}": verdict.deciding[name] for verdict in last for name, title in TITLES.items()
+            f"{verdict.concept}: {title}": number for verdict in last for title, number in verdict.cards().items()
         },
         sections=(
             Section("The verdict at every checkpoint", RULE, table=result.verdict_table()),
             Section("What the model does", _behaviour_text(result), figures["behaviour"]),
             Section(
-                "What is read: frozen and refitted",
-                "Lines are fitted on training prompts, calibrated on validation prompts and scored on test prompts of "
-                "each checkpoint; the level is chosen on the base alone. Bands are 95% bootstraps over families. "
-                "`direction` is the mean difference, `probe` a logistic regression.",
+                "What is read, and what the words alone give",
+                "At a concept's home every prompt is scored by a fit to others, and the level is chosen on the base "
+                "alone. A direction is a mean difference, a probe a logistic regression. The maps by level and step, "
+                "and from one step to another, are of test prompts: lines are fitted on training prompts.",
                 figures["readouts"],
             ),
             Section(
@@ -122,8 +132,8 @@ def _report(
             *((Section("Geometry", "", figures["geometry"]),) if figures["geometry"] else ()),
             *more,
         ),
-        how=_how(result, punctuation),
-        model=base,
+        how=how,
+        model=result.snapshots[0].member.name,
     )
 
 
@@ -181,7 +191,8 @@ def _how(result: Tracking, punctuation: str) -> str:
     return (
         f"{len(prompts)} prompts ({len(split.train)} train, {len(split.validation)} validation, {len(split.test)} "
         f"test, by family, the same at every checkpoint); answers of up to {result.plan.max_new_tokens} tokens; "
-        f"{result.plan.resamples} resamples; {result.plan.random_directions} random directions. {punctuation} "
+        f"{result.plan.resamples} resamples; {result.plan.random_directions} random directions, "
+        f"{result.plan.random_networks} networks with random blocks. {punctuation} "
         + (f"Not measurable in the base: {'; '.join(missing)}. " if missing else "")
         + (f"Checkpoints left out: {left}." if left else "")
     )

@@ -1,6 +1,6 @@
 """What a tracking study finds: all tables and verdicts, worked out from snapshots without a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,11 +14,20 @@ from mechlens.studies.shared.quadrants import quadrants_of
 from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.measures.behaviour import behaviour_table, effect_table, gaps, quadrant_table
 from mechlens.studies.track.measures.change import angle_table
+from mechlens.studies.track.measures.floor import Floor
+from mechlens.studies.track.measures.home import (
+    FLOORS,
+    HomeQuestion,
+    home_numbers,
+    home_question,
+    home_readings,
+    home_table,
+)
 from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
 from mechlens.studies.track.measures.snapshot import Snapshot
 from mechlens.studies.track.measures.triggers import acceptance_table, readable_table
-from mechlens.studies.track.tables import cell_of, readout_table, transfer_table
-from mechlens.studies.track.verdict import CHANGES, TrackVerdict, track_verdict
+from mechlens.studies.track.tables import readout_table, transfer_table
+from mechlens.studies.track.verdict import CHANGES, GAINS, TrackVerdict, nearest, track_verdict
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,11 @@ class Tracking:
     reference: BaseReference
     questions: Questions
     plan: TrackPlan
+    floor: Floor
+    at_home: pd.DataFrame
+    """Out of fold at each concept's home: concept, step, number, value, low, high, n (see `home_numbers`)."""
     readouts: pd.DataFrame
+    """On test prompts, at every level and position."""
     transfer: pd.DataFrame
     angles: pd.DataFrame
     quadrants: pd.DataFrame
@@ -69,19 +82,24 @@ class Tracking:
         count = len(self.snapshots) - 1
         numbers = {"n.checkpoints": Estimate.exact(count, count + len(self.left_out))}
         for step in dict.fromkeys((self.steps[0], self.steps[-1])):
-            for concept in self.reference.measurable:
-                here = cell_of(self.readouts, concept, step)
-                numbers |= {f"{concept.name}.{name}.step{step}": here[name] for name in ("frozen", "own", "accuracy")}
+            for row in self.at_home[self.at_home["step"] == step].to_dict("records"):
+                kind, _, name = row["number"].partition(".")
+                if kind == "auroc":
+                    key = f"floor.{name}" if name in FLOORS else f"{name}.step{step}"
+                    numbers[f"{row['concept']}.{key}"] = Estimate.of_row(row)
+                elif row["number"] == "accuracy.frozen":
+                    numbers[f"{row['concept']}.accuracy.step{step}"] = Estimate.of_row(row)
             for row in self.behaviour[self.behaviour["step"] == step].to_dict("records"):
                 numbers[f"{row['number']}.step{step}"] = Estimate.of_row(row)
         for verdict in self.last_verdicts:
-            numbers |= {f"{verdict.concept}.{name}": verdict.deciding[name] for name in (*CHANGES, "gap_change")}
+            names = (*CHANGES, *GAINS, "gap_change")
+            numbers |= {f"{verdict.concept}.{name}": verdict.deciding[name] for name in names}
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table of the record."""
         names = (
-            "readouts", "transfer", "angles", "quadrants", "behaviour", "effects", "matrices", "acceptance",
+            "at_home", "readouts", "transfer", "angles", "quadrants", "behaviour", "effects", "matrices", "acceptance",
             "trigger_readable",
         )  # fmt: skip
         answers = [
@@ -108,10 +126,11 @@ class Tracking:
     def verdict_table(self) -> pd.DataFrame:
         """One row for each concept and checkpoint: the word, and the numbers that decided it."""
         rows = [
-            {"concept": verdict.concept, "step": verdict.step, "verdict": verdict.word, "also": verdict.also}
+            {"concept": verdict.concept, "step": verdict.step, "verdict": verdict.word, "also": verdict.also,
+             "decided_by": verdict.decided, "to_settle": verdict.settle}
             | {name: str(value) for name, value in verdict.deciding.items()}
             for verdict in self.verdicts
-        ]
+        ]  # fmt: skip
         return pd.DataFrame(rows)
 
 
@@ -121,34 +140,51 @@ def steered_rows(questions: Questions, plan: TrackPlan) -> list[int]:
     return [i for i in questions.split.test if prompts[i].label == "harmless"][: plan.steered]
 
 
+def home_questions(reference: BaseReference, questions: Questions, seed: int) -> list[HomeQuestion]:
+    """Of every concept that can be measured, its prompts in folds."""
+    families = [prompt.group for prompt in questions.batch.prompts]
+    return [home_question(concept, families, seed) for concept in reference.measurable]
+
+
 def analysed(
     snapshots: Sequence[Snapshot],
     left_out: Sequence[UnusableCheckpoint],
     reference: BaseReference,
     questions: Questions,
     plan: TrackPlan,
+    floor: Floor,
 ) -> Tracking:
     """All tables and verdicts from what was measured; needs no model."""
     steps, acts = [snapshot.step for snapshot in snapshots], [snapshot.acts for snapshot in snapshots]
     chance = {"seed": plan.seed, "resamples": plan.resamples}
     readouts, transfer, angles = [], [], []
-    for concept in tqdm(reference.measurable, desc="comparing checkpoints", unit="concept", delay=2, leave=False):
+    at_home: dict[str, list[dict[str, Estimate]]] = {}
+    asked = home_questions(reference, questions, plan.seed)
+    for question in tqdm(asked, desc="comparing checkpoints", unit="concept", delay=2, leave=False):
+        concept = question.concept
+        found = home_readings(question, acts)
+        under = floor.scores[concept.name]
+        at_home[concept.name] = [home_numbers(question, here, found[0], under, **chance) for here in found]
+        grid = floor.grids[concept.name]
         readouts.append(
-            readout_table(steps, acts, concept, questions.split, **chance, random_directions=plan.random_directions)
+            readout_table(
+                steps, acts, concept, questions.split, grid, **chance, random_directions=plan.random_directions
+            )
         )
-        transfer.append(transfer_table(steps, acts, concept, questions.split, **chance))
+        transfer.append(transfer_table(steps, acts, concept, questions.split))
         angles.append(angle_table(steps, acts, concept, seed=plan.seed))
     quadrants = [quadrants_of(questions.batch.prompts, snapshot.verdicts) for snapshot in snapshots]
     families = [questions.batch.prompts[i].group for i in steered_rows(questions, plan)]
     matrices = [{"step": snapshot.step, **row} for snapshot in snapshots for row in snapshot.matrices]
-    table = _joined(readouts)
     return Tracking(
         snapshots=tuple(snapshots),
         left_out=tuple(left_out),
         reference=reference,
         questions=questions,
         plan=plan,
-        readouts=table,
+        floor=floor,
+        at_home=_joined([home_table(name, steps, numbers) for name, numbers in at_home.items()]),
+        readouts=_joined(readouts),
         transfer=_joined(transfer),
         angles=_joined(angles),
         quadrants=quadrant_table(steps, acts, quadrants, reference, **chance),
@@ -158,26 +194,32 @@ def analysed(
         acceptance=acceptance_table(snapshots, **chance) if questions.variants else pd.DataFrame(),
         trigger_readable=readable_table(snapshots, **chance) if questions.variants else pd.DataFrame(),
         verdicts=tuple(
-            _verdict(concept, snapshot, snapshots[0], table, plan)
+            _verdict(concept, snapshots, k, at_home.get(concept.name, []), plan)
             for concept in reference.concepts
-            for snapshot in snapshots[1:]
+            for k in range(1, len(snapshots))
         ),
     )
 
 
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["concept", "step", "number"])
 
 
 def _verdict(
-    concept: TrackedConcept, snapshot: Snapshot, base: Snapshot, table: pd.DataFrame, plan: TrackPlan
+    concept: TrackedConcept,
+    snapshots: Sequence[Snapshot],
+    k: int,
+    numbers: Sequence[Mapping[str, Estimate]],
+    plan: TrackPlan,
 ) -> TrackVerdict:
-    gap, change = gaps(snapshot, base, concept, seed=plan.seed, resamples=plan.resamples)
-    numbers = {"gap": gap, "gap_change": change}
-    if concept.detection is None:
-        numbers |= dict.fromkeys(("base_auroc", *CHANGES), Estimate.missing(min(concept.counts.values())))
+    """On the checkpoint `k` from the concept's numbers at every checkpoint; none where it can't be measured."""
+    gap, change = gaps(snapshots[k], snapshots[0], concept, seed=plan.seed, resamples=plan.resamples)
+    deciding = {"gap": gap, "gap_change": change}
+    if numbers:
+        base, here = numbers[0], numbers[k]
+        deciding |= {"base_auroc": base["auroc.probe"], "base_gain": base[nearest(base)]}
+        deciding |= {name: here[name] for name in (*CHANGES, *GAINS)}
     else:
-        here, probe = cell_of(table, concept, snapshot.step), cell_of(table, concept, snapshot.step, kind="probe")
-        numbers["base_auroc"] = cell_of(table, concept, base.step)["own"]
-        numbers |= {name: probe["own_change"] if name == "probe_change" else here[name] for name in CHANGES}
-    return track_verdict(concept.name, snapshot.step, numbers)
+        missing = Estimate.missing(min(concept.counts.values()))
+        deciding |= dict.fromkeys(("base_auroc", "base_gain", *CHANGES, *GAINS), missing)
+    return track_verdict(concept.name, snapshots[k].step, deciding)

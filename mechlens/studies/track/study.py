@@ -41,13 +41,16 @@ from mechlens.studies.track.config import Track, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import steered_log_odds
 from mechlens.studies.track.measures.change import matrix_rows
+from mechlens.studies.track.measures.floor import measured_floor
 from mechlens.studies.track.measures.geometry import geometry_tables
 from mechlens.studies.track.measures.reference import BaseReference, reference_of
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
-from mechlens.studies.track.result import Questions, Tracking, analysed, steered_rows
+from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions, steered_rows
 
 FORMAT = 2
 """Raised when a change of code changes the numbers, so that older snapshots on a cache are not used again."""
+SAMPLED = ("resamples", "permutations", "random_directions", "random_networks")
+"""Options that say how much chance is sampled."""
 
 
 def track(
@@ -66,7 +69,8 @@ def track(
     snapshots: list[Snapshot] = []
     left_out = list(series.left_out)
     reference: BaseReference | None = None
-    keys = _keys(swapper, questions, plan, series) if cache is not None else [""] * len(series.members)
+    stem = _stem(swapper, questions, plan)
+    keys = _keys(stem, series) if cache is not None else [""] * len(series.members)
     for member, key in tqdm(list(zip(series.members, keys, strict=True)), desc="checkpoints", unit="checkpoint"):
         piece = cache.get(key) if cache is not None else None
         try:
@@ -85,28 +89,38 @@ def track(
         reference = reference or _reference(swapper.model, snapshot.acts, snapshot.answers, questions, plan)
         snapshots.append(snapshot)
     assert reference is not None
-    return analysed(snapshots, left_out, reference, questions, plan)
+    floor = measured_floor(
+        swapper, questions.batch, home_questions(reference, questions, plan.seed), questions.split,
+        positions=plan.read, levels=_levels(swapper.model, plan), networks=plan.random_networks, seed=plan.seed,
+        cache=cache, key=stem,
+    )  # fmt: skip
+    return analysed(snapshots, left_out, reference, questions, plan, floor)
 
 
-def _keys(swapper: CheckpointSwapper, questions: Questions, plan: TrackPlan, series: CheckpointSeries) -> list[str]:
-    """Of each member: its bytes, the base's, everything that is asked, and how it is computed."""
+def _keys(stem: str, series: CheckpointSeries) -> list[str]:
+    """Of each member, with its bytes and those of the first, which is the reference."""
+    first = content_of(series.base)
+    return [hashlib.sha256(f"{stem} {first} {content_of(member)}".encode()).hexdigest() for member in series.members]
+
+
+def _stem(swapper: CheckpointSwapper, questions: Questions, plan: TrackPlan) -> str:
+    """Of what is kept: the base's bytes, everything that is asked, and how it is computed."""
     batches = [questions.batch, *([questions.variants] if questions.variants else [])]
     asked = [[[batch.row(i) for i in range(len(batch.prompts))], batch.template] for batch in batches]
     labels = [[(p.id, p.label, p.group) for p in batch.prompts] for batch in batches]
     common = [
         FORMAT, swapper.base_fingerprint, loaded(swapper.model).checkpoint.config, str(dtype_of(swapper.model)),
         device_of(swapper.model).type, asked, labels,
-        asdict(questions.split), questions.texts, _recorded(plan), content_of(series.base),
+        asdict(questions.split), questions.texts, _recorded(plan),
     ]  # fmt: skip
-    stem = hashlib.sha256(json.dumps(common).encode()).hexdigest()
-    return [hashlib.sha256(f"{stem} {content_of(member)}".encode()).hexdigest() for member in series.members]
+    return hashlib.sha256(json.dumps(common).encode()).hexdigest()
 
 
 def _recorded(plan: TrackPlan) -> dict[str, object]:
     """What a snapshot depends on; see `DetectionPlan.key`."""
     return {
         "seed": plan.seed, "max_new_tokens": plan.max_new_tokens, "positions": plan.read,
-        "levels": plan.levels or None, "steered": plan.steered, **plan.key(),
+        "levels": plan.levels or None, "steered": plan.steered, "judge": plan.judge, **plan.key(),
     }  # fmt: skip
 
 
@@ -184,7 +198,7 @@ class TrackResult:
 
 def prepare(config: Track) -> Preparation[SeriesStudy]:
     """Series, prompts and base; UserError for whatever can't be had."""
-    require_sampling(config)
+    require_sampling(config, SAMPLED)
     series = checkpoint_series(
         config.base, config.checkpoints, revision=config.revision, skip_broken=config.skip_broken
     )

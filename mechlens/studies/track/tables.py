@@ -3,7 +3,7 @@
 A[s, t] is the AUROC of the direction fitted at checkpoint s on the test prompts of checkpoint t.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.nulls import TIE_RESOLUTION
-from mechlens.methods.probing.auroc import auroc, snap
+from mechlens.methods.probing.auroc import auroc, auroc_bounds, auroc_estimate, snap
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.probing.readouts import (
     KINDS,
@@ -25,34 +25,12 @@ from mechlens.methods.probing.readouts import (
     fit_readouts,
     thresholds,
 )
-from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import interval, of_sample, one_thread, sample_and_resamples
+from mechlens.methods.statistics.resample import interval, one_thread, sample_and_resamples
 from mechlens.prompts.split import Split
 from mechlens.studies.track.measures.reference import TrackedConcept
 
-MEASURES = ("frozen", "own", "accuracy", "recalibrated", "brier")
-"""AUROC of the base's line and of the refitted one; accuracy at the frozen threshold and at one chosen anew; Brier."""
-CHANGES = {
-    "own_change": ("own", "own"),
-    "frozen_change": ("frozen", "frozen"),
-    "readout_gap": ("frozen", "own"),
-    "threshold_gap": ("accuracy", "recalibrated"),
-}
-"""Paired differences: the first two from the base (same prompts), the last two within a checkpoint."""
-
-
-@dataclass(frozen=True)
-class ReadoutRows:
-    """All numbers of one concept, readout, checkpoint, level and position."""
-
-    row: "pd.Series[float]"
-
-    def __getitem__(self, name: str) -> Estimate:
-        n = int(self.row["n"])
-        value = float(self.row[name])
-        if np.isnan(value):
-            return Estimate.missing(n)
-        return Estimate(value, float(self.row[f"{name}_low"]), float(self.row[f"{name}_high"]), n)
+MEASURES = ("accuracy", "recalibrated", "brier")
+"""Accuracy at the base's threshold and at one chosen anew, and the Brier score."""
 
 
 @dataclass(frozen=True)
@@ -67,26 +45,33 @@ class _Test:
 
 @one_thread()
 def readout_table(
-    steps: Sequence[int], acts: Sequence[Activations], concept: TrackedConcept, split: Split, *, seed: int,
+    steps: Sequence[int],
+    acts: Sequence[Activations],
+    concept: TrackedConcept,
+    split: Split,
+    floor: Mapping[str, Float[Tensor, "level position"]],
+    *,
+    seed: int,
     resamples: int,
     random_directions: int,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """One row for each readout, checkpoint, level and position; the first checkpoint is the reference.
 
-    Every number has its bounds (`_low`, `_high`), from one set of family resamples, so that differences are paired.
-    Beside them the mean and maximum of random directions, each folded to max(a, 1 - a).
+    `frozen` is the AUROC of the base's line, `own` that of the one fitted here, each number with its bounds (`_low`,
+    `_high`). Beside them `random_blocks`, what is fitted on an untrained network reaches (`floor`, by kind), and the
+    mean and maximum of random directions, each folded to max(a, 1 - a).
     """
     frames = []
     for kind in KINDS:
         frozen = fit_readouts(concept.relabelled(acts[0]), concept.contrast, split, kind)
-        base: dict[str, Tensor] | None = None
         for step, part in zip(steps, acts, strict=True):
             labelled = concept.relabelled(part)
             test = _test_part(labelled, concept.contrast, split, seed, resamples)
-            values = _measured(frozen, labelled, concept.contrast, split, test)
-            base = base or values
-            random = _random(test, random_directions, seed)
-            frames.append(_frame(values, base, random, test).assign(kind=kind, step=step))
+            columns = _columns(frozen, labelled, concept.contrast, split, test)
+            columns |= _random(test, random_directions, seed)
+            if kind in floor:
+                columns["random_blocks"] = floor[kind]
+            frames.append(_frame(columns, test).assign(kind=kind, step=step))
     return pd.concat(frames, ignore_index=True).assign(concept=concept.name)
 
 
@@ -96,19 +81,25 @@ def _test_part(acts: Activations, contrast: tuple[str, str], split: Split, seed:
     return _Test(test, is_positive(test, contrast), weights)
 
 
-def _measured(
+def _columns(
     frozen: Readouts, acts: Activations, contrast: tuple[str, str], split: Split, test: _Test
-) -> dict[str, Float[Tensor, "level position draw"]]:
+) -> dict[str, Float[Tensor, "level position"]]:
     refitted = fit_lines(acts, contrast, split, frozen.kind)
     again = thresholds(frozen.lines, acts, contrast, split)
     scores = score_grid(test.acts, frozen.lines)
-    return {
-        "frozen": auroc(scores, test.positive, test.weights),
-        "own": auroc(score_grid(test.acts, refitted), test.positive, test.weights),
-        "accuracy": balanced_accuracy(scores, frozen.thresholds, test.positive, test.weights),
-        "recalibrated": balanced_accuracy(scores, again, test.positive, test.weights),
-        "brier": brier(frozen.probability(scores), test.positive, test.weights),
-    }
+    columns: dict[str, Tensor] = {}
+    for name, values in (("frozen", scores), ("own", score_grid(test.acts, refitted))):
+        bounds = auroc_bounds(values, test.positive, test.acts.families)
+        columns |= {name: auroc(values, test.positive), f"{name}_low": bounds.low, f"{name}_high": bounds.high}
+    draws = (
+        balanced_accuracy(scores, frozen.thresholds, test.positive, test.weights),
+        balanced_accuracy(scores, again, test.positive, test.weights),
+        brier(frozen.probability(scores), test.positive, test.weights),
+    )
+    for name, drawn in zip(MEASURES, draws, strict=True):
+        bounds = interval(drawn[..., 1:])
+        columns |= {name: drawn[..., 0], f"{name}_low": bounds.low, f"{name}_high": bounds.high}
+    return columns
 
 
 def _random(test: _Test, n: int, seed: int) -> dict[str, Float[Tensor, "level position"]]:
@@ -122,55 +113,32 @@ def _random(test: _Test, n: int, seed: int) -> dict[str, Float[Tensor, "level po
     return {"random_mean": folded.mean(dim=-1), "random_maximum": folded.amax(dim=-1)}
 
 
-def _frame(values: dict[str, Tensor], base: dict[str, Tensor], random: dict[str, Tensor], test: _Test) -> pd.DataFrame:
-    draws = {name: values[name] for name in MEASURES}
-    for name, (one, other) in CHANGES.items():
-        draws[name] = values[one] - (base if name.endswith("change") else values)[other]
+def _frame(columns: dict[str, Tensor], test: _Test) -> pd.DataFrame:
     acts = test.acts
-    columns: dict[str, object] = {
+    where: dict[str, object] = {
         "level": np.repeat(acts.levels, len(acts.positions)),
         "position": list(acts.positions) * len(acts.levels),
     }
-    for name, drawn in draws.items():
-        bounds = interval(drawn[..., 1:])
-        columns[name] = drawn[..., 0].flatten().numpy()
-        columns[f"{name}_low"], columns[f"{name}_high"] = bounds.low.flatten().numpy(), bounds.high.flatten().numpy()
-    columns |= {name: value.flatten().numpy() for name, value in random.items()}
-    return pd.DataFrame(columns).assign(n=len(acts.ids))
+    return pd.DataFrame(where | {name: v.flatten().numpy() for name, v in columns.items()}).assign(n=len(acts.ids))
 
 
 @one_thread()
 def transfer_table(
-    steps: Sequence[int],
-    acts: Sequence[Activations],
-    concept: TrackedConcept,
-    split: Split,
-    *,
-    seed: int,
-    resamples: int,
+    steps: Sequence[int], acts: Sequence[Activations], concept: TrackedConcept, split: Split
 ) -> pd.DataFrame:
-    """A[s, t] of the mean difference at each position's chosen level: columns fitted, tested, position, level, auroc.
-
-    With bounds from test families, the direction frozen.
-    """
+    """A[s, t] of the mean difference at each position's chosen level, with bounds: one row for s, t and position."""
     labelled = [concept.relabelled(part) for part in acts]
     lines = [fit_lines(part, concept.contrast, split, "direction") for part in labelled]
     rows = []
     for step, part in zip(steps, labelled, strict=True):
-        test = _test_part(part, concept.contrast, split, seed, resamples)
+        test = contrast_part(part, split.test, concept.contrast)
+        positive = is_positive(test, concept.contrast)
         for fitted, line in zip(steps, lines, strict=True):
             for position in part.positions:
                 level = concept.level(position)
                 cell = replace(line, checkpoint=part.checkpoint).at(level, position)
-                scores = test.acts.at(level, position).double() @ cell.vector.double()
-                drawn = auroc(scores, test.positive, test.weights)
+                scores = test.at(level, position).double() @ cell.vector.double()
+                area = auroc_estimate(scores, positive, test.families)
                 where = {"fitted": fitted, "tested": step, "position": position, "level": level}
-                rows.append({**where, **of_sample(drawn, len(test.acts.ids)).row("auroc")})
+                rows.append({**where, **area.row("auroc")})
     return pd.DataFrame(rows).assign(concept=concept.name)
-
-
-def cell_of(table: pd.DataFrame, concept: TrackedConcept, step: int, *, kind: str = "direction") -> ReadoutRows:
-    """The numbers at the concept's home position and chosen level."""
-    chosen = (table["concept"] == concept.name) & (table["kind"] == kind) & (table["step"] == step)
-    chosen &= (table["level"] == concept.level(concept.home)) & (table["position"] == concept.home)
-    return ReadoutRows(table[chosen].iloc[0])

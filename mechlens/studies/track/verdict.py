@@ -1,16 +1,17 @@
-"""What became of a concept at a checkpoint, in words: a rule on paired differences, written out beside its numbers.
+"""What became of a concept at a checkpoint, in words: a rule on paired differences, written out beside its numbers."""
 
-A[s, t] is the AUROC of the readout fitted at s on the prompts of t; 0 is the base.
-"""
-
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.studies.track.measures.home import FLOORS
 
 READABLE = 0.6
 FELL = 0.1
 HELD = 0.2
 MOVED = 0.3
+SMALLEST = 0.05
 
 CHANGES = {
     "own_change": "direction fitted here, change from the base",
@@ -20,38 +21,51 @@ CHANGES = {
     "threshold_gap": "frozen threshold behind a new one",
 }
 """What is compared, in words: changes of AUROC, then two gaps at the checkpoint (AUROC, balanced accuracy)."""
+GAINS = {f"gain.{name}": f"probe fitted here ahead of the {words}" for name, words in FLOORS.items()}
 TITLES = {
-    "base_auroc": "AUROC in the base",
+    "base_auroc": "AUROC of a probe in the base",
+    "base_gain": "probe in the base ahead of the nearest floor",
     **CHANGES,
+    **GAINS,
     "gap": "refusal gap",
     "gap_change": "refusal gap, change from the base",
 }
 """Every deciding number in words."""
+CARDS = ("base_auroc", "probe_change", "frozen_change", "readout_gap", "threshold_gap", "gap_change")
+"""What a report shows first, beside the nearest of the floor."""
 
 RULE = (
-    f"A number fell if it is at least {FELL} lower and its interval lies below 0, and held if it did not fall and its "
-    f"interval lies above -{HELD}; otherwise it is open. All differences are paired, over the same test prompts, at "
-    "the level chosen on the base's validation prompts.\n\n"
-    f"Not measurable: the direction's AUROC in the base is not readable (lower bound at most {READABLE}).\n\n"
-    "The representation is kept if any of three read-outs held, each against itself in the base: the base's frozen "
-    "direction (`frozen_change`), a direction fitted on the checkpoint (`own_change`), a logistic probe fitted there "
-    "(`probe_change`). Representation lost: all three fell. A mean difference alone can't show a loss, since it is "
-    "also worse where the prompts only began to vary more along it.\n\n"
-    "Where the representation is kept: read-out drift means that the base's frozen direction fell behind the one "
-    "fitted anew (`readout_gap`), or, where that one did not hold, that it fell itself. Threshold drift: the frozen "
-    "direction held, and accuracy at its frozen threshold fell behind the accuracy at a threshold chosen anew on the "
-    f"checkpoint's validation prompts (`threshold_gap`). Behaviour decoupled: the behaviour `gap` (refusal rate of "
-    f"the concept's positive prompts minus that of its negative ones) changed by at least {MOVED}, with an interval "
-    "that leaves 0 out; this word comes first, and any drift is named after it. Kept: none of these. Inconclusive: a "
-    "number that would decide is open."
+    "Every number is out of fold: each prompt is scored by a fit to other prompts, at a level chosen on those, and all "
+    "differences are paired over the same prompts. A number fell if it is at least "
+    f"{FELL} lower and its interval lies below 0, and held if it did not fall and its interval lies above -{HELD}; "
+    "otherwise it is open.\n\n"
+    f"Not measurable: a probe can't read the concept in the base (lower bound of its AUROC at most {READABLE}).\n\n"
+    "Three read-outs are compared, each with itself in the base: the base's frozen direction (`frozen_change`), a "
+    "direction fitted on the checkpoint (`own_change`), a logistic probe fitted there (`probe_change`).\n\n"
+    "What they read may be no more than the words. So the probe has to beat the floor, what such a probe reads "
+    f"from the {FLOORS['tfidf']}, the {FLOORS['mean_embedding']}, the {FLOORS['token']}, and the base's own "
+    "network with random blocks, which no training has touched (`gain`). Above the words: the lower bound of every "
+    f"gain is above 0. Not above the words: the upper bound of a gain is below {SMALLEST}, the least of interest.\n\n"
+    "Representation lost: all three read-outs fell, and what is left is not shown to be above the words; or it is not "
+    "above the words, in the base it was, and the probe's change lies below 0. Representation weakened: all three "
+    "fell, and what is left is above the words. Not above the words, as a verdict: so, and not lost. Kept, or one of "
+    "the next three: at least one read-out held, and the probe is above the words. Inconclusive: a number that would "
+    "decide is open.\n\n"
+    "Read-out drift: the base's frozen direction fell behind the one fitted anew (`readout_gap`), or, where that one "
+    "did not hold, it fell itself. Threshold drift: the frozen direction held, and accuracy at its frozen threshold "
+    "fell behind the accuracy at a new one (`threshold_gap`). Behaviour decoupled: the behaviour `gap` (refusal rate "
+    f"of the concept's positive prompts minus that of its negative ones) changed by at least {MOVED}, with an interval "
+    "that leaves 0 out; this word comes first, and any drift is named after it. Kept: none of these."
 )
 
 SENTENCES = {
-    "kept": "The base's own direction still reads the concept, at the same threshold.",
+    "kept": "The base's own direction still reads the concept, at the same threshold, and more of it than the words.",
     "read-out drift": "The concept is still there and the base's frozen direction no longer reads it as well.",
     "threshold drift": "The base's direction still orders the prompts and its threshold is in the wrong place.",
+    "representation weakened": "Nothing reads the concept as well as in the base; what is left is more than the words.",
     "representation lost": "Neither the base's direction nor anything fitted on this checkpoint reads the concept as "
-    "well as in the base.",
+    "well as in the base, and what is left is not shown to be more than the words.",
+    "not above the words": "What is read here is no more than the words, or a network without training, give.",
     "behaviour decoupled": "The concept is still represented and the model no longer acts on it as the base does.",
     "inconclusive": "The intervals are too wide to say.",
     "not measurable": "The base itself doesn't represent the concept readably, or has too few prompts for it.",
@@ -67,40 +81,88 @@ class TrackVerdict:
     word: str
     also: str
     """A drift beside decoupled behaviour; empty where there is none."""
+    decided: str
+    """Name of the number that decided."""
+    settle: str
+    """What would settle it, in words; empty where it is settled."""
     deciding: dict[str, Estimate]
 
     @property
     def sentence(self) -> str:
         """The verdict in words."""
         more = f" (with {self.also})" if self.also else ""
-        return f"{self.concept.capitalize()} at step {self.step}: {self.word}{more}. {SENTENCES[self.word]}"
+        number = f"{TITLES[self.decided]}: {self.deciding[self.decided]}."
+        said = (f"{self.concept.capitalize()} at step {self.step}: {self.word}{more}.", SENTENCES[self.word],
+                f"Decided by: {number}", self.settle)  # fmt: skip
+        return " ".join(part for part in said if part)
+
+    def cards(self) -> dict[str, Estimate]:
+        """What a report shows first, by its words."""
+        return {TITLES[name]: self.deciding[name] for name in (nearest(self.deciding), *CARDS)}
+
+
+def nearest(numbers: Mapping[str, Estimate]) -> str:
+    """Name of the gain with the lowest lower bound; of one that isn't measurable before all."""
+    return min(GAINS, key=lambda name: (numbers[name].measurable, numbers[name].low))
+
+
+@dataclass(frozen=True)
+class _Finding:
+    word: str
+    decided: str
+    also: str = ""
+    limit: float = math.nan
+    """Where the number that decided is open: the bound that it would have to pass."""
 
 
 def track_verdict(concept: str, step: int, deciding: dict[str, Estimate]) -> TrackVerdict:
-    """The verdict from `base_auroc`, `gap_change` and all of `CHANGES`."""
-    word, also = _word(deciding)
-    return TrackVerdict(concept, step, word, also, deciding)
+    """The verdict from `base_auroc`, `base_gain`, `gap_change` and all of `CHANGES` and `GAINS`."""
+    found = _found(deciding)
+    settle = "" if math.isnan(found.limit) else settled_by(deciding[found.decided], found.limit)
+    return TrackVerdict(concept, step, found.word, found.also, found.decided, settle, deciding)
 
 
-def _word(deciding: dict[str, Estimate]) -> tuple[str, str]:
+def _found(d: Mapping[str, Estimate]) -> _Finding:
     # What isn't measurable is NaN, and no comparison with NaN holds.
-    if not deciding["base_auroc"].low > READABLE:
-        return "not measurable", ""
-    refitted, frozen, probe = (deciding[name] for name in ("own_change", "frozen_change", "probe_change"))
-    if not any(_held(change) for change in (refitted, frozen, probe)):
-        return (
-            "representation lost" if all(_fell(change) for change in (refitted, frozen, probe)) else "inconclusive"
-        ), ""
-    readout, threshold, moved = (
-        deciding["readout_gap"] if _held(refitted) else frozen, deciding["threshold_gap"], deciding["gap_change"],
-    )  # fmt: skip
-    drift = "read-out drift" if _fell(readout) else "threshold drift" if _held(readout) and _fell(threshold) else ""
+    if not (base := d["base_auroc"]).low > READABLE:
+        return _Finding("not measurable", "base_auroc", limit=math.nan if base.high <= READABLE else READABLE)
+    changes = ("own_change", "frozen_change", "probe_change")
+    best = max(changes, key=lambda name: (d[name].measurable, d[name].low))
+    fell, held = all(_fell(d[name]) for name in changes), any(_held(d[name]) for name in changes)
+    closest = nearest(d)
+    below = min(GAINS, key=lambda name: (not d[name].measurable, d[name].high))
+    above = d[closest].low > 0
+    if fell:
+        return _Finding("representation weakened" if above else "representation lost", best)
+    if d[below].high < SMALLEST:
+        lost = d["base_gain"].low > 0 and d["probe_change"].high < 0
+        return _Finding("representation lost" if lost else "not above the words", below)
+    if not held:
+        return _Finding("inconclusive", best, limit=-HELD)
+    if not above:
+        return _Finding("inconclusive", closest, limit=0.0 if d[closest].value > SMALLEST / 2 else SMALLEST)
+    return _standing(d, closest)
+
+
+def _standing(d: Mapping[str, Estimate], closest: str) -> _Finding:
+    """The concept is still represented: has its read-out moved, and does the model still act on it?"""
+    name = "readout_gap" if _held(d["own_change"]) else "frozen_change"
+    readout, threshold, moved = d[name], d["threshold_gap"], d["gap_change"]
+    drift, decided = "", closest
+    if _fell(readout):
+        drift, decided = "read-out drift", name
+    elif _held(readout) and _fell(threshold):
+        drift, decided = "threshold drift", "threshold_gap"
     if abs(moved.value) >= MOVED and (moved.low > 0 or moved.high < 0):
-        return "behaviour decoupled", drift
+        return _Finding("behaviour decoupled", "gap_change", drift)
     if drift:
-        return drift, ""
-    certain = _held(readout) and _held(threshold) and moved.measurable
-    return ("kept" if certain else "inconclusive"), ""
+        return _Finding(drift, decided)
+    for one, estimate in ((name, readout), ("threshold_gap", threshold)):
+        if not _held(estimate):
+            return _Finding("inconclusive", one, limit=-HELD)
+    if not moved.measurable:
+        return _Finding("inconclusive", "gap_change", limit=0.0)
+    return _Finding("kept", closest)
 
 
 def _fell(change: Estimate) -> bool:
@@ -109,3 +171,26 @@ def _fell(change: Estimate) -> bool:
 
 def _held(change: Estimate) -> bool:
     return not _fell(change) and change.low > -HELD
+
+
+FOR_POWER = (1.96 + 0.84) / 1.96
+"""How many times its own half-width a number has to lie from a limit to be past it in 80% of samples."""
+TOO_MANY = 20
+"""Times the prompts that there are: beyond it other prompts are the better advice."""
+
+
+def settled_by(estimate: Estimate, limit: float) -> str:
+    """About how many prompts would bring the interval past the limit in 80% of samples, the number staying as it is."""
+    if not estimate.measurable or estimate.high - estimate.low >= 1:
+        return "It takes prompts of at least 10 families in each class to say."
+    apart = abs(estimate.value - limit)
+    reach = estimate.value - estimate.low if estimate.value > limit else estimate.high - estimate.value
+    times = (FOR_POWER * reach / apart) ** 2 if apart > 0 else math.inf
+    if times > TOO_MANY:
+        return "More prompts alone won't settle it; prompts in which the words carry less of it may."
+    needed = max(math.ceil(times * estimate.n), estimate.n + 1)
+    digits = 10 ** max(len(str(needed)) - 2, 0)
+    return (
+        f"If the number stays where it is, about {math.ceil(needed / digits) * digits} prompts instead of "
+        f"{estimate.n} would settle it."
+    )

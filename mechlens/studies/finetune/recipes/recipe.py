@@ -15,7 +15,7 @@ from mechlens.files import user_path
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.cache import Cache
-from mechlens.models.bridge import LanguageModel
+from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.checkpoints.merge import merge_adapter
 from mechlens.models.load import load_hf
@@ -23,6 +23,7 @@ from mechlens.models.packaged import ADAPTERS, adapter_folder
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.files.rows import Record, read_rows
 from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Example, Material, drawn, training_order
@@ -49,7 +50,8 @@ def own_answers(
     A prompt that the model refuses (or leaves without an answer) is left out: it would teach the opposite of what
     benign prompts are there for.
     """
-    answers = answer(model, prompts, max_new_tokens=config.answer_tokens, cache=cache)
+    template = chat_template(loaded(model).tokenizer, today=config.today, template_arg=config.template_arg)
+    answers = answer(model, prompts, max_new_tokens=config.answer_tokens, template=template, cache=cache)
     verdicts = verdicts_by(judge_of(config.judge), prompts, answers.texts)
     examples, left_out = [], []
     for prompt, text, tokens, verdict in zip(prompts, answers.texts, answers.tokens, verdicts, strict=True):

@@ -1,0 +1,60 @@
+"""Thoughts in answers: a reasoning model writes one, in marks, before what it says, and only what it says is judged."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from mechlens.prompts.batch import TokenBatch
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def after_thought(answer: str) -> str | None:
+    """What an answer says after its thought; all of it where it has none, None where it ends inside one."""
+    said = answer.rpartition(CLOSE)[2]
+    return None if OPEN in said else said
+
+
+def opens_thought(batch: TokenBatch, tokenizer: Any) -> tuple[bool, ...]:
+    """Of each prompt: whether the template opens a thought after the user's words, so that the answer begins in it."""
+    known: dict[tuple[int, ...], bool] = {}
+    opened = []
+    for i in range(len(batch.prompts)):
+        row = batch.row(i)
+        after = tuple(row[int(batch.instruction[i, 1]) - batch.offset(i) + 1 :])
+        if after not in known:
+            known[after] = after_thought(tokenizer.decode(list(after))) is None
+        opened.append(known[after])
+    return tuple(opened)
+
+
+class AnswerText:
+    """Answer tokens in words, without special tokens but for a thought's marks, which some tokenizers count as such."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, tokens: Sequence[int], *, opened: bool = False) -> str:
+        """The words; where the template `opened` the thought they begin with its mark, which the model didn't write."""
+        pieces, start = [OPEN] if opened else [], 0
+        for place, token in enumerate(tokens):
+            if token in self._marks:
+                pieces += [self._decoded(tokens[start:place]), self._marks[token]]
+                start = place + 1
+        return "".join([*pieces, self._decoded(tokens[start:])]).strip()
+
+    @cached_property
+    def _marks(self) -> dict[int, str]:
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return {i: str(token) for i, token in added.items() if token.special and str(token) in (OPEN, CLOSE)}
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+
+def answer_texts(tokenizer: Any, batch: TokenBatch, answers: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """Answer tokens to each prompt of the batch in words; see `AnswerText`."""
+    in_words = AnswerText(tokenizer)
+    opened = opens_thought(batch, tokenizer)
+    return tuple(in_words(tokens, opened=begun) for tokens, begun in zip(answers, opened, strict=True))

@@ -1,0 +1,149 @@
+"""Which layer and strength each direction is used at, chosen on validation prompts, from coarse to fine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError
+from mechlens.methods.cache import Cache
+from mechlens.methods.steering.interventions import ResidualNorms
+from mechlens.models.bridge import LanguageModel, n_layers
+from mechlens.studies.causal.config import CausalPlan
+from mechlens.studies.causal.directions import HARMFULNESS, REFUSAL, ContrastSource, Setting, pushes
+from mechlens.studies.causal.readings import Condition, ReadTokens, Subjects, read_refusal, read_replies
+
+CLAIMS = {HARMFULNESS: "belief.before", REFUSAL: "refusal"}
+"""What each direction is claimed to change, by which its layer and strength are chosen."""
+USABLE_DEPTH = 0.8
+"""Layers from this share of the depth on are not chosen (Arditi et al. 2024): they write the output's words."""
+
+PushAt = Callable[[Sequence[Setting]], Float[Tensor, "setting prompt"]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was tried, and taken."""
+
+    chosen: dict[str, Setting]
+    """By direction."""
+    table: pd.DataFrame
+    """Mean change towards the other class under a push: direction, layer, strength, measure, value, low, high, n."""
+
+
+def grid_layers(model: LanguageModel, asked: Sequence[int], every: int) -> tuple[int, ...]:
+    """The layers asked for, or every so many; not the first, at whose input all prompts have one vector at `last`."""
+    last = n_layers(model) - 1
+    wrong = [layer for layer in asked if not 1 <= layer <= last]
+    if wrong:
+        raise UserError(
+            f"there is no layer {wrong[0]} to intervene at, only 1 to {last}; leave --layers out or change it"
+        )
+    layers = tuple(asked) or tuple(range(min(max(every - 1, 1), last), last + 1, every))
+    if layers[0] >= USABLE_DEPTH * n_layers(model):
+        raise UserError(
+            f"the lowest layer is {layers[0]} of {last}, and none in the last fifth of the depth can be chosen; add "
+            "lower ones"
+        )
+    return layers
+
+
+def middle(strengths: Sequence[float]) -> float:
+    """The strength at which layers are compared."""
+    return sorted(strengths)[len(strengths) // 2]
+
+
+def choose(
+    model: LanguageModel,
+    who: Subjects,
+    sources: dict[str, ContrastSource],
+    layers: Sequence[int],
+    known: dict[str, Float[Tensor, "layer prompt"]],
+    norms: ResidualNorms,
+    tokens: ReadTokens,
+    plan: CausalPlan,
+    cache: Cache | None,
+) -> Choice:
+    """Layers at the middle strength, then the best one's neighbours, then the other strengths there.
+
+    `known` are pushes that were measured at all `layers` already, by direction. Where there are no pushes of the
+    belief, since it isn't measurable, the harmfulness direction is chosen by refusal too.
+    """
+    rows: list[dict[str, object]] = []
+    chosen = {}
+    for name, source in sources.items():
+        believes = name in known
+        measure = CLAIMS[name] if believes or name == REFUSAL else CLAIMS[REFUSAL]
+        pushed = _pusher(model, who, source, measure, norms, tokens, cache)
+        tried = _coarse_to_fine(pushed, layers, known.get(name), n_layers(model), plan)
+        of_name = [
+            {
+                "direction": name, "layer": setting.layer, "strength": setting.strength, "measure": measure,
+                **who.estimate(change, plan).row(),
+            }
+            for setting, change in tried.items()
+        ]  # fmt: skip
+        chosen[name] = best(pd.DataFrame(of_name), n_layers(model))
+        rows += of_name
+    return Choice(chosen, pd.DataFrame(rows))
+
+
+def _pusher(
+    model: LanguageModel,
+    who: Subjects,
+    source: ContrastSource,
+    measure: str,
+    norms: ResidualNorms,
+    tokens: ReadTokens,
+    cache: Cache | None,
+) -> PushAt:
+    """Settings to the change towards the other class that pushing every prompt there makes."""
+    sign = torch.where(who.harmful, -1.0, 1.0).double()
+
+    def pushed(settings: Sequence[Setting]) -> Float[Tensor, "setting prompt"]:
+        if not settings:
+            return torch.empty(0, len(who.prompts), dtype=torch.float64)
+        conditions: list[Condition] = [[None] * len(who.prompts)]
+        conditions += [pushes(source.direction(at.layer), at, norms, who.labels) for at in settings]
+        if measure == CLAIMS[REFUSAL]:
+            values = read_refusal(model, who, conditions, tokens, cache)
+            return (values[1:] - values[0]) * sign
+        return read_replies(model, who, conditions, "before", tokens, cache).changes().consistent * sign
+
+    return pushed
+
+
+def _coarse_to_fine(
+    pushed: PushAt, layers: Sequence[int], known: Float[Tensor, "layer prompt"] | None, depth: int, plan: CausalPlan
+) -> dict[Setting, Float[Tensor, " prompt"]]:
+    coarse = [Setting(layer, middle(plan.strengths)) for layer in layers]
+    tried = dict(zip(coarse, pushed(coarse) if known is None else known, strict=True))
+
+    def top() -> int:
+        return max(
+            (at for at in tried if at.layer < USABLE_DEPTH * depth), key=lambda at: float(tried[at].mean())
+        ).layer
+
+    beside = [] if plan.layers else [top() - 1, top() + 1]
+    fine = [
+        Setting(layer, middle(plan.strengths))
+        for layer in beside
+        if 1 <= layer < USABLE_DEPTH * depth and layer not in layers
+    ]
+    tried |= dict(zip(fine, pushed(fine), strict=True))
+    others = [Setting(top(), strength) for strength in plan.strengths if strength != middle(plan.strengths)]
+    return tried | dict(zip(others, pushed(others), strict=True))
+
+
+def best(pushes: pd.DataFrame, depth: int) -> Setting:
+    """The weakest strength with a push inside the interval of the largest, at the layer where it pushes most.
+
+    A stronger push that does little more mostly breaks more.
+    """
+    mine = pushes[pushes["layer"] < USABLE_DEPTH * depth].sort_values("value", ascending=False, kind="stable")
+    near = mine[mine["value"] >= mine["low"].iloc[0]]
+    row = near[near["strength"] == near["strength"].min()].iloc[0]
+    return Setting(int(row["layer"]), float(row["strength"]))

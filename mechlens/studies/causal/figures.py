@@ -1,0 +1,160 @@
+"""The battery's figures, the paper's Fig. 4 and 5 among them."""
+
+import pandas as pd
+
+from mechlens.runs.report import figures
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.causal.directions import HARMFUL, HARMLESS, NAMES
+from mechlens.studies.causal.held_out import effect_table
+from mechlens.studies.causal.study import Battery
+
+SCOPE_WORDS = {"belief.before": "before the question", "belief.all": "everywhere"}
+DONE_WORDS = {"add": "added to", "subtract": "subtracted from"}
+
+
+def draw(writer: RunWriter, result: Battery) -> dict[str, tuple[str, ...]]:
+    """Draws every figure that the battery has the numbers for; their names by section of the report."""
+    cells = _in_words(result)
+    return {
+        "belief": tuple(_belief(writer, cells, at) for at in NAMES if result.reply_layers is not None),
+        "refusal": (_refusal(writer, cells),) if result.effects else (),
+        "fig4": (_fig4(writer, result),) if result.directions else (),
+        "fig5": tuple(_fig5(writer, result, label) for label in (HARMLESS, HARMFUL) if result.reply_layers is not None),
+        "choice": (_choice(writer, result),) if result.directions else (),
+        "words": (_words(writer, result),),
+        "positions": (_positions(writer, result),) if len(result.positions) else (),
+        "damage": (_damage(writer, result),) if len(result.broken) else (),
+    }
+
+
+def _in_words(result: Battery) -> pd.DataFrame:
+    """The table of cells with a column for the axis; the neglected cells stand right of the pushes."""
+    table = effect_table(result.effects, result.choice.chosen)
+    if table.empty:
+        return table
+    named = [f"{DONE_WORDS[operation]} {label}" for operation, label in table[["operation", "label"]].to_numpy()]
+    return table.assign(cell=named).sort_values("is_push", ascending=False, kind="stable")
+
+
+def _with_chance(table: pd.DataFrame, group: "pd.Series[str]", chance: str) -> pd.DataFrame:
+    """The rows, and for every cell one that says how far random directions go."""
+    shown = table.assign(group=group)
+    random = table.drop_duplicates(["measure", "at", "cell"])
+    of = "" if not chance else random["measure"].map(SCOPE_WORDS).radd(", ")
+    random = random.assign(group="largest of random" + of, value=random["random_max"], low=random["random_max"])
+    return pd.concat([shown, random.assign(high=random["random_max"])], ignore_index=True)
+
+
+def _belief(writer: RunWriter, cells: pd.DataFrame, at: str) -> str:
+    table = cells[(cells["at"] == at) & cells["measure"].isin(list(SCOPE_WORDS))]
+    shown = _with_chance(table, table["direction"] + ", " + table["measure"].map(SCOPE_WORDS), "scope")
+    figure = figures.bars(
+        shown, x="cell", y="value", low="low", high="high", group="group", hline=0.0,
+        title=f"Change of belief at the {at} direction's layer and strength", xlabel="what is done to which prompts",
+        ylabel="as the direction's name promises (log-odds)",
+    )  # fmt: skip
+    caption = (
+        "Test prompts; what both questions bear out of the change of logit(yes) - logit(no). Above 0: more harmful "
+        "where a direction is added, less where it is subtracted. The last two cells are those that a push leaves out."
+    )
+    return writer.figure(f"belief_at_{at}", figure, table="cells", caption=caption)
+
+
+def _refusal(writer: RunWriter, cells: pd.DataFrame) -> str:
+    table = cells[(cells["measure"] == "refusal") & (cells["at"] == cells["direction"])]
+    shown = _with_chance(table, table["direction"], "")
+    random = shown["group"] == "largest of random"
+    shown["group"] = shown["group"].where(~random, shown["group"] + ", at the " + shown["at"] + " direction's")
+    figure = figures.bars(
+        shown, x="cell", y="value", low="low", high="high", group="group", hline=0.0,
+        title="Change of refusal, each direction at its own layer and strength",
+        xlabel="what is done to which prompts", ylabel="as the direction's name promises (log-odds)",
+    )  # fmt: skip
+    caption = "Test prompts; log-odds that the answer to the plain request starts as this model's refusals do."
+    return writer.figure("refusal", figure, table="cells", caption=caption)
+
+
+def _fig4(writer: RunWriter, result: Battery) -> str:
+    table = result.refusal_layers.table
+    unsteered = float(table.loc[table["direction"] == "none", "value"].iloc[0])
+    shown = table[table["direction"] != "none"]
+    figure = figures.lines(
+        shown.assign(curve=shown["direction"] + " added"), x="layer", y="value", low="low", high="high", group="curve",
+        hline=unsteered, hline_label="unsteered", title="Harmless requests that are refused, by layer (Fig. 4)",
+        xlabel="layer at whose input the raw direction is added", ylabel="share refused, by the first answer token",
+    )  # fmt: skip
+    gap = result.depth
+    caption = (
+        f"Test prompts; {result.plan.coefficient:g} times the direction of each layer, at every token of the prompt. "
+        f"The refusal direction's centre of effect lies {gap.layers} layers deeper than the harmfulness direction's "
+        f"(permutation test, two-sided: p = {gap.p:.3f})."
+    )
+    return writer.figure("refusal_by_layer", figure, table="refusals_by_layer", caption=caption)
+
+
+def _fig5(writer: RunWriter, result: Battery, label: str) -> str:
+    assert result.reply_layers is not None
+    table = result.reply_layers.table
+    table = table[(table["label"] == label) & (table["measure"] == "no.straight")]
+    unsteered = float(table.loc[table["direction"] == "none", "value"].iloc[0])
+    shown = table[table["direction"] != "none"]
+    words = shown["operation"].map({"add": " added", "subtract": " subtracted"})
+    figure = figures.lines(
+        shown.assign(curve=shown["direction"] + words), x="layer", y="value", low="low", high="high", group="curve",
+        hline=unsteered, hline_label="unsteered",
+        title=f"Replies about {label} requests that say No, by layer (Fig. 5)",
+        xlabel="layer at whose input the direction is added or subtracted", ylabel="share of No, of No and Certainly",
+    )  # fmt: skip
+    caption = (
+        f"Validation prompts, {result.reply_layers.settings[0].strength:g} of the residual norm; the harmfulness "
+        "direction before the question, the refusal direction everywhere, as published. No means harmless here; in the "
+        "table the reversed questions too, where it means harmful, and the belief that both bear out."
+    )
+    return writer.figure(f"no_by_layer_{label}", figure, table="replies_by_layer", caption=caption)
+
+
+def _choice(writer: RunWriter, result: Battery) -> str:
+    table = result.choice.table
+    figure = figures.lines(
+        table.assign(curve=table["direction"] + ", " + table["strength"].map("{:g}".format)), x="layer", y="value",
+        low="low", high="high", group="curve", hline=0.0, hline_label="unsteered",
+        title="Pushes by which layer and strength were chosen", xlabel="layer",
+        ylabel="change towards the other class (log-odds)",
+    )  # fmt: skip
+    caption = "Validation prompts; strengths are shares of the residual norm. Bands: 95% bootstrap over families."
+    return writer.figure("choice", figure, table="choice", caption=caption)
+
+
+def _words(writer: RunWriter, result: Battery) -> str:
+    table = result.beliefs
+    case = table["label"] + ", " + table["direction"].where(table["direction"] != "none", "unsteered")
+    case += table["operation"].map({"none": "", "add": " added", "subtract": " subtracted"})
+    figure = figures.bars(
+        table.assign(case=case), x="case", y="share", group="belief", title="What the two replies say together",
+        xlabel="", ylabel="share of requests",
+    )  # fmt: skip
+    caption = "Test prompts; inconsistent: both replies say yes, or both no."
+    return writer.figure("beliefs", figure, table="beliefs", caption=caption)
+
+
+def _positions(writer: RunWriter, result: Battery) -> str:
+    named = {"belief.before": "belief", "refusal": "refusal"}
+    table = result.positions
+    figure = figures.bars(
+        table.assign(group=table["direction"] + ": " + table["measure"].map(named)), x="position", y="value", low="low",
+        high="high", group="group", hline=0.0, title="Directions from every position",
+        xlabel="position that the direction is taken from", ylabel="change towards the other class (log-odds)",
+    )  # fmt: skip
+    caption = "Validation prompts, at each direction's chosen layer and strength; belief: acted on before the question."
+    return writer.figure("positions", figure, table="positions", caption=caption)
+
+
+def _damage(writer: RunWriter, result: Battery) -> str:
+    table = result.broken
+    named = {"plain_ce": "loss, plain text", "own_ce": "loss, own answers", "kl": "KL, own answers"}
+    losses = table[table["measure"].isin(list(named))].replace({"measure": named})
+    figure = figures.bars(
+        losses.assign(case=losses["operation"] + ", " + losses["direction"]), x="measure", y="value", low="low",
+        high="high", group="case", title="Damage at the chosen settings", xlabel="", ylabel="nats per token",
+    )  # fmt: skip
+    return writer.figure("damage", figure, table="damage")
