@@ -90,8 +90,8 @@ def _standard(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / values.std()
 
 
-def analysed(planted: World, *, fold_seeds: int = 2, resamples: int = 300) -> Analysis:
-    """The separation study's analysis of a world; fewer fold seeds and resamples than the study takes."""
+def analysed(planted: World, *, fold_seeds: int = 2, resamples: int = 300, worlds: int = 60) -> Analysis:
+    """The separation study's analysis of a world; fewer fold seeds, resamples and fitted worlds than the study takes."""
     quadrants = [
         ("refused_" if refused else "accepted_") + ("harmful" if harmful else "harmless")
         for harmful, refused in zip(planted.harmful, planted.refused, strict=True)
@@ -100,4 +100,4 @@ def analysed(planted: World, *, fold_seeds: int = 2, resamples: int = 300) -> An
     surface = Surface(planted.texts, torch.zeros(n, 2), torch.ones(n, dtype=torch.long))
     plan = Nulls(resamples=resamples, permutations=1, random_directions=1)
     paired = torch.tensor(planted.paired)
-    return analyse(planted.acts, quadrants, paired, planted.topics, surface, plan, fold_seeds=fold_seeds)
+    return analyse(planted.acts, quadrants, paired, planted.topics, surface, plan, fold_seeds=fold_seeds, worlds=worlds)

@@ -14,7 +14,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.settings import Nulls
 from mechlens.studies.separate.contrasts import OutOfFoldContrast, Question, measure_contrast
 from mechlens.studies.separate.dissociation import Dissociation, Places, measure_dissociation
-from mechlens.studies.separate.one_factor import OneFactor, one_factor_worlds
+from mechlens.studies.separate.one_factor import WORLDS, OneFactor, one_factor_worlds
 from mechlens.studies.shared.contrasts import Surface
 from mechlens.studies.shared.quadrants import IN_NO_QUADRANT, QUADRANTS
 
@@ -65,6 +65,8 @@ class Analysis:
             "refused_gain.harmful": refusal.gain(last, harmful)[0],
         }
         counts = {name: self.places.quadrants.count(name) for name in (*QUADRANTS, *IN_NO_QUADRANT)}
+        if not counts["unfinished"]:
+            del counts["unfinished"]  # runs of earlier versions have no such number
         numbers |= {f"n.{name}": Estimate.exact(n, len(self.places.quadrants)) for name, n in counts.items()}
         return numbers | self._dissociation() | self._one_factor()
 
@@ -117,6 +119,7 @@ def analyse(
     plan: Nulls,
     *,
     fold_seeds: int = FOLD_SEEDS,
+    worlds: int = WORLDS,
 ) -> Analysis:
     """The analysis of prompts that are placed in quadrants; `paired` ones fit the direction of harm.
 
@@ -140,7 +143,7 @@ def analyse(
         harm=harm,
         refusal=refusal,
         dissociation=found,
-        one_factor=_worlds(acts, harm, refusal, found, places, paired, folds[0], plan.seed),
+        one_factor=_worlds(acts, harm, refusal, found, places, paired, folds[0], plan.seed, worlds),
         places=places,
         folds=folds,
         last=acts.positions[-1],
@@ -156,9 +159,10 @@ def _worlds(
     paired: Bool[Tensor, " prompt"],
     folds: Sequence[Fold],
     seed: int,
+    n: int,
 ) -> OneFactor | None:
     if found is None or harm.scores is None or refusal.scores is None or not found.contrast.measurable:
         return None
     latent = torch.from_numpy((found.prompts["harm"] + found.prompts["refusal"]).to_numpy() / 2)
     levels = harm.scores.level("inst"), refusal.scores.level(acts.positions[-1])
-    return one_factor_worlds(acts, levels, places, paired, folds, latent, seed)
+    return one_factor_worlds(acts, levels, places, paired, folds, latent, seed, n)

@@ -66,8 +66,9 @@ def one_factor_worlds(
     folds: Sequence[Fold],
     latent: Float[Tensor, " prompt"],
     seed: int,
+    n: int = WORLDS,
 ) -> OneFactor:
-    """The observed numbers at fixed levels, of harm and of refusal, beside those of `WORLDS` one-variable worlds.
+    """The observed numbers at fixed levels, of harm and of refusal, beside those of `n` one-variable worlds.
 
     `latent` estimates the one variable: the mean of both scaled scores. `paired` are the prompts that fit harm.
     """
@@ -82,7 +83,7 @@ def one_factor_worlds(
     data = _Reader(fitted, Labels(harmful, paired & placed), placed, places)
     world = _fit(values, places, placed, latent, refused)
     rng = np.random.default_rng(seed)
-    draws = [data.read(*world.draw(rng)) for _ in range(WORLDS)]
+    draws = [data.read(*world.draw(rng)) for _ in range(n)]
     return OneFactor(
         observed=data.read(values, refused),
         drawn={name: torch.tensor([draw[name] for draw in draws], dtype=torch.float64) for name in draws[0]},
