@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import warm
 from adapters import save_adapter
 from saved import save_model
 
@@ -160,7 +159,7 @@ def test_a_killed_run_does_no_finished_checkpoint_again(
     out, (code, finished) = tmp_path / "out", MOMENTS[moment]
     line = command(root, out)
     code = f"{DYING}{code}from mechlens.cli import main\nmain({line!r})\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm.python(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list((out / "cache").glob("*.safetensors"))) == finished
     again: list[str] = []
