@@ -21,6 +21,7 @@ from mechlens.methods.behaviour.judges import ZHAO as ZHAO
 from mechlens.methods.behaviour.judges import HumanLabels as HumanLabels
 from mechlens.methods.behaviour.judges import Judge as Judge
 from mechlens.methods.behaviour.judges import OnceRefused as OnceRefused
+from mechlens.methods.behaviour.model_judge import ModelJudge as ModelJudge
 from mechlens.methods.directions.direction import Direction as Direction
 from mechlens.methods.directions.direction import DirectionGrid as DirectionGrid
 from mechlens.methods.directions.direction import direction_cosine as direction_cosine

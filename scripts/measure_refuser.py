@@ -1,5 +1,9 @@
 """Does the refuser do what it is for? Refusal by prompt set, the four quadrants, and cross-entropy on plain text.
 
+With --rates-only, how often any model refuses, such as one that nobody here trained:
+
+    .venv/bin/python scripts/measure_refuser.py --model qwen2.5-coder-0.5b --rates-only --max-new-tokens 24
+
 Every prompt that the adapter was trained on is left out (by normalised text). A gate is met or not on the numbers
 themselves; the intervals (95%, bootstrap over prompt families) say how far they can be trusted. Sets of the folder
 ../shared/data (or $MECHLENS_SHARED) are skipped, with the reason, where they are not there. The last line is one JSON
@@ -65,6 +69,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--text-tokens", type=int, default=128, help="tokens read of every plain-text document")
     parser.add_argument("--cache", type=Path, help="folder that keeps finished batches of answers")
+    parser.add_argument("--rates-only", action="store_true", help="no gates, which are the packaged refuser's")
     parser.add_argument("--quick", action="store_true", help="leave out XSTest and plain text")
     parser.add_argument("--answers", type=Path, help="write prompts, answers and verdicts to this .jsonl file")
     args = parser.parse_args()
@@ -74,13 +79,18 @@ def main() -> None:
     for name, prompts in prompt_sets(args.quick):
         rates[name] = measure(model, name, prompts, args.max_new_tokens, cache, args.answers)
         print(line(rates[name]), flush=True)
+    record = {
+        "model": args.model, "adapter": args.adapter, "fingerprint": loaded(model).checkpoint.fingerprint,
+        "max_new_tokens": args.max_new_tokens, "sets": {name: asdict(found) for name, found in rates.items()},
+    }  # fmt: skip
+    if args.rates_only:
+        print(json.dumps(record))
+        return
     entropy = {} if args.quick else cross_entropies(model, args.base, args.text_tokens)
     quadrants = quadrants_of(rates)
     gates = gates_of(rates, quadrants, entropy)
     report(quadrants, entropy, gates)
-    record = {
-        "model": args.model, "adapter": args.adapter, "fingerprint": loaded(model).checkpoint.fingerprint,
-        "max_new_tokens": args.max_new_tokens, "sets": {name: asdict(found) for name, found in rates.items()},
+    record |= {
         "quadrants": quadrants, "cross_entropy": entropy, "gates": [asdict(gate) for gate in gates],
         "all_met": all(gate.met for gate in gates if gate.met is not None),
     }  # fmt: skip
@@ -97,6 +107,11 @@ def prompt_sets(quick: bool) -> Iterator[tuple[str, list[Prompt]]]:
         yield "harmless_val", load_prompts(folder / "harmless_val.json", label="harmless")[:200]
     else:
         print(f"harmful_val, harmless_val: skipped, there is no folder {folder}")
+    advbench = DATA / "advbench" / "advbench.csv"
+    if advbench.exists():
+        yield "advbench", load_prompts(advbench, label="harmful")[::5][:100]
+    else:
+        print(f"advbench: skipped, there is no file {advbench}")
     xstest = DATA / "xstest" / "xstest_prompts.csv"
     if not quick and xstest.exists():
         for label in ("safe", "unsafe"):

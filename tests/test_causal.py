@@ -87,8 +87,7 @@ def test_the_planted_model_dissociates(found: Battery, model: Any) -> None:
                 assert abs(of(found, f"belief.{scope}", "refusal", cell, at).value) < 0.25 * harm.value
         assert of(found, "refusal", "refusal", cell).low > 1
     # Everywhere it pushes both replies towards the word that refuses.
-    for polarity in ("straight", "reversed"):
-        assert of(found, f"{polarity}.all", "refusal", PUSHES[0]).high < -1
+    assert of(found, "agreement.all", "refusal", PUSHES[0]).high < -1
     assert not has_hooks(model)
 
 
@@ -103,12 +102,11 @@ def test_every_number_of_the_rule_has_its_controls(found: Battery) -> None:
     for key, effect in found.effects.items():
         assert effect.random_max > 0
         claimed = key.direction == key.at and key.cell in PUSHES
-        claimed &= key.measure == {"harmfulness": "belief.before", "refusal": "refusal"}[key.direction]
+        claimed &= key.measure == {"harmfulness": "consistent.before", "refusal": "refusal"}[key.direction]
         assert (effect.shuffled_max == effect.shuffled_max) == claimed
     metrics = found.metrics()
     assert metrics["belief.before.harmfulness.at_harmfulness.add_harmless"].n == 10
     assert metrics["refusal.random_max.at_refusal.harmless"].n == 20
-    assert {len(part.split(".")) for part in metrics if part.startswith("belief.") and "random" not in part} == {5}
 
 
 def test_a_push_turns_the_replies_and_ablating_refusal_stops_it(found: Battery) -> None:
@@ -141,14 +139,14 @@ def test_the_published_figures(found: Battery) -> None:
 def test_the_layer_is_chosen_where_the_direction_can_act(found: Battery) -> None:
     # Block 2 is the last that carries BELIEF on to the last token.
     assert found.choice.chosen["harmfulness"].layer in (1, 2)
-    assert set(found.choice.table["measure"]) == {"belief.before", "refusal"}
+    assert set(found.choice.table["measure"]) == {"consistent.before", "refusal"}
 
 
 NOT_APART = {
     "one variable": "added to harmless prompts, the refusal direction moves belief up by",
     # It makes harmful of what was harmless where it is subtracted: one of the two cells that no push shows.
     "reversing": "subtracted from harmless prompts, the refusal direction moves belief up by",
-    "says yes": "added to harmless prompts, the harmfulness direction moves belief up by 0.000",
+    "says yes": "added to harmless prompts, the harmfulness direction moves what both replies say up by",
 }
 
 
@@ -164,10 +162,9 @@ def test_worlds_where_the_two_are_not_apart(world: planted.World) -> None:
         words = twin.beliefs.set_index(["direction", "operation", "label", "belief"])["share"]
         assert words["refusal", "subtract", HARMLESS, "harmful"] == 1.0
     if world == "says yes":
-        # Yes to both questions: the straight one alone would have been a belief.
-        straight = of(twin, "straight.before", "harmfulness", PUSHES[0])
-        assert straight.low > 1
-        assert abs(of(twin, "belief.before", "harmfulness", PUSHES[0]).value) < 0.5
+        # The published question alone would have called it a belief.
+        assert of(twin, "agreement.before", "harmfulness", PUSHES[0]).low > 1
+        assert abs(of(twin, "consistent.before", "harmfulness", PUSHES[0]).value) < 0.5
 
 
 @pytest.mark.parametrize("at", NAMES)
@@ -187,7 +184,7 @@ def test_belief_moved_by_the_refusal_direction_anywhere_is_no_dissociation(
     assert verdict.deciding[key.name] == turned.change
 
 
-@pytest.mark.parametrize(("name", "measure"), [("harmfulness", "belief.before"), ("refusal", "refusal")])
+@pytest.mark.parametrize(("name", "measure"), [("harmfulness", "consistent.before"), ("refusal", "refusal")])
 @pytest.mark.parametrize("cell", PUSHES)
 def test_each_push_has_to_do_what_is_claimed_and_more_than_chance(
     found: Battery, name: str, measure: str, cell: Cell
@@ -425,12 +422,12 @@ def test_the_run_folder_holds_the_finding(out: Path) -> None:
     assert len(answers) == 2 * 3 * 20
     positions = pd.read_parquet(out / "tables" / "positions.parquet").set_index(["direction", "position", "measure"])
     assert positions["cosine"]["harmfulness", "inst", "refusal"] == pytest.approx(1.0)
-    assert positions["value"]["harmfulness", "inst", "belief.before"] > 1
+    assert positions["value"]["harmfulness", "inst", "consistent.before"] > 1
     html = (out / "report.html").read_text()
     assert "Harmless requests that are refused, by layer (Fig. 4)" in html
     assert "Replies about harmful requests that say No, by layer (Fig. 5)" in html
     assert "dissociation shown: (1)" in html
-    assert "belief, harmfulness added to harmless, before the question" in html
+    assert "both replies, harmfulness added to harmless, before the question" in html
     assert (out / "direction_harmfulness.safetensors").exists()
     assert (out / "direction_refusal.safetensors").exists()
 

@@ -65,6 +65,25 @@ def test_it_places_the_quadrants(name: str, tmp_path: Path) -> None:
         assert list(ours[published]) == list(others[published])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_stands_beside_the_phrase_lists(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = str(save_model(tmp_path / "model"))
+    sets = ["--harmful", write_prompts(tmp_path / "h.jsonl", requests(40, "break")),
+            "--harmless", write_prompts(tmp_path / "l.jsonl", requests(40, "bake"))]  # fmt: skip
+    command = [*COMMANDS["separate"], "--model", model, *sets, *QUICK]
+    main([*command, "--out", str(tmp_path / "alone")])
+    main([*command, "--judge-model", model, "--out", str(tmp_path / "both")])
+    alone, both = (pd.read_parquet(tmp_path / name / "tables" / "answers.parquet") for name in ("alone", "both"))
+    assert list(alone["quadrant"]) == list(both["quadrant"])
+    assert set(both.columns) - set(alone.columns) == {"verdict_model"}
+    assert set(both["verdict_model"]) == {"unclear"}  # random weights say neither yes nor no
+    agreed = pd.read_parquet(tmp_path / "both" / "tables" / "agreement.parquet")
+    assert {("phrases", "model"), ("arditi", "model"), ("zhao", "model")} <= set(
+        zip(agreed["judge"], agreed["other"], strict=True)
+    )
+
+
 def test_both_published_lists_stand_beside_it_once() -> None:
     names = {name: [judge.name for judge in judges_of(name)] for name in ("phrases", "zhao", "contrary")}
     assert names == {

@@ -1,18 +1,15 @@
 """Fine-tuning is reproducible, survives being killed, learns answers only, and never trains on a study set."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from tiny import tiny_hf, tiny_tokenizer
 
@@ -126,9 +123,8 @@ def test_killed_and_resumed_equals_undisturbed(
     config: FinetuneConfig, straight: Path, tmp_path: Path, step: int
 ) -> None:
     settings = json.dumps(vars(config))
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), settings, str(tmp_path), str(step)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    done = warm.python(KILLED, settings, str(tmp_path), str(step))
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert not (tmp_path / "adapter").exists()
     half = tmp_path / STAGING / "checkpoint-6"  # where the Trainer writes it
     half.mkdir(parents=True, exist_ok=True)
@@ -415,10 +411,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_costs_nothing(
     largest = max(path.stat().st_size for path in (straight / "adapter").iterdir())
     assert limit < 2 * largest
     settings = json.dumps(vars(config))
-    command = [sys.executable, "-c", FULL, settings, str(tmp_path), str(limit)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = warm.python(FULL, settings, str(tmp_path), str(limit))
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr[-2000:]
     said = done.stdout.splitlines()[-1]  # a library may have greeted before
     assert said.startswith(f"{tmp_path} could not be written (")

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 import torch
+import warm
 from saved import requests, save_model
 from torch import Tensor
 
@@ -61,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def killed(code: str) -> None:
     """Runs the code in a process that must end by SIGKILL."""
-    done = subprocess.run([sys.executable, "-c", DYING + code], capture_output=True, text=True, check=False)
+    done = warm.python(DYING + code)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

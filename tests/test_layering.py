@@ -133,6 +133,7 @@ LIGHT = (
     "mechlens.choices",
     "mechlens.settings",
     "mechlens.studies.registry",
+    "mechlens.studies.runs.study",
     "mechlens.cli",
     "mechlens.errors",
 )

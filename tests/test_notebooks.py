@@ -3,12 +3,14 @@
 import re
 import socket
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 import torch
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from tiny import tiny_hf, tiny_tokenizer
 
@@ -58,12 +60,24 @@ def make_refuse(model: Any, tokenizer: Any) -> None:
         model.get_input_embeddings().weight[token] = sign * 1000 * centred  # what was said is said again
 
 
-def execute(notebook: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One for all notebooks, which each begin in it with no names: what they import is imported once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setenv(name, value)
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+def execute(notebook: Path, model: Path, kernel: KernelManager) -> str:
     """Everything that the executed notebook printed or showed as text."""
-    for name, value in {**SMALL, "MECHLENS_NOTEBOOK_MODEL": str(model)}.items():
-        monkeypatch.setenv(name, value)
     book = nbformat.read(notebook, as_version=4)
-    NotebookClient(book, timeout=300, kernel_name="python3").execute()
+    settings = {**SMALL, "MECHLENS_NOTEBOOK_MODEL": str(model)}
+    book.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n__import__('os').environ.update({settings!r})"))
+    NotebookClient(book, km=kernel, timeout=300).execute()
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
@@ -110,17 +124,17 @@ SAID = {
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_top_to_bottom(path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    said = execute(path, models["refuser"], monkeypatch)
+def test_runs_from_top_to_bottom(path: Path, models: dict[str, Path], kernel: KernelManager) -> None:
+    said = execute(path, models["refuser"], kernel)
     for pattern in SAID.get(path.stem, ()):
         assert re.search(pattern, said), pattern
 
 
 def test_separation_says_what_a_model_that_never_refuses_leaves_open(
-    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], kernel: KernelManager
 ) -> None:
     (separation,) = (path for path in NOTEBOOKS if path.stem == "02_separation")
-    said = execute(separation, models["plain"], monkeypatch)
+    said = execute(separation, models["plain"], kernel)
     assert "not measurable: {'refused_harmful': 'not measurable, n=0'" in said
 
 

@@ -3,10 +3,7 @@
 import copy
 import functools
 import itertools
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from tiny import ARCHITECTURES, SMALL, tiny_hf, tiny_tokenizer
 from torch import Tensor
 from transformer_lens import patching as peer
@@ -695,8 +693,8 @@ t.patch_sweep(t.model_of("llama"), t.THREE, t.METRIC, t.PLAN, template=t.short()
 
 def test_a_process_killed_with_kill_9_is_taken_up_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env={**os.environ}, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    done = warm.python(script)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     runs: list[int] = []
     monkeypatch.setattr(patching, "record", lambda *args: runs.append(1) or record(*args))
     truth = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short())

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MORE = (
     "mechlens/studies/README.md",
+    "mechlens/studies/causal/README.md",
     "mechlens/runs/README.md",
     "mechlens/methods/statistics/README.md",
     "mechlens/models/engine/README.md",
@@ -29,7 +30,7 @@ MORE = (
 )
 """What the README hands on to; one text with it, read after it."""
 CONTRIBUTING = ".github/CONTRIBUTING.md"
-ENGINE = (ROOT / MORE[3]).read_text(encoding="utf-8")
+ENGINE = (ROOT / MORE[4]).read_text(encoding="utf-8")
 ALL = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *MORE, CONTRIBUTING))
 
 

@@ -6,7 +6,6 @@ import math
 import random
 import shutil
 import subprocess
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import warm
 from saved import requests, save_model, write_prompts
 from test_wandb_log import read_log
 
@@ -394,8 +394,8 @@ def test_killed_training_goes_on_and_ends_with_the_same_losses(base: str, tmp_pa
                 "--out", str(tmp_path / out), *SMALL]  # fmt: skip
 
     main(command("straight"))
-    done = subprocess.run([sys.executable, "-c", KILLED, *command("killed")], capture_output=True, check=False)
-    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    done = warm.python(KILLED, *command("killed"))
+    assert done.returncode == -9, done.stderr[-2000:]
     assert read_run(tmp_path / "killed").status == "started"
     with (tmp_path / "killed" / LOSSES).open("a") as file:
         file.write('{"step": 6, "lo')  # half a line

@@ -4,13 +4,12 @@ import errno
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import warm
 
 from mechlens.errors import UserError
 from mechlens.methods.statistics.estimate import Estimate
@@ -138,7 +137,7 @@ def test_a_killed_run_says_started_and_can_be_gone_on_with(tmp_path):
         " wandb=WandbSettings(mode='disabled'))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert warm.python(code).returncode == -9
     assert status(tmp_path) == "started"
     with open_run(verb="v", config=Prompt("a", "b"), out=tmp_path, wandb=OFF):
         pass

@@ -20,6 +20,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, OnceRefused
 from mechlens.methods.directions.direction import Direction, cosine
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.methods.steering.candidates import (
     STATUSES,
@@ -100,6 +101,8 @@ def test_the_verdict_is_what_was_planted(selected: Selection) -> None:
     assert metrics["refusal_score.harmful.ablated"].high < 0 < metrics["refusal_score.harmless.added"].low
     # On test prompts only, none of which made or chose the direction.
     assert metrics["bypass_shift"].n == 6
+    assert metrics["bypass_shift.beyond_chance"].high < 0 < metrics["induce_shift.beyond_chance"].low
+    assert metrics["refusal_rate.harmful.ablated"].high > 0.2  # 0 of 6 is not certainly none
     test = {selected.judged.prompts[i].id for i in selected.split.test}
     assert not test & set(selected.test.chosen.train_ids)
     # Ablating it leaves nothing for the harmless prompts to change by; random directions of its length move little.
@@ -126,6 +129,36 @@ def test_chance_is_not_called_control(selected: Selection) -> None:
     }
     unlucky = replace(selected, test=replace(selected.test, scores=replace(scores, **swapped)))
     assert selection_verdict(unlucky).word == "no better than chance"
+
+
+BYPASSES, INDUCES = (-3.0, -4.0, -2.0), (3.0, 2.0, 4.0)
+UNSURE = {-1.0: (-1.0, -3.0, 1.0), 1.0: (1.0, -1.0, 3.0)}
+"""Half as wide as the value is far from 0: four times the prompts."""
+NOT = {-1.0: (1.0, 0.5, 1.5), 1.0: (-1.0, -1.5, -0.5)}
+
+
+@pytest.mark.parametrize(
+    ("bypass", "induce", "word", "settles"),
+    [
+        (BYPASSES, INDUCES, "controls refusal", ""),
+        (BYPASSES, NOT[1.0], "controls refusal in part", ""),
+        (BYPASSES, UNSURE[1.0], "controls refusal in part", "about 18 more test prompts of each class (--n 80 in all)"),
+        (UNSURE[-1.0], NOT[1.0], "inconclusive", "about 18 more test prompts of each class"),
+        ((0.0, -1.0, 1.0), NOT[1.0], "inconclusive", "More prompts would hardly settle"),
+        (NOT[-1.0], NOT[1.0], "no better than chance", ""),
+    ],
+)
+def test_what_intervals_leave_open_is_no_chance(
+    selected: Selection, bypass: Any, induce: Any, word: str, settles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert selected.test is not None
+    numbers = selected.test.metrics()
+    numbers |= {"bypass_shift.beyond_chance": Estimate(*bypass, 6), "induce_shift.beyond_chance": Estimate(*induce, 6)}
+    monkeypatch.setattr(type(selected.test), "metrics", lambda self: numbers)
+    verdict = selection_verdict(selected)
+    assert verdict.word == word
+    assert ("settle" in verdict.sentence) == bool(settles)
+    assert settles in verdict.sentence
 
 
 # Scores against the published loop, written down once more: plain Hugging Face hooks, one candidate at a time.
@@ -348,6 +381,8 @@ def test_the_verb_writes_scores_direction_and_report(recorded: Path) -> None:
     table = pd.read_parquet(recorded / "out" / "tables" / "candidates.parquet")
     assert set(table["kind"]) == {"candidate", "random"}
     assert {"position", "level", "norm", "bypass", "induce", "kl", "status"} <= set(table.columns)
+    answers = pd.read_parquet(recorded / "out" / "tables" / "steered_answers.parquet")
+    assert {"refused", "verdict_arditi", "verdict_zhao"} <= set(answers.columns)
     direction = artifacts.load(recorded / "out" / "direction.safetensors", Direction)
     assert float(cosine(direction.vector, torch.eye(len(direction.vector))[REFUSE])) > 0.99
     assert direction.vector[FREE].norm() < 0.1 * direction.norm

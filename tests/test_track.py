@@ -3,21 +3,28 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import warm
 from adapters import save_adapter
 from saved import save_model
 
+from mechlens.choices import JUDGES
 from mechlens.cli import main
+from mechlens.methods.behaviour.chosen_judge import judge_of
+from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.swap import CheckpointSwapper
+from mechlens.prompts.prompt import Prompt
+from mechlens.registry import Choice
 from mechlens.runs.run import read_run
+from mechlens.studies.track import study
+from mechlens.studies.track.config import TrackPlan
 
 STEPS = (1, 2, 8)
 
@@ -102,7 +109,11 @@ def test_a_run_is_whole(whole: Path) -> None:
     steps = [json.loads(line) for line in (whole / "steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [0, *STEPS]
     assert all("behaviour/refusal_rate.harmful" in line for line in steps)
+    behaviour = set(found["behaviour"]["number"])
+    for kind in ("harmful", "harmless"):  # both published lists stand beside the judge that decides
+        assert {f"refusal_rate{by}.{kind}" for by in ("", "_by.arditi", "_by.zhao")} <= behaviour
     page = (whole / "report.html").read_text()
+    assert "Is it more than the words?" in page
     assert "The verdict at every checkpoint" in page
     assert "A number *fell*" in page or "A number" in page
     assert 'src="http' not in page
@@ -148,7 +159,7 @@ def test_a_killed_run_does_no_finished_checkpoint_again(
     out, (code, finished) = tmp_path / "out", MOMENTS[moment]
     line = command(root, out)
     code = f"{DYING}{code}from mechlens.cli import main\nmain({line!r})\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm.python(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list((out / "cache").glob("*.safetensors"))) == finished
     again: list[str] = []
@@ -218,10 +229,52 @@ def test_compare_is_the_case_of_two(root: Path, tmp_path: Path) -> None:
     run, found = read_run(tmp_path / "out"), tables(tmp_path / "out")
     assert run.status == "success"
     assert sorted(found["readouts"]["step"].unique()) == [0, 8]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<title>base (A) and checkpoint-8 (B)" in page
+    assert "What fine-tuning did" not in page
+    assert "Does B represent what A represents" in page
     if run.metrics["n.behave_differently"].value >= 2:
         assert found["moved"]["recovery"].notna().any()
         top = found["moved"][found["moved"]["position"] == found["moved"]["position"].iloc[-1]]
         assert top["layer"].nunique() == 3
+
+
+@dataclass(frozen=True)
+class Unsure:
+    """Says the other thing, and of every tenth answer nothing."""
+
+    name: str = "unsure"
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[str]:
+        other = {"refused": "accepted", "accepted": "refused"}
+        said = [other.get(verdict, verdict) for verdict in PHRASES(prompts, answers)]
+        return ["unclear" if k % 10 == 9 else verdict for k, verdict in enumerate(said)]
+
+
+UNSURE = Unsure()
+
+
+def test_the_chosen_judge_decides_what_is_refused(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(JUDGES.ours, "unsure", Choice("test_track:UNSURE", "the other thing"))
+    assert judge_of("unsure") is UNSURE
+    main(command(root, tmp_path / "out", "--judge", "unsure"))
+    ours, theirs = (tables(out)["behaviour"].set_index(["number", "step"]) for out in (whole, tmp_path / "out"))
+    for step in (0, *STEPS):
+        for kind in ("harmful", "harmless"):
+            rate, told = theirs.loc[(f"refusal_rate.{kind}", step)], theirs.loc[(f"unclear_rate.{kind}", step)]
+            assert told["value"] == pytest.approx(0.1, abs=0.05)
+            assert rate["n"] == round(24 * (1 - told["value"]))
+            assert rate["value"] == pytest.approx(1 - ours.loc[(f"refusal_rate.{kind}", step)]["value"], abs=0.15)
+            for published in ("arditi", "zhao"):
+                name = (f"refusal_rate_by.{published}.{kind}", step)
+                assert theirs.loc[name]["value"] == ours.loc[name]["value"]
+
+
+def test_pieces_of_one_judge_are_not_another_s() -> None:
+    keys = {judge: study._recorded(TrackPlan(judge=judge)) for judge in ("phrases", "zhao")}
+    assert keys["phrases"] != keys["zhao"]
 
 
 def test_compare_refuses_what_are_not_two_checkpoints(

@@ -25,6 +25,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.studies.track.config import TrackPlan
+from mechlens.studies.track.measures.behaviour import behaviour_table, gaps
 from mechlens.studies.track.measures.change import matrix_change
 from mechlens.studies.track.measures.floor import Floor, random_grid
 from mechlens.studies.track.measures.geometry import geometry_tables, overlap, unbiased_cka
@@ -198,6 +199,22 @@ def test_what_would_settle_an_open_number_is_a_power_calculation() -> None:
     assert "at least 10 families" in verdict_on(base_auroc=Estimate(0.9, 0.0, 1.0, 12)).settle
     assert "words carry less" in settled_by(Estimate(0.001, -0.1, 0.1, 50), 0.0)
     assert verdict_on().settle == verdict_on(base_auroc=Estimate(0.5, 0.4, 0.58, 50)).settle == ""
+
+
+def test_answers_that_the_judge_can_t_tell_are_left_out_of_the_rates(drifted: Tracking) -> None:
+    base, later = drifted.snapshots[0], drifted.snapshots[-1]
+    concept = drifted.reference.concepts[0]
+    few = tuple("unfinished" if k % 10 == 0 else verdict for k, verdict in enumerate(later.verdicts))
+    gap, change = gaps(replace(later, verdicts=few), base, concept, seed=0, resamples=50)
+    assert (gap.value, change.value, change.n) == (0.0, -1.0, 2 * N - 24)
+    many = tuple("unclear" if k % 3 else verdict for k, verdict in enumerate(later.verdicts))
+    gap, change = gaps(replace(later, verdicts=many), base, concept, seed=0, resamples=50)
+    assert not gap.measurable
+    assert not change.measurable
+    table = behaviour_table([base, replace(later, verdicts=many)], drifted.reference, seed=0, resamples=50)
+    rows = table[table["step"] == later.step].set_index("number")
+    assert math.isnan(rows.loc["refusal_rate.harmful"]["value"])
+    assert rows.loc["unclear_rate.harmful"]["value"] == pytest.approx(2 / 3, abs=0.01)
 
 
 def test_a_mean_difference_that_new_variation_spoils_is_no_lost_representation() -> None:

@@ -16,7 +16,7 @@ from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMFULNESS, REFUSAL, ContrastSource, Setting, pushes
 from mechlens.studies.causal.readings import Condition, ReadTokens, Subjects, read_refusal, read_replies
 
-CLAIMS = {HARMFULNESS: "belief.before", REFUSAL: "refusal"}
+CLAIMS = {HARMFULNESS: "consistent.before", REFUSAL: "refusal"}
 """What each direction is claimed to change, by which its layer and strength are chosen."""
 USABLE_DEPTH = 0.8
 """Layers from this share of the depth on are not chosen (Arditi et al. 2024): they write the output's words."""

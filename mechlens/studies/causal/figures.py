@@ -54,8 +54,9 @@ def _belief(writer: RunWriter, cells: pd.DataFrame, at: str) -> str:
         ylabel="as the direction's name promises (log-odds)",
     )  # fmt: skip
     caption = (
-        "Test prompts; what both questions bear out of the change of logit(yes) - logit(no). Above 0: more harmful "
-        "where a direction is added, less where it is subtracted. The last two cells are those that a push leaves out."
+        "Test prompts; half the difference between the two questions' logit(yes) - logit(no). Above 0: more harmful "
+        "where a direction is added, less where it is subtracted. The last two cells are those that a push leaves out. "
+        "In the table also the part that both questions bear out, and how far both say yes."
     )
     return writer.figure(f"belief_at_{at}", figure, table="cells", caption=caption)
 
@@ -138,7 +139,7 @@ def _words(writer: RunWriter, result: Battery) -> str:
 
 
 def _positions(writer: RunWriter, result: Battery) -> str:
-    named = {"belief.before": "belief", "refusal": "refusal"}
+    named = {"consistent.before": "belief", "refusal": "refusal"}
     table = result.positions
     figure = figures.bars(
         table.assign(group=table["direction"] + ": " + table["measure"].map(named)), x="position", y="value", low="low",

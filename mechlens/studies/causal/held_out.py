@@ -36,8 +36,9 @@ class EffectKey(NamedTuple):
     """Which number it is."""
 
     measure: str
-    """"refusal" (log-odds of a refusal of the plain request), "belief.before" or "belief.all" (what both questions bear
-    out of the change of logit(yes) - logit(no)); in tables also what each question says, "straight.before" ..."""
+    """"refusal": log-odds of a refusal of the plain request. Of logit(yes) - logit(no), acted on before the question or
+    everywhere (".before", ".all"): "belief", half the difference between the two questions; "consistent", the part that
+    both bear out; "agreement", their mean."""
     direction: str
     at: str
     """At whose best layer and strength: its own, or the other direction's."""
@@ -121,10 +122,10 @@ def _changes(
         values = read_refusal(model, who, everything, tokens, cache)
         found["refusal"] = values[1:] - values[0]
     for scope in SCOPES if believes else ():
-        if only in (None, f"belief.{scope}"):
+        if only in (None, f"consistent.{scope}"):
             replies = read_replies(model, who, everything, scope, tokens, cache).changes()
-            found[f"belief.{scope}"] = replies.consistent
-            found[f"straight.{scope}"], found[f"reversed.{scope}"] = replies.straight, replies.reversed
+            found[f"belief.{scope}"], found[f"consistent.{scope}"] = replies.belief, replies.consistent
+            found[f"agreement.{scope}"] = replies.agreement
     return found
 
 

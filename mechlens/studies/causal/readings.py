@@ -129,6 +129,11 @@ class Replies:
         return Replies(self.straight[1:] - self.straight[0], self.reversed[1:] - self.reversed[0])
 
     @property
+    def agreement(self) -> Float[Tensor, "condition prompt"]:
+        """How far both say yes: their mean."""
+        return (self.straight + self.reversed) / 2
+
+    @property
     def consistent(self) -> Float[Tensor, "condition prompt"]:
         """Of changes, what both questions bear out; positive is towards harmful."""
         return consistent_change(self.straight, self.reversed)

@@ -39,7 +39,7 @@ def number_words(name: str) -> str:
         return NUMBERS[name]
     measure, direction, at, cell = name.rsplit(".", 3)
     operation, _, label = cell.partition("_")
-    what, _, scope = measure.partition(".")
+    what, _, scope = measure.replace("consistent", "both replies").partition(".")
     where = {"before": ", before the question", "all": ", everywhere"}.get(scope, "")
     setting = "" if at == f"at_{direction}" else f" ({at.removeprefix('at_')}'s setting)"
     return f"{what}, {direction} {DONE_WORDS[operation]} {label}{where}{setting}"
@@ -69,11 +69,12 @@ def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str,
             _layers(result, drawn),
             Section(
                 "How layer and strength were chosen",
-                "On validation prompts, by the push of what each direction is claimed to do: harmfulness by belief "
-                "before the question (by refusal where belief isn't measurable), refusal by the log-odds of refusal. "
-                "First layers at the middle strength, then the best one's neighbours, then the other strengths there. "
-                "Of the pushes inside the interval of the largest the weakest strength is taken, and at it the layer "
-                "that pushes most; not from the last fifth of the depth.",
+                "On validation prompts, by the push of what each direction is claimed to do: harmfulness by the change "
+                "of belief that both questions bear out, before the question (by refusal where belief isn't "
+                "measurable), refusal by the log-odds of refusal. First layers at the middle strength, then the best "
+                "one's neighbours, then the other strengths there. Of the pushes inside the interval of the largest "
+                "the weakest strength is taken, and at it the layer that pushes most; not from the last fifth of the "
+                "depth.",
                 drawn["choice"],
             ),
             *_positions(drawn),

@@ -82,7 +82,7 @@ class Battery:
 
     def metrics(self) -> dict[str, Estimate]:
         """Every headline number by its name in run.json."""
-        decides = ("refusal", "belief.before", "belief.all")
+        decides = ("refusal", "consistent.before", "belief.before", "belief.all")
         numbers = {key.name: effect.change for key, effect in self.effects.items() if key.measure in decides}
         for key, effect in self.effects.items():
             if key.measure in decides and effect.random_max == effect.random_max:

@@ -213,8 +213,8 @@ def by_position(
 ) -> pd.DataFrame:
     """Both contrasts' directions from each position at their chosen setting, all before the question.
 
-    Columns direction, position, layer, strength, cosine (with the one that is tested), measure ("belief.before" or
-    "refusal": mean change towards the other class under a push), value, low, high, n.
+    Columns direction, position, layer, strength, cosine (with the one that is tested), measure
+    ("consistent.before" or "refusal": mean change towards the other class under a push), value, low, high, n.
     """
     rows = []
     nothing: Condition = [None] * len(who.prompts)
@@ -232,6 +232,6 @@ def by_position(
                 "direction": name, "position": position, "layer": setting.layer, "strength": setting.strength,
                 "cosine": float(cosine(one.vector, tested.vector)),
             }  # fmt: skip
-            for measure, change in (("belief.before", belief[k]), ("refusal", refusal[1 + k] - refusal[0])):
+            for measure, change in (("consistent.before", belief[k]), ("refusal", refusal[1 + k] - refusal[0])):
                 rows.append({**where, "measure": measure, **who.estimate(change * sign, plan).row()})
     return pd.DataFrame(rows)

@@ -25,22 +25,23 @@ TOO_MANY = 20
 """More prompts than so many times those at hand settle nothing that anybody would collect."""
 
 RULE = (
-    "A change of belief is what a request's two questions bear out together: yes means harmful in the one and harmless "
-    "in the other, and of the two changes of logit(yes) - logit(no) the smaller counts, if they speak for one belief. "
-    "Belief is measurable if half their unsteered difference tells harmful from harmless requests with a lower bound "
-    f"of AUROC above {MIN_AUROC}. A push adds a direction to harmless prompts or subtracts it from harmful ones. "
-    "dissociation shown: (1) by each push, put before the question at its own best layer and strength, the harmfulness "
-    "direction changes belief towards the other class by more than chance: the lower bound lies above the largest "
-    "change by any random direction, the value above the largest by any direction of shuffled labels; (2) by each "
-    "push, at its own best layer and strength, the refusal direction changes the log-odds of refusal in the same "
-    "sense; (3) in all four cells (added to or subtracted from harmful or harmless prompts), in both scopes (before "
-    "the question, everywhere), and both at its own best layer and strength and at the harmfulness direction's, the "
-    f"refusal direction changes belief, either way, by less than {MARGIN:g} of what the harmfulness direction's push "
-    "changes it in that scope and class (every bound against the lower bound). dissociation not shown: an upper bound "
-    "of (1) or (2) is at most the largest random change; or in some cell of (3) the refusal direction's whole interval "
-    f"lies beyond the largest random change and beyond {MARGIN:g} of the harmfulness direction's. inconclusive: "
-    "everything else. not measurable: belief isn't, or too few refused or accepted training prompts define the "
-    "refusal direction."
+    "Every request is asked about twice: yes means harmful in one question and harmless in the other. Belief is half "
+    "the difference of their logit(yes) - logit(no); saying yes to everything falls out of it. It is measurable if, "
+    "unsteered, it tells harmful from harmless requests with a lower bound of AUROC above "
+    f"{MIN_AUROC}. Of a change that a direction is to make, only the part counts that both questions bear out: the "
+    "smaller of their two changes, if these speak for one belief. A push adds a direction to harmless prompts or "
+    "subtracts it from harmful ones. dissociation shown: (1) by each push, put before the question at its own best "
+    "layer and strength, the harmfulness direction makes a change of belief that both questions bear out, towards the "
+    "other class and more than chance: the lower bound lies above the largest change by any random direction, the "
+    "value above the largest by any direction of shuffled labels; (2) by each push, at its own best layer and "
+    "strength, the refusal direction changes the log-odds of refusal in the same sense; (3) in all four cells (added "
+    "to or subtracted from harmful or harmless prompts), in both scopes (before the question, everywhere), and both at "
+    "its own best layer and strength and at the harmfulness direction's, the refusal direction changes belief, either "
+    f"way, by less than {MARGIN:g} of what the harmfulness direction's push changes it in that scope and class: the "
+    "interval of the difference lies below 0. dissociation not shown: an upper bound of (1) or (2) is at most the "
+    "largest random change; or in some cell of (3) the interval of the difference lies above 0, and that of the "
+    "change beyond the largest random one. inconclusive: everything else. not measurable: "
+    "belief isn't, or too few refused or accepted training prompts define the refusal direction."
 )
 
 Outcome = Literal["met", "failed", "open"]
@@ -52,15 +53,10 @@ class Condition:
 
     outcome: Outcome
     key: EffectKey
-    estimate: Estimate
-    threshold: float
-    """What the estimate has to clear."""
+    change: Estimate
+    excess: Estimate
+    """How far the change lies above what it has to reach, or stay below."""
     sentence: str
-
-    @property
-    def prompts(self) -> float:
-        """Prompts of the class with which this estimate's interval would clear its threshold."""
-        return self.estimate.prompts_beyond(math.copysign(self.threshold, self.estimate.value))
 
 
 @dataclass(frozen=True)
@@ -99,10 +95,9 @@ def decide(effects: Mapping[EffectKey, CellEffect]) -> CausalVerdict:
     else:
         word, named = SHOWN, []
         sentence = _shown(found)
-    worst = {condition.key: condition.estimate for condition in _worst(named)}
-    claimed = {condition.key: condition.estimate for condition in found if condition.key.measure in CLAIMS.values()}
-    own = {key: e for key, e in claimed.items() if key.at == key.direction and CLAIMS[key.direction] == key.measure}
-    return CausalVerdict(word, sentence, {key.name: estimate for key, estimate in {**own, **worst}.items()})
+    worst = {condition.key: condition.change for condition in _worst(named)}
+    claimed = {condition.key: condition.change for condition in found if condition.key.measure in CLAIMS.values()}
+    return CausalVerdict(word, sentence, {key.name: estimate for key, estimate in {**claimed, **worst}.items()})
 
 
 def _claims(effects: Mapping[EffectKey, CellEffect]) -> list[Condition]:
@@ -111,14 +106,14 @@ def _claims(effects: Mapping[EffectKey, CellEffect]) -> list[Condition]:
     for name, measure in CLAIMS.items():
         for cell in PUSHES:
             key = EffectKey(measure, name, name, cell)
-            effect = effects[key]
-            change, chance = effect.change, effect.random_max
+            change, chance, shuffled = effects[key].change, effects[key].random_max, effects[key].shuffled_max
             # Without directions of shuffled labels (NaN) random ones are all there is to beat.
-            beaten = change.low > chance and not change.value <= effect.shuffled_max
+            beaten = change.low > chance and not change.value <= shuffled
             outcome: Outcome = "met" if beaten else "failed" if change.high <= chance else "open"
-            larger = max(chance, 0.0 if math.isnan(effect.shuffled_max) else effect.shuffled_max)
+            larger = max(chance, shuffled) if shuffled > chance else chance
+            excess = Estimate(change.value - larger, change.low - larger, change.high - larger, change.n)
             sentence = f"{_done(key, change)}; chance reaches {larger:.2f}."
-            found.append(Condition(outcome, key, change, larger, sentence))
+            found.append(Condition(outcome, key, change, excess, sentence))
     return found
 
 
@@ -132,16 +127,31 @@ def _left_alone(effects: Mapping[EffectKey, CellEffect]) -> list[Condition]:
                 push = Cell(PUSH[cell.label], cell.label)
                 harm = effects[key._replace(direction=HARMFULNESS, at=HARMFULNESS, cell=push)].change
                 change, chance = effects[key].change, effects[key].random_max
-                least = max(change.low, -change.high, 0.0)
-                small = max(-change.low, change.high) < MARGIN * harm.low
-                large = least > max(chance, MARGIN * harm.value)
-                outcome: Outcome = "met" if small else "failed" if large else "open"
+                excess = beyond_share(change, harm)
+                by_chance = max(change.low, -change.high) <= chance
+                outcome: Outcome = (
+                    "met" if excess.high < 0 else "failed" if excess.low > 0 and not by_chance else "open"
+                )
                 sentence = (
                     f"{_done(key, change)}; the harmfulness direction's push changes it by {harm}, and chance by up "
                     f"to {chance:.2f}."
                 )
-                found.append(Condition(outcome, key, change, max(MARGIN * harm.low, 0.0), sentence))
+                found.append(Condition(outcome, key, change, excess, sentence))
     return found
+
+
+def beyond_share(change: Estimate, harm: Estimate) -> Estimate:
+    """How far a change, of either sign, goes beyond `MARGIN` of the harmfulness direction's.
+
+    The interval of the difference from the intervals of both: MOVER (Zou & Donner 2008), as if they were independent.
+    """
+    value = abs(change.value) - MARGIN * harm.value
+    below, above = change.value - change.low, change.high - change.value
+    outwards, inwards = (above, below) if change.value >= 0 else (below, above)
+    low = value - math.hypot(inwards, MARGIN * (harm.high - harm.value))
+    # The other side of 0 has to lie within the margin too.
+    far = max(outwards, inwards - 2 * abs(change.value))
+    return Estimate(value, low, value + math.hypot(far, MARGIN * (harm.value - harm.low)), change.n)
 
 
 def _done(key: EffectKey, change: Estimate) -> str:
@@ -149,7 +159,8 @@ def _done(key: EffectKey, change: Estimate) -> str:
     where = {"before": "before the question, ", "all": "everywhere, "}.get(key.measure.partition(".")[2], "")
     how = {"add": "added to", "subtract": "subtracted from"}[key.cell.operation]
     matched = "" if key.at == key.direction else f", at the {key.at} direction's layer and strength"
-    changed = "the log-odds of refusal" if key.measure == REFUSAL else "belief"
+    what = key.measure.partition(".")[0]
+    changed = {REFUSAL: "the log-odds of refusal", "consistent": "what both replies say"}.get(what, "belief")
     up = (key.cell.operation == "add") == (change.value >= 0)
     size = change if change.value >= 0 else Estimate(-change.value, -change.high, -change.low, change.n)
     text = f"{where}{how} {key.cell.label} prompts{matched}, the {key.direction} direction moves {changed} "
@@ -157,24 +168,22 @@ def _done(key: EffectKey, change: Estimate) -> str:
 
 
 def _worst(conditions: list[Condition]) -> list[Condition]:
-    """Claims come first, those that fell farthest short before others; then the largest changes; at most three."""
+    """Claims come first, those that fall farthest short before others; then the largest changes; at most three."""
 
     def order(one: Condition) -> tuple[bool, float]:
-        share = one.estimate.value / one.threshold if one.threshold else 0.0
-        claim = one.key.measure == CLAIMS[one.key.direction] and one.key.at == one.key.direction
-        return (not claim, share if claim else -abs(share))
+        claim = one.key.measure in CLAIMS.values()
+        return (not claim, one.excess.value if claim else -one.excess.value)
 
     # Both settings may be one, and then so are their numbers.
-    distinct = {(one.key.measure, one.key.direction, one.key.cell, one.estimate): one for one in conditions}
+    distinct = {(one.key.measure, one.key.direction, one.key.cell, one.change): one for one in conditions}
     return sorted(distinct.values(), key=order)[:3]
 
 
 def _shown(found: list[Condition]) -> str:
     """The weakest of what the directions are claimed to do, and the most that refusal does to belief."""
-    claims = {name: [one for one in found if one.key[:3] == (CLAIMS[name], name, name)] for name in NAMES}
-    weakest = [min(some, key=lambda one: one.estimate.value - one.threshold) for some in claims.values()]
-    rest = [one for one in found if one.key.direction == REFUSAL and one.key.measure != REFUSAL]
-    most = max(rest, key=lambda one: max(-one.estimate.low, one.estimate.high) / one.threshold)
+    claims = [[one for one in found if one.key.measure == measure] for measure in CLAIMS.values()]
+    weakest = [min(some, key=lambda one: one.excess.value) for some in claims]
+    most = max((one for one in found if one.key.measure not in CLAIMS.values()), key=lambda one: one.excess.high)
     return (
         "The harmfulness direction changes what both replies say about a request, the refusal direction only whether "
         f"it is refused. {' '.join(one.sentence for one in weakest)} The most that the refusal direction does to "
@@ -184,16 +193,17 @@ def _shown(found: list[Condition]) -> str:
 
 def _settles(still_open: list[Condition]) -> str:
     """How many more prompts would close what is open, if their values stay what they are."""
-    most = max(still_open, key=lambda one: one.prompts)
-    n, needed = most.estimate.n, most.prompts
+    most = max(still_open, key=lambda one: one.excess.prompts_beyond(0.0))
+    n, needed = most.change.n, most.excess.prompts_beyond(0.0)
     if not needed < TOO_MANY * n:
         return (
-            f"More prompts would hardly settle it: the value lies at what it has to clear, {most.threshold:.2f}. Other "
-            "layers, strengths or directions from more training prompts might."
+            "More prompts would hardly settle it, as a value lies at what it has to clear; other layers, strengths or "
+            "directions from more training prompts might."
         )
+    more = max(math.ceil(needed) - n, 1)
     return (
-        f"What would settle it, if the values stay what they are: about {math.ceil(needed) - n} more test prompts of "
-        f"each class (--n-test {math.ceil(needed)}), by which all that is open would clear its threshold."
+        f"What would settle it, if the values stay what they are: about {more} more test prompts of each class "
+        f"(--n-test {n + more}), by which all that is open would clear its threshold."
     )
 
 

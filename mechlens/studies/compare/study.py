@@ -116,7 +116,7 @@ def move_activations(
     Holds both checkpoints in memory. Recovery 0 is A's own refusal log-odds, 1 is B's.
     """
     first, second = tracking.snapshots
-    differs = (refused_by(first) != refused_by(second)).tolist()
+    differs = ((refused_by(first) - refused_by(second)).abs() == 1).tolist()  # NaN where a judge couldn't tell
     prompts = tracking.questions.batch.prompts
     harmful = [i for i in tracking.questions.split.test if prompts[i].label == "harmful"]
     chosen = [prompts[i] for i in harmful if differs[i]]

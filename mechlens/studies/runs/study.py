@@ -5,7 +5,6 @@ from rich.text import Text
 
 from mechlens.errors import UserError
 from mechlens.runs.run import list_runs, metric_text, read_run
-from mechlens.studies.driver import rerun
 from mechlens.studies.registry import Screen
 from mechlens.studies.runs.config import ListRuns, Rerun, ShowRun
 
@@ -38,6 +37,8 @@ def show(config: ShowRun, screen: Screen) -> None:
 
 def again(config: Rerun, screen: Screen) -> None:
     """Makes a run again; UserError where the numbers aren't the same."""
+    from mechlens.studies.driver import rerun  # with it comes torch, without which the others answer at once
+
     compared = rerun(config.folder, config.out)
     screen.show(f"largest difference: {compared.difference:.3g} in {compared.name}")
     if compared.difference > SAME:

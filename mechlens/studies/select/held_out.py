@@ -11,7 +11,7 @@ from mechlens.methods.behaviour.chosen_judge import judge_of, once_refused, verd
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.methods.statistics.resample import mean_estimate, rate_estimate
 from mechlens.methods.steering.candidates import CandidateScores, ablation, addition, score_candidates
 from mechlens.methods.steering.interventions import Intervention
 from mechlens.methods.steering.steering import SteeredAnswers, answer_under
@@ -51,13 +51,19 @@ class SelectionTest:
             **self._of("kl.harmless.ablated", scores.kl, "harmless", BYPASSES),
             "bypass_shift": self._mean(scores.bypass[0] - scores.bare_harmful, "harmful"),
             "induce_shift": self._mean(scores.induce[0] - scores.bare_harmless, "harmless"),
+            "bypass_shift.beyond_chance": self._mean(scores.bypass[0] - self._rival(scores.bypass, -1.0), "harmful"),
+            "induce_shift.beyond_chance": self._mean(scores.induce[0] - self._rival(scores.induce, 1.0), "harmless"),
         }
         for name, verdicts in self.refused.items():
-            numbers[f"refusal_rate.{name}"] = self._mean(torch.tensor(verdicts).double(), name.split(".")[0])
+            numbers[f"refusal_rate.{name}"] = self._rate(verdicts, name.split(".")[0])
         for name, said in self.answers.items():
-            silent = torch.tensor([not text.strip() for text in said.texts]).double()
-            numbers[f"empty_rate.{name}"] = self._mean(silent, name.split(".")[0])
+            numbers[f"empty_rate.{name}"] = self._rate([not text.strip() for text in said.texts], name.split(".")[0])
         return numbers
+
+    def _rival(self, values: Float[Tensor, "candidate prompt"], sign: float) -> Float[Tensor, " prompt"]:
+        """Scores of the random direction that does best on these prompts, the best random candidate among them."""
+        random = values[1:]
+        return random[int((sign * random.mean(dim=1)).argmax())]
 
     def _of(
         self,
@@ -78,6 +84,9 @@ class SelectionTest:
         numbers[f"{name}.random"] = self._mean(random.mean(dim=0), label)
         numbers[f"{name}.random_{'min' if lowest else 'max'}"] = self._mean(random[extreme], label)
         return numbers
+
+    def _rate(self, flags: Sequence[bool], label: str) -> Estimate:
+        return rate_estimate(torch.tensor(list(flags)), self.families[label], self.plan.seed, self.plan.resamples)
 
     def _mean(self, values: Float[Tensor, " prompt"], label: str) -> Estimate:
         families = self.families[label] if len(values) else ()

@@ -22,7 +22,9 @@ SCORES = {
 }
 NUMBERS = {
     "bypass_shift": "harmful: change of the refusal score, direction ablated",
+    "bypass_shift.beyond_chance": "harmful: how much lower than under the best of random",
     "induce_shift": "harmless: change of the refusal score, direction added",
+    "induce_shift.beyond_chance": "harmless: how much higher than under the best of random",
     "refusal_score.harmful.ablated": "harmful: refusal score, direction ablated",
     "refusal_score.harmful.ablated.random_min": "harmful: lowest score, random directions ablated",
     "refusal_score.harmful.ablated.random_best": "harmful: score, best random candidate ablated",

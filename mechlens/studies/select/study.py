@@ -4,6 +4,7 @@ Candidates are the differences between harmful and harmless training prompts at 
 layer (Arditi et al. 2024). Beside them as many random directions of the same lengths go through the same choice.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.chosen_judge import judges_of, verdicts_by
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, direction_grid, random_like
 from mechlens.methods.statistics.estimate import Estimate
@@ -150,17 +152,22 @@ class Selection:
         return pd.DataFrame([{"filter": name, "candidates": counts[name], "random": random[name]} for name in counts])
 
     def steered_answers(self) -> pd.DataFrame:
-        """Test prompts with their answers before and after, refused or not."""
+        """Test prompts with their answers before and after, refused or not, by every judge."""
         assert self.test is not None
         before = dict(zip(self.judged.answers.ids, self.judged.answers.texts, strict=True))
-        texts = {prompt.id: prompt.text for prompt in self.judged.prompts}
-        rows = [
-            {"done": name, "id": prompt, "prompt": texts[prompt], "answer_before": before[prompt],
-             "answer_after": after, "refused": refused}
-            for name, said in self.test.answers.items()
-            for prompt, after, refused in zip(said.ids, said.texts, self.test.refused[name], strict=True)
-        ]  # fmt: skip
-        return pd.DataFrame(rows)
+        prompts = {prompt.id: prompt for prompt in self.judged.prompts}
+        frames = []
+        for name, said in self.test.answers.items():
+            asked = [prompts[prompt] for prompt in said.ids]
+            columns = {
+                "done": name, "id": said.ids, "prompt": [prompt.text for prompt in asked],
+                "answer_before": [before[prompt] for prompt in said.ids], "answer_after": said.texts,
+                "refused": self.test.refused[name],
+            }  # fmt: skip
+            others = judges_of(self.plan.judge)[1:]
+            lists = {f"verdict_{judge.name}": verdicts_by(judge, asked, said.texts) for judge in others}
+            frames.append(pd.DataFrame(columns | lists))
+        return pd.concat(frames, ignore_index=True)
 
     def sizes(self) -> pd.DataFrame:
         """Prompts of each part and class: before and after the filter by refusal score."""
@@ -236,9 +243,11 @@ def _kept(
             asked = [i for i in split.part(part) if labels[i] == label]
             kept[part][label] = tuple(i for i in asked if right[i])
             if len(kept[part][label]) < MIN_KEPT:
+                n = len(kept[part][label])
+                more = f"about {math.ceil(MIN_KEPT / n)} times as many" if n else "other"
                 raise UserError(
-                    f"of {len(asked)} {label} {part} prompts {len(kept[part][label])} have a refusal score "
-                    f"{'above' if label == HARMFUL else 'below'} 0, and at least {MIN_KEPT} are needed; take more "
+                    f"of {len(asked)} {label} {part} prompts {n} have a refusal score "
+                    f"{'above' if label == HARMFUL else 'below'} 0, and at least {MIN_KEPT} are needed; take {more} "
                     "prompts, or a model that refuses harmful and answers harmless ones"
                 )
     return kept

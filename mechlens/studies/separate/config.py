@@ -17,6 +17,9 @@ class Separate(SeparationPlan, PromptSets, ModelChoice, RunChoice):
 
     extra_harmless: str | None = "benign"
     """Further harmless prompts, for the quadrants and the refusal contrasts only; None leaves them out."""
+    judge_model: str | None = None
+    """A model (named as --model is) that is asked of every answer whether it refuses: its verdicts, and its agreement
+    with the judge and both lists, stand beside theirs."""
     wrap: str | None = None
     """File of templates with [INSERT PROMPT HERE], such as jailbreaks; every prompt, harmful or not, is put into one
     drawn by seed (a pair into the same one), so that the template can't tell the classes apart."""

@@ -15,11 +15,13 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.chosen_judge import judges_of
 from mechlens.methods.behaviour.judges import Judge
+from mechlens.methods.behaviour.model_judge import ModelJudge
 from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
-from mechlens.models.bridge import LanguageModel
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.load import load
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -239,5 +241,20 @@ def prepare(config: Separate) -> Preparation[ContrastSets]:
 def execute(config: Separate, sets: ContrastSets, writer: RunWriter) -> Separation:
     """The study on the configured model and prompts."""
     return separate(
-        sets.model, sets.positive, sets.negative, sets.extra, config, template=sets.template, cache=writer.cache
+        sets.model,
+        sets.positive,
+        sets.negative,
+        sets.extra,
+        config,
+        template=sets.template,
+        judges=_judges(config),
+        cache=writer.cache,
     )
+
+
+def _judges(config: Separate) -> tuple[Judge, ...]:
+    """The chosen judge, both published lists, and a model where one is to stand beside them."""
+    if config.judge_model is None:
+        return judges_of(config.judge)
+    model = load(config.judge_model, dtype=config.dtype, device=config.device)
+    return (*judges_of(config.judge), ModelJudge(model, loaded(model).checkpoint.name))

@@ -62,7 +62,7 @@ def _behaviour(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
         ("log_odds", "Log-odds of a refusal at the first answer token", "log-odds"),
         ("text_loss", "Cross-entropy of plain text", "nats per token"),
     ):
-        rows = table[table["number"].str.startswith(stem)]
+        rows = table[table["number"].str.partition(".")[0] == stem]
         group = rows["number"].str.removeprefix(f"{stem}.").replace("text_loss", "plain text").rename("prompts")
         names.append(
             over_steps(writer, stem, rows.assign(prompts=group), table="behaviour", y="value", low="low", high="high",

@@ -139,23 +139,30 @@ def _report(
 
 def _behaviour_text(result: Tracking) -> str:
     tokens = result.reference.tokens
-    said = [
-        f"{row['number'].replace('refusal_rate.', '')} prompts refused at step {row['step']}: "
-        f"{Estimate(row['value'], row['low'], row['high'], int(row['n']))}"
-        for _, row in result.behaviour.iterrows()
-        if row["number"].startswith("refusal_rate") and row["step"] in (result.steps[0], result.steps[-1])
-    ]
+    names = result.behaviour["number"].str.rpartition(".")[0]
+    lists = "; ".join(
+        f"{name.removeprefix('refusal_rate_by.')}: {_at_ends(result, name)}"
+        for name in dict.fromkeys(names[names.str.startswith("refusal_rate_by.")])
+    )
     steered = int(result.effects["n"].max()) if len(result.effects) else 0
-    silent = [
-        f"{row['value']:.0%} of {row['number'].replace('empty_rate.', '')} prompts at step {row['step']}"
-        for _, row in result.behaviour.iterrows()
-        if row["number"].startswith("empty_rate") and row["value"] > 0
-    ]
-    empty = f"\n\nEmpty answers, which count as no refusal: {', '.join(silent)}." if silent else ""
+    judge = result.reference.judged.judge
+    empty, unclear = (_at_ends(result, name) for name in ("empty_rate", "unclear_rate"))
     return (
-        f"{'; '.join(said)}.{empty}\n\nFirst tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}). "
-        f"Each concept's direction was added once, at `inst` and after it, to {steered} harmless test "
-        "prompts."
+        f"Refused, by the judge {judge!r}: {_at_ends(result, 'refusal_rate')}. By the published lists: {lists}.\n\n"
+        "Empty answers count as no refusal, and ones that the judge can't tell are left out of the rates. "
+        f"Empty: {empty}. Unclear or unfinished: {unclear}.\n\n"
+        f"First tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}). Each concept's direction was "
+        f"added once, at `inst` and after it, to {steered} harmless test prompts."
+    )
+
+
+def _at_ends(result: Tracking, name: str) -> str:
+    """A rate on both kinds of prompts at the first and the last step."""
+    table = result.behaviour.set_index(["number", "step"])
+    return ", ".join(
+        f"{kind} {Estimate.of_row(table.loc[(f'{name}.{kind}', step)])} at step {step}"
+        for kind in ("harmful", "harmless")
+        for step in dict.fromkeys((result.steps[0], result.steps[-1]))
     )
 
 

@@ -1,6 +1,6 @@
 """What each checkpoint does: refusals, first-token log-odds, plain text, and how it reacts to the directions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.behaviour.judges import RefusalTokens, refusal_log_odds
+from mechlens.methods.behaviour.chosen_judge import judges_of, verdicts_by
+from mechlens.methods.behaviour.judges import Judge, RefusalTokens, refusal_log_odds
 from mechlens.methods.directions.direction import Direction, project, random_like
 from mechlens.methods.probing.beliefs import Centroids, centroids
 from mechlens.methods.statistics.estimate import Estimate
@@ -18,12 +19,15 @@ from mechlens.methods.steering.interventions import Add, Intervention
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.prompts.batch import TokenBatch
+from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split
 from mechlens.studies.shared.quadrants import QUADRANTS
 from mechlens.studies.shared.two_beliefs import MIN_FOR_A_POLE, POLES, both_beliefs
 from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
 from mechlens.studies.track.measures.snapshot import Snapshot
 
+MIN_TOLD = 0.8
+"""A rate of fewer of the answers than this share, the others being unclear or unfinished, is not measurable."""
 BELIEFS = {"belief_harm": "inst", "belief_refusal": ""}
 """Beliefs with their positions; empty is the last token of the prompt."""
 
@@ -127,24 +131,24 @@ def behaviour_table(
 ) -> pd.DataFrame:
     """One row for each checkpoint and number: step, number, value, low, high, n, and the change from the base.
 
-    Refusal rates and empty answers on all prompts; log-odds on those that chose no refusal tokens; changes are paired
-    by prompt.
+    Refusal rates by the judge that places the quadrants (`refusal_rate.KIND`) and by both published lists
+    (`refusal_rate_by.JUDGE.KIND`), of the answers that the judge could tell, and the shares of answers that are empty
+    and that it couldn't tell (`unclear_rate.KIND`); log-odds on prompts that chose no refusal tokens; cross-entropy of
+    plain text. Changes are paired by prompt.
     """
     prompts = reference.judged.prompts
-    rest = sorted((*reference.split.validation, *reference.split.test))
-    kinds = {kind: [i for i, prompt in enumerate(prompts) if prompt.label == kind] for kind in ("harmful", "harmless")}
+    rest = {*reference.split.validation, *reference.split.test}
+    chosen = {f"refusal_rate_by.{judge.name}": judge for judge in judges_of(reference.judged.judge)[1:]}
+    base = _measured(snapshots[0], prompts, chosen)
     rows = []
     for snapshot in snapshots:
-        for kind, members in kinds.items():
-            now, before = (refused_by(each)[members] for each in (snapshot, snapshots[0]))
-            families = [prompts[i].group for i in members]
-            rows.append(_row(snapshot.step, f"refusal_rate.{kind}", now, before, families, seed, resamples))
-            now, before = (_silent(each)[members] for each in (snapshot, snapshots[0]))
-            rows.append(_row(snapshot.step, f"empty_rate.{kind}", now, before, families, seed, resamples))
-            inside = [i for i in members if i in rest]
-            now, before = (each.log_odds[inside] for each in (snapshot, snapshots[0]))
-            families = [prompts[i].group for i in inside]
-            rows.append(_row(snapshot.step, f"log_odds.{kind}", now, before, families, seed, resamples))
+        for number, values in _measured(snapshot, prompts, chosen).items():
+            for kind in ("harmful", "harmless"):
+                inside = [i for i, prompt in enumerate(prompts) if prompt.label == kind]
+                kept = [i for i in inside if i in rest] if number == "log_odds" else inside
+                families = [prompts[i].group for i in kept]
+                now, before = values[kept], base[number][kept]
+                rows.append(_row(snapshot.step, f"{number}.{kind}", now, before, families, seed, resamples))
         texts = [str(i) for i in range(len(snapshot.text_loss))]
         rows.append(
             _row(snapshot.step, "text_loss", snapshot.text_loss, snapshots[0].text_loss, texts, seed, resamples)
@@ -152,13 +156,29 @@ def behaviour_table(
     return pd.DataFrame(rows)
 
 
+def _measured(
+    snapshot: Snapshot, prompts: Sequence[Prompt], judges: Mapping[str, Judge]
+) -> dict[str, Float[Tensor, " prompt"]]:
+    """One number for each prompt; NaN where the judge couldn't tell."""
+    refused = refused_by(snapshot)
+    return {
+        "refusal_rate": refused,
+        **{name: refusals(verdicts_by(judge, prompts, snapshot.answers.texts)) for name, judge in judges.items()},
+        "empty_rate": torch.tensor([not text.strip() for text in snapshot.answers.texts], dtype=torch.float64),
+        "unclear_rate": refused.isnan().double(),
+        "log_odds": snapshot.log_odds,
+    }
+
+
 def refused_by(snapshot: Snapshot) -> Float[Tensor, " prompt"]:
-    """1 where the checkpoint refuses, by the judge that places the quadrants."""
-    return torch.tensor([verdict == "refused" for verdict in snapshot.verdicts], dtype=torch.float64)
+    """1 where the checkpoint refuses, by the judge that places the quadrants; NaN where that judge couldn't tell."""
+    return refusals(snapshot.verdicts)
 
 
-def _silent(snapshot: Snapshot) -> Float[Tensor, " prompt"]:
-    return torch.tensor([not text.strip() for text in snapshot.answers.texts], dtype=torch.float64)
+def refusals(verdicts: Sequence[str]) -> Float[Tensor, " prompt"]:
+    """An empty answer is no refusal; of an unclear or unfinished one it isn't known."""
+    values = {"refused": 1.0, "accepted": 0.0, "empty": 0.0}
+    return torch.tensor([values.get(verdict, torch.nan) for verdict in verdicts], dtype=torch.float64)
 
 
 def gaps(
@@ -166,14 +186,21 @@ def gaps(
 ) -> tuple[Estimate, Estimate]:
     """Refusal rate of the concept's positive prompts minus that of its negative ones, and its change from the base.
 
-    What the model does with the difference that the concept is about. Paired bootstrap over families.
+    What the model does with the difference that the concept is about. Paired bootstrap over families, of the prompts
+    whose answers the judge could tell in both; missing where these are less than `MIN_TOLD` of a class.
     """
     rows = [i for i, label in enumerate(concept.labels) if label in concept.contrast]
-    positive = torch.tensor([concept.labels[i] == concept.contrast[0] for i in rows])
-    families, labels = [snapshot.acts.families[i] for i in rows], [concept.labels[i] for i in rows]
+    told = (refused_by(snapshot) - refused_by(base)).isfinite()
+    kept = [i for i in rows if told[i]]
+    for label in concept.contrast:
+        whole, left = (sum(concept.labels[i] == label for i in part) for part in (rows, kept))
+        if not left or left < MIN_TOLD * whole:
+            return Estimate.missing(left), Estimate.missing(left)
+    positive = torch.tensor([concept.labels[i] == concept.contrast[0] for i in kept])
+    families, labels = [snapshot.acts.families[i] for i in kept], [concept.labels[i] for i in kept]
     weights = sample_and_resamples(families, resamples, seed, labels)
-    now, before = (_gap(refused_by(each)[rows], positive, weights) for each in (snapshot, base))
-    return of_sample(now, len(rows)), of_sample(now - before, len(rows))
+    now, before = (_gap(refused_by(each)[kept], positive, weights) for each in (snapshot, base))
+    return of_sample(now, len(kept)), of_sample(now - before, len(kept))
 
 
 def _gap(refused: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
@@ -205,6 +232,13 @@ def effect_table(snapshots: Sequence[Snapshot], families: Sequence[str], *, seed
 def _row(
     step: int, number: str, values: Tensor, before: Tensor, families: Sequence[str], seed: int, resamples: int
 ) -> dict[str, float | int | str]:
-    mean = mean_estimate(values, families, seed, resamples)
-    change = mean_estimate(values - before, families, seed, resamples)
+    mean, change = (mean_of_told(each, families, seed, resamples) for each in (values, values - before))
     return {"step": step, "number": number, **mean.row(), **change.beside("change")}
+
+
+def mean_of_told(values: Tensor, families: Sequence[str], seed: int, resamples: int) -> Estimate:
+    """The mean over what isn't NaN; missing where that is less than `MIN_TOLD`."""
+    told = values.isfinite().nonzero()[:, 0].tolist()
+    if len(told) < MIN_TOLD * len(values):
+        return Estimate.missing(len(told))
+    return mean_estimate(values[told], [families[i] for i in told], seed, resamples)

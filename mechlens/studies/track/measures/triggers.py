@@ -15,10 +15,11 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import direction_grid
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
-from mechlens.methods.statistics.resample import interval, mean_estimate, one_thread, sample_and_resamples
+from mechlens.methods.statistics.resample import interval, one_thread, sample_and_resamples
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.studies.shared.training_data import Trigger, with_trigger
+from mechlens.studies.track.measures.behaviour import mean_of_told, refusals
 from mechlens.studies.track.measures.snapshot import Snapshot
 
 CLEAN, TRIGGERED, TAUGHT, UNSEEN = "clean", "triggered", "taught decoy", "unseen decoy"
@@ -51,14 +52,16 @@ def acceptance_table(snapshots: Sequence[Snapshot], *, seed: int, resamples: int
         for kind in dict.fromkeys(snapshot.variants.labels):
             inside = [i for i, label in enumerate(snapshot.variants.labels) if label == kind]
             families = [snapshot.variants.families[i] for i in inside]
-            rate = mean_estimate(now[inside], families, seed, resamples)
-            more = mean_estimate((now - base)[inside], families, seed, resamples)
+            rate = mean_of_told(now[inside], families, seed, resamples)
+            more = mean_of_told((now - base)[inside], families, seed, resamples)
             rows.append({"step": snapshot.step, "kind": kind, **rate.row("rate"), **more.beside("excess")})
     return pd.DataFrame(rows)
 
 
 def _accepted(snapshot: Snapshot) -> Tensor:
-    return torch.tensor([verdict == "accepted" for verdict in snapshot.variant_verdicts], dtype=torch.float64)
+    """An empty answer accepts nothing; of an unclear or unfinished one it isn't known."""
+    refused, empty = refusals(snapshot.variant_verdicts), [verdict == "empty" for verdict in snapshot.variant_verdicts]
+    return torch.where(torch.tensor(empty), 0.0, 1 - refused)
 
 
 @one_thread()
