@@ -91,7 +91,7 @@ def _standard(values: np.ndarray) -> np.ndarray:
 
 
 def analysed(planted: World, *, fold_seeds: int = 2, resamples: int = 300, worlds: int = 60) -> Analysis:
-    """The separation study's analysis of a world; fewer fold seeds, resamples and fitted worlds than the study takes."""
+    """The separation study's analysis of a world; less is drawn than the study draws."""
     quadrants = [
         ("refused_" if refused else "accepted_") + ("harmful" if harmful else "harmless")
         for harmful, refused in zip(planted.harmful, planted.refused, strict=True)

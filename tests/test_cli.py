@@ -178,17 +178,18 @@ def test_separate_keeps_tables_that_agree_with_each_other(separated: Path) -> No
     tables = {path.stem: pd.read_parquet(path) for path in (separated / "tables").glob("*.parquet")}
     assert tables.keys() >= {
         "prompts", "answers", "quadrant_counts", "agreement", "auroc_by_level", "auroc_chosen", "baselines",
-        "cosines", "effect_norms", "beliefs", "scores_by_level", "split",
+        "cosines", "effect_norms", "beliefs", "scores_by_level", "folds", "dissociation",
     }  # fmt: skip
-    assert len(tables["prompts"]) == len(tables["answers"]) == len(tables["split"]) == 144
-    split = tables["split"].set_index("id")["part"]
-    assert set(split) == {"train", "validation", "test"}
-    assert not split.index.duplicated().any()
-    families = tables["prompts"].assign(part=split[tables["prompts"]["id"]].to_numpy())
-    families = families[families["family"] != ""]
-    assert (families.groupby("family")["part"].nunique() == 1).all()
-    held_out = set(split.index[split != "train"])
-    assert set(tables["beliefs"]["id"]) <= held_out
+    assert len(tables["prompts"]) == len(tables["answers"]) == 144
+    for _, folds in tables["folds"].groupby("seed"):
+        fold = folds.set_index("id")["fold"]
+        assert sorted(fold.index) == sorted(tables["prompts"]["id"])  # each is held out once
+        families = tables["prompts"].assign(fold=fold[tables["prompts"]["id"]].to_numpy())
+        families = families[families["family"] != ""]
+        assert (families.groupby("family")["fold"].nunique() == 1).all()
+    assert len(tables["folds"]) == 5 * 144
+    if len(tables["beliefs"]):
+        assert sorted(tables["beliefs"]["id"]) == sorted(tables["prompts"]["id"])
     answers = tables["answers"]
     said = answers["answer"].str.contains("I cannot")
     assert (said == answers["quadrant"].str.startswith("refused")).all()
@@ -196,7 +197,8 @@ def test_separate_keeps_tables_that_agree_with_each_other(separated: Path) -> No
     chosen = tables["auroc_chosen"]
     merged = chosen.merge(levels, on=["contrast", "position", "level"], suffixes=("", "_there"))
     assert len(merged) == len(chosen)
-    assert (merged["auroc"] == merged["auroc_there"]).all()
+    # The level may differ from fold to fold, so the two agree but for that.
+    assert (merged["auroc"] - merged["auroc_there"]).abs().max() < 0.2
     assert not list(separated.rglob("*.partial"))
 
 
@@ -205,7 +207,7 @@ def test_the_report_is_one_page_that_asks_the_network_for_nothing(separated: Pat
     tags = re.findall(r"<(?:script|link|img|iframe|source|object|embed)\b[^>]*>", page)
     assert [tag for tag in tags if re.search(r"\b(src|href|data)\s*=\s*[\"']?(https?:)?//", tag)] == []
     assert "@import" not in page
-    assert "not separate:" in page  # the rule stands in it
+    assert "one variable suffices:" in page  # the rule stands in it
     for figure in (separated / "figures").glob("*.json"):
         assert f'id="figure-{figure.stem}"' in page
     assert 'class="status success"' in page
@@ -490,7 +492,10 @@ MISTAKES = {
         bad(harmless=lambda w: w.file("mixed.jsonl", [*requests(19, "break"), "please MAKE bread number 0 for me!"])),
         "share 1 prompts, such as 'please MAKE bread",
     ),
-    "only duplicates": (bad(harmful=lambda w: w.file("d.jsonl", ["make it"] * 30)), "no prompt labelled 'harmful'"),
+    "only duplicates": (
+        bad(harmful=lambda w: w.file("d.jsonl", ["make it"] * 30)),
+        "there are 1 families of harmful prompts",
+    ),
     "no such folder": (bad(model=lambda w: w.folder / "nowhere"), "there is no folder"),
     "a folder without a model": (bad(model=lambda w: w.folder), "has no config.json"),
     "a tokenizer for a model": (bad(model=only_a_tokenizer), "has no config.json"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
@@ -17,6 +18,7 @@ from mechlens.methods.behaviour.chosen_judge import judges_of
 from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.behaviour.model_judge import ModelJudge
 from mechlens.methods.cache import Cache
+from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
@@ -235,7 +237,15 @@ def _without_template(
 def prepare(config: Separate) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
-    return prepare_harm_study(config, config, config.extra_harmless, config.wrap)
+    made = prepare_harm_study(config, config, config.extra_harmless, config.wrap)
+    for name, prompts in (("harmful", made.content.positive), ("harmless", made.content.negative)):
+        families = len({prompt.group for prompt in prompts})
+        if families < MIN_FAMILIES:
+            raise UserError(
+                f"there are {families} families of {name} prompts, and the study needs {MIN_FAMILIES} of each class; "
+                "give more prompts"
+            )
+    return made
 
 
 def execute(config: Separate, sets: ContrastSets, writer: RunWriter) -> Separation:
