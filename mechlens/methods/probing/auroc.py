@@ -108,7 +108,7 @@ def auroc_bounds(
     All areas that are no farther from the measured one than their own standard error times Student's t (Newcombe
     2006, method 5, on Hanley & McNeil's variance), that variance scaled by how much more, or less, the families'
     placement values vary than independent prompts' would (Obuchowski 1997). It has a width at an area of 1 too. Of
-    intervals for 10 to 50 prompts a class, alone, in pairs or in families of one class, 94.5% to 98.5% hold the
+    intervals for 10 to 50 prompts a class, alone, in pairs or in families of one class, 95% to 98.5% hold the
     truth (`scripts/error_rates_separate.py --coverage`), where a percentile bootstrap of few prompts holds too little.
     """
     cells = scores.double().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
