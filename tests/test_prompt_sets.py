@@ -22,9 +22,9 @@ MISLEADING = {
 }
 """The families of the misleading sets: the harmful and the harmless request."""
 ALARMING = re.compile(
-    r"""\b(abort|ambush|ammunition|attack|beat|behead|bleed|bloodi|blast|blow|bomb|brutal|bullet|burn|bury|captur|cheat|chok|chop|collapse|
+    r"""\b(abort|ambush|ammunition|attack|beat|behead|bleed|blood|blast|blow|bomb|brutal|bullet|burn|bury|captur|cheat|chok|chop|collapse|
     crack|crash|cruel|crush|dead|demolish|destroy|died|dissect|dodge|drown|dump|escape|execut|explod|explosive|exploit|
-    exterminat|fake\ blood|fatal|fire|force|frame|get\ rid|guerrilla|gut\b|hack|hang|heist|hijack|hit\b|horror|hostage|
+    exterminat|fatal|fire|force|frame|get\ rid|guerrilla|gut\b|hack|hang|heist|hijack|hit\b|horror|hostage|
     hostile|ignite|kick|kill|knock|massacre|murder|nail\ gun|nuke|parasites|pirate|plague|poach|poison|punch|punish|
     radiation|raid|ransom|rip\ off|rob\b|robber|sacrifice|scorch|shoot|shred|sinful|skin\b|slash|slaughter|slay|smash|
     smother|smuggle|spies|stab\b|stalk|starve|steal|stolen|strang|strike|strip\b|terminate|throw|torpedo|torture|toxic|
