@@ -1,6 +1,6 @@
 """How often the verdict of `mechlens separate` is right in worlds whose number of variables is known.
 
-    python scripts/error_rates_separate.py [--draws 40] [--jobs 2] [--coverage] [--write]
+    python scripts/error_rates_separate.py [--draws 40] [--jobs 2] [--quick] [--coverage] [--write]
 
 Prints the share of each verdict in each world; `--write` puts the table into mechlens/studies/separate/README.md, and
 `--coverage` prints instead how many intervals of `auroc_bounds` hold the true area.
@@ -60,12 +60,12 @@ def row(cell: Cell, draws: int) -> str:
     return f"| {named} | {n} | {rate} | {mean} | " + " | ".join(f"{tally[w] / draws:.0%}" for w in WORDS) + " |"
 
 
-def table(draws: int, jobs: int) -> str:
+def table(chosen: list[Cell], draws: int, jobs: int) -> str:
     """All rows, made by so many processes."""
     head = "| world | prompts | harmful refused | mean D | " + " | ".join(WORDS) + " |"
     lines = [head, "|---" * (4 + len(WORDS)) + "|"]
     with ProcessPoolExecutor(jobs) as pool:
-        for line in pool.map(row, cells(), [draws] * len(cells())):
+        for line in pool.map(row, chosen, [draws] * len(chosen)):
             print(line, flush=True)
             lines.append(line)
     return "\n".join(lines)
@@ -109,12 +109,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="608 prompts and a refusal rate of 0.7 only")
     parser.add_argument("--coverage", action="store_true")
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     if chosen.coverage:
         return coverage()
-    made = table(chosen.draws, chosen.jobs)
+    wanted = [cell for cell in cells() if not chosen.quick or cell[2:] == (608, 0.7)]
+    made = table(wanted, chosen.draws, chosen.jobs)
     return write(made) if chosen.write else None
 
 
