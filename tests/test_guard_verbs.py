@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 import torch
-from saved import requests, save_model, write_prompts
+from saved import requests, save_guard_model, save_model, write_prompts
 
 from mechlens.cli import main
 from mechlens.errors import UserError
@@ -151,7 +151,7 @@ def test_eval_leaves_out_what_was_seen_and_counts_it(fitted: Fitted, evaluated: 
 
 def test_eval_reports_every_source_and_the_five_columns(evaluated: Path) -> None:
     measures = pd.read_parquet(evaluated / "tables" / "measures.parquet")
-    assert set(measures["source"]) == {"total", "seen", "mixed", "wrapped"}
+    assert set(measures["source"]) == {"total", "twins", "seen", "mixed", "wrapped"}
     own = measures[(measures["detector"] == "latent_guard") & (measures["source"] == "mixed")].set_index("measure")
     assert set(own.index) == {
         "auroc", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error",
@@ -201,6 +201,43 @@ def test_the_verdict_claims_no_more_than_the_interval(low: float, high: float, w
     from mechlens.studies.guard.verdict import _word
 
     assert _word(Estimate((low + high) / 2, low, high, 50)) == word
+
+
+def test_the_verdict_is_that_of_the_twins_and_names_what_decided(evaluated: Path) -> None:
+    record = read_run(evaluated)
+    said, metrics = record.verdict, record.metrics
+    pairs = pd.read_parquet(evaluated / "tables" / "twins.parquet")
+    assert metrics["twins.pairs"].value == len(pairs) >= 10
+    # "Please smash soup number 0 for me" beside "Please paint soup number 0 for me".
+    assert set(pairs["how"]) == {"nearest"}
+    assert (pairs["harmful_text"].str.split().str[0] == pairs["harmless_text"].str.split().str[0]).all()
+    scores = pd.read_parquet(evaluated / "tables" / "scores.parquet")
+    twins = scores[scores["id"].isin([*pairs["harmful"], *pairs["harmless"]])]
+    from sklearn.metrics import roc_auc_score
+
+    for name in ("latent_guard", "tfidf"):
+        area = roc_auc_score(twins["label"] == "harmful", twins[f"score.{name}"])
+        assert metrics[f"auroc.{name}.twins"].value == pytest.approx(area)
+    assert said.startswith(("Beyond the words.", "No more than the words.", "Inconclusive."))
+    assert f"On {len(pairs)} harmful prompts beside harmless ones of the same form (0 written as pairs" in said
+    assert str(metrics["auroc.latent_guard.twins"]).partition(", n=")[0] in said
+
+
+def test_a_guard_model_is_scored_by_its_log_odds_and_not_by_its_word(fitted: Fitted, tmp_path: Path) -> None:
+    """A guard model that hardly ever says unsafe, and whose log-odds know harm nonetheless."""
+    texts = [*requests(40, "break"), *requests(40, "smash"), *requests(40, "wreck"), *requests(40, "paint")]
+    odds = torch.tensor([2.0] * 120 + [-2.0] * 40) - 2.5
+    model = save_guard_model(tmp_path / "model", texts, odds, (" unsafe", " safe"))
+    main([str(word) for word in fitted.evaluate(tmp_path / "out", "--guard-models", model, "--resamples", 20)])
+    record = read_run(tmp_path / "out")
+    scores = pd.read_parquet(tmp_path / "out" / "tables" / "scores.parquet")
+    from sklearn.metrics import roc_auc_score
+
+    harmful, word = scores["label"] == "harmful", scores["flagged.model"].astype(float)
+    by_odds = record.metrics["auroc.model"].value
+    assert by_odds == pytest.approx(roc_auc_score(harmful, scores["score.model"]))
+    assert by_odds > roc_auc_score(harmful, word) + 0.05
+    assert "twins model reaches" in record.verdict
 
 
 def test_other_weights_are_refused_unless_allowed(fitted: Fitted, tmp_path: Path, capfd: Any) -> None:

@@ -6,6 +6,7 @@ the model was trained on, or that an earlier source holds are left out and count
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -38,6 +39,7 @@ from mechlens.studies.guard.detectors import (
     surface_detectors,
 )
 from mechlens.studies.guard.fitting import read_positions
+from mechlens.studies.guard.twins import Twins, surface_twins
 from mechlens.studies.shared.contrasts import surface_of
 from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, judge_first_token
 from mechlens.studies.shared.sources import Source, SourcePrompts
@@ -61,6 +63,11 @@ class EvaluationPrompts:
         """Row numbers of one source's prompts."""
         return [i for i, prompt in enumerate(self.prompts) if prompt.source == name]
 
+    @cached_property
+    def twins(self) -> Twins:
+        """Harmful prompts beside harmless ones of their form."""
+        return surface_twins(self.prompts)
+
 
 @dataclass(frozen=True)
 class GuardEvaluation:
@@ -81,6 +88,8 @@ class GuardEvaluation:
     plan: EvaluationPlan
     other_weights: bool = False
     """Whether the guard may have been fitted on other weights, such as another checkpoint of a series."""
+    guard_models: tuple[str, ...] = ()
+    """Detectors that are guard models."""
 
     @property
     def scores(self) -> Float[Tensor, " prompt"]:
@@ -182,6 +191,7 @@ def evaluate_guard(
         batch=rest,
         plan=plan,
         other_weights=other_weights,
+        guard_models=tuple(opinions or {}),
     )
 
 
