@@ -15,8 +15,10 @@ import pytest
 import torch
 from saved import requests, save_guard_model, save_model, write_prompts
 
+import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
+from mechlens.methods.guard.rules import CosineScore
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.runs.run import read_run
 from mechlens.studies.guard.config import GuardPredict
@@ -119,6 +121,28 @@ def test_the_report_holds_its_figures_and_escapes_what_it_shows(fitted: Fitted, 
             assert f'id="figure-{figure.stem}"' in page
         assert {"roc", "scores_by_source", "against_baselines"} <= {p.stem for p in (folder / "figures").glob("*")}
         assert "blocks" in page
+
+
+def test_a_guard_by_the_augmented_pool_learns_what_the_model_refuses(fitted: Fitted, tmp_path: Path) -> None:
+    command = ["guard", "fit", "--model", fitted.model, "--out", str(tmp_path / "run"), "--extra-harmless", "None"]
+    for name, word in (("harmful", "break"), ("harmless", "make")):
+        command += [f"--{name}", write_prompts(tmp_path / f"{name}.jsonl", requests(70, word))]
+    main([*command, "--max-new-tokens", "2", "--max-fpr", "0.2", *QUICK, "--rule", "augmented", "--positions", "inst"])
+    guard = LatentGuard.load(tmp_path / "run" / "guard.safetensors").fitted_
+    assert guard.settings.rule == "augmented"
+    prompts = pd.read_parquet(tmp_path / "run" / "tables" / "prompts.parquet").set_index("id")
+    model = ml.load(fitted.model)
+    asked = [ml.Prompt(str(name), row["text"], label=row["label"]) for name, row in prompts.iterrows()]
+    refused = ml.judge_answers(asked, ml.answer(model, asked, max_new_tokens=2)).refused
+    acts = ml.collect(model, asked, positions=["inst"])
+    values = acts.at(guard.places[0].level, "inst").double()
+    kinds = [
+        values[[p.label == "harmful" and r is flag for p, r in zip(asked, refused, strict=True)]]
+        for flag in (True, False)
+    ]
+    score = guard.places[0].score
+    assert isinstance(score, CosineScore)
+    torch.testing.assert_close(score.positive, sum(kind.mean(dim=0) for kind in kinds) / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_a_rerun_of_the_fit_gives_the_same_numbers(fitted: Fitted, capfd: pytest.CaptureFixture[str]) -> None:

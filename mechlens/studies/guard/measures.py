@@ -223,9 +223,9 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     positive = positives(result)
     fitted = permuted_labels(labels, train.families, plan.permutations, plan.seed)
     scored = permuted_labels(positive, families(result), plan.permutations, plan.seed + 1)
-    rule = result.guard.settings.rule
+    rule, refused = result.guard.settings.rule, torch.tensor([result.refused[name] for name in train.ids])
     scores = [
-        _mean_score([score_by(rule, train.at(*where), draw)(test.at(*where)) for where in _where(result)])
+        _mean_score([score_by(rule, train.at(*where), draw, refused)(test.at(*where)) for where in _where(result)])
         for draw in tqdm(fitted, desc="permuted labels", delay=2, leave=False)
     ]
     areas = weighted_auroc(torch.stack(scores), scored.double(), (~scored).double())
