@@ -84,7 +84,7 @@ def outcomes(world: World, n: int, draws: int, seed: int = 0) -> Counter[Outcome
 def rivalry(n: int, draws: int, seed: int = 0) -> dict[str, Counter[str]]:
     """A guard model of AUROC .972 beside a Latent Guard of .935: who is said to win, by log-odds and by the 0/1 word.
 
-    Its word is cut where a fifth of the harmful prompts are missed, as a guard model's own threshold may be.
+    Its word is cut where a sixth of the harmful prompts are missed, as a guard model's own threshold may be.
     """
     generator = torch.Generator().manual_seed(seed)
     positive = torch.tensor([True, False]).repeat(n)
