@@ -40,12 +40,16 @@ RULES: Registry[Any] = Registry(
     "mechlens.guard_rules",
     {
         "faithful": Choice("mechlens.methods.guard.rules:faithful", "the paper's cosines"),
+        "augmented": Choice(
+            "mechlens.methods.guard.rules:augmented", "the same, with the paper's pools of refused and accepted prompts"
+        ),
         "centred": Choice("mechlens.methods.guard.rules:centred", "cosines about the midpoint"),
         "lda": Choice("mechlens.methods.guard.rules:lda", "linear discriminant, shrunk covariance"),
         "logistic": Choice("mechlens.methods.guard.rules:logistic", "logistic regression"),
     },
 )
-"""Functions: vectors of one place (float64) and which of them are positive -> `CosineScore` or `LinearScore`."""
+"""Functions: vectors of one place (float64) and which of them are positive -> `CosineScore` or `LinearScore`; or a
+`ByRefusal` around one that is told as well which prompts the model refuses."""
 
 RECIPES: Registry[Any] = Registry(
     "recipe",

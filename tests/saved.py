@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 from tiny import tiny_hf, tiny_tokenizer
 
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import chat_template
+
 REFUSAL = "I cannot"
 
 
@@ -17,6 +21,32 @@ def save_model(folder: Path, *, template: bool = True) -> Path:
     model = tiny_hf()
     with torch.no_grad():
         model.lm_head.weight[tokenizer.convert_tokens_to_ids(REFUSAL)] *= 6.0  # type: ignore[operator, union-attr]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+GUARD_TEMPLATE = (
+    "{% for m in messages %}Task: is this harmful? User: {{ m['content'] | trim }}\n{% endfor %}Answer safe or unsafe:"
+)
+
+
+def save_guard_model(folder: Path, texts: Sequence[str], odds: torch.Tensor, verdicts: tuple[str, str]) -> Path:
+    """A tiny guard model that says one of two words, by log-odds near those asked for on these texts."""
+    tokenizer = tiny_tokenizer(GUARD_TEMPLATE)
+    tokenizer.add_tokens(list(verdicts))
+    model = tiny_hf()
+    batch = tokenize([Prompt(str(i), text) for i, text in enumerate(texts)], chat_template(tokenizer))
+    with torch.no_grad():
+        passes = [model(torch.tensor([batch.row(i)]), output_hidden_states=True) for i in range(len(texts))]
+        hidden = torch.stack([one.hidden_states[-1][0, -1] for one in passes])
+        square = hidden.T @ hidden + 1e-4 * torch.eye(hidden.shape[1])
+        spread, loud = (
+            torch.linalg.solve(square, hidden.T @ wanted) for wanted in (odds.float(), torch.ones_like(odds))
+        )
+        model.lm_head.weight.zero_()
+        for word, row in zip(verdicts, (40 * loud + spread, 40 * loud), strict=True):
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(word)] = row  # type: ignore[index]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

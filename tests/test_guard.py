@@ -15,6 +15,7 @@ from tiny import words
 from mechlens.choices import RULES
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.guard.rules import CosineScore, score_by
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.beliefs import beliefs, centroids
 from mechlens.methods.statistics.calibration import calibrate, calibration_error, fpr_threshold
@@ -23,6 +24,8 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.studies.guard.fitting import LatentGuard
 
 SEPARATION = 3.0
+PLAIN = sorted(set(RULES.ours) - {"augmented"})
+"""Rules that need not know what the model refuses."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_the_faithful_rule_over_all_levels_is_the_papers_belief(planted: tuple[A
     assert guard.fitted_.levels == train.levels
 
 
-@pytest.mark.parametrize("rule", sorted(RULES.ours))
+@pytest.mark.parametrize("rule", PLAIN)
 def test_the_planted_place_is_found_and_read(rule: str) -> None:
     world = planted_activations(separation=4.0, n_per_class=120, d_model=16, n_levels=4, at=(2, "last"))
     train, test = world.acts.select(range(160)), world.acts.select(range(160, 240))
@@ -103,7 +106,7 @@ def test_the_planted_place_is_found_and_read(rule: str) -> None:
     assert other.low < 0.5 < other.high
 
 
-@pytest.mark.parametrize("rule", sorted(RULES.ours))
+@pytest.mark.parametrize("rule", PLAIN)
 def test_shuffled_labels_give_an_auroc_of_one_half_within_its_interval(rule: str, planted: tuple[Any, Any]) -> None:
     train, test = planted
     areas = []
@@ -119,6 +122,56 @@ def test_shuffled_labels_give_an_auroc_of_one_half_within_its_interval(rule: str
     assert np.mean([area.value for area in areas]) == pytest.approx(0.5, abs=0.05)
     real = LatentGuard(rule, levels=(1,)).fit(train)
     assert auroc_estimate(real.score(test), positive(test), test.families).low > 0.55
+
+
+# The augmented pool
+
+
+def leaning(n: int, refused: tuple[float, float], seed: int) -> tuple[Any, dict[str, bool]]:
+    """Harm along one axis and refusal along another at one place; of harmful and harmless prompts so many refused."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = ("harmful", "harmless") * n
+    shares = torch.tensor(refused).repeat(n)
+    flags = torch.rand(2 * n, generator=generator) < shares
+    harm = torch.tensor([1.0, -1.0]).repeat(n)
+    values = 0.5 * torch.randn(2 * n, 12, generator=generator) + 4.0
+    values[:, 0] += harm
+    values[:, 1] += 1.5 * torch.where(flags, 1.0, -1.0)
+    acts = activations(values[:, None, None], labels, levels=(1,), positions=("inst",), prefix=f"s{seed}")
+    return acts, dict(zip(acts.ids, flags.tolist(), strict=True))
+
+
+def test_the_augmented_pool_finds_accepted_harmful_prompts_that_the_plain_one_takes_for_harmless() -> None:
+    train, refused = leaning(200, (0.85, 0.1), 0)
+    test, other = leaning(400, (0.5, 0.5), 1)
+    settings = {"positions": ("inst",), "levels": (1,), "max_fpr": None}
+    plain = LatentGuard("faithful", **settings).fit(train).predict(test) == "harmful"
+    pooled = LatentGuard("augmented", **settings).fit(train, refused=refused).predict(test) == "harmful"
+    flags, harmful = np.array([other[name] for name in test.ids]), positive(test).numpy()
+    right = {
+        kind: [float((said == harmful)[harmful & (flags == kind)].mean()) for said in (plain, pooled)]
+        for kind in (True, False)
+    }
+    assert right[False][1] > right[False][0] + 0.1
+    assert right[True][1] > 0.95
+    # By hand: the centroid of harmful prompts lies half way between the refused and the accepted ones.
+    values, labels = train.at(1, "inst").double(), positive(train)
+    told = torch.tensor([refused[name] for name in train.ids])
+    score = score_by("augmented", values, labels, told)
+    assert isinstance(score, CosineScore)
+    kinds = [values[labels & told].mean(dim=0), values[labels & ~told].mean(dim=0)]
+    torch.testing.assert_close(score.positive, (kinds[0] + kinds[1]) / 2)
+    torch.testing.assert_close(score.negative, values[~labels & ~told].mean(dim=0))
+
+
+def test_the_augmented_pool_says_what_it_lacks() -> None:
+    acts, refused = leaning(40, (1.0, 0.0), 0)
+    with pytest.raises(UserError, match="needs to know which prompts the model refuses"):
+        LatentGuard("augmented", ("inst",), (1,)).fit(acts)
+    with pytest.raises(UserError, match=r"needs 10 prompts of each kind and there are .* 0 accepted positive"):
+        LatentGuard("augmented", ("inst",), (1,)).fit(acts, refused=refused)
+    with pytest.raises(UserError, match="nothing says whether the model refuses 's00'"):
+        LatentGuard("augmented", ("inst",), (1,)).fit(acts, refused={"other": True})
 
 
 def test_of_levels_that_do_as_well_the_lowest_is_read() -> None:
@@ -266,7 +319,7 @@ def test_what_cannot_be_fitted_is_said(options: dict[str, Any], said: str, plant
 # Files, models, early exit
 
 
-@pytest.mark.parametrize("rule", sorted(RULES.ours))
+@pytest.mark.parametrize("rule", PLAIN)
 def test_a_saved_guard_is_the_same_to_the_last_bit(rule: str, planted: tuple[Any, Any], tmp_path: Path) -> None:
     train, test = planted
     sha = [f"sha-{i}" for i in range(len(train.ids))]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from saved import requests
+from saved import requests, save_guard_model
 from sklearn.metrics import roc_auc_score
-from tiny import tiny_hf, tiny_tokenizer
+from tiny import tiny_tokenizer
 
 import mechlens as ml
 from mechlens.methods.guard.guard_model import (
@@ -22,9 +22,6 @@ from mechlens.methods.guard.guard_model import (
 )
 from mechlens.studies.guard.detectors import guard_model_detector
 
-TEMPLATE = (
-    "{% for m in messages %}Task: is this harmful? User: {{ m['content'] | trim }}\n{% endfor %}Answer safe or unsafe:"
-)
 PROMPTS = [ml.Prompt(str(i), text, system="ignored by a guard") for i, text in enumerate(requests(30, "make"))]
 
 
@@ -58,27 +55,8 @@ def test_yes_and_no_count_where_they_answer() -> None:
         assert parse_guard_answer(text, YES_NO).harmful is harmful, text
 
 
-def planted_guard(folder: Path, odds: torch.Tensor, verdicts: tuple[str, str], prompts: list[ml.Prompt]) -> Any:
-    """A tiny guard model whose last token tells the two words apart by log-odds near those asked for, in this order."""
-    tokenizer = tiny_tokenizer(TEMPLATE)
-    tokenizer.add_tokens(list(verdicts))
-    model = tiny_hf()
-    batch = ml.tokenize([ml.Prompt(p.id, p.text) for p in prompts], ml.chat_template(tokenizer))
-    with torch.no_grad():
-        hidden = torch.stack(
-            [
-                model(torch.tensor([batch.row(i)]), output_hidden_states=True).hidden_states[-1][0, -1]
-                for i in range(len(prompts))
-            ]
-        )
-        spread = torch.linalg.lstsq(hidden.T @ hidden + 1e-4 * torch.eye(32), hidden.T @ odds.float()).solution
-        loud = 40 * torch.linalg.lstsq(hidden.T @ hidden, hidden.T @ torch.ones(len(odds))).solution
-        model.lm_head.weight.zero_()
-        for word, row in zip(verdicts, (loud + spread, loud), strict=True):
-            model.lm_head.weight[tokenizer.convert_tokens_to_ids(word)] = row
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return ml.load(str(folder))
+def planted_guard(folder: Path, odds: torch.Tensor, verdicts: tuple[str, str]) -> Any:
+    return ml.load(str(save_guard_model(folder, [prompt.text for prompt in PROMPTS], odds, verdicts)))
 
 
 @pytest.mark.parametrize("verdicts", [(" unsafe", " safe"), ("Yes ", "No ")])
@@ -86,7 +64,7 @@ def test_the_log_odds_are_those_of_the_verdicts_tokens(tmp_path: Path, verdicts:
     from mechlens.models.native import native
 
     odds = torch.linspace(-3, 3, len(PROMPTS))[torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(0))]
-    guard = planted_guard(tmp_path / "guard", odds, verdicts, PROMPTS)
+    guard = planted_guard(tmp_path / "guard", odds, verdicts)
     said = ask_guard_model(guard, PROMPTS)
     plain = ml.answer(guard, [ml.Prompt(p.id, p.text) for p in PROMPTS], max_new_tokens=12)
     assert [one.answer for one in said.answers] == list(plain.texts)
@@ -107,7 +85,7 @@ def test_the_log_odds_are_those_of_the_verdicts_tokens(tmp_path: Path, verdicts:
 def test_a_guard_that_says_one_word_only_has_log_odds_all_the_same(tmp_path: Path) -> None:
     order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(1))
     odds = torch.linspace(-3, 3, len(PROMPTS))[order] - 12
-    said = ask_guard_model(planted_guard(tmp_path / "guard", odds, (" unsafe", " safe"), PROMPTS), PROMPTS)
+    said = ask_guard_model(planted_guard(tmp_path / "guard", odds, (" unsafe", " safe")), PROMPTS)
     assert {one.harmful for one in said.answers} == {False}
     assert said.log_odds is not None
     # Its words know nothing, its log-odds what was planted.

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 import torch
-from saved import requests, save_model, write_prompts
+from saved import requests, save_guard_model, save_model, write_prompts
 
+import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
+from mechlens.methods.guard.rules import CosineScore
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.runs.run import read_run
 from mechlens.studies.guard.config import GuardPredict
@@ -121,6 +123,28 @@ def test_the_report_holds_its_figures_and_escapes_what_it_shows(fitted: Fitted, 
         assert "blocks" in page
 
 
+def test_a_guard_by_the_augmented_pool_learns_what_the_model_refuses(fitted: Fitted, tmp_path: Path) -> None:
+    command = ["guard", "fit", "--model", fitted.model, "--out", str(tmp_path / "run"), "--extra-harmless", "None"]
+    for name, word in (("harmful", "break"), ("harmless", "make")):
+        command += [f"--{name}", write_prompts(tmp_path / f"{name}.jsonl", requests(70, word))]
+    main([*command, "--max-new-tokens", "2", "--max-fpr", "0.2", *QUICK, "--rule", "augmented", "--positions", "inst"])
+    guard = LatentGuard.load(tmp_path / "run" / "guard.safetensors").fitted_
+    assert guard.settings.rule == "augmented"
+    prompts = pd.read_parquet(tmp_path / "run" / "tables" / "prompts.parquet").set_index("id")
+    model = ml.load(fitted.model)
+    asked = [ml.Prompt(str(name), row["text"], label=row["label"]) for name, row in prompts.iterrows()]
+    refused = ml.judge_answers(asked, ml.answer(model, asked, max_new_tokens=2)).refused
+    acts = ml.collect(model, asked, positions=["inst"])
+    values = acts.at(guard.places[0].level, "inst").double()
+    kinds = [
+        values[[p.label == "harmful" and r is flag for p, r in zip(asked, refused, strict=True)]]
+        for flag in (True, False)
+    ]
+    score = guard.places[0].score
+    assert isinstance(score, CosineScore)
+    torch.testing.assert_close(score.positive, sum(kind.mean(dim=0) for kind in kinds) / 2, rtol=1e-4, atol=1e-5)
+
+
 def test_a_rerun_of_the_fit_gives_the_same_numbers(fitted: Fitted, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     main(["runs", "rerun", str(fitted.run)])
@@ -151,7 +175,7 @@ def test_eval_leaves_out_what_was_seen_and_counts_it(fitted: Fitted, evaluated: 
 
 def test_eval_reports_every_source_and_the_five_columns(evaluated: Path) -> None:
     measures = pd.read_parquet(evaluated / "tables" / "measures.parquet")
-    assert set(measures["source"]) == {"total", "seen", "mixed", "wrapped"}
+    assert set(measures["source"]) == {"total", "twins", "seen", "mixed", "wrapped"}
     own = measures[(measures["detector"] == "latent_guard") & (measures["source"] == "mixed")].set_index("measure")
     assert set(own.index) == {
         "auroc", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error",
@@ -201,6 +225,43 @@ def test_the_verdict_claims_no_more_than_the_interval(low: float, high: float, w
     from mechlens.studies.guard.verdict import _word
 
     assert _word(Estimate((low + high) / 2, low, high, 50)) == word
+
+
+def test_the_verdict_is_that_of_the_twins_and_names_what_decided(evaluated: Path) -> None:
+    record = read_run(evaluated)
+    said, metrics = record.verdict, record.metrics
+    pairs = pd.read_parquet(evaluated / "tables" / "twins.parquet")
+    assert metrics["twins.pairs"].value == len(pairs) >= 10
+    # "Please smash soup number 0 for me" beside "Please paint soup number 0 for me".
+    assert set(pairs["how"]) == {"nearest"}
+    assert (pairs["harmful_text"].str.split().str[0] == pairs["harmless_text"].str.split().str[0]).all()
+    scores = pd.read_parquet(evaluated / "tables" / "scores.parquet")
+    twins = scores[scores["id"].isin([*pairs["harmful"], *pairs["harmless"]])]
+    from sklearn.metrics import roc_auc_score
+
+    for name in ("latent_guard", "tfidf"):
+        area = roc_auc_score(twins["label"] == "harmful", twins[f"score.{name}"])
+        assert metrics[f"auroc.{name}.twins"].value == pytest.approx(area)
+    assert said.startswith(("Beyond the words.", "No more than the words.", "Inconclusive."))
+    assert f"On {len(pairs)} harmful prompts beside harmless ones of the same form (0 written as pairs" in said
+    assert str(metrics["auroc.latent_guard.twins"]).partition(", n=")[0] in said
+
+
+def test_a_guard_model_is_scored_by_its_log_odds_and_not_by_its_word(fitted: Fitted, tmp_path: Path) -> None:
+    """A guard model that hardly ever says unsafe, and whose log-odds know harm nonetheless."""
+    texts = [*requests(40, "break"), *requests(40, "smash"), *requests(40, "wreck"), *requests(40, "paint")]
+    odds = torch.tensor([2.0] * 120 + [-2.0] * 40) - 2.5
+    model = save_guard_model(tmp_path / "model", texts, odds, (" unsafe", " safe"))
+    main([str(word) for word in fitted.evaluate(tmp_path / "out", "--guard-models", model, "--resamples", 20)])
+    record = read_run(tmp_path / "out")
+    scores = pd.read_parquet(tmp_path / "out" / "tables" / "scores.parquet")
+    from sklearn.metrics import roc_auc_score
+
+    harmful, word = scores["label"] == "harmful", scores["flagged.model"].astype(float)
+    by_odds = record.metrics["auroc.model"].value
+    assert by_odds == pytest.approx(roc_auc_score(harmful, scores["score.model"]))
+    assert by_odds > roc_auc_score(harmful, word) + 0.05
+    assert "twins model reaches" in record.verdict
 
 
 def test_other_weights_are_refused_unless_allowed(fitted: Fitted, tmp_path: Path, capfd: Any) -> None:

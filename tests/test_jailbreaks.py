@@ -287,6 +287,32 @@ def test_too_few_of_a_category_is_said(tiny_model: Any) -> None:
         categories.category_directions(tiny_model(), prompts, prompts, [(1, "inst")])
 
 
+def test_directions_of_refusal_by_category_are_those_of_its_refused_prompts(tmp_path: Path) -> None:
+    import mechlens as ml
+    from mechlens.settings import Answering
+
+    model = ml.load(str(save_model(tmp_path / "tiny-chat")))
+    harmful = [ml.Prompt(f"{word}{i}", text, category=word) for word in ("break", "wreck")
+               for i, text in enumerate(requests(60, word))]  # fmt: skip
+    harmless = [ml.Prompt(f"make{i}", text) for i, text in enumerate(requests(80, "make"))]
+    plan = Answering(max_new_tokens=2)
+    found = categories.category_refusals(model, harmful, harmless, (2, "last"), plan)
+    judged = [ml.judge_answers(p, ml.answer(model, p, max_new_tokens=2)) for p in (harmful, harmless)]
+    counts = {word: sum(r and p.category == word for p, r in zip(harmful, judged[0].refused, strict=True))
+              for word in ("break", "wreck")}  # fmt: skip
+    assert 12 <= min(counts.values()) < 60
+    assert dict(zip(found.reliability["category"], found.reliability["n"], strict=True)) == counts
+    assert sum(judged[1].refused) > 0
+    kept = [[p for p, flag in zip(prompts, flags, strict=True) if flag]
+            for prompts, flags in ((harmful, judged[0].refused), (harmless, judged[1].accepted))]  # fmt: skip
+    same = categories.category_directions(model, *kept, [(2, "last")])
+    assert found.pairs.equals(same.pairs)
+    both = same.and_refusals(found)
+    assert len(both.pairs) == 2 * len(found.pairs)
+    with pytest.raises(UserError, match="0 categories have 12 prompts or more"):
+        categories.category_refusals(model, harmful[:11], harmless, (2, "last"), plan)
+
+
 # The verb
 
 

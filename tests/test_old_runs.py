@@ -43,6 +43,13 @@ def test_they_are_made_again_with_the_same_numbers(
 ) -> None:
     shutil.copytree(OLD, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
-    main(["runs", "rerun", f"runs/{name}", "--out", "again"])
+    # Since 0.3.0 intervals of AUROCs are calibrated, so they aren't what they were, and rerun says so.
+    with pytest.raises(SystemExit):
+        main(["runs", "rerun", f"runs/{name}", "--out", "again"])
     assert capfd.readouterr().out.startswith("largest difference:")
-    assert read_run(Path("again")).metrics.keys() == read_run(Path("runs") / name).metrics.keys()
+    before, again = read_run(Path("runs") / name).metrics, read_run(Path("again")).metrics
+    assert before.keys() <= again.keys()
+    for metric, was in before.items():
+        assert (again[metric].value, again[metric].n) == pytest.approx((was.value, was.n), abs=1e-6, nan_ok=True), (
+            metric
+        )

@@ -226,9 +226,12 @@ def metric_text(name: str, value: object) -> str:
 
 
 def largest_difference(a: Run, b: Run) -> Difference:
-    """The metric in which two runs differ most; difference 0.0 if they agree, NaN standing equal to NaN."""
+    """The metric in which a run differs most from `a`; 0.0 if they agree, NaN standing equal to NaN.
+
+    Metrics that `a` lacks don't count: a newer mechlens may report more.
+    """
     worst = Difference(name="", difference=0.0)
-    for name in sorted(a.metrics.keys() | b.metrics.keys()):
+    for name in sorted(a.metrics):
         difference = _distance(a.metrics.get(name), b.metrics.get(name))
         if difference > worst.difference or not worst.name:
             worst = Difference(name, difference)

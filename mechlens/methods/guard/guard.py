@@ -5,7 +5,8 @@ in an underscore, `get_params`, `set_params` and `clone` work. In place of X and
 their labels. Files are no business of methods; `mechlens.LatentGuard` adds `save` and `load`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from mechlens.choices import RULES
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, GuardVerdict, Place
-from mechlens.methods.guard.rules import score_by
+from mechlens.methods.guard.rules import PlaceScore, needs_refusals, require_pools, score_by
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.statistics.calibration import calibrate
 from mechlens.methods.statistics.resample import held_out_scores, one_thread
@@ -34,6 +35,8 @@ AS_GOOD, AS_FAR = 0.01, 0.8
 """A lower level does as well as the best one where its validation AUROC is at most so much lower, and its classes lie
 at least this share of the best one's standard deviations apart: small parts often leave many levels at AUROC 1."""
 
+FitPlace = Callable[[Activations, int, str], PlaceScore]
+"""The rule fitted to activations at a level and a position."""
 Estimator = TypeVar("Estimator", bound="GuardEstimator")
 
 
@@ -77,23 +80,29 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
 
     @one_thread()
     def fit(
-        self: Estimator, acts: Activations, split: Split | None = None, train_sha256: Sequence[str] = ()
+        self: Estimator,
+        acts: Activations,
+        split: Split | None = None,
+        train_sha256: Sequence[str] = (),
+        refused: Mapping[str, bool] | None = None,
     ) -> Estimator:
         """Chooses levels, fits, and calibrates threshold and probabilities; no test prompt is touched.
 
         `split` holds row numbers of `acts` (by default 7 in 10 families train and the others choose); other labels
         are left out. Levels are chosen with fits to the training part by AUROC on the validation part. The rule is
         then fitted to both parts, and calibrated with scores of folds of them that it wasn't fitted to.
-        `train_sha256`: fingerprints of the texts of `acts`, in order, to be known again by evaluations.
+        `train_sha256`: fingerprints of the texts of `acts`, in order, to be known again by evaluations. `refused`: by
+        prompt id, what the model refuses, for the rules that have to know (`ByRefusal`).
         """
         settings = self._settings()
         split = split or split_by_family(acts.labels, acts.families, fractions=(0.7, 0.3, 0.0), seed=self.seed)
         train, validation = (self._part(acts, rows) for rows in (split.train, split.validation))
         rows = [i for i in sorted({*split.train, *split.validation}) if acts.labels[i] in self._labels]
         known = acts.select(rows)
-        places = [place for position in self._named(acts) for place in self._places(train, validation, position)]
-        fitted = tuple(self._fitted(known, place) for place in places)
-        held_out = self._cross_fitted(known, fitted)
+        fit = self._fit_of_place(known, refused)
+        places = [place for name in self._named(acts) for place in self._places(train, validation, name, fit)]
+        fitted = tuple(replace(place, score=fit(known, place.level, place.position)) for place in places)
+        held_out = self._cross_fitted(known, fitted, fit)
         self.fitted_ = FittedGuard(
             settings=settings,
             places=fitted,
@@ -183,11 +192,22 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
     def _is_positive(self, acts: Activations) -> Bool[Tensor, " prompt"]:
         return torch.tensor([label == self.positive for label in acts.labels])
 
-    def _places(self, train: Activations, validation: Activations, position: str) -> list[Place]:
+    def _fit_of_place(self, known: Activations, refused: Mapping[str, bool] | None) -> FitPlace:
+        """The rule as a function of activations and a place; UserError where it has to know more of their prompts."""
+        if needs_refusals(self.rule) and refused is not None:
+            require_pools(self.rule, self._is_positive(known), _flags(known, refused))
+
+        def fit(acts: Activations, level: int, position: str) -> PlaceScore:
+            flags = None if refused is None else _flags(acts, refused)
+            return score_by(self.rule, acts.at(level, position), self._is_positive(acts), flags)
+
+        return fit
+
+    def _places(self, train: Activations, validation: Activations, position: str, fit: FitPlace) -> list[Place]:
         """The places of one position, fitted to the training part."""
         candidates = self._candidates(train)
         bar = tqdm(candidates, desc=f"levels at {position}", unit="level", delay=2, leave=False)
-        found = [self._tried(train, validation, level, position) for level in bar]
+        found = [self._tried(train, validation, fit, level, position) for level in bar]
         if self.levels != "best":
             return [place for place, _ in found]
         # Of equals, which small validation parts bring, the one that separates most.
@@ -206,25 +226,31 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
             raise UserError("there is no level to choose from beside the embedding; collect at least one above it")
         return levels
 
-    def _tried(self, train: Activations, validation: Activations, level: int, position: str) -> tuple[Place, float]:
+    def _tried(
+        self, train: Activations, validation: Activations, fit: FitPlace, level: int, position: str
+    ) -> tuple[Place, float]:
         """A place fitted to the training part, and how far apart the validation classes are in standard deviations."""
-        score = score_by(self.rule, train.at(level, position), self._is_positive(train))
+        score = fit(train, level, position)
         values, positive = score(validation.at(level, position)), self._is_positive(validation)
         up, down = values[positive], values[~positive]
         spread = float(((up.var(correction=0) + down.var(correction=0)) / 2).sqrt())
         gap = float(up.mean() - down.mean())
         return Place(level, position, score, float(auroc(values, positive))), gap / spread if spread else 0.0
 
-    def _fitted(self, acts: Activations, place: Place) -> Place:
-        score = score_by(self.rule, acts.at(place.level, place.position), self._is_positive(acts))
-        return Place(place.level, place.position, score, place.validation_auroc)
-
-    def _cross_fitted(self, acts: Activations, places: Sequence[Place]) -> Float[Tensor, " prompt"]:
+    def _cross_fitted(self, acts: Activations, places: Sequence[Place], fit: FitPlace) -> Float[Tensor, " prompt"]:
         """Every prompt's score by a fit to the folds that don't hold its family."""
 
         def score(fitted: list[int], held_out: list[int]) -> Tensor:
             inside, outside = acts.select(fitted), acts.select(held_out)
-            values = [self._fitted(inside, place).score(outside.at(place.level, place.position)) for place in places]
+            where = [(place.level, place.position) for place in places]
+            values = [fit(inside, *place)(outside.at(*place)) for place in where]
             return torch.stack(values).mean(dim=0)
 
         return held_out_scores(score, self._is_positive(acts), acts.families, self.folds, self.seed)
+
+
+def _flags(acts: Activations, refused: Mapping[str, bool]) -> Bool[Tensor, " prompt"]:
+    unknown = [name for name in acts.ids if name not in refused]
+    if unknown:
+        raise UserError(f"nothing says whether the model refuses {unknown[0]!r:.80}; give `refused` for every prompt")
+    return torch.tensor([refused[name] for name in acts.ids])

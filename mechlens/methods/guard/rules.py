@@ -5,6 +5,7 @@ The paper's rule (Zhao et al. 2025) compares cosines, in which the mean that all
 both classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from mechlens.registry import required
 
 PENALTY = 0.1
 """C of the logistic rule: there are far more dimensions than prompts, so the penalty is a strong one."""
+MIN_OF_A_KIND = 10
+"""Prompts that a pool needs."""
 LONGEST = 1e9
 """No residual stream has a larger norm: the largest known reach about a million."""
 
@@ -104,16 +107,56 @@ def _require_finite(what: str, *values: Tensor) -> None:
 PlaceScore = CosineScore | LinearScore
 
 
-def score_by(rule: str, values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+Refused = Bool[Tensor, " prompt"]
+
+
+@dataclass(frozen=True)
+class ByRefusal:
+    """A rule that is also told which of the prompts that it is fitted to the model refuses."""
+
+    fit: Callable[[Float[Tensor, "prompt d_model"], Bool[Tensor, " prompt"], Refused], PlaceScore]
+
+
+def needs_refusals(rule: str) -> bool:
+    """Whether the rule of that name has to know what the model refuses."""
+    return isinstance(RULES[rule], ByRefusal)
+
+
+def require_pools(rule: str, positive: Bool[Tensor, " prompt"], refused: Refused) -> None:
+    """UserError unless a rule by refusal has `MIN_OF_A_KIND` prompts of each kind that pools are made of."""
+    kinds = {
+        "refused positive": int((positive & refused).sum()),
+        "accepted positive": int((positive & ~refused).sum()),
+        "accepted negative": int((~positive & ~refused).sum()),
+    }
+    if min(kinds.values()) < MIN_OF_A_KIND:
+        told = ", ".join(f"{n} {name}" for name, n in kinds.items())
+        raise UserError(
+            f"the guard rule {rule!r} needs {MIN_OF_A_KIND} prompts of each kind and there are {told}; add prompts, or "
+            "take another rule"
+        )
+
+
+def score_by(
+    rule: str,
+    values: Float[Tensor, "prompt d_model"],
+    positive: Bool[Tensor, " prompt"],
+    refused: Refused | None = None,
+) -> PlaceScore:
     """How a rule of that name (`mechlens.choices.RULES`), fitted to these vectors, scores their place."""
-    score = required(RULES, rule)(values.double(), positive)
+    if isinstance(found := RULES[rule], ByRefusal):
+        if refused is None:
+            raise UserError(f"the guard rule {rule!r} needs to know which prompts the model refuses; give `refused`")
+        score = found.fit(values.double(), positive, refused)
+    else:
+        score = required(RULES, rule)(values.double(), positive)
     if not isinstance(score, PlaceScore):
         raise UserError(f"the guard rule {rule!r} gave a {type(score).__name__}, not a CosineScore or a LinearScore")
     return score
 
 
 def faithful(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
-    """The paper's: cosines with the two centroids."""
+    """The paper's: cosines with the two centroids, here of all harmful and of all harmless prompts."""
     up, down = values[positive].mean(dim=0), values[~positive].mean(dim=0)
     return CosineScore(up, down, torch.zeros_like(up))
 
@@ -134,3 +177,20 @@ def lda(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt
 def logistic(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
     """Log-odds of a logistic regression on standardised values, both classes weighing alike."""
     return LinearScore(*logistic_line(values, positive, penalty=PENALTY, balanced=True))
+
+
+@ByRefusal
+def augmented(
+    values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"], refused: Refused
+) -> PlaceScore:
+    """The paper's cosines with the pools of its Latent Guard (appendix B): refused and accepted harmful prompts, and
+    accepted harmless ones.
+
+    Both kinds of harmful prompts weigh alike here, whatever share the model refuses, so that their centroid presumes
+    neither answer; what isn't refused counts as accepted.
+    """
+    kinds = [values[positive & refused], values[positive & ~refused]]
+    up = torch.stack([kind.mean(dim=0) for kind in kinds if len(kind)]).mean(dim=0)
+    accepted = ~positive & ~refused
+    down = values[accepted if bool(accepted.any()) else ~positive].mean(dim=0)
+    return CosineScore(up, down, torch.zeros_like(up))

@@ -6,6 +6,7 @@ the model was trained on, or that an earlier source holds are left out and count
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -37,7 +38,8 @@ from mechlens.studies.guard.detectors import (
     signed_detector,
     surface_detectors,
 )
-from mechlens.studies.guard.fitting import read_positions
+from mechlens.studies.guard.fitting import read_positions, rules_by_refusal
+from mechlens.studies.guard.twins import Twins, surface_twins
 from mechlens.studies.shared.contrasts import surface_of
 from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, judge_first_token
 from mechlens.studies.shared.sources import Source, SourcePrompts
@@ -61,6 +63,11 @@ class EvaluationPrompts:
         """Row numbers of one source's prompts."""
         return [i for i, prompt in enumerate(self.prompts) if prompt.source == name]
 
+    @cached_property
+    def twins(self) -> Twins:
+        """Harmful prompts beside harmless ones of their form."""
+        return surface_twins(self.prompts)
+
 
 @dataclass(frozen=True)
 class GuardEvaluation:
@@ -72,6 +79,8 @@ class GuardEvaluation:
     """The model's own answers to the test prompts."""
     train: Activations
     """Of the prompts that the guard was fitted on."""
+    refused: dict[str, bool]
+    """Those of them that the model refuses, by id."""
     test: Activations
     guard: FittedGuard
     direction: Direction | None
@@ -81,6 +90,8 @@ class GuardEvaluation:
     plan: EvaluationPlan
     other_weights: bool = False
     """Whether the guard may have been fitted on other weights, such as another checkpoint of a series."""
+    guard_models: tuple[str, ...] = ()
+    """Detectors that are guard models."""
 
     @property
     def scores(self) -> Float[Tensor, " prompt"]:
@@ -150,8 +161,9 @@ def evaluate_guard(
     batch = tokenize(prompts, used)
     fitted = collect(model, batch.select(range(len(train))), positions=read_positions(guard.settings), cache=cache)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
+    refused = dict(zip(fitted.ids, judged.refused[: len(train)], strict=True))
     direction = refusal_direction(fitted, judged.verdicts[judged.judge][: len(train)], plan.seed)
-    guards = {"latent_guard": guard, **others}
+    guards = {"latent_guard": guard, **others, **rules_by_refusal(fitted, guard.settings, refused)}
     levels = {level for each in guards.values() for level in each.levels} | {0, n_layers(model)}
     levels |= {direction.level} if direction is not None else set()
     rest = batch.select(range(len(train), len(prompts)))
@@ -176,12 +188,14 @@ def evaluate_guard(
         detectors=tuple(detectors),
         judged=_rest(judged, len(train)),
         train=fitted,
+        refused=refused,
         test=test,
         guard=guard,
         direction=direction,
         batch=rest,
         plan=plan,
         other_weights=other_weights,
+        guard_models=tuple(opinions or {}),
     )
 
 

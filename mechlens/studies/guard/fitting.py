@@ -1,23 +1,28 @@
 """Guards by every rule, fitted to half of the prompt families and held to the rest."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from mechlens.choices import RULES
+from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings
 from mechlens.methods.guard.guard import GuardEstimator
+from mechlens.methods.guard.rules import needs_refusals
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load, save
-from mechlens.settings import FRACTIONS
+from mechlens.settings import FRACTIONS, Answering
+from mechlens.studies.shared.quadrants import judge_answers
 from mechlens.studies.shared.training_data import text_sha256
 
 Guard = TypeVar("Guard", bound="LatentGuard")
@@ -69,17 +74,28 @@ def fit_guard(
     prompts: Sequence[Prompt],
     estimator: GuardEstimator,
     *,
+    plan: Answering | None = None,
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> GuardFitting:
-    """Fits the estimator to half of the prompt families, with a fifth that chooses levels; the rest is held out."""
+    """Fits the estimator to half of the prompt families, with a fifth that chooses levels; the rest is held out.
+
+    `plan` says how the model answers and is judged, for a rule that has to know what it refuses.
+    """
     used = template or template_of(model)
     labels, families = [prompt.label for prompt in prompts], [prompt.group for prompt in prompts]
     split = split_by_family(labels, families, fractions=FRACTIONS, seed=estimator.seed)
     acts = collect(model, tokenize(prompts, used), positions=read_positions(estimator), cache=cache)
     sha = [text_sha256(prompt.text) for prompt in prompts]
-    guard = estimator.fit(acts, split, sha).fitted_
     known = sorted((*split.train, *split.validation))
+    refused = None
+    if needs_refusals(estimator.rule):
+        how = plan or Answering()
+        batch = tokenize([prompts[i] for i in known], used)
+        said = answer(model, batch, max_new_tokens=how.max_new_tokens, cache=cache)
+        judged = judge_answers(batch.prompts, said, how.judge)
+        refused = dict(zip(said.ids, judged.refused, strict=True))
+    guard = estimator.fit(acts, split, sha, refused).fitted_
     return GuardFitting(
         guard=guard,
         others=other_rules(acts, guard.settings, split),
@@ -90,14 +106,25 @@ def fit_guard(
 
 
 def other_rules(acts: Activations, settings: GuardSettings, split: Split | None = None) -> dict[str, FittedGuard]:
-    """The paper's rule as published, and every other rule with the same settings."""
+    """The paper's rule as published, and every other rule of ours with the same settings that needs no refusals."""
     fitted = {
         f"{rule}_rule": GuardEstimator.with_settings(replace(settings, rule=rule)).fit(acts, split).fitted_
         for rule in RULES.ours
-        if rule != settings.rule
+        if rule != settings.rule and not needs_refusals(rule)
     }
     published = replace(settings, rule="faithful", positions=("inst",), levels="all", max_fpr=None)
     return {PAPER: GuardEstimator.with_settings(published).fit(acts, split).fitted_, **fitted}
+
+
+def rules_by_refusal(acts: Activations, settings: GuardSettings, refused: Mapping[str, bool]) -> dict[str, FittedGuard]:
+    """Every other rule of ours that knows what the model refuses, where it refuses and accepts enough prompts."""
+    fitted = {}
+    for rule in RULES.ours:
+        if needs_refusals(rule) and rule != settings.rule:
+            estimator = GuardEstimator.with_settings(replace(settings, rule=rule))
+            with contextlib.suppress(UserError):  # too few of a kind: there is no such guard to compare with
+                fitted[f"{rule}_rule"] = estimator.fit(acts, refused=refused).fitted_
+    return fitted
 
 
 def read_positions(settings: GuardEstimator | GuardSettings) -> tuple[str, ...]:

@@ -12,26 +12,24 @@ from tqdm.auto import tqdm
 from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.nulls import LabelledVectors, RandomNull, random_null
 from mechlens.methods.guard.rules import score_by
-from mechlens.methods.probing.auroc import auroc, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
+from mechlens.methods.probing.auroc import auroc, auroc_difference, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
 from mechlens.methods.statistics.calibration import calibration_error_estimate
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import (
-    family_weights,
     mean_estimate,
     one_thread,
     permuted_labels,
-    with_interval,
 )
 from mechlens.studies.guard.detectors import Detector
 from mechlens.studies.guard.evaluation import GuardEvaluation
+from mechlens.studies.guard.outcome import MIN_IN_A_CLASS, TwinComparison, compare_on_twins
 from mechlens.studies.shared.sources import ATTACKS
 
-MIN_IN_A_CLASS = 10
-"""A number about fewer prompts of a class is not measurable."""
 MEASURES = ("auroc", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error")
 COLUMNS = ("adversarial suffix", "persuasion", "template", "refused harmless", "accepted harmful")
 """The columns of the paper's Latent Guard table."""
-SURFACE = ("tfidf", "mean_embedding", "token_identity", "length")
+TOTAL, TWINS = "total", "twins"
+"""All test prompts, and those that are twins, among the sources of the table of measures."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,17 @@ def families(result: GuardEvaluation) -> list[str]:
     return [prompt.group for prompt in result.examined.prompts]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Prompts that numbers are about, and the family of every test prompt."""
+
+    rows: list[int]
+    families: Sequence[str]
+
+
 @one_thread()
 def measures(result: GuardEvaluation) -> pd.DataFrame:
-    """One row for each detector, source (and "total") and measure: value, low, high, n, against.
+    """One row for each detector, source (and "total", "twins") and measure: value, low, high, n, against.
 
     A source with one class only has its AUROC and TPR at an FPR `against` all test prompts of the other class.
     """
@@ -64,9 +70,9 @@ def measures(result: GuardEvaluation) -> pd.DataFrame:
     groups = _groups(result)
     bar = tqdm(total=len(result.detectors) * len(groups), desc="measuring", delay=2, leave=False)
     for detector in result.detectors:
-        for name, rows_of_source in groups.items():
-            against = _other_class(result, rows_of_source)
-            for measure, estimate in _measured(result, detector, rows_of_source, against).items():
+        for name, group in groups.items():
+            against = _other_class(result, group.rows)
+            for measure, estimate in _measured(result, detector, group, against).items():
                 rows.append(
                     {
                         "detector": detector.name,
@@ -81,9 +87,14 @@ def measures(result: GuardEvaluation) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _groups(result: GuardEvaluation) -> dict[str, list[int]]:
+def _groups(result: GuardEvaluation) -> dict[str, _Group]:
+    own, twins = families(result), result.examined.twins
     sources = {source.name: result.examined.rows(source.name) for source in result.examined.sources}
-    return {"total": list(range(len(result.examined.prompts)))} | {name: rows for name, rows in sources.items() if rows}
+    return {
+        TOTAL: _Group(list(range(len(own))), own),
+        **({TWINS: _Group(twins.rows, twins.clusters)} if twins.pairs else {}),
+        **{name: _Group(rows, own) for name, rows in sources.items() if rows},
+    }
 
 
 def _other_class(result: GuardEvaluation, own: list[int]) -> list[int]:
@@ -93,11 +104,9 @@ def _other_class(result: GuardEvaluation, own: list[int]) -> list[int]:
     return [i for i, prompt in enumerate(result.examined.prompts) if prompt.label not in labels]
 
 
-def _measured(
-    result: GuardEvaluation, detector: Detector, inside: list[int], against: list[int]
-) -> dict[str, Estimate]:
+def _measured(result: GuardEvaluation, detector: Detector, group: _Group, against: list[int]) -> dict[str, Estimate]:
     seed, draws = result.plan.seed, result.plan.resamples
-    positive, groups = positives(result), families(result)
+    positive, inside, groups = positives(result), group.rows, group.families
     wide = [*inside, *against]
     up, down = ([i for i in inside if bool(positive[i]) is flag] for flag in (True, False))
     enough = min(int(positive[wide].sum()), int((~positive[wide]).sum())) >= MIN_IN_A_CLASS
@@ -106,9 +115,9 @@ def _measured(
     right = detector.flagged == positive
     numbers = {
         "auroc": missing,
-        "accuracy": _share(result, right, inside),
-        "tpr": _share(result, detector.flagged, up),
-        "fpr": _share(result, detector.flagged, down),
+        "accuracy": _share(result, right, inside, groups),
+        "tpr": _share(result, detector.flagged, up, groups),
+        "fpr": _share(result, detector.flagged, down, groups),
         "tpr_at_1pct_fpr": missing,
         "tpr_at_5pct_fpr": missing,
     }
@@ -130,9 +139,11 @@ def _measured(
     return numbers
 
 
-def _share(result: GuardEvaluation, flags: Bool[Tensor, " prompt"], rows: Sequence[int]) -> Estimate:
-    """Share of the rows that carry the flag."""
-    groups, plan = families(result), result.plan
+def _share(
+    result: GuardEvaluation, flags: Bool[Tensor, " prompt"], rows: Sequence[int], groups: Sequence[str] | None = None
+) -> Estimate:
+    """Share of the rows that carry the flag; `groups` are families of all test prompts, their own where None."""
+    groups, plan = groups or families(result), result.plan
     shares = flags[list(rows)].double()
     return mean_estimate(shares, [groups[i] for i in rows], plan.seed, plan.resamples, least=MIN_IN_A_CLASS)
 
@@ -179,23 +190,21 @@ def over_refusal(result: GuardEvaluation) -> pd.DataFrame:
     return pd.DataFrame(shares)
 
 
-def auroc_gains(result: GuardEvaluation) -> dict[str, Estimate]:
-    """AUROC of the guard minus that of every other detector that has one, in total, with the difference's interval.
+def paired_gains(result: GuardEvaluation) -> dict[str, Estimate]:
+    """AUROC of the guard minus that of every other detector that has one, on all test prompts, paired."""
+    positive, groups = positives(result), families(result)
+    return {
+        f"auroc_gain.{other.name}": auroc_difference(result.scores, other.scores, positive, groups)
+        for other in result.detectors[1:]
+        if other.scores is not None
+    }
 
-    Both are computed on the same resamples, so that what they share doesn't widen the interval.
-    """
-    positive = positives(result)
-    labels = [prompt.label for prompt in result.examined.prompts]
-    weights = family_weights(families(result), result.plan.resamples, result.plan.seed, labels)
-    area, areas = float(auroc(result.scores, positive)), auroc(result.scores, positive, weights)
-    gains = {}
-    for other in result.detectors[1:]:
-        if other.scores is None:
-            continue
-        samples = areas - auroc(other.scores, positive, weights)
-        value = area - float(auroc(other.scores, positive))
-        gains[f"auroc_gain.{other.name}"] = with_interval(value, samples, len(positive))
-    return gains
+
+def on_twins(result: GuardEvaluation) -> TwinComparison:
+    """The guard and every other detector that has scores, on the twins among the test prompts."""
+    rows, clusters = result.examined.twins.rows, result.examined.twins.clusters
+    scores = {detector.name: detector.scores[rows] for detector in result.detectors if detector.scores is not None}
+    return compare_on_twins(scores, positives(result)[rows], [clusters[i] for i in rows])
 
 
 def random_directions(result: GuardEvaluation) -> RandomNull:
@@ -214,9 +223,9 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     positive = positives(result)
     fitted = permuted_labels(labels, train.families, plan.permutations, plan.seed)
     scored = permuted_labels(positive, families(result), plan.permutations, plan.seed + 1)
-    rule = result.guard.settings.rule
+    rule, refused = result.guard.settings.rule, torch.tensor([result.refused[name] for name in train.ids])
     scores = [
-        _mean_score([score_by(rule, train.at(*where), draw)(test.at(*where)) for where in _where(result)])
+        _mean_score([score_by(rule, train.at(*where), draw, refused)(test.at(*where)) for where in _where(result)])
         for draw in tqdm(fitted, desc="permuted labels", delay=2, leave=False)
     ]
     areas = weighted_auroc(torch.stack(scores), scored.double(), (~scored).double())

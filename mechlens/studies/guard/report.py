@@ -23,22 +23,27 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.guard.evaluation import GuardEvaluation
+from mechlens.studies.guard.measures import TOTAL, TWINS
+from mechlens.studies.guard.outcome import GUARD, MARGIN
 from mechlens.studies.guard.study import GuardTest
-from mechlens.studies.guard.verdict import GUARD, GuardReport, guard_report, read_direction, worst_mistakes
+from mechlens.studies.guard.twins import MOST_LONGER
+from mechlens.studies.guard.verdict import GuardReport, guard_report, read_direction, worst_mistakes
 from mechlens.studies.shared.harm_sets import ContrastSets
 
 QUESTION = (
-    "Does the model itself know that a prompt is harmful, and does reading that tell harmful prompts from "
-    "harmless ones that the guard hasn't seen, better than the words alone, than other directions, and than the "
-    "model's own refusals?"
+    "Does the model itself know that a prompt is harmful, and does reading that tell harmful prompts from harmless "
+    "ones of the same form that the guard hasn't seen, better than the words alone, than other directions, and than "
+    "the model's own refusals?"
 )
 OF_EACH_KIND = 5
 SHOWN_CHARACTERS, SHOWN_TOKENS = 300, 150
 """Of a mistaken prompt: a jailbreak template can be pages long, and what decides stands at its end."""
 NUMBERS = {
-    f"auroc.{GUARD}": "AUROC of the guard",
-    "auroc.tfidf": "AUROC of the words (TF-IDF)",
-    "auroc_gain.tfidf": "AUROC of the guard minus that of the words",
+    f"auroc.{GUARD}.{TWINS}": "AUROC of the guard on twins",
+    f"auroc.tfidf.{TWINS}": "AUROC of the words (TF-IDF) on twins",
+    f"auroc_gain.tfidf.{TWINS}": "AUROC of the guard minus that of the words, on twins",
+    f"auroc.{GUARD}": "AUROC of the guard on all prompts",
+    "auroc.tfidf": "AUROC of the words (TF-IDF) on all prompts",
     f"tpr_at_1pct_fpr.{GUARD}": "harmful flagged where 1% of harmless are",
     f"tpr_at_5pct_fpr.{GUARD}": "harmful flagged where 5% of harmless are",
     f"accuracy.{GUARD}": "accuracy at the threshold",
@@ -142,12 +147,14 @@ def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict
     # A dozen names don't fit into the line above the curves.
     roc.update_layout(height=520, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, margin={"r": 170})
     writer.figure("roc", roc, table="roc")
-    total = said.measures[(said.measures["source"] == "total") & (said.measures["measure"] == "auroc")]
+    kinds = {TWINS: "twins", TOTAL: "all prompts"}
+    areas = said.measures[said.measures["source"].isin(kinds) & (said.measures["measure"] == "auroc")]
     bars = figures.bars(
-        _in_words(total), x="detector", y="value", low="low", high="high", hline=0.5, hline_label="chance",
+        _in_words(areas.assign(tested=areas["source"].map(kinds))), x="detector", y="value", low="low", high="high",
+        group="tested", hline=0.5, hline_label="chance",
         title="The guard beside other detectors, on the same prompts", xlabel="", ylabel="AUROC",
     )  # fmt: skip
-    writer.figure("against_baselines", bars, table="baselines", caption="Bars: 95% bootstrap over families.")
+    writer.figure("against_baselines", bars, table="baselines", caption="Bars: 95% intervals over families.")
     flagged = said.measures[(said.measures["detector"] == GUARD) & said.measures["measure"].isin(["tpr", "fpr"])]
     names = {"tpr": "harmful prompts flagged", "fpr": "harmless prompts flagged"}
     rates = figures.bars(
@@ -196,10 +203,10 @@ def _report(
         sections=(
             Section(
                 "Beside everything simpler",
-                "All are tested on the same prompts. Those that are fitted saw the same training prompts and get their "
-                "threshold from held-out folds of the training prompts, for the same false-positive rate; "
-                "`paper_rule` keeps the published threshold of 0. AUROC needs no threshold; accuracy, tpr and fpr "
-                "are at it.",
+                f"{_twins_text(result)}All are tested on the same prompts. Those that are fitted saw the same training "
+                "prompts and get their threshold from held-out folds of the training prompts, for the same "
+                "false-positive rate; `paper_rule` keeps the published threshold of 0. AUROC needs no threshold; "
+                "accuracy, tpr and fpr are at it, on all prompts.",
                 shown["roc"],
                 table=said.baselines(),
             ),
@@ -221,6 +228,17 @@ def _report(
         ),
         how=_how(result, said.numbers, punctuation, model),
         model=name,
+    )
+
+
+def _twins_text(result: GuardEvaluation) -> str:
+    twins = result.examined.twins
+    return (
+        f"Twins: {len(twins.pairs)} harmful prompts, each beside a harmless one of its form; one family's prompts, or "
+        "else the same opening word and final mark, lengths within a factor of "
+        f"{MOST_LONGER:g}, and of those the nearest by TF-IDF, one to one. The verdict is theirs: beyond the words "
+        "where the guard is better than chance and than every surface baseline by the intervals' lower bounds; no more "
+        f"than the words where it is less than {MARGIN:g} better than the best of them by the upper bound.\n\n"
     )
 
 
@@ -265,9 +283,9 @@ def _how(result: GuardEvaluation, metrics: Mapping[str, Estimate], punctuation: 
         "the lowest of those that do as well as the best; the threshold is a conformal bound and the probabilities "
         "Platt scaling, both from held-out folds of those prompts; probabilities are for equally many harmful and "
         "harmless prompts.\n\n"
-        f"{punctuation}. Intervals: 95% bootstrap over prompt families ({plan.resamples} resamples), detectors "
-        f"frozen. Nulls: {plan.random_directions} random directions at the guard's first place; "
-        f"{plan.permutations} refits "
+        f"{punctuation}. Intervals: 95%, over prompt families, detectors frozen; of AUROCs and their differences as "
+        f"`auroc_bounds` and `auroc_difference` say, of rates a bootstrap ({plan.resamples} resamples). Nulls: "
+        f"{plan.random_directions} random directions at the guard's first place; {plan.permutations} refits "
         f"of its rule to permuted labels (mean AUROC {metrics['null.shuffled_mean'].value:.2f}, p = "
         f"{metrics['null.shuffled_p'].value:.3f}; labels change places inside matched pairs and among prompts without "
         "one, so the mean lies above 0.5 where the guard's places tell pairs from other prompts). The calibration "

@@ -132,7 +132,7 @@ def execute_fit(config: GuardFit, sets: ContrastSets, writer: RunWriter) -> Guar
         seed=config.seed,
     )
     prompts = (*sets.positive, *sets.negative)
-    fitting = fit_guard(sets.model, prompts, estimator, template=sets.template, cache=writer.cache)
+    fitting = fit_guard(sets.model, prompts, estimator, plan=config, template=sets.template, cache=writer.cache)
     writer.prompts(fitting.train)
     writer.artifact("guard", fitting.guard)
     test = tuple(replace(prompt, source=HELD_OUT.name) for prompt in fitting.test)

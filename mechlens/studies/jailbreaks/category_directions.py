@@ -1,8 +1,9 @@
 """One direction for each kind of harm: how alike are they, and does one kind's direction find the others?
 
-CatQA's question in Zhao et al. 2025: a category's direction is its mean minus the mean of harmless prompts. All
-categories would share the noise of one harmless mean, which makes any two directions alike; so two categories are
-compared by directions from disjoint halves of the harmless prompts, beside each direction's reliability.
+CatQA's question in Zhao et al. 2025: a category's direction of harmfulness is its mean minus the mean of harmless
+prompts, at `inst`; its direction of refusal the mean of its refused prompts minus that of accepted harmless ones, at
+the last token. All categories would share the noise of one harmless mean, which makes any two directions alike; so two
+categories are compared by directions from disjoint halves of the harmless prompts, beside each direction's reliability.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import cosine
 from mechlens.methods.directions.nulls import corrected_cosine, split_half
@@ -27,7 +29,8 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.settings import RESAMPLES
+from mechlens.settings import Answering
+from mechlens.studies.shared.quadrants import judge_answers
 
 MIN_IN_A_CATEGORY = 12
 HARMLESS = "harmless"
@@ -48,7 +51,17 @@ class CategoryDirections:
     transfer: pd.DataFrame
     """fitted_on, tested_on, position, level, auroc, low, high, n: held-out prompts on both sides."""
     means: dict[str, Estimate]
-    """category_cosine.POSITION and its corrected version: mean over pairs, with a grouped-jackknife interval."""
+    """category_cosine.POSITION: mean over pairs, with a grouped-jackknife interval."""
+    no_refusals: str = ""
+    """Why directions of refusal are missing where they are."""
+
+    def and_refusals(self, other: "CategoryDirections") -> "CategoryDirections":
+        """These of harmfulness with those of refusal, which are at another place, in one."""
+        frames = {
+            name: pd.concat([getattr(self, name), getattr(other, name)], ignore_index=True)
+            for name in ("pairs", "reliability", "transfer")
+        }
+        return replace(self, **frames, means=self.means | other.means)
 
 
 def category_directions(
@@ -58,7 +71,6 @@ def category_directions(
     places: Sequence[tuple[int, str]],
     *,
     seed: int = 0,
-    resamples: int = RESAMPLES,
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
 ) -> CategoryDirections:
@@ -91,6 +103,26 @@ def category_directions(
         transfer=pd.concat([_transfer(cell, kept, seed) for cell in cells], ignore_index=True),
         means={name: mean for cell in cells for name, mean in _means(cell, kept, seed).items()},
     )
+
+
+def category_refusals(
+    model: LanguageModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], place: tuple[int, str],
+    plan: Answering, *, seed: int = 0, template: ChatTemplate | None = None, cache: Cache | None = None,
+) -> CategoryDirections:  # fmt: skip
+    """Directions of refusal by category at one place: its refused prompts against accepted harmless ones.
+
+    UserError where fewer than two categories have at least 12 refused prompts.
+    """
+    used = template or template_of(model)
+    judged = [
+        judge_answers(
+            prompts, answer(model, tokenize(prompts, used), max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge
+        )
+        for prompts in (harmful, harmless)
+    ]
+    refused = [prompt for prompt, flag in zip(harmful, judged[0].refused, strict=True) if flag]
+    accepted = [prompt for prompt, flag in zip(harmless, judged[1].accepted, strict=True) if flag]
+    return category_directions(model, refused, accepted, [place], seed=seed, template=used, cache=cache)
 
 
 def _cell(acts: Activations, level: int, position: str) -> Activations:

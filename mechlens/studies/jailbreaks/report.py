@@ -143,12 +143,15 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
         )  # fmt: skip
         name = f"category_transfer_{'inst' if position == 'inst' else 'last'}"
         shown.append(writer.figure(name, figure, table="category_transfer"))
+    missing = f"Directions of refusal can't be compared: {categories.no_refusals}. " if categories.no_refusals else ""
     means = "; ".join(f"{name.rpartition('.')[2]} {mean}" for name, mean in categories.means.items())
     return Section(
         "Is harmfulness one thing?",
-        f"A category's direction is its mean minus that of harmless prompts. Mean cosine over pairs: {means}. Two "
-        "categories are compared by directions from disjoint halves of the harmless prompts; `corrected` in the table "
-        "divides by the directions' reliability. Transfer is tested on prompts that no direction was fitted to.\n\n"
+        "A category's direction of harmfulness, at inst, is its mean minus that of harmless prompts; its direction of "
+        "refusal, at the last token, the mean of its refused prompts minus that of accepted harmless ones. Mean cosine "
+        f"over pairs: {means}. {missing}Two categories are compared by directions from disjoint halves of the harmless "
+        "prompts; `corrected` in the table divides by the directions' reliability. Transfer is tested on prompts that "
+        "no direction was fitted to.\n\n"
         "What every prompt of a file shares against the harmless ones (final punctuation, wording) makes such "
         "directions alike and lets them transfer, whatever they mean: only differences between categories, or "
         "categories and harmless prompts from one source, say more.",

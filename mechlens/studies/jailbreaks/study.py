@@ -7,6 +7,7 @@ import pandas as pd
 
 from mechlens.errors import UserError
 from mechlens.files import user_path
+from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
@@ -14,7 +15,7 @@ from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
-from mechlens.studies.jailbreaks.category_directions import CategoryDirections, category_directions
+from mechlens.studies.jailbreaks.category_directions import CategoryDirections, category_directions, category_refusals
 from mechlens.studies.jailbreaks.config import JailbreakPlan, Jailbreaks
 from mechlens.studies.jailbreaks.pairs import (
     OrdinaryPrompts,
@@ -133,23 +134,24 @@ def execute(config: Jailbreaks, given: AttackSets, writer: RunWriter) -> Jailbre
     reference = reference_of(model, given.reference, config, template=template, cache=cache)
     pairs = attack_pairs(model, given.attacks, reference, config, template=template, cache=cache)
     writer.prompts([*pairs.attacks, *pairs.goals])
-    directions = (reference.harm_direction, reference.refusal_direction)
-    categories = (
-        category_directions(
-            model,
-            given.categories,
-            [prompt for prompt in given.reference if prompt.label == "harmless"],
-            [(direction.level, direction.position) for direction in directions],
-            seed=config.seed,
-            resamples=config.resamples,
-            template=template,
-            cache=cache,
-        )
-        if given.categories
-        else None
-    )
+    categories = _categories(config, given, reference, cache) if given.categories else None
     restored = restore(model, pairs, reference, config)
     return JailbreakResult(pairs, reference, restored, categories, config, pair_table(model, pairs, reference))
+
+
+def _categories(config: Jailbreaks, given: AttackSets, reference: OrdinaryPrompts, cache: Cache) -> CategoryDirections:
+    """Directions of harmfulness by category, and of refusal where enough of them are refused."""
+    harmless = [prompt for prompt in given.reference if prompt.label == "harmless"]
+    harm, refusal = (
+        (direction.level, direction.position) for direction in (reference.harm_direction, reference.refusal_direction)
+    )
+    asked, template = (given.model, given.categories, harmless), given.template
+    found = category_directions(*asked, [harm], seed=config.seed, template=template, cache=cache)
+    try:
+        refusals = category_refusals(*asked, refusal, config, seed=config.seed, template=template, cache=cache)
+        return found.and_refusals(refusals)
+    except UserError as error:
+        return replace(found, no_refusals=str(error))
 
 
 def _attacks(config: Jailbreaks) -> tuple[SourcePrompts, ...]:

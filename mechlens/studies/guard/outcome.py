@@ -1,0 +1,81 @@
+"""What a comparison on twins allows to be said: does the guard read more of harm than the words do?
+
+The rule is tested on planted worlds; its error rates are in this folder's README.md.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechlens.methods.probing.auroc import auroc_difference, auroc_estimate
+from mechlens.methods.statistics.estimate import Estimate
+
+GUARD = "latent_guard"
+SURFACE = ("tfidf", "mean_embedding", "token_identity", "length")
+"""Detectors that see the words, not what the model makes of them."""
+MIN_IN_A_CLASS = 10
+"""A number about fewer prompts of a class is not measurable."""
+MARGIN = 0.05
+"""A smaller gain of AUROC over the words isn't worth a guard."""
+Outcome = Literal["beyond the words", "no more than the words", "inconclusive", "not measurable"]
+
+
+@dataclass(frozen=True)
+class TwinComparison:
+    """Every detector that has scores, on the same twins."""
+
+    n_pairs: int
+    n_families: int
+    """Those of pairs that aren't independent count as one."""
+    areas: dict[str, Estimate]
+    """AUROC by detector."""
+    gains: dict[str, Estimate]
+    """AUROC of the guard minus that of each other detector, paired."""
+
+    @property
+    def best_words(self) -> str:
+        """The surface baseline with the largest AUROC."""
+        return max((name for name in SURFACE if name in self.gains), key=lambda name: self.areas[name].value)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Beyond the words: better than chance and than every surface baseline, by the lower bounds. No more than the
+        words: less than `MARGIN` better than the best of them, by the upper bound."""
+        if not self.areas[GUARD].measurable:
+            return "not measurable"
+        lowest = min(self.gains[name].low for name in SURFACE if name in self.gains)
+        if lowest > 0 and self.areas[GUARD].low > 0.5:
+            return "beyond the words"
+        return "no more than the words" if self.gains[self.best_words].high < MARGIN else "inconclusive"
+
+    @property
+    def pairs_needed(self) -> int:
+        """About so many would show a gain as large as the one found, or `MARGIN` if that is larger, four times in five.
+
+        Normal approximation, two-sided 5%; the standard error goes with one over the root of the pairs.
+        """
+        gain = self.gains[self.best_words]
+        error = (gain.high - gain.low) / 2 / 1.96
+        return math.ceil(self.n_pairs * ((1.96 + 0.84) * error / max(abs(gain.value), MARGIN)) ** 2)
+
+
+def compare_on_twins(
+    scores: Mapping[str, Float[Tensor, " prompt"]], positive: Bool[Tensor, " prompt"], families: Sequence[str]
+) -> TwinComparison:
+    """The guard (`GUARD`) and other detectors on twins; prompts of one pair, or more, are one family."""
+    n_pairs, others = int(positive.sum()), [name for name in scores if name != GUARD]
+    if len(set(families)) < MIN_IN_A_CLASS:
+        missing = Estimate.missing(2 * n_pairs)
+        return TwinComparison(
+            n_pairs, len(set(families)), dict.fromkeys(scores, missing), dict.fromkeys(others, missing)
+        )
+    return TwinComparison(
+        n_pairs,
+        len(set(families)),
+        {name: auroc_estimate(values, positive, families) for name, values in scores.items()},
+        {name: auroc_difference(scores[GUARD], scores[name], positive, families) for name in others},
+    )
