@@ -1,6 +1,7 @@
 """Series of checkpoints with a planted truth: what the words carry, what training put there, and what became of it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,10 +21,18 @@ from mechlens.prompts.split import split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.measures.floor import Floor, random_grid
-from mechlens.studies.track.measures.home import network_floor, surface_floor
-from mechlens.studies.track.measures.reference import reference_of
+from mechlens.studies.track.measures.home import (
+    HomeQuestion,
+    home_numbers,
+    home_question,
+    home_readings,
+    network_floor,
+    surface_floor,
+)
+from mechlens.studies.track.measures.reference import CONTRASTS, TrackedConcept, reference_of
 from mechlens.studies.track.measures.snapshot import Snapshot
-from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions
+from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions, verdict_on
+from mechlens.studies.track.verdict import TrackVerdict
 
 D = 32
 PLAN = TrackPlan(max_new_tokens=4, steered=4, resamples=200, permutations=20, random_directions=5, random_networks=2)
@@ -143,6 +152,24 @@ class PlantedSeries:
         odds, loss = self.sign.double(), torch.ones(3, dtype=torch.float64)
         return Snapshot(member, acts, answers, verdicts, odds, loss, {})
 
+    def verdicts(self, *later: Later, plan: TrackPlan = PLAN) -> list[TrackVerdict]:
+        """Of harmfulness at these checkpoints, without the tables of the whole study."""
+        snapshots = [self.snapshot(k, one) for k, one in enumerate((Later(), *later))]
+        labels = tuple(prompt.label for prompt in self.prompts)
+        counts = dict.fromkeys(CONTRASTS["harmful"], self.world.n)
+        concept = TrackedConcept("harmful", CONTRASTS["harmful"], labels, "inst", None, counts)
+        asked = home_question(concept, snapshots[0].acts.families, plan.seed)
+        networks = [self.acts(self.network()) for _ in range(plan.random_networks)]
+        floor = self._floor(asked, networks)
+        found = home_readings(asked, [snapshot.acts for snapshot in snapshots])
+        chance = {"seed": plan.seed, "resamples": plan.resamples}
+        numbers = [home_numbers(asked, here, found[0], floor, **chance) for here in found]
+        return [verdict_on(concept, snapshots, k, numbers, plan) for k in range(1, len(snapshots))]
+
+    def _floor(self, asked: HomeQuestion, networks: Sequence[Activations]) -> dict[str, Tensor]:
+        surface = surface_floor(asked, [p.text for p in self.prompts], self.mean_embeddings, self.tokens)
+        return surface | {"random_blocks": torch.cat([network_floor(asked, network) for network in networks])}
+
     def tracked(self, *later: Later, plan: TrackPlan = PLAN) -> Tracking:
         """The whole study of these checkpoints."""
         snapshots = [self.snapshot(k, one) for k, one in enumerate((Later(), *later))]
@@ -154,8 +181,6 @@ class PlantedSeries:
         networks = [self.acts(self.network()) for _ in range(plan.random_networks)]
         scores, grids = {}, {}
         for asked in home_questions(reference, questions, plan.seed):
-            surface = surface_floor(asked, [p.text for p in self.prompts], self.mean_embeddings, self.tokens)
-            untrained = torch.cat([network_floor(asked, network) for network in networks])
-            scores[asked.concept.name] = surface | {"random_blocks": untrained}
+            scores[asked.concept.name] = self._floor(asked, networks)
             grids[asked.concept.name] = random_grid(asked.concept, networks[0], split)
         return analysed(snapshots, [], reference, questions, plan, Floor(scores, grids))

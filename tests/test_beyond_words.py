@@ -33,6 +33,7 @@ from mechlens.studies.track.measures.floor import Floor, measured_floor
 from mechlens.studies.track.measures.home import FLOORS, home_question
 from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
+from mechlens.studies.track.verdict import SENTENCES
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,16 @@ def test_what_only_the_words_carry_is_never_kept() -> None:
 def test_a_world_without_anything_is_not_measurable() -> None:
     found = PlantedSeries(World(concept=0.0)).tracked(Later(), Later(kind="random blocks"))
     assert words(found) == ["not measurable", "not measurable"]
+
+
+def test_the_table_of_error_rates_has_a_column_for_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
+    from error_rates_track import COLUMNS, cases
+
+    named = [word for words in COLUMNS.values() for word in words]
+    assert sorted(named) == sorted(SENTENCES)
+    for case in (*cases(True), *cases(False)):
+        assert set(case.right) <= set(named)
 
 
 def test_every_number_of_the_series_stands_beside_the_floor() -> None:

@@ -194,7 +194,7 @@ def analysed(
         acceptance=acceptance_table(snapshots, **chance) if questions.variants else pd.DataFrame(),
         trigger_readable=readable_table(snapshots, **chance) if questions.variants else pd.DataFrame(),
         verdicts=tuple(
-            _verdict(concept, snapshots, k, at_home.get(concept.name, []), plan)
+            verdict_on(concept, snapshots, k, at_home.get(concept.name, []), plan)
             for concept in reference.concepts
             for k in range(1, len(snapshots))
         ),
@@ -205,7 +205,7 @@ def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["concept", "step", "number"])
 
 
-def _verdict(
+def verdict_on(
     concept: TrackedConcept,
     snapshots: Sequence[Snapshot],
     k: int,

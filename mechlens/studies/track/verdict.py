@@ -46,11 +46,11 @@ RULE = (
     f"from the {FLOORS['tfidf']}, the {FLOORS['mean_embedding']}, the {FLOORS['token']}, and the base's own "
     "network with random blocks, which no training has touched (`gain`). Above the words: the lower bound of every "
     f"gain is above 0. Not above the words: the upper bound of a gain is below {SMALLEST}, the least of interest.\n\n"
-    "Representation lost: all three read-outs fell, and what is left is not shown to be above the words; or it is not "
-    "above the words, in the base it was, and the probe's change lies below 0. Representation weakened: all three "
-    "fell, and what is left is above the words. Not above the words, as a verdict: so, and not lost. Kept, or one of "
-    "the next three: at least one read-out held, and the probe is above the words. Inconclusive: a number that would "
-    "decide is open.\n\n"
+    "Representation lost: all three read-outs fell, and the upper bound of a gain is below half of the base's smallest "
+    f"gain or below {SMALLEST}; or it is not above the words, in the base it was, and the probe's change is below 0. "
+    "Representation weakened: all three fell, and what is left is above the words. Not above the words, as a verdict: "
+    "so, and not lost. Kept, or one of the next three: at least one read-out held, and the probe is above the words. "
+    "Inconclusive: a number that would decide is open.\n\n"
     "Read-out drift: the base's frozen direction fell behind the one fitted anew (`readout_gap`), or, where that one "
     "did not hold, it fell itself. Threshold drift: the frozen direction held, and accuracy at its frozen threshold "
     "fell behind the accuracy at a new one (`threshold_gap`). Behaviour decoupled: the behaviour `gap` (refusal rate "
@@ -64,7 +64,7 @@ SENTENCES = {
     "threshold drift": "The base's direction still orders the prompts and its threshold is in the wrong place.",
     "representation weakened": "Nothing reads the concept as well as in the base; what is left is more than the words.",
     "representation lost": "Neither the base's direction nor anything fitted on this checkpoint reads the concept as "
-    "well as in the base, and what is left is not shown to be more than the words.",
+    "well as in the base, and little or nothing is left of what it had beyond the words.",
     "not above the words": "What is read here is no more than the words, or a network without training, give.",
     "behaviour decoupled": "The concept is still represented and the model no longer acts on it as the base does.",
     "inconclusive": "The intervals are too wide to say.",
@@ -119,6 +119,8 @@ def track_verdict(concept: str, step: int, deciding: dict[str, Estimate]) -> Tra
     """The verdict from `base_auroc`, `base_gain`, `gap_change` and all of `CHANGES` and `GAINS`."""
     found = _found(deciding)
     settle = "" if math.isnan(found.limit) else settled_by(deciding[found.decided], found.limit)
+    if found.word == "inconclusive" and found.decided == "gap_change":
+        settle = "It takes answers that the judge can tell, to prompts of both kinds."
     return TrackVerdict(concept, step, found.word, found.also, found.decided, settle, deciding)
 
 
@@ -132,12 +134,12 @@ def _found(d: Mapping[str, Estimate]) -> _Finding:
     closest = nearest(d)
     below = min(GAINS, key=lambda name: (not d[name].measurable, d[name].high))
     above = d[closest].low > 0
-    if fell:
+    if fell and (above or d[below].high < max(SMALLEST, d["base_gain"].value / 2)):
         return _Finding("representation weakened" if above else "representation lost", best)
     if d[below].high < SMALLEST:
         lost = d["base_gain"].low > 0 and d["probe_change"].high < 0
         return _Finding("representation lost" if lost else "not above the words", below)
-    if not held:
+    if not held and not fell:
         return _Finding("inconclusive", best, limit=-HELD)
     if not above:
         return _Finding("inconclusive", closest, limit=0.0 if d[closest].value > SMALLEST / 2 else SMALLEST)
