@@ -22,7 +22,8 @@ RULE = (
     f"not measurable: a quadrant has fewer than {MIN_FAMILIES} prompt families. explained by the words: harmfulness at "
     "inst (among accepted prompts where they are enough, else over all) is read no better than by the best of words, "
     "mean embedding, length and the token at the position (upper bound of the paired gain in AUROC at most "
-    f"{MAX_GAIN}). two variables: the lower bound of D is above 0 and D is above what 95% of one-variable worlds "
+    f"{MAX_GAIN}), though over all prompts above chance. two variables: the lower bound of D is above 0 and D is above "
+    "what 95% of one-variable worlds "
     "fitted to the data give; and harmfulness among accepted prompts and refusal among harmful ones are both read "
     "above chance and beyond the surface (lower bounds). one variable suffices: the upper bound of D is below "
     f"{MIN_EFFECT}, and over all prompts both can be read above chance. inconclusive: everything else. "
@@ -60,7 +61,7 @@ def separation_verdict(metrics: dict[str, Estimate]) -> Verdict:
     gain = metrics["harmful_gain.accepted"]
     if not gain.measurable:
         gain = metrics["harmful_gain"]
-    if gain.high <= MAX_GAIN:
+    if gain.high <= MAX_GAIN and metrics["harmful_auroc.inst"].low > CHANCE:
         return Verdict("explained by the words", _explained(gain), deciding)
     contrast = metrics["dissociation"]
     if not contrast.measurable:
