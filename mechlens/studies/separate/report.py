@@ -23,9 +23,9 @@ NUMBERS = {
     "dissociation": "D: harm and refusal of the two misbehaving quadrants (one variable: 0; two: up to 4)",
     "dissociation.one_variable_95": "D that one variable stays below in 95% of fitted worlds",
     "harmful_auroc.inst.accepted": "harmful among accepted prompts, at inst: AUROC",
-    "harmful_gain.accepted": "the same, beyond the best surface baseline: AUROC gained",
+    "harmful_gain.accepted": "harmful among accepted, beyond the best surface baseline: AUROC gained",
     "refused_auroc.last.harmful": "refused among harmful prompts, at last: AUROC",
-    "refused_gain.harmful": "the same, beyond the best surface baseline: AUROC gained",
+    "refused_gain.harmful": "refused among harmful, beyond the best surface baseline: AUROC gained",
 }
 """What decides the verdict, in words."""
 
