@@ -102,7 +102,10 @@ def test_its_method_finds_the_direction(installed: Path, model: str, tmp_path: P
     ("words", "sentence"),
     [
         (("separate", "--judge", "quit"), "no judge 'quit' (did you mean 'quiet'?); choose from phrases, arditi, zhao"),
-        (("guard", "fit", "--rule", "svm"), "no guard rule 'svm'; choose from faithful, augmented, centred, lda, logistic"),
+        (
+            ("guard", "fit", "--rule", "svm"),
+            "no guard rule 'svm'; choose from faithful, augmented, centred, lda, logistic",
+        ),
         (("finetune", "--recipe", "refuse"), "no recipe 'refuse' (did you mean 'refuser'?)"),
         (("separate", "--judge", "bent"), "the judge 'bent' (no_such_module:JUDGE) can't be imported"),
     ],
