@@ -422,7 +422,9 @@ def test_a_shelf_is_used_only_when_everything_is_equal(passes: Callable[[], int]
 
     edited = bridged(tiny_hf())
     edited.blocks[1].mlp.out.weight.data.mul_(1.5)
-    other_template = ChatTemplate(tiny_tokenizer(), options={"enable_thinking": True})
+    reader = tiny_tokenizer()
+    reader.chat_template += "{% if enable_thinking %}{% endif %}"
+    other_template = ChatTemplate(reader, options={"enable_thinking": True})
     system = tiny_tokenizer()
     system.chat_template = system.chat_template.replace("kind", "mean")
     changed: dict[str, Callable[[], Activations]] = {
