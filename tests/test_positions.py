@@ -208,7 +208,7 @@ def test_the_longest_common_suffix_of_three_probes_agrees(
     probes = prompts("What is a cake", "Tell me about the sea.", "Count to 7")
     rows = [own_ids(tokenizer, prompt, **options) for prompt in probes]
     n_post = common_suffix(rows)
-    batch = tokenize(probes, chat_template(tokenizer, **options))
+    batch = tokenize(probes, chat_template(tokenizer, **(options if name == "qwen3" else {})))
     assert batch.n_post == n_post > 0
     assert batch.at("inst").tolist() == [len(row) - 1 - n_post for row in rows]
     assert batch.at("last").tolist() == [len(row) - 1 for row in rows]
@@ -669,7 +669,10 @@ def test_fingerprints_of_equal_templates_are_equal(real_tokenizer: Tokenizers) -
     qwen = real_tokenizer("qwen3")
     same = copy.deepcopy(qwen)
     assert chat_template(qwen).fingerprint == chat_template(same).fingerprint
-    one, other = (chat_template(qwen, a=1, b=2), ChatTemplate(same, options={"b": 2, "a": 1}))
+    one, other = (
+        chat_template(qwen, enable_thinking=False, reasoning_content=""),
+        ChatTemplate(same, options={"reasoning_content": "", "enable_thinking": False}),
+    )
     assert one.fingerprint == other.fingerprint
     assert chat_template(qwen, "paper").fingerprint == chat_template(same, "paper:qwen2").fingerprint
     assert place(qwen, "Hi").template == place(same, "Ho", "Hu").template == chat_template(qwen).fingerprint
