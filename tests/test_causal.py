@@ -209,6 +209,16 @@ def test_labels_that_mean_nothing_are_not_measurable_and_nothing_is_asked_of_the
     assert set(shuffled.choice.table["measure"]) == {"refusal"}
 
 
+def test_too_few_prompts_for_any_direction_are_said_not_an_error(tmp_path: Path, words: list[str]) -> None:
+    few = [*words[:7], "--n", "12", *words[7:]]
+    main([*few, "--out", str(tmp_path / "out"), "--wandb.mode", "disabled"])
+    run = read_run(tmp_path / "out")
+    assert run.verdict is not None
+    assert run.verdict.startswith("Not measurable. Of 12 training prompts 6 are harmful, and 10 are needed")
+    assert "about 8 more training prompts" in run.verdict
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_what_would_make_it_measurable_is_said(found: Battery) -> None:
     def told(auroc: Estimate) -> str:
         numbers = {**found.unsteered.numbers, "inversion_auroc.unsteered": auroc}

@@ -73,7 +73,7 @@ def _on_answer(
     part = batch.select(rows)
     ids = [[*batch.row(i), *answers.tokens[i]] for i in rows]
     tokens = _padded(ids, model)
-    clean = _log_probabilities(model, tokens)
+    clean = _logits(model, tokens)
     steered = clean
     if one is not None:
         # The prompt starts each row, whatever the batch's own padding, and the answer follows it at once.
@@ -86,12 +86,13 @@ def _on_answer(
             instruction=part.instruction - _offsets(part),
         )
         with applied(model, [one], bare):
-            steered = _log_probabilities(model, tokens)
+            steered = _logits(model, tokens)
     losses, distances = [], []
     for i, row in enumerate(rows):
         start, end = len(batch.row(row)), len(ids[i])
         said = torch.tensor(ids[i][start:], device=tokens.device)
-        p, q = clean[i, start - 1 : end - 1], steered[i, start - 1 : end - 1]
+        # Of a large vocabulary in float64 only what is read.
+        p, q = (logits[i, start - 1 : end - 1].double().log_softmax(dim=-1) for logits in (clean, steered))
         losses.append(-q.gather(1, said[:, None]).mean())
         distances.append((p.exp() * (p - q)).sum(dim=-1).mean())
     return torch.stack(losses).cpu(), torch.stack(distances).cpu()
@@ -110,20 +111,21 @@ def _on_texts(model: LanguageModel, one: Add | Ablate | None, ids: Sequence[Sequ
     losses: list[Tensor] = []
     for chunk in _chunks([i for i, row in enumerate(ids) if len(row) > 1]):
         with torch.inference_mode(), applied(model, everywhere):
-            found = _log_probabilities(model, _padded([ids[i] for i in chunk], model))
+            found = _logits(model, _padded([ids[i] for i in chunk], model))
         for i, row in zip(chunk, found, strict=True):
             after = torch.tensor(ids[i][1:], device=row.device)
-            losses.append(-row[: len(after)].gather(1, after[:, None]).mean().cpu())
+            told = row[: len(after)].double().log_softmax(dim=-1)
+            losses.append(-told.gather(1, after[:, None]).mean().cpu())
     return torch.stack(losses)
 
 
-def _log_probabilities(model: LanguageModel, tokens: Tensor) -> Float[Tensor, "row token vocab"]:
-    """Of the next token at every token, through the hook points at which interventions act (float64)."""
+def _logits(model: LanguageModel, tokens: Tensor) -> Float[Tensor, "row token vocab"]:
+    """Of the next token at every token, through the hook points at which interventions act."""
     logits = (
         model.original_model(tokens, use_cache=False).logits if is_bridge(model) else model(tokens, prepend_bos=False)
     )
     require_finite_logits(logits)
-    found: Tensor = logits.double().log_softmax(dim=-1)
+    found: Tensor = logits
     return found
 
 

@@ -35,6 +35,10 @@ REPLY_TOKENS = 8
 """Enough for the word, or for the phrase of a refusal."""
 
 
+DAMAGED = 12
+"""Harmless prompts whose answers' losses are measured: every token's logits over a large vocabulary are slow."""
+
+
 @dataclass(frozen=True)
 class SaidBeliefs:
     """What the replies to both questions about each request say, under one condition."""
@@ -134,8 +138,8 @@ class AnswersUnder:
         return {f"{stem}{end}": verdicts_by(judge, self.who.prompts, texts) for end, judge in self._judges.items()}
 
     def damage(self, model: LanguageModel, plan: CausalPlan) -> pd.DataFrame:
-        """Losses on harmless prompts and plain text; repetition, silence and refusals over all prompts."""
-        rows = self.who.of(HARMLESS)
+        """Losses on some harmless prompts and plain text; repetition, silence and refusals over all prompts."""
+        rows = self.who.of(HARMLESS)[:DAMAGED]
         answers = self.unsteered.select(rows)
         table = []
         for operation, texts in {"none": list(self.unsteered.texts), **self.texts}.items():

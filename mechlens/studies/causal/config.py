@@ -25,7 +25,7 @@ class CausalPlan(Sampling, Answering):
     n_test: int = 32
     """Prompts of each class on which the chosen layer and strength are reported."""
     n_null: int = 6
-    """Test prompts of each class on which null directions are tried: directions differ more than prompts do."""
+    """Test prompts of each class on which null directions are tried; fewer make chance larger."""
     shuffled_directions: int = RANDOM_DIRECTIONS
     """Null directions from shuffled labels behind what each direction is claimed to change."""
 
@@ -33,6 +33,9 @@ class CausalPlan(Sampling, Answering):
 @dataclass(frozen=True, kw_only=True)
 class Causal(CausalPlan, PromptSets, ModelChoice, RunChoice):
     """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
+
+    n: int | None = 96
+    """Prompts of each set, drawn by seed; None takes all. Half train, a fifth choose, the rest test."""
 
 
 STUDY = of_folder("causal", Causal)

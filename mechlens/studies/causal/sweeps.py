@@ -69,7 +69,7 @@ def refusal_by_layer(
     rows = []
     for k, (direction, layer) in enumerate([("none", -1), *((name, at) for name in sources for at in layers)]):
         rows.append({"direction": direction, "layer": layer, **harmless.rate(values[k] > 0, plan).row()})
-    changes = (values[1:] - values[0]).reshape(len(sources), len(layers), -1)
+    changes = (values[1:] - values[0]).reshape(len(sources), len(layers), len(harmless.prompts))
     by_name = dict(zip(sources, changes, strict=True))
     return RefusalByLayer(layers, by_name, pd.DataFrame(rows), harmless.families)
 
