@@ -31,7 +31,7 @@ from mechlens.studies.causal.choice import best, grid_layers
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import CELLS, HARMFUL, HARMLESS, NAMES, PUSHES, Cell, Setting, intervene, pushes
 from mechlens.studies.causal.held_out import EffectKey
-from mechlens.studies.causal.readings import read_refusal, read_replies, subjects
+from mechlens.studies.causal.readings import Setup, read_refusal, read_replies, subjects
 from mechlens.studies.causal.study import Battery, run_battery, work_ahead
 from mechlens.studies.causal.sweeps import RefusalByLayer, depth_gap
 from mechlens.studies.causal.verdict import INCONCLUSIVE, NOT_MEASURABLE, NOT_SHOWN, SHOWN, causal_verdict, decide
@@ -262,9 +262,8 @@ def test_readings_equal_running_each_arm_by_itself(model: Any, found: Battery, t
         pushes(direction, setting, norms, who.labels),
         [intervene(direction, "ablate", setting, norms)] * 6,
     ]
-    cache = FolderCache(tmp_path)
-    replies = read_replies(model, who, arms, "before", found.tokens, cache)
-    refusal = read_refusal(model, who, arms, found.tokens, cache)
+    setup = Setup(model, norms, found.tokens, PLAN, FolderCache(tmp_path), believes=True)
+    replies, refusal = read_replies(setup, who, arms, "before"), read_refusal(setup, who, arms)
     pieces = sorted(tmp_path.iterdir())
     assert len(pieces) >= 3
     for a, arm in enumerate(arms):
@@ -275,8 +274,8 @@ def test_readings_equal_running_each_arm_by_itself(model: Any, found: Battery, t
                 logits = logits_under(model, asked.batch.select([i]), given)
                 assert float(values[a, i]) == pytest.approx(float(found.tokens.words.difference(logits)[0]), abs=1e-4)
     # From the cache: the same numbers, and nothing is made again.
-    assert torch.equal(read_replies(model, who, arms, "before", found.tokens, cache).straight, replies.straight)
-    assert torch.equal(read_refusal(model, who, arms, found.tokens, cache), refusal)
+    assert torch.equal(read_replies(setup, who, arms, "before").straight, replies.straight)
+    assert torch.equal(read_refusal(setup, who, arms), refusal)
     assert sorted(tmp_path.iterdir()) == pieces
     change = replies.changes().consistent
     assert bool((change[0] * torch.where(who.harmful, -1.0, 1.0) > 0).all())

@@ -19,16 +19,15 @@ from mechlens.methods.behaviour.inversion import (
     parse_reply,
 )
 from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge
-from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
-from mechlens.methods.steering.interventions import Ablate, Add, ResidualNorms
+from mechlens.methods.steering.interventions import Ablate, Add
 from mechlens.methods.steering.steering import answers_of_arms
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMLESS, OPERATIONS, PUSH, STEERED, Setting, intervene
-from mechlens.studies.causal.readings import Condition, Subjects
+from mechlens.studies.causal.readings import Condition, Setup, Subjects
 from mechlens.studies.causal.sweeps import SCOPE
 
 REPLY_TOKENS = 8
@@ -53,16 +52,21 @@ class SaidBeliefs:
 
 
 def said_beliefs(
-    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], cache: Cache | None, direction: str = ""
+    setup: Setup, who: Subjects, conditions: Sequence[Condition], direction: str = ""
 ) -> list[SaidBeliefs]:
     """Replies under every condition, in the paper's scope for the direction."""
-    decided = OnceParsed(loaded(model).tokenizer)
+    decided = OnceParsed(loaded(setup.model).tokenizer)
 
     def parsed(polarity: Polarity) -> list[tuple[Belief, ...]]:
         scope = SCOPE.get(direction, "all")
         within = [who.within(condition, scope, polarity) for condition in conditions]
         said = answers_of_arms(
-            model, who.asked[polarity].batch, within, max_new_tokens=REPLY_TOKENS, decided=decided, cache=cache
+            setup.model,
+            who.asked[polarity].batch,
+            within,
+            max_new_tokens=REPLY_TOKENS,
+            decided=decided,
+            cache=setup.cache,
         )
         return [tuple(parse_reply(text, polarity) for text in texts) for texts in said]
 
@@ -82,20 +86,12 @@ def belief_table(who: Subjects, said: SaidBeliefs, direction: str, operation: st
     return pd.DataFrame(rows)
 
 
-def beliefs_under(
-    model: LanguageModel,
-    who: Subjects,
-    name: str,
-    direction: Direction,
-    setting: Setting,
-    norms: ResidualNorms,
-    cache: Cache | None,
-) -> pd.DataFrame:
+def beliefs_under(setup: Setup, who: Subjects, name: str, direction: Direction, setting: Setting) -> pd.DataFrame:
     """`belief_table` of all four cells of one direction."""
     conditions: list[Condition] = [
-        [intervene(direction, operation, setting, norms)] * len(who.prompts) for operation in STEERED
+        [intervene(direction, operation, setting, setup.norms)] * len(who.prompts) for operation in STEERED
     ]
-    said = said_beliefs(model, who, conditions, cache, name)
+    said = said_beliefs(setup, who, conditions, name)
     return pd.concat([belief_table(who, each, name, done) for each, done in zip(said, STEERED, strict=True)])
 
 
@@ -167,17 +163,11 @@ def _losses(broken: Damage, plan: CausalPlan) -> dict[str, Estimate]:
 
 
 def answers_under(
-    model: LanguageModel,
-    who: Subjects,
-    direction: Direction,
-    setting: Setting,
-    norms: ResidualNorms,
-    unsteered: Answers,
-    plan: CausalPlan,
-    cache: Cache | None,
+    setup: Setup, who: Subjects, direction: Direction, setting: Setting, unsteered: Answers
 ) -> AnswersUnder:
     """Answers under adding, subtracting and ablating one direction at one setting."""
-    done: dict[str, Add | Ablate] = {name: intervene(direction, name, setting, norms) for name in OPERATIONS}
+    done: dict[str, Add | Ablate] = {name: intervene(direction, name, setting, setup.norms) for name in OPERATIONS}
     conditions: list[Condition] = [[edit] * len(who.prompts) for edit in done.values()]
-    texts = answers_of_arms(model, who.batch, conditions, max_new_tokens=plan.max_new_tokens, cache=cache)
-    return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)), judge_of(plan.judge))
+    length, judge = setup.plan.max_new_tokens, judge_of(setup.plan.judge)
+    texts = answers_of_arms(setup.model, who.batch, conditions, max_new_tokens=length, cache=setup.cache)
+    return AnswersUnder(who, unsteered, done, dict(zip(done, texts, strict=True)), judge)

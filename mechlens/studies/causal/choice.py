@@ -9,12 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.cache import Cache
-from mechlens.methods.steering.interventions import ResidualNorms
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMFULNESS, REFUSAL, ContrastSource, Setting, pushes
-from mechlens.studies.causal.readings import Condition, ReadTokens, Subjects, read_refusal, read_replies
+from mechlens.studies.causal.readings import Condition, Setup, Subjects, read_refusal, read_replies
 
 CLAIMS = {HARMFULNESS: "consistent.before", REFUSAL: "refusal"}
 """What each direction is claimed to change, by which its layer and strength are chosen."""
@@ -57,49 +55,37 @@ def middle(strengths: Sequence[float]) -> float:
 
 
 def choose(
-    model: LanguageModel,
+    setup: Setup,
     who: Subjects,
     sources: dict[str, ContrastSource],
     layers: Sequence[int],
     known: dict[str, Float[Tensor, "layer prompt"]],
-    norms: ResidualNorms,
-    tokens: ReadTokens,
-    plan: CausalPlan,
-    cache: Cache | None,
 ) -> Choice:
     """Layers at the middle strength, then the best one's neighbours, then the other strengths there.
 
-    `known` are pushes that were measured at all `layers` already, by direction. Where there are no pushes of the
-    belief, since it isn't measurable, the harmfulness direction is chosen by refusal too.
+    `known` are pushes that were measured at all `layers` already, by direction. Where belief isn't measurable, the
+    harmfulness direction is chosen by refusal too.
     """
     rows: list[dict[str, object]] = []
     chosen = {}
+    depth = n_layers(setup.model)
     for name, source in sources.items():
-        believes = name in known
-        measure = CLAIMS[name] if believes or name == REFUSAL else CLAIMS[REFUSAL]
-        pushed = _pusher(model, who, source, measure, norms, tokens, cache)
-        tried = _coarse_to_fine(pushed, layers, known.get(name), n_layers(model), plan)
+        measure = CLAIMS[name] if setup.believes else CLAIMS[REFUSAL]
+        pushed = _pusher(setup, who, source, measure)
+        tried = _coarse_to_fine(pushed, layers, known.get(name), depth, setup.plan)
         of_name = [
             {
                 "direction": name, "layer": setting.layer, "strength": setting.strength, "measure": measure,
-                **who.estimate(change, plan).row(),
+                **who.estimate(change, setup.plan).row(),
             }
             for setting, change in tried.items()
         ]  # fmt: skip
-        chosen[name] = best(pd.DataFrame(of_name), n_layers(model))
+        chosen[name] = best(pd.DataFrame(of_name), depth)
         rows += of_name
     return Choice(chosen, pd.DataFrame(rows))
 
 
-def _pusher(
-    model: LanguageModel,
-    who: Subjects,
-    source: ContrastSource,
-    measure: str,
-    norms: ResidualNorms,
-    tokens: ReadTokens,
-    cache: Cache | None,
-) -> PushAt:
+def _pusher(setup: Setup, who: Subjects, source: ContrastSource, measure: str) -> PushAt:
     """Settings to the change towards the other class that pushing every prompt there makes."""
     sign = torch.where(who.harmful, -1.0, 1.0).double()
 
@@ -107,11 +93,11 @@ def _pusher(
         if not settings:
             return torch.empty(0, len(who.prompts), dtype=torch.float64)
         conditions: list[Condition] = [[None] * len(who.prompts)]
-        conditions += [pushes(source.direction(at.layer), at, norms, who.labels) for at in settings]
+        conditions += [pushes(source.direction(at.layer), at, setup.norms, who.labels) for at in settings]
         if measure == CLAIMS[REFUSAL]:
-            values = read_refusal(model, who, conditions, tokens, cache)
+            values = read_refusal(setup, who, conditions)
             return (values[1:] - values[0]) * sign
-        return read_replies(model, who, conditions, "before", tokens, cache).changes().consistent * sign
+        return read_replies(setup, who, conditions, "before").changes().consistent * sign
 
     return pushed
 

@@ -20,6 +20,8 @@ class CausalPlan(Sampling, Answering):
     """What the raw directions are multiplied by in the figure of refusals over all layers; 1 as published."""
     every_position: bool = False
     """Directions from every position of the template too, each at the chosen layer and strength, in a table."""
+    n_train: int = 64
+    """Training prompts of each class, of which the directions are made."""
     n_validation: int = 8
     """Prompts of each class on which layer and strength are chosen."""
     n_test: int = 32
@@ -33,9 +35,6 @@ class CausalPlan(Sampling, Answering):
 @dataclass(frozen=True, kw_only=True)
 class Causal(CausalPlan, PromptSets, ModelChoice, RunChoice):
     """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
-
-    n: int | None = 96
-    """Prompts of each set, drawn by seed; None takes all. Half train, a fifth choose, the rest test."""
 
 
 STUDY = of_folder("causal", Causal)

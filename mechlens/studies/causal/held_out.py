@@ -10,11 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.behaviour.inversion import SCOPES
-from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import random_like
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.steering.interventions import ResidualNorms
-from mechlens.models.bridge import LanguageModel
 from mechlens.studies.causal.choice import CLAIMS
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import (
@@ -29,7 +26,7 @@ from mechlens.studies.causal.directions import (
     intervene,
     pushes,
 )
-from mechlens.studies.causal.readings import Condition, ReadTokens, Subjects, read_refusal, read_replies
+from mechlens.studies.causal.readings import Condition, Setup, Subjects, read_refusal, read_replies
 
 
 class EffectKey(NamedTuple):
@@ -65,23 +62,13 @@ class CellEffect:
 Effects = dict[EffectKey, CellEffect]
 
 
-def effects_at(
-    model: LanguageModel,
-    who: Subjects,
-    sources: dict[str, ContrastSource],
-    at: str,
-    setting: Setting,
-    norms: ResidualNorms,
-    tokens: ReadTokens,
-    plan: CausalPlan,
-    believes: bool,
-    cache: Cache | None,
-) -> Effects:
+def effects_at(setup: Setup, who: Subjects, sources: dict[str, ContrastSource], at: str, setting: Setting) -> Effects:
     """All four cells of both directions at one of the two settings; refusal alone where belief isn't measurable.
 
     Null directions are tried on `n_null` prompts of each class. Random ones are added only: one and its opposite are
     equally random, so what adding does is what subtracting does.
     """
+    plan, norms = setup.plan, setup.norms
     directions = {name: source.direction(setting.layer) for name, source in sources.items()}
     done: list[Condition] = [
         [intervene(direction, operation, setting, norms)] * len(who.prompts)
@@ -96,34 +83,25 @@ def effects_at(
         # As many times its own length as the direction is pushed; one of no length does nothing.
         own = Setting(setting.layer, setting.strength * one.norm / directions[at].norm)
         shuffled.append(pushes(one, own, norms, few.labels) if one.norm else [None] * len(few.prompts))
-    claim = CLAIMS[at] if believes else "refusal"
+    claim = CLAIMS[at] if setup.believes else "refusal"
     return cell_effects(
-        who, few, list(directions), at,
-        _changes(model, who, done, tokens, believes, cache),
-        _changes(model, few, added, tokens, believes, cache),
-        {claim: _changes(model, few, shuffled, tokens, claim != "refusal", cache, claim)[claim]},
-        plan,
+        who, few, list(directions), at, _changes(setup, who, done), _changes(setup, few, added),
+        {claim: _changes(setup, few, shuffled, claim)[claim]}, plan,
     )  # fmt: skip
 
 
 def _changes(
-    model: LanguageModel,
-    who: Subjects,
-    conditions: Sequence[Condition],
-    tokens: ReadTokens,
-    believes: bool,
-    cache: Cache | None,
-    only: str | None = None,
+    setup: Setup, who: Subjects, conditions: Sequence[Condition], only: str | None = None
 ) -> dict[str, Float[Tensor, "condition prompt"]]:
     """The difference from the unsteered model in every measure, or in `only` one; above 0: refused, or harmful."""
     everything: list[Condition] = [[None] * len(who.prompts), *conditions]
     found = {}
     if only in (None, "refusal"):
-        values = read_refusal(model, who, everything, tokens, cache)
+        values = read_refusal(setup, who, everything)
         found["refusal"] = values[1:] - values[0]
-    for scope in SCOPES if believes else ():
+    for scope in SCOPES if setup.believes else ():
         if only in (None, f"consistent.{scope}"):
-            replies = read_replies(model, who, everything, scope, tokens, cache).changes()
+            replies = read_replies(setup, who, everything, scope).changes()
             found[f"belief.{scope}"], found[f"consistent.{scope}"] = replies.belief, replies.consistent
             found[f"agreement.{scope}"] = replies.agreement
     return found

@@ -20,13 +20,14 @@ from mechlens.methods.behaviour.judges import RefusalTokens
 from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate, rate_estimate
-from mechlens.methods.steering.interventions import Ablate, Add
+from mechlens.methods.steering.interventions import Ablate, Add, ResidualNorms
 from mechlens.methods.steering.steering import Readout, first_token_of_arms
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.settings import Sampling
+from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import HARMFUL, HARMLESS
 
 Condition = Sequence[Add | Ablate | None]
@@ -103,11 +104,24 @@ class ReadTokens:
         return Readout((self.words.yes, self.words.no), tuple(self.refusal.ids))
 
 
-def read_refusal(
-    model: LanguageModel, who: Subjects, conditions: Sequence[Condition], tokens: ReadTokens, cache: Cache | None
-) -> Float[Tensor, "condition prompt"]:
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same through the whole battery."""
+
+    model: LanguageModel
+    norms: ResidualNorms
+    """Of training prompts; what strengths are shares of."""
+    tokens: ReadTokens
+    plan: CausalPlan
+    cache: Cache | None
+    believes: bool
+    """Whether belief is measurable; where it isn't, refusal alone is steered."""
+
+
+def read_refusal(setup: Setup, who: Subjects, conditions: Sequence[Condition]) -> Float[Tensor, "condition prompt"]:
     """Log-odds that the answer to the plain request starts as this model's refusals do."""
-    return first_token_of_arms(model, who.batch, conditions, tokens.readout, cache=cache)[..., -1]
+    readout = setup.tokens.readout
+    return first_token_of_arms(setup.model, who.batch, conditions, readout, cache=setup.cache)[..., -1]
 
 
 @dataclass(frozen=True)
@@ -139,19 +153,14 @@ class Replies:
         return consistent_change(self.straight, self.reversed)
 
 
-def read_replies(
-    model: LanguageModel,
-    who: Subjects,
-    conditions: Sequence[Condition],
-    scope: Scope,
-    tokens: ReadTokens,
-    cache: Cache | None,
-) -> Replies:
+def read_replies(setup: Setup, who: Subjects, conditions: Sequence[Condition], scope: Scope) -> Replies:
     """Both replies to the questions about every request under every condition, kept to the scope's tokens."""
 
-    def read(polarity: Polarity) -> Float[Tensor, "condition prompt out"]:
+    def read(polarity: Polarity) -> Float[Tensor, "condition prompt"]:
         within = [who.within(condition, scope, polarity) for condition in conditions]
-        return first_token_of_arms(model, who.asked[polarity].batch, within, tokens.readout, cache=cache)
+        batch, readout = who.asked[polarity].batch, setup.tokens.readout
+        logits = first_token_of_arms(setup.model, batch, within, readout, cache=setup.cache)
+        return logits[..., 0] - logits[..., 1]
 
     straight, reversed_ = (read(polarity) for polarity in POLARITIES)
-    return Replies(straight[..., 0] - straight[..., 1], reversed_[..., 0] - reversed_[..., 1])
+    return Replies(straight, reversed_)

@@ -169,8 +169,7 @@ def _how(result: Battery, verdict: CausalVerdict, punctuation: str) -> str:
     parsed: Estimate = result.unsteered.numbers["inversion_parsed"]
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
-        f"Prompts: {result.split.sizes}, of which at "
-        f"most {plan.n_validation} and {plan.n_test} a class were used. {punctuation} Directions: {defined} (mean "
+        f"Prompts: {result.split.sizes}. {punctuation} Directions: {defined} (mean "
         f"differences; harmfulness at `inst`, refusal at `last`). Chosen on validation: {settings or 'nothing'}.\n\n"
         "Adding acts on every token of the prompt at the input of one block; ablating removes the component at every "
         f"layer, site and token. Controls, on {plan.n_null} of the test prompts of each class: "

@@ -4,17 +4,19 @@ Directions come from training prompts, layers and strengths from validation prom
 test prompts, beside random directions and null directions from shuffled labels (Zhao et al. 2025, sections 3.3, 3.4).
 """
 
+import itertools
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.answers import Answers, answer
 from mechlens.methods.behaviour.inversion import telling_words
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
@@ -34,7 +36,7 @@ from mechlens.studies.causal.choice import Choice, choose, grid_layers, middle
 from mechlens.studies.causal.config import Causal, CausalPlan
 from mechlens.studies.causal.directions import HARMFULNESS, NAMES, PUSH, Setting, class_counts, sources
 from mechlens.studies.causal.held_out import Effects, effect_table, effects_at
-from mechlens.studies.causal.readings import ReadTokens, subjects
+from mechlens.studies.causal.readings import ReadTokens, Setup, Subjects, subjects
 from mechlens.studies.causal.sweeps import (
     DepthGap,
     RefusalByLayer,
@@ -153,48 +155,30 @@ def run_battery(
     require_everywhere(model)
     layers = grid_layers(model, plan.layers, _every(plan))
     template = template or template_of(model)
-    prompts = labelled(harmful, harmless)
+    prompts, split = _sampled(labelled(harmful, harmless), plan)
     batch = tokenize(prompts, template)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     acts = collect(model, batch, positions=["inst", "post[*]"], cache=cache)
-    split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     judged, first_token = judge_first_token(model, judged, acts, split.train)
     contrasts = sources(judged, acts, split.train)
-    norms = residual_norms(acts.select(split.train))
-    validation = subjects(
-        [prompts[i] for i in _some(prompts, split.validation, plan.n_validation, plan.seed)], template
-    )
-    rows = _some(prompts, split.test, plan.n_test, plan.seed)
-    test = subjects([prompts[i] for i in rows], template)
-    straight, reversed_ = (logits_under(model, asked.batch, []) for asked in validation.asked.values())
-    words = telling_words(loaded(model).tokenizer, straight, reversed_, validation.harmful)
-    tokens = ReadTokens(words, first_token.tokens)
-    unsteered = read_unsteered(model, test, tokens, [judged.refused[i] for i in rows], plan, cache)
-    believes = unsteered.measurable and len(contrasts) == len(NAMES)
-
-    refusal_layers = refusal_by_layer(model, test, contrasts, tokens, plan, cache)
+    validation, test = (subjects([prompts[i] for i in part], template) for part in (split.validation, split.test))
+    tokens = _tokens(model, validation, first_token)
+    setup = Setup(model, residual_norms(acts.select(split.train)), tokens, plan, cache, believes=False)
+    unsteered = read_unsteered(setup, test, [judged.refused[i] for i in split.test])
+    setup = replace(setup, believes=unsteered.measurable and len(contrasts) == len(NAMES))
+    refusal_layers = refusal_by_layer(setup, test, contrasts)
     reply_layers = None
-    if believes:
+    if setup.believes:
         settings = [Setting(layer, middle(plan.strengths)) for layer in layers]
-        reply_layers = replies_by_layer(model, validation, contrasts, settings, norms, tokens, plan, cache)
+        reply_layers = replies_by_layer(setup, validation, contrasts, settings)
     known = {HARMFULNESS: reply_layers.pushes[HARMFULNESS]} if reply_layers else {}
-    choice = choose(model, validation, contrasts, layers, known, norms, tokens, plan, cache)
+    choice = choose(setup, validation, contrasts, layers, known)
     effects: Effects = {}
     for at, setting in choice.chosen.items():
-        effects |= effects_at(model, test, contrasts, at, setting, norms, tokens, plan, believes, cache)
+        effects |= effects_at(setup, test, contrasts, at, setting)
     directions = {name: source.direction(choice.chosen[name].layer) for name, source in contrasts.items()}
-    positions = pd.DataFrame()
-    if plan.every_position:
-        positions = by_position(model, validation, contrasts, choice.chosen, norms, tokens, plan, cache)
-    beliefs = [belief_table(test, unsteered.said, "none", "none")]
-    answers, broken = [], []
-    for name, direction in directions.items():
-        setting = choice.chosen[name]
-        if believes and unsteered.in_words:
-            beliefs.append(beliefs_under(model, test, name, direction, setting, norms, cache))
-        said = answers_under(model, test, direction, setting, norms, judged.answers.select(rows), plan, cache)
-        answers.append(said.table().assign(direction=name))
-        broken.append(said.damage(model, plan).assign(direction=name))
+    positions = by_position(setup, validation, contrasts, choice.chosen) if plan.every_position else pd.DataFrame()
+    said = _in_words(setup, test, directions, choice.chosen, unsteered, judged.answers.select(split.test))
     return Battery(
         judged=judged,
         first_token=first_token,
@@ -208,12 +192,59 @@ def run_battery(
         directions=directions,
         effects=effects,
         positions=positions,
-        beliefs=pd.concat(beliefs, ignore_index=True),
-        answers=pd.concat(answers, ignore_index=True) if answers else pd.DataFrame(),
-        broken=pd.concat(broken, ignore_index=True) if broken else pd.DataFrame(),
+        beliefs=said.beliefs,
+        answers=said.answers,
+        broken=said.broken,
         counts=class_counts(judged, split.train),
         plan=plan,
     )
+
+
+def _tokens(model: LanguageModel, validation: Subjects, first_token: FirstTokenJudgement) -> ReadTokens:
+    """The words that are read off replies, and the tokens that refusals start with."""
+    straight, reversed_ = (logits_under(model, asked.batch, []) for asked in validation.asked.values())
+    words = telling_words(loaded(model).tokenizer, straight, reversed_, validation.harmful)
+    return ReadTokens(words, first_token.tokens)
+
+
+class _InWords(NamedTuple):
+    """What is said on test prompts; see the fields of `Battery`."""
+
+    beliefs: pd.DataFrame
+    answers: pd.DataFrame
+    broken: pd.DataFrame
+
+
+def _in_words(
+    setup: Setup,
+    test: Subjects,
+    directions: dict[str, Direction],
+    chosen: dict[str, Setting],
+    unsteered: Unsteered,
+    before: Answers,
+) -> _InWords:
+    beliefs, answers, broken = [belief_table(test, unsteered.said, "none", "none")], [], []
+    for name, direction in directions.items():
+        if setup.believes and unsteered.in_words:
+            beliefs.append(beliefs_under(setup, test, name, direction, chosen[name]))
+        said = answers_under(setup, test, direction, chosen[name], before)
+        answers.append(said.table().assign(direction=name))
+        broken.append(said.damage(setup.model, setup.plan).assign(direction=name))
+    tables = (
+        pd.concat(frames, ignore_index=True) if frames else pd.DataFrame() for frames in (beliefs, answers, broken)
+    )
+    return _InWords(*tables)
+
+
+def _sampled(prompts: Sequence[Prompt], plan: CausalPlan) -> tuple[list[Prompt], Split]:
+    """The prompts that are used, part by part: no others are answered."""
+    families = [prompt.group for prompt in prompts]
+    whole = split_by_family([prompt.label for prompt in prompts], families, fractions=FRACTIONS, seed=plan.seed)
+    sizes = {"train": plan.n_train, "validation": plan.n_validation, "test": plan.n_test}
+    parts = [_some(prompts, whole.part(name), n, plan.seed) for name, n in sizes.items()]
+    ends = list(itertools.accumulate(map(len, parts), initial=0))
+    train, validation, test = (tuple(range(start, end)) for start, end in itertools.pairwise(ends))
+    return [prompts[i] for part in parts for i in part], Split(train, validation, test, FRACTIONS, plan.seed)
 
 
 def _some(prompts: Sequence[Prompt], part: Sequence[int], n: int, seed: int) -> list[int]:
@@ -225,7 +256,8 @@ def _some(prompts: Sequence[Prompt], part: Sequence[int], n: int, seed: int) -> 
 
 
 LEAST = {
-    "n_validation": 4, "n_test": 10, "n_null": 1, "random_directions": 1, "shuffled_directions": 1, "resamples": 1,
+    "n_train": 10, "n_validation": 4, "n_test": 10, "n_null": 1, "random_directions": 1, "shuffled_directions": 1,
+    "resamples": 1,
 }  # fmt: skip
 
 

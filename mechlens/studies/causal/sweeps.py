@@ -9,12 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.behaviour.inversion import Scope
-from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import cosine
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import with_interval
-from mechlens.methods.steering.interventions import ResidualNorms
-from mechlens.models.bridge import LanguageModel, n_layers
+from mechlens.models.bridge import n_layers
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import (
     CELLS,
@@ -29,7 +27,7 @@ from mechlens.studies.causal.directions import (
     published,
     pushes,
 )
-from mechlens.studies.causal.readings import Condition, ReadTokens, Replies, Subjects, read_refusal, read_replies
+from mechlens.studies.causal.readings import Condition, Replies, Setup, Subjects, read_refusal, read_replies
 
 SCOPE: dict[str, Scope] = {HARMFULNESS: "before", REFUSAL: "all"}
 """Where the paper put each direction when it asked about requests."""
@@ -50,22 +48,15 @@ class RefusalByLayer:
     families: tuple[str, ...]
 
 
-def refusal_by_layer(
-    model: LanguageModel,
-    who: Subjects,
-    sources: dict[str, ContrastSource],
-    tokens: ReadTokens,
-    plan: CausalPlan,
-    cache: Cache | None,
-) -> RefusalByLayer:
+def refusal_by_layer(setup: Setup, who: Subjects, sources: dict[str, ContrastSource]) -> RefusalByLayer:
     """Every layer but the first, at whose input all prompts have one vector at `last`."""
     harmless = who.select(who.of(HARMLESS))
-    layers = tuple(range(1, n_layers(model)))
+    layers, plan = tuple(range(1, n_layers(setup.model))), setup.plan
     conditions: list[Condition] = [[None] * len(harmless.prompts)]
     for source in sources.values():
         for layer in layers:
             conditions.append([published(source.direction(layer), layer, plan.coefficient)] * len(harmless.prompts))
-    values = read_refusal(model, harmless, conditions, tokens, cache)
+    values = read_refusal(setup, harmless, conditions)
     rows = []
     for k, (direction, layer) in enumerate([("none", -1), *((name, at) for name in sources for at in layers)]):
         rows.append({"direction": direction, "layer": layer, **harmless.rate(values[k] > 0, plan).row()})
@@ -147,14 +138,7 @@ class RepliesByLayer:
 
 
 def replies_by_layer(
-    model: LanguageModel,
-    who: Subjects,
-    sources: dict[str, ContrastSource],
-    settings: Sequence[Setting],
-    norms: ResidualNorms,
-    tokens: ReadTokens,
-    plan: CausalPlan,
-    cache: Cache | None,
+    setup: Setup, who: Subjects, sources: dict[str, ContrastSource], settings: Sequence[Setting]
 ) -> RepliesByLayer:
     """All four cells at every setting, both questions each."""
     n = len(who.prompts)
@@ -164,15 +148,15 @@ def replies_by_layer(
         conditions: list[Condition] = [[None] * n]
         for setting in settings:
             direction = source.direction(setting.layer)
-            conditions += [[intervene(direction, operation, setting, norms)] * n for operation in STEERED]
-        replies = read_replies(model, who, conditions, SCOPE[name], tokens, cache)
+            conditions += [[intervene(direction, operation, setting, setup.norms)] * n for operation in STEERED]
+        replies = read_replies(setup, who, conditions, SCOPE[name])
         changes = replies.changes().consistent.reshape(len(settings), len(STEERED), n)
         by_name[name] = torch.where(who.harmful, -changes[:, 1], changes[:, 0])
         if not rows:
-            rows += _said(who, replies, 0, ("none", None), None, plan)
+            rows += _said(who, replies, 0, ("none", None), None, setup.plan)
         for k, setting in enumerate(settings):
             for j, operation in enumerate(STEERED):
-                rows += _said(who, replies, 1 + 2 * k + j, (name, operation), setting, plan)
+                rows += _said(who, replies, 1 + 2 * k + j, (name, operation), setting, setup.plan)
     return RepliesByLayer(tuple(settings), by_name, pd.DataFrame(rows))
 
 
@@ -202,19 +186,13 @@ def _said(
 
 
 def by_position(
-    model: LanguageModel,
-    who: Subjects,
-    sources: dict[str, ContrastSource],
-    chosen: dict[str, Setting],
-    norms: ResidualNorms,
-    tokens: ReadTokens,
-    plan: CausalPlan,
-    cache: Cache | None,
+    setup: Setup, who: Subjects, sources: dict[str, ContrastSource], chosen: dict[str, Setting]
 ) -> pd.DataFrame:
     """Both contrasts' directions from each position at their chosen setting, all before the question.
 
-    Columns direction, position, layer, strength, cosine (with the one that is tested), measure
-    ("consistent.before" or "refusal": mean change towards the other class under a push), value, low, high, n.
+    Columns direction, position, layer, strength, cosine (with the one that is tested), measure ("refusal", and
+    "consistent.before" where belief is measurable: mean change towards the other class under a push), value, low,
+    high, n.
     """
     rows = []
     nothing: Condition = [None] * len(who.prompts)
@@ -224,14 +202,16 @@ def by_position(
         tested = source.direction(setting.layer)
         positions = source.acts.positions
         others = [replace(source, position=position).direction(setting.layer) for position in positions]
-        conditions = [nothing, *(pushes(one, setting, norms, who.labels) if one.norm else nothing for one in others)]
-        belief = read_replies(model, who, conditions, "before", tokens, cache).changes().consistent
-        refusal = read_refusal(model, who, conditions, tokens, cache)
+        done = [pushes(one, setting, setup.norms, who.labels) if one.norm else nothing for one in others]
+        values = read_refusal(setup, who, [nothing, *done])
+        changes = {"refusal": values[1:] - values[0]}
+        if setup.believes:
+            changes["consistent.before"] = read_replies(setup, who, [nothing, *done], "before").changes().consistent
         for k, (position, one) in enumerate(zip(positions, others, strict=True)):
             where = {
                 "direction": name, "position": position, "layer": setting.layer, "strength": setting.strength,
                 "cosine": float(cosine(one.vector, tested.vector)),
             }  # fmt: skip
-            for measure, change in (("consistent.before", belief[k]), ("refusal", refusal[1 + k] - refusal[0])):
-                rows.append({**where, "measure": measure, **who.estimate(change * sign, plan).row()})
+            for measure, change in changes.items():
+                rows.append({**where, "measure": measure, **who.estimate(change[k] * sign, setup.plan).row()})
     return pd.DataFrame(rows)

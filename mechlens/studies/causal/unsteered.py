@@ -6,14 +6,11 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel
 from mechlens.studies.causal.answers import SaidBeliefs, said_beliefs
-from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import PUSH
-from mechlens.studies.causal.readings import Condition, ReadTokens, Replies, Subjects, read_replies
+from mechlens.studies.causal.readings import Condition, Replies, Setup, Subjects, read_replies
 
 MIN_AUROC = 0.6
 """Lower bound of how well the unsteered replies must tell the classes apart, for a belief to be measurable."""
@@ -44,18 +41,11 @@ class Unsteered:
         return self.numbers["inversion_parsed"].value >= MIN_PARSED
 
 
-def read_unsteered(
-    model: LanguageModel,
-    who: Subjects,
-    tokens: ReadTokens,
-    refused: Sequence[bool],
-    plan: CausalPlan,
-    cache: Cache | None,
-) -> Unsteered:
+def read_unsteered(setup: Setup, who: Subjects, refused: Sequence[bool]) -> Unsteered:
     """Whether the questions are answered at all, and what is refused without an intervention."""
     nothing: list[Condition] = [[None] * len(who.prompts)]
-    replies = read_replies(model, who, nothing, "all", tokens, cache)
-    said = said_beliefs(model, who, nothing, cache)[0]
+    replies = read_replies(setup, who, nothing, "all")
+    said = said_beliefs(setup, who, nothing)[0]
     read = {"unsteered": replies.belief[0], "straight": replies.straight[0], "reversed": -replies.reversed[0]}
     numbers = {
         f"inversion_auroc.{name}": auroc_estimate(values, who.harmful, who.families) for name, values in read.items()
@@ -66,9 +56,9 @@ def read_unsteered(
     }  # fmt: skip
     for name, wanted in outcomes.items():
         flags = torch.tensor([belief in wanted for belief in said.beliefs])
-        numbers[f"inversion_{name}"] = who.rate(flags, plan)
+        numbers[f"inversion_{name}"] = who.rate(flags, setup.plan)
     for label in PUSH:
-        numbers[f"refusal_rate.{label}"] = who.rate(torch.tensor(list(refused)), plan, who.of(label))
+        numbers[f"refusal_rate.{label}"] = who.rate(torch.tensor(list(refused)), setup.plan, who.of(label))
     return Unsteered(replies, said, numbers, _by_question(who, replies))
 
 
