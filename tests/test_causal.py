@@ -100,7 +100,7 @@ def test_the_directions_are_the_planted_ones(found: Battery) -> None:
 def test_every_number_of_the_rule_has_its_controls(found: Battery) -> None:
     assert len(found.effects) == 7 * 2 * 2 * 4  # measures, directions, settings, cells
     for key, effect in found.effects.items():
-        assert effect.random_max > 0
+        assert effect.random_max >= 0
         claimed = key.direction == key.at and key.cell in PUSHES
         claimed &= key.measure == {"harmfulness": "consistent.before", "refusal": "refusal"}[key.direction]
         assert (effect.shuffled_max == effect.shuffled_max) == claimed
@@ -496,3 +496,20 @@ def test_of_pushes_that_do_as_much_the_weakest_is_chosen() -> None:
     # Layer 9 of 10 is too late; 3.2 lies above the lower bound of the largest, 4.0.
     assert best(table, 10) == Setting(5, 0.5)
     assert best(table.assign(low=table["value"]), 10) == Setting(5, 1.0)
+
+
+def test_what_few_prompts_add_to_the_spread_of_chance_is_taken_off() -> None:
+    from mechlens.studies.causal.held_out import _largest
+
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(200, 40, 1, generator=generator, dtype=torch.float64)
+    noise = 3 * torch.randn(200, 40, 6, generator=generator, dtype=torch.float64)
+    real = torch.tensor([float(one.abs().max()) for one in truth]).mean()
+    plain = torch.tensor([float(one.mean(dim=1).abs().max()) for one in truth + noise]).mean()
+    shrunk = torch.tensor([_largest(one) for one in truth + noise]).mean()
+    assert plain > 1.4 * real
+    assert 0.9 * real < shrunk < 1.1 * real
+    # Directions that do nothing of their own reach nothing, and without noise nothing is taken off.
+    assert torch.tensor([_largest(one) for one in noise]).mean() < 0.4 * real
+    assert _largest(truth[0].expand(40, 6)) == pytest.approx(float(truth[0].abs().max()))
+    assert _largest(torch.zeros(3, 2)) == 0.0

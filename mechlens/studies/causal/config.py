@@ -27,7 +27,7 @@ class CausalPlan(Sampling, Answering):
     n_test: int = 32
     """Prompts of each class on which the chosen layer and strength are reported."""
     n_null: int = 6
-    """Test prompts of each class on which null directions are tried; fewer make chance larger."""
+    """Test prompts of each class on which null directions are tried; what so few add to their spread is taken off."""
     shuffled_directions: int = RANDOM_DIRECTIONS
     """Null directions from shuffled labels behind what each direction is claimed to change."""
 

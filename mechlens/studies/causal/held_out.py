@@ -1,5 +1,6 @@
 """What the two directions change on test prompts, cell by cell, beside null directions of both kinds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -54,7 +55,7 @@ class CellEffect:
     change: Estimate
     """Mean change; above 0 is what the direction's name promises: up under addition, down under subtraction."""
     random_max: float
-    """The largest mean change of random directions there, whatever its sign."""
+    """The largest mean change of random directions there, whatever its sign; see `_largest`."""
     shuffled_max: float = nan
     """That of null directions from shuffled labels; measured for what a direction is claimed to change."""
 
@@ -135,8 +136,18 @@ def cell_effects(
 
 
 def _largest(changes: Float[Tensor, "direction prompt"]) -> float:
-    """Of the mean changes under several directions the largest, whatever its sign; NaN of none."""
-    return float(changes.mean(dim=1).abs().max()) if len(changes) else nan
+    """Of the mean changes under several directions the largest, whatever its sign; NaN of none.
+
+    The means are over few prompts, which adds to their spread, so they are shrunk to the spread that is left without
+    it (Louis 1984). A tested direction's own interval says what prompts do to it.
+    """
+    if not len(changes):
+        return nan
+    means, n = changes.mean(dim=1), changes.shape[1]
+    spread = float(means.square().mean())
+    by_prompts = float(changes.var(dim=1).mean()) / n if n > 1 else 0.0
+    kept = max(spread - by_prompts, 0.0) / spread if spread > 0 else 0.0
+    return float(means.abs().max()) * math.sqrt(kept)
 
 
 def effect_table(effects: Effects, settings: Mapping[str, Setting]) -> pd.DataFrame:
