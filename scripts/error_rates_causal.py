@@ -13,12 +13,12 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
+
+import readme_table
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-README = Path(__file__).resolve().parent.parent / "mechlens/studies/causal/README.md"
 WORDS = ("dissociation shown", "inconclusive", "dissociation not shown")
 HARM, REFUSAL = "harmfulness", "refusal"
 Belief = Mapping[tuple[str, str], float]
@@ -143,7 +143,7 @@ def row(world: World, n: int, noise: float, draws: int) -> str:
     """A line of the table; the right verdict's share in bold."""
     tally = collections.Counter(verdict_in(world, n, noise, seed) for seed in range(draws))
     shares = [f"**{tally[w] / draws:.0%}**" if w == world.right else f"{tally[w] / draws:.0%}" for w in WORDS]
-    return f"| {world.name} | {n} | {noise:g} | " + " | ".join(shares) + " |"
+    return readme_table.row([world.name, n, f"{noise:g}", *shares])
 
 
 def measurable(n: int, auroc: float, draws: int) -> str:
@@ -169,11 +169,11 @@ def tables(draws: int, jobs: int) -> str:
     cells = [(world, n, noise) for world in WORLDS for n, noise in ((16, 0.4), (32, 0.4), (32, 0.8), (64, 0.8))]
     with ProcessPoolExecutor(jobs) as pool:
         rows = list(pool.map(row, *zip(*cells, strict=True), [draws] * len(cells)))
-    head = ["| world | n | noise | shown | inconclusive | not shown |", "|---|--:|--:|--:|--:|--:|", *rows]
+    first = [readme_table.head(["world", "n", "noise", "shown", "inconclusive", "not shown"]), *rows]
     levels, sizes = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9), (16, 32, 64)
-    second = ["| true AUROC | " + " | ".join(f"n = {n}" for n in sizes) + " |", "|--:|" + "--:|" * len(sizes)]
-    second += [f"| {a} | " + " | ".join(measurable(n, a, draws) for n in sizes) + " |" for a in levels]
-    return "\n".join([*head, "", "Belief is called measurable:", "", *second])
+    second = [readme_table.head(["true AUROC", *(f"n = {n}" for n in sizes)])]
+    second += [readme_table.row([a, *(measurable(n, a, draws) for n in sizes)]) for a in levels]
+    return "\n".join([*first, "", "Belief is called measurable:", "", *second])
 
 
 def main() -> None:
@@ -185,10 +185,7 @@ def main() -> None:
     found = tables(args.draws, args.jobs)
     print(found)
     if args.write:
-        text = README.read_text(encoding="utf-8")
-        before, start, rest = text.partition("<!-- made by scripts/error_rates_causal.py -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        README.write_text(f"{before}{start}{found}\n{end}{after}", encoding="utf-8")
+        readme_table.write(__file__, "verdicts", found)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """How often the guard's verdict is right on planted worlds: the tables in mechlens/studies/guard/README.md.
 
+    python scripts/error_rates_guard.py [--draws 400] [--write]
+
 Worlds are scores of twins: a pair's two prompts share what their form makes of them, half of a detector's variance, and
 detectors share errors. TF-IDF and mean embedding read the words, the token at inst is one for both twins, the length is
-chance. No model is needed; All takes about ten minutes.
+chance. No model is needed; all takes about ten minutes.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import readme_table
 import torch
 from torch import Tensor
 
@@ -100,30 +102,27 @@ def rivalry(n: int, draws: int, seed: int = 0) -> dict[str, Counter[str]]:
     return said
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=400)
-    draws = parser.parse_args().draws
-    rows = []
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    verdicts = [readme_table.head(["world", "guard", "words", "pairs", *OUTCOMES])]
     for world in WORLDS:
         for n in PAIRS:
-            found = outcomes(world, n, draws)
-            shares = [f"{found[name] / draws:.1%}" for name in OUTCOMES]
-            rows.append([world.name, f"{world.guard:.2f}", f"{world.words:.2f}", n, *shares])
-    print(table(["world", "guard", "words", "pairs", *OUTCOMES], rows), end="\n\n")
-    rivals = [
-        [how, n, *(f"{counts[name] / draws:.1%}" for name in ("guard model", "neither", "Latent Guard"))]
-        for n in PAIRS
-        for how, counts in rivalry(n, draws).items()
-    ]
-    print(table(["scored by", "pairs", "guard model wins", "neither", "Latent Guard wins"], rivals))
+            found = outcomes(world, n, args.draws)
+            shares = [f"{found[name] / args.draws:.1%}" for name in OUTCOMES]
+            verdicts.append(readme_table.row([world.name, f"{world.guard:.2f}", f"{world.words:.2f}", n, *shares]))
+    rivals = [readme_table.head(["scored by", "pairs", "guard model wins", "neither", "Latent Guard wins"])]
+    for n in PAIRS:
+        for how, counts in rivalry(n, args.draws).items():
+            shares = [f"{counts[name] / args.draws:.1%}" for name in ("guard model", "neither", "Latent Guard")]
+            rivals.append(readme_table.row([how, n, *shares]))
+    for label, lines in {"verdicts": verdicts, "guard models": rivals}.items():
+        print("\n".join(lines), end="\n\n")
+        if args.write:
+            readme_table.write(__file__, label, "\n".join(lines))
 
 
 if __name__ == "__main__":

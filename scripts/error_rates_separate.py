@@ -2,8 +2,8 @@
 
     python scripts/error_rates_separate.py [--draws 40] [--jobs 2] [--quick] [--coverage] [--write]
 
-Prints the share of each verdict in each world; `--write` puts the table into mechlens/studies/separate/README.md, and
-`--coverage` prints instead how many intervals of `auroc_bounds` hold the true area.
+Prints the share of each verdict in each world, or with `--coverage` how many intervals of `auroc_bounds` hold the true
+area; `--write` puts either table into mechlens/studies/separate/README.md.
 """
 
 import argparse
@@ -14,8 +14,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+import readme_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = ("two variables", "one variable suffices", "explained by the words", "inconclusive", "not measurable")
@@ -57,13 +58,12 @@ def row(cell: Cell, draws: int) -> str:
     kind, correlation, n, rate = cell
     named = f"{kind}, correlated {correlation}" if kind == "two variables" else kind
     mean = f"{sum(known) / len(known):.2f}" if known else "-"
-    return f"| {named} | {n} | {rate} | {mean} | " + " | ".join(f"{tally[w] / draws:.0%}" for w in WORDS) + " |"
+    return readme_table.row([named, n, rate, mean, *(f"{tally[w] / draws:.0%}" for w in WORDS)])
 
 
 def table(chosen: list[Cell], draws: int, jobs: int) -> str:
     """All rows, made by so many processes."""
-    head = "| world | prompts | harmful refused | mean D | " + " | ".join(WORDS) + " |"
-    lines = [head, "|---" * (4 + len(WORDS)) + "|"]
+    lines = [readme_table.head(["world", "prompts", "harmful refused", "mean D", *WORDS])]
     with ProcessPoolExecutor(jobs) as pool:
         for line in pool.map(row, chosen, [draws] * len(chosen)):
             print(line, flush=True)
@@ -71,7 +71,7 @@ def table(chosen: list[Cell], draws: int, jobs: int) -> str:
     return "\n".join(lines)
 
 
-def coverage(draws: int = 2000) -> None:
+def coverage(draws: int = 2000) -> str:
     """Share of intervals that hold the true area; prompts alone, in matched pairs, in families of two of one class."""
     import torch
     from scipy.stats import norm
@@ -79,7 +79,7 @@ def coverage(draws: int = 2000) -> None:
     from mechlens.methods.probing.auroc import auroc_bounds
 
     columns = ("families", "true AUROC", "prompts of a class", "intervals that hold it", "that lie above it")
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    lines = [readme_table.head(columns)]
     generator = torch.Generator().manual_seed(0)
     for design in ("alone", "pairs", "two of a class"):
         for area in (0.5, 0.7, 0.9, 0.97):
@@ -94,14 +94,9 @@ def coverage(draws: int = 2000) -> None:
                 bounds = auroc_bounds(scores, positive, tuple(map(str, code.tolist())))
                 held = float(((bounds.low <= area) & (area <= bounds.high)).double().mean())
                 above = float((bounds.low > area).double().mean())
-                print(f"| {design} | {area} | {n_own} | {held:.1%} | {above:.1%} |", flush=True)
-
-
-def write(made: str) -> None:
-    """Puts the table between the README's marks."""
-    path = ROOT / "mechlens/studies/separate/README.md"
-    before, rest = path.read_text().split("<!-- table -->\n")[0], path.read_text().split("<!-- end -->\n")[1]
-    path.write_text(f"{before}<!-- table -->\n{made}\n<!-- end -->\n{rest}")
+                lines.append(readme_table.row([design, area, n_own, f"{held:.1%}", f"{above:.1%}"]))
+                print(lines[-1], flush=True)
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -113,11 +108,10 @@ def main() -> None:
     parser.add_argument("--coverage", action="store_true")
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
-    if chosen.coverage:
-        return coverage()
     wanted = [cell for cell in cells() if not chosen.quick or cell[2:] == (608, 0.7)]
-    made = table(wanted, chosen.draws, chosen.jobs)
-    return write(made) if chosen.write else None
+    made = coverage() if chosen.coverage else table(wanted, chosen.draws, chosen.jobs)
+    if chosen.write:
+        readme_table.write(__file__, "coverage" if chosen.coverage else "verdicts", made)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import readme_table
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 if TYPE_CHECKING:
     from planted_series import Later, World
 
-README = ROOT / "mechlens/studies/track/README.md"
 COLUMNS = {
     "kept": ("kept",),
     "drift, decoupled": ("read-out drift", "threshold drift", "behaviour decoupled"),
@@ -93,8 +93,7 @@ def words_of(world: "World", beyond: bool, seed: int) -> list[str]:
 
 def table(draws: int, jobs: int) -> str:
     """In Markdown; the right words' share in bold."""
-    lines = ["| the checkpoint | AUROC of the words | pairs | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---|--:|--:|" + "--:|" * len(COLUMNS))
+    lines = [readme_table.head(["the checkpoint", "AUROC of the words", "pairs", *COLUMNS])]
     with ProcessPoolExecutor(jobs) as pool:
         for carried, world, beyond in worlds():
             drawn = list(pool.map(words_of, [world] * draws, [beyond] * draws, range(draws)))
@@ -104,9 +103,9 @@ def table(draws: int, jobs: int) -> str:
                 for words in COLUMNS.values():
                     said = f"{sum(tally[word] for word in words) / draws:.0%}"
                     shares.append(f"**{said}**" if set(words) & set(case.right) else said)
-                lines.append(f"| {case.name} | {carried} | {world.n} | " + " | ".join(shares) + " |")
+                lines.append(readme_table.row([case.name, carried, world.n, *shares]))
                 print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -117,10 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     found = table(args.draws, args.jobs)
     if args.write:
-        text = README.read_text(encoding="utf-8")
-        before, start, _ = text.partition("<!-- made by scripts/error_rates_track.py -->\n")
-        _, end, after = text.partition("<!-- end -->")
-        README.write_text(f"{before}{start}{found}{end}{after}", encoding="utf-8")
+        readme_table.write(__file__, "verdicts", found)
 
 
 if __name__ == "__main__":

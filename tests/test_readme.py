@@ -5,6 +5,7 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -175,6 +176,29 @@ def test_the_picture_shows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "a<b; 8 test prompts" in texts
     assert "(post[1])" in texts
     assert len(drawn.findall("{*}polyline")) == 4
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/error_rates_*.py")), ids=lambda path: path.stem)
+def test_tables_of_error_rates_have_their_places(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import readme_table
+
+    readme = Path("mechlens/studies") / script.stem.removeprefix("error_rates_") / "README.md"
+    (tmp_path / readme).parent.mkdir(parents=True)
+    shutil.copy(ROOT / readme, tmp_path / readme)
+    copied = str(tmp_path / "scripts" / script.name)
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    labels = re.findall(rf"<!-- made by scripts/{script.name}: (.+) -->", text)
+    assert text.count("<!--") == 2 * len(labels) > 0
+    assert all(f'"{label}"' in script.read_text(encoding="utf-8") for label in labels)
+    for label in labels:
+        readme_table.write(copied, label, f"| {label} |")
+    written = (tmp_path / readme).read_text(encoding="utf-8")
+    assert re.findall(r" -->\n\| (.+) \|\n<!-- end -->", written) == labels
+    outside = r"<!-- made(?s:.*?)<!-- end -->"
+    assert re.split(outside, written) == re.split(outside, text)
+    with pytest.raises(SystemExit, match="needs the line <!-- made by"):
+        readme_table.write(copied, "another", "")
 
 
 def test_importing_mechlens_is_light() -> None:

@@ -1,0 +1,27 @@
+"""Markdown tables, and their places in a study's README: what error_rates_NAME.py made, in mechlens/studies/NAME."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def row(cells: Sequence[object]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(columns: Sequence[str]) -> str:
+    """Its first two lines, for words in the first column and numbers in the others."""
+    return f"{row(columns)}\n|---|{'--:|' * (len(columns) - 1)}"
+
+
+def write(script: str, label: str, table: str) -> None:
+    """Puts the table between the README's marks `<!-- made by scripts/NAME.py: LABEL -->` and `<!-- end -->`."""
+    path = Path(script).resolve()
+    readme = path.parents[1] / "mechlens/studies" / path.stem.removeprefix("error_rates_") / "README.md"
+    start, end = f"<!-- made by scripts/{path.name}: {label} -->\n", "<!-- end -->"
+    text = readme.read_text(encoding="utf-8")
+    text, found = re.subn(rf"{start}((?!<!--).)*{end}", lambda _: f"{start}{table}\n{end}", text, flags=re.DOTALL)
+    if found != 1:
+        raise SystemExit(f"{readme} needs the line {start.strip()} once and {end} below it, where the table goes")
+    readme.write_text(text, encoding="utf-8")
