@@ -70,10 +70,10 @@ class PromptSets:
     """The harmful and the harmless prompts of a study."""
 
     harmful: str = "harmful"
-    """Harmful prompts: a built-in set (harmful, looks-harmless), a file (JSON, JSONL, CSV, parquet, txt)
+    """Harmful prompts: a built-in set (harmful, looks-harmless, all-harmful), a file (JSON, JSONL, CSV, parquet, txt)
     or a hub data set; a plus joins sources."""
     harmless: str = "harmless"
-    """Harmless prompts: a built-in set (harmless, benign, looks-harmful), a file or a hub data set."""
+    """Harmless prompts: a built-in set (harmless, benign, looks-harmful, all-harmless), a file or a hub data set."""
     n: int | None = None
     """Prompts of each source, drawn by seed; None takes all."""
     system: str | None = None

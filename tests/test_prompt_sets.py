@@ -21,6 +21,7 @@ MISLEADING = {
     ),
 }
 """The families of the misleading sets: the harmful and the harmless request."""
+ALL = ("all-harmful", "all-harmless")
 ALARMING = re.compile(
     r"""\b(abort|ambush|ammunition|attack|beat|behead|bleed|blood|blast|blow|bomb|brutal|bullet|burn|bury|captur|cheat|chok|chop|collapse|
     crack|crash|cruel|crush|dead|demolish|destroy|died|dissect|dodge|drown|dump|escape|execut|explod|explosive|exploit|
@@ -43,6 +44,15 @@ def test_there_are_enough_pairs_in_enough_categories() -> None:
     assert len(PAIRS) >= 192
     assert len(categories) >= 12
     assert min(categories.values()) >= 8, categories
+
+
+def test_the_joined_sets_are_both_sides_of_every_pair() -> None:
+    harmful, harmless = map(builtin_prompts, ALL)
+    assert [prompt.family for prompt in harmful] == [prompt.family for prompt in harmless]
+    assert {prompt.label for prompt in harmful} == {"harmful"}
+    assert {prompt.label for prompt in harmless} == {"harmless"}
+    parts = {prompt.id for name in builtin_names() if name not in (*ALL, "benign") for prompt in builtin_prompts(name)}
+    assert parts == {prompt.id for prompt in (*harmful, *harmless)}
 
 
 def test_sides_are_labelled_and_of_one_family() -> None:
@@ -88,7 +98,7 @@ def test_punctuation_needs_no_matching() -> None:
 
 
 def test_no_prompt_stands_twice_in_any_set() -> None:
-    prompts = [prompt for name in builtin_names() for prompt in builtin_prompts(name)]
+    prompts = [prompt for name in (*ALL, "benign") for prompt in builtin_prompts(name)]
     forms = Counter(normalise_text(prompt.text) for prompt in prompts)
     assert [form for form, count in forms.items() if count > 1] == []
     assert len({prompt.id for prompt in prompts}) == len(prompts)
@@ -104,7 +114,7 @@ def test_benign_requests() -> None:
 
 
 def test_names() -> None:
-    assert {"harmful", "harmless", "benign", *MISLEADING, *(f"{name}-twins" for name in MISLEADING)} == set(
+    assert {"harmful", "harmless", "benign", *ALL, *MISLEADING, *(f"{name}-twins" for name in MISLEADING)} == set(
         builtin_names()
     )
     with pytest.raises(UserError, match=f"no built-in set 'evil'; choose one of {', '.join(builtin_names())}"):
@@ -160,7 +170,7 @@ def test_misleading_prompts_look_as_they_are_called() -> None:
 
 
 def test_misleading_prompts_are_near_none_of_another_family() -> None:
-    prompts = [prompt for name in builtin_names() for prompt in builtin_prompts(name)]
+    prompts = [prompt for name in (*ALL, "benign") for prompt in builtin_prompts(name)]
     words = [_words(prompt) for prompt in prompts]
     near = [
         (one.text, other.text)

@@ -1,6 +1,7 @@
 """The separation study on planted activations: the verdict is what was planted, and an empty quadrant is said."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,7 @@ def test_two_planted_axes_are_two_variables(two_axes: Separation) -> None:
     assert verdict.deciding["dissociation"].value == pytest.approx(4, abs=0.4)
     assert verdict.deciding["dissociation"].low > verdict.deciding["dissociation.one_variable_95"].value
     assert str(verdict.deciding["dissociation"]) in verdict.sentence
+    assert "both more harmful and less refused" in verdict.sentence
 
 
 def test_within_class_areas_match_theory() -> None:
@@ -344,6 +346,8 @@ def test_prompts_that_no_judge_could_place_are_left_out() -> None:
 CLEAR = {
     "dissociation": Estimate(2.0, 1.5, 2.5, 80),
     "dissociation.one_variable_95": Estimate.exact(0.4, 600),
+    "dissociation.harm_gap": Estimate(1.0, 0.7, 1.3, 80),
+    "dissociation.refusal_gap": Estimate(-1.0, -1.3, -0.7, 80),
     "harmful_auroc.inst.accepted": Estimate(0.8, 0.7, 0.9, 80),
     "harmful_gain.accepted": Estimate(0.2, 0.1, 0.3, 80),
     "harmful_gain": Estimate(0.2, 0.1, 0.3, 300),
@@ -387,6 +391,23 @@ def test_the_rule_is_the_one_that_is_stated() -> None:
         verdict = verdict_of(**{name: Estimate(0.5, 0.4, 0.6, 300)}, dissociation=small)
         assert verdict.word == "inconclusive"
         assert "can't be told from chance" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("harm", "refusal", "said"),
+    [
+        (1.5, -1.5, "both more harmful and less refused"),
+        (0.0, -1.5, "less refused but not clearly more harmful"),
+        (1.5, 0.0, "more harmful but not clearly less refused"),
+        (0.2, -0.2, "clearly apart in neither alone"),
+    ],
+)
+def test_two_variables_says_which_gap_makes_them(harm: float, refusal: float, said: str) -> None:
+    gaps = {
+        f"dissociation.{name}_gap": Estimate(value, value - 0.5, value + 0.5, 80)
+        for name, value in (("harm", harm), ("refusal", refusal))
+    }
+    assert re.search(f"accepted harmful ones (look|are) {said} ", verdict_of(**gaps).sentence.replace(",", " "))
 
 
 def test_what_would_settle_it_is_said_in_numbers() -> None:

@@ -19,11 +19,16 @@ _SIDES: dict[str, tuple[str, _Label]] = {
     "looks-harmless-twins": ("looks_harmless", "harmless"),
 }
 """The sets that are one side of a file of pairs: the file and the side."""
+_JOINED = {
+    "all-harmful": ("harmful", "looks-harmless", "looks-harmful-twins"),
+    "all-harmless": ("harmless", "looks-harmless-twins", "looks-harmful"),
+}
+"""The sets that hold others: both sides of every pair that there is."""
 
 
 def builtin_names() -> tuple[str, ...]:
     """The names that `builtin_prompts` and `load_prompts` know."""
-    return (*_SIDES, "benign")
+    return (*_SIDES, "benign", *_JOINED)
 
 
 def builtin_prompts(name: str) -> list[Prompt]:
@@ -32,7 +37,8 @@ def builtin_prompts(name: str) -> list[Prompt]:
     "harmful" and "harmless" are the two sides of `builtin_pairs`: the same row is the same family, so a pair
     never straddles a split. "benign" is a set of ordinary requests, labelled "harmless". "looks-harmful" is
     harmless in alarming words ("kill a process"), "looks-harmless" is unfair or dishonest in mild ones; the
-    twins of each are of the other class in nearly the same words, row by row one family.
+    twins of each are of the other class in nearly the same words, row by row one family. "all-harmful" and
+    "all-harmless" are the two sides of all these pairs.
     Raises UserError for another name.
     """
     if name in _SIDES:
@@ -40,6 +46,8 @@ def builtin_prompts(name: str) -> list[Prompt]:
         return [pair.clean if label == "harmful" else pair.corrupt for pair in _pairs(file)]
     if name == "benign":
         return list(_benign())
+    if name in _JOINED:
+        return [prompt for part in _JOINED[name] for prompt in builtin_prompts(part)]
     raise UserError(f"there is no built-in set {name!r}; choose one of {', '.join(builtin_names())}")
 
 

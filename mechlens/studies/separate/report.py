@@ -22,6 +22,8 @@ QUESTION = (
 NUMBERS = {
     "dissociation": "D: harm and refusal of the two misbehaving quadrants (one variable: 0; two: up to 4)",
     "dissociation.one_variable_95": "D that one variable stays below in 95% of fitted worlds",
+    "dissociation.harm_gap": "harm of accepted harmful prompts less that of refused harmless ones",
+    "dissociation.refusal_gap": "refusal of accepted harmful prompts less that of refused harmless ones",
     "harmful_auroc.inst.accepted": "harmful among accepted prompts, at inst: AUROC",
     "harmful_gain.accepted": "harmful among accepted, beyond the best surface baseline: AUROC gained",
     "refused_auroc.last.harmful": "refused among harmful prompts, at last: AUROC",

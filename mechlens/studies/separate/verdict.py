@@ -48,6 +48,8 @@ class Verdict:
 DECIDING = (
     "dissociation",
     "dissociation.one_variable_95",
+    "dissociation.harm_gap",
+    "dissociation.refusal_gap",
     "harmful_auroc.inst.accepted",
     "harmful_gain.accepted",
     "refused_auroc.last.harmful",
@@ -93,9 +95,28 @@ def _two(metrics: dict[str, Estimate]) -> str:
     contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"]
     return (
         f"Harmfulness and refusal are two variables in this model on these prompts: D is {contrast}, where one "
-        f"variable gives 0 and stays below {null.value:.2f} in 95% of worlds fitted to the data. Harmful prompts that "
-        "it accepts still look harmful at the end of the instruction, and harmless ones that it refuses look refused "
-        "at the last token, both beyond what the words tell."
+        f"variable gives 0 and stays below {null.value:.2f} in 95% of worlds fitted to the data. Among the prompts "
+        "that it accepts, harmful ones can be told from harmless ones at the end of the instruction (AUROC "
+        f"{metrics['harmful_auroc.inst.accepted']}), and among harmful prompts, refused ones from accepted ones at the "
+        f"last token ({metrics['refused_auroc.last.harmful']}), both beyond what the words tell. {_gaps(metrics)}"
+    )
+
+
+def _gaps(metrics: dict[str, Estimate]) -> str:
+    """Which of D's two terms make it: a harm gap above 0, a refusal gap below 0, or only both together."""
+    harm, refusal = metrics["dissociation.harm_gap"], metrics["dissociation.refusal_gap"]
+    more, less = harm.low > 0, refusal.high < 0
+    if more and less:
+        found = "look both more harmful and less refused, as the paper has it"
+    elif less:
+        found = "look less refused but not clearly more harmful"
+    elif more:
+        found = "look more harmful but not clearly less refused"
+    else:
+        found = "are clearly apart in neither alone, only in the difference of the two"
+    return (
+        f"Beside refused harmless prompts, accepted harmful ones {found} (gap in harm {harm}, in refusal {refusal}; "
+        "refused harmful prompts lie at 1, accepted harmless ones at -1)."
     )
 
 
