@@ -372,7 +372,12 @@ def test_the_rule_is_the_one_that_is_stated() -> None:
     assert verdict_of(dissociation=Estimate(1.0, 0.0, 2.0, 80)).word == "inconclusive"  # above, not at, 0
     assert verdict_of(dissociation=Estimate(-3.0, -4.0, -2.0, 80)).word == "one variable suffices"
     # D may be above 0 and yet what one variable gives in such data.
-    assert verdict_of(**{"dissociation.one_variable_95": Estimate.exact(2.1, 600)}).word == "inconclusive"
+    null = {"dissociation.one_variable_95": Estimate.exact(2.1, 600), "dissociation.p": Estimate.exact(0.07, 600)}
+    verdict = verdict_of(**null)
+    assert verdict.word == "inconclusive"
+    # A spread of 2.1 / 1.64 must shrink until 2.48 of it are 2.0: (2.48 / 1.64 * 2.1 / 2.0)^2.
+    assert "reaches it in 7% of worlds (95% of them stay below 2.10)" in verdict.sentence
+    assert "about 2.5 times as many prompts would settle it" in verdict.sentence
     for name in ("harmful_auroc.inst.accepted", "refused_auroc.last.harmful"):
         verdict = verdict_of(**{name: Estimate(0.6, 0.5, 0.7, 80)})
         assert verdict.word == "inconclusive"
@@ -416,12 +421,10 @@ def test_what_would_settle_it_is_said_in_numbers() -> None:
     verdict = verdict_of(dissociation=Estimate.missing(4), **few)
     assert verdict.word == "not measurable"
     assert "4 of 200 harmful prompts are accepted: about 300 more of this kind would do" in verdict.sentence.lower()
-    # An interval of +-0.392 has a standard error of 0.2; 2.8 of it for a distance of 0.4 need (1.4)^2 as many.
-    verdict = verdict_of(
-        dissociation=Estimate(0.4, 0.008, 0.792, 80), **{"dissociation.one_variable_95": Estimate.exact(0.5, 600)}
-    )
+    # An interval of +-0.392 has a standard error of 0.2; 2.8 of it for a distance of 0.3 need (0.56 / 0.3)^2 as many.
+    verdict = verdict_of(dissociation=Estimate(0.3, -0.092, 0.692, 80))
     assert verdict.word == "inconclusive"
-    assert "about 39 more accepted harmful prompts (now 40)" in verdict.sentence
+    assert "about 100 more accepted harmful prompts (now 40)" in verdict.sentence
 
 
 def test_the_rule_names_every_verdict() -> None:

@@ -15,7 +15,8 @@ MIN_EFFECT = 0.5
 MAX_GAIN = 0.02
 """An AUROC that can't be more than this above the best surface baseline is explained by it."""
 CHANCE = 0.5
-Z_POWER = 2.8
+Z_ONE_SIDED, Z_80 = 1.64, 0.84
+Z_POWER = 1.96 + Z_80
 """An effect this many standard errors from a bound clears it in 80% of draws."""
 
 RULE = (
@@ -163,7 +164,9 @@ def _inconclusive(metrics: dict[str, Estimate], failed: list[str], *, readable: 
             f"Over all prompts {' and '.join(unread)} can't be told from chance, so there is nothing to be one or two."
         )
     name = failed[0]
-    if name.startswith("dissociation"):
+    if name == "dissociation.one_variable_95":
+        return _within_one_variable(metrics)
+    if name == "dissociation":
         return f"D is {contrast}: neither clearly above 0 nor below {MIN_EFFECT}. {_settled_d(metrics)}"
     bound = 0.0 if "gain" in name else CHANCE
     return f"D is {contrast}, but {_WANTING[name]} {metrics[name]}. {_settled(metrics[name], bound)}"
@@ -182,6 +185,17 @@ def _times(estimate: Estimate, distance: float) -> float:
     """How many times as many prompts would clear a bound at this distance in 80% of draws."""
     error = (estimate.high - estimate.low) / 3.92
     return (Z_POWER * error / distance) ** 2 if distance > 0 else math.inf
+
+
+def _within_one_variable(metrics: dict[str, Estimate]) -> str:
+    """D is above 0, and one variable in such data reaches it too; its spread shrinks as prompts grow in number."""
+    contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"].value
+    times = ((Z_ONE_SIDED + Z_80) / Z_ONE_SIDED * null / contrast.value) ** 2
+    return (
+        f"D is {contrast}, above 0, but one variable fitted to these data reaches it in "
+        f"{metrics['dissociation.p'].value:.0%} of worlds (95% of them stay below {null:.2f}). If D stays there, about "
+        f"{max(times, 1.2):.1f} times as many prompts would settle it."
+    )
 
 
 def _settled_d(metrics: dict[str, Estimate]) -> str:
