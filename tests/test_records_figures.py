@@ -62,6 +62,16 @@ def test_lines_are_in_order_of_x_and_leave_out_what_was_not_measured():
     assert list(band.y) == [0.6, 1.0, 0.8, 0.4]
 
 
+def test_a_lone_point_has_its_interval_too():
+    """A band needs two points: one alone would lose its interval."""
+    lone = FRAME[(FRAME["position"] == "last") | (FRAME["level"] == 2)]
+    drawn = figures.lines(lone, x="level", y="auroc", group="position", **INTERVAL, **WORDS).data
+    (point,) = (trace for trace in drawn if trace.name == "inst")
+    assert (point.mode, list(point.y)) == ("markers", [0.9])
+    assert list(point.error_y.array) == [pytest.approx(0.1)]
+    assert list(point.error_y.arrayminus) == [pytest.approx(0.1)]
+
+
 def test_a_group_has_one_colour_in_every_figure():
     lines, bars, scatter = draw_all()[:3]
     named = {trace.name: trace.line.color for trace in lines.data if trace.fill is None}

@@ -1,6 +1,8 @@
 """`mechlens track` and `compare` on a tiny model: whole runs, killed runs, broken checkpoints, triggers."""
 
+import html
 import json
+import re
 import shutil
 import signal
 import warnings
@@ -98,6 +100,9 @@ def test_a_run_is_whole(whole: Path) -> None:
     run = read_run(whole)
     assert run.status == "success"
     assert run.metrics["n.checkpoints"].value == len(STEPS)
+    page = html.unescape((whole / "report.html").read_text())
+    for code in ("frozen_change", "gap_change", "accepted_harmful"):  # columns of files; a page has words for them
+        assert code not in re.sub(r"<script.*?</script>|<details.*?</details>|<[^>]*>", "", page, flags=re.DOTALL)
     found = tables(whole)
     for name in ("series", "verdicts", "readouts", "transfer", "angles", "quadrants", "behaviour", "matrices"):
         assert not found[name].empty, name
@@ -231,6 +236,9 @@ def test_compare_is_the_case_of_two(root: Path, tmp_path: Path) -> None:
     assert sorted(found["readouts"]["step"].unique()) == [0, 8]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<title>base (A) and checkpoint-8 (B)" in page
+    told, of_track = run.verdict.split("\n\n")  # its own question is answered first
+    assert f"on {int(run.metrics['n.behave_differently'].value)} of" in told
+    assert of_track.startswith("Harmful at step 8: ")
     assert "What fine-tuning did" not in page
     assert "Does B represent what A represents" in page
     if run.metrics["n.behave_differently"].value >= 2:

@@ -112,6 +112,12 @@ def band(part: pd.DataFrame, x: str, low: str, high: str, name: str, colour: str
     )
 
 
+def whiskers(part: pd.DataFrame, y: str, low: str, high: str) -> dict[str, Any]:
+    """The interval of each point as a bar through it."""
+    above, below = part[high] - part[y], part[y] - part[low]
+    return {"array": python_values(above), "arrayminus": python_values(below), "thickness": 1.3, "width": 4}
+
+
 def draw_rule(figure: go.Figure, hline: float | None, label: str = "") -> None:
     """A dashed line across the figure, such as chance."""
     if hline is None:

@@ -27,6 +27,7 @@ from mechlens.runs.report.figure_parts import (
     python_values,
     readable,
     show_legend,
+    whiskers,
 )
 
 
@@ -44,12 +45,12 @@ def lines(
     hline: float | None = None,
     hline_label: str = "",
 ) -> go.Figure:
-    """One line per group, with a band from `low` to `high`; points that are NaN are left out."""
+    """One line per group, with a band from `low` to `high`, a lone point with a bar; NaN is left out."""
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
     for i, (name, part) in enumerate(groups(df.dropna(subset=[y]).sort_values(x, kind="stable"), group)):
         colour, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
-        banded = low is not None and high is not None
-        if banded:
+        banded, alone = low is not None and high is not None, len(part) == 1
+        if banded and not alone:
             figure.add_trace(band(part, x, str(low), str(high), name, colour))
         interval = " [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]" if banded else ""
         figure.add_scatter(
@@ -57,7 +58,8 @@ def lines(
             y=python_values(part[y]),
             name=name,
             legendgroup=name,
-            mode="lines" if len(part) > 1 else "markers",
+            mode="markers" if alone else "lines",
+            error_y=whiskers(part, y, str(low), str(high)) if banded and alone else None,
             line={"color": colour, "width": 2, "dash": dash},
             customdata=part[[str(low), str(high)]].to_numpy().tolist() if banded else None,
             hovertemplate="%{y:.3~g}" + interval,
@@ -163,10 +165,7 @@ def bars(
     """One bar per row, beside each other by group, with its interval; a NaN has no bar."""
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
     for i, (name, part) in enumerate(groups(df, group)):
-        interval = None
-        if low is not None and high is not None:
-            above, below = part[high] - part[y], part[y] - part[low]
-            interval = {"array": python_values(above), "arrayminus": python_values(below), "thickness": 1.3, "width": 4}
+        interval = whiskers(part, y, low, high) if low is not None and high is not None else None
         figure.add_bar(
             x=[str(label) for label in python_values(part[x])],
             y=python_values(part[y]),

@@ -17,6 +17,7 @@ CURVES = {
     "accuracy.frozen": "accuracy at the base's threshold",
     "accuracy.new": "accuracy at a new threshold",
 }
+DIRECTIONS = {"reference": "base's direction", "own": "direction fitted here"}
 NUMBERS = {
     "projection_harmful": "Projection on the harmfulness direction",
     "projection_refused": "Projection on the refusal direction",
@@ -70,7 +71,7 @@ def _behaviour(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
         )  # fmt: skip
     if not result.effects.empty:
         rows = result.effects.assign(
-            curve=result.effects["concept"] + ", " + result.effects["direction"] + " direction"
+            curve=result.effects["concept"] + ", " + result.effects["direction"].map(DIRECTIONS)
         )
         best = result.effects[result.effects["direction"] == "reference"]
         random = best.assign(
@@ -109,8 +110,8 @@ def _readouts(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> t
     beyond = _curves(
         writer, f"beyond_words_{name}", found, names, title=f"Is it more than the words? {where}", ylabel="AUROC",
         caption="Logistic regression on the checkpoint's activations, and on what needs no training: words, token "
-        f"embeddings, and the mean of {result.plan.random_networks} networks with the base's embeddings and random "
-        "blocks. Every prompt is scored out of fold; bands are 95% intervals. Only what lies above all of the floor "
+        f"embeddings, and the base's embeddings under random blocks (mean of {result.plan.random_networks} draws). "
+        "Every prompt is scored out of fold; bands are 95% intervals. Only what lies above all of the floor "
         "can be something that training put there.",
     )  # fmt: skip
     over = _curves(
@@ -148,10 +149,11 @@ def _angles(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> tup
     if rows.empty:
         return ()
     cell = rows[rows["level"] == concept.level(concept.home)]
+    others = cell["other"].replace("reference", "base")
     curves = [
-        cell.assign(curve="corrected, to the " + cell["other"], value=cell["corrected"], low=cell["corrected_low"],
+        cell.assign(curve="corrected, to the " + others, value=cell["corrected"], low=cell["corrected_low"],
                     high=cell["corrected_high"]),
-        cell[cell["other"] == "reference"].assign(curve="as measured, to the reference", value=cell["cosine"]),
+        cell[cell["other"] == "reference"].assign(curve="as measured, to the base", value=cell["cosine"]),
         cell[cell["other"] == "reference"].assign(
             curve="split-half reliability", value=cell["reliability"], low=cell["reliability"], high=cell["reliability"]
         ),
@@ -203,7 +205,7 @@ def _weights(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
                   value=best["random"])]  # fmt: skip
         names.append(
             over_steps(writer, f"change_{column}", pd.concat(curves), table="matrices", y="value", group="curve",
-                       title=f"Largest |cosine| of a leading direction of the change with {column[4:]}",
+                       title=f"Largest |cosine| of a leading direction of the change with the {column[4:]} direction",
                        ylabel="|cosine|")
         )  # fmt: skip
     return tuple(names)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 
@@ -15,15 +15,20 @@ from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.study import TrackResult
-from mechlens.studies.track.verdict import RULE
+from mechlens.studies.track.verdict import RULE, TITLES
+
+LISTED = "refusal_rate_by."
+"""How the numbers of the published lists begin."""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A report's title and question, which the studies of checkpoints give their own."""
+    """A report's title and question, which the studies of checkpoints give their own; and what comes first in it."""
 
     title: str
     question: str
+    verdict: str = ""
+    numbers: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 QUESTION = (
@@ -45,16 +50,16 @@ def record_tracking(
     given: SeriesStudy,
     headline: Headline,
     geometry: dict[str, pd.DataFrame],
-    more: tuple[Section, ...] = (),
+    first: tuple[Section, ...] = (),
 ) -> None:
-    """Writes everything that the study found into an open run; `more` sections of the report are the caller's."""
+    """Writes everything that the study found into an open run; the `first` sections of the report are the caller's."""
     writer.result(result)
     writer.table("series", series_table(result, given.series))
     for name, table in geometry.items():
         writer.table(name, table)
     _log_steps(writer, result)
     figures = draw(writer, result, geometry)
-    writer.report(_report(result, headline, figures, _how(result, given.asked.punctuation), more))
+    writer.report(_report(result, headline, figures, _how(result, given.asked.punctuation), first))
 
 
 def series_table(result: Tracking, series: CheckpointSeries) -> pd.DataFrame:
@@ -96,19 +101,19 @@ def _banded(stem: str, row: "pd.Series[float]", *columns: str) -> dict[str, floa
 
 
 def _report(
-    result: Tracking, headline: Headline, figures: Mapping[str, tuple[str, ...]], how: str, more: tuple[Section, ...]
+    result: Tracking, headline: Headline, figures: Mapping[str, tuple[str, ...]], how: str, first: tuple[Section, ...]
 ) -> Report:
     last = result.last_verdicts
     return Report(
         title=headline.title,
         question=headline.question,
-        verdict=" ".join(verdict.sentence for verdict in last),
-        numbers={
-            f"{verdict.concept}: {title}": number for verdict in last for title, number in verdict.cards().items()
-        },
+        verdict="\n\n".join(part for part in (headline.verdict, " ".join(one.sentence for one in last)) if part),
+        numbers=dict(headline.numbers)
+        | {f"{verdict.concept}: {title}": number for verdict in last for title, number in verdict.cards().items()},
         sections=(
-            Section("The verdict at every checkpoint", RULE, table=result.verdict_table()),
-            Section("What the model does", _behaviour_text(result), figures["behaviour"]),
+            *first,
+            Section("The verdict at every checkpoint", RULE, table=_verdicts(result)),
+            Section("What the model does", _behaviour_text(result), figures["behaviour"], table=_rates(result)),
             Section(
                 "What is read, and what the words alone give",
                 "At a concept's home every prompt is scored by a fit to others, and the level is chosen on the base "
@@ -130,39 +135,51 @@ def _report(
                 figures["weights"],
             ),
             *((Section("Geometry", "", figures["geometry"]),) if figures["geometry"] else ()),
-            *more,
         ),
         how=how,
         model=result.snapshots[0].member.name,
     )
 
 
+def _verdicts(result: Tracking) -> pd.DataFrame:
+    """A row for each concept and checkpoint: the word, and the one number that decided it."""
+    rows = [
+        {"concept": verdict.concept, "step": verdict.step, "verdict": verdict.word, "also": verdict.also,
+         "decided by": TITLES[verdict.decided], "number": str(verdict.deciding[verdict.decided]),
+         "to settle it": verdict.settle}
+        for verdict in result.verdicts
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    return frame.drop(columns=[name for name in ("also", "to settle it") if not frame[name].any()])
+
+
 def _behaviour_text(result: Tracking) -> str:
     tokens = result.reference.tokens
-    names = result.behaviour["number"].str.rpartition(".")[0]
-    lists = "; ".join(
-        f"{name.removeprefix('refusal_rate_by.')}: {_at_ends(result, name)}"
-        for name in dict.fromkeys(names[names.str.startswith("refusal_rate_by.")])
-    )
     steered = int(result.effects["n"].max()) if len(result.effects) else 0
-    judge = result.reference.judged.judge
-    empty, unclear = (_at_ends(result, name) for name in ("empty_rate", "unclear_rate"))
     return (
-        f"Refused, by the judge {judge!r}: {_at_ends(result, 'refusal_rate')}. By the published lists: {lists}.\n\n"
-        "Empty answers count as no refusal, and ones that the judge can't tell are left out of the rates. "
-        f"Empty: {empty}. Unclear or unfinished: {unclear}.\n\n"
+        "The table has the shares at the first and the last step. Empty answers count as no refusal, and ones that the "
+        "judge can't tell are left out of the rates.\n\n"
         f"First tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}). Each concept's direction was "
         f"added once, at `inst` and after it, to {steered} harmless test prompts."
     )
 
 
-def _at_ends(result: Tracking, name: str) -> str:
-    """A rate on both kinds of prompts at the first and the last step."""
+def _rates(result: Tracking) -> pd.DataFrame:
+    """What the answers are at the first and the last step, by the chosen judge and by the published lists."""
     table = result.behaviour.set_index(["number", "step"])
-    return ", ".join(
-        f"{kind} {Estimate.of_row(table.loc[(f'{name}.{kind}', step)])} at step {step}"
-        for kind in ("harmful", "harmless")
-        for step in dict.fromkeys((result.steps[0], result.steps[-1]))
+    named = {"refusal_rate": f"refused, by the judge {result.reference.judged.judge!r}"}
+    stems = [name.removesuffix(".harmful") for name in table.index.unique(level="number") if name.endswith(".harmful")]
+    named |= {stem: f"refused, by {stem.partition('.')[2]}'s list" for stem in stems if stem.startswith(LISTED)}
+    named |= {"empty_rate": "empty", "unclear_rate": "unclear or unfinished"}
+    ends = dict.fromkeys((result.steps[0], result.steps[-1]))
+    return pd.DataFrame(
+        {"answers": words}
+        | {
+            f"{kind}, step {step}": str(Estimate.of_row(table.loc[(f"{stem}.{kind}", step)]))
+            for kind in ("harmful", "harmless")
+            for step in ends
+        }
+        for stem, words in named.items()
     )
 
 
@@ -179,7 +196,7 @@ def _belief_text(result: Tracking) -> str:
         ends = rows[(rows["quadrant"] == quadrant) & rows["step"].isin((result.steps[0], result.steps[-1]))]
         if len(ends) == 2:
             first, last = (Estimate.of_row(row, "mean") for _, row in ends.iterrows())
-            said.append(f"{quadrant}: {first} in the base, {last} at step {result.steps[-1]}")
+            said.append(f"{quadrant.replace('_', ' ')}: {first} in the base, {last} at step {result.steps[-1]}")
     return (
         "Belief of harmfulness at `inst` on held-out prompts, by the base's own quadrants and centroids: "
         + "; ".join(said)

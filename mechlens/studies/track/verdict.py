@@ -40,20 +40,20 @@ RULE = (
     f"{FELL} lower and its interval lies below 0, and held if it did not fall and its interval lies above -{HELD}; "
     "otherwise it is open.\n\n"
     f"Not measurable: a probe can't read the concept in the base (lower bound of its AUROC at most {READABLE}).\n\n"
-    "Three read-outs are compared, each with itself in the base: the base's frozen direction (`frozen_change`), a "
-    "direction fitted on the checkpoint (`own_change`), a logistic probe fitted there (`probe_change`).\n\n"
+    "Three read-outs are compared, each with itself in the base: the base's frozen direction, a direction fitted on "
+    "the checkpoint, a logistic probe fitted there.\n\n"
     "What they read may be no more than the words. So the probe has to beat the floor, what such a probe reads "
     f"from the {FLOORS['tfidf']}, the {FLOORS['mean_embedding']}, the {FLOORS['token']}, and the base's own "
-    "network with random blocks, which no training has touched (`gain`). Above the words: the lower bound of every "
+    "network with random blocks, which no training has touched. Above the words: the lower bound of every "
     f"gain is above 0. Not above the words: the upper bound of a gain is below {SMALLEST}, the least of interest.\n\n"
     "Representation lost: all three read-outs fell, and the upper bound of a gain is below half of the base's smallest "
     f"gain or below {SMALLEST}; or it is not above the words, in the base it was, and the probe's change is below 0. "
     "Representation weakened: all three fell, and what is left is above the words. Not above the words, as a verdict: "
     "so, and not lost. Kept, or one of the next three: at least one read-out held, and the probe is above the words. "
     "Inconclusive: a number that would decide is open.\n\n"
-    "Read-out drift: the base's frozen direction fell behind the one fitted anew (`readout_gap`), or, where that one "
+    "Read-out drift: the base's frozen direction fell behind the one fitted anew, or, where that one "
     "did not hold, it fell itself. Threshold drift: the frozen direction held, and accuracy at its frozen threshold "
-    "fell behind the accuracy at a new one (`threshold_gap`). Behaviour decoupled: the behaviour `gap` (refusal rate "
+    "fell behind the accuracy at a new one. Behaviour decoupled: the refusal gap (refusal rate "
     f"of the concept's positive prompts minus that of its negative ones) changed by at least {MOVED}, with an interval "
     "that leaves 0 out; this word comes first, and any drift is named after it. Kept: none of these."
 )
@@ -97,8 +97,9 @@ class TrackVerdict:
         return " ".join(part for part in said if part)
 
     def cards(self) -> dict[str, Estimate]:
-        """What a report shows first, by its words."""
-        return {TITLES[name]: self.deciding[name] for name in (nearest(self.deciding), *CARDS)}
+        """What a report shows first, by its words; where the base can't be read, that and what the model does."""
+        names = (self.decided, "gap_change") if self.word == "not measurable" else (nearest(self.deciding), *CARDS)
+        return {TITLES[name]: self.deciding[name] for name in names}
 
 
 def nearest(numbers: Mapping[str, Estimate]) -> str:
