@@ -69,15 +69,17 @@ def tfidf_auroc(texts: Sequence[str], contrast: Contrast) -> Estimate:
     return contrast.estimate(tfidf_scores(train, labels, test))
 
 
-def tfidf_scores(train: Sequence[str], positive: Bool[Tensor, " train"], test: Sequence[str]) -> Float[Tensor, " test"]:
-    """Test scores of logistic regression on TF-IDF of words, punctuation marks and pairs of them.
+def tfidf() -> TfidfVectorizer:
+    """TF-IDF of words, punctuation marks and pairs of them, in vectors of length 1.
 
     Punctuation counts as a word: how a prompt ends is the commonest give-away.
     """
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\w+|[^\w\s]"),
-        LogisticRegression(max_iter=1000),
-    )
+    return TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\w+|[^\w\s]")
+
+
+def tfidf_scores(train: Sequence[str], positive: Bool[Tensor, " train"], test: Sequence[str]) -> Float[Tensor, " test"]:
+    """Test scores of logistic regression on `tfidf`."""
+    model = make_pipeline(tfidf(), LogisticRegression(max_iter=1000))
     model.fit(list(train), positive.numpy())
     return snap(torch.from_numpy(model.decision_function(list(test))), 1e-9)
 

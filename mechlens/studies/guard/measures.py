@@ -22,7 +22,8 @@ from mechlens.methods.statistics.resample import (
 )
 from mechlens.studies.guard.detectors import Detector
 from mechlens.studies.guard.evaluation import GuardEvaluation
-from mechlens.studies.guard.outcome import MIN_IN_A_CLASS, TwinComparison, compare_on_twins
+from mechlens.studies.guard.outcome import TwinComparison, compare_on_twins
+from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
 from mechlens.studies.shared.sources import ATTACKS
 
 MEASURES = ("auroc", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error")

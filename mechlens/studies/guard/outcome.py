@@ -11,14 +11,12 @@ from typing import Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.methods.probing.auroc import auroc_difference, auroc_estimate
+from mechlens.methods.probing.auroc import MIN_FAMILIES, auroc_difference, auroc_estimate
 from mechlens.methods.statistics.estimate import Estimate
 
 GUARD = "latent_guard"
 SURFACE = ("tfidf", "mean_embedding", "token_identity", "length")
 """Detectors that see the words, not what the model makes of them."""
-MIN_IN_A_CLASS = 10
-"""A number about fewer prompts of a class is not measurable."""
 MARGIN = 0.05
 """A smaller gain of AUROC over the words isn't worth a guard."""
 Outcome = Literal["beyond the words", "no more than the words", "inconclusive", "not measurable"]
@@ -68,7 +66,7 @@ def compare_on_twins(
 ) -> TwinComparison:
     """The guard (`GUARD`) and other detectors on twins; prompts of one pair, or more, are one family."""
     n_pairs, others = int(positive.sum()), [name for name in scores if name != GUARD]
-    if len(set(families)) < MIN_IN_A_CLASS:
+    if len(set(families)) < MIN_FAMILIES:
         missing = Estimate.missing(2 * n_pairs)
         return TwinComparison(
             n_pairs, len(set(families)), dict.fromkeys(scores, missing), dict.fromkeys(others, missing)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array, csr_matrix
 from scipy.sparse.csgraph import connected_components
-from sklearn.feature_extraction.text import TfidfVectorizer
 
+from mechlens.methods.probing.baselines import tfidf
 from mechlens.prompts.prompt import Prompt
 
 MOST_LONGER = 1.5
@@ -70,18 +70,12 @@ class Twins:
 
 def surface_twins(prompts: Sequence[Prompt]) -> Twins:
     """Twins among prompts labelled harmful or harmless; families first, then whoever is left by form."""
-    vectors = _vectors([prompt.text for prompt in prompts])
+    vectors = tfidf().fit_transform([prompt.text for prompt in prompts])
     by_family = _matched(prompts, vectors, [prompt.group for prompt in prompts], FAMILY)
     taken = {row for pair in by_family for row in (pair.harmful, pair.harmless)}
     forms = [None if i in taken else _form(prompt.text) for i, prompt in enumerate(prompts)]
     pairs = [*by_family, *_matched(prompts, vectors, forms, NEAREST)]
     return Twins(tuple(pairs), _clusters(prompts, pairs))
-
-
-def _vectors(texts: Sequence[str]) -> csr_matrix:
-    """TF-IDF of words, marks and pairs of them, as the baseline reads them; rows of length 1."""
-    found: csr_matrix = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\w+|[^\w\s]").fit_transform(texts)
-    return found
 
 
 def _form(text: str) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ import pandas as pd
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.rules import LinearScore
+from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.guard.measures import (
@@ -24,8 +25,9 @@ from mechlens.studies.guard.measures import (
     random_directions,
     shuffled_labels,
 )
-from mechlens.studies.guard.outcome import GUARD, MIN_IN_A_CLASS, SURFACE, TwinComparison
+from mechlens.studies.guard.outcome import GUARD, SURFACE, TwinComparison
 from mechlens.studies.guard.twins import FAMILY, NEAREST
+from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
 
 CURVE_POINTS = 200
 
@@ -177,8 +179,8 @@ def _on_twins(twins: TwinComparison, result: GuardEvaluation) -> str:
     if twins.outcome == "not measurable":
         return (
             f"Not measurable: there are {twins.n_pairs} pairs of a harmful prompt and a harmless one of its form, "
-            f"{twins.n_families} of them independent, and {MIN_IN_A_CLASS} are needed, so add "
-            f"{MIN_IN_A_CLASS - twins.n_families} or more."
+            f"{twins.n_families} of them independent, and {MIN_FAMILIES} are needed, so add "
+            f"{MIN_FAMILIES - twins.n_families} or more."
         )
     found, best = result.examined.twins, twins.best_words
     made = f"{found.count(FAMILY)} written as pairs, {found.count(NEAREST)} matched by form"

@@ -26,8 +26,10 @@ from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import PARTS, Split, split_by_family
 from mechlens.settings import Nulls
 
-MIN_OF_EACH = 10
-"""With fewer prompts of a class there is no direction."""
+MIN_IN_A_CLASS = 10
+"""A contrast with fewer prompts than this in one class has no direction and is called not measurable."""
+MIN_IN_A_PART = 3
+"""So is one with fewer than this in a part of the split."""
 
 
 def best_direction(
@@ -36,7 +38,7 @@ def best_direction(
     """Fitted to all prompts; the level from 1 to `highest` is chosen on three tenths of the families, by directions
     from the others. None where a class has too few prompts, or families, for that.
     """
-    if min(acts.labels.count(label) for label in (positive, negative)) < MIN_OF_EACH:
+    if min(acts.labels.count(label) for label in (positive, negative)) < MIN_IN_A_CLASS:
         return None
     kept = acts.select([i for i, label in enumerate(acts.labels) if label in (positive, negative)])
     try:
@@ -55,12 +57,6 @@ def best_direction(
     }
     best = max(by_level, key=lambda level: (by_level[level], -level))
     return direction_grid(only, positive, negative).at(best, name)
-
-
-MIN_IN_A_CLASS = 10
-"""A contrast with fewer prompts than this in one class is called not measurable."""
-MIN_IN_A_PART = 3
-"""So is one with fewer than this in a part of the split."""
 
 
 @dataclass(frozen=True)
