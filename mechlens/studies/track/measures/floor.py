@@ -95,13 +95,7 @@ def measured_floor(
     scores = {
         name: words[name] | {"random_blocks": torch.cat([words[name]["tfidf"][:0], *found[name]])} for name in words
     }
-    floor = Floor(
-        scores,
-        {
-            name: {kind: torch.stack(areas).mean(dim=0) for kind, areas in own.items() if areas}
-            for name, own in grids.items()
-        },
-    )
+    floor = Floor(scores, {name: _means(own) for name, own in grids.items()})
     if cache is not None:
         cache.put(key, floor.to_piece())
     return floor
