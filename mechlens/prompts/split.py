@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from mechlens.errors import UserError
@@ -59,6 +59,11 @@ def families_by_classes(labels: Sequence[str], families: Sequence[str]) -> dict[
     for family, classes in held.items():
         groups.setdefault(tuple(sorted(classes)), []).append(family)
     return groups
+
+
+def families_of_each(labels: Sequence[Hashable], families: Sequence[str]) -> Counter[Hashable]:
+    """How many families hold each label; 0 for one that is not there."""
+    return Counter(label for label, _ in set(zip(labels, families, strict=True)))
 
 
 def split_by_family(

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import Interval, family_weights, with_interval
+from mechlens.methods.statistics.resample import Interval, family_weights, fewest_families, with_interval
 from mechlens.settings import RESAMPLES
 
 MIN_FAMILIES = 10
@@ -113,7 +113,7 @@ def auroc_bounds(
     """
     cells = scores.double().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
     value = auroc(cells, positive)
-    least = _fewest_families(positive, families)
+    least = fewest_families(positive, families)
     if least < MIN_FAMILIES:
         low, high = torch.where(value.isnan(), value, 0.0), torch.where(value.isnan(), value, 1.0)
     else:
@@ -135,23 +135,17 @@ def auroc_difference(
     """
     both = torch.stack([first.double(), second.double()])
     areas = auroc(both, positive)
-    least = _fewest_families(positive, families)
+    least = fewest_families(positive, families)
     if bool(areas.isnan().any()) or least < MIN_FAMILIES:
         return Estimate.missing(len(positive))
     shares = placements(both, positive)
-    sums = _family_sums(((shares[0] - shares[1]) - (areas[0] - areas[1]))[None], positive, families)[0]
+    sums = family_sums(((shares[0] - shares[1]) - (areas[0] - areas[1]))[None], positive, families)[0]
     error = max(math.sqrt(float(sums.square().sum()) * len(sums) / (len(sums) - 1)), 0.5 / len(positive))
     value, reach = float(areas[0] - areas[1]), float(stats.t.ppf(0.975, least - 1)) * error
     return Estimate(value, value - reach, value + reach, len(positive))
 
 
-def _fewest_families(positive: Bool[Tensor, " prompt"], families: Sequence[str]) -> int:
-    """Families of the class that has fewer."""
-    flags = positive.tolist()
-    return min(len({f for f, flag in zip(families, flags, strict=True) if flag is side}) for side in (True, False))
-
-
-def _family_sums(
+def family_sums(
     deviations: Float[Tensor, "cell prompt"], positive: Bool[Tensor, " prompt"], families: Sequence[str]
 ) -> Float[Tensor, "cell family"]:
     """What each family adds to the mean over its prompts' classes."""
@@ -170,7 +164,7 @@ def _family_effect(
 ) -> Float[Tensor, " cell"]:
     """Variance of the AUROC by families over that of independent prompts; 1 where neither varies."""
     deviation = placements(scores, positive) - value[:, None]
-    sums = _family_sums(deviation, positive, families)
+    sums = family_sums(deviation, positive, families)
     clustered = sums.square().sum(dim=1) * sums.shape[1] / (sums.shape[1] - 1)
     counts = torch.where(positive, positive.sum(), (~positive).sum()).double()
     independent = (deviation.square() / (counts * (counts - 1))).sum(dim=1)

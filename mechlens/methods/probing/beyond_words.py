@@ -7,17 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
-from mechlens.errors import UserError
 from mechlens.methods.directions.methods import logistic_line
-from mechlens.methods.probing.auroc import auroc, auroc_bounds, placements, snap
+from mechlens.methods.probing.auroc import auroc, auroc_bounds, family_sums, placements, snap
 from mechlens.methods.probing.baselines import tfidf_scores
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import Fold, folds_of_both
 
 FOLDS = 10
 REPEATS = 3
@@ -35,15 +33,16 @@ class Folds:
 
     positive: Bool[Tensor, " prompt"]
     families: tuple[str, ...]
-    parts: tuple[tuple[tuple[list[int], list[int]], ...], ...]
-    """Of each repeat: the rows to fit on and the rows to score, which share no family."""
+    parts: tuple[tuple[Fold, ...], ...]
+    """Of each repeat."""
 
     def scored(self, read: Read, levels: Sequence[Sequence[int]] | None = None) -> Float[Tensor, "repeat prompt"]:
         """Every prompt's score out of fold (float64); `levels` of each repeat's folds as `levels_of` chose them."""
         scores = torch.full((len(self.parts), len(self.positive)), torch.nan, dtype=torch.float64)
         for repeat, folds in enumerate(self.parts):
-            for k, (fit, held_out) in enumerate(folds):
-                scores[repeat, held_out] = read(fit, levels[repeat][k] if levels else 0)[held_out].double()
+            for k, fold in enumerate(folds):
+                held_out, level = list(fold.scored), levels[repeat][k] if levels else 0
+                scores[repeat, held_out] = read(list(fold.fitted), level)[held_out].double()
         return snap(scores, 1e-9 * max(1.0, float(scores.abs().max())))  # what ties but for rounding ties
 
     def centred(self, scores: Float[Tensor, " prompt"], fit: list[int]) -> Float[Tensor, " prompt"]:
@@ -58,16 +57,8 @@ class Folds:
 
 def folds_of(positive: Bool[Tensor, " prompt"], families: Sequence[str], seed: int) -> Folds:
     """Families stay whole and classes even; UserError where a class has one family."""
-    sides = [{f for f, flag in zip(families, positive.tolist(), strict=True) if flag == side} for side in (True, False)]
-    n = min(FOLDS, *map(len, sides))
-    if n < 2:
-        raise UserError("each label needs prompts of at least 2 families, so that scores can be held out; add some")
-    parts = []
-    for repeat in range(REPEATS):
-        splitter = StratifiedGroupKFold(n, shuffle=True, random_state=seed + repeat)
-        folds = splitter.split(np.zeros(len(positive)), positive.numpy(), list(families))
-        parts.append(tuple((fit.tolist(), held_out.tolist()) for fit, held_out in folds))
-    return Folds(positive, tuple(families), tuple(parts))
+    parts = tuple(folds_of_both(positive, families, FOLDS, seed + repeat) for repeat in range(REPEATS))
+    return Folds(positive, tuple(families), parts)
 
 
 def read_words(texts: Sequence[str], folds: Folds) -> Float[Tensor, "repeat prompt"]:
@@ -102,7 +93,7 @@ def levels_of(values: Float[Tensor, "prompt level d"], folds: Folds) -> tuple[tu
     codes = {family: k for k, family in enumerate(dict.fromkeys(folds.families))}
     family = torch.tensor([codes[name] for name in folds.families])
     areas = torch.empty(values.shape[1], sum(map(len, folds.parts)), dtype=torch.float64)
-    fits = [fit for part in folds.parts for fit, _ in part]
+    fits = [list(fold.fitted) for part in folds.parts for fold in part]
     for level, row in enumerate(values.unbind(dim=1)):
         wide = row.double() - row.double().mean(dim=0)
         products = wide @ wide.T
@@ -158,9 +149,5 @@ def _correlation(ours: Tensor, theirs: Tensor, folds: Folds) -> float:
 
 
 def _by_family(scores: Float[Tensor, "repeat prompt"], folds: Folds) -> Float[Tensor, " family"]:
-    positive = folds.positive
-    deviation = (placements(scores, positive) - auroc(scores, positive)[:, None]).mean(dim=0)
-    numbers = {family: k for k, family in enumerate(dict.fromkeys(folds.families))}
-    codes = torch.tensor([numbers[family] for family in folds.families])
-    counts = torch.where(positive, positive.sum(), (~positive).sum()).double()
-    return torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, codes, deviation / counts)
+    deviation = placements(scores, folds.positive) - auroc(scores, folds.positive)[:, None]
+    return family_sums(deviation.mean(dim=0, keepdim=True), folds.positive, folds.families)[0]

@@ -6,46 +6,22 @@ Several fold seeds show how much is due to the folds.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.directions.nulls import TIE_RESOLUTION, LabelledVectors, PermutationNull
 from mechlens.methods.probing.auroc import auroc, snap, weighted_auroc
-from mechlens.methods.statistics.resample import one_thread, permuted_labels
+from mechlens.methods.statistics.resample import Fold, one_thread, permuted_labels
 
 FOLDS = 5
 FOLD_SEEDS = 5
-
-
-class Fold(NamedTuple):
-    """Rows to fit on and rows to score; no family is in both."""
-
-    fitted: tuple[int, ...]
-    scored: tuple[int, ...]
-
-
-def family_folds(labels: Sequence[str], families: Sequence[str], n: int, seed: int) -> tuple[Fold, ...]:
-    """Folds of whole families in which each label has about its share; UserError for fewer families than folds."""
-    if len(set(families)) < n:
-        raise UserError(
-            f"there are {len(set(families))} prompt families for {n} folds; every fold needs one, so add prompts"
-        )
-    splitter = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # A label with fewer prompts than folds is missing from some: what needs it says so itself.
-        warnings.filterwarnings("ignore", message="The least populated class")
-        parts = list(splitter.split(np.zeros(len(labels)), list(labels), list(families)))
-    return tuple(Fold(tuple(fitted.tolist()), tuple(scored.tolist())) for fitted, scored in parts)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Chance, by prompt family: bootstrap weights, halves and permuted labels, all vectorised and seeded.
+"""Chance, by prompt family: folds, bootstrap weights, halves and permuted labels, all seeded.
 
 Prompts of one family (a matched pair, a paraphrase set) are not independent, so families are what is
 drawn; an interval over prompts would be too narrow.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,8 +18,16 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.prompts.split import families_by_classes
+from mechlens.prompts.split import families_by_classes, families_of_each
 from mechlens.settings import RESAMPLES
+
+
+class Fold(NamedTuple):
+    """Rows to fit on and rows to score; no family is in both."""
+
+    fitted: tuple[int, ...]
+    scored: tuple[int, ...]
+
 
 ScoreFold = Callable[[list[int], list[int]], Float[Tensor, " held_out"]]
 """Rows to fit on and rows to score -> scores of the latter."""
@@ -28,15 +37,38 @@ def held_out_scores(
     score: ScoreFold, positive: Bool[Tensor, " prompt"], families: Sequence[str], folds: int, seed: int
 ) -> Float[Tensor, " prompt"]:
     """Each prompt's score by a fit to the folds that don't hold its family (float64)."""
-    pairs = set(zip(positive.tolist(), families, strict=True))
-    n_folds = min(folds, *(sum(flag == own for own, _ in pairs) for flag in (True, False)))
-    if n_folds < 2:
-        raise UserError("each label needs prompts of at least 2 families, so that scores can be held out; add some")
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     scores = torch.full((len(positive),), torch.nan, dtype=torch.float64)
-    for fitted, held_out in splitter.split(np.zeros(len(positive)), positive.numpy(), list(families)):
-        scores[torch.from_numpy(held_out)] = score(fitted.tolist(), held_out.tolist()).double()
+    for fold in folds_of_both(positive, families, folds, seed):
+        scores[list(fold.scored)] = score(list(fold.fitted), list(fold.scored)).double()
     return scores
+
+
+def folds_of_both(positive: Bool[Tensor, " prompt"], families: Sequence[str], most: int, seed: int) -> tuple[Fold, ...]:
+    """`family_folds`, as many as the class of fewer families has, if not `most`; UserError where it has one."""
+    n = min(most, fewest_families(positive, families))
+    if n < 2:
+        raise UserError("each label needs prompts of at least 2 families, so that scores can be held out; add some")
+    return family_folds([str(flag) for flag in positive.tolist()], families, n, seed)
+
+
+def family_folds(labels: Sequence[str], families: Sequence[str], n: int, seed: int) -> tuple[Fold, ...]:
+    """Folds of whole families in which each label has about its share; UserError for fewer families than folds."""
+    if len(set(families)) < n:
+        raise UserError(
+            f"there are {len(set(families))} prompt families for {n} folds; every fold needs one, so add prompts"
+        )
+    splitter = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # A label with fewer prompts than folds is missing from some: what needs it says so itself.
+        warnings.filterwarnings("ignore", message="The least populated class")
+        parts = list(splitter.split(np.zeros(len(labels)), list(labels), list(families)))
+    return tuple(Fold(tuple(fitted.tolist()), tuple(scored.tolist())) for fitted, scored in parts)
+
+
+def fewest_families(positive: Bool[Tensor, " prompt"], families: Sequence[str]) -> int:
+    """Families of the class that has fewer."""
+    found = families_of_each(positive.tolist(), families)
+    return min(found[True], found[False])
 
 
 class Interval(NamedTuple):

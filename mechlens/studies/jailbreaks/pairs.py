@@ -20,9 +20,8 @@ from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.probing.beliefs import Centroids
-from mechlens.methods.probing.out_of_fold import Fold
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import mean_estimate
+from mechlens.methods.statistics.resample import Fold, mean_estimate
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt

@@ -9,8 +9,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.probing.out_of_fold import FOLD_SEEDS, FOLDS, Fold, family_folds
+from mechlens.methods.probing.out_of_fold import FOLD_SEEDS, FOLDS
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import Fold, family_folds
 from mechlens.settings import Nulls
 from mechlens.studies.separate.contrasts import OutOfFoldContrast, Question, measure_contrast
 from mechlens.studies.separate.dissociation import Dissociation, Places, measure_dissociation

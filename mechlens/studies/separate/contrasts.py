@@ -19,8 +19,9 @@ from mechlens.methods.probing.auroc import (
     auroc_estimate,
 )
 from mechlens.methods.probing.baselines import mean_embedding_scores, tfidf_scores
-from mechlens.methods.probing.out_of_fold import Fold, OutOfFoldScores, out_of_fold_null, out_of_fold_scores
+from mechlens.methods.probing.out_of_fold import OutOfFoldScores, out_of_fold_null, out_of_fold_scores
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import Fold
 from mechlens.settings import Nulls
 from mechlens.studies.shared.contrasts import Surface
 

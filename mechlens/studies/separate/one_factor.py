@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.probing.auroc import auroc
-from mechlens.methods.probing.out_of_fold import Fold
-from mechlens.methods.statistics.resample import one_thread
+from mechlens.methods.statistics.resample import Fold, one_thread
 from mechlens.studies.separate.dissociation import (
     ACCEPTED_HARMLESS,
     REFUSED_HARMFUL,

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.probing.beliefs import Centroids, beliefs, centroids, layer_scores
-from mechlens.methods.probing.out_of_fold import Fold
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import (
+    Fold,
     family_weights,
     interval,
     mean_estimate,
