@@ -1,5 +1,6 @@
 """Contrasts of the separation study, out of fold: what is told apart from what, and how much of that the words tell."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,17 +12,12 @@ from torch import Tensor
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.directions.direction import DirectionGrid, direction_grid
 from mechlens.methods.directions.nulls import LabelledVectors, random_null
-from mechlens.methods.probing.auroc import (
-    MIN_FAMILIES,
-    auroc,
-    auroc_bounds,
-    auroc_difference,
-    auroc_estimate,
-)
+from mechlens.methods.probing.auroc import MIN_FAMILIES, auroc, auroc_bounds, auroc_difference, auroc_estimate
 from mechlens.methods.probing.baselines import mean_embedding_scores, tfidf_scores
 from mechlens.methods.probing.out_of_fold import OutOfFoldScores, out_of_fold_null, out_of_fold_scores
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import Fold
+from mechlens.methods.statistics.resample import Fold, fewest_families
+from mechlens.prompts.split import families_of_each
 from mechlens.settings import Nulls
 from mechlens.studies.shared.contrasts import Surface
 
@@ -103,10 +99,7 @@ class OutOfFoldContrast:
 
     def _estimate(self, scores: Float[Tensor, " prompt"], kept: Bool[Tensor, " prompt"]) -> Estimate:
         positive, families = self._cut(kept)
-        enough = min(
-            len({f for f, flag in zip(families, positive, strict=True) if bool(flag) is side}) for side in (True, False)
-        )
-        if enough < MIN_FAMILIES:
+        if fewest_families(positive, families) < MIN_FAMILIES:
             return Estimate.missing(min(int(positive.sum()), int((~positive).sum())))
         return auroc_estimate(scores[kept], positive, families)
 
@@ -122,26 +115,26 @@ def measure_contrast(
         return OutOfFoldContrast(question, None, None, pd.DataFrame(), pd.DataFrame(), {}, acts.families)
     scores = out_of_fold_scores(acts, question.positive, question.member, folds)
     relabelled = replace(acts, labels=question.labels)
+    directions = direction_grid(relabelled, question.positive_label, question.negative_label)
     return OutOfFoldContrast(
         question=question,
         scores=scores,
-        directions=direction_grid(relabelled, question.positive_label, question.negative_label),
+        directions=directions,
         grid=_grid(question, scores, acts.families),
-        chosen=_chosen(question, scores, acts, folds[0], plan),
+        chosen=_chosen(question, scores, directions, acts, folds[0], plan),
         surface=_surface_scores(question, scores, surface, folds[0]),
         families=acts.families,
     )
 
 
 def _enough(question: Question, acts: Activations, folds: Sequence[Sequence[Fold]]) -> bool:
-    for label in (question.positive_label, question.negative_label):
-        inside = [own == label for own in question.labels]
-        if len({family for family, flag in zip(acts.families, inside, strict=True) if flag}) < MIN_FAMILIES:
-            return False
-        # Inner folds need some too.
-        if any(sum(inside[i] for i in fold.fitted) < MIN_FAMILIES // 2 for own in folds for fold in own):
-            return False
-    return True
+    families = families_of_each(question.labels, acts.families)
+    # Inner folds need some too.
+    fitted = [Counter(question.labels[i] for i in fold.fitted) for own in folds for fold in own]
+    return all(
+        families[label] >= MIN_FAMILIES and all(part[label] >= MIN_FAMILIES // 2 for part in fitted)
+        for label in question.counts()
+    )
 
 
 def _grid(question: Question, scores: OutOfFoldScores, families: Sequence[str]) -> pd.DataFrame:
@@ -160,14 +153,18 @@ def _grid(question: Question, scores: OutOfFoldScores, families: Sequence[str]) 
 
 
 def _chosen(
-    question: Question, scores: OutOfFoldScores, acts: Activations, folds: Sequence[Fold], plan: Nulls
+    question: Question,
+    scores: OutOfFoldScores,
+    directions: DirectionGrid,
+    acts: Activations,
+    folds: Sequence[Fold],
+    plan: Nulls,
 ) -> pd.DataFrame:
     member = question.member
     rows = member.nonzero().flatten().tolist()
     number = {row: i for i, row in enumerate(rows)}
     inside = [Fold(*(tuple(number[i] for i in part if i in number) for part in fold)) for fold in folds]
     positive, families = question.positive[member], [acts.families[row] for row in rows]
-    grid = direction_grid(replace(acts, labels=question.labels), question.positive_label, question.negative_label)
     found = []
     for position in scores.positions:
         level = scores.level(position)
@@ -175,7 +172,7 @@ def _chosen(
         column = column_of(position, scores.positions, scores.last)
         fixed = float(auroc(scores.by_level[scores.levels.index(level), column][member], positive))
         permuted = out_of_fold_null(vectors, inside, fixed, plan.permutations, plan.seed + 2)
-        drawn = random_null(grid.at(level, position), vectors, plan.random_directions, plan.seed + 4)
+        drawn = random_null(directions.at(level, position), vectors, plan.random_directions, plan.seed + 4)
         by_seed = auroc(scores.by_seed(position)[:, member], positive)
         found.append(
             {"contrast": question.name, "position": position, "level": level,

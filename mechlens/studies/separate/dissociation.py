@@ -22,6 +22,7 @@ from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.probing.out_of_fold import OutOfFoldScores
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import sample_and_resamples, with_interval
+from mechlens.prompts.split import families_of_each
 from mechlens.studies.shared.quadrants import QUADRANTS
 
 REFUSED_HARMFUL, ACCEPTED_HARMFUL, REFUSED_HARMLESS, ACCEPTED_HARMLESS = QUADRANTS
@@ -60,11 +61,8 @@ class Places:
 
     def fewest(self) -> tuple[str, int]:
         """The quadrant with the fewest families, and how many it has."""
-        counts = {
-            name: len({f for f, own in zip(self.families, self.quadrants, strict=True) if own == name})
-            for name in QUADRANTS
-        }
-        return min(counts.items(), key=lambda item: item[1])
+        counts = families_of_each(self.quadrants, self.families)
+        return min(((name, counts[name]) for name in QUADRANTS), key=lambda item: item[1])
 
     @property
     def measurable(self) -> bool:
