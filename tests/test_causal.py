@@ -29,7 +29,19 @@ from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run
 from mechlens.studies.causal.choice import best, grid_layers
 from mechlens.studies.causal.config import CausalPlan
-from mechlens.studies.causal.directions import CELLS, HARMFUL, HARMLESS, NAMES, PUSHES, Cell, Setting, intervene, pushes
+from mechlens.studies.causal.directions import (
+    CELLS,
+    HARMFUL,
+    HARMFULNESS,
+    HARMLESS,
+    NAMES,
+    PUSHES,
+    REFUSAL,
+    Cell,
+    Setting,
+    intervene,
+    pushes,
+)
 from mechlens.studies.causal.held_out import EffectKey
 from mechlens.studies.causal.readings import Setup, read_refusal, read_replies, subjects
 from mechlens.studies.causal.study import Battery, run_battery, work_ahead
@@ -250,6 +262,30 @@ def test_an_open_verdict_says_what_is_open_and_what_would_settle_it(found: Batte
     # Its upper bound has to come down from .75 to .5 of the harmfulness direction's: half as wide, four times as many.
     assert "about 30 more test prompts of each class (--n-test 40)" in verdict.sentence
     assert verdict.deciding[key.name] == wide
+
+
+@pytest.mark.parametrize("measure", ["consistent.before", "refusal", "belief.all"])
+def test_changes_that_are_no_numbers_are_not_measurable(measure: str, found: Battery) -> None:
+    broken = {
+        key: replace(effect, change=Estimate.missing(effect.change.n)) if key.measure == measure else effect
+        for key, effect in found.effects.items()
+    }
+    chance = {key: replace(effect, random_max=float("nan")) for key, effect in found.effects.items()}
+    for effects in (broken, chance):
+        verdict = decide(effects)
+        assert verdict.word == NOT_MEASURABLE
+        assert "no finite numbers: give --dtype float32" in verdict.sentence
+        assert "nan" not in verdict.sentence
+
+
+def test_more_prompts_are_not_asked_for_where_random_directions_do_as_much(found: Battery) -> None:
+    key = EffectKey("belief.all", REFUSAL, REFUSAL, Cell("add", HARMFUL))
+    harm = found.effects[EffectKey("belief.all", HARMFULNESS, HARMFULNESS, Cell("subtract", HARMFUL))].change
+    change = Estimate(harm.value, harm.value * 0.98, harm.value * 1.02, harm.n)  # beyond the margin for certain
+    verdict = decide({**found.effects, key: replace(found.effects[key], change=change, random_max=change.high)})
+    assert verdict.word == INCONCLUSIVE
+    assert "as random directions do as much" in verdict.sentence
+    assert "--n-test" not in verdict.sentence
 
 
 def test_readings_equal_running_each_arm_by_itself(model: Any, found: Battery, tmp_path: Path) -> None:

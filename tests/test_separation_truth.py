@@ -425,6 +425,23 @@ def test_what_would_settle_it_is_said_in_numbers() -> None:
     verdict = verdict_of(dissociation=Estimate(0.3, -0.092, 0.692, 80))
     assert verdict.word == "inconclusive"
     assert "about 100 more accepted harmful prompts (now 40)" in verdict.sentence
+    # What nobody would collect is not asked for.
+    verdict = verdict_of(dissociation=Estimate(0.25, -20.0, 20.5, 80))
+    assert "would hardly change that" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("empty", "kind"),
+    [
+        ("accepted_harmful", "looks-harmless, which are accepted"),
+        ("refused_harmless", "looks-harmful, which are refused"),
+        ("refused_harmful", "plainly harmful ones, which are refused"),
+        ("accepted_harmless", "plainly harmless ones, which are accepted"),
+    ],
+)
+def test_prompts_that_would_fill_an_empty_quadrant_are_of_the_kind_that_lands_there(empty: str, kind: str) -> None:
+    verdict = verdict_of(dissociation=Estimate.missing(0), **{f"n.{empty}": Estimate.exact(0, 160)})
+    assert f"of another kind are needed, such as {kind} more often" in verdict.sentence
 
 
 def test_the_rule_names_every_verdict() -> None:

@@ -41,7 +41,8 @@ RULE = (
     "interval of the difference lies below 0. dissociation not shown: an upper bound of (1) or (2) is at most the "
     "largest random change; or in some cell of (3) the interval of the difference lies above 0, and that of the "
     "change beyond the largest random one. inconclusive: everything else. not measurable: "
-    "belief isn't, or too few refused or accepted training prompts define the refusal direction."
+    "belief isn't, too few refused or accepted training prompts define the refusal direction, or a change is no finite "
+    "number."
 )
 
 Outcome = Literal["met", "failed", "open"]
@@ -84,6 +85,10 @@ def causal_verdict(result: Battery) -> CausalVerdict:
 def decide(effects: Mapping[EffectKey, CellEffect]) -> CausalVerdict:
     """The rule on the effects of both directions, once both can be measured."""
     found = [*_claims(effects), *_left_alone(effects)]
+    broken = [condition.key.name for condition in found if not condition.excess.measurable]
+    if broken:
+        sentence = f"{len(broken)} changes, such as {broken[0]}, or what they are compared with, are no finite numbers"
+        return CausalVerdict(NOT_MEASURABLE, f"{sentence}: give --dtype float32, or weaker --strengths.", {})
     failed = [condition for condition in found if condition.outcome == "failed"]
     still_open = [condition for condition in found if condition.outcome == "open"]
     if failed:
@@ -195,12 +200,15 @@ def _settles(still_open: list[Condition]) -> str:
     """How many more prompts would close what is open, if their values stay what they are."""
     most = max(still_open, key=lambda one: one.excess.prompts_beyond(0.0))
     n, needed = most.change.n, most.excess.prompts_beyond(0.0)
-    if not needed < TOO_MANY * n:
+    # Beyond the margin already, and open because random directions do as much.
+    as_random = any(one.excess.low > 0 for one in still_open)
+    if as_random or not needed < TOO_MANY * n:
+        why = "random directions do as much" if as_random else "a value lies at what it has to clear"
         return (
-            "More prompts would hardly settle it, as a value lies at what it has to clear; other layers, strengths or "
-            "directions from more training prompts might."
+            f"More prompts would hardly settle it, as {why}; other layers, strengths or directions from more training "
+            "prompts might."
         )
-    more = max(math.ceil(needed) - n, 1)
+    more = max(math.ceil(needed) - n, 2)
     return (
         f"What would settle it, if the values stay what they are: about {more} more test prompts of each class "
         f"(--n-test {n + more}), by which all that is open would clear its threshold."

@@ -18,6 +18,8 @@ CHANCE = 0.5
 Z_ONE_SIDED, Z_80 = 1.64, 0.84
 Z_POWER = 1.96 + Z_80
 """An effect this many standard errors from a bound clears it in 80% of draws."""
+TOO_MANY = 50
+"""More prompts than so many times those at hand settle nothing that anybody would collect."""
 
 RULE = (
     f"not measurable: a quadrant has fewer than {MIN_FAMILIES} prompt families. explained by the words: harmfulness at "
@@ -151,7 +153,8 @@ def _not_measurable(metrics: dict[str, Estimate]) -> str:
 
 def _more(n: int, total: int, side: str, verdict: str) -> str:
     if n == 0:
-        kind = "looks-harmless" if side == "harmful" else "looks-harmful"
+        misbehaving = (verdict == "accepted") == (side == "harmful")
+        kind = f"looks-{'harmless' if side == 'harmful' else 'harmful'}" if misbehaving else f"plainly {side} ones"
         return f"prompts of another kind are needed, such as {kind}, which are {verdict} more often"
     return f"about {math.ceil((MIN_FAMILIES - n) * total / n)} more of this kind would do"
 
@@ -172,6 +175,7 @@ def _inconclusive(metrics: dict[str, Estimate], failed: list[str], *, readable: 
     return f"D is {contrast}, but {_WANTING[name]} {metrics[name]}. {_settled(metrics[name], bound)}"
 
 
+HARDLY = "More prompts of this kind would hardly change that; others, matched in form, might."
 _READ = {"harmful_auroc.inst": "harmfulness at inst", "refused_auroc.last": "refusal at the last token"}
 _WANTING = {
     "harmful_auroc.inst.accepted": "harmfulness isn't read above chance among accepted prompts: AUROC",
@@ -205,12 +209,14 @@ def _settled_d(metrics: dict[str, Estimate]) -> str:
     n = metrics[f"n.{name}"].value
     distances = [contrast.value, MIN_EFFECT - contrast.value]
     times = max(min(_times(contrast, distance) for distance in distances), 1.2)
+    if times > TOO_MANY:
+        return HARDLY
     more = f"{math.ceil((times - 1) * n)} more {name.replace('_', ' ')} prompts"
     return f"If it stays there, about {more} (now {n:.0f}) would settle it."
 
 
 def _settled(estimate: Estimate, bound: float) -> str:
     times = _times(estimate, estimate.value - bound)
-    if math.isinf(times) or times > 50:
-        return "More prompts of this kind would hardly change that; others, matched in form, might."
+    if times > TOO_MANY:
+        return HARDLY
     return f"If it stays there, about {max(times, 1.2):.1f} times as many prompts would settle it."
