@@ -110,3 +110,24 @@ def test_a_judge_owes_one_known_verdict_to_each(verdicts: list[str], said: str) 
 
     with pytest.raises(UserError, match=said):
         verdicts_by(replace(Careless(), name="careless"), [Prompt("a", "x"), Prompt("b", "y")], ["I cannot", "Yes"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--judge-model", "/no/such/model"], "there is no folder '/no/such/model'"),
+        (["--template-arg", "enable_thinking"], "isn't of the form NAME=VALUE"),
+        (["--template-arg", "a=1", "--template-arg", "a=2"], "gives 'a' twice"),
+    ],
+)
+def test_a_slip_is_said_before_any_weights_are_read(
+    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mechlens.studies.shared.inputs.load", lambda *a, **k: pytest.fail("read the weights"))
+    sets = ["--harmful", write_prompts(tmp_path / "h.jsonl", requests(12, "break")),
+            "--harmless", write_prompts(tmp_path / "l.jsonl", requests(12, "bake"))]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main([*COMMANDS["separate"], *sets, *QUICK, *given, "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -273,7 +273,7 @@ def chat_template(
     line ("enable_thinking=false"). Raises UserError for one that the template never reads.
     """
     day = date.today().isoformat() if today is None else _day(today)
-    options |= _arguments(template_arg)
+    options |= template_arguments(template_arg)
     if template == "tokenizer":
         return ChatTemplate(tokenizer, options=options, today=day)
     published = {f"paper:{name}" for name in PAPER_TEMPLATES}
@@ -284,8 +284,8 @@ def chat_template(
     return ChatTemplate(tokenizer, kind, options, day)
 
 
-def _arguments(given: Sequence[str]) -> dict[str, Any]:
-    """Arguments written as NAME=VALUE; a value is JSON where it parses as such, else text."""
+def template_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments written as NAME=VALUE; a value is JSON where it parses as such, else text. UserError for a slip."""
     found: dict[str, Any] = {}
     for one in given:
         name, sign, value = one.partition("=")

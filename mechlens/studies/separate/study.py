@@ -23,7 +23,7 @@ from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.models.load import load
+from mechlens.models.load import load, require_wrappable
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -237,6 +237,8 @@ def _without_template(
 def prepare(config: Separate) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     require_sampling(config)
+    if config.judge_model is not None:
+        require_wrappable(config.judge_model)
     made = prepare_harm_study(config, config, config.extra_harmless, config.wrap)
     for name, prompts in (("harmful", made.content.positive), ("harmless", made.content.negative)):
         families = len({prompt.group for prompt in prompts})

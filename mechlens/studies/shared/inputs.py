@@ -13,7 +13,7 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.load import load
 from mechlens.prompts.files.load import joined_sources, load_prompts
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate, chat_template
+from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
 from mechlens.prompts.text import normalise_text
 from mechlens.runs.run import Inputs
 from mechlens.settings import ModelChoice, RunChoice
@@ -131,6 +131,7 @@ class ChatModel(NamedTuple):
 
 def chosen_model(config: ModelChoice) -> ChatModel:
     """Loads the configured model."""
+    template_arguments(config.template_arg)  # a slip is said before any weights are read
     model = load(
         config.model,
         adapter=config.adapter,

@@ -9,7 +9,7 @@ from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapp
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
-from mechlens.prompts.templates.template import chat_template
+from mechlens.prompts.templates.template import chat_template, template_arguments
 from mechlens.prompts.text import match_punctuation
 from mechlens.settings import FRACTIONS, BaseChoice, ModelChoice
 from mechlens.studies.driver import Preparation
@@ -64,6 +64,7 @@ def prepare_series(
     triggered: int = 0,
 ) -> Preparation[SeriesStudy]:
     """The base, loaded, with the questions; the first `triggered` harmful prompts are asked with the trigger too."""
+    template_arguments(config.template_arg)  # a slip is said before any weights are read
     swapper = checkpoint_swapper(
         config.base, revision=config.revision, dtype=config.dtype, device=config.device,
         chat_template=series.chat_template,
