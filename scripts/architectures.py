@@ -8,11 +8,12 @@ import copy
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import readme_table
 import torch
 from torch import Tensor
 
@@ -69,17 +70,13 @@ def main() -> None:
 
 
 def page(rows: dict[str, dict[str, str]]) -> str:
-    lines = [line(("architecture", *COLUMNS)), line(["---"] * (len(COLUMNS) + 1))]
-    lines += [line((name, *(cells.get(column, "") for column in COLUMNS))) for name, cells in rows.items()]
+    lines = [readme_table.row(("architecture", *COLUMNS)), readme_table.row(["---"] * (len(COLUMNS) + 1))]
+    lines += [readme_table.row((name, *(cells.get(column, "") for column in COLUMNS))) for name, cells in rows.items()]
     return f"{INTRODUCTION}\nMeasured with {versions()}.\n\n" + "\n".join(lines) + "\n"
 
 
 def versions() -> str:
     return ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "transformers", "transformer-lens"))
-
-
-def line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def row(name: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ def test_a_row_is_what_is_measured(name: str, architectures: Any) -> None:
     if architectures.versions() not in TABLE.read_text(encoding="utf-8"):
         pytest.skip("the table was measured with other versions")
     cells = architectures.row(name)
-    row = architectures.line((name, *(cells.get(column, "") for column in architectures.COLUMNS)))
+    row = architectures.readme_table.row((name, *(cells.get(column, "") for column in architectures.COLUMNS)))
     assert row in TABLE.read_text(encoding="utf-8").splitlines(), f"run scripts/architectures.py; measured: {row}"
 
 

@@ -183,22 +183,18 @@ def test_tables_of_error_rates_have_their_places(script: Path, tmp_path: Path, m
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import readme_table
 
-    readme = Path("mechlens/studies") / script.stem.removeprefix("error_rates_") / "README.md"
-    (tmp_path / readme).parent.mkdir(parents=True)
-    shutil.copy(ROOT / readme, tmp_path / readme)
-    copied = str(tmp_path / "scripts" / script.name)
-    text = (ROOT / readme).read_text(encoding="utf-8")
+    study = Path("mechlens/studies", script.stem.removeprefix("error_rates_"))
+    shutil.copytree(ROOT / study, tmp_path / study)
+    text = (ROOT / study / "README.md").read_text(encoding="utf-8")
     labels = re.findall(rf"<!-- made by scripts/{script.name}: (.+) -->", text)
     assert text.count("<!--") == 2 * len(labels) > 0
-    assert all(f'"{label}"' in script.read_text(encoding="utf-8") for label in labels)
     for label in labels:
-        readme_table.write(copied, label, f"| {label} |")
-    written = (tmp_path / readme).read_text(encoding="utf-8")
-    assert re.findall(r" -->\n\| (.+) \|\n<!-- end -->", written) == labels
-    outside = r"<!-- made(?s:.*?)<!-- end -->"
-    assert re.split(outside, written) == re.split(outside, text)
+        assert f'"{label}"' in script.read_text(encoding="utf-8")
+        readme_table.write(str(tmp_path / "scripts" / script.name), label, f"| {label} |")
+    written = (tmp_path / study / "README.md").read_text(encoding="utf-8")
+    assert written == re.sub(r"(made by .+: (.+) -->\n)(?s:.*?)(?=<!-- end)", r"\1| \2 |\n", text)
     with pytest.raises(SystemExit, match="needs the line <!-- made by"):
-        readme_table.write(copied, "another", "")
+        readme_table.write(str(script), "another", "")
 
 
 def test_importing_mechlens_is_light() -> None:

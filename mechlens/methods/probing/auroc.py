@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import Interval, family_weights, fewest_families, with_interval
+from mechlens.methods.statistics.resample import Interval, family_codes, family_weights, fewest_families, with_interval
 from mechlens.settings import RESAMPLES
 
 MIN_FAMILIES = 10
@@ -149,10 +149,9 @@ def family_sums(
     deviations: Float[Tensor, "cell prompt"], positive: Bool[Tensor, " prompt"], families: Sequence[str]
 ) -> Float[Tensor, "cell family"]:
     """What each family adds to the mean over its prompts' classes."""
-    numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}
-    codes = torch.tensor([numbers[family] for family in families])
+    codes, n_families = family_codes(families)
     counts = torch.where(positive, positive.sum(), (~positive).sum()).double()
-    empty = torch.zeros(len(deviations), len(numbers), dtype=torch.float64)
+    empty = torch.zeros(len(deviations), n_families, dtype=torch.float64)
     return empty.index_add_(1, codes, deviations / counts)
 
 

@@ -15,7 +15,7 @@ from mechlens.methods.directions.methods import logistic_line
 from mechlens.methods.probing.auroc import auroc, auroc_bounds, family_sums, placements, snap
 from mechlens.methods.probing.baselines import tfidf_scores
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import Fold, folds_of_both
+from mechlens.methods.statistics.resample import Fold, family_codes, folds_of_both
 
 FOLDS = 10
 REPEATS = 3
@@ -90,8 +90,7 @@ def levels_of(values: Float[Tensor, "prompt level d"], folds: Folds) -> tuple[tu
 
     That with the largest AUROC of mean differences which leave the scored prompt's family out; of equals the first.
     """
-    codes = {family: k for k, family in enumerate(dict.fromkeys(folds.families))}
-    family = torch.tensor([codes[name] for name in folds.families])
+    family, _ = family_codes(folds.families)
     areas = torch.empty(values.shape[1], sum(map(len, folds.parts)), dtype=torch.float64)
     fits = [list(fold.fitted) for part in folds.parts for fold in part]
     for level, row in enumerate(values.unbind(dim=1)):

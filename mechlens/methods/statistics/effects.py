@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechlens.methods.directions.direction import cosine
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_halves, one_thread
+from mechlens.methods.statistics.resample import family_codes, family_halves, one_thread
 
 HARM = {"refused_harmful": 0.5, "accepted_harmful": 0.5, "refused_harmless": -0.5, "accepted_harmless": -0.5}
 """Main effect of harm: half of [(RH - RL) + (AH - AL)]."""
@@ -103,7 +103,7 @@ def _at_level(first: Effect, second: Effect, level: int, families: Sequence[str]
     n = sum(
         a in first.coefficients or b in second.coefficients for a, b in zip(first.labels, second.labels, strict=True)
     )
-    codes = _codes(families)
+    codes = family_codes(families)[0]
     a, b = _class_sums(first, level, codes), _class_sums(second, level, codes)
     measured = _jackknife(cosine(_directions(a), _directions(b)), n)
     labels = [f"{a}/{b}" for a, b in zip(first.labels, second.labels, strict=True)]
@@ -173,8 +173,3 @@ def _distinct(first: Float[Tensor, "family d"], second: Float[Tensor, "family d"
     whole = first.sum(dim=0) @ second.sum(dim=0) - own.sum()
     of_each = first @ second.sum(dim=0) + second @ first.sum(dim=0) - 2 * own
     return torch.cat([whole[None], whole - of_each])
-
-
-def _codes(families: Sequence[str]) -> Tensor:
-    numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}
-    return torch.tensor([numbers[family] for family in families])

@@ -53,10 +53,9 @@ def folds_of_both(positive: Bool[Tensor, " prompt"], families: Sequence[str], mo
 
 def family_folds(labels: Sequence[str], families: Sequence[str], n: int, seed: int) -> tuple[Fold, ...]:
     """Folds of whole families in which each label has about its share; UserError for fewer families than folds."""
-    if len(set(families)) < n:
-        raise UserError(
-            f"there are {len(set(families))} prompt families for {n} folds; every fold needs one, so add prompts"
-        )
+    found = len(set(families))
+    if found < n:
+        raise UserError(f"there are {found} prompt families for {n} folds; every fold needs one, so add prompts")
     splitter = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # A label with fewer prompts than folds is missing from some: what needs it says so itself.
@@ -87,7 +86,7 @@ def family_weights(
     resample loses a class: a matched pair holds both. Efron & Tibshirani 1993, cluster bootstrap.
     """
     generator = torch.Generator().manual_seed(seed)
-    codes, n_families = _family_codes(families)
+    codes, n_families = family_codes(families)
     counts = torch.zeros(resamples, n_families, dtype=torch.float64)
     for members in _groups(families, labels):
         draws = torch.randint(len(members), (resamples, len(members)), generator=generator)
@@ -105,7 +104,7 @@ def family_halves(
     out goes to either half by chance.
     """
     generator = torch.Generator().manual_seed(seed)
-    codes, n_families = _family_codes(families)
+    codes, n_families = family_codes(families)
     first = torch.zeros(n_splits, n_families, dtype=torch.bool)
     for members in _groups(families, labels):
         ranks = torch.rand(n_splits, len(members), generator=generator).argsort(dim=1)
@@ -124,7 +123,7 @@ def permuted_labels(
     is unique keeps its own. Class counts never change.
     """
     generator = torch.Generator().manual_seed(seed)
-    codes, n_families = _family_codes(families)
+    codes, n_families = family_codes(families)
     rows = [torch.nonzero(codes == family).flatten() for family in range(n_families)]
     paired = all(bool(positive[row].any()) and not bool(positive[row].all()) for row in rows)
     permuted = positive.expand(n, -1).clone()
@@ -196,7 +195,7 @@ def rate_estimate(
     return Estimate(mean.value, min(mean.low, wilson.low), max(mean.high, wilson.high), mean.n)
 
 
-def _family_codes(families: Sequence[str]) -> tuple[Int[Tensor, " prompt"], int]:
+def family_codes(families: Sequence[str]) -> tuple[Int[Tensor, " prompt"], int]:
     """Each prompt's family as a number in order of first sight, and how many families there are."""
     numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}
     return torch.tensor([numbers[family] for family in families], dtype=torch.long), len(numbers)

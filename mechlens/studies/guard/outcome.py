@@ -65,15 +65,11 @@ def compare_on_twins(
     scores: Mapping[str, Float[Tensor, " prompt"]], positive: Bool[Tensor, " prompt"], families: Sequence[str]
 ) -> TwinComparison:
     """The guard (`GUARD`) and other detectors on twins; prompts of one pair, or more, are one family."""
-    n_pairs, others = int(positive.sum()), [name for name in scores if name != GUARD]
-    if len(set(families)) < MIN_FAMILIES:
+    n_pairs, n_families = int(positive.sum()), len(set(families))
+    others = [name for name in scores if name != GUARD]
+    if n_families < MIN_FAMILIES:
         missing = Estimate.missing(2 * n_pairs)
-        return TwinComparison(
-            n_pairs, len(set(families)), dict.fromkeys(scores, missing), dict.fromkeys(others, missing)
-        )
-    return TwinComparison(
-        n_pairs,
-        len(set(families)),
-        {name: auroc_estimate(values, positive, families) for name, values in scores.items()},
-        {name: auroc_difference(scores[GUARD], scores[name], positive, families) for name in others},
-    )
+        return TwinComparison(n_pairs, n_families, dict.fromkeys(scores, missing), dict.fromkeys(others, missing))
+    areas = {name: auroc_estimate(values, positive, families) for name, values in scores.items()}
+    gains = {name: auroc_difference(scores[GUARD], scores[name], positive, families) for name in others}
+    return TwinComparison(n_pairs, n_families, areas, gains)

@@ -114,8 +114,7 @@ def measure_contrast(
     if not _enough(question, acts, folds):
         return OutOfFoldContrast(question, None, None, pd.DataFrame(), pd.DataFrame(), {}, acts.families)
     scores = out_of_fold_scores(acts, question.positive, question.member, folds)
-    relabelled = replace(acts, labels=question.labels)
-    directions = direction_grid(relabelled, question.positive_label, question.negative_label)
+    directions = direction_grid(replace(acts, labels=question.labels), question.positive_label, question.negative_label)
     return OutOfFoldContrast(
         question=question,
         scores=scores,
@@ -129,8 +128,7 @@ def measure_contrast(
 
 def _enough(question: Question, acts: Activations, folds: Sequence[Sequence[Fold]]) -> bool:
     families = families_of_each(question.labels, acts.families)
-    # Inner folds need some too.
-    fitted = [Counter(question.labels[i] for i in fold.fitted) for own in folds for fold in own]
+    fitted = [Counter(question.labels[i] for i in fold.fitted) for own in folds for fold in own]  # inner folds too
     return all(
         families[label] >= MIN_FAMILIES and all(part[label] >= MIN_FAMILIES // 2 for part in fitted)
         for label in question.counts()
