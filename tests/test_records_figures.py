@@ -79,6 +79,18 @@ def test_a_group_has_one_colour_in_every_figure():
     assert named == {trace.name: trace.marker.color for trace in scatter.data}
 
 
+def test_a_group_keeps_its_colour_where_others_could_not_be_measured():
+    names, missing = ["refused", "accepted", "empty"], pd.Categorical(["empty"], ["refused", "accepted", "empty"])
+    whole = pd.DataFrame({"who": names, "x": [3, 1, 2], "y": [0.1, 0.2, 0.3]})
+    colours = []
+    for frame in (whole, whole.assign(y=[math.nan, 0.2, 0.3]), pd.DataFrame({"who": missing, "x": [1], "y": [0.3]})):
+        drawn = figures.lines(frame, x="x", y="y", group="who", **WORDS).data
+        colours.append({trace.name: trace.line.color for trace in drawn})
+    assert [list(found) for found in colours] == [names, names[1:], names[2:]]
+    assert all(found["empty"] == colours[0]["empty"] for found in colours)
+    assert colours[0]["accepted"] == colours[1]["accepted"]
+
+
 def test_a_diverging_heatmap_is_symmetric_and_keeps_holes():
     (trace,) = draw_all()[3].data
     assert trace.zmax - 0.5 == pytest.approx(0.5 - trace.zmin)

@@ -208,6 +208,8 @@ def test_colours_are_symmetric_about_zero_and_white_space_is_seen():
         (Estimate(-1.5, -2.0, -1.0, 5), "−1.500", "[−2.000, −1.000], n = 5"),
         (Estimate.missing(3), "not measurable", "n = 3"),
         (Estimate(1200.0, 1200.0, 1200.0, 4000), "1,200", "n = 4,000"),
+        (Estimate.exact(1.356, 180), "1.356", "n = 180"),  # a quantile: chance has no part in it
+        (Estimate(1.0, 1.0, 1.0, 20), "1.000", "[1.000, 1.000], n = 20"),
     ],
 )
 def test_a_number_is_said_with_its_interval(estimate, value, detail):

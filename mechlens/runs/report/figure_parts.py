@@ -79,13 +79,19 @@ def empty(title: str, xlabel: str, ylabel: str, columns: dict[str, str | None]) 
     return figure
 
 
-def groups(df: pd.DataFrame, group: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The groups in order of appearance, so that a colour means the same in figures of one table."""
+def groups(df: pd.DataFrame, group: str | None, shown: str) -> Iterator[tuple[int, str, pd.DataFrame]]:
+    """Each group that has any number in the column `shown`: its place, which decides its colour, name and rows.
+
+    Places are in order of appearance, or of its categories: a colour means the same in figures of one table, whatever
+    could be measured.
+    """
     if group is None:
-        yield "", df
+        yield 0, "", df
         return
-    for name, part in df.groupby(group, sort=False, observed=True):
-        yield readable(name), part
+    ordered = isinstance(df[group].dtype, pd.CategoricalDtype)
+    for i, (name, part) in enumerate(df.groupby(group, sort=ordered, observed=not ordered)):
+        if part[shown].notna().any():
+            yield i, readable(name), part
 
 
 def show_legend(figure: go.Figure, shown: bool) -> None:

@@ -47,7 +47,8 @@ def lines(
 ) -> go.Figure:
     """One line per group, with a band from `low` to `high`, a lone point with a bar; NaN is left out."""
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
-    for i, (name, part) in enumerate(groups(df.dropna(subset=[y]).sort_values(x, kind="stable"), group)):
+    for i, name, rows in groups(df, group, y):
+        part = rows.dropna(subset=[y]).sort_values(x, kind="stable")
         colour, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
         banded, alone = low is not None and high is not None, len(part) == 1
         if banded and not alone:
@@ -129,7 +130,7 @@ def scatter(
     columns = {"x": x, "y": y, "group": group, **{f"hover{i}": name for i, name in enumerate(hover)}}
     figure = empty(title, xlabel, ylabel, columns)
     said = "".join(f"<br>{html.escape(name)}: %{{customdata[{i}]}}" for i, name in enumerate(hover))
-    for i, (name, part) in enumerate(groups(df, group)):
+    for i, name, part in groups(df, group, y):
         marker = {"color": PALETTE[i % len(PALETTE)], "symbol": SYMBOLS[i % len(SYMBOLS)]}
         figure.add_scatter(
             x=python_values(part[x]),
@@ -164,7 +165,7 @@ def bars(
 ) -> go.Figure:
     """One bar per row, beside each other by group, with its interval; a NaN has no bar."""
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
-    for i, (name, part) in enumerate(groups(df, group)):
+    for i, name, part in groups(df, group, y):
         interval = whiskers(part, y, low, high) if low is not None and high is not None else None
         figure.add_bar(
             x=[str(label) for label in python_values(part[x])],
@@ -194,8 +195,8 @@ def histogram(
     """How many rows lie where; the groups lie over each other in the same bins."""
     figure = empty(title, xlabel, "count", {"x": value, "group": group})
     edges = np.histogram_bin_edges(df[value].dropna(), bins=bins).tolist()
-    for i, (name, part) in enumerate(groups(df.dropna(subset=[value]), group)):
-        counts = np.histogram(part[value], bins=edges)[0].tolist()
+    for i, name, part in groups(df, group, value):
+        counts = np.histogram(part[value].dropna(), bins=edges)[0].tolist()
         colour = PALETTE[i % len(PALETTE)]
         # Outlines rather than bars: four see-through bars over each other make mud.
         figure.add_scatter(

@@ -40,7 +40,11 @@ HEADINGS = {
     "log_odds_change": "refusal log-odds, change",
     "low": "95% low",
     "high": "95% high",
+    "highest_fold_seed": "highest over other folds",
+    "lowest_fold_seed": "lowest over other folds",
     "n_tokens": "tokens",
+    "one_variable_95": "one variable, 95% lie below",
+    "one_variable_mean": "one variable, mean",
     "own": "readout fitted here, AUROC",
     "own_change": "readout fitted here, change from the base",
     "own_words_difference": "difference in the model's own words",
@@ -132,9 +136,10 @@ def estimate_text(estimate: Estimate) -> EstimateText:
     """`0.982` over `[0.961, 0.995], n = 96`; a count has no interval."""
     if math.isnan(estimate.value):
         return EstimateText("not measurable", f"n = {estimate.n}")
-    # A count has no interval; an AUROC of exactly 1 or 0 has one, if without width.
-    if estimate.low == estimate.value == estimate.high and estimate.value > 1 and float(estimate.value).is_integer():
-        return EstimateText(f"{int(estimate.value):,}", f"n = {estimate.n:,}")
+    # A count or a quantile has no interval; an AUROC of exactly 1 or 0 has one, if without width.
+    if estimate.low == estimate.value == estimate.high and estimate.value not in (0, 1):
+        count = estimate.value > 1 and float(estimate.value).is_integer()
+        return EstimateText(f"{int(estimate.value):,}" if count else _fixed(estimate.value), f"n = {estimate.n:,}")
     low, high = _fixed(estimate.low), _fixed(estimate.high)
     return EstimateText(_fixed(estimate.value), f"[{low}, {high}], n = {estimate.n:,}")
 

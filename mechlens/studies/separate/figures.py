@@ -7,6 +7,9 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.study import Separation
 from mechlens.studies.shared.quadrants import QUADRANTS, in_words
 
+REACH = (-1.25, 1.25)
+"""What is drawn of a cosine: corrected for noise it can pass 1, and where little but noise is left, by far."""
+
 
 def draw(writer: RunWriter, result: Separation) -> dict[str, tuple[str, ...]]:
     """Draws every figure that the study has the numbers for; their names by section of the report."""
@@ -125,7 +128,11 @@ def _angle(writer: RunWriter, result: Separation) -> tuple[str, ...]:
             shown, x="level", y=value, low=low, high=high, group="curve", hline=0.0,
             title=title, xlabel="level", ylabel="cosine",
         )  # fmt: skip
-        caption = "Bands: 95% jackknife over families, both directions refitted."
+        figure.update_yaxes(range=REACH)
+        caption = (
+            "Bands: 95% jackknife over families, both directions refitted; they may leave the figure. The corrected "
+            "cosine is missing where a direction is mostly noise, and can pass 1 by chance."
+        )
         names.append(writer.figure(name, figure, table="cosines", caption=caption))
     first = table[table["curve"] == table["curve"].iloc[0]]
     reliability = first.melt("level", ["reliability_first", "reliability_second"], "direction", "reliability")

@@ -119,7 +119,7 @@ def _erasures(result: Separation) -> pd.DataFrame:
 
 def _detection(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
     skipped = [
-        f"`{name}` ({', '.join(f'{n} {label}' for label, n in contrast.question.counts().items())})"
+        f"{_named(name)} ({', '.join(f'{n} {label}' for label, n in contrast.question.counts().items())})"
         for name, contrast in result.contrasts.items()
         if contrast.scores is None
     ]
@@ -127,13 +127,23 @@ def _detection(result: Separation, figures: dict[str, tuple[str, ...]]) -> Secti
     return Section(
         "What can be read, and where",
         "AUROC of the mean difference, every prompt scored once by directions that never saw its family, at the level "
-        "that did best inside the other folds; `lowest_fold_seed` and `highest_fold_seed` say how much the folds "
-        "matter. Contrasts inside a class (`harmful.accepted`: harmfulness, fitted and scored among accepted prompts) "
+        "that did best inside the other folds; the lowest and the highest over other folds say how much these matter. "
+        "Contrasts inside a class (harmful among accepted: harmfulness, fitted and scored among accepted prompts) "
         "change one factor only. A number means little unless it beats the surface baselines: the token at the "
         "position before any block has run, the words (TF-IDF), the mean token embedding." + missing,
         figures["detection"],
-        table=result.chosen(),
+        table=_chosen(result),
     )
+
+
+def _chosen(result: Separation) -> pd.DataFrame:
+    chosen = result.chosen()
+    return chosen.assign(contrast=chosen["contrast"].map(_named))
+
+
+def _named(contrast: str) -> str:
+    """`harmful.accepted` as the figures have it, "harmful among accepted"."""
+    return contrast.replace(".", " among ")
 
 
 def _angle(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:

@@ -36,8 +36,9 @@ MIN_REFUSALS = 5
 
 
 def in_words(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table with its quadrants as a figure writes them, "refused harmful"."""
-    return frame.assign(quadrant=frame["quadrant"].str.replace("_", " "))
+    """The table with its quadrants as a figure writes them, "refused harmful", each of one colour in all figures."""
+    names = [name.replace("_", " ") for name in (*QUADRANTS, *IN_NO_QUADRANT)]
+    return frame.assign(quadrant=pd.Categorical(frame["quadrant"].str.replace("_", " "), names))
 
 
 def quadrants_of(prompts: Sequence[Prompt], verdicts: Sequence[str]) -> tuple[str, ...]:
