@@ -91,6 +91,13 @@ def test_a_group_keeps_its_colour_where_others_could_not_be_measured():
     assert colours[0]["accepted"] == colours[1]["accepted"]
 
 
+def test_more_bars_than_colours_are_told_apart_and_layers_have_no_halves():
+    many = pd.DataFrame({"who": list("abcdefgh"), "x": 1, "y": 0.5})
+    drawn = figures.bars(many, x="x", y="y", group="who", **WORDS).data
+    assert len({(trace.marker.color, trace.marker.pattern.shape) for trace in drawn}) == 8
+    assert figures.lines(FRAME, x="level", y="auroc", group="position", **WORDS).layout.xaxis.dtick == 1
+
+
 def test_a_diverging_heatmap_is_symmetric_and_keeps_holes():
     (trace,) = draw_all()[3].data
     assert trace.zmax - 0.5 == pytest.approx(0.5 - trace.zmin)

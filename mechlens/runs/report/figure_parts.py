@@ -15,6 +15,9 @@ GRID = "#e9ecf0"
 # Okabe and Ito's colours, the strong ones first; their yellow is left out, being unreadable on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 DASHES = ("solid", "dash", "dot")
+HATCHES = ("", "/", "x")
+"""After the last colour the first comes again, as another line or bar."""
+FEW_TICKS = 12
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star")
 DIVERGING = [
     [0.0, "#2166AC"],

@@ -14,6 +14,8 @@ import plotly.graph_objects as go
 from mechlens.runs.report.figure_parts import (
     DASHES,
     DIVERGING,
+    FEW_TICKS,
+    HATCHES,
     PALETTE,
     RULE,
     SEQUENTIAL,
@@ -65,6 +67,8 @@ def lines(
             customdata=part[[str(low), str(high)]].to_numpy().tolist() if banded else None,
             hovertemplate="%{y:.3~g}" + interval,
         )
+    if pd.api.types.is_integer_dtype(df[x]) and df[x].max() - df[x].min() <= FEW_TICKS:
+        figure.update_xaxes(dtick=1)  # of layers there are no halves
     figure.update_layout(hovermode="x unified")
     show_legend(figure, group is not None)
     draw_rule(figure, hline, hline_label)
@@ -171,7 +175,11 @@ def bars(
             x=[str(label) for label in python_values(part[x])],
             y=python_values(part[y]),
             name=name,
-            marker={"color": PALETTE[i % len(PALETTE)], "line": {"width": 0}},
+            marker={
+                "color": PALETTE[i % len(PALETTE)],
+                "line": {"width": 0},
+                "pattern": {"shape": HATCHES[i // len(PALETTE) % len(HATCHES)]},
+            },
             error_y=interval,
             hovertemplate=f"%{{x}}: %{{y:.3~g}}<extra>{name}</extra>",
         )

@@ -14,6 +14,7 @@ BLUE, RED = (94, 154, 211), (224, 102, 90)
 
 HEADINGS = {
     "auroc": "AUROC",
+    "auroc on twins": "AUROC on twins",
     "base_auroc": "AUROC in the base",
     "belief_harm": "harmfulness belief",
     "belief_refusal": "refusal belief",

@@ -28,6 +28,7 @@ from mechlens.studies.guard.outcome import GUARD, MARGIN
 from mechlens.studies.guard.study import GuardTest
 from mechlens.studies.guard.twins import MOST_LONGER
 from mechlens.studies.guard.verdict import GuardReport, guard_report, read_direction, worst_mistakes
+from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
 from mechlens.studies.shared.harm_sets import ContrastSets
 
 QUESTION = (
@@ -53,6 +54,7 @@ NUMBERS = {
 }
 """The headline numbers, in words."""
 
+SOURCES = {"held_out": "held out", TOTAL: "all prompts"}
 
 REPEATS = 3
 
@@ -138,6 +140,11 @@ def _in_words(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(detector=names.str.replace("_", " "))
 
 
+def _measured(columns: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns of which there are too few prompts for any rate."""
+    return columns[[name for name in columns if not columns[name].str.startswith("- (").all()]]
+
+
 def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict[str, tuple[str, ...]]:
     curves = said.curves()
     roc = figures.lines(
@@ -145,7 +152,7 @@ def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict
         title="ROC on all test prompts", xlabel="false-positive rate", ylabel="true-positive rate",
     )  # fmt: skip
     # A dozen names don't fit into the line above the curves.
-    roc.update_layout(height=520, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, margin={"r": 170})
+    roc.update_layout(height=600, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, margin={"r": 170})
     writer.figure("roc", roc, table="roc")
     kinds = {TWINS: "twins", TOTAL: "all prompts"}
     areas = said.measures[said.measures["source"].isin(kinds) & (said.measures["measure"] == "auroc")]
@@ -158,7 +165,8 @@ def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict
     flagged = said.measures[(said.measures["detector"] == GUARD) & said.measures["measure"].isin(["tpr", "fpr"])]
     names = {"tpr": "harmful prompts flagged", "fpr": "harmless prompts flagged"}
     rates = figures.bars(
-        flagged.assign(what=flagged["measure"].map(names)), x="source", y="value", low="low", high="high", group="what",
+        flagged.assign(what=flagged["measure"].map(names), source=flagged["source"].replace(SOURCES)),
+        x="source", y="value", low="low", high="high", group="what",
         title="What the guard flags, by source", xlabel="", ylabel="share flagged",
     )  # fmt: skip
     writer.figure("flagged_by_source", rates, table="measures")
@@ -170,7 +178,7 @@ def _distributions(writer: RunWriter, result: GuardEvaluation) -> tuple[str, ...
     frame = pd.DataFrame(
         {
             "score": result.scores.tolist(),
-            "group": [f"{prompt.source}, {prompt.label}" for prompt in prompts],
+            "group": [f"{SOURCES.get(prompt.source, prompt.source)}, {prompt.label}" for prompt in prompts],
         }
     )
     figure = figures.histogram(
@@ -191,7 +199,7 @@ def _report(
     punctuation: str,
 ) -> Report:
     name = loaded(model).checkpoint.name
-    fitted = result.guard.checkpoint.name
+    fitted, columns = result.guard.checkpoint.name, _measured(_in_words(said.five_columns()))
     elsewhere = f" (fitted on {fitted})" if result.other_weights else ""
     return Report(
         title=f"The Latent Guard of {name}{elsewhere}",
@@ -205,10 +213,10 @@ def _report(
                 "Beside everything simpler",
                 f"{_twins_text(result)}All are tested on the same prompts. Those that are fitted saw the same training "
                 "prompts and get their threshold from held-out folds of the training prompts, for the same "
-                "false-positive rate; `paper_rule` keeps the published threshold of 0. AUROC needs no threshold; "
-                "accuracy, tpr and fpr are at it, on all prompts.",
+                "false-positive rate; the paper rule keeps the published threshold of 0. AUROC needs no threshold; "
+                "accuracy, true and false positives are at it, on all prompts.",
                 shown["roc"],
-                table=said.baselines(),
+                table=_in_words(said.baselines()),
             ),
             Section(
                 "By source",
@@ -220,8 +228,13 @@ def _report(
             Section(
                 "Attacks, and prompts that the model itself misjudges",
                 "Accuracy (the columns of Zhao et al. 2025, table 3). Refused harmless and accepted harmful prompts "
-                "are those of plain sources, by this model's own answers.",
-                table=said.five_columns(),
+                "are those of plain sources, by this model's own answers."
+                + (
+                    ""
+                    if len(columns.columns) > 1
+                    else f" There are fewer than {MIN_IN_A_CLASS} prompts of each, so no rates."
+                ),
+                table=columns if len(columns.columns) > 1 else None,
             ),
             Section("What it costs", _cost_text(cost), table=_cost(cost)),
             _mistakes(result, model),

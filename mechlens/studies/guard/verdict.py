@@ -184,10 +184,12 @@ def _on_twins(twins: TwinComparison, result: GuardEvaluation) -> str:
         )
     found, best = result.examined.twins, twins.best_words
     made = f"{found.count(FAMILY)} written as pairs, {found.count(NEAREST)} matched by form"
-    reached = ", ".join(f"{name.replace('_', ' ')} {_short(twins.areas[name])}" for name in ("tfidf", "mean_embedding"))
+    words = {"tfidf": "TF-IDF", "mean_embedding": "mean embedding"}
+    reached = ", ".join(f"{said} {_short(twins.areas[name])}" for name, said in words.items())
+    nearest = words.get(best, best.replace("_", " "))
     told = (
         f"On {twins.n_pairs} harmful prompts beside harmless ones of the same form ({made}) its AUROC is "
-        f"{_short(twins.areas[GUARD])}; of the words: {reached}. Over the best baseline, {best.replace('_', ' ')}, it "
+        f"{_short(twins.areas[GUARD])}; of the words: {reached}. Over the best baseline, {nearest}, it "
         f"gains {_short(twins.gains[best])}"
     )
     more = max(twins.pairs_needed - twins.n_pairs, 0)
