@@ -111,4 +111,7 @@ def test_few_prompts_are_not_measurable() -> None:
     few = planted("earlier", seed=0, n=FEWEST - 1)
     for moved in (MovedActivations(None, None, 1, 24), few):
         assert moved_verdict(moved, 0).word == NOT_MEASURABLE
-    assert f"{FEWEST - 1} of them could be patched, and it takes {FEWEST}" in moved_verdict(few, 0).sentence
+    assert (
+        f"{FEWEST - 1} of those patched have anything to recover, and it takes {FEWEST}"
+        in moved_verdict(few, 0).sentence
+    )

@@ -65,7 +65,9 @@ def moved_verdict(moved: MovedActivations, seed: int) -> MovedVerdict:
     sweep, control = moved.result, moved.control
     families = () if sweep is None else {sweep.families[i] for i in _usable(sweep)}
     if sweep is None or control is None or len(families) < FEWEST or len(sweep.positions) < 2:
-        patched = f"{asked}, {len(families)} of them could be patched, and it takes {FEWEST}"
+        patched = (
+            f"{asked}, {len(families)} of those patched have anything to recover, and it takes {FEWEST} (--patched)"
+        )
         return MovedVerdict(NOT_MEASURABLE, f"{_begun(NOT_MEASURABLE)}: {patched}.", {})
     last = len(sweep.positions) - 1
     found = {
