@@ -31,6 +31,14 @@ def cells() -> list[Cell]:
         for kind in ("one variable", "thresholds by topic", "words only", "chance")
         for rate in (0.5, 0.7, 0.9)
     ]
+    found += [
+        (kind, 0.0, 608, rate)
+        for kind in (
+            "one variable, its decision at last", "one variable, saturating at last", "one variable and a word",
+        )
+        for rate in (0.7, 0.9)
+    ]  # fmt: skip
+    found += [("two variables, swapped", rho, 608, 0.7) for rho in (0.5, 0.8)]
     found += [("two variables", rho, 608, rate) for rho in (0.0, 0.3, 0.5, 0.8) for rate in (0.3, 0.5, 0.7, 0.9)]
     found += [(kind, 0.0, 608, rate) for kind in ("one variable", "two variables") for rate in (0.97, 1.0)]
     for n in (100, 200, 1000):
@@ -56,7 +64,7 @@ def row(cell: Cell, draws: int) -> str:
     tally = collections.Counter(word for word, _ in found)
     known = [d for _, d in found if not math.isnan(d)]
     kind, correlation, n, rate = cell
-    named = f"{kind}, correlated {correlation}" if kind == "two variables" else kind
+    named = f"{kind}, correlated {correlation}" if kind.startswith("two variables") else kind
     mean = f"{sum(known) / len(known):.2f}" if known else "-"
     return readme_table.row([named, n, rate, mean, *(f"{tally[w] / draws:.0%}" for w in WORDS)])
 

@@ -32,7 +32,8 @@ class World:
 def world(
     kind: str, *, n: int = 416, refusal_rate: float = 0.7, correlation: float = 0.0, signal: float = 2.0, seed: int = 0
 ) -> World:
-    """One of "one variable", "thresholds by topic", "two variables", "words only", "chance".
+    """One of "one variable", "one variable, its decision at last", "one variable, saturating at last", "thresholds by
+    topic", "one variable and a word", "two variables", "two variables, swapped", "words only", "chance".
 
     `n` prompts, pairs of a harmful and a harmless one and harmless ones alone; `refusal_rate` is that of harmful
     prompts; `correlation` that of the two variables; `signal` how far the classes' means lie apart, in standard
@@ -45,15 +46,24 @@ def world(
     topic = rng.integers(TOPICS, size=family.max() + 1)[family]
     severity = np.where(harmful, 1.0, -1.0) + 1.0 * rng.normal(size=n)
     own = correlation * _standard(severity) + np.sqrt(1 - correlation**2) * rng.normal(size=n)
-    variable = {"one variable": severity, "thresholds by topic": severity, "two variables": own}.get(
-        kind, rng.normal(size=n)
-    )
+    one = kind.startswith("one variable") or kind == "thresholds by topic"
+    noise = rng.normal(size=n)
+    variable = severity if one else own if kind.startswith("two variables") else noise
     threshold = 1.2 * rng.normal(size=TOPICS)[topic] if kind == "thresholds by topic" else np.zeros(n)
     margin = variable - threshold + 0.3 * variable.std() * rng.normal(size=n)
     refused = margin > np.quantile(margin[harmful], 1 - refusal_rate)
     axes = np.linalg.qr(rng.normal(size=(D_MODEL, 4)))[0].T
     scale = signal / 2
     read = {"inst": severity, "last": variable}
+    if kind == "one variable, its decision at last":
+        read["last"] = np.where(refused, 1.0, -1.0)
+    if kind == "one variable, saturating at last":
+        read["last"] = 2 * np.tanh(severity)
+    word = np.where(harmful == (np.random.default_rng([seed, 1]).random(n) < 0.9), 1.0, -1.0)
+    if kind == "one variable and a word":  # which goes with harm, and what reads harm reads it too
+        read["inst"] = severity + 1.5 * word
+    if kind == "two variables, swapped":
+        read = {"inst": variable, "last": severity}
     if kind == "words only":
         read = {"inst": np.where(harmful, 1.0, -1.0), "last": np.where(refused, 1.0, -1.0)}
     if kind == "chance":
@@ -74,13 +84,15 @@ def world(
         refused=tuple(refused.tolist()),
         paired=tuple((np.arange(n) < 2 * n_pairs).tolist()),
         topics=tuple(f"topic {t}" for t in topic),
-        texts=tuple(_text(rng, t, h, r, kind) for t, h, r in zip(topic, harmful, refused, strict=True)),
+        texts=tuple(_text(rng, *row, kind) for row in zip(topic, harmful, refused, word > 0, strict=True)),
     )
 
 
-def _text(rng: np.random.Generator, topic: int, harmful: bool, refused: bool, kind: str) -> str:
+def _text(rng: np.random.Generator, topic: int, harmful: bool, refused: bool, word: bool, kind: str) -> str:
     """Two words of a topic; where words are all there is, one for harm and one for refusal as well."""
     words = [f"t{topic}w{rng.integers(30)}" for _ in range(2)]
+    if kind == "one variable and a word":
+        words += ["bad" if word else "good"]
     if kind == "words only":
         words += [("bad" if harmful else "good"), ("alarm" if refused else "calm")]
     return " ".join(words)

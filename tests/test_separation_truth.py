@@ -1,7 +1,6 @@
 """The separation study on planted activations: the verdict is what was planted, and an empty quadrant is said."""
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -105,7 +104,7 @@ def test_two_planted_axes_are_two_variables(two_axes: Separation) -> None:
     assert verdict.deciding["dissociation"].value == pytest.approx(4, abs=0.4)
     assert verdict.deciding["dissociation"].low > verdict.deciding["dissociation.one_variable_95"].value
     assert str(verdict.deciding["dissociation"]) in verdict.sentence
-    assert "both more harmful and less refused" in verdict.sentence
+    assert "look both more harmful at the end of the instruction" in verdict.sentence
 
 
 def test_within_class_areas_match_theory() -> None:
@@ -197,6 +196,31 @@ def test_two_correlated_variables_are_two(seed: int) -> None:
     assert metrics["dissociation.harm_gap"].value > 0 > metrics["dissociation.refusal_gap"].value
     # Erasing the one leaves the other, as one variable would not.
     assert metrics["erase_refusal.inst.p"].value < 0.05
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", ["one variable, its decision at last", "one variable, saturating at last"])
+def test_one_variable_read_otherwise_is_not_two(kind: str, seed: int) -> None:
+    """Worlds that reach a D of 1 and more with one variable: what shows it is the signs of the gaps."""
+    metrics = analysed(world(kind, n=608, seed=seed, signal=4.0)).metrics()
+    assert separation_verdict(metrics).word != "two variables"
+    assert metrics["dissociation.harm_gap"].value < 0
+    assert metrics["dissociation.refusal_gap"].value < 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_the_words_make_of_the_dissociation_is_taken_out(seed: int) -> None:
+    """As far as the baselines read the word; how often the rest is taken for a variable stands in the README."""
+    word = analysed(world("one variable and a word", n=608, seed=seed)).metrics()
+    assert word["dissociation.beyond_words"].value < 0.85 * word["dissociation"].value
+    two = analysed(world("two variables", n=608, correlation=0.5, seed=seed)).metrics()
+    assert two["dissociation.beyond_words"].value > 0.95 * two["dissociation"].value
+
+
+def test_two_variables_in_swapped_places_are_not_one() -> None:
+    metrics = analysed(world("two variables, swapped", n=608, correlation=0.5, seed=0)).metrics()
+    assert metrics["dissociation"].high < -0.5
+    assert separation_verdict(metrics).word == "inconclusive"
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -348,6 +372,7 @@ CLEAR = {
     "dissociation.one_variable_95": Estimate.exact(0.4, 600),
     "dissociation.harm_gap": Estimate(1.0, 0.7, 1.3, 80),
     "dissociation.refusal_gap": Estimate(-1.0, -1.3, -0.7, 80),
+    "dissociation.beyond_words": Estimate(1.8, 1.3, 2.3, 80),
     "harmful_auroc.inst.accepted": Estimate(0.8, 0.7, 0.9, 80),
     "harmful_gain.accepted": Estimate(0.2, 0.1, 0.3, 80),
     "harmful_gain": Estimate(0.2, 0.1, 0.3, 300),
@@ -370,7 +395,16 @@ def test_the_rule_is_the_one_that_is_stated() -> None:
     assert verdict_of(dissociation=small).word == "one variable suffices"
     assert verdict_of(dissociation=Estimate(0.1, -0.3, 0.5, 80)).word == "inconclusive"  # below, not at, 0.5
     assert verdict_of(dissociation=Estimate(1.0, 0.0, 2.0, 80)).word == "inconclusive"  # above, not at, 0
-    assert verdict_of(dissociation=Estimate(-3.0, -4.0, -2.0, 80)).word == "one variable suffices"
+    # Far below 0 is as far from one variable as far above.
+    swapped = verdict_of(dissociation=Estimate(-3.0, -4.0, -2.0, 80))
+    assert swapped.word == "inconclusive"
+    assert "clearly below 0" in swapped.sentence
+    assert verdict_of(dissociation=Estimate(-0.4, -0.9, 0.1, 80)).word == "one variable suffices"
+    worded = verdict_of(**{"dissociation.beyond_words": Estimate(0.3, -0.1, 0.7, 80)})
+    assert worded.word == "inconclusive"
+    assert (
+        "once the words are taken out of both readings it isn't clearly above 0: 0.30 [-0.10, 0.70]" in worded.sentence
+    )
     # D may be above 0 and yet what one variable gives in such data.
     null = {"dissociation.one_variable_95": Estimate.exact(2.1, 600), "dissociation.p": Estimate.exact(0.07, 600)}
     verdict = verdict_of(**null)
@@ -401,18 +435,25 @@ def test_the_rule_is_the_one_that_is_stated() -> None:
 @pytest.mark.parametrize(
     ("harm", "refusal", "said"),
     [
-        (1.5, -1.5, "both more harmful and less refused"),
-        (0.0, -1.5, "less refused but not clearly more harmful"),
-        (1.5, 0.0, "more harmful but not clearly less refused"),
-        (0.2, -0.2, "clearly apart in neither alone"),
+        (0.0, -1.5, "less refused at the last token (by -1.50 [-2.00, -1.00], n=80) but not clearly more harmful"),
+        (1.5, 0.0, "more harmful at the end of the instruction (by 1.50 [1.00, 2.00], n=80) but not clearly less"),
+        (
+            0.2,
+            -0.2,
+            "look not clearly more harmful at the end of the instruction (by 0.20 [-0.30, 0.70], n=80) and not",
+        ),
+        (-1.5, -3.0, "less refused at the last token (by -3.00 [-3.50, -2.50], n=80) but not clearly more harmful"),
     ],
 )
-def test_two_variables_says_which_gap_makes_them(harm: float, refusal: float, said: str) -> None:
+def test_both_gaps_must_have_their_sign(harm: float, refusal: float, said: str) -> None:
     gaps = {
         f"dissociation.{name}_gap": Estimate(value, value - 0.5, value + 0.5, 80)
         for name, value in (("harm", harm), ("refusal", refusal))
     }
-    assert re.search(f"accepted harmful ones (look|are) {said} ", verdict_of(**gaps).sentence.replace(",", " "))
+    verdict = verdict_of(**gaps)
+    assert verdict.word == "inconclusive"
+    assert said in verdict.sentence
+    assert ("about 12.8 times as many prompts" in verdict.sentence) == (harm == 0.2)  # (2.8 * 0.255 / 0.2)^2
 
 
 def test_what_would_settle_it_is_said_in_numbers() -> None:

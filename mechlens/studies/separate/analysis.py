@@ -74,7 +74,7 @@ class Analysis:
     def _dissociation(self) -> dict[str, Estimate]:
         if self.dissociation is not None:
             return self.dissociation.metrics()
-        names = ("", ".over_topics", ".harm_gap", ".refusal_gap")
+        names = ("", ".beyond_words", ".over_topics", ".harm_gap", ".refusal_gap")
         return {f"dissociation{name}": Estimate.missing(self.places.fewest()[1]) for name in names}
 
     def _one_factor(self) -> dict[str, Estimate]:
@@ -139,7 +139,8 @@ def analyse(
     )
     found = None
     if harm.scores is not None and refusal.scores is not None:
-        found = measure_dissociation(harm.scores, refusal.scores, places, acts.ids, plan.seed, plan.resamples)
+        told = torch.stack([*harm.surface.values(), *refusal.surface.values()], dim=1)
+        found = measure_dissociation(harm.scores, refusal.scores, told, places, acts.ids, plan.seed, plan.resamples)
     return Analysis(
         harm=harm,
         refusal=refusal,

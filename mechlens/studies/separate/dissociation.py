@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from scipy import stats
+from sklearn.linear_model import LinearRegression
 from torch import Tensor
 
 from mechlens.methods.probing.auroc import MIN_FAMILIES
@@ -76,6 +77,8 @@ class Dissociation:
 
     contrast: Estimate
     """D with topics taken out, where prompts have any; in pole half-distances."""
+    beyond_words: Estimate
+    """D once what the surface baselines tell of harm and of refusal is taken out of both readings as well."""
     over_topics: Estimate
     """D as it is over all prompts: where thresholds differ between topics, one variable gives more than 0 here."""
     harm_gap: Estimate
@@ -93,6 +96,7 @@ class Dissociation:
         """Its numbers by their names in run.json."""
         return {
             "dissociation": self.contrast,
+            "dissociation.beyond_words": self.beyond_words,
             "dissociation.over_topics": self.over_topics,
             "dissociation.harm_gap": self.harm_gap,
             "dissociation.refusal_gap": self.refusal_gap,
@@ -100,9 +104,18 @@ class Dissociation:
 
 
 def measure_dissociation(
-    harm: OutOfFoldScores, refusal: OutOfFoldScores, places: Places, ids: Sequence[str], seed: int, resamples: int
+    harm: OutOfFoldScores,
+    refusal: OutOfFoldScores,
+    surface: Float[Tensor, "prompt baseline"],
+    places: Places,
+    ids: Sequence[str],
+    seed: int,
+    resamples: int,
 ) -> Dissociation:
-    """D of harm at `inst` and refusal at the last token; everything missing where a quadrant has too few families."""
+    """D of harm at `inst` and refusal at the last token; everything missing where a quadrant has too few families.
+
+    `surface` holds what the baselines make of every prompt, out of fold.
+    """
     last = harm.positions[-1]
     read = without_topics(harm.at("inst"), places), without_topics(refusal.at(last), places)
     gaps = _gaps(*read, places, seed, resamples)
@@ -110,6 +123,7 @@ def measure_dissociation(
     poles = [_to_poles(scores, places) for scores in read]
     return Dissociation(
         contrast=gaps["D"],
+        beyond_words=_gaps(*(without_words(scores, surface) for scores in read), places, seed, resamples)["D"],
         over_topics=_gaps(harm.at("inst"), refusal.at(last), places, seed, resamples)["D"],
         harm_gap=gaps["harm"],
         refusal_gap=gaps["refusal"],
@@ -186,6 +200,18 @@ def without_topics(scores: Float[Tensor, " prompt"], places: Places) -> Float[Te
     for inside, *sides in places.by_topic.values():
         left[inside] -= sum(scores[side].mean() for side in sides) / 2
     return left
+
+
+def without_words(
+    scores: Float[Tensor, " prompt"], surface: Float[Tensor, "prompt baseline"]
+) -> Float[Tensor, " prompt"]:
+    """Scores less what a linear regression on the surface baselines' scores makes of them.
+
+    A feature of the words that goes with harm, read where harm is, is so not taken for a second variable.
+    """
+    known = surface.double().numpy()
+    told = LinearRegression().fit(known, scores.numpy()).predict(known)
+    return scores - torch.from_numpy(told)
 
 
 def _at_one_position(

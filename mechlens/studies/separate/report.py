@@ -22,6 +22,7 @@ QUESTION = (
 NUMBERS = {
     "dissociation": "D: harm and refusal of the two misbehaving quadrants (one variable: 0; two: up to 4)",
     "dissociation.one_variable_95": "D that one variable stays below in 95% of fitted worlds",
+    "dissociation.beyond_words": "D once the words are taken out of both readings",
     "dissociation.harm_gap": "harm of accepted harmful prompts less that of refused harmless ones",
     "dissociation.refusal_gap": "refusal of accepted harmful prompts less that of refused harmless ones",
     "harmful_auroc.inst.accepted": "harmful among accepted prompts, at inst: AUROC",

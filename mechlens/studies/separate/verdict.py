@@ -25,11 +25,13 @@ RULE = (
     f"not measurable: a quadrant has fewer than {MIN_FAMILIES} prompt families. explained by the words: harmfulness at "
     "inst (among accepted prompts where they are enough, else over all) is read no better than by the best of words, "
     "mean embedding, length and the token at the position (upper bound of the paired gain in AUROC at most "
-    f"{MAX_GAIN}), though over all prompts above chance. two variables: the lower bound of D is above 0 and D is above "
-    "what 95% of one-variable worlds "
-    "fitted to the data give; and harmfulness among accepted prompts and refusal among harmful ones are both read "
-    "above chance and beyond the surface (lower bounds). one variable suffices: the upper bound of D is below "
-    f"{MIN_EFFECT}, and over all prompts both can be read above chance. inconclusive: everything else. "
+    f"{MAX_GAIN}), though over all prompts above chance. two variables: D is clearly above 0, also once the words are "
+    "taken out of both readings, and above what 95% of one-variable worlds fitted to the data give; both its gaps have "
+    "the sign that two variables give, accepted harmful prompts looking clearly more harmful and clearly less refused "
+    "than refused harmless ones (a decision made from one variable moves both one way); and harmfulness among accepted "
+    "prompts and refusal among harmful ones are both read above chance and beyond the surface (lower bounds). "
+    f"one variable suffices: the upper bound of D is below {MIN_EFFECT} and not below -{MIN_EFFECT}, and over all "
+    "prompts both can be read above chance. inconclusive: everything else. "
     "D = "
     "[harm(accepted harmful) - harm(refused harmless)] - [refusal(accepted harmful) - refusal(refused harmless)], "
     "harm read at inst and refusal at the last token, out of fold, the well-behaved quadrants at +1 and -1, topics "
@@ -53,6 +55,7 @@ DECIDING = (
     "dissociation.one_variable_95",
     "dissociation.harm_gap",
     "dissociation.refusal_gap",
+    "dissociation.beyond_words",
     "harmful_auroc.inst.accepted",
     "harmful_gain.accepted",
     "refused_auroc.last.harmful",
@@ -75,7 +78,7 @@ def separation_verdict(metrics: dict[str, Estimate]) -> Verdict:
     if not failed:
         return Verdict("two variables", _two(metrics), deciding)
     readable = all(metrics[name].low > CHANCE for name in ("harmful_auroc.inst", "refused_auroc.last"))
-    if contrast.high < MIN_EFFECT and readable:
+    if -MIN_EFFECT <= contrast.high < MIN_EFFECT and readable:
         return Verdict("one variable suffices", _one(contrast), deciding)
     return Verdict("inconclusive", _inconclusive(metrics, failed, readable=readable), deciding)
 
@@ -86,6 +89,9 @@ def _failed(metrics: dict[str, Estimate]) -> list[str]:
     conditions = {
         "dissociation": contrast.low > 0,
         "dissociation.one_variable_95": contrast.value > null.value,
+        "dissociation.harm_gap": metrics["dissociation.harm_gap"].low > 0,
+        "dissociation.refusal_gap": metrics["dissociation.refusal_gap"].high < 0,
+        "dissociation.beyond_words": metrics["dissociation.beyond_words"].low > 0,
         "harmful_auroc.inst.accepted": metrics["harmful_auroc.inst.accepted"].low > CHANCE,
         "refused_auroc.last.harmful": metrics["refused_auroc.last.harmful"].low > CHANCE,
         "harmful_gain.accepted": metrics["harmful_gain.accepted"].low > 0,
@@ -97,29 +103,11 @@ def _failed(metrics: dict[str, Estimate]) -> list[str]:
 def _two(metrics: dict[str, Estimate]) -> str:
     contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"]
     return (
-        f"Harmfulness and refusal are two variables in this model on these prompts: D is {contrast}, where one "
-        f"variable gives 0 and stays below {null.value:.2f} in 95% of worlds fitted to the data. Among the prompts "
-        "that it accepts, harmful ones can be told from harmless ones at the end of the instruction (AUROC "
-        f"{metrics['harmful_auroc.inst.accepted']}), and among harmful prompts, refused ones from accepted ones at the "
-        f"last token ({metrics['refused_auroc.last.harmful']}), both beyond what the words tell. {_gaps(metrics)}"
-    )
-
-
-def _gaps(metrics: dict[str, Estimate]) -> str:
-    """Which of D's two terms make it: a harm gap above 0, a refusal gap below 0, or only both together."""
-    harm, refusal = metrics["dissociation.harm_gap"], metrics["dissociation.refusal_gap"]
-    more, less = harm.low > 0, refusal.high < 0
-    if more and less:
-        found = "look both more harmful and less refused, as the paper has it"
-    elif less:
-        found = "look less refused but not clearly more harmful"
-    elif more:
-        found = "look more harmful but not clearly less refused"
-    else:
-        found = "are clearly apart in neither alone, only in the difference of the two"
-    return (
-        f"Beside refused harmless prompts, accepted harmful ones {found} (gap in harm {harm}, in refusal {refusal}; "
-        "refused harmful prompts lie at 1, accepted harmless ones at -1)."
+        "Harmfulness and refusal are two variables in this model on these prompts: beside harmless prompts that it "
+        "refuses, harmful ones that it accepts look both more harmful at the end of the instruction (by "
+        f"{metrics['dissociation.harm_gap']}) and less refused at the last token (by "
+        f"{metrics['dissociation.refusal_gap']}). D, the difference, is {contrast}, where one variable gives 0 and "
+        f"stays below {null.value:.2f} in 95% of worlds fitted to the data. Both are read beyond what the words tell."
     )
 
 
@@ -169,15 +157,45 @@ def _inconclusive(metrics: dict[str, Estimate], failed: list[str], *, readable: 
     name = failed[0]
     if name == "dissociation.one_variable_95":
         return _within_one_variable(metrics)
+    if name in ("dissociation.harm_gap", "dissociation.refusal_gap"):
+        return _one_sided(metrics)
+    if name == "dissociation" and contrast.high < 0:
+        return (
+            f"D is {contrast}, clearly below 0: harm is read at the end of the instruction as one would expect of "
+            "refusal, and refusal at the last token as of harm. One variable would give 0, two in their places more."
+        )
     if name == "dissociation":
         return f"D is {contrast}: neither clearly above 0 nor below {MIN_EFFECT}. {_settled_d(metrics)}"
-    bound = 0.0 if "gain" in name else CHANCE
-    return f"D is {contrast}, but {_WANTING[name]} {metrics[name]}. {_settled(metrics[name], bound)}"
+    bound = CHANCE if "auroc" in name else 0.0
+    return (
+        f"D is {contrast}, but {_WANTING[name]} {metrics[name]}. {_settled(metrics[name], metrics[name].value - bound)}"
+    )
+
+
+MORE_HARMFUL, LESS_REFUSED = "more harmful at the end of the instruction", "less refused at the last token"
+
+
+def _one_sided(metrics: dict[str, Estimate]) -> str:
+    """D is above 0, and its gaps haven't both their sign, as where a decision is made from one variable."""
+    harm, refusal = metrics["dissociation.harm_gap"], metrics["dissociation.refusal_gap"]
+    held, open_ = [], []
+    for gap, sign, words in ((harm, 1, MORE_HARMFUL), (refusal, -1, LESS_REFUSED)):
+        clear = min(sign * gap.low, sign * gap.high) > 0
+        (held if clear else open_).append((gap, sign * gap.value, words))
+    shown = " and ".join(f"{words} (by {gap})" for gap, _, words in held) + " but " if held else ""
+    wanting = " and ".join(f"not clearly {words} (by {gap})" for gap, _, words in open_)
+    gap, distance, _ = min(open_, key=lambda one: one[1])
+    return (
+        f"Refusal and harmfulness aren't read alike (D is {metrics['dissociation']}), but a decision made from one "
+        f"variable would do that too: beside refused harmless prompts, accepted harmful ones look {shown}{wanting}. "
+        f"{_settled(gap, distance)}"
+    )
 
 
 HARDLY = "More prompts of this kind would hardly change that; others, matched in form, might."
 _READ = {"harmful_auroc.inst": "harmfulness at inst", "refused_auroc.last": "refusal at the last token"}
 _WANTING = {
+    "dissociation.beyond_words": "once the words are taken out of both readings it isn't clearly above 0:",
     "harmful_auroc.inst.accepted": "harmfulness isn't read above chance among accepted prompts: AUROC",
     "refused_auroc.last.harmful": "refusal isn't read above chance among harmful prompts: AUROC",
     "harmful_gain.accepted": "among accepted prompts harmfulness isn't read beyond the words: AUROC gained",
@@ -215,8 +233,8 @@ def _settled_d(metrics: dict[str, Estimate]) -> str:
     return f"If it stays there, about {more} (now {n:.0f}) would settle it."
 
 
-def _settled(estimate: Estimate, bound: float) -> str:
-    times = _times(estimate, estimate.value - bound)
+def _settled(estimate: Estimate, distance: float) -> str:
+    times = _times(estimate, distance)
     if times > TOO_MANY:
         return HARDLY
     return f"If it stays there, about {max(times, 1.2):.1f} times as many prompts would settle it."
