@@ -118,12 +118,13 @@ def measure_dissociation(
     """
     last = harm.positions[-1]
     read = without_topics(harm.at("inst"), places), without_topics(refusal.at(last), places)
+    worded = without_words(read[0], surface), without_words(read[1], surface)
     gaps = _gaps(*read, places, seed, resamples)
     seeds = zip(harm.by_seed("inst"), refusal.by_seed(last), strict=True)
     poles = [_to_poles(scores, places) for scores in read]
     return Dissociation(
         contrast=gaps["D"],
-        beyond_words=_gaps(*(without_words(scores, surface) for scores in read), places, seed, resamples)["D"],
+        beyond_words=_gaps(*worded, places, seed, resamples)["D"],
         over_topics=_gaps(harm.at("inst"), refusal.at(last), places, seed, resamples)["D"],
         harm_gap=gaps["harm"],
         refusal_gap=gaps["refusal"],

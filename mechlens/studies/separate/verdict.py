@@ -178,7 +178,8 @@ MORE_HARMFUL, LESS_REFUSED = "more harmful at the end of the instruction", "less
 def _one_sided(metrics: dict[str, Estimate]) -> str:
     """D is above 0, and its gaps haven't both their sign, as where a decision is made from one variable."""
     harm, refusal = metrics["dissociation.harm_gap"], metrics["dissociation.refusal_gap"]
-    held, open_ = [], []
+    held: list[tuple[Estimate, float, str]] = []
+    open_: list[tuple[Estimate, float, str]] = []
     for gap, sign, words in ((harm, 1, MORE_HARMFUL), (refusal, -1, LESS_REFUSED)):
         clear = min(sign * gap.low, sign * gap.high) > 0
         (held if clear else open_).append((gap, sign * gap.value, words))
