@@ -41,6 +41,7 @@ def cells() -> list[Cell]:
     found += [("two variables, swapped", rho, 608, 0.7) for rho in (0.5, 0.8)]
     found += [("two variables", rho, 608, rate) for rho in (0.0, 0.3, 0.5, 0.8) for rate in (0.3, 0.5, 0.7, 0.9)]
     found += [(kind, 0.0, 608, rate) for kind in ("one variable", "two variables") for rate in (0.97, 1.0)]
+    found += [("two variables", rho, 1440, 0.9) for rho in (0.0, 0.5)]  # all built-in prompts
     for n in (100, 200, 1000):
         found += [(kind, 0.0, n, 0.7) for kind in ("one variable", "thresholds by topic", "words only")]
         found += [("two variables", rho, n, 0.7) for rho in (0.0, 0.5, 0.8)]
