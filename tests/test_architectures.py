@@ -277,7 +277,7 @@ def test_a_site_that_can_not_be_patched_names_what_can(architecture: str) -> Non
             return False
         return True
 
-    with pytest.raises(UserError, match="no site 'attn_out' in block 0 to patch; choose") as said:
+    with pytest.raises(UserError, match="no site 'attn_out' in block 0; choose") as said:
         patch_sweep(model, pairs, KLDivergence(), PatchPlan("attn_out", positions=("last",)))
     offered = re.search(r"every block has \((.*)\)$", str(said.value))
     blocks = re.search(r"choose block (.*?), or", str(said.value))

@@ -14,7 +14,6 @@ from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer, words
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
-from mechlens.methods.activations import collect as collecting
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, from_cache, template_of
 from mechlens.models.bridge import bridge, loaded, n_layers, unembed
@@ -58,7 +57,7 @@ def pair(architecture: str) -> tuple[Any, Any]:
 @torch.inference_mode()
 def one_at_a_time(hf_model: Any, batch: TokenBatch, positions: Sequence[str] = EVERY) -> Tensor:
     """Residuals of every level by plain Hugging Face: its own hidden states, and the last block's output."""
-    names = batch.resolve(positions)
+    names = positions if positions[0].startswith("token[") else batch.resolve(positions)
     depth = hf_model.config.num_hidden_layers
     blocks = next(m for m in hf_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
     last: list[Tensor] = []
@@ -101,7 +100,8 @@ def test_without_a_shared_start(architecture: str) -> None:
     model, plain = pair(architecture)
     texts = [Prompt(id=text, text=text) for text in ("hello there", "a much longer request, longer than a window", "b")]
     batch = tokenize(texts, ChatTemplate(tiny_tokenizer(WORDS_FIRST)))
-    assert forward.shared_prefix(collecting._rows(model, batch, ("inst",))) == 0
+    rows = [forward.Row(tuple(batch.row(i)), (int(batch.at("inst")[i]),)) for i in range(3)]
+    assert forward.shared_prefix(rows) == 0
     got = collect(model, batch, positions=EVERY)
     assert float(error(got.values, one_at_a_time(plain, batch)).max()) < CLOSE
 

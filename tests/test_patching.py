@@ -123,6 +123,7 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 def sites_of(architecture: str) -> list[str]:
     without = {"resid_mid"} if architecture in PARALLEL else set()
+    without |= {"mlp_post"} if architecture == "mixtral" else set()  # its experts have each their own
     return [site for site in SITES if site not in without and not (site == "pattern" and architecture in DEAF)]
 
 

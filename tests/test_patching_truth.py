@@ -126,6 +126,7 @@ PATH: dict[str, set[tuple[int, ...]]] = {
     "resid_post": {(0, MIDDLE), (1, LAST)},
     "attn_out": {(0, MIDDLE), (1, LAST)},
     "mlp_out": set(),
+    "mlp_post": set(),
     "v": {(0, INFO, 1), (1, MIDDLE, 2)},
     "z": {(0, MIDDLE, 1), (1, LAST, 2)},
     "q": set(),

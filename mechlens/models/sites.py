@@ -28,6 +28,8 @@ class Site:
     """Whose heads it has: "query", "key" (fewer under grouped-query attention), or none."""
     writable: bool = False
     """Whether interventions act on it: a block's ends, and what attention and MLP add to the residual stream."""
+    axes: tuple[str, ...] = ("d_model",)
+    """What a token's value there is made of."""
 
 
 SITES = {
@@ -36,12 +38,15 @@ SITES = {
     "resid_post": Site("hook_resid_post", writable=True),
     "attn_out": Site("hook_attn_out", writable=True),
     "mlp_out": Site("hook_mlp_out", writable=True),
-    "q": Site("attn.hook_q", "query"),
-    "k": Site("attn.hook_k", "key"),
-    "v": Site("attn.hook_v", "key"),
-    "z": Site("attn.hook_z", "query"),
-    "pattern": Site("attn.hook_pattern", "query"),
+    "mlp_post": Site("mlp.hook_post", axes=("neuron",)),
+    "q": Site("attn.hook_q", "query", axes=("head", "d_head")),
+    "k": Site("attn.hook_k", "key", axes=("head", "d_head")),
+    "v": Site("attn.hook_v", "key", axes=("head", "d_head")),
+    "z": Site("attn.hook_z", "query", axes=("head", "d_head")),
+    "pattern": Site("attn.hook_pattern", "query", axes=("head", "key")),
 }
+RESIDUAL = "resid"
+"""The residual stream by levels: every block's `resid_pre`, and the last one's `resid_post`."""
 CHANGEABLE = tuple(name for name, site in SITES.items() if site.writable)
 
 

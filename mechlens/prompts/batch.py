@@ -36,6 +36,8 @@ class TokenBatch:
     """True where the token at `inst` also holds the first characters of the template."""
     template: str
     """Fingerprint of the chat template."""
+    answer: Int[Tensor, "prompt 2"] | None = None
+    """Where `with_answers` put each answer: its first token, and the one after its last."""
 
     @property
     def n_post(self) -> int:
@@ -113,12 +115,35 @@ class TokenBatch:
             index=self.index[keep],
             instruction=self.instruction[keep],
             merged=self.merged[keep],
+            answer=None if self.answer is None else self.answer[keep],
+        )
+
+    def with_answers(self, answers: Sequence[Sequence[int]]) -> "TokenBatch":
+        """Each prompt followed by the tokens of its answer, padded on the right; `answer` says where they are."""
+        if self.answer is not None:
+            raise UserError("the prompts have answers already; add them to a batch without")
+        if len(answers) != len(self.prompts):
+            raise UserError(f"there are {len(answers)} answers to {len(self.prompts)} prompts; give one for each")
+        rows = [[*self.row(i), *own] for i, own in enumerate(answers)]
+        width = max(map(len, rows))
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+        offsets = torch.tensor([self.offset(i) for i in range(len(rows))]).unsqueeze(1)
+        ends = torch.tensor([len(row) for row in rows])
+        return replace(
+            self,
+            tokens=tokens,
+            mask=torch.arange(width) < ends.unsqueeze(1),
+            index=self.index - offsets,
+            instruction=self.instruction - offsets,
+            answer=torch.stack([self.lengths, ends], dim=1),
         )
 
     def without_post(self) -> "TokenBatch":
-        """The prompts cut right after `inst`: no template token follows the user's words."""
+        """The prompts cut right after `inst`: no template token follows the user's words, and no answer."""
         kept = torch.arange(self.tokens.shape[1]) <= self.instruction[:, 1:]
-        return replace(self, mask=self.mask & kept, positions=("inst",), index=self.index[:, :1])
+        return replace(self, mask=self.mask & kept, positions=("inst",), index=self.index[:, :1], answer=None)
 
     def require_rows(self, n: int, tokenizer: Any) -> None:
         """UserError where a token has no row in an embedding of `n` rows: the tokenizer isn't the model's own."""

@@ -1,4 +1,4 @@
-"""What the model computed: residual-stream vectors that carry their labels with them."""
+"""What the model computed: residual-stream vectors, or what blocks have at another site, with their labels."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.errors import UserError
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activations:
-    """Vectors of many prompts at named levels and positions (float32, on the CPU).
+    """Values of many prompts at named levels and positions (float32, on the CPU).
 
-    Level l < L is `resid_pre` of block l (level 0: the embedding); level L is the last block's output
-    before the final norm.
+    Of the site "resid", level l < L is `resid_pre` of block l (level 0: the embedding); level L is the last block's
+    output before the final norm. Of any other site, a level is a block.
     """
 
-    values: Float[Tensor, "prompt level position d_model"]
+    values: Float[Tensor, "prompt level position *axes"]
+    """NaN where a prompt doesn't have a position (see `mask`), or a pattern no such key."""
     levels: tuple[int, ...]
     positions: tuple[str, ...]
     ids: tuple[str, ...]
@@ -42,9 +43,20 @@ class Activations:
     """Why the plain path was taken; empty for the fast one."""
     last: str = ""
     """Name under which the last token of the prompt is stored, such as "post[5]"."""
+    axes: tuple[str, ...] = ("d_model",)
+    """What a value is made of: d_model, neuron, (head, d_head), (head, key), or direction where it was projected."""
+    mask: Bool[Tensor, "prompt position"] | None = None
+    """Which prompts have a position; None where all have all."""
 
-    def at(self, level: int, position: str) -> Float[Tensor, "prompt d_model"]:
-        """The vectors of every prompt at one level and one named position."""
+    def __getitem__(self, place: tuple[int, str] | tuple[str, int, str]) -> Float[Tensor, "prompt *axes"]:
+        """`acts[level, position]`, or `acts[site, level, position]`, which says so where they are another site's."""
+        if place[0] != self.site and len(place) == 3:
+            raise UserError(f"these activations are of {self.site}, not of {place[0]}; collect them there")
+        level, position = place[-2:]
+        return self.at(int(level), position)
+
+    def at(self, level: int, position: str) -> Float[Tensor, "prompt *axes"]:
+        """The values of every prompt at one level and one named position."""
         if level not in self.levels:
             raise UserError(f"level {level} was not collected; there are levels {list(self.levels)}")
         return self.values[:, self.levels.index(level), column_of(position, self.positions, self.last)]
@@ -59,10 +71,36 @@ class Activations:
             ids=tuple(self.ids[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
             families=tuple(self.families[i] for i in chosen),
+            mask=None if self.mask is None else self.mask[rows],
         )
 
+    def head(self, head: int) -> "Activations":
+        """What one head has, as activations of vectors, of which directions and probes can be made."""
+        if self.axes[0] != "head":
+            raise UserError(f"{self.site} has no heads, only {' and '.join(self.axes)}")
+        there = self.values.shape[3]
+        if not 0 <= head < there:
+            raise UserError(f"there is no head {head} at {self.site}; it has heads 0 to {there - 1}")
+        return replace(self, values=self.values[:, :, :, head], site=f"{self.site}[{head}]", axes=self.axes[1:])
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the axes of `values`."""
+        return ("prompt", "level", "position", *self.axes)
+
+    @property
+    def coords(self) -> dict[str, tuple[int | str, ...]]:
+        """Labels along every axis: `xarray.DataArray(acts.values, acts.coords, acts.dims)` takes them."""
+        sizes = dict(zip(self.axes, self.values.shape[3:], strict=True))
+        own: dict[str, tuple[int | str, ...]] = {
+            "prompt": self.ids,
+            "level": self.levels,
+            "position": self.positions,
+        }
+        return own | {name: tuple(range(size)) for name, size in sizes.items()}
+
     def numpy(self) -> "numpy.ndarray":
-        """The values as a NumPy array with axes (prompt, level, position, d_model)."""
+        """The values as a NumPy array, with the axes that `dims` names."""
         return self.values.numpy()
 
     def table(self) -> "pandas.DataFrame":
@@ -74,14 +112,49 @@ class Activations:
         rows = frame.pop("row").to_numpy()
         for column, values in (("family", self.families), ("label", self.labels), ("id", self.ids)):
             frame.insert(0, column, [values[i] for i in rows])
-        frame["norm"] = self.values.norm(dim=-1).reshape(-1).numpy()
+        frame["norm"] = self.values.flatten(3).norm(dim=-1).reshape(-1).numpy()
         return frame
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row per prompt, level and position that the prompt has, one column per number of its value.
+
+        The index has id, label, family, level and position; columns are numbered, or named by head and number.
+        """
+        import pandas as pd
+
+        wide = self.table().drop(columns="norm")
+        sizes = [range(size) for size in self.values.shape[3:]]
+        columns = pd.MultiIndex.from_product(sizes, names=self.axes) if len(sizes) > 1 else pd.Index(sizes[0])
+        frame = pd.DataFrame(
+            self.values.flatten(3).flatten(0, 2).numpy(), pd.MultiIndex.from_frame(wide), columns.rename(self.axes)
+        )
+        present = self.present.unsqueeze(1).expand(-1, len(self.levels), -1).reshape(-1)
+        return frame[present.numpy()]
+
+    @property
+    def present(self) -> Bool[Tensor, "prompt position"]:
+        """Which prompts have which position."""
+        whole = torch.ones(len(self.ids), len(self.positions), dtype=torch.bool)
+        return whole if self.mask is None else self.mask
+
+    def require_vectors(self) -> None:
+        """UserError unless every prompt has one vector at every level and position, as directions and probes need."""
+        if len(self.axes) > 1:
+            raise UserError(f"at {self.site} a token has a value for every head; take one head's with acts.head(h)")
+        if self.mask is not None and not bool(self.mask.all()):
+            row, column = (~self.mask).nonzero()[0].tolist()
+            raise UserError(
+                f"prompt {self.ids[row]!r} has no {self.positions[column]}; collect the span with reduce='mean', or "
+                "select prompts and positions that all have"
+            )
 
 
 def one_cell(acts: Activations, level: int, position: str) -> Activations:
     """The activations of one level and one named position."""
-    name = acts.positions[column_of(position, acts.positions, acts.last)]
-    return replace(acts, values=acts.at(level, name)[:, None, None], levels=(level,), positions=(name,))
+    column = column_of(position, acts.positions, acts.last)
+    name, mask = acts.positions[column], acts.present[:, column, None]
+    values = acts.at(level, name)[:, None, None]
+    return replace(acts, values=values, levels=(level,), positions=(name,), mask=None if bool(mask.all()) else mask)
 
 
 def column_of(position: str, positions: Sequence[str], last: str) -> int:

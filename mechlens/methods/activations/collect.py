@@ -1,18 +1,18 @@
-"""Collecting activations: prompts in, labelled residual vectors out, computing only what is read."""
+"""Collecting activations: prompts in, labelled values out, computing only what is read."""
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.reading import BatchReader, Reading
+from mechlens.methods.activations.spans import Span, Words, spans_of
 from mechlens.methods.cache import Cache
+from mechlens.methods.directions.direction import Direction
 from mechlens.models.bridge import (
     LanguageModel,
     checkpoint_now,
@@ -24,17 +24,13 @@ from mechlens.models.bridge import (
     loaded,
     n_layers,
 )
-from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
-from mechlens.models.engine.forward import Row
 from mechlens.models.engine.probes import overflow_advice
-from mechlens.models.sites import level_hook
+from mechlens.models.engine.site_reader import require_readable, tokens_first, why_plain_at
+from mechlens.models.sites import RESIDUAL, SITES, level_hook, require_site, site_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
-
-FORMAT = 1
-"""Raised when a change of code changes the numbers, so that older pieces on a cache are not used again."""
 
 
 def collect(
@@ -43,36 +39,51 @@ def collect(
     *,
     positions: Sequence[str] = ("inst", "last"),
     levels: Sequence[int] | None = None,
-    site: str = "resid",
+    site: str = RESIDUAL,
+    answers: Sequence[str] | Sequence[Sequence[int]] | None = None,
+    words: Words | None = None,
+    reduce: Literal["mean"] | None = None,
+    project: Sequence[Direction] | None = None,
     template: ChatTemplate | None = None,
     cache: Cache | None = None,
     max_tokens: int | None = None,
 ) -> Activations:
-    """Residual vectors of every prompt at the named positions and levels (all levels 0..L by default).
+    """What every prompt has at the named positions and levels: residual vectors at all levels 0..L by default.
 
-    Equal to running each prompt alone through plain Hugging Face, to rounding. `cache` keeps finished batches,
-    so that a killed run goes on and the same request is never computed twice. `max_tokens` bounds a batch;
-    where memory runs out, the batch is halved and tried again.
+    Equal to running each prompt alone through plain Hugging Face, to rounding. `site` is one of
+    `mechlens.models.sites.SITES` (attn_out, mlp_post, z, pattern, ...) at blocks 0..L-1. `answers` (texts, or tokens
+    such as `Answers.tokens`) follow the prompts in the same pass, which shows what decoding them saw. Positions are
+    those of `mechlens.methods.activations.spans`; `words` names spans of the user's words. A span is one column for
+    each token, or one for its mean (`reduce="mean"`). `project` keeps only how far each value lies along each
+    direction, as a unit vector.
+
+    `cache` keeps finished batches, so that a killed run goes on and the same request is never computed twice.
+    `max_tokens` bounds a batch; where memory runs out, the batch is halved and tried again.
 
     Raises UserError for an unknown position or level, a prompt longer than the model's context, and values
     that are not finite (float16 overflow), which are named by level and prompt.
     """
-    if site != "resid":
-        raise UserError(f"there is no site {site!r} to collect; choose 'resid'")
+    wanted = _levels(model, site, levels)
     batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template or template_of(model))
-    names = batch.resolve(positions)
-    wanted = _levels(model, levels)
-    rows = _rows(model, batch, names)
+    if answers is not None:
+        batch = batch.with_answers(_answer_tokens(model, answers))
+    spans = spans_of(batch, positions, words or {}, lambda: template or template_of(model))
+    columns = spans if reduce else [token for span in spans for token in span.opened()]
+    reading = Reading(site, wanted, tuple(columns), _lines(project))
+    refuse_too_long(model, batch)
+    # Every prompt without its padding, so that the padding side can't matter.
+    rows = reading.rows([batch.row(i) for i in range(len(batch.prompts))])
     if has_hooks(model):
         cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
-    fast = forward.fits_fast_path(model)
+    fast, why_plain = _path(model, site, wanted)
     checkpoint = checkpoint_now(model)
-    values, finite = _compute(model, checkpoint, rows, wanted, fast, cache, max_tokens or _default_tokens(model))
+    reader = BatchReader(model, checkpoint, reading, fast, cache, max_tokens or _default_tokens(model))
+    values, finite = reader.read(rows)
     _refuse_non_finite(~finite, wanted, batch, dtype_of(model))
     return Activations(
         values=values,
         levels=wanted,
-        positions=names,
+        positions=tuple(column.name for column in columns),
         ids=tuple(prompt.id for prompt in batch.prompts),
         labels=tuple(prompt.label for prompt in batch.prompts),
         families=tuple(prompt.group for prompt in batch.prompts),
@@ -80,8 +91,10 @@ def collect(
         checkpoint=checkpoint,
         template=batch.template,
         engine="fast" if fast else "plain",
-        why_plain=forward.why_plain(model),
+        why_plain=why_plain,
         last=batch.positions[-1],
+        axes=_axes(site, project),
+        mask=_mask(columns),
     )
 
 
@@ -93,42 +106,98 @@ def template_of(model: LanguageModel) -> ChatTemplate:
     return chat_template(tokenizer)
 
 
-def from_cache(cache: Any, batch: TokenBatch, model: LanguageModel, positions: Sequence[str]) -> Activations:
-    """Activations from a TransformerLens ActivationCache of `batch.tokens`: every residual level that it holds."""
-    levels = [level for level in range(n_layers(model) + 1) if level_hook(model, level) in cache]
+def from_cache(
+    cache: Any, batch: TokenBatch, model: LanguageModel, positions: Sequence[str], *, site: str = RESIDUAL
+) -> Activations:
+    """Activations from a TransformerLens ActivationCache of `batch.tokens`: every level of the site that it holds."""
+    require_site(site, (RESIDUAL, *SITES))
+    hooks = {level: _hook(model, site, level) for level in range(n_layers(model) + (site == RESIDUAL))}
+    levels = [level for level, hook in hooks.items() if hook in cache]
     if not levels:
-        raise UserError("the cache holds no residual stream; cache hook_resid_pre or hook_resid_post")
-    names = batch.resolve(positions)
-    read = torch.stack([batch.at(name) for name in names], dim=1)
-    values = torch.stack([forward.gather(cache[level_hook(model, level)], read) for level in levels], dim=1)
+        wanted = "hook_resid_pre or hook_resid_post" if site == RESIDUAL else SITES[site].hook
+        raise UserError(f"the cache holds no {_NAMES.get(site, site)}; cache {wanted}")
+    spans = spans_of(batch, positions, {}, lambda: template_of(model))
+    reading = Reading(site, tuple(levels), tuple(token for span in spans for token in span.opened()), None)
+    offsets = torch.tensor([batch.offset(i) for i in range(len(batch.prompts))])
+    rows = reading.rows([batch.row(i) for i in range(len(batch.prompts))])
+    read = forward.read_places(rows) + offsets.unsqueeze(1)
+    found = torch.stack([forward.gather(tokens_first(site, cache[hooks[level]]), read) for level in levels], dim=1)
+    if site == "pattern":  # keys are counted from the prompt's first token
+        keys = torch.full_like(found, torch.nan)
+        for i, row in enumerate(rows):
+            keys[i, ..., : len(row.ids)] = found[i, ..., offsets[i] : offsets[i] + len(row.ids)]
+        found = keys
     return Activations(
-        values=values,
+        values=reading.kept(found, reading.lengths),
         levels=tuple(levels),
-        positions=names,
+        positions=tuple(column.name for column in reading.columns),
         ids=tuple(prompt.id for prompt in batch.prompts),
         labels=tuple(prompt.label for prompt in batch.prompts),
         families=tuple(prompt.group for prompt in batch.prompts),
-        site="resid",
+        site=site,
         checkpoint=checkpoint_now(model),
         template=batch.template,
         last=batch.positions[-1],
+        axes=_axes(site, None),
+        mask=_mask(reading.columns),
     )
 
 
-def _levels(model: LanguageModel, levels: Sequence[int] | None) -> tuple[int, ...]:
-    last = n_layers(model)
+_NAMES = {RESIDUAL: "residual stream"}
+
+
+def _hook(model: LanguageModel, site: str, level: int) -> str:
+    return level_hook(model, level) if site == RESIDUAL else site_hook(site, level)
+
+
+def _axes(site: str, project: Sequence[Direction] | None) -> tuple[str, ...]:
+    if project is not None:
+        return ("direction",)
+    return ("d_model",) if site == RESIDUAL else SITES[site].axes
+
+
+def _mask(columns: Sequence[Span]) -> Bool[Tensor, "prompt position"] | None:
+    present = torch.stack([column.present for column in columns], dim=1)
+    return None if bool(present.all()) else present
+
+
+def _path(model: LanguageModel, site: str, levels: tuple[int, ...]) -> tuple[bool, str]:
+    """Whether the fast path is taken, and if not why; one warning says that too."""
+    if site == RESIDUAL:
+        return forward.fits_fast_path(model), forward.why_plain(model)
+    require_readable(model, site, levels)
+    reason = why_plain_at(model, site)
+    forward.warn_plain(model, reason)
+    return not reason, reason
+
+
+def _answer_tokens(model: LanguageModel, answers: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Tokens of answers in words, as the tokenizer has them without adding any."""
+    tokenizer = loaded(model).tokenizer
+    if tokenizer is None and any(isinstance(own, str) for own in answers):
+        raise UserError("the model has no tokenizer to read answers with; give their tokens")
+    return [
+        tokenizer(own, add_special_tokens=False)["input_ids"] if isinstance(own, str) else list(own) for own in answers
+    ]
+
+
+def _lines(project: Sequence[Direction] | None) -> Tensor | None:
+    if project is None:
+        return None
+    if not project:
+        raise UserError("project is empty; give at least one direction, or leave it out")
+    return torch.stack([direction.unit.float() for direction in project])
+
+
+def _levels(model: LanguageModel, site: str, levels: Sequence[int] | None) -> tuple[int, ...]:
+    require_site(site, (RESIDUAL, *SITES))
+    last = n_layers(model) - (site != RESIDUAL)
     wanted = tuple(range(last + 1)) if levels is None else tuple(levels)
     wrong = [level for level in wanted if not 0 <= level <= last]
     if wrong or not wanted:
-        raise UserError(f"there is no level {wrong or 'at all'}; this model has levels 0 to {last}")
+        kind = "level" if site == RESIDUAL else "block"
+        raise UserError(f"there is no {kind} {wrong or 'at all'}; this model has {kind}s 0 to {last}")
     return wanted
-
-
-def _rows(model: LanguageModel, batch: TokenBatch, names: Sequence[str]) -> list[Row]:
-    """Every prompt without its padding, so that the padding side can't matter."""
-    refuse_too_long(model, batch)
-    index = torch.stack([batch.at(name) for name in names], dim=1)
-    return [Row(tuple(batch.row(i)), tuple((index[i] - batch.offset(i)).tolist())) for i in range(len(batch.prompts))]
 
 
 def refuse_too_long(model: LanguageModel, batch: TokenBatch, new_tokens: int = 0) -> None:
@@ -145,87 +214,9 @@ def refuse_too_long(model: LanguageModel, batch: TokenBatch, new_tokens: int = 0
         )
 
 
-def _compute(
-    model: LanguageModel,
-    checkpoint: Checkpoint,
-    rows: list[Row],
-    levels: tuple[int, ...],
-    fast: bool,
-    cache: Cache | None,
-    max_tokens: int,
-) -> tuple[Float[Tensor, "prompt level position d_model"], Bool[Tensor, "prompt level"]]:
-    """The values, in one piece of memory that is filled batch by batch, and which of them are finite."""
-    skip = forward.shared_prefix(rows) if fast else 0
-    prefix = None
-    values = torch.empty(0)
-    finite = torch.ones(len(rows), len(levels), dtype=torch.bool)
-    batches = forward.plan(rows, max_tokens, shared=skip, equal_lengths=not fast)
-    for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
-        chunk = [rows[i] for i in members]
-        key = _key(model, checkpoint, chunk, levels, skip, fast)
-        piece = cache.get(key) if cache is not None else None
-        if piece is None:
-            if fast and skip and prefix is None:
-                prefix = forward.prefix_cache(model, rows[0].ids[:skip])
-            run = _runner(model, levels, fast, prefix)
-            piece = {"values": halving(run, chunk)}
-            if cache is not None:
-                cache.put(key, piece)
-        found = piece["values"]
-        if not len(values):
-            values = found.new_empty(len(rows), *found.shape[1:])
-        values[members] = found
-        finite[members] = torch.isfinite(found).flatten(2).all(dim=-1)
-    return values, finite
-
-
-def _runner(model: LanguageModel, levels: tuple[int, ...], fast: bool, prefix: Any) -> Callable[[list[Row]], Tensor]:
-    if fast:
-        return lambda chunk: forward.fast_batch(model, chunk, levels, prefix)
-    return lambda chunk: forward.reference_batch(model, chunk, levels)
-
-
-def halving(run: Callable[[list[Any]], Tensor], rows: list[Any], length: int | None = None) -> Tensor:
-    """Run a batch; where memory runs out, run its halves. One prompt that doesn't fit is a UserError.
-
-    `length` is that of the prompt where the rows are not `Row`s.
-    """
-    try:
-        return run(rows)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        if len(rows) == 1:
-            tokens = len(rows[0].ids) if length is None else length
-            raise UserError(
-                f"one prompt of {tokens} tokens doesn't fit into memory; shorten it or use a larger device"
-            ) from error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = len(rows) // 2
-    return torch.cat([halving(run, part, length) for part in (rows[:half], rows[half:])])
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    said = str(error).lower()
-    named = "can't allocate memory" in said or "out of memory" in said
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or named
-
-
 def _default_tokens(model: LanguageModel) -> int:
     """Tokens in a batch: on a CPU small batches stay in the cache, on a GPU large ones fill the device."""
     return 2048 if device_of(model).type == "cpu" else 16384
-
-
-def _key(
-    model: LanguageModel, checkpoint: Checkpoint, rows: list[Row], levels: tuple[int, ...], skip: int, fast: bool
-) -> str:
-    """Fingerprint of a batch: weights, type, what is read and every token id (so template and prompts too)."""
-    record = [
-        FORMAT, *checkpoint.identity, str(dtype_of(model)), device_of(model).type,
-        "fast" if fast else "plain", skip, levels, [(row.ids, row.read) for row in rows],
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _refuse_non_finite(

@@ -10,7 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import FORMAT, halving, refuse_too_long, template_of
+from mechlens.methods.activations.collect import refuse_too_long, template_of
+from mechlens.methods.activations.reading import FORMAT, halving
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded

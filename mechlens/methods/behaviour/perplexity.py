@@ -9,7 +9,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.methods.activations.collect import FORMAT, refuse_too_long
+from mechlens.methods.activations.collect import refuse_too_long
+from mechlens.methods.activations.reading import FORMAT
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, checkpoint_now, dtype_of, has_hooks, loaded, n_layers, unembed
 from mechlens.models.engine import forward

@@ -148,7 +148,8 @@ def weighted_differences(
 
 
 def members(acts: Activations, label: str) -> Bool[Tensor, " prompt"]:
-    """True for the prompts that carry the label; UserError where none does."""
+    """True for the prompts that carry the label; UserError where none does, or where not all have one vector."""
+    acts.require_vectors()
     if label not in acts.labels:
         found = {known: acts.labels.count(known) for known in sorted(set(acts.labels))}
         raise UserError(f"no prompt is labelled {label!r}; the labels and their counts are {found}")

@@ -52,6 +52,7 @@ def score_grid(acts: Activations, grid: DirectionGrid) -> Float[Tensor, "level p
     On the raw direction, so scores are comparable within a cell only. UserError where activations and
     directions are not of one kind.
     """
+    acts.require_vectors()
     for name, one, other in (
         ("levels", acts.levels, grid.levels),
         ("positions", acts.positions, grid.positions),

@@ -99,6 +99,7 @@ def beliefs(
     acts: Activations, reference: Centroids, *, centered: bool, skip_embedding: bool
 ) -> Float[Tensor, " prompt"]:
     """The belief of every prompt; UserError where activations and centroids are not of one kind."""
+    acts.require_vectors()
     for name, one, other in (
         ("levels", acts.levels, reference.levels),
         ("site", acts.site, reference.site),

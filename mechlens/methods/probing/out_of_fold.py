@@ -68,6 +68,7 @@ def out_of_fold_scores(
     the fitted class means along the unit direction. Level 0, the embedding, is scored and never chosen where there
     is another. UserError where a fold's fitted part lacks a class.
     """
+    acts.require_vectors()
     plan = _FitPlan.of(folds, positive, member)
     n_seeds, n_folds = len(folds), len(folds[0])
     by_level = torch.empty(len(acts.levels), len(acts.positions), len(acts.ids), dtype=torch.float64)

@@ -57,6 +57,7 @@ def residual_norms(acts: Activations) -> ResidualNorms:
     kept = [i for i, name in enumerate(acts.positions) if name != "token[0]"]
     if not kept or not acts.ids:
         raise UserError("there is no activation beside the first token's; collect at inst, last or post[*]")
+    acts.require_vectors()
     norms = acts.values[:, :, kept].double().norm(dim=-1)
     return ResidualNorms(
         medians=norms.quantile(0.5, dim=0).float(),

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import FORMAT, halving, refuse_too_long, template_of
+from mechlens.methods.activations.collect import refuse_too_long, template_of
+from mechlens.methods.activations.reading import FORMAT, halving
 from mechlens.methods.cache import Cache
 from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits
 from mechlens.methods.steering.placed import Placement

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import LanguageModel, d_model, device_of, n_layers, whole
+from mechlens.models.bridge import LanguageModel, d_model, device_of, is_bridge, n_layers, whole
 from mechlens.models.engine.probes import require_finite_logits
 from mechlens.models.sites import SITES, n_heads, site_hook
 
@@ -58,9 +58,7 @@ def reference_record(
     missing = [layer for layer, name in names.items() if name not in cache]
     if missing:
         # Parallel blocks have no place between attention and MLP; some models have no attention in some blocks.
-        raise UserError(
-            f"this model has no site {site!r} in block {missing[0]} to patch; {_what_there_is(model, site)}"
-        )
+        raise UserError(f"this model has no site {site!r} in block {missing[0]}; {_what_there_is(model, site)}")
     values = {layer: cache[name][0].clone() for layer, name in names.items()}
     require_finite_logits(logits[0, read])
     return Recording(tuple(ids), logits[0, read].float().cpu(), values)
@@ -137,6 +135,8 @@ def is_laid_out(model: LanguageModel, site: str, layer: int) -> bool:
     shape = tuple(reference_record(model, tokens, -1, site, [layer]).values[layer].shape)
     if site == "pattern":
         return shape == (heads, n, n)
+    if site == "mlp_post":  # a mixture of experts shows something else by this name
+        return shape[:-1] == (n,) and (not is_bridge(model) or f"blocks.{layer}.mlp.out.hook_in" in model.hook_dict)
     return shape[:-1] == (n, heads) if heads else shape == (n, d_model(model))
 
 

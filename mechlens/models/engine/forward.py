@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -53,7 +53,7 @@ class Row:
     read: tuple[int, ...]
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Raised inside the model to leave it once everything has been read."""
 
 
@@ -179,7 +179,7 @@ def prefix_cache(model: LanguageModel, ids: Sequence[int]) -> DynamicCache | Non
         return None
     tokens = torch.tensor([list(ids)], device=device_of(model))
     cache = DynamicCache()
-    with native(model), contextlib.suppress(_Stop), _leaving(native_blocks(model)[-1]):
+    with native(model), contextlib.suppress(Stop), _leaving(native_blocks(model)[-1]):
         model.original_model(tokens, **with_cache(model.original_model, cache))
     return cache
 
@@ -190,17 +190,26 @@ def fast_batch(
 ) -> Float[Tensor, "row level read d_model"]:
     """Residuals of one batch at the read positions, on top of the shared start's keys and values."""
     skip = prefix.get_seq_length() if prefix is not None else 0
-    width = max(len(row.ids) for row in rows) - skip
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    device = device_of(model)
+    reader = Reader(levels, n_layers(model), read_places(rows) - skip, stops=True)
+    with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(Stop):
+        cache = SharedRows.apart(len(rows), n_layers(model), device).cache(prefix)
+        hf_model(right_padded(rows, skip).to(device), **with_cache(hf_model, cache))
+    return reader.stacked()
+
+
+def right_padded(rows: Sequence[Row], skip: int) -> Int[Tensor, "row seq"]:
+    """Token ids after the first `skip` of every row, in one block."""
+    tokens = torch.zeros(len(rows), max(len(row.ids) for row in rows) - skip, dtype=torch.long)
     for i, row in enumerate(rows):
         tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
-    read = torch.tensor([row.read for row in rows]) - skip
-    device = device_of(model)
-    reader = Reader(levels, n_layers(model), read, stops=True)
-    with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(_Stop):
-        cache = SharedRows.apart(len(rows), n_layers(model), device).cache(prefix)
-        hf_model(tokens.to(device), **with_cache(hf_model, cache))
-    return reader.stacked()
+    return tokens
+
+
+def read_places(rows: Sequence[Row]) -> Int[Tensor, "row read"]:
+    """What every row reads; a row that reads less than another repeats its last place."""
+    most = max(len(row.read) for row in rows)
+    return torch.tensor([row.read + row.read[-1:] * (most - len(row.read)) for row in rows])
 
 
 @torch.inference_mode()
@@ -213,8 +222,7 @@ def reference_batch(
     top = max(levels)
     how = whole(model) | ({"stop_at_layer": top + 1} if top < n_layers(model) else {})
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **how)
-    read = torch.tensor([row.read for row in rows])
-    return torch.stack([gather(cache[name], read) for name in names], dim=1)
+    return torch.stack([gather(cache[name], read_places(rows)) for name in names], dim=1)
 
 
 class Reader:
@@ -245,14 +253,14 @@ class Reader:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.found[level] = gather(args[0] if args else kwargs["hidden_states"], self.read)
             if top and self.stops:
-                raise _Stop
+                raise Stop
 
         return hook
 
     def _left(self, module: nn.Module, args: object, output: Any) -> None:
         self.found[self.last] = gather(output if isinstance(output, Tensor) else output[0], self.read)
         if self.stops:
-            raise _Stop
+            raise Stop
 
     def stacked(self) -> Float[Tensor, "row level read d_model"]:
         """What was read, level by level."""
@@ -271,7 +279,7 @@ def _leaving(block: nn.Module) -> Iterator[None]:
     """Stop the pass when `block` has run: neither final norm nor logits are needed."""
 
     def hook(module: nn.Module, args: object, output: object) -> None:
-        raise _Stop
+        raise Stop
 
     handle = block.register_forward_hook(hook)
     try:

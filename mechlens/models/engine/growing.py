@@ -10,7 +10,7 @@ is found out by `can_grow` and takes the plain path.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,54 +33,27 @@ from mechlens.models.engine.edits import (
 from mechlens.models.engine.forward import cheapest_pieces, warn_plain, why_plain
 from mechlens.models.engine.probes import require_finite_logits
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
-from mechlens.models.native import native, native_blocks, native_tap
+from mechlens.models.engine.site_reader import by_head, tapped, taps_of
+from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import n_heads, site_hook
 
 
 @torch.inference_mode()
 def record(model: LanguageModel, ids: Sequence[int], read: int, site: str, layers: Sequence[int]) -> Recording:
     """Runs the tokens once: keys and values, logits at token `read`, and what the layers have at the site."""
-    taps = _taps(model, site, layers)
+    taps = taps_of(model, site, layers)
     values = {} if taps is not None else site_values(model, ids, site, layers)
     cache = DynamicCache()
     tokens = torch.tensor([list(ids)], device=device_of(model))
 
     def keep(layer: int) -> Callable[[Tensor], None]:
-        return lambda value: values.__setitem__(layer, _by_head(model, site, value)[0].clone())
+        return lambda value: values.__setitem__(layer, by_head(model, site, value)[0].clone())
 
-    with native(model) as hf_model, _tapped({tap: keep(layer) for layer, tap in (taps or {}).items()}):
+    with native(model) as hf_model, tapped({tap: keep(layer) for layer, tap in (taps or {}).items()}):
         last = torch.tensor([read])  # on the CPU: it may index the last block's output, wherever that lies
         out = hf_model(tokens, **with_cache(hf_model, cache), logits_to_keep=last)
     require_finite_logits(out.logits[0, -1])
     return Recording(tuple(ids), out.logits[0, -1].float().cpu(), values, cache)
-
-
-def _taps(model: LanguageModel, site: str, layers: Iterable[int]) -> dict[int, nn.Module] | None:
-    found = {layer: native_tap(model, site, layer) for layer in layers}
-    taps = {layer: tap for layer, tap in found.items() if tap is not None}
-    return taps if len(taps) == len(found) else None
-
-
-def _by_head(model: LanguageModel, site: str, value: Tensor) -> Tensor:
-    """A view of a tapped input with the heads apart, where the site has heads."""
-    heads = n_heads(model, site)
-    return value.view(*value.shape[:-1], heads, -1) if heads else value
-
-
-@contextlib.contextmanager
-def _tapped(taps: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
-    """Each function sees the first input of its module, after all hooks that were there before."""
-
-    def hook(see: Callable[[Tensor], object]) -> Callable[..., None]:
-        def seeing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(args[0] if args else kwargs["hidden_states"])
-
-        return seeing
-
-    with contextlib.ExitStack() as stack:
-        for module, see in taps.items():
-            stack.callback(module.register_forward_pre_hook(hook(see), with_kwargs=True).remove)
-        yield
 
 
 PASS_COST = 40
@@ -155,7 +128,7 @@ def _growing(
 ) -> Iterator[nn.Module]:
     """The Hugging Face model as its batch grows: the rows of each layer join before its block and are edited in it."""
     by_layer = {layer: list(group) for layer, group in itertools.groupby(ordered, key=lambda edit: edit.layer)}
-    taps = _taps(model, site, by_layer)
+    taps = taps_of(model, site, by_layer)
     with contextlib.ExitStack() as stack:
         if taps is not None:  # the plain modules are faster, and the site lies between two of them
             hf_model, blocks = stack.enter_context(native(model)), native_blocks(model)
@@ -164,7 +137,7 @@ def _growing(
         stack.enter_context(rows.running(blocks))
         if taps is not None:
             writing = {tap: _writing(model, site, by_layer[layer], first) for layer, tap in taps.items()}
-            stack.enter_context(_tapped(writing))
+            stack.enter_context(tapped(writing))
         else:
             hooks = [(site_hook(site, layer), _hooking(site, edits, first)) for layer, edits in by_layer.items()]
             stack.enter_context(model.hooks(fwd_hooks=hooks))
@@ -172,7 +145,7 @@ def _growing(
 
 
 def _writing(model: LanguageModel, site: str, edits: list[Edit], first: int) -> Callable[[Tensor], object]:
-    return lambda value: put(_by_head(model, site, value[-len(edits) :]), edits, site, first)
+    return lambda value: put(by_head(model, site, value[-len(edits) :]), edits, site, first)
 
 
 def _hooking(site: str, edits: list[Edit], first: int) -> Callable[..., Tensor]:

@@ -1,0 +1,174 @@
+"""Reading many prompts batch by batch: what is read, on which path, and what is kept of it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.spans import Span
+from mechlens.methods.cache import Cache
+from mechlens.models.bridge import LanguageModel, device_of, dtype_of
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.engine import forward
+from mechlens.models.engine.forward import Row
+from mechlens.models.engine.site_reader import reference_site_batch, site_batch
+from mechlens.models.sites import RESIDUAL
+
+FORMAT = 1
+"""Raised when a change of code changes the numbers, so that older pieces on a cache are not used again."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of every prompt."""
+
+    site: str
+    levels: tuple[int, ...]
+    columns: tuple[Span, ...]
+    """A column is the mean over its span; of one token, that token's value."""
+    lines: Float[Tensor, "direction d"] | None
+    """Unit vectors: where there are some, only how far values lie along them is kept."""
+
+    @property
+    def lengths(self) -> Int[Tensor, "prompt column"]:
+        """Tokens of every column in every prompt."""
+        return torch.stack([column.length for column in self.columns], dim=1)
+
+    def rows(self, ids: Sequence[Sequence[int]]) -> list[Row]:
+        """The prompts with the places that their columns read, one after the other."""
+        starts = torch.stack([column.start for column in self.columns], dim=1).tolist()
+        found = []
+        for own, start, length in zip(ids, starts, self.lengths.tolist(), strict=True):
+            read = [place for at, n in zip(start, length, strict=True) for place in range(at, at + n)]
+            found.append(Row(tuple(own), tuple(read or [len(own) - 1])))
+        return found
+
+    def kept(
+        self, read: Float[Tensor, "row level read *axes"], lengths: Int[Tensor, "row column"]
+    ) -> Float[Tensor, "row level column *kept"]:
+        """Columns of what was read, NaN where a prompt has none."""
+        values = read if bool((lengths == 1).all()) else _means(read, lengths)
+        if self.lines is None:
+            return values
+        if values.shape[-1] != self.lines.shape[1] or values.ndim > 4:
+            raise UserError(
+                f"the directions to project on have {self.lines.shape[1]} numbers and the values at {self.site} "
+                f"{' x '.join(map(str, values.shape[3:]))}; give directions made there"
+            )
+        return values @ self.lines.T
+
+
+def _means(
+    read: Float[Tensor, "row level read *axes"], lengths: Int[Tensor, "row column"]
+) -> Float[Tensor, "row level column *axes"]:
+    values = read.new_full((*read.shape[:2], lengths.shape[1], *read.shape[3:]), torch.nan)
+    for row, own in enumerate(lengths.tolist()):
+        at = 0
+        for column, n in enumerate(own):
+            if n:
+                span = read[row, :, at : at + n]
+                values[row, :, column] = span[:, 0] if n == 1 else span.double().mean(dim=1).to(span.dtype)
+            at += n
+    return values
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """One model and one path to read on."""
+
+    model: LanguageModel
+    checkpoint: Checkpoint
+    reading: Reading
+    fast: bool
+    cache: Cache | None
+    max_tokens: int
+
+    def read(self, rows: list[Row]) -> tuple[Float[Tensor, "prompt level column *axes"], Bool[Tensor, "prompt level"]]:
+        """The values, in one piece of memory that is filled batch by batch, and which of them are finite."""
+        reading, lengths = self.reading, self.reading.lengths
+        skip = forward.shared_prefix(rows) if self.fast else 0
+        prefix = None
+        values = torch.empty(0)
+        finite = torch.ones(len(rows), len(reading.levels), dtype=torch.bool)
+        batches = forward.plan(rows, self.max_tokens, shared=skip, equal_lengths=not self.fast)
+        for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
+            chunk = [rows[i] for i in members]
+            key = self._key(chunk, lengths[members], skip)
+            piece = self.cache.get(key) if self.cache is not None else None
+            if piece is None:
+                if self.fast and skip and prefix is None:
+                    prefix = forward.prefix_cache(self.model, rows[0].ids[:skip])
+                raw = halving(self._run(prefix), chunk)
+                piece = {"values": reading.kept(raw, lengths[members])}
+                if self.cache is not None:
+                    self.cache.put(key, piece)
+            found = piece["values"]
+            if not len(values):
+                values = self._room(rows, found)
+            values[members, ..., : found.shape[-1]] = found
+            there = lengths[members] > 0
+            # A pattern has no number where a prompt has no such token, and always one for its first.
+            numbers = found[..., :1] if reading.site == "pattern" else found
+            fine = torch.isfinite(numbers).flatten(3).all(dim=-1)
+            finite[members] = (fine | ~there.unsqueeze(1)).all(dim=-1)
+        return values, finite
+
+    def _room(self, rows: list[Row], found: Tensor) -> Tensor:
+        wide = max(len(row.ids) for row in rows) if self.reading.site == "pattern" else found.shape[-1]
+        return found.new_full((len(rows), *found.shape[1:-1], wide), torch.nan)
+
+    def _run(self, prefix: Any) -> Callable[[list[Row]], Tensor]:
+        site, levels = self.reading.site, self.reading.levels
+        if site == RESIDUAL:
+            if self.fast:
+                return lambda chunk: forward.fast_batch(self.model, chunk, levels, prefix)
+            return lambda chunk: forward.reference_batch(self.model, chunk, levels)
+        if self.fast:
+            return lambda chunk: site_batch(self.model, chunk, site, levels, prefix)
+        return lambda chunk: reference_site_batch(self.model, chunk, site, levels)
+
+    def _key(self, rows: list[Row], lengths: Int[Tensor, "row column"], skip: int) -> str:
+        """Fingerprint of a batch: weights, type, what is read and every token id (so template and prompts too)."""
+        reading = self.reading
+        record: list[Any] = [
+            FORMAT, *self.checkpoint.identity, str(dtype_of(self.model)), device_of(self.model).type,
+            "fast" if self.fast else "plain", skip, reading.levels, [(row.ids, row.read) for row in rows],
+        ]  # fmt: skip
+        if reading.site != RESIDUAL or reading.lines is not None or not bool((lengths == 1).all()):
+            lines = "" if reading.lines is None else hashlib.sha256(reading.lines.numpy().tobytes()).hexdigest()
+            record += [reading.site, lengths.tolist(), lines]
+        return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def halving(run: Callable[[list[Any]], Tensor], rows: list[Any], length: int | None = None) -> Tensor:
+    """Run a batch; where memory runs out, run its halves. One prompt that doesn't fit is a UserError.
+
+    `length` is that of the prompt where the rows are not `Row`s.
+    """
+    try:
+        return run(rows)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        if len(rows) == 1:
+            tokens = len(rows[0].ids) if length is None else length
+            raise UserError(
+                f"one prompt of {tokens} tokens doesn't fit into memory; shorten it or use a larger device"
+            ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return torch.cat([halving(run, part, length) for part in (rows[:half], rows[half:])])
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    said = str(error).lower()
+    named = "can't allocate memory" in said or "out of memory" in said
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or named
