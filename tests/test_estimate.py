@@ -7,6 +7,7 @@ from mechlens.methods.statistics.estimate import Estimate
 
 def test_prints_value_interval_and_count() -> None:
     assert str(Estimate(0.931, 0.884, 0.967, 96)) == "0.93 [0.88, 0.97], n=96"
+    assert str(Estimate(-0.0004, -0.3, 0.3, 96)) == "0.00 [-0.30, 0.30], n=96"
 
 
 def test_missing_says_so_with_its_count() -> None:

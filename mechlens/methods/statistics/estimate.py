@@ -59,4 +59,5 @@ class Estimate:
         if not self.measurable:
             return f"not measurable, n={self.n}"
         digits = 3 if max(abs(self.value), abs(self.low), abs(self.high)) < 0.2 else 2
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}], n={self.n}"
+        low, high = f"{self.low:z.{digits}f}", f"{self.high:z.{digits}f}"  # z: no "-0.00"
+        return f"{self.value:z.{digits}f} [{low}, {high}], n={self.n}"
