@@ -1,5 +1,6 @@
 """Laws of `collect` beyond the residual stream at one token: any site, spans, answers, words, projections."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 import transformers
 from caches import DictShelf
 from test_collect import CLOSE, bridged, one_at_a_time, pair, prompts
-from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
+from tiny import ARCHITECTURES, CHATML, tiny_hf, tiny_tokenizer
+from tokenizers import normalizers
 from torch import Tensor
 
 from mechlens.errors import UserError
@@ -17,6 +19,7 @@ from mechlens.methods.activations import reading as reading_module
 from mechlens.methods.activations.collect import collect, from_cache, template_of
 from mechlens.methods.activations.spans import thought_in
 from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.thought import opens_thought
 from mechlens.methods.directions.direction import direction_grid, mean_difference
 from mechlens.methods.probing.detect import DetectionPlan, detect
 from mechlens.models.sites import SITES, site_hook
@@ -80,6 +83,17 @@ def test_a_site_that_there_is_not_is_refused(architecture: str) -> None:
     for site in WITHOUT[architecture]:
         with pytest.raises(UserError, match=site):
             collect(model, prompts(2), site=site)
+
+
+def test_blocks_of_different_sizes_are_read_apart() -> None:
+    """Gemma 4, whose global attention has larger heads than its local one."""
+    model = bridged(tiny_hf("gemma4"))
+    with pytest.raises(UserError, match=r"another size in some blocks .*levels=\[0, 1\]"):
+        collect(model, prompts(2), site="z")
+    batch = tokenize(prompts(2), template_of(model))
+    for levels, d_head in (([0, 1], 8), ([2], 512)):
+        acts = collect(model, batch, site="z", positions=["last"], levels=levels)
+        assert acts.values.shape == (2, len(levels), 1, 4, d_head)
 
 
 @torch.inference_mode()
@@ -274,6 +288,9 @@ def test_thoughts_are_found_in_tokens(special: bool) -> None:
     begun = ids(thought) + ids("</think>")
     assert thought_in(begun, tokenizer, opened=True) == (0, len(ids(thought)), len(begun) - 1)
     assert thought_in(ids("<think></think>"), tokenizer, opened=False)[0] == len(ids("<think>"))
+    for text in ("a<think>b</think>c<think>d</think>", "a</think><think>b</think>c"):  # the first that begins
+        first, last, _ = thought_in(ids(text), tokenizer, opened=False)
+        assert tokenizer.decode(ids(text)[first:last]) == "b"
 
 
 def test_thoughts_are_read_where_they_are() -> None:
@@ -289,6 +306,68 @@ def test_thoughts_are_read_where_they_are() -> None:
     )
     assert_equal(acts.values[0, :, 0], by_token.values[0, :, start : start + 2].mean(dim=1))
     assert_equal(acts.values[0, :, 1], by_token.values[0, :, end - 1])
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_whether_the_template_opens_a_thought_is_not_read_in_the_answer(opened: bool) -> None:
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}") if opened else CHATML
+    tokenizer = tiny_tokenizer(template)
+    model = bridged(tiny_hf("llama"), tokenizer)
+    texts = [("" if opened else "<think>") + text for text in ("hm</think>x", "hm")]
+    batch = tokenize(prompts(2), template_of(model))
+    marked = batch.with_answers([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+    assert opens_thought(marked, tokenizer) == opens_thought(batch, tokenizer) == (opened, opened)
+    acts = collect(model, batch, positions=["think[*]", "think_end"], answers=texts, levels=[0])
+    assert acts.mask is not None
+    assert acts.mask.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_a_token_that_two_spans_name_alike_is_one_column() -> None:
+    model, _ = pair("llama")
+    acts = collect(model, prompts(2), positions=["answer[0]", "answer[*]", "answer[-1]"], answers=["ab", "c"])
+    assert acts.positions == ("answer[0]", "answer[1]", "answer[-1]")
+
+
+def test_roles_name_the_tokens_of_an_answer() -> None:
+    batch = tokenize(prompts(2), template_of(pair("llama")[0]), padding_side="left")
+    answered = batch.with_answers([[7, 8], []])
+    assert answered.roles(0) == [*batch.roles(0), "answer[0]", "answer[1]"]
+    assert answered.roles(1) == batch.roles(1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"reduce": "sum"}, "reduce is 'sum'"),
+        ({"positions": "last"}, "the one name 'last'"),
+        ({"answers": "abc"}, "answers is one text"),
+        ({"answers": [[-1], [5], [6]]}, "has the token -1"),
+        ({"answers": [[5] * 600, [5], [6]]}, "'p0' has .* tokens with its answer and the model takes 512"),
+        ({"words": {"place": "the"}}, "which is none of the positions"),
+        ({"words": {"last": "the"}, "positions": ["last"]}, "a position of its own"),
+        ({"words": {"token": "the"}, "positions": ["token"]}, "a position of its own"),
+        ({"levels": []}, "there is no level to read; this model has levels 0 to 3"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        inspect.unwrap(collect)(pair("llama")[0], prompts(3), **wrong)  # types are checked in tests only
+
+
+def test_levels_become_plain_numbers() -> None:
+    """Those of NumPy too, which types refuse in tests only: a cache's keys couldn't be made of them."""
+    acts = collect(pair("llama")[0], prompts(3), levels=[False, True])
+    assert type(acts.levels[0]) is int
+
+
+def test_words_that_the_tokenizer_drops_are_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    model = bridged(tiny_hf("llama"), tokenizer)
+    asked = [Prompt("a", "the\u200bcat")]
+    assert collect(model, asked, positions=["x"], words={"x": "cat"}, reduce="mean").mask is None
+    with pytest.raises(UserError, match="drops the words"):
+        collect(model, asked, positions=["x"], words={"x": "\u200b"})
 
 
 def test_words_of_the_user_are_found() -> None:
@@ -324,6 +403,14 @@ def test_projections_are_those_of_the_vectors() -> None:
         collect(model, prompts(), project=[])
     with pytest.raises(UserError, match="have 32 numbers and the values at mlp_post 64"):
         collect(model, prompts(), site="mlp_post", project=directions)
+    one = directions[0]
+    with pytest.raises(UserError, match="have 8 and 32 numbers"):
+        collect(model, prompts(), project=[one, replace(one, vector=one.vector[:8])])
+    folded = replace(one, checkpoint=replace(one.checkpoint, regime="folded"))
+    with pytest.raises(UserError, match="was made with folded weights and the model has raw ones"):
+        collect(model, prompts(), project=[one, folded])
+    other = replace(one, checkpoint=replace(one.checkpoint, fingerprint="another"))  # as in a comparison
+    assert_equal(collect(model, prompts(), project=[other]).values, collect(model, prompts(), project=[one]).values)
 
 
 def test_labels_of_every_axis() -> None:
@@ -370,6 +457,12 @@ def test_heads_and_neurons_can_be_probed() -> None:
     assert mean_difference(neurons, "a", "b", 1, "last").vector.shape == (64,)
     with pytest.raises(UserError, match="no heads"):
         neurons.head(0)
+    spread = collect(model, many, positions=["instruction[*]"])
+    with pytest.raises(UserError, match=r"has no instruction\[\d+\]"):
+        detect(spread, "a", "b", split, DetectionPlan(seed=0))
+    pattern = collect(model, many, site="pattern", positions=["last"])
+    with pytest.raises(UserError, match="have different keys"):
+        detect(pattern.head(0), "a", "b", split, DetectionPlan(seed=0))
 
 
 def test_nothing_is_taken_for_something_else_on_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ class TokenBatch:
 
     def require_rows(self, n: int, tokenizer: Any) -> None:
         """UserError where a token has no row in an embedding of `n` rows: the tokenizer isn't the model's own."""
-        beyond = self.mask & (self.tokens >= n)
+        beyond = self.mask & ((self.tokens < 0) | (self.tokens >= n))
         if bool(beyond.any()):
             row = int(beyond.nonzero()[0, 0])
             require_rows_for(self.row(row), f"prompt {self.prompts[row].id!r}", n, tokenizer)
@@ -162,9 +162,12 @@ class TokenBatch:
         return int(self.mask[i].int().argmax())
 
     def roles(self, i: int) -> list[str]:
-        """What each real token of prompt `i` is: template, instruction, inst, post[k]."""
+        """What each real token of prompt `i` is: template, instruction[k], inst, post[k], answer[k]."""
         start, end = (self.instruction[i] - self.offset(i)).tolist()
         names = ["template"] * len(self.row(i))
+        if self.answer is not None:
+            first, stop = (self.answer[i] - self.offset(i)).tolist()
+            names[first:stop] = [f"answer[{k}]" for k in range(stop - first)]
         names[start : end + 1] = [f"instruction[{k}]" for k in range(end + 1 - start)]
         # `inst` last: where the words' end merges with the template it is both inst and post[0]
         for name, column in reversed(list(zip(self.positions, self.index[i].tolist(), strict=True))):

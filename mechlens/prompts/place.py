@@ -94,14 +94,18 @@ def tokens_before_end(prompts: Sequence[Prompt], template: ChatTemplate, charact
 def tokens_of_words(prompts: Sequence[Prompt], template: ChatTemplate, words: Sequence[str]) -> list[tuple[int, int]]:
     """Where each prompt's user says these words first: the first token that holds some of them, and the one after the
     last. UserError where a prompt doesn't have its words."""
-    found = []
+    found, structure = [], structure_of(template)
     for prompt, rendered, wanted in zip(prompts, template.render_all(prompts), words, strict=True):
         at = rendered.text.find(wanted, rendered.start, rendered.end) if wanted else -1
         if at < 0:
             raise UserError(f"the words {wanted!r:.60} don't stand in prompt {prompt.id!r}; give words of the user's")
-        _, spans = _encode(rendered.text, template)
-        part = Rendered(rendered.text, at, at + len(wanted))
-        inside = [i for i, span in enumerate(spans) if _within(span, part)]
+        inside = _of_the_words(
+            *_encode(rendered.text, template), Rendered(rendered.text, at, at + len(wanted)), structure
+        )
+        if not inside:
+            raise UserError(
+                f"the tokenizer drops the words {wanted!r:.60} of prompt {prompt.id!r}; use words that it knows"
+            )
         found.append((inside[0], inside[-1] + 1))
     return found
 

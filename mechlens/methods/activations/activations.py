@@ -141,6 +141,10 @@ class Activations:
         """UserError unless every prompt has one vector at every level and position, as directions and probes need."""
         if len(self.axes) > 1:
             raise UserError(f"at {self.site} a token has a value for every head; take one head's with acts.head(h)")
+        if self.axes == ("key",) and bool(self.values.isnan().any()):
+            raise UserError(
+                "prompts of different lengths have different keys, so no vectors can be made of their patterns"
+            )
         if self.mask is not None and not bool(self.mask.all()):
             row, column = (~self.mask).nonzero()[0].tolist()
             raise UserError(

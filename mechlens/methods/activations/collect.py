@@ -10,7 +10,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.reading import BatchReader, Reading
-from mechlens.methods.activations.spans import Span, Words, spans_of
+from mechlens.methods.activations.spans import Span, Words, opened, spans_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.bridge import (
@@ -53,9 +53,11 @@ def collect(
     Equal to running each prompt alone through plain Hugging Face, to rounding. `site` is one of
     `mechlens.models.sites.SITES` (attn_out, mlp_post, z, pattern, ...) at blocks 0..L-1. `answers` (texts, or tokens
     such as `Answers.tokens`) follow the prompts in the same pass, which shows what decoding them saw. Positions are
-    those of `mechlens.methods.activations.spans`; `words` names spans of the user's words. A span is one column for
-    each token, or one for its mean (`reduce="mean"`). `project` keeps only how far each value lies along each
-    direction, as a unit vector.
+    single tokens (`inst`, `last`, `post[k]`, `token[k]`, `instruction[k]`, `answer[k]`, `think_end`) and spans of them
+    (`post[*]`, `prompt[*]`, `instruction[*]`, `answer[*]`, `think[*]`); `words` gives names of your own to spans of the
+    user's words, which positions then hold too. A span is one column for each token, or one for its mean
+    (`reduce="mean"`; `post[*]`, which all prompts have alike, stays apart). `project` keeps only how far each value
+    lies along each direction, as a unit vector; directions of another checkpoint are taken too.
 
     `cache` keeps finished batches, so that a killed run goes on and the same request is never computed twice.
     `max_tokens` bounds a batch; where memory runs out, the batch is halved and tried again.
@@ -64,12 +66,14 @@ def collect(
     that are not finite (float16 overflow), which are named by level and prompt.
     """
     wanted = _levels(model, site, levels)
+    if reduce not in (None, "mean"):
+        raise UserError(f"reduce is {reduce!r}, and a span is reduced to its mean only; give 'mean', or leave it out")
     batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template or template_of(model))
     if answers is not None:
         batch = batch.with_answers(_answer_tokens(model, answers))
     spans = spans_of(batch, positions, words or {}, lambda: template or template_of(model))
-    columns = spans if reduce else [token for span in spans for token in span.opened()]
-    reading = Reading(site, wanted, tuple(columns), _lines(project))
+    columns = spans if reduce else opened(spans)
+    reading = Reading(site, wanted, tuple(columns), _lines(model, project))
     refuse_too_long(model, batch)
     # Every prompt without its padding, so that the padding side can't matter.
     rows = reading.rows([batch.row(i) for i in range(len(batch.prompts))])
@@ -117,7 +121,7 @@ def from_cache(
         wanted = "hook_resid_pre or hook_resid_post" if site == RESIDUAL else SITES[site].hook
         raise UserError(f"the cache holds no {_NAMES.get(site, site)}; cache {wanted}")
     spans = spans_of(batch, positions, {}, lambda: template_of(model))
-    reading = Reading(site, tuple(levels), tuple(token for span in spans for token in span.opened()), None)
+    reading = Reading(site, tuple(levels), tuple(opened(spans)), None)
     offsets = torch.tensor([batch.offset(i) for i in range(len(batch.prompts))])
     rows = reading.rows([batch.row(i) for i in range(len(batch.prompts))])
     read = forward.read_places(rows) + offsets.unsqueeze(1)
@@ -173,6 +177,8 @@ def _path(model: LanguageModel, site: str, levels: tuple[int, ...]) -> tuple[boo
 
 def _answer_tokens(model: LanguageModel, answers: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
     """Tokens of answers in words, as the tokenizer has them without adding any."""
+    if isinstance(answers, str):
+        raise UserError("answers is one text; give a list with one for each prompt")
     tokenizer = loaded(model).tokenizer
     if tokenizer is None and any(isinstance(own, str) for own in answers):
         raise UserError("the model has no tokenizer to read answers with; give their tokens")
@@ -181,22 +187,34 @@ def _answer_tokens(model: LanguageModel, answers: Sequence[str] | Sequence[Seque
     ]
 
 
-def _lines(project: Sequence[Direction] | None) -> Tensor | None:
+def _lines(model: LanguageModel, project: Sequence[Direction] | None) -> Tensor | None:
+    """Unit vectors. Directions of other weights may be meant, in a comparison; folded or centred ones never fit."""
     if project is None:
         return None
     if not project:
         raise UserError("project is empty; give at least one direction, or leave it out")
-    return torch.stack([direction.unit.float() for direction in project])
+    sizes, regime = sorted({len(direction.vector) for direction in project}), checkpoint_now(model).regime
+    if len(sizes) > 1:
+        raise UserError(
+            f"the directions to project on have {' and '.join(map(str, sizes))} numbers; give those of one site"
+        )
+    other = next((own for direction in project if (own := direction.checkpoint.regime) != regime), None)
+    if other is not None:
+        raise UserError(
+            f"a direction to project on was made with {other} weights and the model has {regime} ones; make it anew"
+        )
+    return torch.stack([direction.unit.detach().float().cpu() for direction in project])
 
 
 def _levels(model: LanguageModel, site: str, levels: Sequence[int] | None) -> tuple[int, ...]:
     require_site(site, (RESIDUAL, *SITES))
     last = n_layers(model) - (site != RESIDUAL)
-    wanted = tuple(range(last + 1)) if levels is None else tuple(levels)
+    wanted = tuple(range(last + 1)) if levels is None else tuple(int(level) for level in levels)
     wrong = [level for level in wanted if not 0 <= level <= last]
     if wrong or not wanted:
         kind = "level" if site == RESIDUAL else "block"
-        raise UserError(f"there is no {kind} {wrong or 'at all'}; this model has {kind}s 0 to {last}")
+        missing = f"there is no {kind} {wrong}" if wrong else f"there is no {kind} to read"
+        raise UserError(f"{missing}; this model has {kind}s 0 to {last}")
     return wanted
 
 
@@ -208,8 +226,9 @@ def refuse_too_long(model: LanguageModel, batch: TokenBatch, new_tokens: int = 0
     if int(lengths.max()) > room:
         row = int(lengths.argmax())
         follow = f", of which {new_tokens} are left for the answer" if new_tokens else ""
+        answered = "" if batch.answer is None else " with its answer"
         raise UserError(
-            f"prompt {batch.prompts[row].id!r} has {int(lengths[row])} tokens and the model takes "
+            f"prompt {batch.prompts[row].id!r} has {int(lengths[row])} tokens{answered} and the model takes "
             f"{context_length(model)}{follow}; shorten it"
         )
 

@@ -100,7 +100,7 @@ class BatchReader:
         batches = forward.plan(rows, self.max_tokens, shared=skip, equal_lengths=not self.fast)
         for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
             chunk = [rows[i] for i in members]
-            key = self._key(chunk, lengths[members], skip)
+            key = self._key(chunk, lengths[members], skip) if self.cache is not None else ""
             piece = self.cache.get(key) if self.cache is not None else None
             if piece is None:
                 if self.fast and skip and prefix is None:

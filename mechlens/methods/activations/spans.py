@@ -24,6 +24,8 @@ from mechlens.prompts.templates.template import ChatTemplate
 _ANSWER = re.compile(r"answer\[(-?\d+|\*)\]")
 _OPENS = {"prompt[*]": "token", "instruction[*]": "instruction", "answer[*]": "answer", "think[*]": "think"}
 """Spans, and what their tokens are called one by one."""
+_TAKEN = ("inst", "post", "last", "prompt", "token", "instruction", "answer", "think", "think_end")
+"""What positions are called, up to a bracket."""
 Words = Mapping[str, str | Sequence[str]]
 """By a name of the caller's: words that stand in every prompt, or each prompt's own."""
 
@@ -56,6 +58,9 @@ def spans_of(batch: TokenBatch, names: Sequence[str], words: Words, template: Ca
 
     Raises UserError for a name that there is not, an answer's without answers, and words that a prompt doesn't have.
     """
+    if isinstance(names, str):
+        raise UserError(f"positions is the one name {names!r}; give a list of names")
+    _refuse_names(names, words)
     offsets = torch.tensor([batch.offset(i) for i in range(len(batch.prompts))])
     found: dict[str, Span] = {}
     for name in names:
@@ -64,6 +69,19 @@ def spans_of(batch: TokenBatch, names: Sequence[str], words: Words, template: Ca
     if not found:
         raise UserError("there is no position to read at all; name one, such as last")
     return list(found.values())
+
+
+def opened(spans: Sequence[Span]) -> list[Span]:
+    """A column for each token of every span; a token that two spans give by one name is one column."""
+    return list({token.name: token for span in spans for token in span.opened()}.values())
+
+
+def _refuse_names(names: Sequence[str], words: Words) -> None:
+    for name in words:
+        if name.partition("[")[0] in _TAKEN:
+            raise UserError(f"{name!r} is a position of its own; call your words something else")
+        if name not in names:
+            raise UserError(f"words are given for {name!r}, which is none of the positions; add it to positions")
 
 
 def _spans(
@@ -113,7 +131,8 @@ def _of_thought(batch: TokenBatch, name: str, tokenizer: Any) -> Span:
 def thought_in(answer: Sequence[int], tokenizer: Any, *, opened: bool) -> tuple[int, int, int]:
     """First token of an answer's thought, the one after its last, and the last of the mark that closes it (or -1).
 
-    The first two are equal where it has none; a thought without end goes on to the answer's.
+    The first two are equal where it has none; a thought without end goes on to the answer's, and of several it is the
+    first.
     """
 
     def said(n: int) -> str:
@@ -127,10 +146,11 @@ def thought_in(answer: Sequence[int], tokenizer: Any, *, opened: bool) -> tuple[
     first = 0 if opened else least(lambda text: OPEN in text)
     if first > len(answer):
         return 0, 0, -1
-    closed = least(lambda text: CLOSE in text)
+    begun = 0 if opened else said(len(answer)).index(OPEN)  # a mark that closes nothing may stand before
+    closed = least(lambda text: CLOSE in text[begun:])
     if closed > len(answer):
         return first, len(answer), -1
-    before = said(len(answer)).index(CLOSE)
+    before = said(len(answer)).index(CLOSE, begun)
     last = least(lambda text: len(text) > before) - 1  # the first token that holds some of the mark
     return first, max(last, first), closed - 1
 

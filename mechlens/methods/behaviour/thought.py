@@ -20,8 +20,9 @@ def opens_thought(batch: TokenBatch, tokenizer: Any) -> tuple[bool, ...]:
     known: dict[tuple[int, ...], bool] = {}
     opened = []
     for i in range(len(batch.prompts)):
-        row = batch.row(i)
-        after = tuple(row[int(batch.instruction[i, 1]) - batch.offset(i) + 1 :])
+        row, first = batch.row(i), batch.offset(i)
+        end = len(row) if batch.answer is None else int(batch.answer[i, 0]) - first
+        after = tuple(row[int(batch.instruction[i, 1]) - first + 1 : end])
         if after not in known:
             known[after] = after_thought(tokenizer.decode(list(after))) is None
         opened.append(known[after])

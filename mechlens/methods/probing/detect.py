@@ -212,6 +212,7 @@ def _separation(
 
 
 def _require_finite(acts: Activations) -> None:
+    acts.require_vectors()
     broken = [
         level
         for level, row in zip(acts.levels, acts.values.unbind(1), strict=True)

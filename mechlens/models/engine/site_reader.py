@@ -126,11 +126,18 @@ _READABLE: "weakref.WeakKeyDictionary[nn.Module, set[tuple[str, tuple[int, ...]]
 
 
 def require_readable(model: LanguageModel, site: str, layers: tuple[int, ...]) -> None:
-    """UserError where a block has no such site, or one that is laid out otherwise than by token and head."""
+    """UserError where a block has no such site, one of another size than the rest, or one that is laid out otherwise
+    than by token and head."""
     known = _READABLE.setdefault(model, set())
     if (site, layers) in known:
         return
-    reference_record(model, range(1, 9), -1, site, layers)
+    values = reference_record(model, range(1, 9), -1, site, layers).values
+    alike = [layer for layer in layers if values[layer].shape == values[layers[0]].shape]
+    if len(alike) < len(layers):  # Gemma 4's global attention has larger heads than its local one
+        raise UserError(
+            f"{site!r} has another size in some blocks of this model than in others; read blocks of one size together, "
+            f"such as levels={alike}"
+        )
     if not is_laid_out(model, site, layers[0]):
         raise UserError(
             f"{site!r} of this model is laid out in a way of its own, so tokens, heads and neurons can't be told "
