@@ -43,12 +43,17 @@ def sites_of(architecture: str) -> list[str]:
 
 
 @torch.inference_mode()
-def hooked(model: Any, batch: TokenBatch, site: str, names: Sequence[str]) -> Tensor:
-    """Every prompt alone, by TransformerLens' own cache; patterns end with NaN up to the longest prompt."""
-    depth, longest = model.cfg.n_layers, int(batch.lengths.max())
+def caches_of(model: Any, batch: TokenBatch) -> list[Any]:
+    """TransformerLens' own cache of every prompt alone."""
+    alone = (torch.tensor([batch.row(i)]) for i in range(len(batch.prompts)))
+    return [model.run_with_cache(tokens, use_cache=False)[1] for tokens in alone]
+
+
+def hooked(caches: Sequence[Any], batch: TokenBatch, site: str, names: Sequence[str], depth: int) -> Tensor:
+    """What they hold at a site; patterns end with NaN up to the longest prompt."""
+    longest = int(batch.lengths.max())
     found = []
-    for i in range(len(batch.prompts)):
-        _, cache = model.run_with_cache(torch.tensor([batch.row(i)]), use_cache=False)
+    for i, cache in enumerate(caches):
         layers = torch.stack([cache[site_hook(site, layer)][0] for layer in range(depth)])
         if site == "pattern":
             layers = torch.nn.functional.pad(layers.movedim(1, 2), (0, longest - layers.shape[-1]), value=torch.nan)
@@ -69,12 +74,13 @@ def assert_equal(got: Tensor, want: Tensor) -> None:
 def test_every_site_equals_one_prompt_at_a_time(architecture: str) -> None:
     model, _ = pair(architecture)
     for side in ("right", "left"):
-        batch = tokenize(prompts(5), template_of(model), padding_side=side)
+        batch = tokenize(prompts(4), template_of(model), padding_side=side)
+        caches = caches_of(model, batch)
         for site in sites_of(architecture):
             acts = collect(model, batch, site=site, positions=EVERY)
             assert acts.engine == "fast", (site, acts.why_plain)
             assert acts.axes == SITES[site].axes
-            assert_equal(acts.values, hooked(model, batch, site, acts.positions))
+            assert_equal(acts.values, hooked(caches, batch, site, acts.positions, model.cfg.n_layers))
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if WITHOUT.get(name)])
@@ -186,11 +192,12 @@ def test_from_cache_equals_collect(site: str) -> None:
 
 @pytest.mark.real
 def test_every_site_of_smollm2_equals_one_prompt_at_a_time(smollm2: Any) -> None:
-    batch = tokenize(builtin_prompts("harmful")[:4] + builtin_prompts("benign")[:2], template_of(smollm2))
-    for site in SITES:
+    batch = tokenize(builtin_prompts("harmful")[:2] + builtin_prompts("benign")[:1], template_of(smollm2))
+    caches = caches_of(smollm2, batch)
+    for site in ("resid_mid", "mlp_post", "k", "z", "pattern"):
         acts = collect(smollm2, batch, site=site, positions=["inst", "last"])
         assert acts.engine == "fast"
-        want = hooked(smollm2, batch, site, acts.positions)
+        want = hooked(caches, batch, site, acts.positions, smollm2.cfg.n_layers)
         scale = want.nan_to_num().abs().flatten(2).amax(dim=-1).amax(dim=0)  # of each block
         gap = (acts.values - want).nan_to_num().abs().flatten(2).amax(dim=-1).amax(dim=0)
         assert float((gap / scale).max()) < 1e-4, site
