@@ -49,6 +49,11 @@ class TokenBatch:
         """Real tokens in each row."""
         return self.mask.sum(dim=1)
 
+    @property
+    def offsets(self) -> Int[Tensor, " prompt"]:
+        """Padding tokens before the first real one of each row."""
+        return self.mask.int().argmax(dim=1)
+
     def resolve(self, names: Sequence[str]) -> tuple[str, ...]:
         """Position names as columns of `index`: "post[*]" opens up, "last" and "post[-1]" become post[n-1]."""
         return tuple(dict.fromkeys(column for name in names for column in self._columns(name)))
@@ -80,7 +85,7 @@ class TokenBatch:
         """
         absolute = _TOKEN.fullmatch(name)
         if absolute is not None:
-            return self._counted(name, self.mask.int().argmax(dim=1) + int(absolute[1]), self._last())
+            return self._counted(name, self.offsets + int(absolute[1]), self._last())
         match = _INSTRUCTION.fullmatch(name)
         if match is None or match[1] == "*":
             columns = self._columns(name)
@@ -129,7 +134,7 @@ class TokenBatch:
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
-        offsets = torch.tensor([self.offset(i) for i in range(len(rows))]).unsqueeze(1)
+        offsets = self.offsets.unsqueeze(1)
         ends = torch.tensor([len(row) for row in rows])
         return replace(
             self,

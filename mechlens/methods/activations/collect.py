@@ -10,7 +10,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.reading import BatchReader, Reading
-from mechlens.methods.activations.spans import Span, Words, opened, spans_of
+from mechlens.methods.activations.spans import Words, opened, spans_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.bridge import (
@@ -24,6 +24,7 @@ from mechlens.models.bridge import (
     loaded,
     n_layers,
 )
+from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.probes import overflow_advice
 from mechlens.models.engine.site_reader import require_readable, tokens_first, why_plain_at
@@ -76,7 +77,7 @@ def collect(
     reading = Reading(site, wanted, tuple(columns), _lines(model, project))
     refuse_too_long(model, batch)
     # Every prompt without its padding, so that the padding side can't matter.
-    rows = reading.rows([batch.row(i) for i in range(len(batch.prompts))])
+    rows = reading.rows(batch)
     if has_hooks(model):
         cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
     fast, why_plain = _path(model, site, wanted)
@@ -84,22 +85,7 @@ def collect(
     reader = BatchReader(model, checkpoint, reading, fast, cache, max_tokens or _default_tokens(model))
     values, finite = reader.read(rows)
     _refuse_non_finite(~finite, wanted, batch, dtype_of(model))
-    return Activations(
-        values=values,
-        levels=wanted,
-        positions=tuple(column.name for column in columns),
-        ids=tuple(prompt.id for prompt in batch.prompts),
-        labels=tuple(prompt.label for prompt in batch.prompts),
-        families=tuple(prompt.group for prompt in batch.prompts),
-        site=site,
-        checkpoint=checkpoint,
-        template=batch.template,
-        engine="fast" if fast else "plain",
-        why_plain=why_plain,
-        last=batch.positions[-1],
-        axes=_axes(site, project),
-        mask=_mask(columns),
-    )
+    return _labelled(values, batch, reading, checkpoint, engine="fast" if fast else "plain", why_plain=why_plain)
 
 
 def template_of(model: LanguageModel) -> ChatTemplate:
@@ -122,8 +108,7 @@ def from_cache(
         raise UserError(f"the cache holds no {_NAMES.get(site, site)}; cache {wanted}")
     spans = spans_of(batch, positions, {}, lambda: template_of(model))
     reading = Reading(site, tuple(levels), tuple(opened(spans)), None)
-    offsets = torch.tensor([batch.offset(i) for i in range(len(batch.prompts))])
-    rows = reading.rows([batch.row(i) for i in range(len(batch.prompts))])
+    offsets, rows = batch.offsets, reading.rows(batch)
     read = forward.read_places(rows) + offsets.unsqueeze(1)
     found = torch.stack([forward.gather(tokens_first(site, cache[hooks[level]]), read) for level in levels], dim=1)
     if site == "pattern":  # keys are counted from the prompt's first token
@@ -131,19 +116,34 @@ def from_cache(
         for i, row in enumerate(rows):
             keys[i, ..., : len(row.ids)] = found[i, ..., offsets[i] : offsets[i] + len(row.ids)]
         found = keys
+    return _labelled(reading.kept(found, reading.lengths), batch, reading, checkpoint_now(model))
+
+
+def _labelled(
+    values: Tensor,
+    batch: TokenBatch,
+    reading: Reading,
+    checkpoint: Checkpoint,
+    engine: str = "plain",
+    why_plain: str = "",
+) -> Activations:
+    """What was read, with the names of all its axes and of where it comes from."""
+    present = torch.stack([column.present for column in reading.columns], dim=1)
     return Activations(
-        values=reading.kept(found, reading.lengths),
-        levels=tuple(levels),
+        values=values,
+        levels=reading.levels,
         positions=tuple(column.name for column in reading.columns),
         ids=tuple(prompt.id for prompt in batch.prompts),
         labels=tuple(prompt.label for prompt in batch.prompts),
         families=tuple(prompt.group for prompt in batch.prompts),
-        site=site,
-        checkpoint=checkpoint_now(model),
+        site=reading.site,
+        checkpoint=checkpoint,
         template=batch.template,
+        engine=engine,
+        why_plain=why_plain,
         last=batch.positions[-1],
-        axes=_axes(site, None),
-        mask=_mask(reading.columns),
+        axes=reading.axes,
+        mask=None if bool(present.all()) else present,
     )
 
 
@@ -152,17 +152,6 @@ _NAMES = {RESIDUAL: "residual stream"}
 
 def _hook(model: LanguageModel, site: str, level: int) -> str:
     return level_hook(model, level) if site == RESIDUAL else site_hook(site, level)
-
-
-def _axes(site: str, project: Sequence[Direction] | None) -> tuple[str, ...]:
-    if project is not None:
-        return ("direction",)
-    return ("d_model",) if site == RESIDUAL else SITES[site].axes
-
-
-def _mask(columns: Sequence[Span]) -> Bool[Tensor, "prompt position"] | None:
-    present = torch.stack([column.present for column in columns], dim=1)
-    return None if bool(present.all()) else present
 
 
 def _path(model: LanguageModel, site: str, levels: tuple[int, ...]) -> tuple[bool, str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.site_reader import reference_site_batch, site_batch
-from mechlens.models.sites import RESIDUAL
+from mechlens.models.sites import RESIDUAL, SITES
+from mechlens.prompts.batch import TokenBatch
 
 FORMAT = 1
 """Raised when a change of code changes the numbers, so that older pieces on a cache are not used again."""
@@ -41,8 +42,16 @@ class Reading:
         """Tokens of every column in every prompt."""
         return torch.stack([column.length for column in self.columns], dim=1)
 
-    def rows(self, ids: Sequence[Sequence[int]]) -> list[Row]:
-        """The prompts with the places that their columns read, one after the other."""
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What a value is made of."""
+        if self.lines is not None:
+            return ("direction",)
+        return ("d_model",) if self.site == RESIDUAL else SITES[self.site].axes
+
+    def rows(self, batch: TokenBatch) -> list[Row]:
+        """The prompts, without padding, with the places that their columns read, one after the other."""
+        ids = [batch.row(i) for i in range(len(batch.prompts))]
         starts = torch.stack([column.start for column in self.columns], dim=1).tolist()
         found = []
         for own, start, length in zip(ids, starts, self.lengths.tolist(), strict=True):

@@ -61,7 +61,7 @@ def spans_of(batch: TokenBatch, names: Sequence[str], words: Words, template: Ca
     if isinstance(names, str):
         raise UserError(f"positions is the one name {names!r}; give a list of names")
     _refuse_names(names, words)
-    offsets = torch.tensor([batch.offset(i) for i in range(len(batch.prompts))])
+    offsets = batch.offsets
     found: dict[str, Span] = {}
     for name in names:
         for span in _spans(batch, name, offsets, words, template):
