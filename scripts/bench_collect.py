@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.models.bridge import n_layers
+from mechlens.models.engine import products
 from mechlens.models.load import load, load_hf
 from mechlens.models.sites import level_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
@@ -33,7 +34,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="smollm2", help="packaged name, hub id, folder or GGUF file")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--mkl", action="store_true", help="with the matrix products that the peers have, on AMD too")
     args = parser.parse_args()
+    if args.mkl:
+        products.mkl_is_slow = lambda: False
     model = load(args.model)
     hf_model, _ = load_hf(args.model)
     prompts = builtin_prompts("harmful")[:32] + builtin_prompts("harmless")[:32]

@@ -5,8 +5,8 @@
 TransformerLens does one forward pass per site, every site at the same cost, so it is timed on an evenly spread
 subset of the sites (--peer-sites) and scaled; the largest difference is over that subset. Both sides are warmed up
 on one site; what the first sweep of a site kind costs mechlens besides, the check that the engine fits, is printed.
-The floor is the arithmetic of what an edit changes (blocks above it, tokens from it on) at the matrix-product rate
-of this process. The last line is one JSON object.
+The floor is the arithmetic of what an edit changes (blocks above it, tokens from it on; nothing before the first token
+that differs) at the rate of this process for the model's own matrix products. The last line is one JSON object.
 """
 
 import argparse
@@ -28,8 +28,10 @@ from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.models.bridge import loaded, n_layers
+from mechlens.models.engine import products
 from mechlens.models.engine.growing import can_grow
 from mechlens.models.load import load
+from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_pairs
@@ -63,7 +65,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="packaged name, hub id, folder or GGUF file")
     parser.add_argument("--peer-sites", type=int, default=60, help="sites that TransformerLens is timed on")
     parser.add_argument("--quick", action="store_true", help="four layers, few sites: does it run? No result")
+    parser.add_argument("--mkl", action="store_true", help="with the matrix products that the peer has, on AMD too")
     options = parser.parse_args()
+    if options.mkl:
+        products.mkl_is_slow = lambda: False
     model = load(options.model)
     tokenizer = loaded(model).tokenizer
     tokenizer.chat_template = tokenizer.chat_template or FRAME
@@ -172,16 +177,18 @@ def floor_seconds(model: Any, case: Case, ours: PatchResult) -> float:
     """The changed rectangle's multiplications at the rate of one of this model's own matrix products."""
     blocks, length = n_layers(model), case.clean.shape[1]
     per_token_block = sum(p.numel() for p in model.blocks[0].parameters()) * 2
-    changed = sum((blocks - layer) * (length - pos) for layer in case.layers for pos in case.positions)
-    weight = next(p for p in model.blocks[0].parameters() if p.ndim == 2)
-    x = torch.randn(1024, weight.shape[1])
-    with torch.inference_mode():
-        x @ weight.T
+    firsts = (case.clean != case.corrupt).int().argmax(dim=1).tolist()
+    tokens = sum(length - pos for first in firsts for pos in case.positions if pos >= first)
+    changed = tokens * sum(blocks - layer for layer in case.layers)
+    with torch.inference_mode(), native(model):
+        linear = next(m for m in native_blocks(model)[0].modules() if type(m) is torch.nn.Linear)
+        x = torch.randn(1024, linear.in_features)
+        linear(x)
         start = time.perf_counter()
         for _ in range(20):
-            x @ weight.T
-        rate = 20 * 2 * 1024 * weight.numel() / (time.perf_counter() - start)
-    return len(ours.pairs) * changed * ours.values.shape[3] * per_token_block / rate
+            linear(x)
+        rate = 20 * 2 * 1024 * linear.weight.numel() / (time.perf_counter() - start)
+    return changed * ours.values.shape[3] * per_token_block / rate
 
 
 def growth(model: Any, template: ChatTemplate, pairs: list[PromptPair], layers: tuple[int, ...]) -> None:

@@ -33,6 +33,7 @@ from mechlens.methods.steering.candidates import score_candidates
 from mechlens.methods.steering.interventions import ALL, Add
 from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import loaded, n_layers
+from mechlens.models.engine import products
 from mechlens.models.engine.generate import stop_tokens
 from mechlens.models.load import load, load_hf
 from mechlens.prompts.batch import TokenBatch, tokenize
@@ -52,8 +53,12 @@ def main() -> None:
     parser.add_argument(
         "--peer-candidates", type=int, default=18, help="candidates that the published loop is timed on"
     )
+    parser.add_argument("--mkl", action="store_true", help="with the matrix products that the peers have, on AMD too")
+    parser.add_argument("--sweep-only", action="store_true", help="leave out (b)")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     options = parser.parse_args()
+    if options.mkl:
+        products.mkl_is_slow = lambda: False
     clock = CLOCKS[options.clock]
     model = load(options.model)
     hf_model, _ = load_hf(options.model)
@@ -66,6 +71,9 @@ def main() -> None:
     if options.quick:
         layers = layers[:: max(1, len(layers) // 6)]
     result = sweep(model, hf_model, asked, grid, layers, options, clock)
+    if options.sweep_only:
+        print(json.dumps(result))
+        return
     both = tokenize([*harmful[: 2 * per_class], *harmless[: 2 * per_class]], template_of(model))
     result |= selection(model, hf_model, both, candidates_of(grid, layers, options.quick), options, clock)
     order = ("sweep_ratio", "sweep_ratio_batch1", "selection_ratio", "labels_equal", "max_abs_diff")

@@ -24,6 +24,7 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.models.bridge import n_layers
 from mechlens.models.checkpoints.series import CheckpointSeries, checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper
+from mechlens.models.engine import products
 from mechlens.models.load import load, load_hf
 from mechlens.models.sites import level_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
@@ -40,8 +41,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="packaged name, hub id or folder")
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--mkl", action="store_true", help="with the matrix products that the peers have, on AMD too")
     parser.add_argument("--quick", action="store_true", help="3 checkpoints and 32 prompts")
     args = parser.parse_args()
+    if args.mkl:
+        products.mkl_is_slow = lambda: False
     n_checkpoints, n_prompts = (3, 32) if args.quick else (args.checkpoints, args.prompts)
     half = n_prompts // 2
     prompts = builtin_prompts("harmful")[:half] + builtin_prompts("harmless")[:half]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from mechlens.errors import UserError
+from mechlens.methods.patching import packed as packed_edits
 from mechlens.methods.patching import plan as patch_plan
 from mechlens.methods.patching import sweep as patching
 from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, LogProbability, Metric, OwnMetric
@@ -276,6 +277,31 @@ def test_where_memory_runs_out_the_batch_is_halved(monkeypatch: pytest.MonkeyPat
     model, plan = model_of("llama"), PatchPlan("resid_pre", positions=("instruction[*]",), max_tokens=10**6)
     truth = patch_sweep(model, LONG, METRIC, plan, template=short()).values
     sizes: list[int] = []
+    run = packed_edits.packed_edited_logits
+
+    def small(model: Any, recorded: Any, site: str, edits: Sequence[Any], reads: Sequence[int]) -> Tensor:
+        if len(edits) > 10:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        sizes.append(len(edits))
+        return run(model, recorded, site, edits, reads)
+
+    monkeypatch.setattr(packed_edits, "packed_edited_logits", small)
+    assert gap(patch_sweep(model, LONG, METRIC, plan, template=short()).values, truth) < CLOSE
+    assert sum(sizes) == truth.numel() - n_layers(model)  # both prompts begin with a "p"
+
+    def broken(*args: Any) -> Tensor:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(packed_edits, "packed_edited_logits", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        patch_sweep(model, LONG, METRIC, plan, template=short(), engine=GROWING)
+
+
+def test_the_growing_batch_is_halved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites that only TransformerLens' hook points reach don't come into packed passes."""
+    model, plan = model_of("llama"), PatchPlan("mlp_out", positions=("instruction[*]",), max_tokens=10**6)
+    truth = patch_sweep(model, LONG, METRIC, plan, template=short()).values
+    sizes: list[int] = []
 
     def small(model: Any, recording: Any, site: str, edits: Sequence[Edit], read: int) -> Tensor:
         if len(edits) > 10:
@@ -286,13 +312,6 @@ def test_where_memory_runs_out_the_batch_is_halved(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(patching, "edited_logits", small)
     assert gap(patch_sweep(model, LONG, METRIC, plan, template=short()).values, truth) < CLOSE
     assert sum(sizes) == truth.numel()
-
-    def broken(*args: Any) -> Tensor:
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(patching, "edited_logits", broken)
-    with pytest.raises(RuntimeError, match="something else"):
-        patch_sweep(model, LONG, METRIC, plan, template=short(), engine=GROWING)
 
 
 def test_what_cannot_grow_says_which_path_ran() -> None:
@@ -611,24 +630,27 @@ class Memory:
 
 THREE = [*PAIRS, pair("draw my red sun", "drop my sad fork", "three")]
 PLAN = PatchPlan("z", layers=(0, 2), positions=("inst", "last"))
+ALONE = replace(PLAN, max_tokens=17)
+"""The same with too few tokens in a pass for two pairs to share it."""
 
 
 def test_a_killed_sweep_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = model_of("llama"), Memory(last=2)
     runs: list[int] = []
-    monkeypatch.setattr(patching, "record", lambda *args: runs.append(1) or record(*args))
-    truth = patch_sweep(model, THREE, METRIC, PLAN, template=short())
+    record = packed_edits.record_packed
+    monkeypatch.setattr(packed_edits, "record_packed", lambda *args: runs.append(len(args[1])) or record(*args))
+    truth = patch_sweep(model, THREE, METRIC, ALONE, template=short())
     with pytest.raises(KeyboardInterrupt):
-        patch_sweep(model, THREE, METRIC, PLAN, template=short(), cache=cache)
+        patch_sweep(model, THREE, METRIC, ALONE, template=short(), cache=cache)
     cache.last = 10**9
     runs.clear()
-    got = patch_sweep(model, THREE, METRIC, PLAN, template=short(), cache=cache)
-    assert (len(runs), cache.found) == (2, 2)  # the two runs of the third pair
+    got = patch_sweep(model, THREE, METRIC, ALONE, template=short(), cache=cache)
+    assert (runs, cache.found) == ([2], 2)  # the two runs of the third pair
     assert gap(got.values, truth.values) < 1e-12
     assert gap(got.clean, truth.clean) == gap(got.corrupt, truth.corrupt) == 0.0
     runs.clear()
-    bigger = replace(PLAN, max_tokens=17)  # how it is computed is no part of what it is
-    assert torch.equal(patch_sweep(model, THREE, METRIC, bigger, template=short(), cache=cache).values, got.values)
+    # How it is computed is no part of what it is.
+    assert torch.equal(patch_sweep(model, THREE, METRIC, PLAN, template=short(), cache=cache).values, got.values)
     assert not runs
 
 
@@ -690,7 +712,7 @@ class Dying(t.FolderCache):
             os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
 cache = Dying(Path({folder!r}))
-t.patch_sweep(t.model_of("llama"), t.THREE, t.METRIC, t.PLAN, template=t.short(), cache=cache)
+t.patch_sweep(t.model_of("llama"), t.THREE, t.METRIC, t.ALONE, template=t.short(), cache=cache)
 """
 
 
@@ -699,11 +721,12 @@ def test_a_process_killed_with_kill_9_is_taken_up_by_another(tmp_path: Path, mon
     done = warm.python(script)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     runs: list[int] = []
-    monkeypatch.setattr(patching, "record", lambda *args: runs.append(1) or record(*args))
-    truth = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short())
+    record = packed_edits.record_packed
+    monkeypatch.setattr(packed_edits, "record_packed", lambda *args: runs.append(len(args[1])) or record(*args))
+    truth = patch_sweep(model_of("llama"), THREE, METRIC, ALONE, template=short())
     runs.clear()
-    got = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short(), cache=FolderCache(tmp_path))
-    assert len(runs) == 2  # both runs of one pair
+    got = patch_sweep(model_of("llama"), THREE, METRIC, ALONE, template=short(), cache=FolderCache(tmp_path))
+    assert runs == [2]  # both runs of one pair
     assert gap(got.values, truth.values) < CLOSE  # numbers of another process, whose threads differ
     kept = patch_sweep(model_of("llama"), THREE, METRIC, PLAN, template=short(), cache=FolderCache(tmp_path))
     assert gap(kept.values, got.values) < 1e-12

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from mechlens.models.engine.products import quick_products
+
 
 @contextlib.contextmanager
 def native(model: Any) -> Iterator[nn.Module]:
-    """The plain Hugging Face model under a bridge, with its own attention kernel; the bridge returns on exit."""
+    """The plain Hugging Face model under a bridge, with its own attention kernel and the faster matrix products; the
+    bridge returns on exit."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     swaps: list[tuple[nn.Module, str, nn.Module]] = []
@@ -32,7 +35,8 @@ def native(model: Any) -> Iterator[nn.Module]:
     try:
         visit(hf_model)
         hf_model.config._attn_implementation = getattr(getattr(model, "mechlens", None), "attention", "eager")
-        yield hf_model
+        with quick_products(hf_model):
+            yield hf_model
     finally:
         hf_model.config._attn_implementation = bridged_attention
         for module, name, child in swaps:

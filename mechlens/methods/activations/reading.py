@@ -22,7 +22,7 @@ from mechlens.models.engine.site_reader import reference_site_batch, site_batch
 from mechlens.models.sites import RESIDUAL, SITES
 from mechlens.prompts.batch import TokenBatch
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a change of code changes the numbers, so that older pieces on a cache are not used again."""
 
 
@@ -106,7 +106,10 @@ class BatchReader:
         prefix = None
         values = torch.empty(0)
         finite = torch.ones(len(rows), len(reading.levels), dtype=torch.bool)
-        batches = forward.plan(rows, self.max_tokens, shared=skip, equal_lengths=not self.fast)
+        if self.reading.site == RESIDUAL:
+            batches = forward.plan_reading(self.model, rows, self.max_tokens, shared=skip, fast=self.fast)
+        else:
+            batches = forward.plan(rows, self.max_tokens, shared=skip, equal_lengths=not self.fast)
         for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
             chunk = [rows[i] for i in members]
             key = self._key(chunk, lengths[members], skip) if self.cache is not None else ""

@@ -18,8 +18,10 @@ from mechlens.methods.activations.reading import halving
 from mechlens.methods.cache import Cache
 from mechlens.methods.patching.attribution import attributed
 from mechlens.methods.patching.metrics import Metric, OwnMetric, require_tokens
+from mechlens.methods.patching.packed import packed_pieces
 from mechlens.methods.patching.plan import PatchPlan, opened_axes, opened_positions, refuse_other_shape, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
+from mechlens.methods.patching.task import PairTask, pair_edits, pair_task, piece
 from mechlens.models.bridge import (
     LanguageModel,
     checkpoint_now,
@@ -37,64 +39,14 @@ from mechlens.models.engine.edits import (
     is_laid_out,
     reference_edited_logits,
     reference_record,
-    value_at,
 )
 from mechlens.models.engine.growing import can_grow, edit_batches, edited_logits, record, why_not_growing
-from mechlens.prompts.batch import TokenBatch, token_text
+from mechlens.models.engine.packed.edits import (
+    packs_edits,
+)
+from mechlens.prompts.batch import token_text
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
-
-
-def pair_edits(
-    plan: PatchPlan,
-    layers: Sequence[int],
-    heads: Sequence[int],
-    start: Recording,
-    source: Recording,
-    places: Sequence[tuple[int, int]],
-) -> list[Edit]:
-    """Every site with the value that is put there, in the grid's order: layer, position, head.
-
-    `start` is the run that is edited, `source` the one that values come from, `places` one role's index in each.
-    """
-    values = source.values
-    if plan.random_seed is not None:
-        # Every pair draws its own vectors: one vector for all would have an effect of its own, the same in each.
-        drawn = hashlib.sha256(json.dumps([plan.random_seed, start.ids, source.ids]).encode()).hexdigest()
-        generator = torch.Generator().manual_seed(int(drawn[:15], 16))
-        values = _as_far_at_random(start.values, values, plan.site, layers, heads, places, generator)
-        places = [(place, place) for place, _ in places]
-    return [
-        Edit(layer, to, value_at(values[layer], plan.site, come, head), head)
-        for layer in layers
-        for to, come in places
-        for head in (heads or (None,))
-    ]
-
-
-def _as_far_at_random(
-    own: dict[int, Tensor],
-    source: dict[int, Tensor],
-    site: str,
-    layers: Sequence[int],
-    heads: Sequence[int],
-    places: Sequence[tuple[int, int]],
-    generator: torch.Generator,
-) -> dict[int, Tensor]:
-    """The run's own values plus, at each place, a random vector of the norm of the difference to the source."""
-    changed = {layer: value.clone() for layer, value in own.items()}
-    for layer in layers:
-        for to, come in places:
-            for head in heads or (None,):
-                mine = value_at(own[layer], site, to, head)
-                gap = (value_at(source[layer], site, come, head) - mine).float().norm()
-                noise = torch.randn(mine.shape, generator=generator).to(mine.device)
-                if site == "pattern":
-                    noise[mine == 0] = 0  # tokens that can't be attended to stay so
-                length = noise.norm().clamp(min=torch.finfo(noise.dtype).tiny)  # a pattern may attend to nothing
-                value_at(changed[layer], site, to, head).copy_(mine + (noise * gap / length).to(mine.dtype))
-    return changed
-
 
 GROWING, PLAIN, ATTRIBUTION = "growing batch", "plain", "attribution"
 
@@ -135,10 +87,11 @@ def patch_sweep(
         raise UserError(f"in this model {plan.site!r} can be read and not changed; choose another site, such as z")
     used = _choose_engine(model, plan.site, engine)
     weights = tuple(now.identity for now in map(checkpoint_now, (model, source)))
-    work = _Sweep(model, source, metric, plan, layers, heads, used, weights)
-    rows = []
-    for i in tqdm(range(len(pairs)), desc=f"patching {plan.site}", unit="pair", delay=2, leave=False):
-        rows.append(work.pair(both[0], both[1], i, positions, cache))
+    longest = int(max(batch.lengths.max() for batch in both))
+    packed = used == GROWING and all(packs_edits(one, plan.site, longest) for one in (model, source))
+    work = _Sweep(model, source, metric, plan, layers, heads, used, weights, packed)
+    tasks = [pair_task(both, i, plan, positions) for i in range(len(pairs))]
+    rows = work.run(tasks, cache)
     values, clean, corrupt = (torch.stack(column) for column in zip(*rows, strict=True))
     tokenizer = loaded(model).tokenizer
     first = both[0].row(0)
@@ -191,49 +144,69 @@ class _Sweep:
     engine: str
     weights: tuple[tuple[str, str, str], ...]
     """Identity of the model and of the source as they are now."""
+    packed: bool
+    """Whether edits of several pairs share passes, without padding."""
 
-    def pair(
-        self, clean: TokenBatch, corrupt: TokenBatch, i: int, positions: tuple[str, ...], cache: Cache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Values (layer, position, head), and the metric of the clean and the corrupt run."""
-        start, source = (corrupt, clean) if self.plan.mode == "denoising" else (clean, corrupt)
-        places = [(self._index(start, name, i), self._index(source, name, i)) for name in positions]
-        read = self._index(start, self.plan.read, i)
-        if self.plan.site == "pattern":
-            same_length = len(start.row(i)) == len(source.row(i))
-            if not same_length or any(to != come for to, come in places):
-                raise UserError(
-                    f"a row of 'pattern' has one number for each token, and the tokens of {start.prompts[i].id!r} and "
-                    f"{source.prompts[i].id!r} don't stand in the same places; choose pairs of one length"
-                )
-        key = self._key(start.row(i), source.row(i), places, read)
-        piece = cache.get(key) if cache is not None else None
-        if piece is None:
-            piece = self._compute(start.row(i), source.row(i), places, read, self._index(source, self.plan.read, i))
-            if cache is not None:
-                cache.put(key, piece)
-        ends = (piece["source"], piece["start"])
-        shape = (len(self.layers), len(positions), max(len(self.heads), 1))
-        return piece["values"].reshape(shape), *(ends if self.plan.mode == "denoising" else ends[::-1])
+    def run(self, tasks: list[PairTask], cache: Cache | None) -> list[tuple[Tensor, ...]]:
+        """Of each pair values (layer, position, head), and the metric of the clean and the corrupt run."""
+        keys = [self._key(task) for task in tasks]
+        pieces = {i: kept for i, key in enumerate(keys) if cache is not None and (kept := cache.get(key)) is not None}
+        bar = tqdm(
+            total=len(tasks), initial=len(pieces), desc=f"patching {self.plan.site}", unit="pair", delay=2, leave=False
+        )
+        with bar:
+            # Groups don't depend on what is on the cache, so a sweep that goes on ends with the same numbers.
+            for group in self._groups(tasks):
+                if all(i in pieces for i in group):
+                    continue
+                for i, made in zip(group, self._computed([tasks[i] for i in group]), strict=True):
+                    bar.update(i not in pieces)
+                    pieces[i] = made
+                    if cache is not None:
+                        cache.put(keys[i], made)
+        shape = (len(self.layers), len(tasks[0].places), max(len(self.heads), 1))
+        ends = ("source", "start") if self.plan.mode == "denoising" else ("start", "source")
+        return [(pieces[i]["values"].reshape(shape), *(pieces[i][end] for end in ends)) for i in range(len(tasks))]
 
-    def _index(self, batch: TokenBatch, name: str, i: int) -> int:
-        return int(batch.at(name)[i]) - batch.offset(i)
+    def _groups(self, tasks: list[PairTask]) -> list[list[int]]:
+        """Pairs whose edits make up one pass together."""
+        if not self.packed:
+            return [[i] for i in range(len(tasks))]
+        each = len(self.layers) * max(len(self.heads), 1)
+        groups: list[list[int]] = []
+        room = 0
+        for i, task in enumerate(tasks):
+            size = len(task.start) + len(task.source) + each * task.tokens(one_model=self.source_model is self.model)
+            if size > room:
+                groups.append([])
+                room = self._budget
+            groups[-1].append(i)
+            room -= size
+        return groups
 
-    def _compute(
-        self, start_ids: list[int], source_ids: list[int], places: list[tuple[int, int]], read: int, source_read: int
-    ) -> dict[str, Tensor]:
-        start = self._run(self.model, start_ids, read, self.layers if self.plan.random_seed is not None else ())
-        source = self._run(self.source_model, source_ids, source_read, self.layers)
-        edits = pair_edits(self.plan, self.layers, self.heads, start, source, places)
+    @property
+    def _budget(self) -> int:
+        return self.plan.max_tokens or (2048 if device_of(self.model).type == "cpu" else 32768)
+
+    def _computed(self, tasks: list[PairTask]) -> list[dict[str, Tensor]]:
+        if self.packed:
+            return packed_pieces(
+                self.model, self.source_model, tasks, self.plan, self.layers, self.heads, self.metric, self._budget
+            )
+        (task,) = tasks
+        start = self._recorded(
+            self.model, task.start, task.read, self.layers if self.plan.random_seed is not None else ()
+        )
+        source = self._recorded(self.source_model, task.source, task.source_read, self.layers)
+        edits = pair_edits(self.plan, self.layers, self.heads, start, source, task.places)
         clean = source.logits if self.plan.mode == "denoising" else start.logits
         if self.engine == ATTRIBUTION:
-            values = attributed(self.model, self.plan.site, start_ids, edits, self.metric, clean, read)
+            values = attributed(self.model, self.plan.site, task.start, edits, self.metric, clean, task.read)
         else:
-            values = (self._grown if self.engine == GROWING else self._plain)(start, edits, read, clean)
-        ends = self.metric(torch.stack([start.logits, source.logits]), clean)
-        return {"values": values, "start": ends[0].clone(), "source": ends[1].clone()}
+            values = (self._grown if self.engine == GROWING else self._plain)(start, edits, task.read, clean)
+        return [piece(self.plan, self.metric, values, start, source)]
 
-    def _run(self, model: LanguageModel, ids: list[int], read: int, layers: tuple[int, ...]) -> Recording:
+    def _recorded(self, model: LanguageModel, ids: Sequence[int], read: int, layers: tuple[int, ...]) -> Recording:
         if self.engine == GROWING and can_grow(model, self.plan.site):
             return record(model, ids, read, self.plan.site, layers)
         return reference_record(model, ids, read, self.plan.site, layers)
@@ -244,20 +217,19 @@ class _Sweep:
 
     def _grown(self, start: Recording, edits: list[Edit], read: int, clean: Tensor) -> Tensor:
         values = torch.empty(len(edits), dtype=torch.float64)
-        budget = self.plan.max_tokens or (2048 if device_of(self.model).type == "cpu" else 32768)
 
         def run(chunk: list[int]) -> Tensor:
             logits = edited_logits(self.model, start, self.plan.site, [edits[i] for i in chunk], read)
             return self.metric(logits[1:], clean)
 
-        for chunk in edit_batches(edits, len(start.ids), read, n_layers(self.model), budget):
+        for chunk in edit_batches(edits, len(start.ids), read, n_layers(self.model), self._budget):
             values[torch.tensor(chunk)] = halving(run, chunk, len(start.ids))
         return values
 
-    def _key(self, start: list[int], source: list[int], places: list[tuple[int, int]], read: int) -> str:
+    def _key(self, task: PairTask) -> str:
         record_ = [
             "patch", self.weights, str(dtype_of(self.model)), str(dtype_of(self.source_model)), self.engine,
             repr(replace(self.plan, max_tokens=None)), repr(self.metric),
-            self.layers, self.heads, start, source, places, read,
+            self.layers, self.heads, task.start, task.source, task.places, task.read,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(record_).encode()).hexdigest()

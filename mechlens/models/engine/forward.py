@@ -30,7 +30,8 @@ from mechlens.models.bridge import (
     regime,
     whole,
 )
-from mechlens.models.engine.caches import with_cache
+from mechlens.models.engine.caches import ReadOnlyCache, with_cache
+from mechlens.models.engine.packed.packing import pack_prompts, packed_pass, packs, plan_packed
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.native import native, native_blocks
@@ -92,6 +93,15 @@ def plan(
             yield batch_cost + size * (longest - shared)
 
     return [order[piece] for piece in cheapest_pieces(len(order), costs)]
+
+
+def plan_reading(
+    model: LanguageModel, rows: Sequence[Row], max_tokens: int, *, shared: int, fast: bool
+) -> list[list[int]]:
+    """Row numbers batch by batch, for `fast_batch` or `reference_batch`."""
+    if fast and len(rows) > 1 and packs(model, max(len(row.ids) for row in rows)):
+        return plan_packed([row.ids for row in rows], max_tokens, shared)
+    return plan(rows, max_tokens, shared=shared, equal_lengths=not fast)
 
 
 def cheapest_pieces(n: int, costs: Callable[[int], Iterator[float]]) -> list[slice]:
@@ -190,12 +200,28 @@ def fast_batch(
 ) -> Float[Tensor, "row level read d_model"]:
     """Residuals of one batch at the read positions, on top of the shared start's keys and values."""
     skip = prefix.get_seq_length() if prefix is not None else 0
+    if len(rows) > 1 and packs(model, max(len(row.ids) for row in rows)):
+        return _packed_batch(model, rows, levels, prefix)
     device = device_of(model)
     reader = Reader(levels, n_layers(model), read_places(rows) - skip, stops=True)
     with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(Stop):
         cache = SharedRows.apart(len(rows), n_layers(model), device).cache(prefix)
         hf_model(right_padded(rows, skip).to(device), **with_cache(hf_model, cache))
     return reader.stacked()
+
+
+def _packed_batch(
+    model: LanguageModel, rows: Sequence[Row], levels: Sequence[int], prefix: DynamicCache | None
+) -> Float[Tensor, "row level read d_model"]:
+    skip = prefix.get_seq_length() if prefix is not None else 0
+    packing, paths = pack_prompts([row.ids for row in rows], skip)
+    read = read_places(rows)
+    places = [path[at - skip] for path, own in zip(paths, read.tolist(), strict=True) for at in own]
+    reader = Reader(levels, n_layers(model), torch.tensor([places]), stops=True)
+    with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(Stop):
+        packed_pass(model, hf_model, packing, ReadOnlyCache(prefix, skip))
+    found = reader.stacked()[0]
+    return found.view(len(levels), *read.shape, -1).transpose(0, 1)
 
 
 def right_padded(rows: Sequence[Row], skip: int) -> Int[Tensor, "row seq"]:

@@ -1,7 +1,7 @@
 """Greedy answers in batches: the shared start once, rows packed, finished rows leave."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
 from mechlens.models.engine.caches import roomy, with_cache
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.intervene import TokenMask
+from mechlens.models.engine.packed.packing import pack_prompts, packed_pass, packs
 from mechlens.models.engine.probes import not_finite, require_finite_logits
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.native import native, native_blocks
@@ -40,14 +41,17 @@ def greedy_batch(
     each row's keys and values move to the right end, so that decoding continues without a gap.
     """
     device = device_of(model)
-    shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model), device)
     skip = prefix.get_seq_length() if prefix is not None else 0
     stop = torch.tensor(sorted(stop_tokens(model)), dtype=torch.long, device=device)
     lengths = torch.tensor([len(row.ids) - skip for row in rows], device=device)
     with native(model) as hf_model:
-        logits, cache = _prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)
         width = int(lengths.max())
-        cache = _packed(cache, width - lengths, shared_rows, max_new_tokens)
+        if token_mask is None and packs(model, skip + width):
+            logits, cache = _packed_prompts(model, hf_model, rows, prefix, max_new_tokens)
+        else:
+            shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model), device)
+            logits, cache = _prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)
+            cache = _packed(cache, width - lengths, shared_rows, max_new_tokens)
         mask = torch.arange(skip + width, device=device) >= (width - lengths).unsqueeze(1)
         rest = Rest(stop, max_new_tokens, token_mask, decided)
         return _decode(hf_model, cache, _likeliest(logits).to(device), mask, skip + lengths, rest)
@@ -104,21 +108,51 @@ def _prompt_pass(
         return _last_logits(hf_model, tokens.to(ends.device), cache, shared_rows.of_row[-1], ends), cache
 
 
-def _last_logits(
-    hf_model: Any, tokens: Tensor, cache: DynamicCache, row: Int[Tensor, " row"], ends: Int[Tensor, " row"]
-) -> Float[Tensor, "row vocab"]:
-    """Logits of the first answer token of every row: the head is shown each row's last token only."""
+def _packed_prompts(
+    model: LanguageModel, hf_model: torch.nn.Module, rows: list[Row], prefix: DynamicCache | None, room: int
+) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
+    """Logits at the end of every prompt, and every row's keys and values by themselves, at the right end."""
+    skip = prefix.get_seq_length() if prefix is not None else 0
+    packing, paths = pack_prompts([row.ids for row in rows], skip)
+    cache = DynamicCache([(layer.keys, layer.values) for layer in prefix.layers] if prefix is not None else None)
+    ends = torch.tensor([path[-1] for path in paths])
+    with _head_shown(hf_model, torch.zeros_like(ends), ends) as cut:
+        logits = cut(packed_pass(model, hf_model, packing, cache).logits)
+    width = max(map(len, paths))
+    keys = torch.tensor([[0] * (width - len(path)) + [*range(skip), *(skip + k for k in path)] for path in paths])
+    layers = []
+    for layer in cache.layers:
+        pair = [x[0][:, keys.to(x.device)].transpose(0, 1) for x in (layer.keys, layer.values)]
+        layers.append((pair[0], pair[1]))
+        layer.keys = layer.values = None  # the next layer's copy takes its place in memory
+    return logits, roomy(layers, room)
 
-    def last_tokens(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+
+@contextlib.contextmanager
+def _head_shown(
+    hf_model: Any, row: Int[Tensor, " row"], ends: Int[Tensor, " row"]
+) -> Iterator[Callable[[Tensor], Float[Tensor, "row vocab"]]]:
+    """The head is shown some tokens only; gives what takes their logits out of the output."""
+
+    def shown(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         hidden = args[0]
         return (hidden[row.to(hidden.device), ends.to(hidden.device)].unsqueeze(1),)
 
     head = hf_model.get_output_embeddings()
-    with contextlib.ExitStack() as stack:
-        if head is not None:
-            stack.callback(head.register_forward_pre_hook(last_tokens).remove)
-        logits: Tensor = hf_model(tokens, **with_cache(hf_model, cache)).logits
-    return logits[row.to(logits.device), ends.to(logits.device)] if head is None else logits[:, 0]
+    handle = None if head is None else head.register_forward_pre_hook(shown)
+    try:
+        yield lambda logits: logits[row.to(logits.device), ends.to(logits.device)] if head is None else logits[:, 0]
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _last_logits(
+    hf_model: Any, tokens: Tensor, cache: DynamicCache, row: Int[Tensor, " row"], ends: Int[Tensor, " row"]
+) -> Float[Tensor, "row vocab"]:
+    """Logits of the first answer token of every row."""
+    with _head_shown(hf_model, row, ends) as cut:
+        return cut(hf_model(tokens, **with_cache(hf_model, cache)).logits)
 
 
 def _packed(cache: DynamicCache, empty: Int[Tensor, " row"], shared_rows: SharedRows, room: int) -> DynamicCache:
