@@ -1,6 +1,7 @@
 """Laws of packed passes: equal to running every prompt and every edit by itself, and no token is run twice."""
 
 import functools
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from mechlens.models.engine.edits import Edit, reference_edited_logits, site_val
 from mechlens.models.engine.forward import Row, fast_batch, prefix_cache
 from mechlens.models.engine.packed import packing as packed
 from mechlens.models.engine.packed.edits import RunEdit, packed_edited_logits, packs_edits, record_packed
-from mechlens.models.engine.packed.packing import NAME, PackedAttention, pack_prompts, packs
+from mechlens.models.engine.packed.packing import NAME, PackedAttention, pack_prompts, packs, plan_packed
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 
@@ -77,6 +78,21 @@ def test_a_token_is_run_once_for_all_prompts_that_share_all_before_it() -> None:
             for ids, path in zip(prompts, paths, strict=True):
                 assert packing.ids[path].tolist() == ids[skip:]
                 assert packing.positions[path].tolist() == list(range(skip, len(ids)))
+
+
+def test_every_prompt_is_in_one_pass_of_bounded_size() -> None:
+    draw = random.Random(1)
+    for skip in (0, 2):
+        for most in (1, 7, 20, 1000):
+            prompts = [[0] * skip + [draw.randrange(3) for _ in range(draw.randrange(1, 9))] for _ in range(30)]
+            passes = plan_packed(prompts, most, skip)
+            assert sorted(itertools.chain(*passes)) == list(range(30))
+            sizes = [len(pack_prompts([prompts[i] for i in one], skip)[0].ids) for one in passes]
+            assert all(
+                size <= most or len({tuple(prompts[i]) for i in one}) == 1
+                for size, one in zip(sizes, passes, strict=True)
+            )
+            assert most < 1000 or len(passes) == 1
 
 
 def test_attention_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from mechlens.models.engine.edits import (
 )
 from mechlens.models.engine.forward import cheapest_pieces, warn_plain, why_plain
 from mechlens.models.engine.probes import require_finite_logits
+from mechlens.models.engine.products import quick_products
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
 from mechlens.models.engine.site_reader import by_head, tapped, taps_of
 from mechlens.models.native import native, native_blocks
@@ -134,6 +135,7 @@ def _growing(
             hf_model, blocks = stack.enter_context(native(model)), native_blocks(model)
         else:
             hf_model, blocks = model.original_model, list(model.blocks)
+            stack.enter_context(quick_products(hf_model))
         stack.enter_context(rows.running(blocks))
         if taps is not None:
             writing = {tap: _writing(model, site, by_layer[layer], first) for layer, tap in taps.items()}

@@ -20,6 +20,7 @@ from mechlens.models.engine.caches import with_cache
 from mechlens.models.engine.edits import is_laid_out, reference_record
 from mechlens.models.engine.forward import Row, Stop, gather, prefix_cache, read_places, right_padded, why_plain
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
+from mechlens.models.engine.products import quick_products
 from mechlens.models.engine.shared_rows import SharedRows, fault
 from mechlens.models.native import native, native_tap
 from mechlens.models.sites import n_heads, site_hook
@@ -77,6 +78,7 @@ def site_batch(
             stack.enter_context(tapped(see))
         else:
             hf_model = model.original_model
+            stack.enter_context(quick_products(hf_model))
             hooks = [(site_hook(site, layer), _hooking(layer, keep)) for layer in layers]
             stack.enter_context(model.hooks(fwd_hooks=hooks))
         stack.enter_context(contextlib.suppress(Stop))
