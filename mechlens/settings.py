@@ -103,6 +103,8 @@ class Loading:
     """Type of the weights; adapters are added in float32 and rounded then."""
     device: str | None = None
     """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
+    device_map: str | None = None
+    """Spreads the model over devices: auto, or a JSON file of module names and devices (0, cuda:1, cpu, disk)."""
     template: str = "tokenizer"
     """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
     today: str | None = None
@@ -124,9 +126,6 @@ class NamedModel:
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice(Loading, NamedModel):
     """Which model."""
-
-    device_map: str | None = None
-    """Handed to transformers to spread a model over devices; untested."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -310,12 +310,12 @@ def test_an_exception_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch
         inner = hooks_of(model)
     attention = model.original_model.config._attn_implementation
 
-    def broken(residual: Tensor, read: Tensor) -> Tensor:
+    def broken(kept: Any, level: int, residual: Tensor) -> None:
         raise KeyboardInterrupt
 
     for engine in (True, False):
         with monkeypatch.context() as patched:
-            patched.setattr(forward, "gather", broken)
+            patched.setattr(forward.Kept, "put", broken)
             patched.setattr(forward, "fits_fast_path", lambda model, engine=engine: engine)
             with pytest.raises(KeyboardInterrupt):
                 collect(model, prompts())

@@ -67,26 +67,27 @@ def test_weights_of_one_byte(dtype: torch.dtype) -> None:
         require_finite_weights(module, "tiny")
 
 
-@pytest.mark.parametrize("where", [{"device": "meta"}, {"device_map": "meta"}, {"device_map": "disk"}])
+@pytest.mark.parametrize("where", [{"device": "meta"}, {"device_map": "meta"}])
 def test_weights_that_are_not_in_memory_are_refused(
     tmp_path: Path, where: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = saved(tiny_hf(), tmp_path / "model")
-    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight of the model .*isn't in memory|can't be loaded"):
+    with pytest.raises(
+        UserError, match=r"model\.embed_tokens\.weight of the model .*has no values|on 'meta', and this machine has 0"
+    ):
         load(folder, **where)
     assert load(folder, device_map="cpu").mechlens.parity_gap < 1e-5
 
 
-def test_a_model_partly_on_disk_is_refused(tmp_path: Path) -> None:
+def test_a_model_partly_on_disk_is_bridged(tmp_path: Path) -> None:
     from accelerate import dispatch_model
 
     hf_model = tiny_hf()
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",
               "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}  # fmt: skip
     dispatch_model(hf_model, places, main_device="cpu", offload_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"^model\.layers\.1\.self_attn\.q_proj\.weight of the model 'tiny' isn't in"):
-        bridged(hf_model)
+    assert bridged(hf_model).mechlens.parity_gap < 1e-5
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from mechlens.models.checkpoint import (
     weight_fingerprint,
     weights_of,
 )
+from mechlens.models.device_map import as_they_lie, weight_of, where_run
 from mechlens.models.engine.caches import cache_by_old_name, mend_attention
 from mechlens.models.engine.head import head_gap, own_logits
 from mechlens.models.engine.probes import (
@@ -35,6 +36,7 @@ from mechlens.models.engine.probes import (
     require_present,
     tolerance,
 )
+from mechlens.models.native import plain_module
 from mechlens.models.offline import sealed
 
 LanguageModel = Any
@@ -184,14 +186,18 @@ def _named_as_it_is(checkpoint: Checkpoint, model: LanguageModel) -> Checkpoint:
     return replace(
         checkpoint,
         regime=regime(model),
-        fingerprint=weight_fingerprint(weights_of(_whole(model))),
-        sampled=sampled_fingerprint(parameters),
+        fingerprint=weight_fingerprint(_weights(model)),
+        sampled=sampled_fingerprint(as_they_lie(parameters, _whole(model))),
     )
 
 
 def weights_now(model: LanguageModel) -> str:
     """Stamp of the bridged weights as they are now: equal to an earlier one only if nothing was edited between."""
-    return stamp(weights_of(_whole(model)))
+    return stamp(_weights(model))
+
+
+def _weights(model: LanguageModel) -> dict[str, Any]:
+    return as_they_lie(weights_of(_whole(model)), _whole(model))
 
 
 def _whole(model: LanguageModel) -> Any:
@@ -245,9 +251,7 @@ def embedding_rows(model: LanguageModel) -> int:
 
 def device_of(model: LanguageModel) -> torch.device:
     """Where token ids go: the device of the embedding."""
-    first = model.original_model.get_input_embeddings() if is_bridge(model) else model
-    device: torch.device = next(iter(first.parameters())).device
-    return device
+    return where_run(model.original_model.get_input_embeddings() if is_bridge(model) else model)
 
 
 def dtype_of(model: LanguageModel) -> torch.dtype:
@@ -290,6 +294,7 @@ def unembed(model: LanguageModel, residual: Float[Tensor, "*batch d_model"]) -> 
 @torch.inference_mode()
 def token_embeddings(model: LanguageModel, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """Rows of the embedding matrix, without positions or scaling (float32, on the CPU)."""
-    weight = model.original_model.get_input_embeddings().weight if is_bridge(model) else model.W_E
+    embedding = plain_module(model.original_model.get_input_embeddings()) if is_bridge(model) else None
+    weight = model.W_E if embedding is None else weight_of(embedding)
     rows: Tensor = weight[ids.to(weight.device)]
     return rows.float().cpu()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -57,6 +57,19 @@ class Checkpoint:
         return ours == theirs != ""
 
 
+@dataclass(frozen=True, eq=False)
+class Elsewhere:
+    """A weight that isn't in memory: read when its turn comes, and let go after it."""
+
+    like: "Tensor"
+    """Shape and type, without values."""
+    read: "Callable[[], Tensor]"
+
+    @property
+    def shape(self) -> Any:
+        return self.like.shape
+
+
 VERSION = "v2-"
 """What a fingerprint of every byte begins with; those of earlier versions are of a sample, and plain hexadecimal."""
 PIECE = 1 << 22
@@ -73,7 +86,7 @@ def weight_fingerprint(state: Mapping[str, Any]) -> str:
     """
     import torch
 
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor | Elsewhere)}
     places = {name: _place(value) for name, value in tensors.items()}
     different = {place: tensors[name] for name, place in places.items()}  # tied matrices are read once
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
@@ -140,7 +153,7 @@ def sampled_fingerprint(state: Mapping[str, Any]) -> str:
 
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name]
+        tensor = state[name].read() if isinstance(state[name], Elsewhere) else state[name]
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
         flat = tensor.detach().reshape(-1)
@@ -160,9 +173,9 @@ def is_fingerprint_of(recorded: str, state: Mapping[str, Any]) -> bool:
     return recorded == (sampled_fingerprint(state) if is_sampled(recorded) else weight_fingerprint(state))
 
 
-def _place(tensor: "Tensor") -> tuple[Any, ...]:
+def _place(tensor: "Tensor | Elsewhere") -> tuple[Any, ...]:
     """Where a tensor's values lie: equal for two names of one matrix."""
-    if tensor.numel() == 0 or not tensor.data_ptr():
+    if isinstance(tensor, Elsewhere) or tensor.numel() == 0 or not tensor.data_ptr():
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
@@ -177,11 +190,11 @@ def _plain_parts(tensor: "Tensor") -> Iterator["Tensor"]:
         yield tensor.detach().reshape(-1)
 
 
-def _digest(tensor: "Tensor") -> bytes:
+def _digest(tensor: "Tensor | Elsewhere") -> bytes:
     import torch
 
     digest = hashlib.sha256()
-    for flat in _plain_parts(tensor):
+    for flat in _plain_parts(tensor.read() if isinstance(tensor, Elsewhere) else tensor):
         small = flat.is_floating_point() and flat.dtype.itemsize <= 4
         digest.update(b"float" if small else str(flat.dtype).encode())
         for piece in torch.split(flat, PIECE):
@@ -193,17 +206,26 @@ def _digest(tensor: "Tensor") -> bytes:
 def stamp(state: Mapping[str, Any]) -> str:
     """A fast hash over every byte, by which weights that were edited are known: about the speed of memory.
 
-    Not a fingerprint: it depends on the weights' type and device.
+    Not a fingerprint: it depends on the weights' type and device. Of weights that are not in memory, which are fetched
+    anew for every call and so can't be edited, only names and shapes count.
     """
     import torch
 
     found, seen = hashlib.sha256(), set()
+    sums: list[torch.Tensor] = []
     for name, tensor in state.items():
-        if isinstance(tensor, torch.Tensor) and (place := _place(tensor)) not in seen:
+        if isinstance(tensor, Elsewhere):
+            found.update(f"{name}{tuple(tensor.shape)} elsewhere".encode())
+        elif isinstance(tensor, torch.Tensor) and (place := _place(tensor)) not in seen:
             seen.add(place)
             found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             for part in _plain_parts(tensor):
-                found.update(_read_here(part) if part.device.type == "cpu" else _summed_there(part))
+                if part.device.type == "cpu":
+                    found.update(_read_here(part))
+                else:
+                    sums.append(_summed_there(part))
+    for device in dict.fromkeys(one.device for one in sums):  # each is waited for once
+        found.update(torch.cat([one for one in sums if one.device == device]).cpu().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -214,7 +236,7 @@ def _read_here(flat: "Tensor") -> bytes:
     return xxhash.xxh3_128(flat.view(torch.uint8).numpy().data).digest()
 
 
-def _summed_there(flat: "Tensor") -> bytes:
+def _summed_there(flat: "Tensor") -> "Tensor":
     """Sums of 32-bit words times random 64-bit numbers, made on the tensor's device, so that only sums are moved.
 
     Two tensors that differ have the same sum with a chance of 2^-32 at most (multilinear hashing: Dietzfelbinger
@@ -227,7 +249,7 @@ def _summed_there(flat: "Tensor") -> bytes:
     words = torch.cat([octets, octets.new_zeros(4 - odd)]) if odd else octets
     factors = _factors(flat.device)
     sums = [(piece * factors[: len(piece)]).sum() for piece in torch.split(words.view(torch.int32), WORDS)]
-    return torch.stack(sums).cpu().numpy().tobytes() if sums else b""
+    return torch.stack(sums) if sums else octets.new_zeros(0, dtype=torch.int64)
 
 
 @cache

@@ -14,9 +14,17 @@ from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_f
 from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
 from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
 from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
+from mechlens.models.device_map import (
+    DeviceMap,
+    as_they_lie,
+    drop_with,
+    offload_folder,
+    read_device_map,
+    require_one_place,
+)
 from mechlens.models.engine.probes import require_present
 from mechlens.models.offline import sealed
-from mechlens.models.packaged import ADAPTERS, adapter_folder
+from mechlens.models.packaged import ADAPTERS, adapter_folder, cache_dir
 from mechlens.registry import nearest, required
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,15 +37,17 @@ def load(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
-    device_map: str | None = None,
+    device_map: DeviceMap | None = None,
 ) -> LanguageModel:
     """A TransformerBridge on raw weights, with HookedTransformer's hook names.
 
     `model` is a hub id, a local folder, a GGUF file or a name of `mechlens.choices.MODELS` ("smollm2"); `adapter`
     a PEFT adapter for it, which is merged in. Logits on one prompt are compared with plain Hugging Face and the gap
-    is kept in `model.mechlens.parity_gap`. `device_map` is handed to transformers; it is untested here (no machine with
-    several devices). No code from the hub is run. Raises UserError, in one sentence, for whatever can't be loaded.
+    is kept in `model.mechlens.parity_gap`. `device_map` spreads the model over devices and the disk, as transformers
+    does it (see `DeviceMap`). No code from the hub is run. Raises UserError, in one sentence, for whatever can't be
+    loaded.
     """
+    require_one_place(device, device_map)
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     require_wrappable(model, revision=revision)
@@ -55,8 +65,8 @@ def load(
         revision=revision,
         adapter=adapter,
         base=base,
-        fingerprint=weight_fingerprint(hf_model.state_dict()),
-        sampled=sampled_fingerprint(hf_model.state_dict()),
+        fingerprint=weight_fingerprint(as_they_lie(hf_model.state_dict(), hf_model)),
+        sampled=sampled_fingerprint(as_they_lie(hf_model.state_dict(), hf_model)),
     )
     return bridge(hf_model, tokenizer, checkpoint)
 
@@ -67,7 +77,7 @@ def short_name(path: str) -> str:
 
 
 def load_hf(
-    model: str, *, revision: str | None = None, dtype: str = "float32", device_map: str | None = None
+    model: str, *, revision: str | None = None, dtype: str = "float32", device_map: DeviceMap | None = None
 ) -> tuple[Any, Any]:
     """The plain Hugging Face model and its tokenizer."""
     import torch
@@ -81,17 +91,21 @@ def load_hf(
     source, gguf = _locate(model)
     where = {"gguf_file": gguf} if gguf else {}
     _check_causal(source, model, revision, gguf)
+    places = read_device_map(device_map, lambda: load_config(model, revision=revision))
+    spill = offload_folder(places, cache_dir())
     try:
         with _at_home(source):
             hf_model = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
                 dtype=getattr(torch, dtype),
-                device_map=device_map,
+                device_map=places,
                 trust_remote_code=False,
                 use_safetensors=True,
                 **where,
+                **spill,
             )
+            drop_with(hf_model, spill)
     except (
         OSError,
         ValueError,
@@ -110,7 +124,12 @@ def load_hf(
 
 
 def load_merged(
-    model: str, adapter: str, *, revision: str | None = None, dtype: str = "float32", device_map: str | None = None
+    model: str,
+    adapter: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device_map: DeviceMap | None = None,
 ) -> tuple[Any, Any]:
     """The plain Hugging Face model with an adapter merged in float32 and rounded then, and its tokenizer.
 

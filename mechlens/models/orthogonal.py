@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, d_model, dtype_of, is_bridge, n_layers, regime
+from mechlens.models.device_map import require_in_memory
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.native import plain_module
@@ -62,6 +63,7 @@ def _without(weight: Tensor, unit: Tensor, axis: int) -> Tensor:
 def _require_pre_norm(model: LanguageModel) -> None:
     if not is_bridge(model) or regime(model) != "raw":
         raise UserError("weights can be made orthogonal on a TransformerBridge with raw weights; load the model so")
+    require_in_memory(model.original_model, "it can't be made orthogonal to a direction (use Ablate)")
     name = type(model.original_model).__name__
     after = [norm for norm in ("ln1_post", "ln2_post") if any(_part(block, norm) is not None for block in model.blocks)]
     if after:

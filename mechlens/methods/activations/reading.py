@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.spans import Span
@@ -22,6 +23,7 @@ from mechlens.models.engine.site_reader import reference_site_batch, site_batch
 from mechlens.models.sites import RESIDUAL, SITES
 from mechlens.prompts.batch import TokenBatch
 
+_Part = TypeVar("_Part")
 FORMAT = 2
 """Raised when a change of code changes the numbers, so that older pieces on a cache are not used again."""
 
@@ -116,7 +118,7 @@ class BatchReader:
             piece = self.cache.get(key) if self.cache is not None else None
             if piece is None:
                 if self.fast and skip and prefix is None:
-                    prefix = forward.prefix_cache(self.model, rows[0].ids[:skip])
+                    prefix = shared_start(self.model, rows[0].ids[:skip])
                 raw = halving(self._run(prefix), chunk)
                 piece = {"values": reading.kept(raw, lengths[members])}
                 if self.cache is not None:
@@ -164,23 +166,41 @@ def halving(run: Callable[[list[Any]], Tensor], rows: list[Any], length: int | N
 
     `length` is that of the prompt where the rows are not `Row`s.
     """
+    parts = in_halves(run, rows, length)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def in_halves(run: Callable[[list[Any]], _Part], rows: list[Any], length: int | None = None) -> list[_Part]:
+    """The same for what can't be joined: the results of as few parts of the rows as memory allows, in order."""
     try:
-        return run(rows)
+        return [run(rows)]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         if len(rows) == 1:
-            tokens = len(rows[0].ids) if length is None else length
-            raise UserError(
-                f"one prompt of {tokens} tokens doesn't fit into memory; shorten it or use a larger device"
-            ) from error
+            raise _too_long(len(rows[0].ids) if length is None else length) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(rows) // 2
-    return torch.cat([halving(run, part, length) for part in (rows[:half], rows[half:])])
+    return in_halves(run, rows[:half], length) + in_halves(run, rows[half:], length)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def shared_start(model: LanguageModel, ids: Sequence[int]) -> DynamicCache | None:
+    """Keys and values of the start that all prompts share; UserError where memory doesn't hold them."""
+    try:
+        return forward.prefix_cache(model, ids)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise _too_long(len(ids)) from error
+
+
+def _too_long(tokens: int) -> UserError:
+    return UserError(f"one prompt of {tokens} tokens doesn't fit into memory; shorten it or use a larger device")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, the device's or the CPU's."""
     said = str(error).lower()
     named = "can't allocate memory" in said or "out of memory" in said
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or named

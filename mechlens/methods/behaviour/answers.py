@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, template_of
-from mechlens.methods.activations.reading import FORMAT, halving
+from mechlens.methods.activations.reading import FORMAT, halving, shared_start
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded
@@ -112,7 +112,7 @@ def answer(
         piece = cache.get(key) if cache is not None else None
         if piece is None:
             if fast and skip and prefix is None:
-                prefix = forward.prefix_cache(model, rows[0].ids[:skip])
+                prefix = shared_start(model, rows[0].ids[:skip])
             piece = {"tokens": halving(_runner(model, max_new_tokens, fast, prefix), chunk)}
             if cache is not None:
                 cache.put(key, piece)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.errors import UserError
+from mechlens.methods.activations.reading import halving
 from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.steering.interventions import ALL, Ablate, Add
 from mechlens.methods.steering.steering import applied
@@ -61,8 +62,13 @@ def damage(
     if not rows:
         raise UserError("the model said nothing to any of the prompts, so there is no answer to be damaged")
     ids = _ids_of(model, texts)
-    own, kl = zip(*(_on_answer(model, intervention, batch, answers, chunk) for chunk in _chunks(rows)), strict=True)
-    return Damage(_on_texts(model, intervention, ids), torch.cat(own), torch.cat(kl))
+    longest = max(len(batch.row(i)) + len(answers.tokens[i]) for i in rows)
+
+    def run(chunk: list[int]) -> Tensor:
+        return torch.stack(_on_answer(model, intervention, batch, answers, chunk), dim=1)
+
+    own, kl = torch.cat([halving(run, chunk, longest) for chunk in _chunks(rows)]).unbind(dim=1)
+    return Damage(_on_texts(model, intervention, ids), own, kl)
 
 
 @torch.inference_mode()
@@ -108,15 +114,19 @@ def _ids_of(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
 
 def _on_texts(model: LanguageModel, one: Add | Ablate | None, ids: Sequence[Sequence[int]]) -> Float[Tensor, " text"]:
     everywhere = [] if one is None else [replace(one, positions=ALL, phase="both")]
-    losses: list[Tensor] = []
-    for chunk in _chunks([i for i, row in enumerate(ids) if len(row) > 1]):
+
+    def run(chunk: list[int]) -> Tensor:
+        losses = []
         with torch.inference_mode(), applied(model, everywhere):
             found = _logits(model, _padded([ids[i] for i in chunk], model))
         for i, row in zip(chunk, found, strict=True):
             after = torch.tensor(ids[i][1:], device=row.device)
             told = row[: len(after)].double().log_softmax(dim=-1)
-            losses.append(-told.gather(1, after[:, None]).mean().cpu())
-    return torch.stack(losses)
+            losses.append(-told.gather(1, after[:, None]).mean())
+        return torch.stack(losses).cpu()
+
+    longest = max(map(len, ids))
+    return torch.cat([halving(run, chunk, longest) for chunk in _chunks([i for i, x in enumerate(ids) if len(x) > 1])])
 
 
 def _logits(model: LanguageModel, tokens: Tensor) -> Float[Tensor, "row token vocab"]:

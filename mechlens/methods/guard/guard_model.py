@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mechlens.methods.activations.collect import template_of
+from mechlens.methods.activations.reading import halving
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, loaded, n_layers, unembed
@@ -190,11 +191,14 @@ def _log_odds(guard: LanguageModel, batch: TokenBatch, tokens: VerdictTokens) ->
     reads = [Row(ids, (len(ids) - 1,)) for ids in rows]
     fast, level = forward.fits_fast_path(guard), n_layers(guard)
     odds = torch.empty(len(rows), dtype=torch.float64)
-    for members in forward.plan(reads, MAX_TOKENS, equal_lengths=not fast):
-        chunk = [reads[i] for i in members]
+
+    def run(chunk: list[Row]) -> Tensor:
         residual = (
             forward.fast_batch(guard, chunk, [level], None) if fast else forward.reference_batch(guard, chunk, [level])
         )
         logits = unembed(guard, residual[:, 0, 0]).double()
-        odds[members] = logits[:, list(tokens.harmful)].logsumexp(1) - logits[:, list(tokens.harmless)].logsumexp(1)
+        return logits[:, list(tokens.harmful)].logsumexp(1) - logits[:, list(tokens.harmless)].logsumexp(1)
+
+    for members in forward.plan(reads, MAX_TOKENS, equal_lengths=not fast):
+        odds[members] = halving(run, [reads[i] for i in members])
     return odds

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.reading import halving
+from mechlens.methods.activations.reading import halving, in_halves
 from mechlens.methods.cache import Cache
 from mechlens.methods.patching.attribution import attributed
 from mechlens.methods.patching.metrics import Metric, OwnMetric, require_tokens
@@ -190,9 +190,8 @@ class _Sweep:
 
     def _computed(self, tasks: list[PairTask]) -> list[dict[str, Tensor]]:
         if self.packed:
-            return packed_pieces(
-                self.model, self.source_model, tasks, self.plan, self.layers, self.heads, self.metric, self._budget
-            )
+            parts = in_halves(self._packed, tasks, max(len(task.start) for task in tasks))
+            return [made for part in parts for made in part]
         (task,) = tasks
         start = self._recorded(
             self.model, task.start, task.read, self.layers if self.plan.random_seed is not None else ()
@@ -205,6 +204,11 @@ class _Sweep:
         else:
             values = (self._grown if self.engine == GROWING else self._plain)(start, edits, task.read, clean)
         return [piece(self.plan, self.metric, values, start, source)]
+
+    def _packed(self, tasks: list[PairTask]) -> list[dict[str, Tensor]]:
+        return packed_pieces(
+            self.model, self.source_model, tasks, self.plan, self.layers, self.heads, self.metric, self._budget
+        )
 
     def _recorded(self, model: LanguageModel, ids: Sequence[int], read: int, layers: tuple[int, ...]) -> Recording:
         if self.engine == GROWING and can_grow(model, self.plan.site):

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, template_of
-from mechlens.methods.activations.reading import FORMAT, halving
+from mechlens.methods.activations.reading import FORMAT, halving, out_of_memory
 from mechlens.methods.cache import Cache
 from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits
 from mechlens.methods.steering.placed import Placement
@@ -197,7 +197,7 @@ class SteeredBatch:
     def _runner(self, work: Engine, start: "_Start") -> Callable[[list[Row]], Tensor]:
         def run(chunk: list[Row]) -> Tensor:
             own = cast(list[SteeredRow], chunk)
-            prefix, places = start.made()
+            prefix, places = start.made(own)
             shared_rows = self.shared_rows(own, [places[row.start] for row in own])
             with self.changing([row.number for row in own]) as token_mask:
                 return work.fast(chunk, prefix, token_mask, shared_rows) if self.fast else work.plain(chunk, token_mask)
@@ -207,7 +207,7 @@ class SteeredBatch:
     @contextlib.contextmanager
     def changing(self, numbers: list[int]) -> Iterator[TokenMask]:
         """The model under the changes of some of the prompts, by number."""
-        lengths = self.batch.lengths[numbers].to(device_of(self.model))
+        lengths = self.batch.lengths[numbers]
         token_mask = TokenMask(lengths, torch.zeros_like(lengths))
         with changed(self.model, [self.changes[i] for i in numbers], token_mask, fast=self.fast):
             yield token_mask
@@ -216,7 +216,7 @@ class SteeredBatch:
         """Which rows are alike up to which block: the same tokens (up to `end`), and the same done to them so far."""
         blocks = n_layers(self.model)
         if not self.fast or not shares_rows(self.model):
-            return SharedRows([range(len(rows))] * blocks, places, device_of(self.model))
+            return SharedRows([range(len(rows))] * blocks, places)
         number: dict[Any, int] = {}
         now = [number.setdefault(row.ids[:end], len(number)) for row in rows]
         done = [_by_layer(self.changes[row.number], blocks, end) for row in rows]
@@ -225,7 +225,7 @@ class SteeredBatch:
             number = {}
             now = [number.setdefault((old, did[layer]), len(number)) for old, did in zip(now, done, strict=True)]
             classes.append(now)
-        return SharedRows(classes, places, device_of(self.model))
+        return SharedRows(classes, places)
 
     def _rows(self) -> tuple[int, list[SteeredRow]]:
         """How many tokens at the start are run once for all rows that are alike there, and which rows are."""
@@ -249,18 +249,32 @@ class _Start:
     """Keys and values of the shared start, made when they are first asked for: all may lie on the cache."""
 
     def __init__(self, steered: SteeredBatch, group: Sequence[SteeredRow], skip: int) -> None:
-        self.steered, self.skip = steered, skip
-        self.first = list({row.start: row for row in reversed(group)}.values())
-        self.places = {row.start: i for i, row in enumerate(self.first)}
-        self.cache: DynamicCache | None = None
+        self.steered, self.skip, self.group = steered, skip, group
+        self.kept: tuple[DynamicCache, dict[int, int]] | None = None
+        self.fits = True
 
-    def made(self) -> tuple[DynamicCache | None, dict[int, int]]:
-        """The cache, a row for each kind of start, and where each kind's row is."""
-        if self.skip and self.cache is None:
-            shared_rows = self.steered.shared_rows(self.first, [0] * len(self.first), self.skip)
-            with self.steered.changing([row.number for row in self.first]) as token_mask:
-                self.cache = start_cache(self.steered.model, self.first[0].ids[: self.skip], token_mask, shared_rows)
-        return self.cache, self.places
+    def made(self, rows: Sequence[SteeredRow]) -> tuple[DynamicCache | None, dict[int, int]]:
+        """The cache, a row for each kind of start, and where each kind's row is.
+
+        Of the whole group, once; where memory doesn't hold that, of these rows, anew for each batch.
+        """
+        if not self.skip:
+            return None, {0: 0}
+        if self.kept is None and self.fits:
+            try:
+                self.kept = self._of(self.group)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                self.fits = False
+        return self.kept or self._of(rows)
+
+    def _of(self, rows: Sequence[SteeredRow]) -> tuple[DynamicCache, dict[int, int]]:
+        first = list({row.start: row for row in reversed(rows)}.values())
+        shared_rows = self.steered.shared_rows(first, [0] * len(first), self.skip)
+        with self.steered.changing([row.number for row in first]) as token_mask:
+            cache = start_cache(self.steered.model, first[0].ids[: self.skip], token_mask, shared_rows)
+        return cache, {row.start: i for i, row in enumerate(first)}
 
 
 def _first(change: Change, length: int) -> int:

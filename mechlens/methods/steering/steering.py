@@ -203,13 +203,12 @@ def applied(
                 "logits_under, or intervene with positions='all' and phase='both' and no answer_tokens"
             )
         require_fits(model, everywhere, None, force=force)
-        rows, token_mask = [Placement(n_layers(model), None).changes(0, everywhere)], EveryToken(device_of(model))
+        rows, token_mask = [Placement(n_layers(model), None).changes(0, everywhere)], EveryToken()
         with changed(model, rows, token_mask, fast=False):
             yield model
         return
     work = steered_batch(model, batch, interventions, None, force, 0)
-    starts = torch.tensor([-batch.offset(i) for i in range(len(batch.prompts))], device=device_of(model))
-    with changed(model, work.changes, TokenMask(batch.lengths.to(starts.device), starts), fast=False):
+    with changed(model, work.changes, TokenMask(batch.lengths, -batch.offsets), fast=False):
         yield model
 
 

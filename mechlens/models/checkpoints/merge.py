@@ -19,6 +19,7 @@ from mechlens.models.checkpoint import is_fingerprint_of
 from mechlens.models.checkpoints.adapter_record import read_record, require_whole
 from mechlens.models.checkpoints.folders import adapters_inside, other_format
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS, keeps_the_base
+from mechlens.models.device_map import require_in_memory
 
 TOLERANCE, IN_HALF = 1e-3, 0.1
 """Differences of logits, in units of the largest logit, that rounding can make, in float32 and in 16 bits."""
@@ -31,6 +32,7 @@ def merge_adapter(hf_model: Any, adapter: str) -> Any:
     peft can't merge, or whose merged model answers otherwise than the adapted one.
     """
     folder = user_path(adapter)
+    require_in_memory(hf_model, "no adapter can be merged into it")
     _require_base(folder, adapter, hf_model)
     name = str(hf_model.config.name_or_path)
     adapted = _adapted(hf_model, str(folder) if folder.exists() else adapter, adapter, name)

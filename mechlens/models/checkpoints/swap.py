@@ -22,6 +22,7 @@ from mechlens.models.checkpoints.lora import LowRank, read_lora
 from mechlens.models.checkpoints.random_blocks import randomise_blocks
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.weight_store import WeightStore, unnamed_file
+from mechlens.models.device_map import DeviceMap, require_in_memory, require_one_place
 from mechlens.models.engine.probes import require_finite_weights
 from mechlens.models.load import load_hf, load_merged, require_wrappable, short_name, type_without_loss
 from mechlens.models.native import native, native_blocks, refresh_splits, writing_modules
@@ -33,16 +34,20 @@ def checkpoint_swapper(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    device_map: DeviceMap | None = None,
     chat_template: str | None = None,
 ) -> "CheckpointSwapper":
     """A model in which the checkpoints of a series take turns; `base` is anything that `load` takes.
 
     To be used in a `with` block, or closed. With another `dtype` the changes are still added in float32 and rounded
-    then, as `load` does it. `chat_template` is that of a series whose checkpoints bring their own.
+    then, as `load` does it. `chat_template` is that of a series whose checkpoints bring their own. UserError for a
+    `device_map` that off-loads: what is written into weights on a disk wouldn't last.
     """
+    require_one_place(device, device_map)
     require_wrappable(base, revision=revision)
     first = type_without_loss(base, dtype, revision=revision)
-    hf_model, tokenizer = load_hf(base, revision=revision, dtype=first)
+    hf_model, tokenizer = load_hf(base, revision=revision, dtype=first, device_map=device_map)
+    require_in_memory(hf_model, "checkpoints can't take turns in it")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     store = WeightStore(unnamed_file(hf_model))

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, d_model, device_of, is_bridge, n_layers, whole
-from mechlens.models.engine.probes import require_finite_logits
+from mechlens.models.engine.probes import finite_on_cpu
 from mechlens.models.sites import SITES, n_heads, site_hook
 
 
@@ -60,8 +60,7 @@ def reference_record(
         # Parallel blocks have no place between attention and MLP; some models have no attention in some blocks.
         raise UserError(f"this model has no site {site!r} in block {missing[0]}; {_what_there_is(model, site)}")
     values = {layer: cache[name][0].clone() for layer, name in names.items()}
-    require_finite_logits(logits[0, read])
-    return Recording(tuple(ids), logits[0, read].float().cpu(), values)
+    return Recording(tuple(ids), finite_on_cpu(logits[0, read]), values)
 
 
 def _what_there_is(model: LanguageModel, site: str) -> str:
@@ -94,12 +93,14 @@ def put(rows: Tensor, edits: Sequence[Edit], site: str, first: int = 0) -> Tenso
     input, and a new tensor would leave the skip connection, which holds the same one, as it was.
     """
     index = torch.arange(len(edits), device=rows.device)
-    where = torch.tensor([edit.position - first for edit in edits], device=rows.device)
+    # Sent to the device in one.
+    where, heads = torch.tensor(
+        [[edit.position - first for edit in edits], [edit.head or 0 for edit in edits]], device=rows.device
+    )
     values = torch.stack([edit.value for edit in edits]).to(rows.device, rows.dtype)
     if edits[0].head is None:
         rows[index, where] = values
         return rows
-    heads = torch.tensor([edit.head for edit in edits], device=rows.device)
     if site == "pattern":
         rows[index, heads, where] = values[:, : rows.shape[-1]]
     else:
@@ -119,9 +120,7 @@ def reference_edited_logits(
     tokens = torch.tensor([list(ids)], device=device_of(model))
     # A HookedTransformer would put a BOS in front of tokens only when given text; ids stay as they are.
     logits = model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, edit.layer), hook)], **whole(model))
-    require_finite_logits(logits[0, read])
-    out: Tensor = logits[0, read].float().cpu()
-    return out
+    return finite_on_cpu(logits[0, read])
 
 
 def is_laid_out(model: LanguageModel, site: str, layer: int) -> bool:

@@ -205,7 +205,7 @@ def fast_batch(
     device = device_of(model)
     reader = Reader(levels, n_layers(model), read_places(rows) - skip, stops=True)
     with native(model) as hf_model, reader.attached(native_blocks(model)), contextlib.suppress(Stop):
-        cache = SharedRows.apart(len(rows), n_layers(model), device).cache(prefix)
+        cache = SharedRows.apart(len(rows), n_layers(model)).cache(prefix)
         hf_model(right_padded(rows, skip).to(device), **with_cache(hf_model, cache))
     return reader.stacked()
 
@@ -248,15 +248,56 @@ def reference_batch(
     top = max(levels)
     how = whole(model) | ({"stop_at_layer": top + 1} if top < n_layers(model) else {})
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **how)
-    return torch.stack([gather(cache[name], read_places(rows)) for name in names], dim=1)
+    kept = Kept(read_places(rows))
+    for level, name in zip(levels, names, strict=True):
+        kept.put(level, cache[name])
+    return kept.stacked(levels)
+
+
+HELD = 1 << 26
+"""Bytes of read values that may wait on the devices."""
+
+
+class Kept:
+    """The read positions of each level's residual. They stay where they were computed until all are there, since
+    every move from a GPU waits for all that it still has to do.
+    """
+
+    def __init__(self, read: Int[Tensor, "row read"]) -> None:
+        self.found: dict[int, Tensor] = {}
+        self._index = {torch.device("cpu"): (torch.arange(len(read)).unsqueeze(1), read)}
+        self._held = 0
+
+    def put(self, level: int, residual: Tensor) -> None:
+        """Keeps what is read of (row, token, ...)."""
+        device = residual.device
+        if device not in self._index:
+            rows, read = self._index[torch.device("cpu")]
+            self._index[device] = rows.to(device), read.to(device)
+        self.found[level] = residual[self._index[device]]
+        self._held += self.found[level].nbytes
+        if self._held > HELD:
+            self.found = {level: values.cpu() for level, values in self.found.items()}
+            self._held = 0
+
+    def stacked(self, levels: Sequence[int]) -> Float[Tensor, "row level read *axes"]:
+        """What was read, level by level, as float32 on the CPU."""
+        values = [self.found[level] for level in levels]
+        devices = {one.device for one in values}
+        for device in devices if len(devices) > 1 else ():
+            there = [i for i, one in enumerate(values) if one.device == device]
+            moved = torch.stack([values[i] for i in there]).cpu()
+            for i, value in zip(there, moved, strict=True):
+                values[i] = value
+        return torch.stack(values, dim=1).cpu().float()
 
 
 class Reader:
     """Hooks that keep a few positions of each level and, if wanted, stop the pass after the last one."""
 
     def __init__(self, levels: Sequence[int], last: int, read: Tensor, *, stops: bool) -> None:
-        self.levels, self.last, self.read, self.stops = tuple(levels), last, read, stops
-        self.found: dict[int, Tensor] = {}
+        self.levels, self.last, self.stops = tuple(levels), last, stops
+        self.kept = Kept(read)
 
     @contextlib.contextmanager
     def attached(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
@@ -277,27 +318,27 @@ class Reader:
 
     def _entering(self, level: int, top: bool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.found[level] = gather(args[0] if args else kwargs["hidden_states"], self.read)
+            self.kept.put(level, args[0] if args else kwargs["hidden_states"])
             if top and self.stops:
                 raise Stop
 
         return hook
 
     def _left(self, module: nn.Module, args: object, output: Any) -> None:
-        self.found[self.last] = gather(output if isinstance(output, Tensor) else output[0], self.read)
+        self.kept.put(self.last, output if isinstance(output, Tensor) else output[0])
         if self.stops:
             raise Stop
 
     def stacked(self) -> Float[Tensor, "row level read d_model"]:
         """What was read, level by level."""
-        return torch.stack([self.found[level] for level in self.levels], dim=1)
+        return self.kept.stacked(self.levels)
 
 
 def gather(residual: Tensor, read: Tensor) -> Tensor:
     """The read positions of every row, as float32 on the CPU."""
-    rows = torch.arange(len(read)).unsqueeze(1)
-    picked: Tensor = residual[rows.to(residual.device), read.to(residual.device)]
-    return picked.float().cpu()
+    kept = Kept(read)
+    kept.put(0, residual)
+    return kept.stacked([0])[:, 0]
 
 
 @contextlib.contextmanager

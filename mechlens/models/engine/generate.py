@@ -3,10 +3,10 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -15,7 +15,7 @@ from mechlens.models.engine.caches import roomy, with_cache
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.intervene import TokenMask
 from mechlens.models.engine.packed.packing import pack_prompts, packed_pass, packs
-from mechlens.models.engine.probes import not_finite, require_finite_logits
+from mechlens.models.engine.probes import finite_on_cpu, not_finite
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.native import native, native_blocks
 
@@ -42,19 +42,18 @@ def greedy_batch(
     """
     device = device_of(model)
     skip = prefix.get_seq_length() if prefix is not None else 0
-    stop = torch.tensor(sorted(stop_tokens(model)), dtype=torch.long, device=device)
-    lengths = torch.tensor([len(row.ids) - skip for row in rows], device=device)
+    lengths = [len(row.ids) - skip for row in rows]
     with native(model) as hf_model:
-        width = int(lengths.max())
+        width = max(lengths)
+        empty = [width - length for length in lengths]
         if token_mask is None and packs(model, skip + width):
             logits, cache = _packed_prompts(model, hf_model, rows, prefix, max_new_tokens)
         else:
-            shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model), device)
+            shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model))
             logits, cache = _prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)
-            cache = _packed(cache, width - lengths, shared_rows, max_new_tokens)
-        mask = torch.arange(skip + width, device=device) >= (width - lengths).unsqueeze(1)
-        rest = Rest(stop, max_new_tokens, token_mask, decided)
-        return _decode(hf_model, cache, _likeliest(logits).to(device), mask, skip + lengths, rest)
+            cache = _packed(cache, empty, shared_rows, max_new_tokens)
+        rest = Rest(frozenset(stop_tokens(model)), max_new_tokens, token_mask, decided)
+        return _decode(hf_model, cache, logits, device, _Running.begun(empty, skip, width), rest)
 
 
 @torch.inference_mode()
@@ -66,11 +65,9 @@ def prompt_logits(
     shared_rows: SharedRows | None = None,
 ) -> Float[Tensor, "row vocab"]:
     """Logits of every row's first answer token (float32, on the CPU)."""
-    shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model), device_of(model))
+    shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model))
     with native(model) as hf_model:
-        logits = _prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)[0]
-    require_finite_logits(logits)
-    return logits.float().cpu()
+        return finite_on_cpu(_prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)[0])
 
 
 @torch.inference_mode()
@@ -84,8 +81,9 @@ def start_cache(
         # Without its head: nobody reads logits here.
         body = model.original_model.base_model
         body(tokens, **with_cache(body, cache))
-    layers = [(layer, rows.to(layer.keys.device)) for layer, rows in zip(cache.layers, shared_rows.of_row, strict=True)]
-    return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer, rows in layers])
+    layers = zip(cache.layers, shared_rows.of_row, strict=True)
+    placed = [(layer, shared_rows.on(layer.keys.device, rows)) for layer, rows in layers]
+    return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer, rows in placed])
 
 
 def _prompt_pass(
@@ -105,7 +103,8 @@ def _prompt_pass(
         tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
     ends = torch.tensor([len(row.ids) - skip - 1 for row in rows], device=device_of(model))
     with shared_rows.running(native_blocks(model), token_mask, skip):
-        return _last_logits(hf_model, tokens.to(ends.device), cache, shared_rows.of_row[-1], ends), cache
+        row = shared_rows.on(ends.device, shared_rows.of_row[-1])
+        return _last_logits(hf_model, tokens.to(ends.device), cache, row, ends), cache
 
 
 def _packed_prompts(
@@ -120,9 +119,10 @@ def _packed_prompts(
         logits = cut(packed_pass(model, hf_model, packing, cache).logits)
     width = max(map(len, paths))
     keys = torch.tensor([[0] * (width - len(path)) + [*range(skip), *(skip + k for k in path)] for path in paths])
+    there = {device: keys.to(device) for device in {layer.keys.device for layer in cache.layers}}
     layers = []
     for layer in cache.layers:
-        pair = [x[0][:, keys.to(x.device)].transpose(0, 1) for x in (layer.keys, layer.values)]
+        pair = [x[0][:, there[x.device]].transpose(0, 1) for x in (layer.keys, layer.values)]
         layers.append((pair[0], pair[1]))
         layer.keys = layer.values = None  # the next layer's copy takes its place in memory
     return logits, roomy(layers, room)
@@ -155,19 +155,21 @@ def _last_logits(
         return cut(hf_model(tokens, **with_cache(hf_model, cache)).logits)
 
 
-def _packed(cache: DynamicCache, empty: Int[Tensor, " row"], shared_rows: SharedRows, room: int) -> DynamicCache:
+def _packed(cache: DynamicCache, empty: Sequence[int], shared_rows: SharedRows, room: int) -> DynamicCache:
     """Every row's keys and values by themselves, at the right end over its `empty` padding columns."""
     size = cache.layers[0].keys.shape[-2]
-    column = (torch.arange(size, device=empty.device) - empty.unsqueeze(1)).remainder(size)
-    moved = bool(empty.any())
+    columns: dict[torch.device, Tensor] = {}
     packed = []
     for layer, rows in zip(cache.layers, shared_rows.of_row, strict=True):
         pair = []
         for x in (layer.keys, layer.values):
-            of_row = rows.to(x.device)
-            if moved:
+            of_row = shared_rows.on(x.device, rows)
+            if any(empty):
+                if x.device not in columns:
+                    away = torch.tensor(empty, device=x.device).unsqueeze(1)
+                    columns[x.device] = (torch.arange(size, device=x.device) - away).remainder(size)
                 heads = torch.arange(x.shape[1], device=x.device)
-                x = x[of_row[:, None, None], heads[:, None], column.to(x.device)[:, None]]
+                x = x[of_row[:, None, None], heads[:, None], columns[x.device][:, None]]
             elif len(x) < len(of_row):
                 x = x[of_row]
             pair.append(x)
@@ -180,66 +182,116 @@ def _packed(cache: DynamicCache, empty: Int[Tensor, " row"], shared_rows: Shared
 class Rest:
     """What stays the same from token to token."""
 
-    stop: Int[Tensor, " stop"]
+    stop: frozenset[int]
     max_new_tokens: int
     token_mask: TokenMask | None
     decided: Decided | None
 
-    def advance(self, rows: Tensor, start: Tensor, generated: int) -> None:
+    def advance(self, rows: Sequence[int], starts: Sequence[int], generated: int) -> None:
         if self.token_mask is not None:
-            self.token_mask.advance(rows, start, generated)
+            self.token_mask.advance(torch.tensor(rows), torch.tensor(starts), generated)
 
     def written(
-        self, token: Int[Tensor, " row"], alive: Int[Tensor, " row"], going: list[bool], answers: list[list[int]]
+        self, tokens: Sequence[int], alive: Sequence[int], going: list[bool], answers: list[list[int]]
     ) -> list[bool]:
         """Writes down the tokens of the rows that are going; True for those that go on."""
         on = list(going)
-        stopped = torch.isin(token, self.stop).tolist()
-        for i, (row, value) in enumerate(zip(alive.tolist(), token.tolist(), strict=True)):
-            if going[i] and stopped[i]:
+        for i, (row, token) in enumerate(zip(alive, tokens, strict=True)):
+            if going[i] and token in self.stop:
                 on[i] = False
             elif going[i]:
-                answers[row].append(value)
+                answers[row].append(token)
                 on[i] = self.decided is None or not self.decided(answers[row])
         return on
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The rows that are decoded still, in numbers on the CPU: nothing has to be asked of a GPU to know them."""
+
+    rows: list[int]
+    empty: list[int]
+    """Padding columns before each row's first token."""
+    position: list[int]
+    """Of each row's newest token."""
+    width: int
+    """Columns of keys and values, with that of the newest token."""
+
+    @classmethod
+    def begun(cls, empty: Sequence[int], skip: int, width: int) -> "_Running":
+        position = [skip + width - own for own in empty]
+        return cls(list(range(len(empty))), list(empty), position, skip + width + 1)
+
+    def only(self, keep: Sequence[int]) -> "_Running":
+        rows, empty, position = ([own[i] for i in keep] for own in (self.rows, self.empty, self.position))
+        return _Running(rows, empty, position, self.width)
+
+    def next(self) -> "_Running":
+        return _Running(self.rows, self.empty, [at + 1 for at in self.position], self.width + 1)
 
 
 def _decode(
     hf_model: torch.nn.Module,
     cache: DynamicCache,
-    token: Int[Tensor, " row"],
-    mask: Bool[Tensor, "row seq"],
-    position: Int[Tensor, " row"],
+    logits: Float[Tensor, "row vocab"],
+    device: torch.device,
+    running: _Running,
     rest: Rest,
 ) -> list[list[int]]:
     """Token by token until every row has ended; rows that have leave the batch, a few at a time."""
-    answers: list[list[int]] = [[] for _ in range(len(token))]
-    alive = torch.arange(len(token), device=token.device)
-    going = [True] * len(token)
+    answers: list[list[int]] = [[] for _ in running.rows]
+    going = [True] * len(answers)
+    padding: _Padding | None = None
     for step in range(1, rest.max_new_tokens + 1):
-        going = rest.written(token, alive, going, answers)
+        token, tokens = _likeliest(logits)
+        token = token.to(device)
+        going = rest.written(tokens, running.rows, going, answers)
         if not any(going) or step == rest.max_new_tokens:
             break
         if LEAVING * (len(going) - sum(going)) >= len(going):
-            keep = torch.tensor(going, device=token.device).nonzero().squeeze(1)
-            alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            cache.batch_select_indices(keep)
-            going = [True] * len(alive)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            keep = [i for i, on in enumerate(going) if on]
+            index = torch.tensor(keep, device=device)
+            running, token, padding = running.only(keep), token[index], None
+            cache.batch_select_indices(index)
+            going = [True] * len(keep)
         # Without padding no mask is needed, and attention takes its fast path.
-        where = {} if bool(mask.all()) else {"attention_mask": mask.long(), "position_ids": position.unsqueeze(1)}
-        rest.advance(alive, position, step)
-        logits = _step(hf_model, token, cache, where)
-        token, position = _likeliest(logits).to(token.device), position + 1
+        if any(running.empty):
+            padding = _Padding.of(running, device) if padding is None else padding.next()
+        rest.advance(running.rows, running.position, step)
+        logits = _step(hf_model, token, cache, {} if padding is None else padding.arguments)
+        running = running.next()
     return answers
 
 
-def _likeliest(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
-    """The likeliest token of every row; UserError where none is, as the logits aren't finite."""
+class _Padding(NamedTuple):
+    """What a step of padded rows is told, on the device of the token ids."""
+
+    mask: Int[Tensor, "row seq"]
+    position: Int[Tensor, "row 1"]
+
+    @classmethod
+    def of(cls, running: _Running, device: torch.device) -> "_Padding":
+        empty, position = torch.tensor([running.empty, running.position], device=device).unsqueeze(-1)
+        return cls((torch.arange(running.width, device=device) >= empty).long(), position)
+
+    def next(self) -> "_Padding":
+        return _Padding(torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1), self.position + 1)
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        return {"attention_mask": self.mask, "position_ids": self.position}
+
+
+def _likeliest(logits: Float[Tensor, "row vocab"]) -> tuple[Int[Tensor, " row"], list[int]]:
+    """The likeliest token of every row, there and in numbers; UserError where none is, as the logits aren't finite.
+
+    The numbers are all that a GPU is waited for, once a token.
+    """
     value, token = logits.max(dim=-1)
-    if not bool(torch.isfinite(value).all()):
+    found = torch.where(torch.isfinite(value), token, -1).tolist()
+    if -1 in found:
         raise not_finite(logits.dtype)
-    return token
+    return token, found
 
 
 def _step(hf_model: torch.nn.Module, token: Tensor, cache: DynamicCache, where: dict[str, Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ from mechlens.models.engine.edits import (
     value_at,
 )
 from mechlens.models.engine.forward import cheapest_pieces, warn_plain, why_plain
-from mechlens.models.engine.probes import require_finite_logits
+from mechlens.models.engine.probes import finite_on_cpu
 from mechlens.models.engine.products import quick_products
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
 from mechlens.models.engine.site_reader import by_head, tapped, taps_of
@@ -53,8 +53,7 @@ def record(model: LanguageModel, ids: Sequence[int], read: int, site: str, layer
     with native(model) as hf_model, tapped({tap: keep(layer) for layer, tap in (taps or {}).items()}):
         last = torch.tensor([read])  # on the CPU: it may index the last block's output, wherever that lies
         out = hf_model(tokens, **with_cache(hf_model, cache), logits_to_keep=last)
-    require_finite_logits(out.logits[0, -1])
-    return Recording(tuple(ids), out.logits[0, -1].float().cpu(), values, cache)
+    return Recording(tuple(ids), finite_on_cpu(out.logits[0, -1]), values, cache)
 
 
 PASS_COST = 40
@@ -106,8 +105,7 @@ def edited_logits(
         cache = ReadOnlyCache(recording.cache, first)
         keep = torch.tensor([read - first])  # on the CPU, as in `record`
         out = hf_model(tokens, **with_cache(hf_model, cache), logits_to_keep=keep)
-    require_finite_logits(out.logits[:, -1])
-    logits = out.logits[:, -1].float().cpu()
+    logits = finite_on_cpu(out.logits[:, -1])
     placed = torch.empty_like(logits)
     placed[torch.tensor([0, *(i + 1 for i in order)])] = logits
     return placed
@@ -120,7 +118,7 @@ def _shared_rows(model: LanguageModel, ordered: Sequence[Edit]) -> SharedRows:
         [0, *(row if edit.layer <= block else 0 for row, edit in enumerate(ordered, start=1))]
         for block in range(n_layers(model))
     ]
-    return SharedRows(classes, [0] * n, device_of(model), entry=[0] * n)
+    return SharedRows(classes, [0] * n, entry=[0] * n)
 
 
 @contextlib.contextmanager

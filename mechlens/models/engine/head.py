@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
+from mechlens.models.device_map import where_run
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, probe_tokens, require_finite_logits, tolerance
 from mechlens.models.native import native
 
@@ -53,8 +54,8 @@ def _passing_over(blocks: nn.ModuleList, forms: list[Form], residual: Tensor) ->
 
 def head_logits(hf_model: nn.Module, blocks: nn.ModuleList, forms: list[Form], residual: Tensor) -> Tensor:
     """Logits of residuals, (row, d_model) to (row, vocab): each row is the only token of a prompt of its own."""
-    weight = hf_model.get_input_embeddings().weight  # type: ignore[operator]
-    tokens = torch.ones(len(residual), 1, dtype=torch.long, device=weight.device)
+    device = where_run(hf_model.get_input_embeddings())  # type: ignore[operator]
+    tokens = torch.ones(len(residual), 1, dtype=torch.long, device=device)
     with _passing_over(blocks, forms, residual.unsqueeze(1)):
         logits: Tensor = hf_model(tokens, use_cache=False).logits
     return logits[:, 0]

@@ -22,27 +22,43 @@ class TokenMask:
     """Which tokens the running pass holds: a runner says so before each pass, and nobody guesses it from a shape.
 
     So prompt and answer are told apart alike with a key/value cache, where a pass holds the prompt or one token, and
-    without one, where it holds everything so far.
+    without one, where it holds everything so far. It is all kept on the CPU, where it can be looked at without waiting
+    for a GPU.
     """
 
     def __init__(self, lengths: Int[Tensor, " row"], starts: Int[Tensor, " row"]) -> None:
         self.lengths = lengths
-        self.advance(torch.arange(len(lengths), device=lengths.device), starts, 0)
+        self.rows = torch.arange(len(lengths))
+        self._placed: dict[torch.device, Tensor] = {}
+        self.advance(self.rows, starts, 0)
 
     def advance(self, rows: Int[Tensor, " running"], start: Int[Tensor, " running"], generated: int) -> None:
         """The next pass has these rows; its first column is token `start` of each; `generated` answer tokens are in."""
+        if not torch.equal(rows, self.rows):
+            self._placed = {}
         self.rows, self.start = rows, start
         self.end = self.lengths[rows] + generated
-        self._touched: dict[tuple[int, int], Tensor | None] = {}
+        self._touched: dict[tuple[int, int, torch.device], Tensor | bool] = {}
 
-    def touched(self, table: Bool[Tensor, "row token"], width: int) -> Bool[Tensor, "running seq"] | None:
-        """Where a change acts in this pass, None where nowhere; the last column of `table` is all later tokens."""
-        key = (id(table), width)
+    def rows_on(self, device: torch.device) -> Int[Tensor, " running"]:
+        """The rows of the running pass, on a device."""
+        if device not in self._placed:
+            self._placed[device] = self.rows.to(device)
+        return self._placed[device]
+
+    def touched(
+        self, table: Bool[Tensor, "row token"], width: int, device: torch.device
+    ) -> Bool[Tensor, "running seq"] | bool:
+        """Where a change acts in this pass: everywhere, nowhere, or at the tokens marked.
+
+        The last column of `table` is all later tokens.
+        """
+        key = (id(table), width, device)
         if key not in self._touched:
-            index = self.start.unsqueeze(1) + torch.arange(width, device=self.start.device)
+            index = self.start.unsqueeze(1) + torch.arange(width)
             inside = (index >= 0) & (index < self.end.unsqueeze(1))
             found = table[self.rows].gather(1, index.clamp(0, table.shape[1] - 1)) & inside
-            self._touched[key] = found if bool(found.any()) else None
+            self._touched[key] = bool(found.any()) if found.all() or not found.any() else found.to(device)
         return self._touched[key]
 
     def laid_out(self, hidden: Tensor) -> Float[Tensor, "running seq d_model"]:
@@ -59,13 +75,11 @@ class TokenMask:
 class EveryToken(TokenMask):
     """For changes that act on every token of every row, whatever is run."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(
-            torch.ones(1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
-        )
+    def __init__(self) -> None:
+        super().__init__(torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
 
-    def touched(self, table: Bool[Tensor, "row token"], width: int) -> Bool[Tensor, "1 1"]:
-        return table.new_ones(1, 1)
+    def touched(self, table: Bool[Tensor, "row token"], width: int, device: torch.device) -> bool:
+        return True
 
     def laid_out(self, hidden: Tensor) -> Float[Tensor, "running seq d_model"]:
         return hidden if hidden.ndim == 3 else hidden.unsqueeze(0)
@@ -201,7 +215,16 @@ def _steps(rows: Sequence[Sequence[Change]], token_mask: TokenMask, device: torc
                     steps.append({})
                 steps[turn - 1][row] = change
     tables = _Tables(token_mask.lengths.tolist(), device)
-    return {place: [made for step in steps for made in _made(step, tables)] for place, steps in order.items()}
+    known: dict[tuple[tuple[int, int], ...], list[_Step]] = {}  # a change at many layers is made ready once
+    found: dict[Place, list[_Step]] = {}
+    for place, steps in order.items():
+        found[place] = []
+        for step in steps:
+            key = tuple((row, id(change)) for row, change in step.items())
+            if key not in known:
+                known[key] = _made(step, tables)
+            found[place] += known[key]
+    return found
 
 
 def _made(step: dict[int, Change], tables: "_Tables") -> list[_Step]:
@@ -227,7 +250,7 @@ class _Tables:
                 table[row, :length] = tokens is None
                 table[row, list(tokens or ())] = True
                 table[row, length : None if first is None else length + first] = generation
-            self.made[key] = table.to(self.device)
+            self.made[key] = table
         return self.made[key]
 
 
@@ -241,38 +264,41 @@ def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
     which = torch.tensor([number[id(what.unit)] if what else 0 for what in every], device=device)
     amount = torch.tensor([what.amount if what else 0.0 for what in every], device=device)
     erases = torch.tensor([what is not None and what.erases for what in every], device=device)
-    any_erases = bool(erases.any())
+    any_erases = any(what is not None and what.erases for what in every)
 
     def move(x: Tensor, token_mask: TokenMask) -> Tensor:
-        touched = token_mask.touched(table, x.shape[1])
-        if touched is None:
+        touched = token_mask.touched(table, x.shape[1], x.device)
+        if touched is False:
             return x
+        rows = token_mask.rows_on(device)
         # At least float32: in bfloat16 the component that was removed would come back with the rounding.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        unit = units[which[token_mask.rows]].to(wide).unsqueeze(1)
-        shift = amount[token_mask.rows].to(wide).unsqueeze(1)
+        unit = units[which[rows]].to(wide).unsqueeze(1)
+        shift = amount[rows].to(wide).unsqueeze(1)
         if any_erases:
-            shift = shift - erases[token_mask.rows].to(wide).unsqueeze(1) * (wide * unit).sum(dim=-1)
-        return wide.addcmul(torch.where(touched.to(x.device), shift, 0.0).unsqueeze(-1), unit).to(x.dtype)
+            shift = shift - erases[rows].to(wide).unsqueeze(1) * (wide * unit).sum(dim=-1)
+        if isinstance(touched, Tensor):
+            shift = torch.where(touched, shift, 0.0)
+        return wide.addcmul(shift.unsqueeze(-1), unit).to(x.dtype)
 
     return move
 
 
 def _putting(step: dict[int, Change], tables: _Tables) -> _Step:
-    row = torch.tensor([r for r, c in step.items() for _ in c.tokens or ()], device=tables.device)
-    token = torch.tensor([t for c in step.values() for t in c.tokens or ()], device=tables.device)
+    row = torch.tensor([r for r, c in step.items() for _ in c.tokens or ()])
+    token = torch.tensor([t for c in step.values() for t in c.tokens or ()])
     values = torch.cat([c.what.values for c in step.values() if isinstance(c.what, SetVector)]).to(tables.device)
 
     def put(x: Tensor, token_mask: TokenMask) -> Tensor:
-        slot = torch.full((len(tables.lengths),), -1, device=tables.device)
-        slot[token_mask.rows] = torch.arange(len(token_mask.rows), device=tables.device)
+        slot = torch.full((len(tables.lengths),), -1)
+        slot[token_mask.rows] = torch.arange(len(token_mask.rows))
         place = slot[row]
         column = token - token_mask.start[place]
-        here = (place >= 0) & (column >= 0) & (column < x.shape[1])
-        if not bool(here.any()):
+        here = ((place >= 0) & (column >= 0) & (column < x.shape[1])).nonzero().squeeze(1)
+        if not len(here):
             return x
         out = x.clone()
-        out[place[here].to(x.device), column[here].to(x.device)] = values[here].to(x)
+        out[place[here].to(x.device), column[here].to(x.device)] = values[here.to(values.device)].to(x)
         return out
 
     return put

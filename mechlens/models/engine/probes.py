@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mechlens.errors import UserError
+from mechlens.models.checkpoint import Elsewhere
+from mechlens.models.device_map import as_they_lie, where_run
 
 UNTRIED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 """What a model's code raises when it is run in a way that it can't bear; see `is_misfit`."""
@@ -50,9 +52,9 @@ def loses(gap: float, dtype: torch.dtype) -> bool:
 
 def probe_tokens(hf_model: nn.Module, n: int) -> Int[Tensor, "1 token"]:
     """Tokens from all over the vocabulary: on the first ones, often special, half precision is all rounding."""
-    weight = hf_model.get_input_embeddings().weight  # type: ignore[operator]
-    size = int(weight.shape[0])
-    return torch.arange(1, n + 1, device=weight.device).mul(max(1, size // 11)).remainder(size).unsqueeze(0)
+    embedding = hf_model.get_input_embeddings()  # type: ignore[operator]
+    size = int(embedding.weight.shape[0])
+    return torch.arange(1, n + 1, device=where_run(embedding)).mul(max(1, size // 11)).remainder(size).unsqueeze(0)
 
 
 @torch.inference_mode()
@@ -89,12 +91,12 @@ def decode_gap(hf_model: nn.Module) -> float:
 
 
 def require_present(hf_model: nn.Module, name: str) -> None:
-    """UserError for weights that are not in memory: on the meta device, or off-loaded to a disk or another device."""
-    for key, weight in (*hf_model.named_parameters(), *hf_model.named_buffers()):
-        if weight.is_meta:
+    """UserError for weights that are nowhere: on the meta device, and not fetched from a disk or another memory."""
+    named = dict((*hf_model.named_parameters(), *hf_model.named_buffers()))
+    for key, weight in as_they_lie(named, hf_model).items():
+        if isinstance(weight, Tensor) and weight.is_meta:
             raise UserError(
-                f"{key} of the model {name!r} isn't in memory (off-loaded, or on the meta device) and mechlens reads "
-                "weights where they are; load the model whole, with a smaller dtype or more memory"
+                f"{key} of the model {name!r} has no values (it is on the meta device); load the model with its weights"
             )
 
 
@@ -102,8 +104,9 @@ def require_present(hf_model: nn.Module, name: str) -> None:
 def require_finite_weights(hf_model: nn.Module, name: str) -> None:
     """UserError that names the first tensor of a checkpoint, buffers included, with NaN or infinity in it."""
     kept = {key for key in hf_model.state_dict() if "." in key}
-    buffers = ((key, buffer) for key, buffer in hf_model.named_buffers() if key in kept)
-    for key, weight in (*hf_model.named_parameters(), *buffers):
+    buffers = {key: buffer for key, buffer in hf_model.named_buffers() if key in kept}
+    for key, found in as_they_lie(dict(hf_model.named_parameters()) | buffers, hf_model).items():
+        weight = found.read() if isinstance(found, Elsewhere) else found
         if weight.is_floating_point() and weight.numel() and not _is_finite(weight):
             bad = int((~torch.isfinite(weight.float())).sum())
             remedy = "take an earlier checkpoint or save it again"
@@ -126,6 +129,13 @@ def require_finite_logits(logits: Tensor, computed_in: torch.dtype | None = None
     """UserError where the likeliest of a row's tokens has no finite logit; -inf for tokens ruled out is none."""
     if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
         raise not_finite(computed_in or logits.dtype)
+
+
+def finite_on_cpu(logits: Tensor) -> Tensor:
+    """The same in float32 on the CPU, looked at there: a GPU is waited for once."""
+    moved = logits.float().cpu()
+    require_finite_logits(moved, logits.dtype)
+    return moved
 
 
 def not_finite(dtype: torch.dtype) -> UserError:

@@ -96,16 +96,17 @@ def recomputed_greedy(
     The library's own generation doesn't say which tokens it runs, and interventions have to know.
     """
     tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
-    stop = torch.tensor(sorted(stop_tokens(model)), dtype=torch.long, device=tokens.device)
-    rest = Rest(stop, max_new_tokens, token_mask, decided)
+    rest = Rest(frozenset(stop_tokens(model)), max_new_tokens, token_mask, decided)
     answers: list[list[int]] = [[] for _ in rows]
-    alive = torch.arange(len(rows), device=tokens.device)
+    alive = list(range(len(rows)))
     for step in range(max_new_tokens):
-        rest.advance(alive, torch.zeros_like(alive), step)
+        rest.advance(alive, [0] * len(alive), step)
         token = whole_logits(model, tokens).argmax(dim=-1).to(tokens.device)
-        going = torch.tensor(rest.written(token, alive, [True] * len(alive), answers), device=tokens.device)
-        alive, tokens = alive[going], torch.cat([tokens, token.unsqueeze(1)], dim=1)[going]
-        if not len(alive):
+        going = rest.written(token.tolist(), alive, [True] * len(alive), answers)
+        keep = [i for i, on in enumerate(going) if on]
+        index = torch.tensor(keep, dtype=torch.long, device=tokens.device)
+        alive, tokens = [alive[i] for i in keep], torch.cat([tokens, token.unsqueeze(1)], dim=1)[index]
+        if not alive:
             break
     return answers
 

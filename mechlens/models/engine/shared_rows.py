@@ -27,37 +27,50 @@ _FAULTS: "weakref.WeakKeyDictionary[nn.Module, dict[str, str]]" = weakref.WeakKe
 
 
 class SharedRows:
-    """The classes of rows that are alike, block by block; a class may only part from one block to the next."""
+    """The classes of rows that are alike, block by block; a class may only part from one block to the next.
+
+    All numbers are kept on the CPU, where they can be looked at without waiting for a GPU.
+    """
 
     def __init__(
-        self,
-        classes: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        device: torch.device,
-        entry: Sequence[int] | None = None,
+        self, classes: Sequence[Sequence[int]], starts: Sequence[int], entry: Sequence[int] | None = None
     ) -> None:
         """`classes[block][row]` counts from 0 in order of first sight; `starts` are the rows of the shared start.
 
         A pass begins with the rows of `entry`, which are those of the first block if they are not given.
         """
         whole = [classes[0] if entry is None else entry, *classes]
-        self.starts = torch.tensor(starts, device=device)
-        self.entry = torch.tensor(_first_rows(whole[0]), device=device)
-        self.of_row = [torch.tensor(block, device=device) for block in classes]
-        self.first = [torch.tensor(_first_rows(block), device=device) for block in classes]
-        self.below = [torch.tensor(whole[0], device=device), *self.of_row[:-1]]
+        self.starts = torch.tensor(starts)
+        self.entry = torch.tensor(_first_rows(whole[0]))
+        self.of_row = _tensors(classes)
+        self.first = _tensors([_first_rows(block) for block in classes])
+        self.below = [torch.tensor(whole[0]), *self.of_row[:-1]]
+        self._placed: dict[tuple[int, torch.device], Tensor] = {}
 
     @classmethod
-    def apart(cls, n: int, n_blocks: int, device: torch.device) -> "SharedRows":
+    def apart(cls, n: int, n_blocks: int) -> "SharedRows":
         """Every row by itself, on a start of one row."""
-        return cls([range(n)] * n_blocks, [0] * n, device)
+        return cls([range(n)] * n_blocks, [0] * n)
+
+    def on(self, device: torch.device, rows: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """Some of these numbers on a device, moved there once."""
+        key = id(rows), device
+        if key not in self._placed:
+            self._placed[key] = rows.to(device)
+        return self._placed[key]
 
     def cache(self, prefix: DynamicCache | None) -> DynamicCache:
         """A fresh cache that holds the start's keys and values for the classes of every block."""
         if prefix is None:
             return DynamicCache()
-        layers = zip(prefix.layers, self.first, strict=True)
-        return DynamicCache([_chosen(layer, self.starts[first]) for layer, first in layers])
+        starts = {id(first): self.starts[first] for first in self.first}
+        layers = zip(prefix.layers, (starts[id(first)] for first in self.first), strict=True)
+        return DynamicCache([self._chosen(layer, rows) for layer, rows in layers])
+
+    def _chosen(self, layer: Any, rows: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
+        if len(layer.keys) == 1:
+            return layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1)
+        return layer.keys[self.on(layer.keys.device, rows)], layer.values[self.on(layer.values.device, rows)]
 
     @contextlib.contextmanager
     def running(
@@ -102,10 +115,10 @@ def _first_rows(block: Sequence[int]) -> list[int]:
     return list(first.values())
 
 
-def _chosen(layer: Any, rows: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
-    if len(layer.keys) == 1:
-        return layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1)
-    return layer.keys[rows.to(layer.keys.device)], layer.values[rows.to(layer.values.device)]
+def _tensors(blocks: Sequence[Sequence[int]]) -> list[Int[Tensor, " row"]]:
+    """A tensor for each block; equal ones are one."""
+    known: dict[tuple[int, ...], Tensor] = {}
+    return [known.setdefault(own, torch.tensor(own)) for own in map(tuple, blocks)]
 
 
 def _for_any_row(value: Any, rows: int) -> Any:
@@ -146,15 +159,15 @@ def _merged_and_apart(model: LanguageModel) -> tuple[Tensor, Tensor]:
     blocks, device = n_layers(model), device_of(model)
     rows = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 6], [6, 5, 4, 3]], device=device)
     below, above = [0, 0, 1], [0, 1, 2]
-    merged = SharedRows([below] * (blocks - 1) + [above], [0, 0, 0], device)
+    merged = SharedRows([below] * (blocks - 1) + [above], [0, 0, 0])
     with native(model) as hf_model:
         start = DynamicCache()
         hf_model(torch.tensor([[1, 2]], device=device), **with_cache(hf_model, start))
 
         def logits(shared_rows: SharedRows) -> Tensor:
             with shared_rows.running(native_blocks(model), None, 2):
-                tokens, cache = rows[shared_rows.entry], shared_rows.cache(start)
+                tokens, cache = rows[shared_rows.entry.to(device)], shared_rows.cache(start)
                 found: Tensor = hf_model(tokens, **with_cache(hf_model, cache)).logits
             return found
 
-        return logits(merged), logits(SharedRows.apart(3, blocks, device))
+        return logits(merged), logits(SharedRows.apart(3, blocks))

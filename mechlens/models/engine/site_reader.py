@@ -18,7 +18,7 @@ from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers, whole
 from mechlens.models.engine.caches import with_cache
 from mechlens.models.engine.edits import is_laid_out, reference_record
-from mechlens.models.engine.forward import Row, Stop, gather, prefix_cache, read_places, right_padded, why_plain
+from mechlens.models.engine.forward import Kept, Row, Stop, prefix_cache, read_places, right_padded, why_plain
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
 from mechlens.models.engine.products import quick_products
 from mechlens.models.engine.shared_rows import SharedRows, fault
@@ -62,12 +62,12 @@ def site_batch(
     """What one batch has at a site, at the read positions, on top of the shared start's keys and values."""
     skip = prefix.get_seq_length() if prefix is not None else 0
     device = device_of(model)
-    found: dict[int, Tensor] = {}
+    kept = Kept(read_places(rows) - skip)
 
     def keep(layer: int, value: Tensor) -> None:
         # Keys begin with the prompt's first token; queries, and all else, with the first that isn't shared.
-        found[layer] = gather(tokens_first(site, value), read_places(rows) - skip)
-        if len(found) == len(set(layers)):
+        kept.put(layer, tokens_first(site, value))
+        if len(kept.found) == len(set(layers)):
             raise Stop
 
     watched = taps_of(model, site, layers)
@@ -82,9 +82,9 @@ def site_batch(
             hooks = [(site_hook(site, layer), _hooking(layer, keep)) for layer in layers]
             stack.enter_context(model.hooks(fwd_hooks=hooks))
         stack.enter_context(contextlib.suppress(Stop))
-        cache = SharedRows.apart(len(rows), n_layers(model), device).cache(prefix)
+        cache = SharedRows.apart(len(rows), n_layers(model)).cache(prefix)
         hf_model(right_padded(rows, skip).to(device), **with_cache(hf_model, cache))
-    return _of_own_keys(torch.stack([found[layer] for layer in layers], dim=1), site, rows)
+    return _of_own_keys(kept.stacked(layers), site, rows)
 
 
 @torch.inference_mode()
@@ -96,9 +96,10 @@ def reference_site_batch(
     names = [site_hook(site, layer) for layer in layers]
     how = whole(model) | {"stop_at_layer": max(layers) + 1}
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **how)
-    read = read_places(rows)
-    values = torch.stack([gather(tokens_first(site, cache[name]), read) for name in names], dim=1)
-    return _of_own_keys(values, site, rows)
+    kept = Kept(read_places(rows))
+    for layer, name in zip(layers, names, strict=True):
+        kept.put(layer, tokens_first(site, cache[name]))
+    return _of_own_keys(kept.stacked(layers), site, rows)
 
 
 def tokens_first(site: str, value: Tensor) -> Tensor:

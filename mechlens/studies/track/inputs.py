@@ -67,7 +67,7 @@ def prepare_series(
     template_arguments(config.template_arg)  # a slip is said before any weights are read
     swapper = checkpoint_swapper(
         config.base, revision=config.revision, dtype=config.dtype, device=config.device,
-        chat_template=series.chat_template,
+        device_map=config.device_map, chat_template=series.chat_template,
     )  # fmt: skip
     template = chat_template(
         loaded(swapper.model).tokenizer, config.template, today=config.today, template_arg=config.template_arg

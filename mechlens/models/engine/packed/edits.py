@@ -21,7 +21,7 @@ from mechlens.models.engine.caches import ReadOnlyCache
 from mechlens.models.engine.edits import Edit, Recording, reference_edited_logits, site_values, value_at
 from mechlens.models.engine.growing import why_not_growing
 from mechlens.models.engine.packed.packing import Packing, pack, pack_prompts, packed_pass, packs
-from mechlens.models.engine.probes import require_finite_logits
+from mechlens.models.engine.probes import finite_on_cpu
 from mechlens.models.engine.shared_rows import fault, fault_of_trial
 from mechlens.models.engine.site_reader import by_head, tapped, taps_of
 from mechlens.models.native import native, native_blocks
@@ -55,10 +55,9 @@ def record_packed(
     cache = DynamicCache()
     with native(model) as hf_model, tapped({tap: keep(layer) for layer, tap in taps.items()}):
         logits = packed_pass(model, hf_model, packing, cache, logits_to_keep=ends).logits[0]
-    require_finite_logits(logits)
     runs = [
         Recording(tuple(ids), own, {layer: value[path] for layer, value in seen.items()})
-        for ids, path, own in zip(prompts, paths, logits.float().cpu(), strict=True)
+        for ids, path, own in zip(prompts, paths, finite_on_cpu(logits), strict=True)
     ]
     return PackedRuns(tuple(runs), tuple(map(tuple, paths)), cache)
 
@@ -84,9 +83,8 @@ def packed_edited_logits(
     with _growing(model, site, line) as hf_model:
         cache = ReadOnlyCache(recorded.cache, len(recorded.cache.layers[0].keys[0, 0]))
         found = packed_pass(model, hf_model, line.packing, cache, logits_to_keep=line.ends).logits[0]
-    require_finite_logits(found)
     logits = torch.empty(found.shape)
-    logits[torch.tensor(order)] = found.float().cpu()
+    logits[torch.tensor(order)] = finite_on_cpu(found)
     return logits
 
 
