@@ -85,6 +85,7 @@ from mechlens.prompts.split import split_by_family as split_by_family
 from mechlens.prompts.templates.template import ChatTemplate as ChatTemplate
 from mechlens.prompts.templates.template import chat_template as chat_template
 from mechlens.prompts.text import match_punctuation as match_punctuation
+from mechlens.runs.folder import FolderCache as FolderCache
 from mechlens.runs.run import Run as Run
 from mechlens.runs.run import list_runs as list_runs
 from mechlens.runs.run import read_run as read_run

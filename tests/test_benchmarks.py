@@ -1,6 +1,7 @@
 """A benchmark that measures another road than the one it is about has measured nothing: it must fail."""
 
 import importlib.util
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -53,3 +54,20 @@ def test_a_refused_fast_path_says_why_once_and_in_the_result(tiny_model: Any) ->
         warnings.simplefilter("error")
         collect(model, prompts)
     assert "hooks are attached" in slow.why_plain
+
+
+def test_the_memory_of_streamed_activations_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A short version: 200 prompts, 12 levels, d_model 4096."""
+    bench = script("bench_memory")
+    monkeypatch.setattr(bench, "STREAMED_BATCH", 1 << 24)
+    sizes = {"prompts": 200, "levels": 12, "positions": 2, "d-model": 4096, "folder": tmp_path}
+    monkeypatch.setattr(sys, "argv", ["bench_memory", *(str(w) for k, v in sizes.items() for w in (f"--{k}", v))])
+    bench.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["values_gb"] == pytest.approx(0.0393, abs=1e-4)
+    assert list(found["steps"]) == ["write", "direction", "separate"]
+    # All values in float64 would take 0.157 GB, one cell 0.0066.
+    assert found["steps"]["direction"]["peak_gb"] < 0.08
+    assert list(tmp_path.iterdir()) == []

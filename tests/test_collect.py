@@ -614,7 +614,7 @@ def test_a_finished_batch_is_let_go_before_the_next(tiny_model: Callable[..., An
             assert all(piece() is None for piece in alive[:-1])
 
         def put(self, key: str, value: dict[str, torch.Tensor]) -> None:
-            alive.append(weakref.ref(value["values"]))
+            alive.append(weakref.ref(value["cells"]))
 
     model, asked = tiny_model(), prompts(24)
     acts = collect(model, asked, cache=Kept(), max_tokens=64)

@@ -18,12 +18,14 @@ from saved import save_model
 
 from mechlens.choices import JUDGES
 from mechlens.cli import main
+from mechlens.methods.activations import streamed
 from mechlens.methods.behaviour.chosen_judge import judge_of
 from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import Choice
+from mechlens.runs.artifacts import read_tensors
 from mechlens.runs.run import read_run
 from mechlens.studies.track import study
 from mechlens.studies.track.config import TrackPlan
@@ -179,6 +181,24 @@ def test_a_killed_run_does_no_finished_checkpoint_again(
     for name, table in expected.items():
         pd.testing.assert_frame_equal(found[name], table, check_exact=False, rtol=1e-9, atol=1e-9)
     assert read_run(out).metrics.keys() == read_run(whole).metrics.keys()
+
+
+def test_streamed_activations_give_the_same_tables_and_a_lost_shard_is_made_again(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "STREAMED_FROM", 0)
+    out, expected = tmp_path / "out", tables(whole)
+    main(command(root, out))
+    pieces = sorted((out / "cache").glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    shards = [path for path in pieces if "cells" in read_tensors(path)]
+    assert len(shards) > len(STEPS) + 1  # the networks' too
+    for name, table in tables(out).items():
+        pd.testing.assert_frame_equal(table, expected[name], check_exact=True)
+    shards[0].unlink()
+    main(command(root, out))
+    assert shards[0].exists()
+    for name, table in tables(out).items():
+        pd.testing.assert_frame_equal(table, expected[name], check_exact=False, rtol=1e-9, atol=1e-9)
 
 
 def test_a_checkpoint_that_turns_out_unreadable_does_not_lose_the_rest(odd: Path) -> None:

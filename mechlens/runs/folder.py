@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechlens.checked_json import parse_json
 from mechlens.errors import UserError
-from mechlens.files import disk_error, file_sha256
+from mechlens.files import disk_error, file_sha256, user_path
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import open_tensors, tensor_digest, write_tensors
 from mechlens.runs.run import RUN_FILE, Run, first_difference, read_run
@@ -97,9 +97,10 @@ def _is_at(path: Path, handle: int) -> bool:
 
 @dataclass(frozen=True)
 class FolderCache:
-    """One safetensors file per key; a `mechlens.methods.cache.Cache`."""
+    """Finished pieces of work, one safetensors file each, memory-mapped when read; `cache=FolderCache("folder")`."""
 
-    folder: Path
+    folder: str | Path
+    """Made when the first piece is put."""
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The piece under `key`, or None where there is none or its file is damaged."""
@@ -121,7 +122,7 @@ class FolderCache:
     def _path(self, key: str) -> Path:
         if len(key) != 64 or set(key) - set("0123456789abcdef"):
             raise ValueError(f"a cache's key is a sha256 in hex, not {key!r}")
-        return self.folder / f"{key}.safetensors"
+        return user_path(self.folder) / f"{key}.safetensors"
 
 
 PROMPTS = "prompts"

@@ -1,7 +1,7 @@
 """What the model computed: residual-stream vectors, or what blocks have at another site, with their labels."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.errors import UserError
+from mechlens.methods.activations.streamed import StreamedTensor
 from mechlens.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activations:
-    """Values of many prompts at named levels and positions (float32, on the CPU).
+    """Values of many prompts at named levels and positions (float32, on the CPU, or on disk: `StreamedTensor`).
 
     Of the site "resid", level l < L is `resid_pre` of block l (level 0: the embedding); level L is the last block's
     output before the final norm. Of any other site, a level is a block.
@@ -59,7 +60,14 @@ class Activations:
         """The values of every prompt at one level and one named position."""
         if level not in self.levels:
             raise UserError(f"level {level} was not collected; there are levels {list(self.levels)}")
-        return self.values[:, self.levels.index(level), column_of(position, self.positions, self.last)]
+        cell = self.values[:, self.levels.index(level), column_of(position, self.positions, self.last)]
+        return cell.read() if isinstance(cell, StreamedTensor) else cell
+
+    def cells(self) -> Iterator[tuple[int, int, Float[Tensor, "prompt *axes"]]]:
+        """Every cell: the row of its level, the column of its position, and its values, read when it is asked for."""
+        for row, level in enumerate(self.levels):
+            for column, position in enumerate(self.positions):
+                yield row, column, self.at(level, position)
 
     def select(self, keep: Sequence[int] | Tensor) -> "Activations":
         """The same activations for some of the prompts, in the order asked for."""
@@ -112,7 +120,10 @@ class Activations:
         rows = frame.pop("row").to_numpy()
         for column, values in (("family", self.families), ("label", self.labels), ("id", self.ids)):
             frame.insert(0, column, [values[i] for i in rows])
-        frame["norm"] = self.values.flatten(3).norm(dim=-1).reshape(-1).numpy()
+        norms = torch.empty(self.values.shape[:3])
+        for level, position, cell in self.cells():
+            norms[:, level, position] = cell.flatten(1).norm(dim=-1)
+        frame["norm"] = norms.reshape(-1).numpy()
         return frame
 
     def to_frame(self) -> "pandas.DataFrame":
@@ -137,11 +148,16 @@ class Activations:
         whole = torch.ones(len(self.ids), len(self.positions), dtype=torch.bool)
         return whole if self.mask is None else self.mask
 
+    def broken_levels(self) -> list[int]:
+        """Levels at which some value isn't finite."""
+        broken = {row for row, _, values in self.cells() if not bool(torch.isfinite(values).all())}
+        return [self.levels[row] for row in sorted(broken)]
+
     def require_vectors(self) -> None:
         """UserError unless every prompt has one vector at every level and position, as directions and probes need."""
         if len(self.axes) > 1:
             raise UserError(f"at {self.site} a token has a value for every head; take one head's with acts.head(h)")
-        if self.axes == ("key",) and bool(self.values.isnan().any()):
+        if self.axes == ("key",) and any(bool(values.isnan().any()) for *_, values in self.cells()):
             raise UserError(
                 "prompts of different lengths have different keys, so no vectors can be made of their patterns"
             )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,8 +15,16 @@ from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.spans import Span
+from mechlens.methods.activations.streamed import (
+    STREAMED_BATCH,
+    StreamedTensor,
+    packed,
+    require_memory,
+    too_many,
+    unpacked,
+)
 from mechlens.methods.cache import Cache
-from mechlens.models.bridge import LanguageModel, device_of, dtype_of
+from mechlens.models.bridge import LanguageModel, d_model, device_of, dtype_of
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
@@ -50,6 +59,11 @@ class Reading:
         if self.lines is not None:
             return ("direction",)
         return ("d_model",) if self.site == RESIDUAL else SITES[self.site].axes
+
+    def width(self, model: LanguageModel) -> int:
+        """How many numbers a value has before it is projected; of heads about as many as d_model."""
+        neurons = self.site != RESIDUAL and SITES[self.site].axes == ("neuron",)
+        return int(model.cfg.d_mlp or d_model(model)) if neurons else d_model(model)
 
     def rows(self, batch: TokenBatch) -> list[Row]:
         """The prompts, without padding, with the places that their columns read, one after the other."""
@@ -102,41 +116,75 @@ class BatchReader:
     max_tokens: int
 
     def read(self, rows: list[Row]) -> tuple[Float[Tensor, "prompt level column *axes"], Bool[Tensor, "prompt level"]]:
-        """The values, in one piece of memory that is filled batch by batch, and which of them are finite."""
+        """The values, and which of them are finite.
+
+        In one piece of memory that is filled batch by batch; where they are many and there is a cache, left on it.
+        """
         reading, lengths = self.reading, self.reading.lengths
         skip = forward.shared_prefix(rows) if self.fast else 0
         prefix = None
         values = torch.empty(0)
+        pieces: list[Tensor] = []
+        keys: list[str] = []
         finite = torch.ones(len(rows), len(reading.levels), dtype=torch.bool)
+        streams = self._streams(len(rows))
+        batches = self._batches(rows, skip, streams)
+        for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
+            chunk = [rows[i] for i in members]
+            key = self._key(chunk, lengths[members], skip) if self.cache is not None else ""
+            found = self._kept(key)
+            if found is None:
+                if self.fast and skip and prefix is None:
+                    prefix = shared_start(self.model, rows[0].ids[:skip])
+                found = reading.kept(halving(self._run(prefix), chunk), lengths[members])
+                if self.cache is not None:
+                    self.cache.put(key, packed(found))
+                if streams and (kept := self._kept(key)) is not None:
+                    found = kept  # from disk, where it takes no memory
+            finite[members] = self._finite(found, lengths[members])
+            if streams:
+                pieces.append(found)
+                keys.append(key)
+                continue
+            if not len(values):
+                values = self._room(rows, found)
+            values[members, ..., : found.shape[-1]] = found.float()
+        if streams:
+            values = StreamedTensor(pieces, torch.tensor([i for members in batches for i in members]).argsort(), keys)
+        return values, finite
+
+    def _streams(self, prompts: int) -> bool:
+        reading = self.reading
+        width = reading.width(self.model) if reading.lines is None else len(reading.lines)
+        return self.cache is not None and too_many(prompts * len(reading.levels) * len(reading.columns) * width)
+
+    def _batches(self, rows: list[Row], skip: int, streams: bool) -> list[list[int]]:
         if self.reading.site == RESIDUAL:
             batches = forward.plan_reading(self.model, rows, self.max_tokens, shared=skip, fast=self.fast)
         else:
             batches = forward.plan(rows, self.max_tokens, shared=skip, equal_lengths=not self.fast)
-        for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
-            chunk = [rows[i] for i in members]
-            key = self._key(chunk, lengths[members], skip) if self.cache is not None else ""
-            piece = self.cache.get(key) if self.cache is not None else None
-            if piece is None:
-                if self.fast and skip and prefix is None:
-                    prefix = shared_start(self.model, rows[0].ids[:skip])
-                raw = halving(self._run(prefix), chunk)
-                piece = {"values": reading.kept(raw, lengths[members])}
-                if self.cache is not None:
-                    self.cache.put(key, piece)
-            found = piece["values"]
-            if not len(values):
-                values = self._room(rows, found)
-            values[members, ..., : found.shape[-1]] = found
-            there = lengths[members] > 0
-            # A pattern has no number where a prompt has no such token, and always one for its first.
-            numbers = found[..., :1] if reading.site == "pattern" else found
-            fine = torch.isfinite(numbers).flatten(3).all(dim=-1)
-            finite[members] = (fine | ~there.unsqueeze(1)).all(dim=-1)
-        return values, finite
+        if not streams:
+            return batches
+        most_read = len(self.reading.levels) * max(len(row.read) for row in rows) * self.reading.width(self.model)
+        size = max(1, STREAMED_BATCH // (4 * most_read))
+        return [members[at : at + size] for members in batches for at in range(0, len(members), size)]
+
+    def _kept(self, key: str) -> Tensor | None:
+        """What the cache has of a batch, in the type in which it is there."""
+        piece = self.cache.get(key) if self.cache is not None else None
+        return None if piece is None else unpacked(piece)
+
+    def _finite(self, found: Tensor, lengths: Int[Tensor, "row column"]) -> Bool[Tensor, "row level"]:
+        # A pattern has no number where a prompt has no such token, and always one for its first.
+        numbers = found[..., :1] if self.reading.site == "pattern" else found
+        fine = torch.isfinite(numbers).flatten(3).all(dim=-1)
+        return (fine | ~(lengths > 0).unsqueeze(1)).all(dim=-1)
 
     def _room(self, rows: list[Row], found: Tensor) -> Tensor:
         wide = max(len(row.ids) for row in rows) if self.reading.site == "pattern" else found.shape[-1]
-        return found.new_full((len(rows), *found.shape[1:-1], wide), torch.nan)
+        shape = (len(rows), *found.shape[1:-1], wide)
+        require_memory(math.prod(shape))
+        return torch.full(shape, torch.nan)
 
     def _run(self, prefix: Any) -> Callable[[list[Row]], Tensor]:
         site, levels = self.reading.site, self.reading.levels

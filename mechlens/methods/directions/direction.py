@@ -137,14 +137,23 @@ def weighted_differences(
     for_negative: Float[Tensor, "draw prompt"],
 ) -> Float[Tensor, "draw level position d_model"]:
     """Difference of two weighted means for each draw of weights (float64); NaN where weights sum to 0."""
-    levels = []
-    for level in acts.values.unbind(dim=1):
-        # Whole-number weights are summed first and divided last: that keeps sums of float32 values exact.
-        flat = level.flatten(start_dim=1).double()
-        up = for_positive @ flat / for_positive.sum(dim=1, keepdim=True)
-        down = for_negative @ flat / for_negative.sum(dim=1, keepdim=True)
-        levels.append((up - down).reshape(-1, *level.shape[1:]))
-    return torch.stack(levels, dim=1)
+    found = torch.empty(len(for_positive), *acts.values.shape[1:], dtype=torch.float64)
+    for row, column, values in acts.cells():
+        found[:, row, column] = weighted_difference(values, for_positive, for_negative)
+    return found
+
+
+def weighted_difference(
+    values: Float[Tensor, "prompt d_model"],
+    for_positive: Float[Tensor, "draw prompt"],
+    for_negative: Float[Tensor, "draw prompt"],
+) -> Float[Tensor, "draw d_model"]:
+    """The same of one cell."""
+    # Whole-number weights are summed first and divided last: that keeps sums of float32 values exact.
+    exact = values.double()
+    up = for_positive @ exact / for_positive.sum(dim=1, keepdim=True)
+    down = for_negative @ exact / for_negative.sum(dim=1, keepdim=True)
+    return up - down
 
 
 def members(acts: Activations, label: str) -> Bool[Tensor, " prompt"]:

@@ -20,6 +20,7 @@ from mechlens.methods.directions.direction import (
     members,
     project,
     random_like,
+    weighted_difference,
     weighted_differences,
 )
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
@@ -91,7 +92,7 @@ def permutation_null(
     if refit is None:
         scores = refitted_scores(train.values, test.values, fitted.double(), (~fitted).double())
     else:
-        scores = snap(refit(fitted), TIE_RESOLUTION * _largest_norm(train.values) * _largest_norm(test.values))
+        scores = snap(refit(fitted), TIE_RESOLUTION * largest_norm(train.values) * largest_norm(test.values))
     areas = weighted_auroc(scores, scored.double(), (~scored).double())
     # The tolerance keeps an equal AUROC, summed in another order, from counting as smaller.
     as_good = int((areas >= observed - 1e-9).sum())
@@ -107,7 +108,7 @@ def random_null(direction: Direction, test: LabelledVectors, n: int, seed: int) 
     """Scores `n` random directions with the direction's norm on the same test prompts."""
     draws = random_like(direction, n, seed)
     scores = torch.stack([project(test.values.double(), draw) for draw in draws])
-    areas = auroc(snap(scores, TIE_RESOLUTION * _largest_norm(test.values)), test.positive)
+    areas = auroc(snap(scores, TIE_RESOLUTION * largest_norm(test.values)), test.positive)
     folded = torch.maximum(areas, 1 - areas)
     return RandomNull(mean=float(folded.mean()), maximum=float(folded.max()), n=n)
 
@@ -126,10 +127,10 @@ def refitted_scores(
     products = train.double() @ test.double().T
     up = for_positive @ products / for_positive.sum(dim=1, keepdim=True)
     down = for_negative @ products / for_negative.sum(dim=1, keepdim=True)
-    return snap(up - down, TIE_RESOLUTION * _largest_norm(train) * _largest_norm(test))
+    return snap(up - down, TIE_RESOLUTION * largest_norm(train) * largest_norm(test))
 
 
-def _largest_norm(values: Float[Tensor, "prompt d_model"]) -> float:
+def largest_norm(values: Float[Tensor, "prompt d_model"]) -> float:
     """Length of the longest vector; 0 where there is none."""
     return float(values.double().norm(dim=1).max()) if len(values) else 0.0
 
@@ -168,15 +169,15 @@ def split_half(
     """
     first = family_halves(acts.families, n_splits, seed, acts.labels).double()
     inside, outside = members(acts, positive), members(acts, negative)
+    cosines = torch.empty(n_splits, *acts.values.shape[1:3], dtype=torch.float64)
     if method == MEAN_DIFFERENCE:
-        one = weighted_differences(acts, first * inside, first * outside)
-        other = weighted_differences(acts, (1 - first) * inside, (1 - first) * outside)
+        for row, column, values in acts.cells():
+            one, other = (weighted_difference(values, half * inside, half * outside) for half in (first, 1 - first))
+            cosines[:, row, column] = cosine(one, other)
     else:
-        one, other = (
-            torch.stack([_fitted(acts, half, positive, negative, method) for half in side])
-            for side in (first.bool(), ~first.bool())
-        )
-    halves = cosine(one, other).nanmean(dim=0).clamp(min=0.0)
+        for k, half in enumerate(first.bool()):
+            cosines[k] = cosine(*(_fitted(acts, side, positive, negative, method) for side in (half, ~half)))
+    halves = cosines.nanmean(dim=0).clamp(min=0.0)
     return 2 * halves / (1 + halves)
 
 

@@ -185,7 +185,7 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
                 f"a part of the split has {counts} prompts; a guard needs at least 2 of each label to be fitted and "
                 "to choose levels, so add prompts"
             )
-        if not bool(torch.isfinite(part.values).all()):
+        if part.broken_levels():
             raise UserError("activations are not finite; collect them again in float32 or bfloat16")
         return part
 

@@ -61,9 +61,9 @@ class CosineScore:
         return -2.0, 2.0
 
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
-        shifted = (values.double() - self.origin)[:, None]
-        up, down = (self.positive - self.origin)[None], (self.negative - self.origin)[None]
-        return (cosine_or_zero(shifted, up) - cosine_or_zero(shifted, down))[:, 0]
+        shifted = values.double() - self.origin
+        up, down = self.positive - self.origin, self.negative - self.origin
+        return cosine_or_zero(shifted, up) - cosine_or_zero(shifted, down)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import DirectionGrid
-from mechlens.methods.directions.nulls import TIE_RESOLUTION, refitted_scores
+from mechlens.methods.directions.nulls import TIE_RESOLUTION, largest_norm, refitted_scores
 from mechlens.methods.probing.auroc import auroc, auroc_bounds, snap, weighted_auroc
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import Interval, family_weights, interval, one_thread
@@ -64,12 +64,10 @@ def score_grid(acts: Activations, grid: DirectionGrid) -> Float[Tensor, "level p
                 f"the activations and the directions differ in {name} ({one} and {other}); collect both alike"
             )
     scores = torch.empty(*grid.vectors.shape[:2], len(acts.ids), dtype=torch.float64)
-    for row, vectors, out in zip(acts.values.unbind(dim=1), grid.vectors, scores, strict=True):
-        values = row.double().transpose(0, 1)
-        norms = values.norm(dim=-1)
-        largest = norms.amax(dim=-1) if len(acts.ids) else torch.zeros(len(vectors), dtype=torch.float64)
-        raw = (values @ vectors.double()[:, :, None]).squeeze(-1)
-        out.copy_(snap(raw, TIE_RESOLUTION * largest**2))
+    for row, column, values in acts.cells():
+        exact = values.double()
+        raw = exact @ grid.vectors[row, column].double()
+        scores[row, column] = snap(raw, TIE_RESOLUTION * largest_norm(exact) ** 2)
     return scores
 
 
@@ -114,15 +112,9 @@ def refitted_auroc(
     drawn = family_weights(train.families, resamples, seed, train.labels)
     weights = family_weights(test.families, resamples, seed + 1, test.labels)
     samples = torch.full((len(grid.levels), len(grid.positions), resamples), torch.nan, dtype=torch.float64)
-    for level in range(len(grid.levels)):
-        for position in range(len(grid.positions)):
-            scores = refitted_scores(
-                train.values[:, level, position],
-                test.values[:, level, position],
-                drawn * fitted,
-                drawn * ~fitted,
-            )
-            samples[level, position] = weighted_auroc(scores, weights * positive, weights * ~positive)
+    for (row, column, fits), (*_, values) in zip(train.cells(), test.cells(), strict=True):
+        scores = refitted_scores(fits, values, drawn * fitted, drawn * ~fitted)
+        samples[row, column] = weighted_auroc(scores, weights * positive, weights * ~positive)
     return _summary(grid, auroc(score_grid(test, grid), positive), interval(samples), test, refit=True)
 
 

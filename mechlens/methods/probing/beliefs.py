@@ -45,11 +45,13 @@ class Centroids:
 def centroids(acts: Activations, positive: str, negative: str, position: str) -> Centroids:
     """Class means at one position, by any of its names, and every level; UserError where a class has no prompt."""
     column = column_of(position, acts.positions, acts.last)
-    values = acts.values[:, :, column]
-    means = [values[members(acts, label)].double().mean(dim=0).to(values.dtype) for label in (positive, negative)]
+    sides = members(acts, positive), members(acts, negative)
+    levels = acts.values[:, :, column].unbind(dim=1)
+    means = [[level[side].double().mean(dim=0) for side in sides] for level in levels]
+    up, down = (torch.stack(found).to(acts.values.dtype) for found in zip(*means, strict=True))
     return Centroids(
-        positive=means[0],
-        negative=means[1],
+        positive=up,
+        negative=down,
         levels=acts.levels,
         position=acts.positions[column],
         site=acts.site,
@@ -71,11 +73,13 @@ def layer_scores(
     `centered=True` subtracts the midpoint of the centroids from everything first. A zero vector counts
     as cosine 0, so a level at which all prompts are alike adds nothing.
     """
-    origin = reference.grand_mean.double() if centered else torch.zeros_like(reference.positive.double())
-    shifted = values.double() - origin
-    return cosine_or_zero(shifted, reference.positive.double() - origin) - cosine_or_zero(
-        shifted, reference.negative.double() - origin
-    )
+    up, down = reference.positive.double(), reference.negative.double()
+    origin = reference.grand_mean.double() if centered else torch.zeros_like(up)
+    scores = []
+    for k in range(len(origin)):  # one level in memory
+        shifted = values[..., k, :].double() - origin[k]
+        scores.append(cosine_or_zero(shifted, up[k] - origin[k]) - cosine_or_zero(shifted, down[k] - origin[k]))
+    return torch.stack(scores, dim=-1)
 
 
 def belief(
@@ -114,9 +118,9 @@ def beliefs(
 
 
 def cosine_or_zero(
-    values: Float[Tensor, "*batch level d_model"], reference: Float[Tensor, "level d_model"]
-) -> Float[Tensor, "*batch level"]:
-    """Cosine at each level, 0 where either vector is zero."""
+    values: Float[Tensor, "*batch d_model"], reference: Float[Tensor, " d_model"]
+) -> Float[Tensor, "*batch"]:
+    """Cosine of each vector with the reference, 0 where either is zero."""
     norms = values.norm(dim=-1) * reference.norm(dim=-1)
     dots = (values * reference).sum(dim=-1)
     return torch.where(norms > 0, dots / norms, 0.0)

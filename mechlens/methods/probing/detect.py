@@ -213,12 +213,7 @@ def _separation(
 
 def _require_finite(acts: Activations) -> None:
     acts.require_vectors()
-    broken = [
-        level
-        for level, row in zip(acts.levels, acts.values.unbind(1), strict=True)
-        if not bool(torch.isfinite(row).all())
-    ]
-    if broken:
+    if broken := acts.broken_levels():
         raise UserError(f"activations are not finite at levels {broken}; collect them again in float32 or bfloat16")
 
 

@@ -74,11 +74,9 @@ def _probes(train: Activations, contrast: tuple[str, str]) -> Float[Tensor, "lev
     """Weights in the raw space; the intercept is left to the calibration. Zero where no prompt differs."""
     positive = is_positive(train, contrast)
     weights = torch.zeros(train.values.shape[1:], dtype=torch.float64)
-    for row in range(weights.shape[0]):
-        for column in range(weights.shape[1]):
-            values = train.values[:, row, column]
-            if values.double().numpy().std(axis=0).any():
-                weights[row, column], _ = logistic_line(values, positive, penalty=1.0, steps=300)
+    for row, column, values in train.cells():
+        if values.double().numpy().std(axis=0).any():
+            weights[row, column], _ = logistic_line(values, positive, penalty=1.0, steps=300)
     return weights.to(train.values.dtype)
 
 

@@ -31,6 +31,8 @@ MIN_RELIABILITY = 0.05
 """Below this split-half cosine a direction is mostly noise and no correction is possible."""
 HALVINGS = 40
 """Random halvings of the families behind a split-half cosine."""
+WIDTH = 1024
+"""Dimensions that are summed over at a time: a jackknife has a direction for each family."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,14 @@ def _at_level(first: Effect, second: Effect, level: int, families: Sequence[str]
         a in first.coefficients or b in second.coefficients for a, b in zip(first.labels, second.labels, strict=True)
     )
     codes = family_codes(families)[0]
-    a, b = _class_sums(first, level, codes), _class_sums(second, level, codes)
-    measured = _jackknife(cosine(_directions(a), _directions(b)), n)
+    sums = torch.zeros(6, 1 + int(codes.max()) + 1, dtype=torch.float64)
+    parts = (torch.split(effect.values[:, level], WIDTH, dim=1) for effect in (first, second))
+    for own, other in zip(*parts, strict=True):
+        a, b = _class_sums(first, own, codes), _class_sums(second, other, codes)
+        ways = _directions(a), _directions(b)
+        dots = [(x * y).sum(dim=1) for x, y in ((ways[0], ways[1]), (ways[0], ways[0]), (ways[1], ways[1]))]
+        sums += torch.stack([*dots, _product(a, b), _product(a, a), _product(b, b)])
+    measured = _jackknife(_ratio(*sums[:3]), n)
     labels = [f"{a}/{b}" for a, b in zip(first.labels, second.labels, strict=True)]
     halves = family_halves(families, HALVINGS, seed, labels).double()
     reliable = [
@@ -115,8 +123,12 @@ def _at_level(first: Effect, second: Effect, level: int, families: Sequence[str]
     corrected = Estimate.missing(n)
     if min(reliable) > MIN_RELIABILITY:
         # A product that is not above 0 gives NaN: without that family the direction is noise.
-        corrected = _jackknife(_product(a, b) / (_product(a, a).sqrt() * _product(b, b).sqrt()), n)
+        corrected = _jackknife(_ratio(*sums[3:]), n)
     return _Cell(measured, corrected, *reliable)
+
+
+def _ratio(product: Tensor, own: Tensor, other: Tensor) -> Float[Tensor, " one_and_family"]:
+    return product / (own.sqrt() * other.sqrt())
 
 
 def _jackknife(values: Float[Tensor, " one_and_family"], n: int) -> Estimate:
@@ -133,12 +145,12 @@ class _ClassSums(NamedTuple):
     """One class's part of an effect: its prompts' vectors and their number, summed by family."""
 
     coefficient: float
-    sums: Float[Tensor, "family d_model"]
+    sums: Float[Tensor, "family d"]
     counts: Float[Tensor, "family 1"]
 
 
-def _class_sums(effect: Effect, level: int, codes: Tensor) -> list[_ClassSums]:
-    values, n_families = effect.values[:, level].double(), int(codes.max()) + 1
+def _class_sums(effect: Effect, values: Float[Tensor, "prompt d"], codes: Tensor) -> list[_ClassSums]:
+    values, n_families = values.double(), int(codes.max()) + 1
     found = []
     for label, coefficient in effect.coefficients.items():
         rows = [i for i, own in enumerate(effect.labels) if own == label]
@@ -148,7 +160,7 @@ def _class_sums(effect: Effect, level: int, codes: Tensor) -> list[_ClassSums]:
     return found
 
 
-def _directions(parts: Sequence[_ClassSums]) -> Float[Tensor, "one_and_family d_model"]:
+def _directions(parts: Sequence[_ClassSums]) -> Float[Tensor, "one_and_family d"]:
     """The direction from all families, and without each one; NaN where a class is then empty."""
     total = torch.zeros(1, dtype=torch.float64)
     for coefficient, sums, counts in parts:

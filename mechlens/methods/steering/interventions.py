@@ -58,7 +58,10 @@ def residual_norms(acts: Activations) -> ResidualNorms:
     if not kept or not acts.ids:
         raise UserError("there is no activation beside the first token's; collect at inst, last or post[*]")
     acts.require_vectors()
-    norms = acts.values[:, :, kept].double().norm(dim=-1)
+    norms = torch.empty(acts.values.shape[:3], dtype=torch.float64)
+    for row, column, values in acts.cells():
+        norms[:, row, column] = values.double().norm(dim=-1)
+    norms = norms[:, :, kept]
     return ResidualNorms(
         medians=norms.quantile(0.5, dim=0).float(),
         pooled=norms.transpose(0, 1).flatten(start_dim=1).quantile(0.5, dim=1).float(),

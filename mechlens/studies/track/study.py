@@ -32,6 +32,7 @@ from mechlens.models.checkpoints.series import (
     content_of,
 )
 from mechlens.models.checkpoints.swap import CheckpointSwapper
+from mechlens.prompts.batch import TokenBatch
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import require_sampling
@@ -44,7 +45,7 @@ from mechlens.studies.track.measures.change import matrix_rows
 from mechlens.studies.track.measures.floor import measured_floor
 from mechlens.studies.track.measures.geometry import geometry_tables
 from mechlens.studies.track.measures.reference import BaseReference, reference_of
-from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
+from mechlens.studies.track.measures.snapshot import Labels, Snapshot, cache_of_many, from_piece, to_piece
 from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions, steered_rows
 
 FORMAT = 2
@@ -74,10 +75,9 @@ def track(
     for member, key in tqdm(list(zip(series.members, keys, strict=True)), desc="checkpoints", unit="checkpoint"):
         piece = cache.get(key) if cache is not None else None
         try:
-            if piece is not None:
-                snapshot = _restored(piece, member, swapper.model, questions, plan)
-            else:
-                snapshot, reference = _measure(swapper, member, questions, plan, reference)
+            snapshot = _restored(piece, member, swapper.model, questions, plan, cache) if piece is not None else None
+            if snapshot is None:
+                snapshot, reference = _measure(swapper, member, questions, plan, reference, cache)
                 if cache is not None:
                     cache.put(key, to_piece(snapshot))
         except UserError as error:
@@ -130,18 +130,23 @@ def _levels(model: LanguageModel, plan: TrackPlan) -> tuple[int, ...]:
 
 
 def _measure(
-    swapper: CheckpointSwapper, member: Member, questions: Questions, plan: TrackPlan, reference: BaseReference | None
+    swapper: CheckpointSwapper,
+    member: Member,
+    questions: Questions,
+    plan: TrackPlan,
+    reference: BaseReference | None,
+    cache: Cache | None,
 ) -> tuple[Snapshot, BaseReference]:
     """Everything that needs the checkpoint's weights; the first checkpoint makes the reference."""
     model = swapper.put(member)
     levels = _levels(model, plan)
-    acts = collect(model, questions.batch, positions=plan.read, levels=levels)
+    acts = _collect(model, questions.batch, plan, levels, cache)
     answers = answer(model, questions.batch, max_new_tokens=plan.max_new_tokens)
     judge = judge_of(plan.judge)
     variants = variant_answers = None
     variant_verdicts: tuple[str, ...] = ()
     if questions.variants is not None:
-        variants = collect(model, questions.variants, positions=plan.read, levels=levels)
+        variants = _collect(model, questions.variants, plan, levels, cache)
         variant_answers = answer(model, questions.variants, max_new_tokens=plan.max_new_tokens)
         variant_verdicts = verdicts_by(judge, questions.variants.prompts, variant_answers.texts)
     known = reference or _reference(model, acts, answers, questions, plan)
@@ -170,14 +175,26 @@ def _measure(
     return snapshot, known
 
 
+def _collect(
+    model: LanguageModel, batch: TokenBatch, plan: TrackPlan, levels: tuple[int, ...], cache: Cache | None
+) -> Activations:
+    kept = cache_of_many(cache, model, batch, plan.read, levels)
+    return collect(model, batch, positions=plan.read, levels=levels, cache=kept)
+
+
 def _restored(
-    piece: dict[str, Tensor], member: Member, model: LanguageModel, questions: Questions, plan: TrackPlan
-) -> Snapshot:
+    piece: dict[str, Tensor],
+    member: Member,
+    model: LanguageModel,
+    questions: Questions,
+    plan: TrackPlan,
+    cache: Cache | None,
+) -> Snapshot | None:
     levels = _levels(model, plan)
     of = [questions.batch, questions.variants]
     labels = [Labels(batch, levels, batch.resolve(plan.read), plan.max_new_tokens) if batch else None for batch in of]
     assert labels[0] is not None
-    return from_piece(piece, member, labels[0], labels[1])
+    return from_piece(piece, member, labels[0], labels[1], cache)
 
 
 def _reference(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.directions.nulls import TIE_RESOLUTION
+from mechlens.methods.directions.nulls import TIE_RESOLUTION, largest_norm
 from mechlens.methods.probing.auroc import auroc, auroc_bounds, auroc_estimate, snap
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.probing.readouts import (
@@ -105,10 +105,12 @@ def _columns(
 def _random(test: _Test, n: int, seed: int) -> dict[str, Float[Tensor, "level position"]]:
     generator = torch.Generator().manual_seed(seed + 11)
     lines = torch.randn(test.acts.values.shape[-1], n, generator=generator, dtype=torch.float64)
-    scores = torch.stack([level.double() @ lines for level in test.acts.values.unbind(1)]).permute(0, 2, 3, 1)
-    # Prompts that share one vector differ in the last bits of a product, and would be told apart by them.
-    longest = test.acts.values.double().norm(dim=-1).amax(dim=0)
-    areas = auroc(snap(scores, TIE_RESOLUTION * longest[..., None] * lines.norm(dim=0)), test.positive)
+    areas = torch.empty(*test.acts.values.shape[1:3], n, dtype=torch.float64)
+    for row, column, values in test.acts.cells():
+        exact = values.double()
+        # Prompts that share one vector differ in the last bits of a product, and would be told apart by them.
+        scores = snap((exact @ lines).T, TIE_RESOLUTION * largest_norm(exact) * lines.norm(dim=0))
+        areas[row, column] = auroc(scores, test.positive)
     folded = torch.maximum(areas, 1 - areas)
     return {"random_mean": folded.mean(dim=-1), "random_maximum": folded.amax(dim=-1)}
 

@@ -24,6 +24,7 @@ from mechlens.prompts.split import Split
 from mechlens.studies.shared.contrasts import surface_of
 from mechlens.studies.track.measures.home import HomeQuestion, network_floor, surface_floor
 from mechlens.studies.track.measures.reference import TrackedConcept
+from mechlens.studies.track.measures.snapshot import cache_of_many
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def measured_floor(
         except UserError as error:
             warnings.warn(f"there is no floor of an untrained network: {error}", stacklevel=2)
             break
-        acts = collect(model, batch, positions=positions, levels=levels)
+        many = cache_of_many(cache, model, batch, positions, levels)
+        acts = collect(model, batch, positions=positions, levels=levels, cache=many)
         for question in asked:
             found[question.concept.name].append(network_floor(question, acts))
             for kind, area in random_grid(question.concept, acts, split).items():

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.directions.direction import cosine, mean_differences
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.studies.track.measures.reference import TrackedConcept
@@ -113,8 +113,8 @@ def turning_table(steps: Sequence[int], acts: Sequence[Activations], concept: Tr
     rows = []
     for position in acts[0].positions:
         level = concept.level(position)
-        row, column = acts[0].levels.index(level), acts[0].positions.index(position)
-        path = torch.stack([mean_differences(concept.relabelled(at), *concept.contrast)[row, column] for at in acts])
+        cells = [one_cell(concept.relabelled(found), level, position) for found in acts]
+        path = torch.stack([mean_differences(cell, *concept.contrast)[0, 0] for cell in cells])
         for k in range(1, len(steps) - 1):
             back, forth = path[k - 1] - path[k], path[k + 1] - path[k]
             rows.append(

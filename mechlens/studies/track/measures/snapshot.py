@@ -10,7 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
+from mechlens.methods.activations.streamed import StreamedTensor, too_many
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
+from mechlens.methods.cache import Cache
+from mechlens.models.bridge import LanguageModel, d_model
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.series import Member
 from mechlens.prompts.batch import TokenBatch
@@ -46,6 +49,7 @@ class Snapshot:
 
 def to_piece(snapshot: Snapshot) -> dict[str, Tensor]:
     """As tensors, for a cache."""
+    kept = {"values": snapshot.acts} | ({"variants": snapshot.variants} if snapshot.variants else {})
     header = {
         "checkpoint": vars(snapshot.acts.checkpoint),
         "engines": [snapshot.acts.engine, snapshot.answers.engine],
@@ -54,18 +58,32 @@ def to_piece(snapshot: Snapshot) -> dict[str, Tensor]:
         "steered": list(snapshot.steered),
         "matrices": [dict(row) for row in snapshot.matrices],
         "variant_texts": snapshot.variant_answers.texts if snapshot.variant_answers else None,
+        "streamed": {name: acts.values.keys for name, acts in kept.items() if isinstance(acts.values, StreamedTensor)},
     }
     piece = {
         "header": torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8),
-        "values": snapshot.acts.values,
+        **{name: _numbers(acts.values) for name, acts in kept.items()},
         "tokens": _padded(snapshot.answers),
         "log_odds": snapshot.log_odds,
         "text_loss": snapshot.text_loss,
         **{f"steered.{name}": value for name, value in snapshot.steered.items()},
     }
-    if snapshot.variants is not None and snapshot.variant_answers is not None:
-        piece |= {"variants": snapshot.variants.values, "variant_tokens": _padded(snapshot.variant_answers)}
+    if snapshot.variant_answers is not None:
+        piece |= {"variant_tokens": _padded(snapshot.variant_answers)}
     return piece
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """The values themselves; of streamed ones, which have pieces of their own, only where each prompt is."""
+    return values.rows if isinstance(values, StreamedTensor) else values
+
+
+def cache_of_many(
+    cache: Cache | None, model: LanguageModel, batch: TokenBatch, positions: Sequence[str], levels: Sequence[int]
+) -> Cache | None:
+    """The cache, where activations are too many for memory and are streamed to it; a snapshot keeps others itself."""
+    many = too_many(len(batch.prompts) * len(levels) * len(batch.resolve(positions)) * d_model(model))
+    return cache if many else None
 
 
 @dataclass(frozen=True)
@@ -78,22 +96,30 @@ class Labels:
     max_new_tokens: int
 
 
-def from_piece(piece: Mapping[str, Tensor], member: Member, labels: Labels, variants: Labels | None) -> Snapshot:
-    """The snapshot that `to_piece` took apart."""
+def from_piece(
+    piece: Mapping[str, Tensor], member: Member, labels: Labels, variants: Labels | None, cache: Cache | None = None
+) -> Snapshot | None:
+    """The snapshot that `to_piece` took apart; None where the cache has lost some of its activations."""
     header = json.loads(bytes(piece["header"].tolist()))
+    values = {name: piece[name] for name in ("values", "variants") if name in piece}
+    for name, keys in header.get("streamed", {}).items():
+        found = StreamedTensor.of(cache, keys, values[name])
+        if found is None:
+            return None
+        values[name] = found
     checkpoint = Checkpoint(**header["checkpoint"])
     engines = header["engines"]
     verdicts = [tuple(own) for own in header["verdicts"]]
     return Snapshot(
         member=member,
-        acts=_acts(piece["values"], checkpoint, engines[0], labels),
+        acts=_acts(values["values"], checkpoint, engines[0], labels),
         answers=_answers(piece["tokens"], header["texts"], checkpoint, engines[1], labels),
         verdicts=verdicts[0],
         log_odds=piece["log_odds"],
         text_loss=piece["text_loss"],
         steered={name: piece[f"steered.{name}"] for name in header["steered"]},
         matrices=tuple(header["matrices"]),
-        variants=_acts(piece["variants"], checkpoint, engines[0], variants) if variants else None,
+        variants=_acts(values["variants"], checkpoint, engines[0], variants) if variants else None,
         variant_answers=_answers(piece["variant_tokens"], header["variant_texts"], checkpoint, engines[1], variants)
         if variants
         else None,
