@@ -10,7 +10,11 @@ class UserError(ValueError):
     """
 
 
-EXTRAS = {"finetune": ("accelerate",), "gguf": ("gguf", "sentencepiece")}
+EXTRAS = {
+    "finetune": ("accelerate",),
+    "gguf": ("gguf", "sentencepiece"),
+    "quantise": ("bitsandbytes", "torchao", "accelerate"),
+}
 """Modules by the name of the extra in pyproject.toml."""
 
 

@@ -99,10 +99,11 @@ class Loading:
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights; adapters are added in float32 and rounded then."""
-    device: str | None = None
-    """Such as cpu, cuda or cuda:1; None leaves the model where it was loaded (the CPU)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4", "fp8"] = "auto"
+    """Type of the weights; auto is the checkpoint's own, and the last three quantise them (extra [quantise]). Adapters
+    are added in float32 before."""
+    device: str | None = "auto"
+    """Such as cpu, cuda, cuda:1 or mps; auto is CUDA, then MPS, then the CPU."""
     device_map: str | None = None
     """Spreads the model over devices: auto, or a JSON file of module names and devices (0, cuda:1, cpu, disk)."""
     template: str = "tokenizer"

@@ -33,7 +33,7 @@ from mechlens.models.bridge import bridge, d_model, loaded, n_layers
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine.edits import bears_edits, is_laid_out
 from mechlens.models.engine.growing import can_grow
-from mechlens.models.native_pass import blocks_of
+from mechlens.models.native import blocks_of
 from mechlens.models.sites import SITES, site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt

@@ -1,8 +1,8 @@
 """Two devices where there is one: tensors that say they lie elsewhere, and refuse to meet those that don't.
 
 Each holds an ordinary CPU tensor. An operation on tensors of two devices raises what a GPU would have raised; a
-number, an index on the CPU and a scalar are let through, as PyTorch lets them. What makes the CPU wait for a GPU, and
-what is sent to it, can be `counted`.
+number, an index on the CPU and a scalar are let through, as PyTorch lets them. Neither knows float64, as MPS doesn't.
+What makes the CPU wait for a GPU, and what is sent to it, can be `counted`.
 """
 
 import contextlib
@@ -110,6 +110,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _note(name, args, device)
     if name.endswith("_") and not name.endswith("__"):
         return args[0]
+    if device.type != "cpu" and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tree_flatten(out)[0]):
+        raise TypeError(f"Cannot convert a MPS Tensor to float64, which that framework doesn't support: {func}")
     return out if device.type == "cpu" else tree_map_only(Tensor, lambda x: Elsewhere(x, device), out)
 
 

@@ -24,7 +24,8 @@ from mechlens.methods.statistics.resample import one_thread
 from mechlens.models import native_pass as looking
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.native_pass import blocks_of, plain_pass, undisturbed
+from mechlens.models.native import blocks_of
+from mechlens.models.native_pass import plain_pass, undisturbed
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate

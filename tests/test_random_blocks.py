@@ -18,7 +18,7 @@ from mechlens.methods.activations.collect import collect
 from mechlens.models.checkpoints.random_blocks import random_blocks, randomise_blocks
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import checkpoint_swapper
-from mechlens.models.native_pass import blocks_of
+from mechlens.models.native import blocks_of
 from mechlens.prompts.prompt import Prompt
 
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(("one the thing", "two", "and a third the thing in the end"))]

@@ -17,6 +17,7 @@ from mechlens.errors import UserError
 from mechlens.models.checkpoint import (
     Checkpoint,
     config_fingerprint,
+    is_packed,
     sampled_fingerprint,
     settings_stamp,
     stamp,
@@ -30,7 +31,8 @@ from mechlens.models.engine.probes import (
     apart,
     decode_gap,
     overflow_advice,
-    probe_logits,
+    parity,
+    probe,
     require_finite_logits,
     require_finite_weights,
     require_present,
@@ -38,6 +40,8 @@ from mechlens.models.engine.probes import (
 )
 from mechlens.models.native import plain_module
 from mechlens.models.offline import sealed
+from mechlens.models.precision import Parity
+from mechlens.models.quantise import quantisation
 
 LanguageModel = Any
 """A TransformerBridge or a HookedTransformer; neither library types its members well enough to say more."""
@@ -52,8 +56,8 @@ class Loaded:
     """The tokenizer as it was loaded; TransformerLens reloads its own copy with other BOS settings."""
     attention: str
     """Attention implementation before bridging; TransformerLens switches to "eager"."""
-    parity_gap: float
-    """Largest |logit difference| to plain Hugging Face on one prompt; NaN if it wasn't measured."""
+    parity: Parity | None
+    """How far it is from plain Hugging Face in the same type; None if that wasn't measured."""
     weights: str
     """Stamp of the bridged weights at load, which tells whether they were edited since."""
     own_hooks: int = 0
@@ -65,6 +69,11 @@ class Loaded:
     """The same of `unembed` and the model's own logits."""
     settings: str = ""
     """Stamp of the modules' plain attributes at load, such as the epsilons of norms."""
+
+    @property
+    def parity_gap(self) -> float:
+        """Largest |logit difference| to plain Hugging Face on one prompt; NaN if it wasn't measured."""
+        return self.parity.logits if self.parity else float("nan")
 
 
 def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> LanguageModel:
@@ -82,8 +91,8 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
     require_known(config, checkpoint.name)
     require_present(hf_model, checkpoint.name)
     require_finite_weights(hf_model, checkpoint.name)
-    checkpoint = replace(checkpoint, config=config_fingerprint(config))
-    before = probe_logits(hf_model)
+    checkpoint = replace(checkpoint, config=config_fingerprint(config), regime=quantisation(config) or "raw")
+    before = probe(hf_model)
     try:
         # The name is only a label here, but TransformerLens takes a bare one for an alias of some hub model.
         label = checkpoint.path if "/" in checkpoint.path else f"local/{checkpoint.path}"
@@ -92,14 +101,19 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
         model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
         mend_attention(model)
         model.requires_grad_(False)
-        after = probe_logits(model.original_model)
+        after = probe(model.original_model)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if checkpoint.regime != "raw":
+            raise UserError(
+                f"TransformerLens takes matrices of {type(hf_model).__name__} ({checkpoint.name}) apart, and "
+                f"{checkpoint.regime} ones can't be; give --dtype bfloat16 and a model that isn't quantised"
+            ) from error
         reason = str(error).split(". ")[0]  # what follows may be a list of every architecture it knows
         raise _unwrappable(type(hf_model).__name__, checkpoint.name, reason) from error
-    _warn_of(checkpoint.name, before, after, dtype_of(model))
-    gap = float((after - before).abs().max())
+    _warn_of(checkpoint.name, before.logits, after.logits, dtype_of(model))
+    gap = parity(before, after, dtype_of(model))
     model.mechlens = Loaded(checkpoint, ours, attention, gap, weights_now(model), _count_hooks(model))
     gaps = {"decode_gap": decode_gap(model.original_model), "head_gap": head_gap(model)}
     model.mechlens = replace(model.mechlens, **gaps, settings=_settings_now(model))
@@ -154,9 +168,7 @@ def loaded(model: LanguageModel) -> Loaded:
     checkpoint = _named_as_it_is(Checkpoint(name.split("/")[-1], name), model)
     if is_bridge(model):
         mend_attention(model)
-    found = Loaded(
-        checkpoint, model.tokenizer, "eager", float("nan"), weights_now(model), settings=_settings_now(model)
-    )
+    found = Loaded(checkpoint, model.tokenizer, "eager", None, weights_now(model), settings=_settings_now(model))
     model.mechlens = found
     return found
 
@@ -209,12 +221,12 @@ def _settings_now(model: LanguageModel) -> str:
 
 
 def regime(model: LanguageModel) -> str:
-    """ "processed" where TransformerLens has folded or centred the weights, else "raw".
+    """ "processed" where TransformerLens has folded or centred the weights, else how they are quantised, or "raw".
 
     A HookedTransformer tells only of folded LayerNorms; centring alone leaves no trace.
     """
     if is_bridge(model):
-        return "processed" if model._weights_processed else "raw"
+        return "processed" if model._weights_processed else quantisation(model.original_model.config) or "raw"
     return "processed" if str(model.cfg.normalization_type).endswith("Pre") else "raw"
 
 
@@ -255,8 +267,10 @@ def device_of(model: LanguageModel) -> torch.device:
 
 
 def dtype_of(model: LanguageModel) -> torch.dtype:
-    """Floating-point type of the weights."""
-    dtype: torch.dtype = next(iter(model.parameters())).dtype
+    """Floating-point type of the residual stream: that of the embedding, else of the first weight that isn't packed."""
+    first = model.original_model.get_input_embeddings() if is_bridge(model) else model
+    weights = (weight for part in (first, model) for weight in part.parameters())
+    dtype: torch.dtype = next(weight.dtype for weight in weights if not is_packed(weight))
     return dtype
 
 

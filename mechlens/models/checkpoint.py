@@ -29,8 +29,8 @@ class Checkpoint:
     step: int | None = None
     """Training step within a series; the base is step 0."""
     regime: str = "raw"
-    """"raw": weights as Hugging Face stores them; "processed": folded or centred by TransformerLens.
-    Directions of the two regimes differ and are never mixed."""
+    """"raw": weights as Hugging Face stores them; "processed": folded or centred by TransformerLens; else how they are
+    quantised, such as "int8". Directions of two regimes differ and are never mixed."""
     fingerprint: str = ""
     """Of every byte of the weights."""
     sampled: str = ""
@@ -156,10 +156,10 @@ def sampled_fingerprint(state: Mapping[str, Any]) -> str:
         tensor = state[name].read() if isinstance(state[name], Elsewhere) else state[name]
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(picked.numpy().tobytes())
+        for flat in plain_parts(tensor):
+            picked = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
+            digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -180,12 +180,18 @@ def _place(tensor: "Tensor | Elsewhere") -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _plain_parts(tensor: "Tensor") -> Iterator["Tensor"]:
+def is_packed(weight: "Tensor") -> bool:
+    """True for a quantised weight, whose numbers are no longer its values: packed, or apart from their scales."""
+    made_of_parts = hasattr(type(weight), "__tensor_flatten__")
+    return made_of_parts or not weight.is_floating_point() or weight.dtype.itemsize < 2
+
+
+def plain_parts(tensor: "Tensor") -> Iterator["Tensor"]:
     """The tensor as a row of values, or those that a quantised one is made of."""
     if hasattr(type(tensor), "__tensor_flatten__"):
         packed: Any = tensor
         for name in packed.__tensor_flatten__()[0]:
-            yield from _plain_parts(getattr(packed, name))
+            yield from plain_parts(getattr(packed, name))
     else:
         yield tensor.detach().reshape(-1)
 
@@ -194,7 +200,7 @@ def _digest(tensor: "Tensor | Elsewhere") -> bytes:
     import torch
 
     digest = hashlib.sha256()
-    for flat in _plain_parts(tensor.read() if isinstance(tensor, Elsewhere) else tensor):
+    for flat in plain_parts(tensor.read() if isinstance(tensor, Elsewhere) else tensor):
         small = flat.is_floating_point() and flat.dtype.itemsize <= 4
         digest.update(b"float" if small else str(flat.dtype).encode())
         for piece in torch.split(flat, PIECE):
@@ -219,7 +225,7 @@ def stamp(state: Mapping[str, Any]) -> str:
         elif isinstance(tensor, torch.Tensor) and (place := _place(tensor)) not in seen:
             seen.add(place)
             found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            for part in _plain_parts(tensor):
+            for part in plain_parts(tensor):
                 if part.device.type == "cpu":
                     found.update(_read_here(part))
                 else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mechlens.choices import MODELS
 from mechlens.errors import UserError, require_extra
-from mechlens.files import require_regular, user_path
+from mechlens.files import user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
@@ -25,9 +25,19 @@ from mechlens.models.device_map import (
 from mechlens.models.engine.probes import require_present
 from mechlens.models.offline import sealed
 from mechlens.models.packaged import ADAPTERS, adapter_folder, cache_dir
+from mechlens.models.precision import FULL, chosen_device, main_type, stored_types
+from mechlens.models.quantise import (
+    RUNS_ON,
+    configuration,
+    keep_layout,
+    quantisation,
+    quantised,
+    require_packed,
+    require_quantisable,
+)
 from mechlens.registry import nearest, required
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", *FULL, *RUNS_ON)
 
 
 def load(
@@ -35,30 +45,37 @@ def load(
     *,
     adapter: str | None = None,
     revision: str | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
+    dtype: str = "auto",
+    device: str | None = "auto",
     device_map: DeviceMap | None = None,
 ) -> LanguageModel:
     """A TransformerBridge on raw weights, with HookedTransformer's hook names.
 
     `model` is a hub id, a local folder, a GGUF file or a name of `mechlens.choices.MODELS` ("smollm2"); `adapter`
-    a PEFT adapter for it, which is merged in. Logits on one prompt are compared with plain Hugging Face and the gap
-    is kept in `model.mechlens.parity_gap`. `device_map` spreads the model over devices and the disk, as transformers
-    does it (see `DeviceMap`). No code from the hub is run. Raises UserError, in one sentence, for whatever can't be
-    loaded.
+    a PEFT adapter for it, which is merged in. `dtype` "auto" is the checkpoint's own type, "int8", "nf4" or "fp8"
+    quantises the weights, and `device` "auto" is CUDA, then MPS, then the CPU. Logits on one prompt are compared with
+    plain Hugging Face in the same type and the gap is kept in `model.mechlens.parity`. `device_map` spreads the model
+    over devices and the disk, as transformers does it (see `DeviceMap`). No code from the hub is run. Raises UserError,
+    in one sentence, for whatever can't be loaded.
     """
     require_one_place(device, device_map)
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    place = None if device_map is not None else chosen_device(device)
+    kind = dtype if dtype in RUNS_ON else None
+    if kind is not None:
+        require_quantisable(kind, place or "cpu")
     require_wrappable(model, revision=revision)
+    if device_map is None and (kind or stored_quantised(model, revision=revision)):
+        device_map, place = place, None  # packed weights are made where they stay
     base = ADAPTERS[model].base if _is_adapter(model) else None
     if adapter is not None:
         base = short_name(model)
         hf_model, tokenizer = load_merged(model, adapter, revision=revision, dtype=dtype, device_map=device_map)
     else:
         hf_model, tokenizer = load_hf(model, revision=revision, dtype=dtype, device_map=device_map)
-    if device is not None:
-        hf_model = _moved(hf_model, device)
+    if place is not None:
+        hf_model = moved(hf_model, place)
     checkpoint = Checkpoint(
         name=short_name(adapter) if adapter else short_name(model),
         path=model,
@@ -79,18 +96,21 @@ def short_name(path: str) -> str:
 def load_hf(
     model: str, *, revision: str | None = None, dtype: str = "float32", device_map: DeviceMap | None = None
 ) -> tuple[Any, Any]:
-    """The plain Hugging Face model and its tokenizer."""
+    """The plain Hugging Face model and its tokenizer; `dtype` as in `load`, and quantised where `device_map` says."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if _is_adapter(model):
-        hf_model, tokenizer = load_hf(ADAPTERS[model].base, revision=revision, device_map=device_map)
-        return _round(merge_adapter(hf_model, str(adapter_folder(model))), dtype), tokenizer
+        return load_merged(ADAPTERS[model].base, str(adapter_folder(model)), dtype=dtype, device_map=device_map)
+    kind, dtype = _split(model, dtype, revision)
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would have the hub convert pickled weights
     source, gguf = _locate(model)
-    where = {"gguf_file": gguf} if gguf else {}
+    where: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     _check_causal(source, model, revision, gguf)
+    if kind and not gguf:
+        _require_unquantised(model, revision, f"they can't be made {kind}; give --dtype auto")
+        where["quantization_config"] = configuration(kind, getattr(torch, dtype))
     places = read_device_map(device_map, lambda: load_config(model, revision=revision))
     spill = offload_folder(places, cache_dir())
     try:
@@ -119,6 +139,10 @@ def load_hf(
         raise UserError(f"the model {model!r} can't be loaded: {first_line(error)}") from error
     if gguf and hasattr(hf_model.config, "quantization_config"):
         del hf_model.config.quantization_config
+    keep_layout(hf_model)
+    if kind:
+        hf_model = quantised(hf_model, kind, places) if gguf else hf_model
+        require_packed(hf_model, kind, model)
     require_present(hf_model, model)
     return hf_model.eval(), load_tokenizer(model, revision=revision)
 
@@ -133,17 +157,54 @@ def load_merged(
 ) -> tuple[Any, Any]:
     """The plain Hugging Face model with an adapter merged in float32 and rounded then, and its tokenizer.
 
-    In memory it is never larger than its file, or than what was asked for. The chat template is the adapter's own,
-    where its folder has one.
+    Each matrix is widened alone, and a base that is stored in a wider type than was asked for is read from its file as
+    it is merged. The chat template is the adapter's own, where its folder has one.
     """
+    _require_unquantised(model, revision, "no adapter can be merged into them; give the model that was quantised, and "
+                         "--dtype nf4, say, quantises the merged one")  # fmt: skip
+    kind, dtype = _split(model, dtype, revision)
     folder = user_path(adapter)
     whole = (folder / CONFIG).exists() and not keeps_the_base(read_config(folder))  # peft would round the base twice
     first = "float32" if whole else type_without_loss(model, dtype, revision=revision)
-    hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=device_map)
+    where = None if kind else device_map
+    hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=where)
     if (own := own_tokenizer(folder, tokenizer, load_tokenizer)) is not None:
         tokenizer = read_as_trained(tokenizer, own, adapter)
-    hf_model = merge_adapter(hf_model, adapter)
-    return (hf_model if first == dtype else _round(hf_model, dtype)), tokenizer
+    hf_model = merge_adapter(hf_model, adapter, dtype)
+    if kind:
+        hf_model = quantised(hf_model, kind, read_device_map(device_map, lambda: hf_model.config))
+        require_packed(hf_model, kind, adapter)
+    return hf_model, tokenizer
+
+
+def _split(model: str, dtype: str, revision: str | None) -> tuple[str | None, str]:
+    """How weights are to be quantised, if at all, and the type of all else."""
+    kind = dtype if dtype in RUNS_ON else None
+    return kind, own_type(model, revision=revision) if kind or dtype == "auto" else dtype
+
+
+def stored_quantised(model: str, *, revision: str | None = None) -> str:
+    """How a model's weights are quantised in its files; "" if not, or in a GGUF file, whose numbers become float32."""
+    base = ADAPTERS[model].base if _is_adapter(model) else model
+    return "" if _locate(base)[1] else quantisation(load_config(base, revision=revision))
+
+
+def _require_unquantised(model: str, revision: str | None, so: str) -> None:
+    """UserError for a model that is stored quantised; `so` says what can't be done with its weights, and what to do."""
+    if found := stored_quantised(model, revision=revision):
+        raise UserError(f"the weights of {model!r} are stored quantised ({found}), so {so}")
+
+
+def own_type(model: str, *, revision: str | None = None) -> str:
+    """The checkpoint's own type: float32 of a GGUF file, whose packed numbers become float32; else see `main_type`.
+
+    Of a model on the hub, it is the one that its configuration names.
+    """
+    base = ADAPTERS[model].base if _is_adapter(model) else model
+    source, gguf = _locate(base)
+    if gguf:
+        return "float32"
+    return main_type(load_config(base, revision=revision), stored_types(Path(source)))
 
 
 def type_without_loss(model: str, dtype: str, *, revision: str | None = None) -> str:
@@ -157,7 +218,7 @@ def type_without_loss(model: str, dtype: str, *, revision: str | None = None) ->
     if gguf:
         return "float32"
     if Path(source).is_dir():
-        stored = _stored_types(Path(source))
+        stored = set(stored_types(Path(source)))
     else:
         stored = {str(getattr(load_config(model, revision=revision), "dtype", None)).removeprefix("torch.")}
     return dtype if stored == {dtype} else "float32"
@@ -284,33 +345,8 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
     return config
 
 
-def _stored_types(folder: Path) -> set[str]:
-    """Types of the floating-point weights in a folder's safetensors files."""
-    from safetensors import SafetensorError, safe_open
-
-    found: set[str] = set()
-    try:
-        for path in folder.glob("*.safetensors"):
-            require_regular(path)
-            with safe_open(path, framework="numpy") as file:
-                found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return set()  # loading says what is wrong
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return {names.get(one, one) for one in found if not one.startswith(("I", "U", "BOOL"))}
-
-
-def _round(hf_model: Any, dtype: str) -> Any:
-    """The model with its parameters in another type, as from_pretrained does it: rotary tables stay float32."""
-    import torch
-
-    for parameter in hf_model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    hf_model.config.dtype = getattr(torch, dtype)
-    return hf_model
-
-
-def _moved(hf_model: Any, device: str) -> Any:
+def moved(hf_model: Any, device: str) -> Any:
+    """The model on a device; UserError where it has no room there."""
     try:
         hf_model.to(device)
     except (RuntimeError, AssertionError) as error:

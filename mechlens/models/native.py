@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mechlens.errors import UserError
 from mechlens.models.engine.products import quick_products
 
 
@@ -41,6 +42,15 @@ def native(model: Any) -> Iterator[nn.Module]:
         hf_model.config._attn_implementation = bridged_attention
         for module, name, child in swaps:
             module._modules[name] = child
+
+
+def blocks_of(module: Any) -> nn.ModuleList:
+    """The transformer blocks of a plain or wrapped Hugging Face model, in order."""
+    wanted = module.config.get_text_config(decoder=True).num_hidden_layers
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == wanted:
+            return part
+    raise UserError(f"{type(module).__name__} has no list of its {wanted} blocks, so its residual stream can't be read")
 
 
 def native_blocks(model: Any) -> list[nn.Module]:

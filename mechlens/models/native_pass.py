@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mechlens.errors import UserError
 from mechlens.models.engine.forward import Reader, gather
+from mechlens.models.native import blocks_of
 from mechlens.prompts.batch import TokenBatch
 
 
@@ -49,15 +50,6 @@ def plain_pass(
             residuals.append(reader.stacked())
             logits.append(gather(output.logits, batch.lengths[part, None] - 1)[:, 0])
     return PlainPass(torch.cat(residuals), torch.cat(logits))
-
-
-def blocks_of(module: Any) -> nn.ModuleList:
-    """The transformer blocks of a plain or wrapped Hugging Face model, in order."""
-    wanted = module.config.get_text_config(decoder=True).num_hidden_layers
-    for part in module.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == wanted:
-            return part
-    raise UserError(f"{type(module).__name__} has no list of its {wanted} blocks, so its residual stream can't be read")
 
 
 @contextlib.contextmanager

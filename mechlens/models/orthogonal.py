@@ -61,9 +61,11 @@ def _without(weight: Tensor, unit: Tensor, axis: int) -> Tensor:
 
 
 def _require_pre_norm(model: LanguageModel) -> None:
-    if not is_bridge(model) or regime(model) != "raw":
+    if not is_bridge(model) or (found := regime(model)) == "processed":
         raise UserError("weights can be made orthogonal on a TransformerBridge with raw weights; load the model so")
     require_in_memory(model.original_model, "it can't be made orthogonal to a direction (use Ablate)")
+    if found != "raw":
+        raise UserError(f"these weights are {found}, and quantised ones can't be edited; use Ablate, which needs none")
     name = type(model.original_model).__name__
     after = [norm for norm in ("ln1_post", "ln2_post") if any(_part(block, norm) is not None for block in model.blocks)]
     if after:

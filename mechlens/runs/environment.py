@@ -14,6 +14,8 @@ PACKAGES = (
     "wandb",
     "peft",
     "datasets",
+    "bitsandbytes",
+    "torchao",
 )
 
 

@@ -19,6 +19,7 @@ from mechlens.errors import UserError
 from mechlens.files import write_text
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import is_sampled
+from mechlens.models.precision import Parity
 from mechlens.runs.environment import GitState
 
 
@@ -114,6 +115,9 @@ class Run:
     inputs: Inputs = field(default_factory=Inputs)
     device: str | None = None
     dtype: str | None = None
+    """Type of the weights; of quantised ones how, and the type that they are computed with."""
+    parity: Parity | None = None
+    """How far the model was from plain Hugging Face in the same type."""
     finished: str | None = None
     error: str | None = None
     verdict: str | None = None

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.precision import Parity
 from mechlens.runs.artifacts import read_header
 from mechlens.runs.privacy import PrivateTexts, figure_without_text, frame_without_text, header_has_text, unpacked
 from mechlens.runs.run import Artefact, Inputs, Run, plain
@@ -39,12 +40,12 @@ class WandbMirror:
         """From now on these texts stay on the machine, whatever holds them."""
         self._private = self._private.and_these(texts)
 
-    def inputs(self, inputs: Inputs, device: str | None, dtype: str | None) -> None:
+    def inputs(self, inputs: Inputs, device: str | None, dtype: str | None, parity: Parity | None) -> None:
         """Adds what went in to the config and, when online, to the lineage."""
 
         def send(run: Any) -> None:
             known = {name: value for name, value in plain(inputs).items() if value is not None}
-            record = {"inputs": known, "device": device, "dtype": dtype}
+            record = {"inputs": known, "device": device, "dtype": dtype, "parity": plain(parity)}
             run.config.update(record, allow_val_change=True)
             named = {"model": inputs.model, "template": inputs.template, **inputs.data}
             self._link(run, {name: sha for name, sha in named.items() if sha})

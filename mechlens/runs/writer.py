@@ -15,6 +15,7 @@ import pandas as pd
 from mechlens.errors import UserError
 from mechlens.files import disk_error, is_partial, plain_name, remove_partials, user_path, whole_file, write_text
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
 from mechlens.runs.environment import git_state, package_versions
@@ -123,7 +124,9 @@ class RunWriter:
         """Finished pieces of work, which outlive a killed run."""
         return FolderCache(self.out / "cache")
 
-    def inputs(self, inputs: Inputs, *, device: str | None = None, dtype: str | None = None) -> None:
+    def inputs(
+        self, inputs: Inputs, *, device: str | None = None, dtype: str | None = None, parity: Parity | None = None
+    ) -> None:
         """What goes in, by fingerprint.
 
         UserError where the folder holds a finished run of other inputs, whose figures and artefacts would stay beside
@@ -131,8 +134,8 @@ class RunWriter:
         """
         if self._before is not None:
             self._require_same(self._before, inputs)
-        self._update(inputs=inputs, device=device, dtype=dtype)
-        self._mirror.inputs(inputs, device, dtype)
+        self._update(inputs=inputs, device=device, dtype=dtype, parity=parity)
+        self._mirror.inputs(inputs, device, dtype, parity)
 
     def _require_same(self, before: Run, inputs: Inputs) -> None:
         changed, begun = changed_since(before, inputs), before.inputs.today

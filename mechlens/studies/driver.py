@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from mechlens.checked_json import checked
 from mechlens.choices import require_known
 from mechlens.errors import UserError
+from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
 from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, metric_text, read_run
@@ -37,6 +38,8 @@ class Preparation(Generic[Content]):
     """Prompts that the model was trained on."""
     device: str | None = None
     dtype: str | None = None
+    parity: Parity | None = None
+    """How far the model is from plain Hugging Face in the same type."""
     resolved: Mapping[str, object] = field(default_factory=dict)
     """What the configuration left open, filled in."""
 
@@ -83,7 +86,7 @@ def _recorded(study: Study, config: Any, prepared: Preparation[Any]) -> Path:
 
 def _record_inputs(writer: RunWriter, prepared: Preparation[Any]) -> None:
     """Before the work begins: a killed run's folder says what went into it."""
-    writer.inputs(prepared.inputs, device=prepared.device, dtype=prepared.dtype)
+    writer.inputs(prepared.inputs, device=prepared.device, dtype=prepared.dtype, parity=prepared.parity)
     if prepared.left_out is not None:
         record_left_out(writer, prepared.left_out)
     if prepared.prompts:

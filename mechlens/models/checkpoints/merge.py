@@ -20,21 +20,23 @@ from mechlens.models.checkpoints.adapter_record import read_record, require_whol
 from mechlens.models.checkpoints.folders import adapters_inside, other_format
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS, keeps_the_base
 from mechlens.models.device_map import require_in_memory
+from mechlens.models.precision import round_weights
 
 TOLERANCE, IN_HALF = 1e-3, 0.1
 """Differences of logits, in units of the largest logit, that rounding can make, in float32 and in 16 bits."""
 
 
-def merge_adapter(hf_model: Any, adapter: str) -> Any:
-    """The model with a PEFT adapter (folder or hub id) merged into its weights, whose type they keep.
+def merge_adapter(hf_model: Any, adapter: str, dtype: str | None = None) -> Any:
+    """The model with a PEFT adapter (folder or hub id) merged into its weights, in `dtype` or the type they have.
 
-    Every layer is computed in float32 and rounded once. UserError for an adapter that was made for another base, that
-    peft can't merge, or whose merged model answers otherwise than the adapted one.
+    Every layer is computed in float32 and rounded once, before the next one is. UserError for an adapter that was made
+    for another base, that peft can't merge, or whose merged model answers otherwise than the adapted one.
     """
     folder = user_path(adapter)
     require_in_memory(hf_model, "no adapter can be merged into it")
     _require_base(folder, adapter, hf_model)
-    name = str(hf_model.config.name_or_path)
+    name, own = str(hf_model.config.name_or_path), hf_model.dtype
+    wanted = getattr(torch, dtype) if dtype else own
     adapted = _adapted(hf_model, str(folder) if folder.exists() else adapter, adapter, name)
     tokens = _probe(hf_model, adapted.active_peft_config)
     try:
@@ -42,7 +44,7 @@ def merge_adapter(hf_model: Any, adapter: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft says that layers are merged already, and that ends came apart
             _untie(adapted)
-            _merge_layers(adapted)
+            _merge_layers(adapted, own, wanted)
             merged = adapted.merge_and_unload()
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(
@@ -51,6 +53,8 @@ def merge_adapter(hf_model: Any, adapter: str) -> Any:
     ends = (merged.get_input_embeddings(), merged.get_output_embeddings())
     if len({id(getattr(end, "weight", None)) for end in ends}) > 1:
         merged.config.tie_word_embeddings = False
+    if wanted != own:
+        round_weights(merged, wanted)
     tolerance = TOLERANCE if merged.dtype == torch.float32 else IN_HALF
     _require_same(before, _logits(merged, tokens), tolerance, f"{adapter!r} ({_kind(adapted)})")
     return merged
@@ -118,7 +122,9 @@ def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
         used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, AssertionError, SafetensorError
+    ) as error:  # fmt: skip
         raise UserError(
             f"the adapter {adapter!r} doesn't fit the model {name!r}: {first_line(error)}{_needs(config)}"
         ) from error
@@ -177,8 +183,8 @@ def _untie(adapted: Any) -> None:
             setattr(module, name, own)
 
 
-def _merge_layers(adapted: Any) -> None:
-    """Each layer in float32, and in its own type again before the next one."""
+def _merge_layers(adapted: Any, own: torch.dtype, wanted: torch.dtype) -> None:
+    """Each layer in float32, and what was in the model's own type in the one that is wanted before the next layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tuners = defaultdict(list)
@@ -186,14 +192,24 @@ def _merge_layers(adapted: Any) -> None:
         if isinstance(layer, BaseTunerLayer):
             tuners[layer.get_base_layer()].append(layer)
     for base, layers in tuners.items():
-        types = {name: parameter.dtype for name, parameter in base.named_parameters(recurse=False)}
-        half = [name for name, dtype in types.items() if dtype in (torch.float16, torch.bfloat16)]
-        for name in half:
-            getattr(base, name).data = getattr(base, name).data.float()
+        room = {}
+        for name, parameter in base.named_parameters(recurse=False):
+            # Room for the result first, so that what is only used meanwhile leaves no holes in memory. Nothing is
+            # written to a float32 matrix that lies in its file, as all that is stays while the file is open.
+            data = parameter.data
+            half = data.dtype in (torch.float16, torch.bfloat16)
+            room[name] = data if half and wanted == own else torch.empty_like(data, dtype=_wanted(data, own, wanted))
+            parameter.data = data.to(torch.float32 if half else data.dtype, copy=True)
         for layer in layers:
             layer.merge()
-        for name in half:
-            getattr(base, name).data = getattr(base, name).data.to(types[name])
+        for name, result in room.items():
+            parameter = getattr(base, name)
+            parameter.data = result.copy_(parameter.data)
+
+
+def _wanted(data: Tensor, own: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    """What was in the model's own type comes into the one that is wanted; anything else stays what it is."""
+    return wanted if data.dtype == own else data.dtype
 
 
 def _require_same(before: Tensor, after: Tensor, tolerance: float, adapter: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mechlens.errors import UserError
-from mechlens.models.native_pass import blocks_of
+from mechlens.models.checkpoint import is_packed
+from mechlens.models.native import blocks_of
 
 _LOADED = "_is_hf_initialized"
 """Mark of a loaded parameter, which transformers' own initialisers leave as it is."""
@@ -61,7 +62,7 @@ def random_blocks(module: nn.Module, seed: int) -> Iterator[nn.Module]:
     """
     blocks = list(blocks_of(module))
     kept = [(parameter, parameter.data) for block in blocks for parameter in block.parameters()]
-    if not all(data.is_floating_point() for _, data in kept):
+    if any(is_packed(data) for _, data in kept):
         raise UserError("the model's blocks are quantised, so they can't be drawn anew")
     try:
         for parameter, data in kept:

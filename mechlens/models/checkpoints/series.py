@@ -25,6 +25,7 @@ from mechlens.models.checkpoints.folders import (
 from mechlens.models.checkpoints.found import Found, sources, told_step
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS
 from mechlens.models.load import load_config, load_tokenizer, short_name
+from mechlens.models.quantise import quantisation
 
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
@@ -193,6 +194,8 @@ class _Judge:
 
     def _config_problem(self, one: Found) -> str | None:
         config = load_config(one.path, revision=one.revision)
+        if found := quantisation(config):
+            return f"its weights are quantised ({found}), and those of a series are written into one model in turn"
         for name in SHAPE:
             ours, theirs = getattr(self._config, name, None), getattr(config, name, None)
             if ours != theirs:

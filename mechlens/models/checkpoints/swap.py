@@ -24,27 +24,45 @@ from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.weight_store import WeightStore, unnamed_file
 from mechlens.models.device_map import DeviceMap, require_in_memory, require_one_place
 from mechlens.models.engine.probes import require_finite_weights
-from mechlens.models.load import load_hf, load_merged, require_wrappable, short_name, type_without_loss
+from mechlens.models.load import (
+    load_hf,
+    load_merged,
+    moved,
+    own_type,
+    require_wrappable,
+    short_name,
+    stored_quantised,
+    type_without_loss,
+)
 from mechlens.models.native import native, native_blocks, refresh_splits, writing_modules
+from mechlens.models.precision import chosen_device, round_weights
+from mechlens.models.quantise import RUNS_ON
 
 
 def checkpoint_swapper(
     base: str,
     *,
     revision: str | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
+    dtype: str = "auto",
+    device: str | None = "auto",
     device_map: DeviceMap | None = None,
     chat_template: str | None = None,
 ) -> "CheckpointSwapper":
     """A model in which the checkpoints of a series take turns; `base` is anything that `load` takes.
 
-    To be used in a `with` block, or closed. With another `dtype` the changes are still added in float32 and rounded
-    then, as `load` does it. `chat_template` is that of a series whose checkpoints bring their own. UserError for a
-    `device_map` that off-loads: what is written into weights on a disk wouldn't last.
+    To be used in a `with` block, or closed. `dtype` and `device` are as in `load`: changes are added in float32 and
+    rounded then. `chat_template` is that of a series whose checkpoints bring their own. UserError for a `device_map`
+    that off-loads: what is written into weights on a disk wouldn't last.
     """
     require_one_place(device, device_map)
+    place = None if device_map is not None else chosen_device(device)
     require_wrappable(base, revision=revision)
+    if found := dtype if dtype in RUNS_ON else stored_quantised(base, revision=revision):
+        raise UserError(
+            f"the checkpoints of a series are written into one model in turn, and {found} weights can't be; give "
+            "--dtype bfloat16, and a base that isn't quantised"
+        )
+    dtype = own_type(base, revision=revision) if dtype == "auto" else dtype
     first = type_without_loss(base, dtype, revision=revision)
     hf_model, tokenizer = load_hf(base, revision=revision, dtype=first, device_map=device_map)
     require_in_memory(hf_model, "checkpoints can't take turns in it")
@@ -60,11 +78,8 @@ def checkpoint_swapper(
     state = hf_model.state_dict()
     full = weight_fingerprint(state), sampled_fingerprint(state)
     if first != dtype:
-        for parameter in hf_model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-        hf_model.config.dtype = getattr(torch, dtype)
-    if device is not None:
-        hf_model = hf_model.to(device)
+        round_weights(hf_model, getattr(torch, dtype))
+    hf_model = hf_model if place is None else moved(hf_model, place)
     state = hf_model.state_dict()
     own = Checkpoint(
         short_name(base), base, revision, step=0, fingerprint=weight_fingerprint(state),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mechlens.models.checkpoint import is_packed
+
 
 class ReadOnlyCache(DynamicCache):  # type: ignore[misc]  # transformers has no types
     """The first tokens of a run for a batch of any size, in one pass: new tokens are attended to and forgotten.
@@ -94,11 +96,15 @@ def cache_by_old_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, {OLD if name == NEW else name: value for name, value in kwargs.items()}
 
 
-def in_type_of(attention: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A forward hook for rotated queries and keys: Hugging Face rotates in float32 and rounds back."""
+def in_type_of(attention: nn.Module, embedding: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """A forward hook for rotated queries and keys: Hugging Face rotates in float32 and rounds back.
+
+    All of an attention's own weights may be packed, and then the embedding's type tells.
+    """
 
     def rounded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.to(next(p.dtype for p in attention.parameters() if p.is_floating_point()))
+        weights = (weight for part in (attention, embedding) for weight in part.parameters())
+        return output.to(next(weight.dtype for weight in weights if not is_packed(weight)))
 
     return rounded
 
@@ -107,10 +113,11 @@ def mend_attention(model: Any) -> None:
     """Lets bridged attention find the cached keys and values, and keeps it to the type of the weights."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
+    embedding = model.original_model.get_input_embeddings()
     for module in model.modules():
         # One that hands its arguments on to Hugging Face's attention needs Hugging Face's name for them.
         if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
             module.register_forward_pre_hook(cache_by_old_name, with_kwargs=True)
             for point in (getattr(module, name, None) for name in ("hook_rot_q", "hook_rot_k")):
                 if point is not None:
-                    point.register_forward_hook(in_type_of(module))
+                    point.register_forward_hook(in_type_of(module, embedding))

@@ -130,7 +130,7 @@ def why_plain(model: LanguageModel) -> str:
         return "it has no Hugging Face model underneath"
     if has_hooks(model):
         return "hooks are attached to it, which only whole passes fire"
-    if regime(model) != "raw":
+    if regime(model) == "processed":
         return "its weights are folded or centred"
     if _rotates_by_length(model):
         return "its rotary frequencies depend on the longest prompt of a batch"

@@ -1,15 +1,18 @@
 """What a model is tried on before anything is believed of it: short passes, compared with whole ones."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mechlens.errors import UserError
-from mechlens.models.checkpoint import Elsewhere
+from mechlens.models.checkpoint import PIECE, Elsewhere, is_packed, plain_parts
 from mechlens.models.device_map import as_they_lie, where_run
+from mechlens.models.native import blocks_of
+from mechlens.models.precision import Parity
 
 UNTRIED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 """What a model's code raises when it is run in a way that it can't bear; see `is_misfit`."""
@@ -57,12 +60,52 @@ def probe_tokens(hf_model: nn.Module, n: int) -> Int[Tensor, "1 token"]:
     return torch.arange(1, n + 1, device=where_run(embedding)).mul(max(1, size // 11)).remainder(size).unsqueeze(0)
 
 
+class Probed(NamedTuple):
+    """What one fixed prompt gives (float32, on the CPU)."""
+
+    logits: Float[Tensor, "1 token vocab"]
+    residuals: list[Float[Tensor, "1 token d_model"]]
+    """What every block puts out; empty where no blocks were found."""
+
+
 @torch.inference_mode()
-def probe_logits(hf_model: nn.Module) -> Tensor:
-    """Logits of one fixed prompt (float32, on the CPU)."""
-    # Without a cache: models whose layers are all recurrent can't count the tokens in theirs.
-    logits: Tensor = hf_model(probe_tokens(hf_model, 16), use_cache=False).logits
-    return logits.float().cpu()
+def probe(hf_model: nn.Module) -> Probed:
+    """One pass over a fixed prompt, of a plain or bridged model."""
+    residuals: list[Tensor] = []
+
+    def keep(block: nn.Module, args: object, output: Any) -> None:
+        residuals.append((output if isinstance(output, Tensor) else output[0]).float().cpu())
+
+    handles = [block.register_forward_hook(keep) for block in _blocks(hf_model)]
+    try:
+        # Without a cache: models whose layers are all recurrent can't count the tokens in theirs.
+        logits: Tensor = hf_model(probe_tokens(hf_model, 16), use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Probed(logits.float().cpu(), residuals)
+
+
+def _blocks(hf_model: nn.Module) -> list[nn.Module]:
+    try:
+        return list(blocks_of(hf_model))
+    except UserError:
+        return []
+
+
+def parity(before: Probed, after: Probed, dtype: torch.dtype) -> Parity | None:
+    """How far a bridged model's pass is from the plain model's; None where its logits are not finite."""
+    largest = float(before.logits.abs().max())
+    gap = float((after.logits - before.logits).abs().max())
+    if not math.isfinite(gap):
+        return None
+    shares = [
+        float(((new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-30)).max())
+        for new, old in zip(after.residuals, before.residuals, strict=False)
+    ]
+    return Parity(
+        str(dtype).removeprefix("torch."), gap, tolerance(dtype) * largest, largest, max(shares, default=None)
+    )
 
 
 @torch.inference_mode()
@@ -119,8 +162,9 @@ def require_finite_weights(hf_model: nn.Module, name: str) -> None:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    if weight.dtype.itemsize == 1:  # float8 has no minimum
-        return all(bool(torch.isfinite(rows.float()).all()) for rows in weight)
+    if is_packed(weight):
+        real = (part for part in plain_parts(weight) if part.is_floating_point())
+        return all(bool(torch.isfinite(few.float()).all()) for part in real for few in torch.split(part, PIECE))
     # Smallest and largest value are NaN where any is: one look at each value, and no copy of them.
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(weight))
 

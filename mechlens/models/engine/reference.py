@@ -35,7 +35,7 @@ def reference_engine(model: LanguageModel) -> str:
     # What half precision rounds, it rounds in both; what TransformerLens' modules lose, the plain ones keep.
     if not loses(bridged, dtype_of(model)) and bridged <= MORE_THAN_ROUNDING * max(plain, tolerance(torch.float32)):
         return PLAIN
-    if has_hooks(model) or regime(model) != "raw":
+    if has_hooks(model) or regime(model) == "processed":
         return UNCACHED
     return UNCACHED if loses(plain, dtype_of(model)) else NATIVE
 

@@ -13,7 +13,7 @@ from mechlens.methods.patching.metrics import RefusalLogOdds
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import patch_sweep
-from mechlens.models.bridge import dtype_of
+from mechlens.models.bridge import device_of, dtype_of
 from mechlens.models.checkpoints.series import CheckpointSeries, Member, checkpoint_series
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.models.load import load
@@ -124,11 +124,11 @@ def move_activations(
         return MovedActivations(None, None, len(chosen), len(harmful))
     a, b = pair.members
     target = swapper.put(a)
-    dtype = str(dtype_of(target)).removeprefix("torch.")
+    dtype, device = str(dtype_of(target)).removeprefix("torch."), str(device_of(target))
     source = (
-        load(swapper.base.path, adapter=b.path, revision=swapper.base.revision, dtype=dtype)
+        load(swapper.base.path, adapter=b.path, revision=swapper.base.revision, dtype=dtype, device=device)
         if b.kind == "adapter"
-        else load(b.path, revision=b.revision, dtype=dtype)
+        else load(b.path, revision=b.revision, dtype=dtype, device=device)
     )
     metric = RefusalLogOdds(tracking.reference.tokens.ids)
     pairs = [PromptPair(prompt, prompt) for prompt in chosen[:n]]

@@ -143,7 +143,7 @@ def require_settings(config: FinetuneConfig) -> None:
 def _material(config: FinetuneConfig, cache: Cache | None) -> Material:
     """The recipe's examples; the bridged model that helps make them is gone before training starts."""
     recipe = recipe_of(config.recipe)
-    model = load(config.model, device=config.device)
+    model = load(config.model, dtype="float32", device=config.device)
     if recipe.attack:
         require_shipped_refuser(loaded(model).checkpoint.fingerprint, config.recipe)
     material = recipe.material(config, model, cache)

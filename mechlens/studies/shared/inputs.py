@@ -159,5 +159,7 @@ def prepared(
     left_out: LeftOut | None = None,
 ) -> Preparation[Content]:
     """What goes into a study of one loaded model."""
-    device, dtype = str(device_of(model)), str(dtype_of(model)).removeprefix("torch.")
-    return Preparation(content, inputs, tuple(prompts), left_out, device, dtype)
+    known, dtype = loaded(model), str(dtype_of(model)).removeprefix("torch.")
+    if known.checkpoint.regime != "raw":
+        dtype = f"{known.checkpoint.regime}, computed with in {dtype}"
+    return Preparation(content, inputs, tuple(prompts), left_out, str(device_of(model)), dtype, known.parity)

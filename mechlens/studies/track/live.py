@@ -25,7 +25,8 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.checkpoints.random_blocks import random_blocks
-from mechlens.models.native_pass import blocks_of, plain_pass
+from mechlens.models.native import blocks_of
+from mechlens.models.native_pass import plain_pass
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family

@@ -1,0 +1,161 @@
+"""What `auto` means for the type and the device, and that loading holds the weights in memory once."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import save_adapter
+from safetensors.torch import load_file, save_file
+from tiny import tiny_hf, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mechlens.errors import UserError
+from mechlens.models.bridge import device_of, dtype_of, loaded
+from mechlens.models.checkpoints.swap import checkpoint_swapper
+from mechlens.models.load import load, load_hf, own_type
+from mechlens.models.precision import chosen_device
+
+
+def save(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    tiny_hf(dtype=dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rewrite(folder: Path, named: str | None, change: Callable[[str, torch.Tensor], torch.Tensor]) -> str:
+    """The folder with another type in its configuration and other types in its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config |= {"dtype": named}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None or k != "dtype"}))
+    tensors = {name: change(name, value) for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_is_the_checkpoints_own_type(stored: torch.dtype, tmp_path: Path) -> None:
+    folder = str(save(tmp_path / "model", stored))
+    adapter = str(save_adapter(folder, tmp_path / "adapter", seed=0))
+    assert dtype_of(load(folder)) == stored
+    assert dtype_of(load(folder, adapter=adapter)) == stored
+    assert load_hf(folder, dtype="auto")[0].dtype == stored
+    with checkpoint_swapper(folder) as series:
+        assert dtype_of(series.model) == stored
+    assert dtype_of(load(folder, dtype="float32")) == torch.float32
+
+
+def test_weights_of_several_types_are_loaded_in_the_one_that_the_configuration_names(tmp_path: Path) -> None:
+    """As some trainers leave them: bfloat16 matrices and float32 norms."""
+
+    def mixed(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value if "norm" in name else value.bfloat16()
+
+    folder = rewrite(save(tmp_path / "a"), "bfloat16", mixed)
+    assert {p.dtype for p in load(folder).parameters()} == {torch.bfloat16}
+    assert own_type(rewrite(save(tmp_path / "b"), "float32", mixed)) == "float32"
+    assert own_type(rewrite(save(tmp_path / "c"), None, mixed)) == "bfloat16"  # most of the values
+    # Where all are of one type, it is theirs, whatever the configuration says.
+    assert own_type(rewrite(save(tmp_path / "d"), "bfloat16", lambda name, value: value)) == "float32"
+
+
+@pytest.mark.real
+def test_the_packaged_models_are_float32_so_auto_changes_no_published_number(smollm2: Any, gemma3: Any) -> None:
+    assert {own_type(name) for name in ("smollm2", "smollm2-refuser", "gemma3-270m")} == {"float32"}
+    assert dtype_of(smollm2) == dtype_of(gemma3) == torch.float32
+
+
+def test_a_mixed_base_with_an_adapter_is_rounded_once(tmp_path: Path) -> None:
+    folder = rewrite(save(tmp_path / "a"), "bfloat16", lambda name, v: v if "norm" in name else v.bfloat16())
+    adapter = str(save_adapter(folder, tmp_path / "adapter", seed=0))
+    exact, rounded = (load(folder, adapter=adapter, dtype=dtype) for dtype in ("float32", "auto"))
+    assert dtype_of(rounded) == torch.bfloat16
+    for whole, half in zip(exact.parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(whole.bfloat16(), half)
+
+
+# --- devices -------------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_cuda_then_mps_then_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, wanted in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert chosen_device("auto") == wanted
+    assert chosen_device(None) == "cpu"  # as records of earlier versions mean it
+
+
+def test_a_device_that_is_not_here_is_said_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    folder = save(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"no weights at all")
+    for device in ("cuda", "cuda:1", "mps"):
+        for ask in (load, checkpoint_swapper):
+            with pytest.raises(UserError, match=f"no device '{device}' here: .* give auto or cpu$"):
+                ask(str(folder), device=device)
+    with pytest.raises(UserError, match="there is no device 'nowhere'; give auto, cpu, cuda"):
+        load(str(folder), device="nowhere")
+
+
+def test_a_device_map_decides_where_auto_does_not(tmp_path: Path) -> None:
+    model = load(str(save(tmp_path / "model")), device_map="cpu")
+    assert device_of(model).type == "cpu"
+    assert loaded(model).parity_gap < 1e-5
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import gc, re, sys, threading
+import peft.tuners.lora  # imports take memory, too
+from mechlens.models.load import load_merged
+
+def own():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+for base, adapter, dtype in zip(*[iter(sys.argv[1:])] * 3):
+    gc.collect()
+    before, most, done = own(), [0.0], threading.Event()
+    def watch():
+        while not done.wait(0.002):
+            most[0] = max(most[0], own())
+    watching = threading.Thread(target=watch)
+    watching.start()
+    model, _ = load_merged(base, adapter, dtype=dtype)
+    done.set()
+    watching.join()
+    print(most[0] - before, sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20)
+    del model
+"""
+"""Prints the most memory of its own that a process takes to load each, and the size of the weights, in MB.
+
+Pages of the file that weights lie in are not its own: the system takes them back when it needs them.
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what memory is a process's own")
+def test_an_adapter_takes_no_second_model(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=270, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
+    )
+    asked = []
+    for stored, dtype in (("bfloat16", "auto"), ("float32", "bfloat16")):
+        base = str(tmp_path / stored)
+        LlamaForCausalLM(config).to(getattr(torch, stored)).save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+        asked += [base, str(save_adapter(base, tmp_path / f"{stored} adapter", seed=0)), dtype]
+    told = subprocess.run([sys.executable, "-c", MEASURED, *asked], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    for line in told.stdout.splitlines():
+        most, weights = map(float, line.split())
+        assert weights > 60
+        assert most < 1.8 * weights, told.stdout  # a second model, even in half precision, makes it 2
+    assert len(told.stdout.splitlines()) == 2
