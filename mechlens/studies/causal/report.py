@@ -11,6 +11,7 @@ from mechlens.studies.causal.figures import DONE_WORDS, draw
 from mechlens.studies.causal.study import Battery
 from mechlens.studies.causal.verdict import CausalVerdict, causal_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
+from mechlens.studies.shared.rounding import logit_rounding
 
 QUESTION = (
     "Does the harmfulness direction change what the model believes about a request, while the refusal direction only "
@@ -53,11 +54,13 @@ def record(writer: RunWriter, result: Battery, sets: ContrastSets) -> None:
 
 
 def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str, ...]], sets: ContrastSets) -> Report:
-    checkpoint = loaded(sets.model).checkpoint
+    checkpoint, parity = loaded(sets.model).checkpoint, loaded(sets.model).parity
+    moved = {name: one for name, one in verdict.deciding.items() if name not in NUMBERS}
+    changes = {f"the change of {number_words(name)}": one for name, one in moved.items()}
     return Report(
         title=f"What two directions do in {checkpoint.name}",
         question=QUESTION,
-        verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
+        verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + logit_rounding(parity, changes),
         numbers={number_words(name): estimate for name, estimate in verdict.deciding.items() if estimate.measurable},
         sections=(
             _belief(result, drawn),

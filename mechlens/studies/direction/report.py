@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE
 from mechlens.methods.directions.token_view import logit_lens, project_tokens
@@ -13,6 +14,7 @@ from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.study import NEGATIVE, POSITIVE, Concept
 from mechlens.studies.shared.harm_sets import ContrastSets
+from mechlens.studies.shared.rounding import class_rounding
 
 LENS_TOKENS = 12
 
@@ -72,6 +74,8 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
     beaten = [metrics[name] for name in own_words if name in metrics and metrics[name].measurable]
     surface = max((est.value for est in beaten), default=0.5)
     clear = best.auroc.low > max(surface, best.random.maximum) and best.permutation.p < 0.05
+    positive = torch.tensor([label == POSITIVE for label in result.acts.labels])
+    at_best = result.acts.at(best.level, best.position)
     verdict = (
         f"The concept is read best at {best.position}, level {best.level}: AUROC {best.auroc} on held-out prompts. "
         + (
@@ -81,6 +85,7 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
             f"finds (best of {best.random.n} random directions {best.random.maximum:.2f}, permutation p "
             f"{best.permutation.p:.3f})."
         )
+        + class_rounding(loaded(model).parity, {"the distance between the two classes there": (at_best, positive)})
     )
     numbers = {
         "auroc.best": f"AUROC at {best.position}",

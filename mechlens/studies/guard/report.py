@@ -30,6 +30,7 @@ from mechlens.studies.guard.twins import MOST_LONGER
 from mechlens.studies.guard.verdict import GuardReport, guard_report, read_direction, worst_mistakes
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
 from mechlens.studies.shared.harm_sets import ContrastSets
+from mechlens.studies.shared.rounding import class_rounding
 
 QUESTION = (
     "Does the model itself know that a prompt is harmful, and does reading that tell harmful prompts from harmless "
@@ -189,6 +190,14 @@ def _distributions(writer: RunWriter, result: GuardEvaluation) -> tuple[str, ...
     return ("scores_by_source",)
 
 
+def _rounding(result: GuardEvaluation, model: LanguageModel) -> str:
+    """Of the distance between the test prompts' classes at the guard's first place."""
+    place = result.guard.places[0]
+    harmful = torch.tensor([prompt.label == "harmful" for prompt in result.examined.prompts])
+    where = f"the distance between harmful and harmless prompts at level {place.level}, {place.position}"
+    return class_rounding(loaded(model).parity, {where: (result.test.at(place.level, place.position), harmful)})
+
+
 def _report(
     writer: RunWriter,
     result: GuardEvaluation,
@@ -204,7 +213,7 @@ def _report(
     return Report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
-        verdict=said.verdict,
+        verdict=said.verdict + _rounding(result, model),
         numbers={
             words: said.numbers[key] for key, words in NUMBERS.items() if key in said.numbers and said.numbers[key].n
         },

@@ -1,9 +1,10 @@
 """The jailbreak study as a record: beliefs by attack family, what putting components back does, categories."""
 
 import pandas as pd
+import torch
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import loaded
+from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
@@ -11,6 +12,7 @@ from mechlens.studies.jailbreaks.category_directions import CategoryDirections
 from mechlens.studies.jailbreaks.config import JailbreakPlan
 from mechlens.studies.jailbreaks.pairs import OrdinaryPrompts, Pairs
 from mechlens.studies.jailbreaks.study import AttackSets, JailbreakResult
+from mechlens.studies.shared.rounding import class_rounding
 
 QUESTION = (
     "An attack gets an answer to a request that the model refuses when it is asked plainly. Does the model no longer "
@@ -41,7 +43,7 @@ def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> Non
         Report(
             title=f"What jailbreaks do to {loaded(given.model).checkpoint.name}",
             question=QUESTION,
-            verdict=_sentence(result.verdicts, measured),
+            verdict=_sentence(result.verdicts, measured) + _rounding(result, given.model),
             numbers={
                 f"{family}: {words}": measures[name]
                 for family, measures in measured.items()
@@ -52,6 +54,17 @@ def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> Non
             model=loaded(given.model).checkpoint.name,
         )
     )
+
+
+def _rounding(result: JailbreakResult, model: LanguageModel) -> str:
+    """Of the distances between the centroids by which beliefs are read, at the levels of the two directions."""
+    classes, found = {}, result.reference
+    for means, direction in ((found.harm, found.harm_direction), (found.refusal, found.refusal_direction)):
+        level = means.levels.index(direction.level)
+        both = torch.stack([means.positive[level], means.negative[level]])
+        words = f"the distance between {' and '.join(means.contrast)} prompts at {means.position}"
+        classes[words] = both, torch.tensor([True, False])
+    return class_rounding(loaded(model).parity, classes)
 
 
 def _sentence(verdicts: dict[str, str], measured: dict[str, dict[str, Estimate]]) -> str:

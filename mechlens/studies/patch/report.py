@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from mechlens.methods.patching.plan import MODES
 from mechlens.methods.patching.result import MIN_SHARE, PatchResult
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report import figures
 from mechlens.runs.report.figure_parts import QUIET
@@ -15,6 +16,7 @@ from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.patch.study import Candidates, RefusalPath
 from mechlens.studies.patch.verdict import PathVerdict, path_verdict
+from mechlens.studies.shared.rounding import logit_rounding
 
 QUESTION = (
     "Two prompts differ in a few words; the model refuses one and accepts the other. Where does the difference enter "
@@ -28,6 +30,14 @@ def record(writer: RunWriter, result: RefusalPath, given: Candidates) -> None:
     verdict = path_verdict(result, seed)
     writer.result(verdict)
     writer.report(_report(writer, result, verdict, given.model, draw(writer, result, seed)))
+
+
+def _rounding(result: RefusalPath, model: LanguageModel) -> str:
+    """Of the gap between the two runs, of which every recovery is a share."""
+    sweep = result.sweeps["denoising"]
+    gaps = (sweep.target - sweep.start).abs()[sweep.has_gap]
+    gap = Estimate.exact(float(gaps.double().mean()), len(gaps)) if len(gaps) else Estimate.missing(0)
+    return logit_rounding(loaded(model).parity, {"the mean gap between the two prompts of a pair": gap})
 
 
 def _shown() -> dict[str, str]:
@@ -53,7 +63,7 @@ def _report(
     return Report(
         title=f"Where refusal travels in {loaded(model).checkpoint.name}",
         question=QUESTION,
-        verdict=" ".join(verdict.sentences),
+        verdict=" ".join(verdict.sentences) + _rounding(result, model),
         numbers={name: verdict.numbers[key] for key, name in _shown().items()},
         sections=(
             Section(

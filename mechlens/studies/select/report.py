@@ -9,6 +9,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.select.study import Selection, rule_of
 from mechlens.studies.select.verdict import SelectionVerdict, selection_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
+from mechlens.studies.shared.rounding import logit_rounding
 
 QUESTION = (
     "Is there one direction whose removal stops this model from refusing, and whose addition makes it refuse? Every "
@@ -32,6 +33,12 @@ NUMBERS = {
     "refusal_score.harmless.added.random_max": "harmless: highest score, random directions added",
     "refusal_score.harmless.added.random_best": "harmless: score, best random candidate added",
 }
+
+SHIFTS = {
+    "bypass_shift": "the change of the refusal score with the direction taken out",
+    "induce_shift": "the change of the refusal score with the direction added",
+}
+"""What rounding has to be small against."""
 
 
 def record(writer: RunWriter, result: Selection, sets: ContrastSets) -> None:
@@ -93,10 +100,11 @@ def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str],
     best = result.found.table().query("status == 'chosen' or status == 'kept'").sort_values("bypass").head(10)
     tested = [] if result.test is None else [_tested(result, names)]
     known = loaded(sets.model)
+    shifts = {SHIFTS[name]: estimate for name, estimate in verdict.deciding.items() if name in SHIFTS}
     return Report(
         title=f"One direction for refusal in {known.checkpoint.name}",
         question=QUESTION,
-        verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
+        verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + logit_rounding(known.parity, shifts),
         numbers={NUMBERS[name]: estimate for name, estimate in verdict.deciding.items()},
         sections=(
             Section(

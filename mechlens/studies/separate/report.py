@@ -11,6 +11,7 @@ from mechlens.studies.separate.study import Separation
 from mechlens.studies.separate.verdict import Verdict, separation_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.quadrants import IN_NO_QUADRANT, QUADRANTS
+from mechlens.studies.shared.rounding import class_rounding
 
 QUESTION = (
     "Does this model represent harmfulness and refusal as one variable or two? A harmful request that it accepts "
@@ -43,7 +44,7 @@ def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
         Report(
             title=f"Harmfulness and refusal in {checkpoint.name}",
             question=QUESTION,
-            verdict=f"{verdict.word.capitalize()}. {verdict.sentence}",
+            verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + _rounding(result, sets.model),
             numbers={NUMBERS[name]: estimate for name, estimate in verdict.deciding.items()},
             sections=(
                 _quadrants(result, figures),
@@ -224,6 +225,17 @@ def _views(result: Separation, model: LanguageModel, row: int, quadrant: str) ->
     return views
 
 
+def _rounding(result: Separation, model: LanguageModel) -> str:
+    """Of the distances between the classes, where each contrast is read."""
+    analysis, classes = result.analysis, {}
+    for name, contrast, position in (("harmful", analysis.harm, "inst"), ("refused", analysis.refusal, analysis.last)):
+        if contrast.scores is not None:
+            values = result.acts.at(contrast.scores.level(position), position)
+            words = f"the distance between {name} prompts and the others at {position}"
+            classes[words] = values, analysis.inside(name)
+    return class_rounding(loaded(model).parity, classes)
+
+
 def _how(result: Separation, verdict: Verdict, sets: ContrastSets) -> str:
     known = loaded(sets.model)
     return (
@@ -236,6 +248,5 @@ def _how(result: Separation, verdict: Verdict, sets: ContrastSets) -> str:
         "jackknife over families, directions refitted. Nulls: label permutation and random directions of the same "
         f"norm, at the level that most folds chose.\n\nAnswers: greedy, {result.plan.max_new_tokens} tokens. "
         "Activations: "
-        f"{result.acts.engine} engine, {known.checkpoint.regime} weights. Largest logit difference to plain "
-        f"Hugging Face on one prompt: {known.parity_gap:.2g}."
+        f"{result.acts.engine} engine, {known.checkpoint.regime} weights."
     )

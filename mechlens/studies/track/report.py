@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
+import torch
 
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.series import CheckpointSeries
+from mechlens.models.precision import Parity
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.shared.quadrants import QUADRANTS
+from mechlens.studies.shared.rounding import class_rounding
 from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
@@ -59,7 +63,8 @@ def record_tracking(
         writer.table(name, table)
     _log_steps(writer, result)
     figures = draw(writer, result, geometry)
-    writer.report(_report(result, headline, figures, _how(result, given.asked.punctuation), first))
+    rounding = _rounding(result, loaded(given.swapper.model).parity)
+    writer.report(_report(result, headline, rounding, figures, _how(result, given.asked.punctuation), first))
 
 
 def series_table(result: Tracking, series: CheckpointSeries) -> pd.DataFrame:
@@ -100,14 +105,31 @@ def _banded(stem: str, row: "pd.Series[float]", *columns: str) -> dict[str, floa
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
+def _rounding(result: Tracking, parity: Parity | None) -> str:
+    """Of the distance between the base's classes at each concept's home."""
+    acts, classes = result.snapshots[0].acts, {}
+    for concept in result.reference.measurable:
+        rows = [i for i, label in enumerate(concept.labels) if label in concept.contrast]
+        positive = torch.tensor([concept.labels[i] == concept.contrast[0] for i in rows])
+        words = f"the base's distance between {' and '.join(concept.contrast)} prompts at {concept.home}"
+        classes[words] = acts.at(concept.level(concept.home), concept.home)[rows], positive
+    return class_rounding(parity, classes)
+
+
 def _report(
-    result: Tracking, headline: Headline, figures: Mapping[str, tuple[str, ...]], how: str, first: tuple[Section, ...]
+    result: Tracking,
+    headline: Headline,
+    rounding: str,
+    figures: Mapping[str, tuple[str, ...]],
+    how: str,
+    first: tuple[Section, ...],
 ) -> Report:
     last = result.last_verdicts
     return Report(
         title=headline.title,
         question=headline.question,
-        verdict="\n\n".join(part for part in (headline.verdict, " ".join(one.sentence for one in last)) if part),
+        verdict="\n\n".join(part for part in (headline.verdict, " ".join(one.sentence for one in last)) if part)
+        + rounding,
         numbers=dict(headline.numbers)
         | {f"{verdict.concept}: {title}": number for verdict in last for title, number in verdict.cards().items()},
         sections=(
