@@ -172,9 +172,11 @@ def test_only_what_can_change_is_run(mode: Any, monkeypatch: pytest.MonkeyPatch)
     metric, plan = LogitDifference(40, 50), PatchPlan("resid_pre", positions=names, mode=mode)
     run, places = packed_edited_logits, []
 
-    def counted(model: Any, recorded: Any, site: str, edits: Sequence[RunEdit], reads: Sequence[int]) -> Tensor:
+    def counted(
+        model: Any, recorded: Any, site: str, edits: Sequence[RunEdit], reads: Sequence[int], *tokens: Any
+    ) -> Tensor:
         places.extend((one.run, one.edit.position) for one in edits)
-        return run(model, recorded, site, edits, reads)
+        return run(model, recorded, site, edits, reads, *tokens)
 
     monkeypatch.setattr(patching, "packed_edited_logits", counted)
     ours = patch_sweep(model, PAIRS, metric, plan, template=template)

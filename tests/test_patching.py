@@ -279,11 +279,11 @@ def test_where_memory_runs_out_the_batch_is_halved(monkeypatch: pytest.MonkeyPat
     sizes: list[int] = []
     run = packed_edits.packed_edited_logits
 
-    def small(model: Any, recorded: Any, site: str, edits: Sequence[Any], reads: Sequence[int]) -> Tensor:
+    def small(model: Any, recorded: Any, site: str, edits: Sequence[Any], reads: Sequence[int], *tokens: Any) -> Tensor:
         if len(edits) > 10:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         sizes.append(len(edits))
-        return run(model, recorded, site, edits, reads)
+        return run(model, recorded, site, edits, reads, *tokens)
 
     monkeypatch.setattr(packed_edits, "packed_edited_logits", small)
     assert gap(patch_sweep(model, LONG, METRIC, plan, template=short()).values, truth) < CLOSE

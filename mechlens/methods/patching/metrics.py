@@ -38,6 +38,10 @@ class LogitDifference:
         require_scorable((self.first, self.second), logits.shape[-1])
         return (logits[:, self.first] - logits[:, self.second]).double()
 
+    def narrowed(self) -> "tuple[tuple[int, int], LogitDifference]":
+        """The tokens whose logits are all that it takes, and the same metric of those alone."""
+        return (self.first, self.second), LogitDifference(0, 1, self.name)
+
 
 @dataclass(frozen=True)
 class LogProbability:

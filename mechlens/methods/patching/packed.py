@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mechlens.methods.activations.reading import halving
-from mechlens.methods.patching.metrics import Metric
+from mechlens.methods.patching.metrics import LogitDifference, Metric
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.task import PairTask, pair_edits, piece
 from mechlens.models.bridge import LanguageModel, embedding_rows
@@ -46,23 +46,28 @@ def packed_pieces(
     reads = [task.read for task in tasks]
     cleans = [own.logits for own in (sources if plan.mode == "denoising" else recorded.runs[: len(tasks)])]
 
+    tokens, measure = metric.narrowed() if type(metric) is LogitDifference else (None, metric)
+
     def measured(chunk: list[int]) -> Tensor:
         some = [work[i][1] for i in chunk]
-        logits = packed_edited_logits(model, recorded, plan.site, some, reads)
-        values = torch.empty(len(some), dtype=torch.float64)
-        for run in {one.run for one in some}:
-            mine = torch.tensor([i for i, one in enumerate(some) if one.run == run])
-            values[mine] = metric(logits[mine], cleans[run])
-        return values
+        logits = packed_edited_logits(model, recorded, plan.site, some, reads, tokens)
+        ends = [i for i in range(1, len(some) + 1) if i == len(some) or some[i].run != some[i - 1].run]
+        parts = zip([0, *ends], ends, strict=False)  # one run's edits stand side by side
+        return torch.cat([measure(logits[a:b], _of(cleans[some[a].run], tokens)) for a, b in parts])
 
-    tokens = [reads[one.run] - one.edit.position + 1 for _, one in work]
+    costs = [reads[one.run] - one.edit.position + 1 for _, one in work]
     by_layer = [one.edit.layer for _, one in work]
     longest = max(len(task.start) for task in tasks)
-    for chunk in chunks_of_edits(by_layer, tokens, max_tokens, embedding_rows(model)):
-        for i, value in zip(chunk, halving(measured, chunk, longest), strict=True):
+    for chunk in chunks_of_edits(by_layer, costs, max_tokens, len(tokens or range(embedding_rows(model)))):
+        by_run = sorted(chunk, key=lambda i: work[i][1].run)
+        for i, value in zip(by_run, halving(measured, by_run, longest), strict=True):
             at, one = work[i]
             pieces[one.run]["values"][at] = value
     return pieces
+
+
+def _of(logits: Tensor, tokens: Sequence[int] | None) -> Tensor:
+    return logits if tokens is None else logits[list(tokens)]
 
 
 def _recorded(

@@ -1,12 +1,13 @@
 """One edit of a run: a value put at one site. The reference, a whole forward pass for every edit, fits every model."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
@@ -123,11 +124,21 @@ def reference_edited_logits(
     return finite_on_cpu(logits[0, read])
 
 
+_LAID_OUT: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], bool]]" = weakref.WeakKeyDictionary()
+
+
 def is_laid_out(model: LanguageModel, site: str, layer: int) -> bool:
     """Whether a site has tokens and heads where edits are put; that of multi-head latent attention has them elsewhere.
 
-    Tried with more tokens than heads, so that one can't be taken for the other.
+    Tried once, with more tokens than heads, so that one can't be taken for the other.
     """
+    known = _LAID_OUT.setdefault(model, {})
+    if (site, layer) not in known:
+        known[site, layer] = _tried_layout(model, site, layer)
+    return known[site, layer]
+
+
+def _tried_layout(model: LanguageModel, site: str, layer: int) -> bool:
     heads = n_heads(model, site)
     n = max(8, heads + 1)
     tokens = [1 + i % 8 for i in range(n)]

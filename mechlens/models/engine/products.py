@@ -38,13 +38,15 @@ def _maker() -> str:
 def quick_products(hf_model: nn.Module) -> Iterator[None]:
     """The model with the faster product in every plain linear module; modules come back as they were."""
     changed = [module for module in hf_model.modules() if mkl_is_slow() and _can_be_quick(module)]
-    for module in changed:
-        module.__dict__["forward"] = functools.partial(_product, module)
+    ours = [functools.partial(_product, module) for module in changed]
+    for module, forward in zip(changed, ours, strict=True):
+        module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for module in changed:
-            del module.__dict__["forward"]
+        for module, forward in zip(changed, ours, strict=True):
+            if module.__dict__.get("forward") is forward:  # what somebody else has put there since is theirs
+                del module.__dict__["forward"]
 
 
 def _can_be_quick(module: nn.Module) -> bool:

@@ -72,28 +72,49 @@ class RunEdit:
 
 @torch.inference_mode()
 def packed_edited_logits(
-    model: LanguageModel, recorded: PackedRuns, site: str, edits: Sequence[RunEdit], reads: Sequence[int]
-) -> Float[Tensor, "row vocab"]:
+    model: LanguageModel,
+    recorded: PackedRuns,
+    site: str,
+    edits: Sequence[RunEdit],
+    reads: Sequence[int],
+    tokens: Sequence[int] | None = None,
+) -> Float[Tensor, "row logit"]:
     """Logits after each edit at its run's token of `reads` (float32, CPU); no edit may stand after that token.
 
-    The runs' own rows come along, below the edits and to the end, as what is copied.
+    Of all tokens, or of some. The runs' own rows come along, below the edits and to the end, as what is copied.
     """
-    order = sorted(range(len(edits)), key=lambda i: edits[i].edit.layer)
-    line = _Line(model, recorded, [edits[i] for i in order], reads)
-    with _growing(model, site, line) as hf_model:
+    line = _Line(model, recorded, edits, reads)
+    with _growing(model, site, line) as hf_model, _head_of(hf_model, tokens) as chosen:
         cache = ReadOnlyCache(recorded.cache, len(recorded.cache.layers[0].keys[0, 0]))
-        found = packed_pass(model, hf_model, line.packing, cache, logits_to_keep=line.ends).logits[0]
-    logits = torch.empty(found.shape)
-    logits[torch.tensor(order)] = finite_on_cpu(found)
-    return logits
+        found = chosen(packed_pass(model, hf_model, line.packing, cache, logits_to_keep=line.ends).logits[0])
+    return finite_on_cpu(found)
+
+
+@contextlib.contextmanager
+def _head_of(hf_model: Any, tokens: Sequence[int] | None) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The model with a head that gives some tokens' logits, where it is plain; gives what takes them out elsewhere."""
+    head = hf_model.get_output_embeddings()
+    if tokens is None or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        yield lambda logits: logits if tokens is None else logits[:, list(tokens)]
+        return
+    before = head.__dict__.get("forward")
+    weight = head.weight[list(tokens)]
+    bias = None if head.bias is None else head.bias[list(tokens)]
+    head.__dict__["forward"] = lambda x: nn.functional.linear(x, weight, bias)
+    try:
+        yield lambda logits: logits
+    finally:
+        head.__dict__.pop("forward") if before is None else head.__dict__.update(forward=before)
 
 
 class _Line:
     """The tokens of the runs' own rows and of every edit's, in the order in which they join."""
 
     def __init__(
-        self, model: LanguageModel, recorded: PackedRuns, ordered: Sequence[RunEdit], reads: Sequence[int]
+        self, model: LanguageModel, recorded: PackedRuns, edits: Sequence[RunEdit], reads: Sequence[int]
     ) -> None:
+        order = sorted(range(len(edits)), key=lambda i: edits[i].edit.layer)
+        ordered = [edits[i] for i in order]
         first: dict[int, int] = {}
         for one in ordered:
             first[one.run] = min(one.edit.position, first.get(one.run, one.edit.position))
@@ -106,7 +127,8 @@ class _Line:
         # Where each run's token 0 would stand in the line.
         origin = {run: start - at for start, (run, at) in zip(starts, first.items(), strict=False)}
         self.begin = self.packing.ends[len(first) - 1]
-        self.ends = torch.tensor([end - 1 for end in self.packing.ends[len(first) :]])
+        ends = dict(zip(order, self.packing.ends[len(first) :], strict=True))
+        self.ends = torch.tensor([ends[i] - 1 for i in range(len(edits))])
         places = starts[len(first) :]
         self.by_layer: dict[int, list[tuple[int, Edit]]] = {}
         joining: dict[int, list[int]] = {}
@@ -177,14 +199,17 @@ def _writing(model: LanguageModel, site: str, edits: list[tuple[int, Edit]]) -> 
     return write
 
 
-LOGITS_AT_ONCE = 1 << 26
-"""Logits that a pass gives at most, with a large vocabulary and edits at the last token: 256 MB."""
+LOGITS_AT_ONCE = 1 << 24
+"""Logits that a pass gives at most, with a large vocabulary and edits at the last token: 64 MB."""
 
 
-def chunks_of_edits(layers: Sequence[int], tokens: Sequence[int], max_tokens: int, vocabulary: int) -> list[list[int]]:
-    """Indices of the edits pass by pass, by layer: a pass has about as many tokens in all of its blocks."""
+def chunks_of_edits(layers: Sequence[int], tokens: Sequence[int], max_tokens: int, logits: int) -> list[list[int]]:
+    """Indices of the edits pass by pass, by layer: a pass has about as many tokens in all of its blocks.
+
+    `logits` is how many are kept of each edit.
+    """
     chunks: list[list[int]] = []
-    room, most = 0, max(1, LOGITS_AT_ONCE // vocabulary)
+    room, most = 0, max(1, LOGITS_AT_ONCE // logits)
     for i in sorted(range(len(layers)), key=lambda i: (layers[i], -tokens[i])):
         if tokens[i] > room or len(chunks[-1]) == most:
             chunks.append([])
@@ -215,7 +240,8 @@ def _packed_and_plain(model: LanguageModel, site: str) -> list[tuple[Tensor, Ten
         for run, layer, at in places
     ]
     found = packed_edited_logits(model, recorded, site, edits, reads)
+    some = packed_edited_logits(model, recorded, site, edits, reads, (7, 2))
     right = [reference_edited_logits(model, prompts[one.run], site, one.edit, reads[one.run]) for one in edits]
     values = site_values(model, prompts[1], site, layers)
     read = [(recorded.runs[1].values[layer], values[layer]) for layer in layers]
-    return [(found, torch.stack(right)), *read]
+    return [(found, torch.stack(right)), (some, torch.stack(right)[:, [7, 2]]), *read]
