@@ -94,7 +94,8 @@ def packed_edited_logits(
 def _head_of(hf_model: Any, tokens: Sequence[int] | None) -> Iterator[Callable[[Tensor], Tensor]]:
     """The model with a head that gives some tokens' logits, where it is plain; gives what takes them out elsewhere."""
     head = hf_model.get_output_embeddings()
-    if tokens is None or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+    moved = head is not None and "_hf_hook" in vars(head)  # accelerate brings its weights and input to one device
+    if tokens is None or moved or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         yield lambda logits: logits if tokens is None else logits[:, list(tokens)]
         return
     before = head.__dict__.get("forward")
