@@ -27,7 +27,7 @@ import torch
 
 torch.set_num_threads(2)
 
-EXACT = ("answers", "collect", "patching", "path_patching", "steered_sweeps", "steering", "swap")
+EXACT = ("answers", "collect", "packing", "patching", "path_patching", "steered_sweeps", "steering", "swap")
 """Subjects whose tests hold a fast path against the plain one; they are run on the oldest and newest libraries too."""
 
 
