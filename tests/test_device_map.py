@@ -14,7 +14,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.directions.direction import Direction
-from mechlens.methods.patching.metrics import LogitDifference
+from mechlens.methods.patching.metrics import LogProbability
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
@@ -66,7 +66,7 @@ def steered(model: Any) -> list[Any]:
 def patched(site: str, positions: tuple[str, ...]) -> Callable[[Any], torch.Tensor]:
     pair = PromptPair(Prompt("c", "the thing"), Prompt("d", "the ring?"))
     plan = PatchPlan(site, positions=positions)
-    return lambda model: patch_sweep(model, [pair], LogitDifference(40, 41), plan).values
+    return lambda model: patch_sweep(model, [pair], LogProbability(40), plan).values
 
 
 CASES: dict[str, Callable[[Any], Any]] = {
