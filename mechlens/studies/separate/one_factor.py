@@ -80,11 +80,13 @@ def one_factor_worlds(
     for row, fold in zip(fitted, folds, strict=True):
         row[list(fold.fitted)] = True
     data = _Reader(fitted, Labels(harmful, paired & placed), placed, places)
+    observed = data.read(values, refused)
     world = _fit(values, places, placed, latent, refused)
+    del values  # a world takes as much memory
     rng = np.random.default_rng(seed)
     draws = [data.read(*world.draw(rng)) for _ in range(n)]
     return OneFactor(
-        observed=data.read(values, refused),
+        observed=observed,
         drawn={name: torch.tensor([draw[name] for draw in draws], dtype=torch.float64) for name in draws[0]},
     )
 
