@@ -3,6 +3,7 @@
 import copy
 import errno
 import functools
+import inspect
 import io
 import pickle
 import shutil
@@ -37,6 +38,7 @@ from mechlens.methods.statistics.effects import Effect, cosine_curve
 from mechlens.methods.statistics.resample import family_folds, one_thread
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.prompts.split import split_by_family
+from mechlens.runs.artifacts import load, save
 from mechlens.runs.folder import FolderCache
 from mechlens.settings import DetectionPlan
 from mechlens.studies.shared.contrasts import best_direction
@@ -225,6 +227,11 @@ def test_few_values_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert type(collect(model_of(), prompts(2), cache=FolderCache(tmp_path)).values) is Tensor
 
 
+def test_a_folders_name_is_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cache is '.*give ml.FolderCache\(FOLDER\)"):
+        inspect.unwrap(collect)(model_of(), prompts(1), cache=str(tmp_path))  # as without the tests' type checks
+
+
 # --- a newcomer in a notebook ----------------------------------------------------------------------------------------
 
 
@@ -302,6 +309,11 @@ def test_activations_are_used_as_ever(both: tuple[Activations, Activations], rea
     assert (ours.numpy() == theirs.numpy()).all()
     assert torch.equal(ours[2, "last"], theirs[2, "last"])
     assert (torch.equal(one, other) for one, other in zip(ours.at(1, "inst"), theirs.at(1, "inst"), strict=True))
+
+
+def test_saved_activations_hold_their_numbers(both: tuple[Activations, Activations], tmp_path: Path) -> None:
+    save(both[0], tmp_path / "acts.safetensors")
+    assert same(load(tmp_path / "acts.safetensors", Activations), both[1])
 
 
 def test_heads_are_taken_unread(tmp_path: Path, reads: list[int]) -> None:

@@ -60,13 +60,16 @@ def collect(
     (`reduce="mean"`; `post[*]`, which all prompts have alike, stays apart). `project` keeps only how far each value
     lies along each direction, as a unit vector; directions of another checkpoint are taken too.
 
-    `cache` keeps finished batches, so that a killed run goes on and the same request is never computed twice.
+    `cache` keeps finished batches, so that a killed run goes on and the same request is never computed twice; values
+    that would take more than 1 GB stay there and are read cell by cell (`StreamedTensor`).
     `max_tokens` bounds a batch; where memory runs out, the batch is halved and tried again.
 
     Raises UserError for an unknown position or level, a prompt longer than the model's context, and values
     that are not finite (float16 overflow), which are named by level and prompt.
     """
     wanted = _levels(model, site, levels)
+    if not isinstance(cache, Cache | None):
+        raise UserError(f"cache is {cache!r:.80}, which keeps no batches; give ml.FolderCache(FOLDER), or leave it out")
     if reduce not in (None, "mean"):
         raise UserError(f"reduce is {reduce!r}, and a span is reduced to its mean only; give 'mean', or leave it out")
     batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template or template_of(model))
