@@ -1,12 +1,14 @@
-"""What mechlens can do with each architecture, measured on tiny random models and written to ARCHITECTURES.md.
+"""What mechlens can do with each architecture, measured on tiny random models and written into the engine's README.
 
-Every cell is a trial, held against plain Hugging Face: a wrong number would say WRONG, and a test wants none.
-Run it when a dependency or a path through the models has changed.
+Every cell is a trial, held against plain Hugging Face: a wrong number would say WRONG, and a test wants none. All
+that transformers and TransformerLens both know is tried. Run it when a dependency or a path through the models has
+changed.
 """
 
 import copy
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -15,7 +17,10 @@ from typing import Any
 
 import readme_table
 import torch
+import transformers
 from torch import Tensor
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -31,67 +36,113 @@ from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
 from mechlens.methods.steering.steering import answer_under, applied, logits_under
 from mechlens.models.bridge import bridge, d_model, loaded, n_layers
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.engine.edits import bears_edits, is_laid_out
-from mechlens.models.engine.growing import can_grow
+from mechlens.models.engine.edits import Edit, bears_edits, is_laid_out, reference_edited_logits, reference_record
+from mechlens.models.engine.growing import can_grow, edited_logits, record
+from mechlens.models.engine.probes import apart
+from mechlens.models.load import load
 from mechlens.models.native import blocks_of
 from mechlens.models.sites import SITES, site_hook
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 
-TABLE = ROOT / "mechlens" / "models" / "ARCHITECTURES.md"
+README = ROOT / "mechlens" / "models" / "engine" / "README.md"
 COLUMNS = (
     "collect",
     "answer",
     "steer",
+    "residuals",
+    "logits",
+    "patched",
     "losses",
     "ablate everywhere",
     "patch, growing",
     "patch, whole",
     "in some blocks",
 )
-INTRODUCTION = """# What each architecture can do
-
-Made by `scripts/architectures.py` on tiny random models; every cell was held against plain Hugging Face.
-
-- **collect**, **answer**, **steer**: *fast* (shared start, packed cache, plain modules), *library* (Hugging Face's own
-  generation, with its cache), *whole* (a whole pass for every batch or token: exact and slow).
-- **losses**: text loss, surprise, first-token log-odds and logit lens, from the last residual.
-- **ablate everywhere**: a direction out of all that is written, as `select` and `causal` do.
-- **patch**: the sites that every block has, by a *growing* batch or by *whole* passes. In a block without attention,
-  an intervention at `attn_out` acts on what mixes the tokens there (convolution, state space, linear attention).
-"""
+NUMBERS = ("residuals", "logits", "patched")
+"""Columns that rounding changes from one machine to the next."""
+RIGHT = 1e-4
+"""Differences up to this, as a share of the largest value, are rounding."""
 PROMPTS = [Prompt(id="a", text="the thing"), Prompt(id="b", text="what is it?")]
 NEW = 3
 
 
 def main() -> None:
     rows = {name: row(name) for name in sorted({**CONFIGS, **MORE})}
-    TABLE.write_text(page(rows), encoding="utf-8")
+    readme_table.write(__file__, "what was tried", table(rows), README)
+    readme_table.write(__file__, "refused", refusals(), README)
 
 
-def page(rows: dict[str, dict[str, str]]) -> str:
-    lines = [readme_table.row(("architecture", *COLUMNS)), readme_table.row(["---"] * (len(COLUMNS) + 1))]
-    lines += [readme_table.row((name, *(cells.get(column, "") for column in COLUMNS))) for name, cells in rows.items()]
-    return f"{INTRODUCTION}\nMeasured with {versions()}.\n\n" + "\n".join(lines) + "\n"
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """The architectures that run, and below them those that TransformerLens can't wrap, with its reason."""
+    runs = {name: cells for name, cells in rows.items() if "refused" not in cells}
+    lines = [f"Measured with {versions()}.\n", readme_table.row(("architecture", *COLUMNS))]
+    lines += [readme_table.row(["---"] * (len(COLUMNS) + 1)), *(line(name, cells) for name, cells in runs.items())]
+    lines += ["", readme_table.row(("architecture", "why it can't be loaded")), readme_table.row(["---"] * 2)]
+    lines += [line(name, cells) for name, cells in rows.items() if "refused" in cells]
+    return "\n".join(lines)
+
+
+def line(name: str, cells: dict[str, str]) -> str:
+    if "refused" in cells:
+        return readme_table.row((name, cells["refused"]))
+    return readme_table.row((name, *(cells.get(column, "") for column in COLUMNS)))
 
 
 def versions() -> str:
     return ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "transformers", "transformer-lens"))
 
 
+def known_to_both() -> list[str]:
+    """Model classes of transformers that TransformerLens says it supports."""
+    return sorted(name for name in SUPPORTED_ARCHITECTURES if hasattr(transformers, name))
+
+
+def causal(config: Any) -> str:
+    """The class that a configuration is loaded as."""
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+
+
+def refusals() -> str:
+    """What is said of those that are no causal language models, from a folder that holds no weights."""
+    named = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    said: dict[str, list[str]] = {}
+    for name in known_to_both():
+        if name not in named:
+            said.setdefault(refusal(name).replace(name, "NAME"), []).append(name)
+    return "\n\n".join(f"- *{sentence}*: {', '.join(names)}" for sentence, names in said.items())
+
+
+def refusal(name: str) -> str:
+    """The sentence about a folder with the configuration of such a model alone."""
+    config = getattr(transformers, name).config_class()
+    config.architectures = [name]
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        try:
+            load(folder)
+        except UserError as error:
+            return str(error).replace(folder, "it").replace("|", "/")
+    return "WRONG: loaded"
+
+
 def row(name: str) -> dict[str, str]:
-    """The cells of one architecture, by column; a sentence in the first where the model can't be loaded."""
-    hf_model = tiny_hf(name)
+    """The cells of one architecture, by column; "refused" alone, with the sentence, where it can't be loaded."""
+    try:
+        hf_model = tiny_hf(name)
+    except ImportError as error:
+        return {"refused": "not tried: " + " ".join(str(error).split()).partition(" but ")[0]}
     plain = copy.deepcopy(hf_model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of paths that are slower: the cells say so
         try:
             model = bridge(hf_model, tiny_tokenizer(), Checkpoint(name, f"tests/{name}"))
         except UserError as error:
-            return {"collect": str(error).replace("|", "/")}
+            return {"refused": str(error).replace("|", "/")}
         trials: dict[str, Callable[[Any, Any], str]] = {
-            "collect": collected, "answer": answered, "steer": steered, "losses": losses,
-            "ablate everywhere": ablated, "patch, growing": grown, "patch, whole": whole, "in some blocks": sometimes,
+            "collect": how_collected, "answer": answered, "steer": steered, "residuals": collected, "logits": told,
+            "patched": patched, "losses": losses, "ablate everywhere": ablated, "patch, growing": grown,
+            "patch, whole": whole, "in some blocks": sometimes,
         }  # fmt: skip
         return {column: said(trial, model, plain) for column, trial in trials.items()}
 
@@ -108,8 +159,13 @@ def judged(how: str, right: bool) -> str:
     return how if right else f"{how}: WRONG"
 
 
+def number(gaps: list[float]) -> str:
+    """The largest difference."""
+    return judged(f"{max(gaps):.0e}" if max(gaps) else "0", max(gaps) <= RIGHT)
+
+
 def close(found: Tensor, right: Tensor) -> bool:
-    return float((found - right).abs().max()) <= 1e-4 * max(1.0, float(right.abs().max()))
+    return apart(found, right) <= RIGHT
 
 
 def rows_of(model: Any) -> list[list[int]]:
@@ -130,7 +186,12 @@ def greedy(plain: Any, ids: list[int]) -> tuple[int, ...]:
     return tuple(token for token in found if token != 4)
 
 
+def how_collected(model: Any, plain: Any) -> str:
+    return "fast" if collect(model, PROMPTS, positions=["last"]).engine == "fast" else "whole"
+
+
 def collected(model: Any, plain: Any) -> str:
+    """Of the residuals at every block's input and at the last one's output."""
     acts = collect(model, PROMPTS, positions=["last"])
     seen: dict[int, Tensor] = {}
     blocks = blocks_of(plain)
@@ -138,14 +199,45 @@ def collected(model: Any, plain: Any) -> str:
     def entering(layer: int) -> Callable[..., None]:
         return lambda block, args, kwargs: seen.__setitem__(layer, args[0] if args else kwargs["hidden_states"])
 
+    def leaving(block: Any, args: Any, output: Any) -> None:
+        seen[len(blocks)] = output if isinstance(output, Tensor) else output[0]
+
     handles = [block.register_forward_pre_hook(entering(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    right = True
+    handles.append(blocks[-1].register_forward_hook(leaving))
+    gaps = []
     for i, ids in enumerate(rows_of(model)):
         last_logits(plain, ids)
-        right &= all(close(acts.values[i, layer, 0], seen[layer][0, -1]) for layer in seen)
+        gaps += [apart(acts.values[i, level, 0], seen[level][0, -1]) for level in seen]
     for handle in handles:
         handle.remove()
-    return judged("fast" if acts.engine == "fast" else "whole", right)
+    return number(gaps)
+
+
+def told(model: Any, plain: Any) -> str:
+    """Of the logits of the first answer token, as every sweep computes them."""
+    logits = logits_under(model, PROMPTS, [])
+    return number([apart(logits[i], last_logits(plain, ids)) for i, ids in enumerate(rows_of(model))])
+
+
+def patched(model: Any, plain: Any) -> str:
+    """Of the logits after a vector was put at the input of a block, at a token in the prompt's middle."""
+    ids, layer, place = rows_of(model)[1], n_layers(model) - 1, 9
+    reference_record(model, ids, -1, "resid_pre", [layer])  # says so where there is none
+    edit = Edit(layer, place, direction(model).vector)
+    if can_grow(model, "resid_pre"):
+        got = edited_logits(
+            model, record(model, ids, len(ids) - 1, "resid_pre", ()), "resid_pre", [edit], len(ids) - 1
+        )[1]
+    else:
+        got = reference_edited_logits(model, ids, "resid_pre", edit, len(ids) - 1)
+
+    def put(block: Any, args: Any, kwargs: Any) -> None:
+        (args[0] if args else kwargs["hidden_states"])[:, place] = edit.value
+
+    handle = blocks_of(plain)[layer].register_forward_pre_hook(put, with_kwargs=True)
+    gaps = [apart(got, last_logits(plain, ids))]
+    handle.remove()
+    return number(gaps)
 
 
 def answered(model: Any, plain: Any) -> str:
@@ -207,16 +299,24 @@ def patchable(model: Any) -> list[str]:
     return [site for site in every if is_laid_out(model, site, 0) and bears_edits(model, site, 0)]
 
 
+def sites(found: list[str]) -> str:
+    """Their names, or those of the few that are missing."""
+    missing = [site for site in SITES if site not in found]
+    if len(missing) > len(SITES) // 2:
+        return ", ".join(found)
+    return "all but " + ", ".join(missing) if missing else "all"
+
+
 def grown(model: Any, plain: Any) -> str:
-    return ", ".join(site for site in patchable(model) if can_grow(model, site))
+    return sites([site for site in patchable(model) if can_grow(model, site)])
 
 
 def whole(model: Any, plain: Any) -> str:
-    return ", ".join(site for site in patchable(model) if not can_grow(model, site))
+    return sites([site for site in patchable(model) if not can_grow(model, site)])
 
 
 def sometimes(model: Any, plain: Any) -> str:
-    return ", ".join(site for site, has in in_blocks(model).items() if any(has) and not all(has))
+    return sites([site for site, has in in_blocks(model).items() if any(has) and not all(has)])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Markdown tables, and their places in a study's README: what error_rates_NAME.py made, in mechlens/studies/NAME."""
+"""Markdown tables, and their places in a README: what error_rates_NAME.py made, in mechlens/studies/NAME."""
 
 import re
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ def head(columns: Sequence[str]) -> str:
     return f"{row(columns)}\n|---|{'--:|' * (len(columns) - 1)}"
 
 
-def write(script: str, label: str, table: str) -> None:
+def write(script: str, label: str, table: str, readme: Path | None = None) -> None:
     """Puts the table between the README's marks `<!-- made by scripts/NAME.py: LABEL -->` and `<!-- end -->`."""
     path = Path(script).resolve()
-    readme = path.parents[1] / "mechlens/studies" / path.stem.removeprefix("error_rates_") / "README.md"
+    if readme is None:
+        readme = path.parents[1] / "mechlens/studies" / path.stem.removeprefix("error_rates_") / "README.md"
     start, end = f"<!-- made by scripts/{path.name}: {label} -->\n", "<!-- end -->"
     text = readme.read_text(encoding="utf-8")
     text, found = re.subn(rf"{start}((?!<!--).)*{end}", lambda _: f"{start}{table}\n{end}", text, flags=re.DOTALL)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from devices import FIRST, SECOND, place, two_devices
+from devices import FIRST, SECOND, counted, place, two_devices
 from tiny import tiny_hf, tiny_tokenizer, words
 
 from mechlens.methods.activations.activations import Activations
@@ -13,6 +13,9 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.directions.direction import Direction
+from mechlens.methods.patching.metrics import LogitDifference
+from mechlens.methods.patching.plan import PatchPlan
+from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention, replacement
 from mechlens.methods.steering.steering import answer_under, applied, logits_under
 from mechlens.models.bridge import bridge, checkpoint_now, device_of, unembed
@@ -22,7 +25,7 @@ from mechlens.models.engine.edits import Edit
 from mechlens.models.engine.forward import Row, reference_batch
 from mechlens.models.engine.growing import edited_logits, record
 from mechlens.models.native import native, native_blocks
-from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.prompt import Prompt, PromptPair
 
 
 def prompts() -> list[Prompt]:
@@ -73,6 +76,12 @@ def patched(model: Any) -> torch.Tensor:
     return edited_logits(model, start, "z", edits, 11)
 
 
+def swept(site: str) -> Callable[[Any], torch.Tensor]:
+    pair = PromptPair(Prompt("c", "a b c"), Prompt("d", "a d c"))
+    plan = PatchPlan(site, positions=("inst", "last"))
+    return lambda model: patch_sweep(model, [pair, pair], LogitDifference(40, 41), plan).values
+
+
 CASES: dict[str, Callable[[Any], Any]] = {
     "collect": lambda model: collect(model, prompts(), positions=["inst", "last"]).values,
     "plain pass": lambda model: reference_batch(
@@ -86,6 +95,9 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "unembed": lambda model: unembed(model, torch.linspace(-1, 1, 64).reshape(2, 32)),
     "text loss": lambda model: text_loss(model, ["the thing is"]),
     "patch": patched,
+    "patch sweep": swept("z"),
+    "patch sweep of patterns": swept("pattern"),
+    "collect z": lambda model: collect(model, prompts(), positions=["inst"], site="z").values,
 }
 
 
@@ -101,6 +113,41 @@ def test_two_devices_give_what_one_gives(case: str) -> None:
         torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
     else:
         assert got == right
+
+
+def answered(tokens: int) -> Callable[[Any], Any]:
+    return lambda model: answer_under(model, prompts(), interventions(model), max_new_tokens=tokens)
+
+
+# By case, with two devices: how often anything waits for a GPU, beside one wait a device for the weights' stamp.
+WAITS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "collect": (lambda model: collect(model, prompts(), positions=["inst", "last"]), 2),
+    "answer 4": (lambda model: answer(model, prompts(), max_new_tokens=4), 4 + 3),
+    "answer 8": (lambda model: answer(model, prompts(), max_new_tokens=8), 8 + 7),
+    "answer 4 under": (answered(4), 2 + 4 + 3),
+    "answer 8 under": (answered(8), 2 + 8 + 7),
+    "logits under": (lambda model: logits_under(model, prompts(), interventions(model)), 2 + 2),
+    "patch": (patched, 2),
+}
+
+
+def test_how_often_a_gpu_is_waited_for() -> None:
+    """Once a pass and device for what is read; twice an answer token of padded rows: for the token, and by
+    transformers, which looks whether the mask hides anything. In `interventions` something is collected too."""
+    sent = {}
+    with torch.inference_mode(), two_devices():
+        model = split(bridged())
+        model.original_model.generation_config.eos_token_id = None
+        for case, (work, most) in WAITS.items():
+            work(model)  # with the trials, which are made once for a model
+            with counted() as traffic:
+                work(model)
+            waits = {place: n for (kind, place), n in traffic.items() if kind == "wait"}
+            assert sum(waits.values()) - waits.pop("checkpoint.py stamp", 0) <= most, (case, waits)
+            sent[case] = sum(n for (kind, _), n in traffic.items() if kind == "send")
+    # No more is sent for an answer of twice the length.
+    assert sent["answer 8"] == sent["answer 4"]
+    assert sent["answer 8 under"] <= sent["answer 4 under"]
 
 
 def test_tensors_of_two_devices_refuse_to_meet() -> None:

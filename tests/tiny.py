@@ -90,6 +90,11 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 STATES = {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 3, "eos_token_id": 4}
 HEAD = {**SMALL, "head_dim": 8}
+LATENT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 16,
+    "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "moe_intermediate_size": 16,
+}  # fmt: skip
+EYES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 8}
 FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 4}
 MORE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     # Logits and residuals are scaled.
@@ -155,9 +160,7 @@ MORE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(shared_expert_intermediate_size=16, **EXPERTS, **SMALL),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**EXPERTS, **HEAD),
     "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=16, q_lora_rank=16,
-        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, moe_intermediate_size=16, first_k_dense_replace=1,
-        **NO_GROUPS,
+        first_k_dense_replace=1, **LATENT, **NO_GROUPS
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(
         num_local_experts=4, num_experts_per_tok=2, sliding_window=16, **HEAD
@@ -184,6 +187,70 @@ MORE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "apertus": lambda: transformers.ApertusConfig(**SMALL),
     "arcee": lambda: transformers.ArceeConfig(**SMALL),
     "bitnet": lambda: transformers.BitNetConfig(**SMALL),
+    "afmoe": lambda: transformers.AfmoeConfig(sliding_window=16, num_shared_experts=1, **EXPERTS, **HEAD),
+    "bert": lambda: transformers.BertConfig(is_decoder=True, **NO_GROUPS),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(first_k_dense_replace=1, **LATENT, **NO_GROUPS),
+    "deepseek_v4": lambda: transformers.DeepseekV4Config(
+        num_key_value_heads=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, q_lora_rank=16,
+        o_groups=2, o_lora_rank=16, index_n_heads=2, index_head_dim=8, index_topk=8, sliding_window=16,
+        **{k: v for k, v in HEAD.items() if k not in ("num_key_value_heads", "intermediate_size")},
+    ),
+    "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
+        moe_intermediate_size=16, moe_k=2, moe_num_experts=4, moe_num_shared_experts=1, **SMALL
+    ),
+    "flex_olmo": lambda: transformers.FlexOlmoConfig(num_experts=4, num_experts_per_tok=2, **SMALL),
+    "gemma3_multimodal": lambda: transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(sliding_window=16, **HEAD), vision_config={**EYES, "image_size": 32},
+        mm_tokens_per_image=4,
+    ),
+    "gemma3n": lambda: transformers.Gemma3nConfig(
+        text_config={"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+                     "sliding_window": 16, "laurel_rank": 8, **HEAD},
+    ),
+    "gemma4_multimodal": lambda: transformers.Gemma4Config(
+        text_config=transformers.Gemma4TextConfig(sliding_window=16, vocab_size_per_layer_input=VOCAB, **HEAD),
+        vision_config={**EYES, "head_dim": 8, "num_key_value_heads": 4}, audio_config=None,
+    ),
+    "gemma4_unified": lambda: transformers.Gemma4UnifiedConfig(
+        text_config=transformers.Gemma4UnifiedTextConfig(sliding_window=16, **HEAD),
+        vision_config={"mm_embed_dim": 32, "output_proj_dims": 32, "mm_posemb_size": 16}, audio_config=None,
+    ),
+    "glm": lambda: transformers.GlmConfig(**HEAD),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, **SMALL
+    ),
+    "glm4_moe_lite": lambda: transformers.Glm4MoeLiteConfig(**LATENT, **NO_GROUPS),
+    "glm_moe_dsa": lambda: transformers.GlmMoeDsaConfig(index_topk=8, **LATENT, **NO_GROUPS),
+    "hrm_text": lambda: transformers.HrmTextConfig(
+        prefix_lm=False, **{k: v for k, v in HEAD.items() if k != "num_key_value_heads"}
+    ),
+    "jais2": lambda: transformers.Jais2Config(**SMALL),
+    "jetmoe": lambda: transformers.JetMoeConfig(
+        kv_channels=8, num_local_experts=4, num_experts_per_tok=2,
+        **{k: v for k, v in SMALL.items() if k != "num_attention_heads"},
+    ),
+    "laguna": lambda: transformers.LagunaConfig(
+        sliding_window=16, shared_expert_intermediate_size=16, **EXPERTS, **HEAD
+    ),
+    "minimax_m2": lambda: transformers.MiniMaxM2Config(num_local_experts=4, num_experts_per_tok=2, **HEAD),
+    "ministral3": lambda: transformers.Ministral3Config(**HEAD),
+    "modernbert_decoder": lambda: transformers.ModernBertDecoderConfig(
+        local_attention=16, **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+    ),
+    "nanochat": lambda: transformers.NanoChatConfig(**NO_GROUPS),
+    "openai": lambda: transformers.OpenAIGPTConfig(**GPT),
+    "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(
+        layer_types=["linear_attention", "linear_attention", "full_attention"], shared_expert_intermediate_size=16,
+        **EXPERTS, **LINEAR, **HEAD,
+    ),
+    "vaultgemma": lambda: transformers.VaultGemmaConfig(sliding_window=16, **HEAD),
+    "youtu": lambda: transformers.YoutuConfig(
+        **{k: v for k, v in LATENT.items() if k.startswith(("kv", "q", "v"))}, **NO_GROUPS
+    ),
+    "zamba2": lambda: transformers.Zamba2Config(
+        layers_block_type=["mamba", "hybrid", "mamba"], n_mamba_heads=8, mamba_d_state=8, mamba_headdim=8,
+        adapter_rank=8, use_mamba_kernels=False, **NO_GROUPS,
+    ),
     # Those that TransformerLens can't wrap.
     "codegen": lambda: transformers.CodeGenConfig(rotary_dim=4, **GPT),
     "helium": lambda: transformers.HeliumConfig(**HEAD),

@@ -99,6 +99,10 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
         with sealed():
             model = TransformerBridge.boot_transformers(label, hf_model=hf_model, tokenizer=tokenizer)
         model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+        if not hasattr(model, "blocks"):
+            raise ValueError("its blocks are no single list")
+        if "blocks.0.hook_resid_pre" not in model.hook_dict:
+            raise ValueError("its blocks have no single residual stream")
         mend_attention(model)
         model.requires_grad_(False)
         after = probe(model.original_model)

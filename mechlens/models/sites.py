@@ -141,6 +141,8 @@ def _unseen(model: LanguageModel) -> float:
     tokens = probe_tokens(model.original_model, 8)
     model.run_with_hooks(tokens, fwd_hooks=[(name, keep(name)) for name in names], **whole(model))
     for layer, (before, after) in ends.items():
+        if before not in values or after not in values:  # a hook point that is there and shows nothing
+            return float("inf")
         total = values[before].float()
         for name in parts[layer]:
             total = total + values[name].reshape(total.shape).to(total)

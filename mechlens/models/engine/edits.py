@@ -164,7 +164,8 @@ def bears_edits(model: LanguageModel, site: str, layer: int) -> bool:
         found.append(value.clone())
 
     tokens = torch.arange(1, 9, device=device_of(model)).unsqueeze(0)
-    reading = (site_hook("z", layer), keep)
+    after = "z" if site_hook("z", layer) in model.hook_dict else "attn_out"
+    reading = (site_hook(after, layer), keep)
     model.run_with_hooks(tokens, fwd_hooks=[reading], **whole(model))
     model.run_with_hooks(tokens, fwd_hooks=[(site_hook(site, layer), first_token_only), reading], **whole(model))
     return len(found) == 2 and not torch.equal(*found)

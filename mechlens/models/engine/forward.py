@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from mechlens.errors import UserError
 from mechlens.models.bridge import (
     LanguageModel,
     device_of,
@@ -250,6 +251,11 @@ def reference_batch(
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False, **how)
     kept = Kept(read_places(rows))
     for level, name in zip(levels, names, strict=True):
+        if name not in cache:
+            raise UserError(
+                f"TransformerLens shows no single residual stream of {type(model.original_model).__name__} at level "
+                f"{level}; read other levels, or choose another model"
+            )
         kept.put(level, cache[name])
     return kept.stacked(levels)
 

@@ -30,6 +30,7 @@ class TokenMask:
         self.lengths = lengths
         self.rows = torch.arange(len(lengths))
         self._placed: dict[torch.device, Tensor] = {}
+        self._sent: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self.advance(self.rows, starts, 0)
 
     def advance(self, rows: Int[Tensor, " running"], start: Int[Tensor, " running"], generated: int) -> None:
@@ -58,8 +59,15 @@ class TokenMask:
             index = self.start.unsqueeze(1) + torch.arange(width)
             inside = (index >= 0) & (index < self.end.unsqueeze(1))
             found = table[self.rows].gather(1, index.clamp(0, table.shape[1] - 1)) & inside
-            self._touched[key] = bool(found.any()) if found.all() or not found.any() else found.to(device)
+            self._touched[key] = bool(found.any()) if found.all() or not found.any() else self._on(found, table, device)
         return self._touched[key]
+
+    def _on(self, found: Tensor, table: Tensor, device: torch.device) -> Tensor:
+        """Sent to a device unless it is what the last pass had there, as from one answer token to the next."""
+        last = self._sent.get((id(table), device))
+        if last is None or not torch.equal(last[0], found):
+            last = self._sent[id(table), device] = found, found.to(device)
+        return last[1]
 
     def laid_out(self, hidden: Tensor) -> Float[Tensor, "running seq d_model"]:
         """The site's value by row and column: some architectures flatten the two."""
