@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.directions.nulls import TIE_RESOLUTION, LabelledVectors, PermutationNull
-from mechlens.methods.probing.auroc import auroc, snap, weighted_auroc
+from mechlens.methods.probing.auroc import snap, weighted_auroc
 from mechlens.methods.statistics.resample import Fold, one_thread, permuted_labels
 
 FOLDS = 5
@@ -70,36 +70,32 @@ def out_of_fold_scores(
     """
     acts.require_vectors()
     plan = _FitPlan.of(folds, positive, member)
-    n_seeds, n_folds = len(folds), len(folds[0])
     by_level = torch.empty(len(acts.levels), len(acts.positions), len(acts.ids), dtype=torch.float64)
-    nested = torch.empty(n_seeds, len(acts.positions), len(acts.ids), dtype=torch.float64)
+    nested = torch.empty(len(folds), len(acts.positions), len(acts.ids), dtype=torch.float64)
     chosen = []
     for column in range(len(acts.positions)):
-        outer, quality = [], []
-        for row in range(len(acts.levels)):
-            scores = plan.scores(acts.values[:, row, column].double())
-            outer.append(plan.pooled(scores))
-            quality.append(plan.inner_quality(scores))
-        stacked = torch.stack(outer)  # level seed prompt
-        best = _best_levels(torch.stack(quality), acts.levels)  # seed * fold
-        by_level[:, column] = stacked.mean(dim=1)
-        for seed in range(n_seeds):
-            for number, fold in enumerate(folds[seed]):
-                rows = list(fold.scored)
-                nested[seed, column, rows] = stacked[best[seed * n_folds + number], seed, rows]
-        chosen.append(tuple(acts.levels[row] for row in best))
+        scores = torch.stack([plan.scores(acts.values[:, row, column].double()) for row in range(len(acts.levels))])
+        held_out = plan.held_out(scores)  # level seed prompt
+        best = _best_levels(plan.inner_quality(scores), acts.levels)  # seed fold
+        by_level[:, column] = held_out.mean(dim=1)
+        nested[:, column] = held_out.gather(0, best.gather(1, plan.fold)[None])[0]
+        chosen.append(tuple(acts.levels[row] for row in best.flatten().tolist()))
     return OutOfFoldScores(by_level, nested, tuple(chosen), acts.levels, acts.positions, acts.last)
 
 
-def mean_difference_scores(
-    values: Float[Tensor, "prompt d_model"], up: Float[Tensor, "fit prompt"], down: Float[Tensor, "fit prompt"]
+def scores_along(
+    directions: Float[Tensor, "fit d_model"],
+    middles: Float[Tensor, "fit d_model"],
+    values: Float[Tensor, "prompt d_model"],
+    largest: float,
 ) -> Float[Tensor, "fit prompt"]:
-    """Each fit's score of every prompt; a row of `up` and of `down` holds a prompt's weight in either class mean."""
-    directions, middles = (up - down) @ values, (up + down) @ values / 2
+    """Each fit's score of every prompt: how far from the middle along the unit direction it lies.
+
+    `largest` is the length of the longest vector there: equal vectors tie exactly, and a difference of rounding errors
+    is none.
+    """
     norms = directions.norm(dim=1, keepdim=True)
     raw = directions @ values.T - (directions * middles).sum(dim=1, keepdim=True)
-    largest = float(values.norm(dim=1).max())
-    # Equal vectors tie exactly, and a difference of rounding errors is none.
     tied = snap(raw, TIE_RESOLUTION * largest**2)
     return torch.where(norms > 1e-6 * largest, tied / norms, 0.0)
 
@@ -115,13 +111,21 @@ def out_of_fold_null(
     permuted = permuted_labels(vectors.positive, vectors.families, n, seed)
     if not bool((permuted != vectors.positive).any()) or math.isnan(observed):
         return PermutationNull(mean=math.nan, quantile_95=math.nan, p=math.nan, n=n)
+    values, labels = vectors.values.double(), permuted.double()
+    largest = float(values.norm(dim=1).max())
+    rows = [list(fold.scored) for fold in folds]
+    # A class's mean over the other folds is its sum over all of them less that over the one.
+    up = torch.stack([labels[:, own] @ values[own] for own in rows])  # fold permutation d_model
+    down = torch.stack([values[own].sum(dim=0) for own in rows])[:, None] - up
+    n_up = torch.stack([labels[:, own].sum(dim=1) for own in rows])[:, :, None]
+    n_down = torch.tensor([len(own) for own in rows])[:, None, None] - n_up
+    up, down = (
+        (sums.sum(dim=0) - sums) / (counts.sum(dim=0) - counts) for sums, counts in ((up, n_up), (down, n_down))
+    )
     scores = torch.empty(permuted.shape, dtype=torch.float64)
-    values = vectors.values.double()
-    for fold in folds:
-        fitted, rows = _mask(fold.fitted, len(values)), list(fold.scored)
-        up, down = _shares(permuted & fitted), _shares(~permuted & fitted)
-        scores[:, rows] = mean_difference_scores(values, up, down)[:, rows]
-    areas = weighted_auroc(scores, permuted.double(), (~permuted).double())
+    for own, high, low in zip(rows, up, down, strict=True):
+        scores[:, own] = scores_along(high - low, (high + low) / 2, values[own], largest)
+    areas = weighted_auroc(scores, labels, 1 - labels)
     areas = areas[~areas.isnan()]  # a permutation may leave a fold without a class
     as_good = int((areas >= observed - 1e-9).sum())
     return PermutationNull(float(areas.mean()), float(areas.quantile(0.95)), (1 + as_good) / (1 + len(areas)), n)
@@ -129,12 +133,21 @@ def out_of_fold_null(
 
 @dataclass(frozen=True)
 class _FitPlan:
-    """The class weights of every fit: one for each seed and fold, and inner ones for each of these."""
+    """Every fit, to all folds but one (which it scores) or but two (whose levels are compared without the one).
 
-    up: Float[Tensor, "fit prompt"]
-    down: Float[Tensor, "fit prompt"]
-    scored: Bool[Tensor, "seed fold prompt"]
-    inner_scored: Bool[Tensor, "outer inner prompt"]
+    A seed's folds share all their prompts, so each class is summed once a fold, and a fit's class mean is what is left
+    of the sum over all folds.
+    """
+
+    up: Float[Tensor, "seed_fold prompt"]
+    """1 where a prompt of the first class is in the fold."""
+    down: Float[Tensor, "seed_fold prompt"]
+    pairs: Int[Tensor, "fit 2"]
+    """The two folds that a fit leaves out, the same one twice where it leaves out one."""
+    fit: Int[Tensor, "seed fold prompt"]
+    """Which fit, of all seeds' ones, scores a prompt when the fold is left out as well as the prompt's own."""
+    fold: Int[Tensor, "seed prompt"]
+    """Each prompt's own fold."""
     positive: Bool[Tensor, " prompt"]
     member: Bool[Tensor, " prompt"]
 
@@ -145,59 +158,70 @@ class _FitPlan:
         positive: Bool[Tensor, " prompt"],
         member: Bool[Tensor, " prompt"],
     ) -> "_FitPlan":
-        n = len(positive)
-        fitted = [_mask(fold.fitted, n) for own in folds for fold in own]
-        # A fold's fitted part is the other folds: these are its inner ones.
-        inner_scored = [[_mask(other.scored, n) for other in own if other is not fold] for own in folds for fold in own]
-        outer = torch.stack(fitted)
-        held = torch.stack([torch.stack(part) for part in inner_scored])
-        rows = torch.cat([outer, (outer[:, None] & ~held).flatten(0, 1)])
-        up, down = rows & member & positive, rows & member & ~positive
-        if not bool(up.any(dim=1).all() and down.any(dim=1).all()):
+        n_folds, n = len(folds[0]), len(positive)
+        own_fold = torch.full((len(folds), n), -1)
+        for seed, own in enumerate(folds):
+            for k, one in enumerate(own):
+                own_fold[seed, list(one.scored)] = k
+        inside = torch.nn.functional.one_hot(own_fold, n_folds).bool().transpose(1, 2).flatten(0, 1)
+        pairs = torch.combinations(torch.arange(n_folds), with_replacement=True)
+        number = torch.empty(n_folds, n_folds, dtype=torch.long)
+        number[pairs[:, 0], pairs[:, 1]] = number[pairs[:, 1], pairs[:, 0]] = torch.arange(len(pairs))
+        fit = number[own_fold].transpose(1, 2) + len(pairs) * torch.arange(len(folds))[:, None, None]
+        up, down = (inside & member & side for side in (positive, ~positive))
+        plan = cls(up.double(), down.double(), pairs, fit, own_fold, positive, member)
+        if not all(bool((plan._left(side.sum(dim=1, keepdim=True)) > 0).all()) for side in (plan.up, plan.down)):
             raise UserError(
                 "a fold has no prompt of one class to fit a direction on; add prompt families of that class"
             )
-        by_seed = (~outer).reshape(len(folds), len(folds[0]), n)
-        return cls(_shares(up), _shares(down), by_seed, held, positive, member)
+        return plan
 
-    @property
-    def n_outer(self) -> int:
-        return len(self.inner_scored)
+    def _left(self, sums: Float[Tensor, "seed_fold x"]) -> Float[Tensor, "seed_fit x"]:
+        """Of each fit: the sum over the folds that it doesn't leave out."""
+        by_seed = sums.reshape(*self.fit.shape[:2], -1)
+        first, second = by_seed[:, self.pairs[:, 0]], by_seed[:, self.pairs[:, 1]]
+        twice = (self.pairs[:, 0] == self.pairs[:, 1])[:, None]
+        return (by_seed.sum(dim=1, keepdim=True) - first - torch.where(twice, 0.0, second)).flatten(0, 1)
 
-    def scores(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "fit prompt"]:
-        return mean_difference_scores(values, self.up, self.down)
+    def scores(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "seed fold prompt"]:
+        """Each prompt's score by the fit without its own fold and the given one; see `held_out`, `inner_quality`."""
+        high, low = (
+            self._left(side @ values) / self._left(side.sum(dim=1, keepdim=True)) for side in (self.up, self.down)
+        )
+        every = scores_along(high - low, (high + low) / 2, values, float(values.norm(dim=1).max()))
+        return every.gather(0, self.fit.flatten(0, 1)).reshape(self.fit.shape)
 
-    def pooled(self, scores: Float[Tensor, "fit prompt"]) -> Float[Tensor, "seed prompt"]:
+    def held_out(self, scores: Float[Tensor, "level seed fold prompt"]) -> Float[Tensor, "level seed prompt"]:
         """Each prompt's score by the fold that holds it out, for each seed."""
-        outer = scores[: self.n_outer].reshape(self.scored.shape)
-        return torch.where(self.scored, outer, 0.0).sum(dim=1)
+        own = self.fold[None, :, None].expand(len(scores), -1, -1, -1)
+        return scores.gather(2, own)[:, :, 0]
 
-    def inner_quality(self, scores: Float[Tensor, "fit prompt"]) -> Float[Tensor, " outer"]:
-        """Inner AUROC of each outer fold's fitted part; the standardised separation breaks ties."""
-        inner = scores[self.n_outer :].reshape(self.inner_scored.shape)
-        pooled = torch.where(self.inner_scored, inner, 0.0).sum(dim=1)
-        inside = self.inner_scored.any(dim=1) & self.member
-        return torch.stack([_quality(row[kept], self.positive[kept]) for row, kept in zip(pooled, inside, strict=True)])
-
-
-def _quality(scores: Float[Tensor, " prompt"], positive: Bool[Tensor, " prompt"]) -> Float[Tensor, ""]:
-    spread = (scores[positive].var(correction=0) + scores[~positive].var(correction=0)).sqrt()
-    apart = (scores[positive].mean() - scores[~positive].mean()) / spread.clamp_min(1e-12)
-    return auroc(scores, positive) + 1e-9 * apart.clamp(-1e3, 1e3)
+    def inner_quality(self, scores: Float[Tensor, "level seed fold prompt"]) -> Float[Tensor, "level seed fold"]:
+        """AUROC among each fold's fitted prompts, each scored without its own fold; the separation breaks ties."""
+        others = self.fold[:, None] != torch.arange(scores.shape[2])[:, None]  # seed fold prompt
+        up, down = ((others & self.member & side).flatten(0, 1) for side in (self.positive, ~self.positive))
+        quality = [_quality(level.flatten(0, 1), up, down) for level in scores]
+        return torch.stack(quality).reshape(scores.shape[:3])
 
 
-def _best_levels(quality: Float[Tensor, "level outer"], levels: Sequence[int]) -> list[int]:
+def _quality(
+    scores: Float[Tensor, "row prompt"], positive: Bool[Tensor, "row prompt"], negative: Bool[Tensor, "row prompt"]
+) -> Float[Tensor, " row"]:
+    up, down = positive.double(), negative.double()
+    (high, wide), (low, broad) = (_mean_and_variance(scores, side) for side in (up, down))
+    apart = (high - low) / (wide + broad).sqrt().clamp_min(1e-12)
+    return weighted_auroc(scores, up, down) + 1e-9 * apart.clamp(-1e3, 1e3)
+
+
+def _mean_and_variance(
+    scores: Float[Tensor, "row prompt"], weights: Float[Tensor, "row prompt"]
+) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    total = weights.sum(dim=1)
+    mean = (weights * scores).sum(dim=1) / total
+    return mean, (weights * (scores - mean[:, None]).square()).sum(dim=1) / total
+
+
+def _best_levels(quality: Float[Tensor, "level seed fold"], levels: Sequence[int]) -> Int[Tensor, "seed fold"]:
     kept = torch.tensor([level != 0 or len(levels) == 1 for level in levels])
     # NumPy promises the first of equals, torch doesn't.
-    best: list[int] = np.argmax(torch.where(kept[:, None], quality, -torch.inf).numpy(), axis=0).tolist()
-    return best
-
-
-def _mask(rows: Sequence[int], n: int) -> Bool[Tensor, " prompt"]:
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[list(rows)] = True
-    return mask
-
-
-def _shares(mask: Bool[Tensor, "fit prompt"]) -> Float[Tensor, "fit prompt"]:
-    return mask.double() / mask.double().sum(dim=1, keepdim=True)
+    return torch.from_numpy(np.argmax(torch.where(kept[:, None, None], quality, -torch.inf).numpy(), axis=0))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.methods.directions.direction import cosine
@@ -84,7 +84,18 @@ def cosine_curve(
     families (a U-statistic), which is unbiased for the product of the true directions. Intervals: jackknife that
     leaves out one family at a time, value +- 1.96 standard errors. `seed` places the halves of the reliabilities.
     """
-    curves = [_at_level(first, second, k, families, seed) for k in range(len(levels))]
+    labels = [f"{a}/{b}" for a, b in zip(first.labels, second.labels, strict=True)]
+    halves = family_halves(families, HALVINGS, seed, labels).double()
+    codes, n_families = family_codes(families)
+    classes = tuple(_classes(effect, codes, n_families, torch.cat([halves, 1 - halves])) for effect in (first, second))
+    n = sum(
+        a in first.coefficients or b in second.coefficients for a, b in zip(first.labels, second.labels, strict=True)
+    )
+    both = list(zip((first, second), classes, strict=True))
+    curves = [
+        _at_level(classes, [effect.values[:, k][own.members].double() for effect, own in both], n)
+        for k in range(len(levels))
+    ]
     return CosineCurve(
         levels=levels,
         measured=tuple(curve.measured for curve in curves),
@@ -101,30 +112,47 @@ class _Cell(NamedTuple):
     reliability_second: float
 
 
-def _at_level(first: Effect, second: Effect, level: int, families: Sequence[str], seed: int) -> _Cell:
-    n = sum(
-        a in first.coefficients or b in second.coefficients for a, b in zip(first.labels, second.labels, strict=True)
-    )
-    codes = family_codes(families)[0]
-    sums = torch.zeros(6, 1 + int(codes.max()) + 1, dtype=torch.float64)
-    parts = (torch.split(effect.values[:, level], WIDTH, dim=1) for effect in (first, second))
-    for own, other in zip(*parts, strict=True):
-        a, b = _class_sums(first, own, codes), _class_sums(second, other, codes)
-        ways = _directions(a), _directions(b)
-        dots = [(x * y).sum(dim=1) for x, y in ((ways[0], ways[1]), (ways[0], ways[0]), (ways[1], ways[1]))]
-        sums += torch.stack([*dots, _product(a, b), _product(a, a), _product(b, b)])
-    measured = _jackknife(_ratio(*sums[:3]), n)
-    labels = [f"{a}/{b}" for a, b in zip(first.labels, second.labels, strict=True)]
-    halves = family_halves(families, HALVINGS, seed, labels).double()
-    reliable = [
-        float(cosine(effect.directions(halves, level), effect.directions(1 - halves, level)).nanmean())
-        for effect in (first, second)
-    ]
+class _Classes(NamedTuple):
+    """One effect's classes: all that is the same at every level."""
+
+    coefficients: tuple[float, ...]
+    sizes: tuple[int, ...]
+    members: Int[Tensor, " member"]
+    """The prompts that have a class, class by class."""
+    place: Int[Tensor, " member"]
+    """Class and family of each, as one number."""
+    counts: Float[Tensor, "own_class family"]
+    halves: Float[Tensor, "draw member"]
+    """Weights of the prompts of each half."""
+
+
+def _classes(
+    effect: Effect, codes: Int[Tensor, " prompt"], n_families: int, halves: Float[Tensor, "draw prompt"]
+) -> _Classes:
+    rows = [[i for i, label in enumerate(effect.labels) if label == own] for own in effect.coefficients]
+    sizes = tuple(map(len, rows))
+    members = torch.tensor([i for own in rows for i in own], dtype=torch.long)
+    number = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes))
+    place = number * n_families + codes[members]
+    counts = torch.bincount(place, minlength=len(rows) * n_families).reshape(len(rows), n_families)
+    return _Classes(tuple(effect.coefficients.values()), sizes, members, place, counts.double(), halves[:, members])
+
+
+def _at_level(classes: tuple[_Classes, ...], values: Sequence[Float[Tensor, "_ d_model"]], n: int) -> _Cell:
+    """Both effects' cosine by the vectors of one level."""
+    sums = torch.zeros(6, 1 + classes[0].counts.shape[1], dtype=torch.float64)
+    for parts in zip(*(torch.split(value, WIDTH, dim=1) for value in values), strict=True):
+        own = [_sums(effect, part) for effect, part in zip(classes, parts, strict=True)]
+        a, b = (_left_out(effect, part) for effect, part in zip(classes, own, strict=True))
+        dots = [(x * y).sum(dim=1) for x, y in ((a, b), (a, a), (b, b))]
+        sums += torch.stack([*dots, *(_product(classes, own, i, j) for i, j in ((0, 1), (0, 0), (1, 1)))])
+    halves = [_of_halves(effect, value).chunk(2) for effect, value in zip(classes, values, strict=True)]
+    reliable = [float(cosine(*pair).nanmean()) for pair in halves]
     corrected = Estimate.missing(n)
     if min(reliable) > MIN_RELIABILITY:
         # A product that is not above 0 gives NaN: without that family the direction is noise.
         corrected = _jackknife(_ratio(*sums[3:]), n)
-    return _Cell(measured, corrected, *reliable)
+    return _Cell(_jackknife(_ratio(*sums[:3]), n), corrected, *reliable)
 
 
 def _ratio(product: Tensor, own: Tensor, other: Tensor) -> Float[Tensor, " one_and_family"]:
@@ -141,47 +169,52 @@ def _jackknife(values: Float[Tensor, " one_and_family"], n: int) -> Estimate:
     return Estimate(value, value - margin, value + margin, n)
 
 
-class _ClassSums(NamedTuple):
-    """One class's part of an effect: its prompts' vectors and their number, summed by family."""
-
-    coefficient: float
-    sums: Float[Tensor, "family d"]
-    counts: Float[Tensor, "family 1"]
-
-
-def _class_sums(effect: Effect, values: Float[Tensor, "prompt d"], codes: Tensor) -> list[_ClassSums]:
-    values, n_families = values.double(), int(codes.max()) + 1
-    found = []
-    for label, coefficient in effect.coefficients.items():
-        rows = [i for i, own in enumerate(effect.labels) if own == label]
-        sums = torch.zeros(n_families, values.shape[1], dtype=torch.float64).index_add_(0, codes[rows], values[rows])
-        counts = torch.bincount(codes[rows], minlength=n_families).double()
-        found.append(_ClassSums(coefficient, sums, counts[:, None]))
-    return found
-
-
-def _directions(parts: Sequence[_ClassSums]) -> Float[Tensor, "one_and_family d"]:
-    """The direction from all families, and without each one; NaN where a class is then empty."""
+def _of_halves(classes: _Classes, values: Float[Tensor, "member d_model"]) -> Float[Tensor, "draw d_model"]:
+    """The direction of each half; NaN where it lacks a class."""
+    # Summed first and divided last, as in `weighted_differences`.
+    sizes = list(classes.sizes)
+    pieces = torch.split(classes.halves, sizes, 1), torch.split(values, sizes)
+    parts = zip(classes.coefficients, *pieces, strict=True)
     total = torch.zeros(1, dtype=torch.float64)
-    for coefficient, sums, counts in parts:
-        taken, many = torch.nn.functional.pad(sums, (0, 0, 1, 0)), torch.nn.functional.pad(counts, (0, 0, 1, 0))
-        total = total + coefficient * (sums.sum(dim=0) - taken) / (counts.sum(dim=0) - many)
+    for coefficient, weights, own in parts:
+        total = total + coefficient * (weights @ own) / weights.sum(dim=1, keepdim=True)
     return total
 
 
-def _product(first: Sequence[_ClassSums], second: Sequence[_ClassSums]) -> Float[Tensor, " one_and_family"]:
+def _sums(classes: _Classes, values: Float[Tensor, "member d_model"]) -> Float[Tensor, "own_class family d_model"]:
+    """The vectors of each class's prompts, summed by family."""
+    empty = torch.zeros(classes.counts.numel(), values.shape[1], dtype=torch.float64)
+    return empty.index_add_(0, classes.place, values).reshape(*classes.counts.shape, -1)
+
+
+def _left_out(
+    classes: _Classes, sums: Float[Tensor, "own_class family d_model"]
+) -> Float[Tensor, "one_and_family d_model"]:
+    """The direction from all families, and without each one; NaN where a class is then empty."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for coefficient, own, counts in zip(classes.coefficients, sums, classes.counts[:, :, None], strict=True):
+        taken, many = torch.nn.functional.pad(own, (0, 0, 1, 0)), torch.nn.functional.pad(counts, (0, 0, 1, 0))
+        total = total + coefficient * (own.sum(dim=0) - taken) / (counts.sum(dim=0) - many)
+    return total
+
+
+def _product(
+    classes: tuple[_Classes, ...], sums: Sequence[Float[Tensor, "_ family d_model"]], i: int, j: int
+) -> Float[Tensor, " one_and_family"]:
     """Inner product of two effects over pairs of prompts from distinct families: of all, and without each family."""
-    parts = [
-        a.coefficient * b.coefficient * _distinct(a.sums, b.sums) / _distinct(a.counts, b.counts)
-        for a in first
-        for b in second
-    ]
-    return torch.stack(parts).sum(dim=0)
+    first, second = classes[i], classes[j]
+    means = _distinct(sums[i], sums[j]) / _distinct(first.counts[:, :, None], second.counts[:, :, None])
+    coefficients = (torch.tensor(own.coefficients, dtype=torch.float64) for own in (first, second))
+    return torch.einsum("a,b,abf->f", *coefficients, means)
 
 
-def _distinct(first: Float[Tensor, "family d"], second: Float[Tensor, "family d"]) -> Float[Tensor, " one_and_family"]:
-    """Sum of the products of every two distinct families: of all families, and without each one."""
-    own = (first * second).sum(dim=1)
-    whole = first.sum(dim=0) @ second.sum(dim=0) - own.sum()
-    of_each = first @ second.sum(dim=0) + second @ first.sum(dim=0) - 2 * own
-    return torch.cat([whole[None], whole - of_each])
+def _distinct(
+    first: Float[Tensor, "a family d"], second: Float[Tensor, "b family d"]
+) -> Float[Tensor, "a b one_and_family"]:
+    """Sum of the products of every two distinct families, by classes: of all families, and without each one."""
+    own = (first.transpose(0, 1) @ second.permute(1, 2, 0)).permute(1, 2, 0)  # a b family
+    totals = first.sum(dim=1), second.sum(dim=1)
+    whole = totals[0] @ totals[1].T - own.sum(dim=2)
+    one, other = first @ totals[1].T, second @ totals[0].T  # a family b, b family a
+    of_each = one.transpose(1, 2) + other.permute(2, 0, 1) - 2 * own
+    return torch.cat([whole[:, :, None], whole[:, :, None] - of_each], dim=2)

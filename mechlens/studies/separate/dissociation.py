@@ -192,14 +192,14 @@ def _to_poles(scores: Float[Tensor, " prompt"], places: Places) -> Float[Tensor,
     return (scores - (up + down) / 2) / ((up - down) / 2)
 
 
-def without_topics(scores: Float[Tensor, " prompt"], places: Places) -> Float[Tensor, " prompt"]:
+def without_topics(scores: Float[Tensor, "*world prompt"], places: Places) -> Float[Tensor, "*world prompt"]:
     """Scores less their topic's level, which is the mean of its harmful and of its harmless prompts in equal parts.
 
     A model that has one variable and another threshold for every topic is so not taken for one with two.
     """
     left = scores.clone()
     for inside, *sides in places.by_topic.values():
-        left[inside] -= sum(scores[side].mean() for side in sides) / 2
+        left[..., inside] -= torch.stack([scores[..., side].mean(dim=-1) for side in sides]).sum(dim=0)[..., None] / 2
     return left
 
 

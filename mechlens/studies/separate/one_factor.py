@@ -11,23 +11,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.probing.auroc import auroc
+from mechlens.methods.probing.auroc import weighted_auroc
 from mechlens.methods.statistics.resample import Fold, one_thread
 from mechlens.studies.separate.dissociation import (
     ACCEPTED_HARMLESS,
     REFUSED_HARMFUL,
     Places,
-    contrast_of,
     without_topics,
 )
 from mechlens.studies.shared.quadrants import QUADRANTS
 
 WORLDS = 200
+AT_ONCE = 50
+"""Worlds read at once: all of them, with many prompts, would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -76,113 +77,156 @@ def one_factor_worlds(
     harmful = torch.tensor([name.endswith("_harmful") for name in places.quadrants])
     placed = torch.tensor([name in QUADRANTS for name in places.quadrants])
     refused = torch.tensor([name.startswith("refused_") for name in places.quadrants])
-    fitted = torch.zeros(len(folds), len(placed), dtype=torch.bool)
-    for row, fold in zip(fitted, folds, strict=True):
-        row[list(fold.fitted)] = True
-    data = _Reader(fitted, Labels(harmful, paired & placed), placed, places)
-    observed = data.read(values, refused)
-    world = _fit(values, places, placed, latent, refused)
-    del values  # a world takes as much memory
-    rng = np.random.default_rng(seed)
-    draws = [data.read(*world.draw(rng)) for _ in range(n)]
+    fold = torch.zeros(len(placed), dtype=torch.long)
+    for number, one in enumerate(folds):
+        fold[list(one.scored)] = number
+    reader = _Reader(fold, len(folds), Labels(harmful, paired & placed), placed, places)
+    worlds = _drawn(values, places, placed, latent, refused, seed, n)
+    parts = [reader.read(worlds.some(slice(start, start + AT_ONCE))) for start in range(0, n, AT_ONCE)]
     return OneFactor(
-        observed=observed,
-        drawn={name: torch.tensor([draw[name] for draw in draws], dtype=torch.float64) for name in draws[0]},
+        observed={name: float(value[0]) for name, value in reader.read(_as_it_is(values, refused)).items()},
+        drawn={name: torch.cat([part[name] for part in parts]) for name in parts[0]},
     )
 
 
+class _Residual(NamedTuple):
+    """The residual stream at one place in every world, but for a vector that all prompts share."""
+
+    own: Float[Tensor, "prompt d_model"]
+    """What prompts have beside the factor; a world hands it out in an order of its own."""
+    axis: Float[Tensor, " d_model"]
+
+
 @dataclass(frozen=True)
-class _World:
-    """A single factor with the data's axes and residuals."""
+class _Worlds:
+    """Worlds with a single factor: a prompt has `latent` times the axis, and the `order`-th prompt's own residual."""
 
-    middles: tuple[Float[Tensor, " d_model"], ...]
-    axes: tuple[Float[Tensor, " d_model"], ...]
-    residuals: tuple[Float[Tensor, "prompt d_model"], ...]
+    places: tuple[_Residual, ...]
     latent: Float[Tensor, " prompt"]
-    refusal: Float[np.ndarray, " prompt"]
-    """Chance of a refusal."""
+    order: Int[Tensor, "world prompt"]
+    refused: Bool[Tensor, "world prompt"]
 
-    def draw(
-        self, rng: np.random.Generator
-    ) -> tuple[tuple[Float[Tensor, "prompt d_model"], ...], Bool[Tensor, " prompt"]]:
-        """Residual streams at both places, and who is refused."""
-        order = torch.from_numpy(rng.permutation(len(self.latent)))
-        values = tuple(
-            middle + self.latent[:, None] * axis + residual[order]
-            for middle, axis, residual in zip(self.middles, self.axes, self.residuals, strict=True)
-        )
-        return values, torch.from_numpy(rng.random(len(self.refusal)) < self.refusal)
+    def some(self, worlds: slice) -> "_Worlds":
+        """Some of the worlds."""
+        return _Worlds(self.places, self.latent, self.order[worlds], self.refused[worlds])
 
 
-def _fit(
-    values: tuple[Float[Tensor, "prompt d_model"], ...],
+def _as_it_is(values: Sequence[Float[Tensor, "prompt d_model"]], refused: Bool[Tensor, " prompt"]) -> _Worlds:
+    """The data as a world of their own, without a factor."""
+    places = tuple(_Residual(value - value.mean(dim=0), torch.zeros(value.shape[1]).double()) for value in values)
+    return _Worlds(places, torch.zeros(len(refused)).double(), torch.arange(len(refused))[None], refused[None])
+
+
+def _drawn(
+    values: Sequence[Float[Tensor, "prompt d_model"]],
     places: Places,
     placed: Bool[Tensor, " prompt"],
     latent: Float[Tensor, " prompt"],
     refused: Bool[Tensor, " prompt"],
-) -> _World:
+    seed: int,
+    n: int,
+) -> _Worlds:
+    """Worlds with the data's axes and residuals, shuffled, and refusals drawn from the latent number alone."""
     model = LogisticRegression().fit(latent[placed, None].numpy(), refused[placed].numpy())
+    chance = model.predict_proba(latent[:, None].numpy())[:, 1]
     up, down = places.inside(REFUSED_HARMFUL), places.inside(ACCEPTED_HARMLESS)
     residuals = []
     for value in values:
         left = value - value.mean(dim=0)
         for name in QUADRANTS:
             left[places.inside(name)] = value[places.inside(name)] - value[places.inside(name)].mean(dim=0)
-        residuals.append(left)
-    return _World(
-        middles=tuple((value[up].mean(dim=0) + value[down].mean(dim=0)) / 2 for value in values),
-        axes=tuple((value[up].mean(dim=0) - value[down].mean(dim=0)) / 2 for value in values),
-        residuals=tuple(residuals),
-        latent=latent,
-        refusal=model.predict_proba(latent[:, None].numpy())[:, 1],
-    )
+        residuals.append(_Residual(left, (value[up].mean(dim=0) - value[down].mean(dim=0)) / 2))
+    rng = np.random.default_rng(seed)
+    draws = [(rng.permutation(len(latent)), rng.random(len(latent)) < chance) for _ in range(n)]
+    order, refusals = (torch.from_numpy(np.stack(part)) for part in zip(*draws, strict=True))
+    return _Worlds(tuple(residuals), latent, order, refusals)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the numbers of one world: directions out of fold, at fixed places."""
+    """Reads the numbers of many worlds at once: directions out of fold, at fixed places."""
 
-    fitted: Bool[Tensor, "fold prompt"]
+    fold: Int[Tensor, " prompt"]
+    """The fold that holds each prompt out."""
+    n_folds: int
     harm: Labels
     placed: Bool[Tensor, " prompt"]
     places: Places
 
-    def read(
-        self, values: tuple[Float[Tensor, "prompt d_model"], ...], refused: Bool[Tensor, " prompt"]
-    ) -> dict[str, float]:
-        names = tuple(
-            f"{'refused' if r else 'accepted'}_{'harmful' if h else 'harmless'}" if inside else ""
-            for r, h, inside in zip(refused.tolist(), self.harm.positive.tolist(), self.placed.tolist(), strict=True)
-        )
-        places = Places(names, self.places.families, self.places.topics)
-        harm, refusal = self.harm, Labels(refused, self.placed)
-        first = without_topics(self._scores(values[0], harm), places)
-        second = without_topics(self._scores(values[1], refusal), places)
-        found = {"D": contrast_of(first, second, places)}
-        accepted, among_harmful = self.placed & ~refused, self.placed & harm.positive
-        for position, value in zip(("inst", "last"), values, strict=True):
-            for name, erased, read, inside in (
-                ("erase_refusal", refusal, harm, accepted),
-                ("erase_harm", harm, refusal, among_harmful),
+    def read(self, worlds: _Worlds) -> dict[str, Float[Tensor, " world"]]:
+        refused = worlds.refused
+        harm = Labels(*(flags.expand(refused.shape) for flags in self.harm))
+        refusal = Labels(refused, self.placed.expand(refused.shape))
+        fits = [(_Fits.of(worlds, i, self._shares(harm)), _Fits.of(worlds, i, self._shares(refusal))) for i in (0, 1)]
+        first, second = (without_topics(self._scored(fits[i][i]), self.places) for i in (0, 1))
+        found = {"D": self._contrast(first, second, refused)}
+        accepted, among_harmful = self.placed & ~refused, (self.placed & self.harm.positive).expand(refused.shape)
+        for position, (to_harm, to_refusal) in zip(("inst", "last"), fits, strict=True):
+            for name, read, erased, positive, inside in (
+                ("erase_refusal", to_harm, to_refusal, harm.positive, accepted),
+                ("erase_harm", to_refusal, to_harm, refused, among_harmful),
             ):
-                left = self._scores(value, read, erased)
-                found[f"{name}.{position}"] = float(auroc(left[inside], read.positive[inside]))
+                left = self._scored(read.without(erased))
+                up, down = (inside & positive).double(), (inside & ~positive).double()
+                found[f"{name}.{position}"] = weighted_auroc(left, up, down)
         return found
 
-    def _scores(
-        self, values: Float[Tensor, "prompt d_model"], read: Labels, erased: Labels | None = None
-    ) -> Float[Tensor, " prompt"]:
-        """Out-of-fold scores along the mean difference, that of `erased` in the same fold being projected out first."""
-        up, down = self._shares(read)
-        directions, middles = (up - down) @ values, (up + down) @ values / 2
-        if erased is not None:
-            others = torch.nn.functional.normalize(torch.sub(*self._shares(erased)) @ values, dim=1)
-            directions = directions - (directions * others).sum(dim=1, keepdim=True) * others
-        raw = directions @ values.T - (directions * middles).sum(dim=1, keepdim=True)
-        scores: Float[Tensor, " prompt"] = (raw / directions.norm(dim=1, keepdim=True) * ~self.fitted).sum(dim=0)
-        return scores
-
-    def _shares(self, labels: Labels) -> tuple[Float[Tensor, "fold prompt"], Float[Tensor, "fold prompt"]]:
+    def _shares(self, labels: Labels) -> tuple[Float[Tensor, "world fold prompt"], Float[Tensor, "world fold prompt"]]:
         """Each fold's class means as weights of its fitted prompts."""
-        up, down = ((self.fitted & labels.member & side).double() for side in (labels.positive, ~labels.positive))
-        return up / up.sum(dim=1, keepdim=True), down / down.sum(dim=1, keepdim=True)
+        fitted = self.fold != torch.arange(self.n_folds)[:, None]
+        sides = (labels.member & labels.positive, labels.member & ~labels.positive)
+        up, down = ((side[:, None] & fitted).double() for side in sides)
+        return up / up.sum(dim=2, keepdim=True), down / down.sum(dim=2, keepdim=True)
+
+    def _scored(self, fits: "_Fits") -> Float[Tensor, "world prompt"]:
+        """Each prompt's score by the fold that holds it out."""
+        scores = fits.scores()
+        own: Tensor = scores.gather(1, self.fold.expand(len(scores), 1, -1))
+        return own[:, 0]
+
+    def _contrast(
+        self, harm: Float[Tensor, "world prompt"], refusal: Float[Tensor, "world prompt"], refused: Tensor
+    ) -> Float[Tensor, " world"]:
+        """D of every world, whose quadrants follow from who is refused there; NaN where one is empty."""
+        side = self.harm.positive
+
+        def gap(scores: Float[Tensor, "world prompt"]) -> Float[Tensor, " world"]:
+            refused_harmful, accepted_harmful, refused_harmless, accepted_harmless = (
+                (scores * (inside := self.placed & own)).sum(dim=1) / inside.sum(dim=1)
+                for own in (refused & side, ~refused & side, refused & ~side, ~refused & ~side)
+            )
+            return (accepted_harmful - refused_harmless) / ((refused_harmful - accepted_harmless) / 2)
+
+        return gap(harm) - gap(refusal)
+
+
+class _Fits(NamedTuple):
+    """Mean differences at one place, one for each world and fold, and where prompts lie along them."""
+
+    directions: Float[Tensor, "world fold d_model"]
+    raw: Float[Tensor, "world fold prompt"]
+    halves: Float[Tensor, "world fold prompt"]
+    """Weights whose sum is the middle of the two class means."""
+
+    @classmethod
+    def of(cls, worlds: _Worlds, place: int, shares: tuple[Float[Tensor, "world fold prompt"], ...]) -> "_Fits":
+        own, axis = worlds.places[place]
+        weights, halves = shares[0] - shares[1], (shares[0] + shares[1]) / 2
+        order = worlds.order[:, None].expand(weights.shape)
+        # By prompt of the data, not of the world: the worlds' residuals themselves are never made.
+        directions = torch.zeros_like(weights).scatter_(2, order, weights) @ own
+        directions = directions + (weights @ worlds.latent)[:, :, None] * axis
+        raw = (directions @ own.T).gather(2, order) + (directions @ axis)[:, :, None] * worlds.latent
+        return cls(directions, raw, halves)
+
+    def without(self, others: "_Fits") -> "_Fits":
+        """The same directions with those of others projected out; a score along them is a sum of both's."""
+        lengths = others.directions.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        share = (self.directions * others.directions).sum(dim=2, keepdim=True) / lengths.square()
+        return _Fits(self.directions - share * others.directions, self.raw - share * others.raw, self.halves)
+
+    def scores(self) -> Float[Tensor, "world fold prompt"]:
+        """Distance from the middle along the unit direction."""
+        middles = (self.raw * self.halves).sum(dim=2, keepdim=True)
+        lengths: Tensor = self.directions.norm(dim=2, keepdim=True)
+        return (self.raw - middles) / lengths
