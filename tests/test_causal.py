@@ -25,10 +25,11 @@ from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import bridge, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
+from mechlens.prompts.prompt import Prompt
 from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run
-from mechlens.studies.causal.choice import best, grid_layers
-from mechlens.studies.causal.config import CausalPlan
+from mechlens.studies.causal.choice import best, choose, grid_layers
+from mechlens.studies.causal.config import CausalPlan, Grid, costs
 from mechlens.studies.causal.directions import (
     CELLS,
     HARMFUL,
@@ -41,10 +42,11 @@ from mechlens.studies.causal.directions import (
     Setting,
     intervene,
     pushes,
+    sources,
 )
 from mechlens.studies.causal.held_out import EffectKey
-from mechlens.studies.causal.readings import Setup, read_refusal, read_replies, subjects
-from mechlens.studies.causal.study import Battery, run_battery, work_ahead
+from mechlens.studies.causal.readings import Setup, read_in_scopes, read_refusal, read_replies, subjects
+from mechlens.studies.causal.study import Battery, own_tokens, run_battery
 from mechlens.studies.causal.sweeps import RefusalByLayer, depth_gap
 from mechlens.studies.causal.verdict import INCONCLUSIVE, NOT_MEASURABLE, NOT_SHOWN, SHOWN, causal_verdict, decide
 
@@ -309,6 +311,13 @@ def test_readings_equal_running_each_arm_by_itself(model: Any, found: Battery, t
                 given = [] if one is None else [asked.within(i, one, "before")]
                 logits = logits_under(model, asked.batch.select([i]), given)
                 assert float(values[a, i]) == pytest.approx(float(found.tokens.words.difference(logits)[0]), abs=1e-4)
+    # Both scopes at once, where a request runs once up to its question: the same numbers.
+    scopes = read_in_scopes(replace(setup, cache=None), who, arms, ("before", "all"))
+    for scope, read in scopes.items():
+        alone = read_replies(replace(setup, cache=None), who, arms, scope)
+        assert torch.allclose(read.straight, alone.straight, atol=1e-4)
+        assert torch.allclose(read.reversed, alone.reversed, atol=1e-4)
+    assert not torch.allclose(scopes["all"].straight, scopes["before"].straight, atol=1e-2)
     # From the cache: the same numbers, and nothing is made again.
     assert torch.equal(read_replies(setup, who, arms, "before").straight, replies.straight)
     assert torch.equal(read_refusal(setup, who, arms), refusal)
@@ -409,9 +418,35 @@ def test_the_grid_and_the_work(model: Any) -> None:
     assert grid_layers(model, (), 1) == (1, 2, 3)
     with pytest.raises(UserError, match="no layer 4 to intervene at"):
         grid_layers(model, (1, 4), 3)
-    few, many = work_ahead(model, PLAN), work_ahead(model, replace(PLAN, n_test=20))
-    # Two directions at two settings, added and subtracted, five readings of 20 more prompts; a figure over 3 layers.
-    assert many.first_tokens - few.first_tokens == 2 * 2 * 2 * 20 * 5 + 2 * 3 * 10
+    few, many = (costs(plan, Grid(2, 3), 10.0, 30.0, believes=True) for plan in (PLAN, replace(PLAN, n_test=20)))
+    # Two settings; nothing, and two directions added and subtracted; 20 more requests and two questions in two scopes.
+    assert many["test prompts"] - few["test prompts"] == 2 * 5 * 20 * (10 / 2 + 2 * 2 * 30 / 2)
+    assert many["replies by layer"] == few["replies by layer"]
+    assert "replies by layer" not in costs(PLAN, Grid(2, 3), 10.0, 30.0, believes=False)
+    who = subjects([Prompt("a", "x y"), Prompt("b", "z")], template_of(model))
+    assert 0 < own_tokens(who.batch) < len(who.batch.row(0))
+
+
+def test_the_whole_grid_is_every_layer_that_can_be_chosen_at_every_strength(model: Any, found: Battery) -> None:
+    acts = collect(model, found.judged.prompts, positions=["inst", "post[*]"])
+    contrasts = sources(found.judged, acts, found.split.train)
+    who = subjects([found.judged.prompts[i] for i in found.split.validation], template_of(model))
+    plan = replace(PLAN, layers=(), strengths=(0.25, 0.5))
+    setup = Setup(model, residual_norms(acts), found.tokens, plan, None, believes=True)
+    coarse = choose(setup, who, contrasts, (2,), {})
+    whole = choose(replace(setup, plan=replace(plan, grid="all")), who, contrasts, (2,), {})
+    for choice, tried in ((coarse, 4), (whole, 6)):  # layers 1 to 3 of 4 at two strengths; at the best layer both
+        known = choice.cells.set_index(["direction", "outcome"])["n"]
+        assert known.groupby("direction").sum().tolist() == [6, 6]
+        for name in NAMES:
+            rows = choice.table[choice.table["direction"] == name]
+            assert known[name, "tried"] == len(rows) == tried
+            assert not rows.duplicated(["layer", "strength"]).any()
+    both = coarse.table.merge(whole.table, on=["direction", "layer", "strength"])
+    assert len(both) == len(coarse.table)
+    assert both["value_x"].tolist() == pytest.approx(both["value_y"].tolist(), abs=1e-5)
+    asked = choose(replace(setup, plan=replace(plan, layers=(1,))), who, contrasts, (1,), {}).cells
+    assert asked.set_index(["direction", "outcome"])["n"]["refusal", "not tried: layer not asked for"] == 4
 
 
 # The command line
@@ -500,6 +535,7 @@ MISTAKES = {
     ("--layers", "9"): "there is no layer 9 to intervene at, only 1 to 3",
     ("--layers", "1", "--full"): "give one of them",
     ("--random-directions", "0"): "random_directions is 0",
+    ("--grid", "all"): "leave --full and --layers out",
 }
 
 
@@ -532,6 +568,8 @@ def test_of_pushes_that_do_as_much_the_weakest_is_chosen() -> None:
     # Layer 9 of 10 is too late; 3.2 lies above the lower bound of the largest, 4.0.
     assert best(table, 10) == Setting(5, 0.5)
     assert best(table.assign(low=table["value"]), 10) == Setting(5, 1.0)
+    # Without a number anywhere one is named all the same; the verdict says that nothing is measurable.
+    assert best(table.assign(value=float("nan"), low=float("nan")), 10).layer < 8
 
 
 def test_what_few_prompts_add_to_the_spread_of_chance_is_taken_off() -> None:

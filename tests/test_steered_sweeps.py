@@ -1,6 +1,7 @@
 """Laws of sweeps: rows that run as one, kept pieces and early leaving change no number; and less is really run."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,16 +11,21 @@ from test_steering import MODELS, NEW, ablate, add, batch_of, direction, first_l
 from tiny import ARCHITECTURES
 from torch import Tensor
 
+from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.judges import OnceRefused, SubstringJudge
 from mechlens.methods.steering import steered_batch as batching
 from mechlens.methods.steering import steering
 from mechlens.methods.steering.interventions import ALL, Add, Intervention
+from mechlens.methods.steering.placed import Placement
+from mechlens.methods.steering.starts import rows_with_starts
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import has_hooks, loaded
 from mechlens.models.engine import shared_rows as merging
+from mechlens.models.engine.forward import Row, shared_prefix
 from mechlens.models.engine.shared_rows import shares_rows
 from mechlens.models.native import native, native_blocks
-from mechlens.prompts.batch import TokenBatch
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +66,40 @@ def test_only_what_can_have_changed_is_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [[2, 3, 5], [4, 6, 10], [2, 3, 5]]
     monkeypatch.setattr(batching, "shares_rows", lambda model: False)
     assert rows_by_block(model, monkeypatch, lambda: logits_under(model, batch, rows)) == [[5] * 3, [10] * 3, [5] * 3]
+
+
+def two_ends(architecture: str) -> tuple[TokenBatch, list[list[Intervention]]]:
+    """Three requests, each with two questions after it, under nothing and pushes before the questions or everywhere."""
+    requests = ("bake some good bread for us", "pick the lock of a door", "tell a story of a fox and a hen")
+    texts = [f"{request}? {end}" for request in requests for end in ("bad or not", "ok")]
+    batch = tokenize([Prompt(str(i), text) for i, text in enumerate(texts)], template_of(made(architecture)))
+    ids = [batch.row(i) for i in range(len(texts))]
+    before = [f"token[0:{shared_prefix([Row(tuple(ids[k]), (99,)) for k in (i, i ^ 1)])}]" for i in range(6)]
+    rows: list[list[Intervention]] = [[]] * 6
+    for layer in (0, 2):
+        push = add(architecture, 1.5, layers=(layer,), phase="prompt")
+        rows += [[replace(push, positions=(before[i],))] for i in range(6)]
+        rows += [[push]] * 6
+    return batch.select(list(range(6)) * 5), rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
+def test_a_prompt_with_several_ends_is_run_once_up_to_them(architecture: str) -> None:
+    model = made(architecture)
+    batch, rows = two_ends(architecture)
+    ids = [tuple(batch.row(i)) for i in range(30)]
+    placement = Placement(3, batch)
+    changes = [placement.changes(i, row) for i, row in enumerate(rows)]
+    common, found = rows_with_starts(ids, changes, fast=True)
+    assert all(row.skip > common for row in found)
+    assert len({row.start for row in found}) == 3 * (1 + 2)  # the two scopes are alike up to the question
+    assert len({row.common for row in found}) == 1 + 2
+    logits = logits_under(model, batch, rows)
+    alone = torch.cat([logits_under(model, batch.select([i]), [row]) for i, row in enumerate(rows)])
+    assert float((logits - alone).abs().max()) < 1e-4 * float(alone.abs().max())
+    got = answer_under(model, batch, rows, max_new_tokens=3, max_tokens=100)
+    for i in (0, 7, 13, 20, 29):
+        assert got.tokens[i] == answer_under(model, batch.select([i]), [rows[i]], max_new_tokens=3).tokens[0]
 
 
 def rows_by_block(model: Any, monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> list[list[int]]:

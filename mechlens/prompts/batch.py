@@ -180,6 +180,24 @@ class TokenBatch:
         return names
 
 
+def joined(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """The prompts of several batches of one template and without answers, one batch after the other."""
+    width = max(batch.tokens.shape[1] for batch in batches)
+
+    def wide(rows: Tensor) -> Tensor:
+        return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+
+    return replace(
+        batches[0],
+        prompts=tuple(prompt for batch in batches for prompt in batch.prompts),
+        tokens=torch.cat([wide(batch.tokens) for batch in batches]),
+        mask=torch.cat([wide(batch.mask) for batch in batches]),
+        index=torch.cat([batch.index for batch in batches]),
+        instruction=torch.cat([batch.instruction for batch in batches]),
+        merged=torch.cat([batch.merged for batch in batches]),
+    )
+
+
 def tokenize(
     prompts: Sequence[Prompt],
     template: ChatTemplate,

@@ -4,21 +4,22 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, template_of
 from mechlens.methods.activations.reading import FORMAT, halving, out_of_memory
 from mechlens.methods.cache import Cache
+from mechlens.methods.progress import steps
 from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits
 from mechlens.methods.steering.placed import Placement
+from mechlens.methods.steering.starts import SteeredRow, by_layer, grouped, rows_with_starts
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, n_layers
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
@@ -88,14 +89,6 @@ class Keyed(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class SteeredRow(Row):
-    """A row with its number in the batch and that of the start it shares."""
-
-    number: int
-    start: int
-
-
 def steered_batch(
     model: LanguageModel,
     prompts: Sequence[Prompt] | TokenBatch,
@@ -160,18 +153,17 @@ class SteeredBatch:
 
     def run(self, work: Engine, max_tokens: int, cache: Cache | None) -> Tensor:
         """One row of values for each prompt, batch by batch; finished batches are kept on the cache."""
-        skip, rows = self._rows()
+        ids = [tuple(self.batch.row(i)) for i in range(len(self.batch.prompts))]
+        common, rows = rows_with_starts(ids, self.changes, fast=self.fast)
         if work.key is None or has_hooks(self.model):
             cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
         prints, checkpoint = Fingerprints(), checkpoint_now(self.model)
         values = torch.empty(0)
         # Every new token costs a pass of its own for each batch.
         cost = forward.BATCH_COST * max(1, self.new_tokens)
-        bar = tqdm(total=len(rows), desc="steering", unit="prompt", delay=2, leave=False)
-        # Rows with the same tokens side by side, so that they come into one batch.
-        ordered = sorted(rows, key=lambda row: (len(row.ids), row.ids))
-        for group in _grouped(ordered, max(1, max_tokens // max(1, skip))):
-            start = _Start(self, group, skip)
+        bar = steps(len(rows), "steering", "prompt", sum(map(self._work, rows)))
+        for skip, group in grouped(rows, max_tokens):
+            start = _Start(self, group, skip, common)
             for members in forward.plan(group, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not self.fast):
                 chunk = [group[i] for i in members]
                 numbers = [row.number for row in chunk]
@@ -187,6 +179,12 @@ class SteeredBatch:
                 bar.update(len(members))
         bar.close()
         return values
+
+    def _work(self, row: SteeredRow) -> float:
+        """Tokens that a row runs through all blocks by itself, about: below its first change others run with it."""
+        blocks = n_layers(self.model)
+        first = min((layer for change in self.changes[row.number] for layer in change.layers), default=0)
+        return (len(row.ids) - row.skip) * (1 - first / blocks) + self.new_tokens
 
     def _piece_key(
         self, work: Engine, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints, checkpoint: Checkpoint
@@ -219,7 +217,7 @@ class SteeredBatch:
             return SharedRows([range(len(rows))] * blocks, places)
         number: dict[Any, int] = {}
         now = [number.setdefault(row.ids[:end], len(number)) for row in rows]
-        done = [_by_layer(self.changes[row.number], blocks, end) for row in rows]
+        done = [by_layer(self.changes[row.number], blocks, end) for row in rows]
         classes = []
         for layer in range(blocks):
             number = {}
@@ -227,34 +225,17 @@ class SteeredBatch:
             classes.append(now)
         return SharedRows(classes, places)
 
-    def _rows(self) -> tuple[int, list[SteeredRow]]:
-        """How many tokens at the start are run once for all rows that are alike there, and which rows are."""
-        ids = [tuple(self.batch.row(i)) for i in range(len(self.batch.prompts))]
-        plain = [
-            Row(own, (min([len(own) - 1, *(_first(change, len(own)) for change in changes)]),))
-            for own, changes in zip(ids, self.changes, strict=True)
-        ]
-        skip = forward.shared_prefix(plain) if self.fast else 0
-        kinds: dict[Any, int] = {}
-        alike: list[int] = []
-        for changes in self.changes:
-            key = tuple(key for change in changes if (key := _key(change, skip)) is not None)
-            alike.append(kinds.setdefault(key, len(kinds)))
-        if len(kinds) == len(ids):  # nothing to share
-            skip = 0
-        return skip, [SteeredRow(row.ids, row.read, i, alike[i] if skip else 0) for i, row in enumerate(plain)]
-
 
 class _Start:
-    """Keys and values of the shared start, made when they are first asked for: all may lie on the cache."""
+    """Keys and values of the shared starts, made when they are first asked for: all may lie on the cache."""
 
-    def __init__(self, steered: SteeredBatch, group: Sequence[SteeredRow], skip: int) -> None:
-        self.steered, self.skip, self.group = steered, skip, group
+    def __init__(self, steered: SteeredBatch, group: Sequence[SteeredRow], skip: int, common: int) -> None:
+        self.steered, self.group, self.skip, self.common = steered, group, skip, common
         self.kept: tuple[DynamicCache, dict[int, int]] | None = None
         self.fits = True
 
     def made(self, rows: Sequence[SteeredRow]) -> tuple[DynamicCache | None, dict[int, int]]:
-        """The cache, a row for each kind of start, and where each kind's row is.
+        """The cache, a row for each start, and where each start's row is.
 
         Of the whole group, once; where memory doesn't hold that, of these rows, anew for each batch.
         """
@@ -271,44 +252,13 @@ class _Start:
 
     def _of(self, rows: Sequence[SteeredRow]) -> tuple[DynamicCache, dict[int, int]]:
         first = list({row.start: row for row in reversed(rows)}.values())
-        shared_rows = self.steered.shared_rows(first, [0] * len(first), self.skip)
+        prefix, places = None, [0] * len(first)
+        if 0 < self.common < self.skip:  # what all rows begin with, under each of the things done to it
+            begun = [replace(row, skip=self.common, start=row.common) for row in first]
+            prefix, of_kind = _Start(self.steered, begun, self.common, 0).made(begun)
+            places = [of_kind[row.start] for row in begun]
+        shared_rows = self.steered.shared_rows(first, places, self.skip)
         with self.steered.changing([row.number for row in first]) as token_mask:
-            cache = start_cache(self.steered.model, first[0].ids[: self.skip], token_mask, shared_rows)
+            ids = [row.ids[: self.skip] for row in first]
+            cache = start_cache(self.steered.model, ids, prefix, token_mask, shared_rows)
         return cache, {row.start: i for i, row in enumerate(first)}
-
-
-def _first(change: Change, length: int) -> int:
-    """The first token that a change touches, beyond which rows differ; one that acts from token 0 can be shared."""
-    return min(change.tokens) if change.tokens and min(change.tokens) > 0 else length
-
-
-def _key(change: Change, end: int | None) -> Any:
-    """What a change does to the first `end` tokens of the prompt, and where; None for nothing."""
-    how = _how(change, end)
-    return None if how is None else (how, change.layers)
-
-
-def _how(change: Change, end: int | None) -> Any:
-    """The same but for the layers."""
-    within = change.tokens if change.tokens is None or end is None else tuple(t for t in change.tokens if t < end)
-    if within == ():
-        return None
-    what = change.what
-    how = (id(what.unit), what.amount, what.erases) if isinstance(what, AddAlong) else id(what.values)
-    return how, change.sites, within
-
-
-def _by_layer(changes: Sequence[Change], n_layers: int, end: int | None) -> list[tuple[Any, ...]]:
-    """What is done to a row's prompt at each layer."""
-    found: list[tuple[Any, ...]] = [()] * n_layers
-    for change in changes:
-        how = _how(change, end)
-        for layer in () if how is None else change.layers:
-            found[layer] = (*found[layer], how)
-    return found
-
-
-def _grouped(rows: list[SteeredRow], kinds: int) -> Iterator[list[SteeredRow]]:
-    """Rows with at most so many kinds of starts at a time."""
-    for low in range(0, max(row.start for row in rows) + 1, kinds):
-        yield [row for row in rows if low <= row.start < low + kinds]

@@ -34,10 +34,10 @@ Condition = Sequence[Intervention | None]
 
 @dataclass(frozen=True)
 class Readout:
-    """What is kept of the first answer token's logits: some of them, then the log-odds of a refusal."""
+    """What is kept of the first answer token's logits: some of them, then the log-odds of a refusal, if asked for."""
 
     tokens: tuple[int, ...]
-    refusal: tuple[int, ...]
+    refusal: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -46,8 +46,10 @@ class Readout:
 
     def __call__(self, logits: Float[Tensor, "row vocab"], rows: list[int]) -> Float[Tensor, "row out"]:
         """Logits of the tokens, and the log-odds that one of the refusal tokens comes (float64)."""
-        odds = refusal_log_odds(logits, self.refusal)
-        return torch.cat([logits[:, list(self.tokens)].double(), odds.unsqueeze(1)], dim=1)
+        values = logits[:, list(self.tokens)].double()
+        if not self.refusal:  # over a large vocabulary they cost more than they look
+            return values
+        return torch.cat([values, refusal_log_odds(logits, self.refusal).unsqueeze(1)], dim=1)
 
 
 def first_token_of_arms(

@@ -72,12 +72,17 @@ def prompt_logits(
 
 @torch.inference_mode()
 def start_cache(
-    model: LanguageModel, ids: Sequence[int], token_mask: TokenMask, shared_rows: SharedRows
+    model: LanguageModel,
+    ids: Sequence[Sequence[int]],
+    prefix: DynamicCache | None,
+    token_mask: TokenMask,
+    shared_rows: SharedRows,
 ) -> DynamicCache:
-    """Keys and values of a start that rows share but for what is done to it: a row for each kind of start."""
-    cache = DynamicCache()
-    tokens = torch.tensor([list(ids)] * len(shared_rows.entry), device=device_of(model))
-    with native(model), shared_rows.running(native_blocks(model), token_mask, 0):
+    """Keys and values of starts of one length that rows share, a row for each, on those of what `prefix` holds."""
+    skip = prefix.get_seq_length() if prefix is not None else 0
+    cache = shared_rows.cache(prefix)
+    tokens = torch.tensor([ids[i][skip:] for i in shared_rows.entry.tolist()], device=device_of(model))
+    with native(model), shared_rows.running(native_blocks(model), token_mask, skip):
         # Without its head: nobody reads logits here.
         body = model.original_model.base_model
         body(tokens, **with_cache(body, cache))

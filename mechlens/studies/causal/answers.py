@@ -14,7 +14,6 @@ from mechlens.methods.behaviour.inversion import (
     POLARITIES,
     Belief,
     OnceParsed,
-    Polarity,
     consistent_belief,
     parse_reply,
 )
@@ -25,14 +24,11 @@ from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.methods.steering.interventions import Ablate, Add
 from mechlens.methods.steering.steering import answers_of_arms
 from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.studies.causal.config import CausalPlan
+from mechlens.prompts.batch import joined
+from mechlens.studies.causal.config import REPLY_TOKENS, CausalPlan
 from mechlens.studies.causal.directions import HARMLESS, OPERATIONS, PUSH, STEERED, Setting, intervene
 from mechlens.studies.causal.readings import Condition, Setup, Subjects
 from mechlens.studies.causal.sweeps import SCOPE
-
-REPLY_TOKENS = 8
-"""Enough for the word, or for the phrase of a refusal."""
-
 
 DAMAGED = 12
 """Harmless prompts whose answers' losses are measured: every token's logits over a large vocabulary are slow."""
@@ -55,22 +51,20 @@ def said_beliefs(
     setup: Setup, who: Subjects, conditions: Sequence[Condition], direction: str = ""
 ) -> list[SaidBeliefs]:
     """Replies under every condition, in the paper's scope for the direction."""
-    decided = OnceParsed(loaded(setup.model).tokenizer)
-
-    def parsed(polarity: Polarity) -> list[tuple[Belief, ...]]:
-        scope = SCOPE.get(direction, "all")
-        within = [who.within(condition, scope, polarity) for condition in conditions]
-        said = answers_of_arms(
-            setup.model,
-            who.asked[polarity].batch,
-            within,
-            max_new_tokens=REPLY_TOKENS,
-            decided=decided,
-            cache=setup.cache,
-        )
-        return [tuple(parse_reply(text, polarity) for text in texts) for texts in said]
-
-    return [SaidBeliefs(a, b) for a, b in zip(*map(parsed, POLARITIES), strict=True)]
+    scope = SCOPE.get(direction, "all")
+    both = joined([who.asked[polarity].batch for polarity in POLARITIES])
+    said = answers_of_arms(
+        setup.model,
+        both,
+        [who.within_both(condition, scope) for condition in conditions],
+        max_new_tokens=REPLY_TOKENS,
+        decided=OnceParsed(loaded(setup.model).tokenizer),
+        cache=setup.cache,
+    )
+    n = len(who.prompts)
+    polarities = [polarity for polarity in POLARITIES for _ in range(n)]
+    parsed = [tuple(map(parse_reply, texts, polarities)) for texts in said]
+    return [SaidBeliefs(beliefs[:n], beliefs[n:]) for beliefs in parsed]
 
 
 def belief_table(who: Subjects, said: SaidBeliefs, direction: str, operation: str) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Which layer and strength each direction is used at, chosen on validation prompts, from coarse to fine."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -30,6 +31,14 @@ class Choice:
     """By direction."""
     table: pd.DataFrame
     """Mean change towards the other class under a push: direction, layer, strength, measure, value, low, high, n."""
+    cells: pd.DataFrame
+    """How many cells of the whole grid (layers below the last fifth, strengths) were tried, and why the others
+    weren't: direction, outcome (see `TRIED`), n."""
+
+
+TRIED, NOT_ASKED = "tried", "not tried: layer not asked for"
+FAR, WEAKER = "not tried: layer not beside the best of the first", "not tried: not the best layer, so one strength only"
+"""Outcomes of a cell."""
 
 
 def grid_layers(model: LanguageModel, asked: Sequence[int], every: int) -> tuple[int, ...]:
@@ -61,28 +70,47 @@ def choose(
     layers: Sequence[int],
     known: dict[str, Float[Tensor, "layer prompt"]],
 ) -> Choice:
-    """Layers at the middle strength, then the best one's neighbours, then the other strengths there.
+    """From coarse to fine (see `_coarse_to_fine`), or every cell if the plan says so.
 
     `known` are pushes that were measured at all `layers` already, by direction. Where belief isn't measurable, the
     harmfulness direction is chosen by refusal too.
     """
     rows: list[dict[str, object]] = []
+    cells: list[dict[str, object]] = []
     chosen = {}
-    depth = n_layers(setup.model)
+    depth, plan = n_layers(setup.model), setup.plan
+    usable = [layer for layer in range(1, depth) if layer < USABLE_DEPTH * depth]
+    whole = [Setting(layer, strength) for layer in usable for strength in plan.strengths]
     for name, source in sources.items():
         measure = CLAIMS[name] if setup.believes else CLAIMS[REFUSAL]
         pushed = _pusher(setup, who, source, measure)
-        tried = _coarse_to_fine(pushed, layers, known.get(name), depth, setup.plan)
+        first = [Setting(layer, middle(plan.strengths)) for layer in layers]
+        before = dict(zip(first, known[name], strict=True)) if name in known else {}
+        if plan.grid == "all":
+            tried = _tried(pushed, whole, before)
+        else:
+            tried = _coarse_to_fine(pushed, first, before, depth, plan)
         of_name = [
             {
                 "direction": name, "layer": setting.layer, "strength": setting.strength, "measure": measure,
-                **who.estimate(change, setup.plan).row(),
+                **who.estimate(change, plan).row(),
             }
             for setting, change in tried.items()
         ]  # fmt: skip
         chosen[name] = best(pd.DataFrame(of_name), depth)
         rows += of_name
-    return Choice(chosen, pd.DataFrame(rows))
+        outcomes = Counter(_outcome(cell, tried, plan) for cell in whole)
+        cells += [{"direction": name, "outcome": outcome, "n": n} for outcome, n in outcomes.items()]
+    return Choice(chosen, pd.DataFrame(rows), pd.DataFrame(cells))
+
+
+def _outcome(cell: Setting, tried: Mapping[Setting, object], plan: CausalPlan) -> str:
+    """What became of a cell of the whole grid."""
+    if cell in tried:
+        return TRIED
+    if plan.layers and cell.layer not in plan.layers:
+        return NOT_ASKED
+    return WEAKER if Setting(cell.layer, middle(plan.strengths)) in tried else FAR
 
 
 def _pusher(setup: Setup, who: Subjects, source: ContrastSource, measure: str) -> PushAt:
@@ -102,26 +130,26 @@ def _pusher(setup: Setup, who: Subjects, source: ContrastSource, measure: str) -
     return pushed
 
 
-def _coarse_to_fine(
-    pushed: PushAt, layers: Sequence[int], known: Float[Tensor, "layer prompt"] | None, depth: int, plan: CausalPlan
-) -> dict[Setting, Float[Tensor, " prompt"]]:
-    coarse = [Setting(layer, middle(plan.strengths)) for layer in layers]
-    tried = dict(zip(coarse, pushed(coarse) if known is None else known, strict=True))
+Pushed = dict[Setting, Float[Tensor, " prompt"]]
+
+
+def _tried(pushed: PushAt, settings: Sequence[Setting], before: Pushed) -> Pushed:
+    """What was tried before, and the settings that weren't."""
+    new = [setting for setting in settings if setting not in before]
+    return before | dict(zip(new, pushed(new), strict=True))
+
+
+def _coarse_to_fine(pushed: PushAt, first: Sequence[Setting], known: Pushed, depth: int, plan: CausalPlan) -> Pushed:
+    """The first layers that can be chosen at the middle strength, the best one's neighbours, its other strengths."""
+    usable = USABLE_DEPTH * depth
+    tried = _tried(pushed, [at for at in first if at.layer < usable], known)
 
     def top() -> int:
-        return max(
-            (at for at in tried if at.layer < USABLE_DEPTH * depth), key=lambda at: float(tried[at].mean())
-        ).layer
+        return max((at for at in tried if at.layer < usable), key=lambda at: float(tried[at].mean())).layer
 
     beside = [] if plan.layers else [top() - 1, top() + 1]
-    fine = [
-        Setting(layer, middle(plan.strengths))
-        for layer in beside
-        if 1 <= layer < USABLE_DEPTH * depth and layer not in layers
-    ]
-    tried |= dict(zip(fine, pushed(fine), strict=True))
-    others = [Setting(top(), strength) for strength in plan.strengths if strength != middle(plan.strengths)]
-    return tried | dict(zip(others, pushed(others), strict=True))
+    tried = _tried(pushed, [Setting(at, middle(plan.strengths)) for at in beside if 1 <= at < usable], tried)
+    return _tried(pushed, [Setting(top(), strength) for strength in plan.strengths], tried)
 
 
 def best(pushes: pd.DataFrame, depth: int) -> Setting:
@@ -130,6 +158,6 @@ def best(pushes: pd.DataFrame, depth: int) -> Setting:
     A stronger push that does little more mostly breaks more.
     """
     mine = pushes[pushes["layer"] < USABLE_DEPTH * depth].sort_values("value", ascending=False, kind="stable")
-    near = mine[mine["value"] >= mine["low"].iloc[0]]
+    near = mine[~(mine["value"] < mine["low"].iloc[0])]  # all of them where none is a number
     row = near[near["strength"] == near["strength"].min()].iloc[0]
     return Setting(int(row["layer"]), float(row["strength"]))

@@ -1,6 +1,7 @@
 """`mechlens causal`."""
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from mechlens.settings import RANDOM_DIRECTIONS, Answering, ModelChoice, PromptSets, RunChoice, Sampling
 from mechlens.studies.registry import of_folder
@@ -13,7 +14,10 @@ class CausalPlan(Sampling, Answering):
     layers: tuple[int, ...] = ()
     """Layers where a direction may be put; none given is every third, and then the neighbours of the best."""
     full: bool = False
-    """Every layer instead, about three times the work there."""
+    """Every layer at the middle strength instead, about three times the work there."""
+    grid: Literal["coarse", "all"] = "coarse"
+    """coarse: layer and strength are chosen from coarse to fine; all: every layer that can be chosen is tried at every
+    strength."""
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Strengths to choose from, as shares of the median residual norm; layers are compared at the middle one."""
     coefficient: float = 1.0
@@ -35,6 +39,46 @@ class CausalPlan(Sampling, Answering):
 @dataclass(frozen=True, kw_only=True)
 class Causal(CausalPlan, PromptSets, ModelChoice, RunChoice):
     """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
+
+
+ANSWERING, COLLECTING, UNSTEERED, BY_LAYER = "answering", "collecting", "unsteered replies", "refusal by layer"
+REPLIES, CHOOSING, HELD_OUT, IN_WORDS = "replies by layer", "choosing", "test prompts", "in words"
+REPLY_TOKENS = 8
+"""Of a reply to a question: enough for the word, or for the phrase of a refusal."""
+
+
+class Grid(NamedTuple):
+    """Layers where a direction may be put."""
+
+    tried: int
+    """To choose from, at first."""
+    all: int
+    """In the figure of refusals."""
+
+
+def costs(plan: CausalPlan, grid: Grid, request: float, question: float, *, believes: bool) -> dict[str, float]:
+    """What each phase costs, about, in tokens through all blocks, for requests and questions of so many tokens.
+
+    Of what is done to a prompt half its depth is counted: settings are half way up on average, and below it all run as
+    one. Two directions, each added and subtracted; two questions a request, put in two scopes.
+    """
+    validation, test, few = 2 * plan.n_validation, 2 * plan.n_test, 2 * plan.n_null
+    asked = 2 * question / 2 if believes else 0.0
+    read = request / 2 + 2 * asked
+    nulls = plan.random_directions * read + plan.shuffled_directions * (asked or request / 2)
+    chosen = 2 * (grid.all * len(plan.strengths) if plan.grid == "all" else grid.tried + 2 + len(plan.strengths))
+    everyone = 2 * plan.n_train + validation + test
+    found = {
+        ANSWERING: everyone * (request + plan.max_new_tokens),
+        COLLECTING: everyone * request,
+        UNSTEERED: 2 * test * (2 * question + REPLY_TOKENS),
+        BY_LAYER: 2 * grid.all * plan.n_test * request / 2,
+        REPLIES: 4 * grid.tried * validation * asked,
+        CHOOSING: chosen * validation * (request / 2 + asked) / 2,
+        HELD_OUT: 2 * (5 * test * read + few * nulls),
+        IN_WORDS: 2 * test * (3 * (request + plan.max_new_tokens) + 2 * (asked + 2 * REPLY_TOKENS * believes)),
+    }
+    return {name: cost for name, cost in found.items() if cost}
 
 
 STUDY = of_folder("causal", Causal)

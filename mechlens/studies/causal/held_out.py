@@ -27,7 +27,7 @@ from mechlens.studies.causal.directions import (
     intervene,
     pushes,
 )
-from mechlens.studies.causal.readings import Condition, Setup, Subjects, read_refusal, read_replies
+from mechlens.studies.causal.readings import Condition, Setup, Subjects, read_in_scopes, read_refusal
 
 
 class EffectKey(NamedTuple):
@@ -100,11 +100,11 @@ def _changes(
     if only in (None, "refusal"):
         values = read_refusal(setup, who, everything)
         found["refusal"] = values[1:] - values[0]
-    for scope in SCOPES if setup.believes else ():
-        if only in (None, f"consistent.{scope}"):
-            replies = read_replies(setup, who, everything, scope).changes()
-            found[f"belief.{scope}"], found[f"consistent.{scope}"] = replies.belief, replies.consistent
-            found[f"agreement.{scope}"] = replies.agreement
+    scopes = [scope for scope in SCOPES if setup.believes and only in (None, f"consistent.{scope}")]
+    for scope, replies in read_in_scopes(setup, who, everything, scopes).items() if scopes else ():
+        moved = replies.changes()
+        found[f"belief.{scope}"], found[f"consistent.{scope}"] = moved.belief, moved.consistent
+        found[f"agreement.{scope}"] = moved.agreement
     return found
 
 

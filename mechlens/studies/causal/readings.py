@@ -23,7 +23,7 @@ from mechlens.methods.statistics.resample import mean_estimate, rate_estimate
 from mechlens.methods.steering.interventions import Ablate, Add, ResidualNorms
 from mechlens.methods.steering.steering import Readout, first_token_of_arms
 from mechlens.models.bridge import LanguageModel
-from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.batch import TokenBatch, joined, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.settings import Sampling
@@ -84,6 +84,10 @@ class Subjects:
         """A condition kept to the tokens that the scope names."""
         return [edit and self.asked[polarity].within(i, edit, scope) for i, edit in enumerate(condition)]
 
+    def within_both(self, condition: Condition, scope: Scope) -> list[Add | Ablate | None]:
+        """The same for all requests asked about the one way, and then the other."""
+        return [edit for polarity in POLARITIES for edit in self.within(condition, scope, polarity)]
+
 
 def subjects(prompts: Sequence[Prompt], template: ChatTemplate) -> Subjects:
     """Tokenises requests and questions."""
@@ -99,9 +103,14 @@ class ReadTokens:
     refusal: RefusalTokens
 
     @property
-    def readout(self) -> Readout:
-        """What is kept of each row of logits: both words, and the log-odds of a refusal."""
-        return Readout((self.words.yes, self.words.no), tuple(self.refusal.ids))
+    def of_requests(self) -> Readout:
+        """What is kept of each row of logits after a plain request: the log-odds of a refusal."""
+        return Readout((), tuple(self.refusal.ids))
+
+    @property
+    def of_questions(self) -> Readout:
+        """What is kept of each row of logits after a question: both words."""
+        return Readout((self.words.yes, self.words.no))
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,8 @@ class Setup:
 
 def read_refusal(setup: Setup, who: Subjects, conditions: Sequence[Condition]) -> Float[Tensor, "condition prompt"]:
     """Log-odds that the answer to the plain request starts as this model's refusals do."""
-    readout = setup.tokens.readout
-    return first_token_of_arms(setup.model, who.batch, conditions, readout, cache=setup.cache)[..., -1]
+    readout = setup.tokens.of_requests
+    return first_token_of_arms(setup.model, who.batch, conditions, readout, cache=setup.cache)[..., 0]
 
 
 @dataclass(frozen=True)
@@ -155,12 +164,15 @@ class Replies:
 
 def read_replies(setup: Setup, who: Subjects, conditions: Sequence[Condition], scope: Scope) -> Replies:
     """Both replies to the questions about every request under every condition, kept to the scope's tokens."""
+    return read_in_scopes(setup, who, conditions, (scope,))[scope]
 
-    def read(polarity: Polarity) -> Float[Tensor, "condition prompt"]:
-        within = [who.within(condition, scope, polarity) for condition in conditions]
-        batch, readout = who.asked[polarity].batch, setup.tokens.readout
-        logits = first_token_of_arms(setup.model, batch, within, readout, cache=setup.cache)
-        return logits[..., 0] - logits[..., 1]
 
-    straight, reversed_ = (read(polarity) for polarity in POLARITIES)
-    return Replies(straight, reversed_)
+def read_in_scopes(
+    setup: Setup, who: Subjects, conditions: Sequence[Condition], scopes: Sequence[Scope]
+) -> dict[Scope, Replies]:
+    """The same in several scopes at once: up to its question a request is then run once under each condition."""
+    both = joined([who.asked[polarity].batch for polarity in POLARITIES])
+    arms = [who.within_both(condition, scope) for scope in scopes for condition in conditions]
+    logits = first_token_of_arms(setup.model, both, arms, setup.tokens.of_questions, cache=setup.cache)
+    difference = (logits[..., 0] - logits[..., 1]).reshape(len(scopes), len(conditions), len(POLARITIES), -1)
+    return {scope: Replies(own[:, 0], own[:, 1]) for scope, own in zip(scopes, difference, strict=True)}

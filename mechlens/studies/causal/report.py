@@ -6,6 +6,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import loaded
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.causal.directions import NAMES
 from mechlens.studies.causal.figures import DONE_WORDS, draw
 from mechlens.studies.causal.study import Battery
@@ -74,11 +75,12 @@ def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str,
                 "How layer and strength were chosen",
                 "On validation prompts, by the push of what each direction is claimed to do: harmfulness by the change "
                 "of belief that both questions bear out, before the question (by refusal where belief isn't "
-                "measurable), refusal by the log-odds of refusal. First layers at the middle strength, then the best "
-                "one's neighbours, then the other strengths there. Of the pushes inside the interval of the largest "
-                "the weakest strength is taken, and at it the layer that pushes most; not from the last fifth of the "
-                "depth.",
+                f"measurable), refusal by the log-odds of refusal. {_search(result.plan)} Of the pushes inside the "
+                "interval of the largest the weakest strength is taken, and at it the layer that pushes most; not from "
+                "the last fifth of the depth. The table: what became of every cell of the whole grid, each layer below "
+                "the last fifth at each strength.",
                 drawn["choice"],
+                table=result.choice.cells,
             ),
             *_positions(drawn),
             _answers(result),
@@ -119,6 +121,12 @@ def _layers(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
         f"{split}A centre is the mean layer, weighted by the mean change of the log-odds of refusal there.",
         (*drawn["fig4"], *drawn["fig5"]),
     )
+
+
+def _search(plan: CausalPlan) -> str:
+    if plan.grid == "all":
+        return "Every layer is tried at every strength."
+    return "First layers at the middle strength, then the best one's neighbours, then the other strengths there."
 
 
 def _positions(drawn: dict[str, tuple[str, ...]]) -> tuple[Section, ...]:

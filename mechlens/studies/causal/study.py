@@ -4,15 +4,14 @@ Directions come from training prompts, layers and strengths from validation prom
 test prompts, beside random directions and null directions from shuffled labels (Zhao et al. 2025, sections 3.3, 3.4).
 """
 
+import functools
 import itertools
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
@@ -20,12 +19,13 @@ from mechlens.methods.behaviour.answers import Answers, answer
 from mechlens.methods.behaviour.inversion import telling_words
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
+from mechlens.methods.progress import one_bar, phase
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
 from mechlens.models.sites import require_everywhere
-from mechlens.prompts.batch import tokenize
+from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
@@ -33,8 +33,28 @@ from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
 from mechlens.studies.causal.answers import answers_under, belief_table, beliefs_under
 from mechlens.studies.causal.choice import Choice, choose, grid_layers, middle
-from mechlens.studies.causal.config import Causal, CausalPlan
-from mechlens.studies.causal.directions import HARMFULNESS, NAMES, PUSH, Setting, class_counts, sources
+from mechlens.studies.causal.config import (
+    ANSWERING,
+    BY_LAYER,
+    CHOOSING,
+    COLLECTING,
+    HELD_OUT,
+    IN_WORDS,
+    REPLIES,
+    UNSTEERED,
+    Causal,
+    CausalPlan,
+    Grid,
+    costs,
+)
+from mechlens.studies.causal.directions import (
+    HARMFULNESS,
+    NAMES,
+    PUSH,
+    Setting,
+    class_counts,
+    sources,
+)
 from mechlens.studies.causal.held_out import Effects, effect_table, effects_at
 from mechlens.studies.causal.readings import ReadTokens, Setup, Subjects, subjects
 from mechlens.studies.causal.sweeps import (
@@ -98,6 +118,7 @@ class Battery:
         tables = {
             "refusals_by_layer": self.refusal_layers.table,
             "choice": self.choice.table,
+            "choice_cells": self.choice.cells,
             "cells": effect_table(self.effects, self.choice.chosen),
             "by_question": self.unsteered.by_question,
             "beliefs": self.beliefs,
@@ -114,27 +135,19 @@ class Battery:
         return {f"direction_{name}": direction for name, direction in self.directions.items()}
 
 
-@dataclass(frozen=True)
-class Workload:
-    """How much is ahead, counted in prompts that are run."""
-
-    first_tokens: int
-    """Prompts read to their first answer token."""
-    answers: int
-    """Prompts answered."""
-
-
-def work_ahead(model: LanguageModel, plan: CausalPlan) -> Workload:
-    """The battery's size at most, for somebody who waits for it; what can't be measured makes it smaller."""
+def work_ahead(model: LanguageModel, plan: CausalPlan, test: Subjects, *, believes: bool = True) -> dict[str, float]:
+    """What each phase costs, about, in tokens through all blocks; test prompts stand for all in length."""
     layers = len(grid_layers(model, plan.layers, _every(plan)))
-    validation, test, few = 2 * plan.n_validation, 2 * plan.n_test, 2 * plan.n_null
-    asked = 4  # both questions, in both scopes
-    by_layer = len(NAMES) * (n_layers(model) - 1) * plan.n_test + len(NAMES) * layers * validation * (2 * 2 + 1)
-    chosen = len(NAMES) * (2 + len(plan.strengths)) * 2 * validation
-    tested = len(NAMES) ** 2 * 2 * test * (asked + 1) + len(NAMES) * plan.random_directions * few * (asked + 1)
-    shuffled = plan.shuffled_directions * few * 3
-    answers = len(NAMES) * 3 * test + 2 * test * (1 + 2 * len(NAMES))
-    return Workload(by_layer + chosen + tested + shuffled, answers)
+    request, question = (own_tokens(batch) for batch in (test.batch, test.asked["straight"].batch))
+    return costs(plan, Grid(layers, n_layers(model) - 1), request, question, believes=believes)
+
+
+def own_tokens(batch: TokenBatch) -> float:
+    """Mean tokens of a prompt after what all of them begin with."""
+    rows = [batch.row(i) for i in range(len(batch.prompts))]
+    low, high = min(rows), max(rows)
+    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return sum(map(len, rows)) / len(rows) - shared
 
 
 def _every(plan: CausalPlan) -> int:
@@ -157,28 +170,42 @@ def run_battery(
     template = template or template_of(model)
     prompts, split = _sampled(labelled(harmful, harmless), plan)
     batch = tokenize(prompts, template)
-    judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
-    acts = collect(model, batch, positions=["inst", "post[*]"], cache=cache)
-    judged, first_token = judge_first_token(model, judged, acts, split.train)
-    contrasts = sources(judged, acts, split.train)
     validation, test = (subjects([prompts[i] for i in part], template) for part in (split.validation, split.test))
-    tokens = _tokens(model, validation, first_token)
-    setup = Setup(model, residual_norms(acts.select(split.train)), tokens, plan, cache, believes=False)
-    unsteered = read_unsteered(setup, test, [judged.refused[i] for i in split.test])
-    setup = replace(setup, believes=unsteered.measurable and len(contrasts) == len(NAMES))
-    refusal_layers = refusal_by_layer(setup, test, contrasts)
-    reply_layers = None
-    if setup.believes:
-        settings = [Setting(layer, middle(plan.strengths)) for layer in layers]
-        reply_layers = replies_by_layer(setup, validation, contrasts, settings)
-    known = {HARMFULNESS: reply_layers.pushes[HARMFULNESS]} if reply_layers else {}
-    choice = choose(setup, validation, contrasts, layers, known)
-    effects: Effects = {}
-    for at, setting in choice.chosen.items():
-        effects |= effects_at(setup, test, contrasts, at, setting)
-    directions = {name: source.direction(choice.chosen[name].layer) for name, source in contrasts.items()}
-    positions = by_position(setup, validation, contrasts, choice.chosen) if plan.every_position else pd.DataFrame()
-    said = _in_words(setup, test, directions, choice.chosen, unsteered, judged.answers.select(split.test))
+    ahead = functools.partial(work_ahead, model, plan, test)
+    with one_bar("causal", ahead()) as bar:
+        with phase(ANSWERING):
+            answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache)
+            judged = judge_answers(prompts, answers, plan.judge)
+        with phase(COLLECTING):
+            acts = collect(model, batch, positions=["inst", "post[*]"], cache=cache)
+            judged, first_token = judge_first_token(model, judged, acts, split.train)
+            contrasts = sources(judged, acts, split.train)
+        with phase(UNSTEERED):
+            tokens = _tokens(model, validation, first_token)
+            setup = Setup(model, residual_norms(acts.select(split.train)), tokens, plan, cache, believes=False)
+            unsteered = read_unsteered(setup, test, [judged.refused[i] for i in split.test])
+            setup = replace(setup, believes=unsteered.measurable and len(contrasts) == len(NAMES))
+        bar.expect(ahead(believes=setup.believes))
+        with phase(BY_LAYER):
+            refusal_layers = refusal_by_layer(setup, test, contrasts)
+            depth = depth_gap(refusal_layers, plan.seed, plan.resamples)
+        reply_layers = None
+        if setup.believes:
+            with phase(REPLIES):
+                settings = [Setting(layer, middle(plan.strengths)) for layer in layers]
+                reply_layers = replies_by_layer(setup, validation, contrasts, settings)
+        with phase(CHOOSING):
+            known = {HARMFULNESS: reply_layers.pushes[HARMFULNESS]} if reply_layers else {}
+            choice = choose(setup, validation, contrasts, layers, known)
+            chosen = choice.chosen
+            positions = by_position(setup, validation, contrasts, chosen) if plan.every_position else pd.DataFrame()
+        with phase(HELD_OUT):
+            effects: Effects = {}
+            for at, setting in chosen.items():
+                effects |= effects_at(setup, test, contrasts, at, setting)
+        with phase(IN_WORDS):
+            directions = {name: source.direction(chosen[name].layer) for name, source in contrasts.items()}
+            said = _in_words(setup, test, directions, chosen, unsteered, judged.answers.select(split.test))
     return Battery(
         judged=judged,
         first_token=first_token,
@@ -186,7 +213,7 @@ def run_battery(
         tokens=tokens,
         unsteered=unsteered,
         refusal_layers=refusal_layers,
-        depth=depth_gap(refusal_layers, plan.seed, plan.resamples),
+        depth=depth,
         reply_layers=reply_layers,
         choice=choice,
         directions=directions,
@@ -269,11 +296,6 @@ def prepare(config: Causal) -> Preparation[ContrastSets]:
 
 def execute(config: Causal, sets: ContrastSets, writer: RunWriter) -> Battery:
     """The battery on the configured model and prompts."""
-    ahead = work_ahead(sets.model, config)
-    tqdm.write(
-        f"ahead: {ahead.first_tokens:,} prompts read to their first answer token, {ahead.answers:,} answered",
-        file=sys.stderr,
-    )
     return run_battery(sets.model, sets.positive, sets.negative, config, template=sets.template, cache=writer.cache)
 
 
@@ -290,3 +312,5 @@ def _require_sizes(config: Causal) -> None:
         raise UserError("the coefficient is 0, which adds nothing; the published one is 1")
     if config.full and config.layers:
         raise UserError("--full asks for every layer and --layers for some; give one of them")
+    if config.grid == "all" and (config.full or config.layers):
+        raise UserError("--grid all asks for every layer and strength; leave --full and --layers out")
