@@ -18,7 +18,8 @@ from torch import Tensor
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
-from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, OnceRefused
+from mechlens.methods.behaviour.chosen_judge import judges_of, once_settled
+from mechlens.methods.behaviour.judges import ARDITI, PHRASES, ZHAO, HumanLabels, OnceRefused
 from mechlens.methods.directions.direction import Direction, cosine
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
@@ -349,6 +350,55 @@ def test_what_is_cut_short_keeps_its_verdict(judge: Any) -> None:
     assert not decided(list(map(ord, "   ")))
     assert decided(list(map(ord, "Well, I cannot")))
     assert OnceRefused(ARDITI, Letters()).key != OnceRefused(ZHAO, Letters()).key
+
+
+SAID = (
+    "I cannot do that", "I'm sorry, but I can't assist", "i CANNOT, no. I cannot", "Sure, here you are", "   ", "",
+    "Sorry", "sorry? No: I won't. As an AI", "I’m sorry", "Ask someone who can; I am not able to",
+    "I do not know, I cannot know", "I am unable to", "AS AN AI, I will not", "I c a n n o t", "*I* cannot",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", ["phrases", "arditi", "zhao"])
+def test_an_answer_cut_short_for_all_judges_keeps_every_verdict_however_it_would_go_on(chosen: str) -> None:
+    class Plain(Letters):
+        chat_template = None
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
+
+    judges, prompt = judges_of(chosen), [Prompt("p", "q")]
+    decided = once_settled(judges, Plain())
+    assert decided is not None
+    cut = 0
+    for text in SAID:
+        for more in ("", *SAID):
+            tokens = list(map(ord, f"{text} {more}"))
+            ends = next((k for k in range(1, len(tokens) + 1) if decided(tokens[:k])), len(tokens))
+            cut += ends < len(tokens)
+            for judge in judges:
+                whole, short = ("".join(map(chr, own)).strip() for own in (tokens, tokens[:ends]))
+                assert judge(prompt, [short]) == judge(prompt, [whole]), (judge.name, text, more)
+    assert cut > 50
+
+
+def test_nothing_is_cut_short_where_a_judge_may_change_its_mind() -> None:
+    class Thinking(Letters):
+        chat_template = "{{ '<think>' }}"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
+
+    class Marked(Thinking):
+        chat_template = None
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"</think>": 7}
+
+    assert once_settled(judges_of("phrases"), Thinking()) is None
+    assert once_settled(judges_of("phrases"), Marked()) is None
+    assert once_settled((*judges_of("phrases"), HumanLabels({})), Letters()) is None
+    assert once_settled((), Letters()) is None
 
 
 # The verb

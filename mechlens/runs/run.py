@@ -128,6 +128,8 @@ class Run:
     """sha256 of every table's file, by name."""
     wandb_id: str | None = None
     argv: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by phase, of the process that finished the run: loading, answering, collecting, ..., other."""
 
     @property
     def command(self) -> str:

@@ -152,6 +152,10 @@ class RunWriter:
         write_run(before, self.out)
         raise UserError(f"{self.out} holds {said}")
 
+    def seconds(self, by_phase: Mapping[str, float]) -> None:
+        """Where the time went."""
+        self._update(seconds={name: round(value, 2) for name, value in by_phase.items()})
+
     def prompts(self, prompts: Sequence[Prompt]) -> None:
         """Keeps the prompts as `tables/prompts.parquet`; their texts are never mirrored unasked."""
         self._mirror.withhold([text for prompt in prompts for text in (prompt.text, prompt.system or "")])

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from mechlens.checked_json import checked
 from mechlens.choices import require_known
 from mechlens.errors import UserError
+from mechlens.methods.progress import Clock, phase, timed
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
@@ -52,8 +53,11 @@ def run(config: Any) -> Path:
     """
     study = study_of(config)
     require_known(config)
-    study = _imported(study)
-    return _recorded(study, config, _prepared(study, config))
+    with timed() as clock:
+        with phase("loading"):
+            study = _imported(study)
+            prepared = _prepared(study, config)
+        return _recorded(study, config, prepared, clock)
 
 
 def _imported(study: Study) -> Study:
@@ -74,13 +78,15 @@ def _prepared(study: Study, config: Any) -> Preparation[Any]:
     return found
 
 
-def _recorded(study: Study, config: Any, prepared: Preparation[Any]) -> Path:
+def _recorded(study: Study, config: Any, prepared: Preparation[Any], clock: Clock) -> Path:
     resolved = prepared.resolved or None
     with open_run(verb=study.verb, config=config, out=config.out, wandb=config.wandb, resolved=resolved) as writer:
         _record_inputs(writer, prepared)
         result = loaded(study.execute)(config, prepared.content, writer)
         if study.report is not None:
-            loaded(study.report)(writer, result, prepared.content)
+            with phase("report"):
+                loaded(study.report)(writer, result, prepared.content)
+        writer.seconds(clock.by_phase())
     return Path(config.out)
 
 
@@ -108,11 +114,13 @@ def rerun(folder: Path, out: Path | None = None) -> Difference:
         day = {"today": before.inputs.today} if before.inputs.today else {}
         again = _rebuilt(study.config, before.config | day, out or Path(scratch) / "rerun")
         require_known(again)
-        prepared = _prepared(study, again)
-        changed = changed_since(before, prepared.inputs)
-        if changed:
-            raise UserError(f"the run {before.id} can't be made again: {'; '.join(changed)}")
-        return largest_difference(before, read_run(_recorded(study, again, prepared)))
+        with timed() as clock:
+            with phase("loading"):
+                prepared = _prepared(study, again)
+            changed = changed_since(before, prepared.inputs)
+            if changed:
+                raise UserError(f"the run {before.id} can't be made again: {'; '.join(changed)}")
+            return largest_difference(before, read_run(_recorded(study, again, prepared, clock)))
 
 
 def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:

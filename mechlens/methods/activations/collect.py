@@ -13,6 +13,7 @@ from mechlens.methods.activations.reading import BatchReader, Reading
 from mechlens.methods.activations.spans import Words, opened, spans_of
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
+from mechlens.methods.progress import phase
 from mechlens.models.bridge import (
     LanguageModel,
     checkpoint_now,
@@ -86,7 +87,8 @@ def collect(
     fast, why_plain = _path(model, site, wanted)
     checkpoint = checkpoint_now(model)
     reader = BatchReader(model, checkpoint, reading, fast, cache, max_tokens or _default_tokens(model))
-    values, finite = reader.read(rows)
+    with phase("collecting"):
+        values, finite = reader.read(rows)
     _refuse_non_finite(~finite, wanted, batch, dtype_of(model))
     return _labelled(values, batch, reading, checkpoint, engine="fast" if fast else "plain", why_plain=why_plain)
 

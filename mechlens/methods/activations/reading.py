@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
@@ -24,6 +23,7 @@ from mechlens.methods.activations.streamed import (
     unpacked,
 )
 from mechlens.methods.cache import Cache
+from mechlens.methods.progress import steps
 from mechlens.models.bridge import LanguageModel, d_model, device_of, dtype_of
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
@@ -129,7 +129,8 @@ class BatchReader:
         finite = torch.ones(len(rows), len(reading.levels), dtype=torch.bool)
         streams = self._streams(len(rows))
         batches = self._batches(rows, skip, streams)
-        for members in tqdm(batches, desc="collecting", unit="batch", delay=2, leave=False):
+        bar = steps(len(rows), "collecting", "prompt", sum(len(row.ids) - skip for row in rows))
+        for members in batches:
             chunk = [rows[i] for i in members]
             key = self._key(chunk, lengths[members], skip) if self.cache is not None else ""
             found = self._kept(key)
@@ -142,6 +143,7 @@ class BatchReader:
                 if streams and (kept := self._kept(key)) is not None:
                     found = kept  # from disk, where it takes no memory
             finite[members] = self._finite(found, lengths[members])
+            bar.update(len(members))
             if streams:
                 pieces.append(found)
                 keys.append(key)
@@ -149,6 +151,7 @@ class BatchReader:
             if not len(values):
                 values = self._room(rows, found)
             values[members, ..., : found.shape[-1]] = found.float()
+        bar.close()
         if streams:
             values = StreamedTensor(pieces, torch.tensor([i for members in batches for i in members]).argsort(), keys)
         return values, finite

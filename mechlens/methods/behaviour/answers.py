@@ -1,5 +1,6 @@
 """What the model says: greedy answers to prompts, kept with their labels so that judging again needs no model."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -7,18 +8,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, template_of
 from mechlens.methods.activations.reading import FORMAT, halving, shared_start
+from mechlens.methods.behaviour.judges import OnceSettled
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
+from mechlens.methods.progress import phase, steps
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
-from mechlens.models.engine.generate import greedy_batch
+from mechlens.models.engine.generate import Decided, greedy_batch
 from mechlens.models.engine.reference import reference_engine, reference_greedy
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
@@ -47,6 +49,8 @@ class Answers:
     """"fast" (shared prefix, packed cache), or one of `reference_engine`: "plain", "native" or "uncached"."""
     why_plain: str = field(default="", kw_only=True)
     """Why the fast path was not taken; empty where it was."""
+    cut: tuple[bool, ...] = field(default=(), kw_only=True)
+    """Which answers were left off once they were decided; empty where all were written to their end."""
 
     @property
     def first_tokens(self) -> tuple[int, ...]:
@@ -61,6 +65,7 @@ class Answers:
             ids=tuple(self.ids[i] for i in kept),
             texts=tuple(self.texts[i] for i in kept),
             tokens=tuple(self.tokens[i] for i in kept),
+            cut=tuple(self.cut[i] for i in kept if self.cut),
         )
 
     def table(self) -> "pandas.DataFrame":
@@ -77,13 +82,15 @@ def answer(
     *,
     max_new_tokens: int,
     template: ChatTemplate | None = None,
+    decided: OnceSettled | None = None,
     cache: Cache | None = None,
     max_tokens: int = 4096,
 ) -> Answers:
     """Greedy answers of up to `max_new_tokens` tokens; equal to answering one prompt at a time.
 
     Greedy means the likeliest token: sampling settings and repetition penalties of the model don't count.
-    `cache` keeps finished batches, so that a killed run goes on; `max_tokens` bounds prompt tokens in a batch.
+    An answer that is `decided` so far is left off there (see `once_settled`). `cache` keeps finished batches, so that a
+    killed run goes on; `max_tokens` bounds prompt tokens in a batch.
 
     Raises UserError for a model without a tokenizer and where prompt and answer don't fit into the context.
     """
@@ -106,17 +113,23 @@ def answer(
     # Every new token costs a pass of its own for each batch.
     cost = forward.BATCH_COST * max_new_tokens
     batches = forward.plan(rows, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not fast)
-    for members in tqdm(batches, desc="answering", unit="batch", delay=2, leave=False):
-        chunk = [rows[i] for i in members]
-        key = _key(model, checkpoint, chunk, max_new_tokens, skip, engine)
-        piece = cache.get(key) if cache is not None else None
-        if piece is None:
-            if fast and skip and prefix is None:
-                prefix = shared_start(model, rows[0].ids[:skip])
-            piece = {"tokens": halving(_runner(model, max_new_tokens, fast, prefix), chunk)}
-            if cache is not None:
-                cache.put(key, piece)
-        found.update(zip(members, piece["tokens"].tolist(), strict=True))
+    run = _Runner(model, max_new_tokens, fast, decided)
+    work = sum(len(row.ids) - skip + max_new_tokens for row in rows)
+    bar = steps(len(rows), "answering", "prompt", work)
+    with phase("answering"):
+        for members in batches:
+            chunk = [rows[i] for i in members]
+            key = _key(model, checkpoint, chunk, max_new_tokens, skip, engine, decided)
+            piece = cache.get(key) if cache is not None else None
+            if piece is None:
+                if fast and skip and prefix is None:
+                    prefix = shared_start(model, rows[0].ids[:skip])
+                piece = {"tokens": halving(functools.partial(run, prefix), chunk)}
+                if cache is not None:
+                    cache.put(key, piece)
+            found.update(zip(members, piece["tokens"].tolist(), strict=True))
+            bar.update(len(members))
+    bar.close()
     tokens = tuple(tuple(t for t in found[i] if t != NO_TOKEN) for i in range(len(rows)))
     return Answers(
         ids=tuple(prompt.id for prompt in batch.prompts),
@@ -127,29 +140,45 @@ def answer(
         template=batch.template,
         engine=engine,
         why_plain=forward.why_plain(model),
+        cut=() if decided is None else tuple(len(own) < max_new_tokens and decided(list(own)) for own in tokens),
     )
 
 
-def _runner(model: LanguageModel, max_new_tokens: int, fast: bool, prefix: Any) -> Any:
+@dataclass(frozen=True)
+class _Runner:
     """A batch of rows to a block of token ids, padded with NO_TOKEN, which is what a cache can hold."""
 
-    def run(chunk: list[Row]) -> torch.Tensor:
-        rows = (
-            greedy_batch(model, chunk, max_new_tokens, prefix)
-            if fast
-            else reference_greedy(model, chunk, max_new_tokens)
-        )
-        return torch.tensor([row + [NO_TOKEN] * (max_new_tokens - len(row)) for row in rows], dtype=torch.long)
+    model: LanguageModel
+    max_new_tokens: int
+    fast: bool
+    decided: Decided | None
 
-    return run
+    def __call__(self, prefix: Any, chunk: list[Row]) -> torch.Tensor:
+        if self.fast:
+            rows = greedy_batch(self.model, chunk, self.max_new_tokens, prefix, None, self.decided)
+        else:
+            rows = [self._cut(row) for row in reference_greedy(self.model, chunk, self.max_new_tokens)]
+        padded = [row + [NO_TOKEN] * (self.max_new_tokens - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.long)
+
+    def _cut(self, row: list[int]) -> list[int]:
+        """The row up to where it is decided, if it ever is."""
+        ends = range(1, len(row) + 1) if self.decided is not None else ()
+        return row[: next((end for end in ends if self.decided is not None and self.decided(row[:end])), len(row))]
 
 
 def _key(
-    model: LanguageModel, checkpoint: Checkpoint, rows: list[Row], max_new_tokens: int, skip: int, engine: str
+    model: LanguageModel,
+    checkpoint: Checkpoint,
+    rows: list[Row],
+    max_new_tokens: int,
+    skip: int,
+    engine: str,
+    decided: OnceSettled | None,
 ) -> str:
-    """Fingerprint of a batch: weights, type, every token id and how far to go."""
+    """Fingerprint of a batch: weights, type, every token id, how far to go and what ends it sooner."""
     record = [
         FORMAT, "answers", *checkpoint.identity, str(dtype_of(model)), device_of(model).type,
-        engine, skip, max_new_tokens, [row.ids for row in rows],
+        engine, skip, max_new_tokens, [row.ids for row in rows], *([] if decided is None else [decided.key]),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

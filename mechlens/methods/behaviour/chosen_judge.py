@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mechlens.choices import JUDGES
 from mechlens.errors import UserError
-from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge, OnceRefused, SubstringJudge, Verdict
-from mechlens.methods.behaviour.thought import after_thought, opens_thought
+from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge, OnceRefused, OnceSettled, SubstringJudge, Verdict
+from mechlens.methods.behaviour.thought import after_thought, knows_thoughts, opens_thought
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import family_weights, with_interval
 from mechlens.prompts.batch import TokenBatch
@@ -62,6 +62,18 @@ def once_refused(judge: Judge, tokenizer: Any, batch: TokenBatch) -> OnceRefused
     if not isinstance(judge, SubstringJudge):
         return None
     return OnceRefused(judge, tokenizer, opened=any(opens_thought(batch, tokenizer)))
+
+
+def once_settled(judges: Sequence[Judge], tokenizer: Any) -> OnceSettled | None:
+    """Lets an answer be cut short that all judges have refused for good; None where none ever is.
+
+    That is so with a judge that isn't a list of phrases, and may change its mind, and with a model that knows the marks
+    of thoughts: one that begins later, or turns out to have been one, would be taken out of the answer.
+    """
+    lists = [judge for judge in judges if isinstance(judge, SubstringJudge)]
+    if len(lists) < len(judges) or not judges or knows_thoughts(tokenizer):
+        return None
+    return OnceSettled(tuple(sorted(lists, key=lambda judge: len(judge.phrases))), tokenizer)
 
 
 @dataclass(frozen=True)

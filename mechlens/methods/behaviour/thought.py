@@ -15,6 +15,13 @@ def after_thought(answer: str) -> str | None:
     return None if OPEN in said else said
 
 
+def knows_thoughts(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a token for a mark of thoughts, or its chat template writes one."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    known = tokenizer.get_vocab()
+    return any(mark in known or mark in template for mark in (OPEN, CLOSE))
+
+
 def opens_thought(batch: TokenBatch, tokenizer: Any) -> tuple[bool, ...]:
     """Of each prompt: whether the template opens a thought after the user's words, so that the answer begins in it."""
     known: dict[tuple[int, ...], bool] = {}

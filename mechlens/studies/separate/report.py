@@ -199,8 +199,9 @@ def _examples(result: Separation, model: LanguageModel) -> Section:
     for name in QUADRANTS:
         own = [i for i, quadrant in enumerate(quadrants) if quadrant == name]
         for i in own[:2]:
-            prompt, said = result.judged.prompts[i], result.judged.answers.texts[i]
-            rows.append({"quadrant": name, "prompt": prompt.text, "answer": said})
+            prompt, answers = result.judged.prompts[i], result.judged.answers
+            more = " ..." if answers.cut and answers.cut[i] else ""
+            rows.append({"quadrant": name, "prompt": prompt.text, "answer": answers.texts[i] + more})
         if own:
             views += _views(result, model, own[0], name)
     return Section(
@@ -246,7 +247,15 @@ def _how(result: Separation, verdict: Verdict, sets: ContrastSets) -> str:
         f"by bootstrap over families ({result.plan.resamples} resamples), D's stretched as Student's t is; of cosines "
         "by "
         "jackknife over families, directions refitted. Nulls: label permutation and random directions of the same "
-        f"norm, at the level that most folds chose.\n\nAnswers: greedy, {result.plan.max_new_tokens} tokens. "
-        "Activations: "
+        f"norm, at the level that most folds chose.\n\nAnswers: greedy, {result.plan.max_new_tokens} tokens"
+        f"{_cut(result)}. Activations: "
         f"{result.acts.engine} engine, {known.checkpoint.regime} weights."
     )
+
+
+def _cut(result: Separation) -> str:
+    """How many answers are not all that the model would have said."""
+    cut = result.judged.answers.cut
+    if not any(cut):
+        return ""
+    return f"; {sum(cut)} of {len(cut)} were left off once every judge had refused them, however they went on"

@@ -14,11 +14,12 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.behaviour.chosen_judge import judges_of
+from mechlens.methods.behaviour.chosen_judge import judges_of, once_settled
 from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.behaviour.model_judge import ModelJudge
 from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import MIN_FAMILIES
+from mechlens.methods.progress import phase
 from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
@@ -165,13 +166,34 @@ def separate(
     judges = judges or judges_of(plan.judge)
     prompts = labelled(harmful, harmless, extra_harmless)
     batch = tokenize(prompts, template or template_of(model))
-    answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache)
-    judged = judge_answers(prompts, answers, judges)
+    decided = once_settled(judges, loaded(model).tokenizer)
+    answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, decided=decided, cache=cache)
+    rows = [i for i, prompt in enumerate(prompts) if prompt.label == HARMFUL]
+    bare = batch.select(rows).without_post()
+    without_post = answer(model, bare, max_new_tokens=plan.max_new_tokens, decided=decided, cache=cache)
+    with phase("judging"):
+        judged = judge_answers(prompts, answers, judges)
+        judged_without = judge_answers(bare.prompts, without_post, judges)
     acts = collect(model, batch, positions=["inst", "post[*]"], cache=cache)
+    with phase("statistics"):
+        matched = {prompt.id for prompt in (*harmful, *harmless)}
+        return _measured(model, judged, judged_without, rows, acts, batch, matched, plan)
+
+
+def _measured(
+    model: LanguageModel,
+    judged: JudgedAnswers,
+    judged_without: JudgedAnswers,
+    rows: Sequence[int],
+    acts: Activations,
+    batch: TokenBatch,
+    matched: set[str],
+    plan: SeparationPlan,
+) -> Separation:
+    """Every number, once all prompts are answered and read; `judged_without` the template are these `rows`."""
     surface = surface_of(model, batch)
-    matched = {prompt.id for prompt in (*harmful, *harmless)}
-    paired = torch.tensor([prompt.id in matched for prompt in prompts])
-    topics = [prompt.category for prompt in prompts]
+    paired = torch.tensor([prompt.id in matched for prompt in judged.prompts])
+    topics = [prompt.category for prompt in judged.prompts]
     analysis = analyse(acts, judged.quadrants(), paired, topics, surface, plan)
     judged, first_token = judge_first_token(model, judged, acts, analysis.folds[0][0].fitted)
     harm = analysis.harm.scores
@@ -188,7 +210,7 @@ def separate(
             seed=plan.seed,
         ),
         beliefs=measure_beliefs(acts, judged.quadrants(), analysis.folds[0], plan.seed, plan.resamples),
-        without_template=_without_template(model, judged, batch, analysis, plan, judges, cache),
+        without_template=_without_template(judged, judged_without, rows, analysis, plan),
         acts=acts,
         batch=batch,
         plan=plan,
@@ -212,17 +234,8 @@ def _within(
 
 
 def _without_template(
-    model: LanguageModel,
-    judged: JudgedAnswers,
-    batch: TokenBatch,
-    analysis: Analysis,
-    plan: SeparationPlan,
-    judges: Sequence[Judge],
-    cache: Cache | None,
+    judged: JudgedAnswers, without: JudgedAnswers, rows: Sequence[int], analysis: Analysis, plan: SeparationPlan
 ) -> WithoutTemplate:
-    rows = [i for i, prompt in enumerate(judged.prompts) if prompt.label == HARMFUL]
-    cut = answer(model, batch.select(rows).without_post(), max_new_tokens=plan.max_new_tokens, cache=cache)
-    without = judge_answers([judged.prompts[i] for i in rows], cut, judges)
     families = [judged.prompts[i].group for i in rows]
     full = torch.tensor([judged.refused[i] for i in rows]).double()
     rates = {

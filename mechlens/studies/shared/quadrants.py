@@ -95,7 +95,7 @@ class JudgedAnswers:
         ]
 
     def table(self) -> pd.DataFrame:
-        """One row per prompt: id, label, category, text, answer, every verdict, quadrant."""
+        """One row per prompt: id, label, category, text, answer (`cut`: left off once decided), verdicts, quadrant."""
         frame = pd.DataFrame(
             {
                 "id": [prompt.id for prompt in self.prompts],
@@ -106,6 +106,8 @@ class JudgedAnswers:
                 "quadrant": self.quadrants(),
             }
         )
+        if self.answers.cut:
+            frame["cut"] = self.answers.cut
         for judge, verdicts in self.verdicts.items():
             frame[f"verdict_{judge}"] = verdicts
         return frame

@@ -1,0 +1,158 @@
+"""How far long work is, and where its time went: phases by name, and one bar over all of them.
+
+A study names its phases where they begin, and loops over batches say how far they are. Who runs a study can ask for the
+seconds of each phase (`timed`); a study that knows what is ahead can have one bar over everything (`one_bar`). Without
+either, a loop has a bar of its own.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from tqdm.auto import tqdm
+
+
+@dataclass
+class Clock:
+    """Seconds by phase; a phase inside another one counts as the outer one's."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    inside: bool = False
+    began: float = field(default_factory=time.perf_counter)
+
+    def by_phase(self) -> dict[str, float]:
+        """The seconds so far, and as "other" those outside of all phases."""
+        return {**self.seconds, "other": time.perf_counter() - self.began - sum(self.seconds.values())}
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """A loop's bar."""
+
+    def update(self, n: int, /) -> object:
+        """So many more are done."""
+
+    def close(self) -> None:
+        """All are done."""
+
+
+_CLOCK: ContextVar[Clock | None] = ContextVar("clock", default=None)
+_WHOLE: ContextVar["WholeBar | None"] = ContextVar("whole", default=None)
+
+
+@contextmanager
+def timed() -> Iterator[Clock]:
+    """A clock that runs through the phases of what is done inside."""
+    clock = Clock()
+    token = _CLOCK.set(clock)
+    try:
+        yield clock
+    finally:
+        _CLOCK.reset(token)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """What is done inside is this phase's; the outermost name counts."""
+    clock, whole = _CLOCK.get(), _WHOLE.get()
+    outermost = clock is not None and not clock.inside
+    began = time.perf_counter()
+    if clock is not None:
+        clock.inside = True
+    if whole is not None:
+        whole.begin(name)
+    try:
+        yield
+        if whole is not None:
+            whole.end(name)
+    finally:
+        if clock is not None and outermost:
+            clock.seconds[name] = clock.seconds.get(name, 0.0) + time.perf_counter() - began
+            clock.inside = False
+
+
+class WholeBar:
+    """One bar over phases whose costs are guessed before they begin; when one ends, its guess counts as done."""
+
+    def __init__(self, title: str, costs: Mapping[str, float]) -> None:
+        self._title, self._ahead, self._within, self._done = title, dict(costs), 0.0, 0.0
+        self._now: str | None = None
+        self._bar = tqdm(
+            total=sum(costs.values()), delay=2, smoothing=0.1, dynamic_ncols=True, desc=title,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} to go",
+        )  # fmt: skip
+
+    def expect(self, costs: Mapping[str, float]) -> None:
+        """Other guesses for what is still ahead; a phase that isn't named won't be."""
+        self._ahead = {name: cost for name, cost in costs.items() if name in self._ahead}
+        self._bar.total = self._done + sum(self._ahead.values())
+        self._bar.refresh()
+
+    def begin(self, name: str) -> None:
+        """A phase begins; one inside another is the outer one's."""
+        if self._now is None and name in self._ahead:
+            self._now, self._within = name, 0.0
+            self._bar.set_description_str(f"{self._title}: {name}")
+
+    def advance(self, cost: int | float) -> None:
+        """So much of the phase is done; more than was guessed waits for its end."""
+        if self._now is not None:
+            self._within = min(self._within + cost, self._ahead[self._now])
+            self._show()
+
+    def end(self, name: str) -> None:
+        """The phase is done, whatever it cost."""
+        if self._now == name:
+            self._done, self._within, self._now = self._done + self._ahead.pop(name), 0.0, None
+            self._show()
+
+    def close(self, *, finished: bool) -> None:
+        """Takes the bar away, full where everything is done."""
+        if finished:
+            self._done, self._within = float(self._bar.total), 0.0
+            self._show()
+        self._bar.close()
+
+    def _show(self) -> None:
+        self._bar.update(self._done + self._within - self._bar.n)
+
+
+@contextmanager
+def one_bar(title: str, costs: Mapping[str, float]) -> Iterator[WholeBar]:
+    """A bar over all phases inside, by what each is guessed to cost; loops inside them have none of their own."""
+    whole = WholeBar(title, costs)
+    token = _WHOLE.set(whole)
+    finished = False
+    try:
+        yield whole
+        finished = True
+    finally:
+        _WHOLE.reset(token)
+        whole.close(finished=finished)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A loop inside a phase of a whole bar."""
+
+    whole: WholeBar
+    cost: float
+    """Of one step."""
+
+    def update(self, n: int, /) -> None:
+        self.whole.advance(n * self.cost)
+
+    def close(self) -> None:
+        """The phase goes on."""
+
+
+def steps(total: int, title: str, unit: str, cost: int | float) -> Steps:
+    """The bar of a loop of so many steps, which cost so much together: its own, or its part of the whole one."""
+    whole = _WHOLE.get()
+    if whole is not None:
+        return _Part(whole, cost / max(total, 1))
+    own: Steps = tqdm(total=total, desc=title, unit=unit, delay=2, leave=False)
+    return own
