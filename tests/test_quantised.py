@@ -219,19 +219,18 @@ def test_an_older_record_reads_as_raw() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_direction_read_in_quantised_weights_is_nearly_that_of_float32(
-    kind: str, smollm2: Any, record_property: Callable[[str, object], None]
+def test_a_direction_read_in_int8_is_that_of_float32(
+    smollm2: Any, record_property: Callable[[str, object], None]
 ) -> None:
     """Harmful against harmless at `inst`, 24 prompts of each, over the levels above the embedding."""
     from mechlens.prompts.builtin import builtin_prompts
 
     asked = [*builtin_prompts("harmful")[:24], *builtin_prompts("harmless")[:24]]
-    model = load("smollm2", dtype=kind)
+    model = load("smollm2", dtype="int8")
     cosines = []
     acts = [collect(one, asked, positions=["inst"]) for one in (model, smollm2)]
     for level in acts[0].levels[1:]:
         first, second = (mean_difference(one, "harmful", "harmless", level, "inst").vector for one in acts)
         cosines.append(float(cosine(first, second)))
-    record_property(f"smallest cosine, {kind} and float32", min(cosines))
-    assert min(cosines) > {"int8": 0.99, "nf4": 0.9, "fp8": 0.98}[kind]
+    record_property("smallest cosine, int8 and float32", min(cosines))
+    assert min(cosines) > 0.995  # 0.9990; in fp8 it is 0.993 and in nf4 0.90

@@ -191,20 +191,27 @@ def _merge_layers(adapted: Any, own: torch.dtype, wanted: torch.dtype) -> None:
     for layer in adapted.modules():
         if isinstance(layer, BaseTunerLayer):
             tuners[layer.get_base_layer()].append(layer)
+    # Room for every result first: what is only used meanwhile would leave holes between them.
+    rooms = {base: _room(base, own, wanted) for base in tuners}
     for base, layers in tuners.items():
-        room = {}
-        for name, parameter in base.named_parameters(recurse=False):
-            # Room for the result first, so that what is only used meanwhile leaves no holes in memory. Nothing is
-            # written to a float32 matrix that lies in its file, as all that is stays while the file is open.
-            data = parameter.data
-            half = data.dtype in (torch.float16, torch.bfloat16)
-            room[name] = data if half and wanted == own else torch.empty_like(data, dtype=_wanted(data, own, wanted))
-            parameter.data = data.to(torch.float32 if half else data.dtype, copy=True)
+        for parameter in base.parameters(recurse=False):
+            half = parameter.dtype in (torch.float16, torch.bfloat16)
+            # A copy, as nothing that is written to a matrix in its file is let go while the file is open.
+            parameter.data = parameter.data.to(torch.float32 if half else parameter.dtype, copy=True)
         for layer in layers:
             layer.merge()
-        for name, result in room.items():
+        for name, result in rooms.pop(base).items():
             parameter = getattr(base, name)
             parameter.data = result.copy_(parameter.data)
+
+
+def _room(base: nn.Module, own: torch.dtype, wanted: torch.dtype) -> dict[str, Tensor]:
+    """Where a module's merged parameters go: in their place, if they are in half precision and stay what they are."""
+    kept = own == wanted != torch.float32
+    return {
+        name: parameter.data if kept else torch.empty_like(parameter, dtype=_wanted(parameter, own, wanted))
+        for name, parameter in base.named_parameters(recurse=False)
+    }
 
 
 def _wanted(data: Tensor, own: torch.dtype, wanted: torch.dtype) -> torch.dtype:
