@@ -24,7 +24,7 @@ from mechlens.models.checkpoint import (
     weight_fingerprint,
     weights_of,
 )
-from mechlens.models.device_map import as_they_lie, weight_of, where_run
+from mechlens.models.device_map import as_they_lie, fetch_by_block, require_fetched, weight_of, where_run
 from mechlens.models.engine.caches import cache_by_old_name, mend_attention
 from mechlens.models.engine.head import head_gap, own_logits
 from mechlens.models.engine.probes import (
@@ -38,7 +38,7 @@ from mechlens.models.engine.probes import (
     require_present,
     tolerance,
 )
-from mechlens.models.native import plain_module
+from mechlens.models.native import native, plain_module
 from mechlens.models.offline import sealed
 from mechlens.models.precision import Parity
 from mechlens.models.quantise import quantisation
@@ -92,6 +92,7 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
     require_present(hf_model, checkpoint.name)
     require_finite_weights(hf_model, checkpoint.name)
     checkpoint = replace(checkpoint, config=config_fingerprint(config), regime=quantisation(config) or "raw")
+    fetch_by_block(hf_model)
     before = probe(hf_model)
     try:
         # The name is only a label here, but TransformerLens takes a bare one for an alias of some hub model.
@@ -104,7 +105,11 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
         if "blocks.0.hook_resid_pre" not in model.hook_dict:
             raise ValueError("its blocks have no single residual stream")
         mend_attention(model)
+        fetch_by_block(hf_model)
         model.requires_grad_(False)
+        require_fetched(hf_model, lambda: probe(hf_model))
+        with native(model):
+            require_fetched(hf_model, lambda: probe(hf_model))
         after = probe(model.original_model)
     except torch.OutOfMemoryError:
         raise

@@ -4,6 +4,7 @@ transformers reads the map and accelerate carries it out: it moves what each par
 weights of a part on "disk" are read before each of its calls and let go after it.
 """
 
+import contextlib
 import json
 import shutil
 import weakref
@@ -15,10 +16,13 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from mechlens.errors import UserError, require_extra
 from mechlens.files import user_path
 from mechlens.models.checkpoint import Elsewhere
+from mechlens.models.native import blocks_of, plain_module
 
 DeviceMap = str | Mapping[str, str | int]
 """Module names and devices as in `model.hf_device_map`; a JSON file of that; "auto"; or one device for all."""
@@ -48,9 +52,7 @@ def read_device_map(given: DeviceMap | None, config: Callable[[], Any]) -> str |
     for name, device in places.items():
         _require_there(device, f"{what} puts {name or 'the model'} on {device!r}")
     _require_one_kind(places, what)
-    if list(places) != [""]:
-        _require_whole(places, config(), what)
-    return dict(places)
+    return dict(places) if list(places) == [""] else _whole(places, config(), what)
 
 
 def _in_file(given: str) -> Mapping[str, str | int]:
@@ -94,8 +96,8 @@ def _require_one_kind(places: Mapping[str, str | int], what: str) -> None:
         )
 
 
-def _require_whole(places: Mapping[str, str | int], config: Any, what: str) -> None:
-    """UserError for names that no module has, and for weights that no name covers."""
+def _whole(places: Mapping[str, str | int], config: Any, what: str) -> dict[str, str | int]:
+    """The map with tied ends named both; UserError for names that no module has, and weights that no name covers."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -108,9 +110,7 @@ def _require_whole(places: Mapping[str, str | int], config: Any, what: str) -> N
             f"{what} names {odd[0]!r}, and {type(outline).__name__} has no such module; its modules are called as in "
             f"{', '.join(name for name, _ in outline.named_parameters())[:120]}..."
         )
-    where = {one: _covering(places, one) for one in weights}
-    if left := [one for one, name in where.items() if name is None]:
-        raise UserError(f"{what} says of {len(left)} weights nothing, such as {left[0]}; give each module a device")
+    found = dict(places)
     for one, other in getattr(outline, "all_tied_weights_keys", {}).items():
         ends = _covering(places, one), _covering(places, other)
         if None not in ends and places[str(ends[0])] != places[str(ends[1])]:
@@ -118,12 +118,24 @@ def _require_whole(places: Mapping[str, str | int], config: Any, what: str) -> N
                 f"{what} puts {ends[0]} and {ends[1]} in different places, and their weights are one matrix in this "
                 "model; give them the same"
             )
+        for end, name, given in ((one, *ends), (other, *ends[::-1])):
+            if name is None and given is not None:
+                found[end.rpartition(".")[0]] = places[given]
+    if left := [one for one in weights if _covering(found, one) is None]:
+        raise UserError(f"{what} says of {len(left)} weights nothing, such as {left[0]}; give each module a device")
+    return found
 
 
 def _covering(places: Mapping[str, str | int], weight: str) -> str | None:
     """The name in the map that a weight lies under, the longest of several."""
     found = [name for name in places if name in ("", weight) or weight.startswith(f"{name}.")]
     return max(found, key=len) if found else None
+
+
+def require_off_disk(places: str | Mapping[str, str | int] | None, dtype: str) -> None:
+    """UserError for weights of a type that can't lie on the disk."""
+    if isinstance(places, Mapping) and "disk" in places.values():
+        raise UserError(f"{dtype} weights can't lie on the disk; give a map without it, or another --dtype")
 
 
 def offload_folder(places: str | Mapping[str, str | int] | None, folder: Path) -> dict[str, str]:
@@ -137,6 +149,49 @@ def drop_with(model: nn.Module, folder: Mapping[str, str]) -> None:
     """Removes the `offload_folder` when the model is let go, or the process ends."""
     for path in folder.values():
         weakref.finalize(model, shutil.rmtree, path, ignore_errors=True)
+
+
+def fetch_by_block(hf_model: nn.Module) -> None:
+    """Has all weights of a block in memory as long as the block runs.
+
+    accelerate has each module's own as long as that module runs, and what reads a module's weight without calling it
+    (state-space mixers, TransformerLens' components) would compute with none. TransformerLens gives the blocks of some
+    models another `forward`, so this is asked for again after it.
+    """
+    if not weights_elsewhere(hf_model):
+        return
+    for block in map(plain_module, blocks_of(hf_model)):
+        ready = getattr(block.forward, "func", None) is _with_its_weights
+        if weights_elsewhere(block) and not ready:
+            block.forward = partial(_with_its_weights, block, block.forward)
+
+
+def _with_its_weights(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    parts = [(part, hook) for part in block.modules() if (hook := _offloading(part)) is not None]
+    with contextlib.ExitStack() as stack:
+        for part, hook in parts:
+            stack.callback(hook.post_forward, part, None)
+            hook.pre_forward(part)
+            hook.offload = False  # a call within the block neither fetches nor drops them
+            stack.callback(setattr, hook, "offload", True)
+        return run(*args, **kwargs)
+
+
+class _NoneMissing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """RuntimeError for an operation with weights that aren't in memory, which PyTorch may give any numbers for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        if len({x.is_meta for x in tensors if x.ndim}) > 1 and not func.overloadpacket.__name__.endswith("copy_"):
+            raise RuntimeError(f"{func.overloadpacket.__name__} is run with weights that are on the disk")
+        return func(*args, **(kwargs or {}))
+
+
+def require_fetched(hf_model: nn.Module, run: Callable[[], Any]) -> None:
+    """RuntimeError where a pass of a model in parts computes with weights that weren't fetched for it."""
+    if weights_elsewhere(hf_model):
+        with _NoneMissing():  # type: ignore[no-untyped-call]
+            run()
 
 
 def where_run(module: nn.Module) -> torch.device:

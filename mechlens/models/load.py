@@ -20,6 +20,7 @@ from mechlens.models.device_map import (
     drop_with,
     offload_folder,
     read_device_map,
+    require_off_disk,
     require_one_place,
 )
 from mechlens.models.engine.probes import require_present
@@ -68,6 +69,8 @@ def load(
     require_wrappable(model, revision=revision)
     if device_map is None and (kind or stored_quantised(model, revision=revision)):
         device_map, place = place, None  # packed weights are made where they stay
+    if kind is not None and device_map is not None:
+        require_off_disk(read_device_map(device_map, lambda: load_config(model, revision=revision)), kind)
     base = ADAPTERS[model].base if _is_adapter(model) else None
     if adapter is not None:
         base = short_name(model)
