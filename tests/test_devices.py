@@ -11,6 +11,7 @@ from tiny import tiny_hf, tiny_tokenizer, words
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.damage import damage
 from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.patching.metrics import LogitDifference
@@ -25,6 +26,7 @@ from mechlens.models.engine.edits import Edit
 from mechlens.models.engine.forward import Row, reference_batch
 from mechlens.models.engine.growing import edited_logits, record
 from mechlens.models.native import native, native_blocks
+from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt, PromptPair
 
 
@@ -82,6 +84,13 @@ def swept(site: str) -> Callable[[Any], torch.Tensor]:
     return lambda model: patch_sweep(model, [pair, pair], LogitDifference(40, 41), plan).values
 
 
+def damaged(model: Any) -> torch.Tensor:
+    batch = tokenize(prompts()[:2], template_of(model))
+    add = interventions(model)[0][0]
+    found = damage(model, add, batch, answer(model, batch, max_new_tokens=3), ["the thing is"])  # type: ignore[arg-type]
+    return torch.cat([found.plain, found.own, found.kl])
+
+
 CASES: dict[str, Callable[[Any], Any]] = {
     "collect": lambda model: collect(model, prompts(), positions=["inst", "last"]).values,
     "plain pass": lambda model: reference_batch(
@@ -95,6 +104,7 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "unembed": lambda model: unembed(model, torch.linspace(-1, 1, 64).reshape(2, 32)),
     "text loss": lambda model: text_loss(model, ["the thing is"]),
     "patch": patched,
+    "damage": damaged,
     "patch sweep": swept("z"),
     "patch sweep of patterns": swept("pattern"),
     "collect z": lambda model: collect(model, prompts(), positions=["inst"], site="z").values,

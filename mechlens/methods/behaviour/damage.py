@@ -94,14 +94,19 @@ def _on_answer(
         with applied(model, [one], bare):
             steered = _logits(model, tokens)
     losses, distances = [], []
-    for i, row in enumerate(rows):
-        start, end = len(batch.row(row)), len(ids[i])
-        said = torch.tensor(ids[i][start:], device=tokens.device)
-        # Of a large vocabulary in float64 only what is read.
-        p, q = (logits[i, start - 1 : end - 1].double().log_softmax(dim=-1) for logits in (clean, steered))
+    starts = [len(batch.row(row)) for row in rows]
+    for i, (p, q) in enumerate(zip(_told(clean, ids, starts), _told(steered, ids, starts), strict=True)):
+        said = torch.tensor(ids[i][starts[i] :])
         losses.append(-q.gather(1, said[:, None]).mean())
         distances.append((p.exp() * (p - q)).sum(dim=-1).mean())
-    return torch.stack(losses).cpu(), torch.stack(distances).cpu()
+    return torch.stack(losses), torch.stack(distances)
+
+
+def _told(logits: Tensor, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+    """Log-probabilities of each row's tokens from a place on, in float64 on the CPU: only what is read, in one move."""
+    read = [logits[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(zip(ids, starts, strict=True))]
+    parts = torch.split(torch.cat(read).cpu(), [len(part) for part in read])
+    return [part.double().log_softmax(dim=-1) for part in parts]
 
 
 def _ids_of(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
@@ -116,14 +121,11 @@ def _on_texts(model: LanguageModel, one: Add | Ablate | None, ids: Sequence[Sequ
     everywhere = [] if one is None else [replace(one, positions=ALL, phase="both")]
 
     def run(chunk: list[int]) -> Tensor:
-        losses = []
+        own = [ids[i] for i in chunk]
         with torch.inference_mode(), applied(model, everywhere):
-            found = _logits(model, _padded([ids[i] for i in chunk], model))
-        for i, row in zip(chunk, found, strict=True):
-            after = torch.tensor(ids[i][1:], device=row.device)
-            told = row[: len(after)].double().log_softmax(dim=-1)
-            losses.append(-told.gather(1, after[:, None]).mean())
-        return torch.stack(losses).cpu()
+            told = _told(_logits(model, _padded(own, model)), own, [1] * len(own))
+        after = [torch.tensor(row[1:])[:, None] for row in own]
+        return torch.stack([-one.gather(1, said).mean() for one, said in zip(told, after, strict=True)])
 
     longest = max(map(len, ids))
     return torch.cat([halving(run, chunk, longest) for chunk in _chunks([i for i, x in enumerate(ids) if len(x) > 1])])

@@ -54,7 +54,8 @@ def gradients(
 
     stepping = [(name, step(layer)) for name, layer in names.items()]
     with torch.enable_grad(), model.hooks(fwd_hooks=[("hook_embed", rooted), *stepping]):
-        found = metric(model(tokens, **whole(model))[0, read].float()[None]).sum()
+        # On the CPU, where the clean run's logits are that a metric may compare with.
+        found = metric(model(tokens, **whole(model))[0, read].float().cpu()[None]).sum()
         if not found.requires_grad:
             raise UserError("this metric has no gradient, so it can't be attributed; choose another engine or metric")
         # Zeros where the metric doesn't depend on a step.
@@ -81,9 +82,14 @@ def attributed(
     """
     layers = sorted({edit.layer for edit in edits})
     own, slopes, at_start = gradients(model, ids, site, layers, lambda row: metric(row, clean)[0], read)
-    shifts = []
-    for edit in edits:
-        mine, slope = (value_at(of[edit.layer], site, edit.position, edit.head) for of in (own, slopes))
-        value = edit.value[: mine.shape[-1]].to(mine)
-        shifts.append(((value - mine).double() * slope.double()).sum())
-    return at_start + torch.stack(shifts).cpu()
+    shifts = torch.empty(len(edits), dtype=torch.float64)
+    for layer in layers:
+        some = [i for i, edit in enumerate(edits) if edit.layer == layer]
+        # One move to the CPU a layer: layers may lie on several devices, and some devices have no float64.
+        mine, slope = (
+            torch.stack([value_at(of[layer], site, edits[i].position, edits[i].head) for i in some]).cpu().double()
+            for of in (own, slopes)
+        )
+        values = torch.stack([edits[i].value for i in some])[:, : mine.shape[-1]].cpu().double()
+        shifts[torch.tensor(some)] = ((values - mine) * slope).sum(dim=-1)
+    return at_start + shifts
