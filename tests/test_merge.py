@@ -159,7 +159,11 @@ def test_what_cannot_be_merged_is_refused_in_one_sentence(kind: str, tmp_path: P
     base = saved(tmp_path / "base")
     path = str(save_peft(base, tmp_path / "adapter", config()))
     with checkpoint_swapper(base) as series:
-        for put in (lambda: load(base, adapter=path), lambda: series.put(Member("one", path, "adapter", 1))):
+        for put in (
+            lambda: load(base, adapter=path),
+            lambda: load(base, adapter=path, dtype="bfloat16"),
+            lambda: series.put(Member("one", path, "adapter", 1)),
+        ):
             with pytest.raises(UserError, match=words) as caught:
                 put()
             assert "\n" not in str(caught.value)

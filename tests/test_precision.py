@@ -70,6 +70,27 @@ def test_the_packaged_models_are_float32_so_auto_changes_no_published_number(smo
     assert dtype_of(smollm2) == dtype_of(gemma3) == torch.float32
 
 
+@pytest.mark.real
+def test_a_packaged_adapter_is_rounded_once(smollm2: Any) -> None:
+    """Whose logits in bfloat16 are all rounding on the first tokens of the vocabulary."""
+    exact, rounded = (load_hf("smollm2-refuser", dtype=dtype)[0] for dtype in ("auto", "bfloat16"))
+    assert rounded.dtype == torch.bfloat16
+    for name, value in exact.named_parameters():
+        assert torch.equal(value.bfloat16(), rounded.get_parameter(name)), name
+
+
+def test_a_wrong_merge_is_seen_in_half_precision_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import Linear
+
+    folder = str(save(tmp_path / "model"))
+    adapter = str(save_adapter(folder, tmp_path / "adapter", seed=0))
+    right = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda layer, name: -right(layer, name))
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UserError, match="gives other logits once it is merged"):
+            load(folder, adapter=adapter, dtype=dtype)
+
+
 def test_a_mixed_base_with_an_adapter_is_rounded_once(tmp_path: Path) -> None:
     folder = rewrite(save(tmp_path / "a"), "bfloat16", lambda name, v: v if "norm" in name else v.bfloat16())
     adapter = str(save_adapter(folder, tmp_path / "adapter", seed=0))

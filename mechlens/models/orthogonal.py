@@ -55,9 +55,10 @@ def orthogonalised(model: LanguageModel, vector: Float[Tensor, " d_model"]) -> I
 @torch.no_grad()
 def _without(weight: Tensor, unit: Tensor, axis: int) -> Tensor:
     """The weight without its component along `unit` on the residual stream's axis."""
-    wide = weight.double().movedim(axis, -1)
+    exact = weight.cpu() if weight.device.type == "mps" else weight  # which knows no float64
+    wide = exact.double().movedim(axis, -1)
     away = wide - (wide @ unit.to(wide)).unsqueeze(-1) * unit.to(wide)
-    return away.movedim(-1, axis).to(weight.dtype).contiguous()
+    return away.movedim(-1, axis).to(weight).contiguous()
 
 
 def _require_pre_norm(model: LanguageModel) -> None:

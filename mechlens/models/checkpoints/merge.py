@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
@@ -23,7 +24,10 @@ from mechlens.models.device_map import require_in_memory
 from mechlens.models.precision import round_weights
 
 TOLERANCE, IN_HALF = 1e-3, 0.1
-"""Differences of logits, in units of the largest logit, that rounding can make, in float32 and in 16 bits."""
+"""Differences of logits, or of what a layer gives in 16 bits, in units of the largest, that rounding can make."""
+
+FEW = 8
+"""Tokens on which single layers are compared."""
 
 
 def merge_adapter(hf_model: Any, adapter: str, dtype: str | None = None) -> Any:
@@ -37,14 +41,16 @@ def merge_adapter(hf_model: Any, adapter: str, dtype: str | None = None) -> Any:
     _require_base(folder, adapter, hf_model)
     name, own = str(hf_model.config.name_or_path), hf_model.dtype
     wanted = getattr(torch, dtype) if dtype else own
+    # In half precision a whole model's logits may be all rounding, and single layers are compared.
+    whole = own == wanted == torch.float32
     adapted = _adapted(hf_model, str(folder) if folder.exists() else adapter, adapter, name)
     tokens = _probe(hf_model, adapted.active_peft_config)
     try:
-        before = _logits(adapted, tokens)
+        before, calls = (_logits(adapted, tokens), {}) if whole else (None, _calls(adapted, tokens))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft says that layers are merged already, and that ends came apart
             _untie(adapted)
-            _merge_layers(adapted, own, wanted)
+            apart = _merge_layers(adapted, own, wanted, calls)
             merged = adapted.merge_and_unload()
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(
@@ -55,8 +61,13 @@ def merge_adapter(hf_model: Any, adapter: str, dtype: str | None = None) -> Any:
         merged.config.tie_word_embeddings = False
     if wanted != own:
         round_weights(merged, wanted)
-    tolerance = TOLERANCE if merged.dtype == torch.float32 else IN_HALF
-    _require_same(before, _logits(merged, tokens), tolerance, f"{adapter!r} ({_kind(adapted)})")
+    if before is not None:
+        apart = _apart(before, _logits(merged, tokens))
+    if not apart <= (TOLERANCE if own == torch.float32 else IN_HALF):
+        raise UserError(
+            f"the adapter {adapter!r} ({_kind(adapted)}) gives other logits once it is merged (by {apart:.2g} of the "
+            "largest), so peft can't merge it as it is; merge it yourself and give the merged model"
+        )
     return merged
 
 
@@ -183,8 +194,34 @@ def _untie(adapted: Any) -> None:
             setattr(module, name, own)
 
 
-def _merge_layers(adapted: Any, own: torch.dtype, wanted: torch.dtype) -> None:
-    """Each layer in float32, and what was in the model's own type in the one that is wanted before the next layer."""
+@torch.inference_mode()
+def _calls(adapted: Any, tokens: Tensor) -> dict[nn.Module, tuple[Any, Any, Any]]:
+    """What each adapted layer was given and gave in one pass over some of the tokens."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[nn.Module, tuple[Any, Any, Any]] = {}
+    layers = [layer for layer in adapted.modules() if isinstance(layer, BaseTunerLayer)]
+    handles = [
+        layer.register_forward_hook(lambda part, args, kwargs, out: found.update({part: (args, kwargs, out)}),
+                                    with_kwargs=True)
+        for layer in layers
+    ]  # fmt: skip
+    try:
+        adapted(input_ids=tokens[:, -FEW:], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def _merge_layers(
+    adapted: Any, own: torch.dtype, wanted: torch.dtype, calls: dict[nn.Module, tuple[Any, Any, Any]]
+) -> float:
+    """Each layer in float32, and what was in the model's own type in the one that is wanted before the next layer.
+
+    How far the merged layers, before they are rounded, are from what the adapted ones gave.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tuners = defaultdict(list)
@@ -193,6 +230,7 @@ def _merge_layers(adapted: Any, own: torch.dtype, wanted: torch.dtype) -> None:
             tuners[layer.get_base_layer()].append(layer)
     # Room for every result first: what is only used meanwhile would leave holes between them.
     rooms = {base: _room(base, own, wanted) for base in tuners}
+    worst = 0.0
     for base, layers in tuners.items():
         for parameter in base.parameters(recurse=False):
             half = parameter.dtype in (torch.float16, torch.bfloat16)
@@ -200,9 +238,13 @@ def _merge_layers(adapted: Any, own: torch.dtype, wanted: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32 if half else parameter.dtype, copy=True)
         for layer in layers:
             layer.merge()
+        if layers[0] in calls:  # the outermost, where several change one module
+            args, kwargs, right = tree_map_only(Tensor, _wide, calls.pop(layers[0]))
+            worst = max(worst, _apart(right, layers[0](*args, **kwargs)))
         for name, result in rooms.pop(base).items():
             parameter = getattr(base, name)
             parameter.data = result.copy_(parameter.data)
+    return worst
 
 
 def _room(base: nn.Module, own: torch.dtype, wanted: torch.dtype) -> dict[str, Tensor]:
@@ -219,13 +261,12 @@ def _wanted(data: Tensor, own: torch.dtype, wanted: torch.dtype) -> torch.dtype:
     return wanted if data.dtype == own else data.dtype
 
 
-def _require_same(before: Tensor, after: Tensor, tolerance: float, adapter: str) -> None:
-    """UserError where merging changed the logits; numbers that aren't finite are left to whoever uses them."""
-    if not bool(torch.isfinite(before).all()):
-        return
-    gap = float((after - before).abs().max() / before.abs().max().clamp(min=1e-6))
-    if not gap <= tolerance:
-        raise UserError(
-            f"the adapter {adapter} gives other logits once it is merged (by {gap:.2g} of the largest), so peft can't "
-            "merge it as it is; merge it yourself and give the merged model"
-        )
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _apart(right: Tensor, found: Tensor) -> float:
+    """Largest difference in units of the largest number; 0 where those aren't finite, which is for others to say."""
+    if not bool(torch.isfinite(right).all()):
+        return 0.0
+    return float((found - right).abs().max() / right.abs().max().clamp(min=1e-6))

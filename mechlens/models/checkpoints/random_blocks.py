@@ -51,7 +51,8 @@ def _outline(parameter: Tensor) -> tuple[float, float] | None:
     """Two sums that tell a drawn matrix from the one before; None of vectors and constants, which may stay."""
     if parameter.ndim < 2 or min(parameter.shape[-2:]) < 2 or bool((parameter == parameter.flatten()[0]).all()):
         return None
-    return float(parameter.sum(dtype=torch.float64)), float(parameter.abs().sum(dtype=torch.float64))
+    exact = parameter.cpu() if parameter.device.type == "mps" else parameter  # which knows no float64
+    return float(exact.sum(dtype=torch.float64)), float(exact.abs().sum(dtype=torch.float64))
 
 
 @contextlib.contextmanager
