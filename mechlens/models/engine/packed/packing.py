@@ -6,9 +6,10 @@ attention implementation; an architecture whose attention can't be named so is f
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,9 +23,24 @@ from mechlens.models.engine.shared_rows import fault, fault_of_trial
 from mechlens.models.native import native
 
 NAME = "mechlens_packed"
-"""Of the attention implementation, while a packed pass runs."""
-KEYS_AT_ONCE = 1 << 16
-"""Keys that attention gathers at a time, which bounds what it takes beside the tokens."""
+"""Of the attention implementation, while a packed pass runs; the number of the pass follows."""
+_PASSES = itertools.count()
+PIECE = 64
+"""Tokens of a row that attention treats at once: a longer row is cut, so that short ones are not padded to it."""
+SCORES_AT_ONCE = 1 << 20
+"""Scores of a head that attention computes at a time, which bounds what it takes beside the tokens."""
+
+
+class Part(NamedTuple):
+    """Neighbouring pieces of rows that attention treats at once, padded to their longest."""
+
+    begin: int
+    end: int
+    """The pieces."""
+    own: int
+    """Own tokens of one at most."""
+    keys: int
+    """Keys of one at most."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +49,17 @@ class Packing:
 
     ids: Int[Tensor, " token"]
     positions: Int[Tensor, " token"]
-    own: Int[Tensor, "row own"]
-    """The tokens that a row runs itself, one after the other; padded with its last."""
-    keys: Int[Tensor, "row key"]
-    """The keys of a row's path by position: below `skip` of the start, from there on of token `key - skip`."""
+    own: Int[Tensor, "piece own"]
+    """The tokens of a piece of a row, one after the other; padded with its last."""
+    keys: Int[Tensor, "piece key"]
+    """The keys of a piece's path by position: below `skip` of the start, from there on of token `key - skip`."""
+    parts: tuple[Part, ...]
     place: Int[Tensor, " token"]
-    """Where in `own`, flattened, every token stands."""
+    """Where every token stands among those of its part, flattened."""
+    until: tuple[int, ...]
+    """How many tokens there are up to each piece."""
     ends: tuple[int, ...]
     """How many tokens there are up to each row."""
-
-    def rows_of(self, tokens: int) -> int:
-        """How many rows the first so many tokens make."""
-        return self.ends.index(tokens) + 1
 
 
 def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]], skip: int) -> Packing:
@@ -56,18 +71,43 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]], skip: int) -> Pack
         new = range(len(ids), len(ids) + len(tokens))
         ids += tokens
         positions += range(len(before), len(before) + len(tokens))
-        own.append(list(new))
-        keys.append([*before, *(skip + i for i in new)])
+        path = [*before, *(skip + i for i in new)]
+        for at in range(0, len(new), PIECE):
+            own.append(list(new[at : at + PIECE]))
+            keys.append(path[: len(before) + at + PIECE])
         ends.append(len(ids))
-    width = max(map(len, own))
+    parts = _parts([(len(tokens), len(path)) for tokens, path in zip(own, keys, strict=True)])
+    widest = max(map(len, own))
+    places = [
+        i * part.own + k
+        for part in parts
+        for i, piece in enumerate(own[part.begin : part.end])
+        for k in range(len(piece))
+    ]
     return Packing(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),
-        own=torch.tensor([row + row[-1:] * (width - len(row)) for row in own]),
+        own=torch.tensor([piece + piece[-1:] * (widest - len(piece)) for piece in own]),
         keys=_padded(keys),
-        place=torch.tensor([i * width + k for i, row in enumerate(own) for k in range(len(row))]),
+        parts=tuple(parts),
+        place=torch.tensor(places),
+        until=tuple(piece[-1] + 1 for piece in own),
         ends=tuple(ends),
     )
+
+
+def _parts(sizes: Sequence[tuple[int, int]]) -> list[Part]:
+    """Pieces, of so many tokens and keys, in parts of about `SCORES_AT_ONCE`."""
+    parts: list[Part] = []
+    for i, (own, keys) in enumerate(sizes):
+        last = parts[-1] if parts else Part(0, 0, 0, 0)
+        wider = Part(last.begin, i + 1, max(last.own, own), max(last.keys, keys))
+        # Of a few tokens the keys take memory too.
+        if parts and (wider.end - wider.begin) * max(wider.own, 16) * wider.keys <= SCORES_AT_ONCE:
+            parts[-1] = wider
+        else:
+            parts.append(Part(i, i + 1, own, keys))
+    return parts
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -149,34 +189,46 @@ class PackedAttention:
             raise ValueError(f"packed attention knows no {extra or 'masks'}")
         self.calls += 1
         tokens, heads, groups = query.shape[2], query.shape[1], query.shape[1] // key.shape[1]
-        rows = self.packing.rows_of(tokens)
-        own, keys, mask = (self._on(query, name, groups) for name in ("own", "keys", "mask"))
+        pieces = self.packing.until.index(tokens) + 1
+        tables = [self._on(query.device, name) for name in ("own", "keys", "place")]
         by_token, by_key, by_value = (x[0].transpose(0, 1) for x in (query, key, value))
-        step = max(1, KEYS_AT_ONCE // keys.shape[1])
-        parts = []
-        for some in (slice(at, min(at + step, rows)) for at in range(0, rows, step)):
-            q = by_token[own[some]]
+        found = []
+        for part in (part for part in self.packing.parts if part.begin < pieces):
+            some, at = self._shown(part, pieces)
+            own, keys, place = tables[0][some, : part.own], tables[1][some, : part.keys], tables[2][at]
+            q = by_token[own]
             q = q.view(*q.shape[:2], key.shape[1], groups, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)
-            k, v = by_key[keys[some]].transpose(1, 2), by_value[keys[some]].transpose(1, 2)
-            out = _attended(q, k, v, mask[some], scaling, softcap)
+            k, v = by_key[keys].transpose(1, 2), by_value[keys].transpose(1, 2)
+            out = _attended(q, k, v, self._mask(part, groups, query)[: len(own)], scaling, softcap)
             out = out.reshape(*out.shape[:2], -1, groups, value.shape[-1]).permute(0, 2, 1, 3, 4)
-            parts.append(out.reshape(-1, heads, value.shape[-1]))
-        found = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return found[self._on(query, "place", groups)[:tokens]].unsqueeze(0), None
+            found.append(out.reshape(-1, heads, value.shape[-1])[place])
+        return (found[0] if len(found) == 1 else torch.cat(found)).unsqueeze(0), None
 
-    def _on(self, like: Tensor, name: str, groups: int) -> Tensor:
+    def _shown(self, part: Part, pieces: int) -> tuple[slice, slice]:
+        """Those of the first so many pieces that are in a part, and their tokens."""
+        until, end = self.packing.until, min(part.end, pieces)
+        return slice(part.begin, end), slice(until[part.begin - 1] if part.begin else 0, until[end - 1])
+
+    def _on(self, device: torch.device, name: str) -> Tensor:
         """A table of the packing on the device of a block, made once for all blocks there."""
-        at = (name, like.device, like.dtype, groups) if name == "mask" else (name, like.device)
-        if at not in self._made:
-            found = self._mask(groups, like.dtype) if name == "mask" else getattr(self.packing, name)
-            self._made[at] = found.to(like.device)
-        return self._made[at]
+        if (name, device) not in self._made:
+            self._made[name, device] = getattr(self.packing, name).to(device)
+        return self._made[name, device]
 
-    def _mask(self, groups: int, dtype: torch.dtype) -> Float[Tensor, "row 1 query key"]:
-        """Adds minus infinity to the keys after each query; the queries of a group of heads stand side by side."""
-        own, width = self.packing.positions[self.packing.own], self.packing.keys.shape[1]
-        hidden = torch.arange(width) > own.repeat_interleave(groups, dim=1).unsqueeze(-1)
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).unsqueeze(1)
+    def _mask(self, part: Part, groups: int, like: Tensor) -> Float[Tensor, "piece 1 query key"]:
+        """Adds minus infinity to the keys after each query; the queries of a group of heads stand side by side.
+
+        Kept for all blocks where there is one for all; of several each is as large as what attention takes beside it.
+        """
+        kept = ("mask", like.device, like.dtype, groups)
+        if kept in self._made:
+            return self._made[kept]
+        own = self._on(like.device, "positions")[self._on(like.device, "own")[part.begin : part.end, : part.own]]
+        hidden = torch.arange(part.keys, device=like.device) > own.repeat_interleave(groups, dim=1).unsqueeze(-1)
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+        if len(self.packing.parts) == 1:
+            self._made[kept] = mask.unsqueeze(1)
+        return mask.unsqueeze(1)
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
@@ -192,13 +244,14 @@ def attending(hf_model: nn.Module, attention: PackedAttention) -> Iterator[None]
     """The plain model with this attention in every block."""
     config: Any = hf_model.config
     before = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
-    config._attn_implementation = NAME
+    name = f"{NAME}_{next(_PASSES)}"  # the names are the process's, and another thread may run another model
     try:
+        ALL_ATTENTION_FUNCTIONS.register(name, attention)
+        config._attn_implementation = name
         yield
     finally:
         config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS._global_mapping[NAME]
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
 def packed_pass(
@@ -220,12 +273,15 @@ def packed_pass(
 def packs(model: LanguageModel, longest: int) -> bool:
     """True where a packed pass gives what whole passes give, tried on a few tokens.
 
-    Never where the longest row has more tokens than a sliding window or a chunk of attention, which no short trial
-    shows.
+    Never where the longest row has more tokens than a sliding window or a chunk of attention, nor where queries are
+    scaled by the place of a token in the pass (Llama 4), which no short trial shows.
     """
     use = "of packed rows"
-    return longest <= _window(model) and not fault(
-        model, use, lambda: fault_of_trial(model, use, lambda: _packed_and_whole(model))
+    scaled = getattr(model.original_model.config.get_text_config(), "attn_temperature_tuning", False)
+    return (
+        not scaled
+        and longest <= _window(model)
+        and not fault(model, use, lambda: fault_of_trial(model, use, lambda: _packed_and_whole(model)))
     )
 
 
