@@ -58,6 +58,7 @@ COLUMNS = (
     "patch, growing",
     "patch, whole",
     "in some blocks",
+    "on the disk",
 )
 NUMBERS = ("residuals", "logits", "patched")
 """Columns that rounding changes from one machine to the next."""
@@ -68,7 +69,7 @@ NEW = 3
 
 
 def main() -> None:
-    rows = {name: row(name) for name in sorted({**CONFIGS, **MORE})}
+    rows = {name: row(name) | in_parts(name) for name in sorted({**CONFIGS, **MORE})}
     readme_table.write(__file__, "what was tried", table(rows), README)
     readme_table.write(__file__, "refused", refusals(), README)
 
@@ -145,6 +146,32 @@ def row(name: str) -> dict[str, str]:
             "patch, whole": whole, "in some blocks": sometimes,
         }  # fmt: skip
         return {column: said(trial, model, plain) for column, trial in trials.items()}
+
+
+def in_parts(name: str) -> dict[str, str]:
+    """The last column: with every other block on the disk, residuals, answers and logits are the whole model's."""
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary:
+        warnings.simplefilter("ignore")
+        folder = str(Path(temporary) / name)
+        try:
+            tiny_hf(name).save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+            whole, parts = load(folder), load(folder, device_map=every_other_block(tiny_hf(name)))
+            gaps = [apart(collect(parts, PROMPTS).values, collect(whole, PROMPTS).values)]
+            gaps.append(apart(logits_under(parts, PROMPTS, []), logits_under(whole, PROMPTS, [])))
+            answers = [answer(model, PROMPTS, max_new_tokens=NEW).tokens for model in (parts, whole)]
+        except (UserError, ImportError) as error:
+            return {"on the disk": "no: " + " ".join(str(error).split()).replace(folder, "it").replace("|", "/")}
+    return {"on the disk": judged(number(gaps), answers[0] == answers[1])}
+
+
+def every_other_block(plain: Any) -> dict[str, str]:
+    """A device map: all on the CPU but the first block, the third and so on."""
+    names = {module: name for name, module in plain.named_modules()}
+    blocks = [names[block] for block in blocks_of(plain)]
+    weights = [name for name, _ in (*plain.named_parameters(), *plain.named_buffers())]
+    rest = {name.rpartition(".")[0] for name in weights if not name.startswith(tuple(f"{one}." for one in blocks))}
+    return dict.fromkeys(rest, "cpu") | {name: ("disk", "cpu")[i % 2] for i, name in enumerate(blocks)}
 
 
 def said(trial: Callable[[Any, Any], str], model: Any, plain: Any) -> str:

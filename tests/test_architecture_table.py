@@ -34,10 +34,10 @@ def test_a_row_is_what_is_measured(name: str, architectures: Any) -> None:
         pytest.skip("the table was measured with other versions")
     cells = architectures.row(name)
     assert "WRONG" not in str(cells)
-    # What rounding is left differs from one machine to the next.
+    # What rounding is left differs from one machine to the next; parts on the disk are tested elsewhere.
     written = [cell.strip() for cell in lines()[name].split("|")[2:-1]]
     if "refused" not in cells:
-        for column in architectures.NUMBERS:
+        for column in (*architectures.NUMBERS, "on the disk"):
             cells[column] = written[architectures.COLUMNS.index(column)]
     assert architectures.line(name, cells) == lines()[name], "run scripts/architectures.py"
 

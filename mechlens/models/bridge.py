@@ -93,6 +93,7 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
     require_finite_weights(hf_model, checkpoint.name)
     checkpoint = replace(checkpoint, config=config_fingerprint(config), regime=quantisation(config) or "raw")
     fetch_by_block(hf_model)
+    require_fetched(hf_model, lambda: probe(hf_model))
     before = probe(hf_model)
     try:
         # The name is only a label here, but TransformerLens takes a bare one for an alias of some hub model.
@@ -111,7 +112,7 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
         with native(model):
             require_fetched(hf_model, lambda: probe(hf_model))
         after = probe(model.original_model)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         if checkpoint.regime != "raw":

@@ -178,20 +178,27 @@ def _with_its_weights(block: nn.Module, run: Callable[..., Any], *args: Any, **k
 
 
 class _NoneMissing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """RuntimeError for an operation with weights that aren't in memory, which PyTorch may give any numbers for."""
+    """RuntimeError for an operation with weights that aren't in memory, which PyTorch may give any numbers for, and
+    for one that writes to them, which nothing would come of."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        if len({x.is_meta for x in tensors if x.ndim}) > 1 and not func.overloadpacket.__name__.endswith("copy_"):
-            raise RuntimeError(f"{func.overloadpacket.__name__} is run with weights that are on the disk")
+        name = func.overloadpacket.__name__
+        written = name.endswith("_") and bool(tensors) and tensors[0].is_meta
+        if written or len({x.is_meta for x in tensors if x.ndim}) > 1:
+            raise RuntimeError(f"{name} is run with weights that are on the disk")
         return func(*args, **(kwargs or {}))
 
 
 def require_fetched(hf_model: nn.Module, run: Callable[[], Any]) -> None:
-    """RuntimeError where a pass of a model in parts computes with weights that weren't fetched for it."""
-    if weights_elsewhere(hf_model):
+    """UserError where a pass of a model in parts computes with weights that weren't fetched for it."""
+    if not weights_elsewhere(hf_model):
+        return
+    try:
         with _NoneMissing():  # type: ignore[no-untyped-call]
             run()
+    except RuntimeError as error:
+        raise UserError(f"{type(hf_model).__name__} can't be run in parts: {error}; load it whole") from error
 
 
 def where_run(module: nn.Module) -> torch.device:
