@@ -11,14 +11,22 @@ import pytest
 import torch
 from adapters import save_adapter
 from safetensors.torch import load_file, save_file
-from tiny import tiny_hf, tiny_tokenizer
+from tiny import tiny_hf, tiny_tokenizer, words
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechlens.errors import UserError
-from mechlens.models.bridge import device_of, dtype_of, loaded
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.directions.direction import cosine, mean_difference
+from mechlens.methods.patching.metrics import OwnMetric
+from mechlens.methods.patching.plan import PatchPlan
+from mechlens.methods.patching.sweep import patch_sweep
+from mechlens.methods.steering.interventions import ALL, Add
+from mechlens.methods.steering.steering import logits_under
+from mechlens.models.bridge import device_of, dtype_of, loaded, unembed
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf, own_type
 from mechlens.models.precision import chosen_device
+from mechlens.prompts.prompt import Prompt, PromptPair
 
 
 def save(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -98,6 +106,30 @@ def test_a_mixed_base_with_an_adapter_is_rounded_once(tmp_path: Path) -> None:
     assert dtype_of(rounded) == torch.bfloat16
     for whole, half in zip(exact.parameters(), rounded.parameters(), strict=True):
         assert torch.equal(whole.bfloat16(), half)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_whatever_the_weights_are_what_is_computed_from_them_is_not(dtype: str, tmp_path: Path) -> None:
+    """Activations and the logits that metrics see are float32, metrics, directions' lengths and cosines float64."""
+    model = load(str(save(tmp_path / "model", torch.bfloat16)), dtype=dtype)
+    prompts = [Prompt(f"{i}", text, label="ab"[i % 2]) for i, text in enumerate(words(8))]
+    acts = collect(model, prompts)
+    direction = mean_difference(acts, "a", "b", 2, "last")
+    assert acts.values.dtype == direction.vector.dtype == torch.float32
+    assert cosine(direction.vector, direction.vector).dtype == torch.float64
+    seen = []
+
+    def metric(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.dtype)
+        return logits[:, 5]
+
+    pairs = [PromptPair(Prompt("clean", "give us a cake"), Prompt("corrupt", "give us a bomb"))]
+    for engine in ("auto", "plain", "attribution"):
+        swept = patch_sweep(model, pairs, OwnMetric(metric), PatchPlan("resid_pre", (1,)), engine=engine)
+        assert swept.values.dtype == torch.float64
+    add = Add(direction, strength=1.0, unit="raw", layers=(1,), positions=ALL, phase="both")
+    seen += [logits_under(model, prompts, [add]).dtype, unembed(model, acts.at(3, "last")).dtype]
+    assert set(seen) == {torch.float32}
 
 
 # --- devices -------------------------------------------------------------------------------------------------------
