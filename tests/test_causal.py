@@ -16,7 +16,7 @@ from saved import save_model, write_prompts
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.behaviour.damage import damage, repetition
+from mechlens.methods.behaviour.damage import damage, damage_of_each, repetition
 from mechlens.methods.directions.direction import cosine, mean_difference
 from mechlens.methods.directions.nulls import shuffled_like
 from mechlens.methods.statistics.estimate import Estimate
@@ -365,6 +365,9 @@ def test_damage_is_nothing_without_an_intervention_and_equals_the_loss_by_hand(m
     acts = ml.collect(model, [replace(p, label=str(i % 2)) for i, p in enumerate(prompts)], positions=["inst"])
     one = intervene(ml.mean_difference(acts, "0", "1", 1, "inst"), "add", Setting(1, 0.7), norms)
     hurt = damage(model, one, batch, said)
+    for alone, together in zip((hurt, nothing), damage_of_each(model, [one, None], batch, said), strict=True):
+        assert torch.equal(alone.own, together.own)
+        assert torch.equal(alone.kl, together.kl)
     logits = logits_under(model, batch, [one]).double().log_softmax(dim=-1)
     clean = logits_under(model, batch, []).double().log_softmax(dim=-1)
     for i, tokens in enumerate(said.tokens):

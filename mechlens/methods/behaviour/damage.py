@@ -58,6 +58,17 @@ def damage(
 
     `answers` are the unsteered answers to the batch; empty ones are left out.
     """
+    return damage_of_each(model, [intervention], batch, answers, texts)[0]
+
+
+def damage_of_each(
+    model: LanguageModel,
+    interventions: Sequence[Add | Ablate | None],
+    batch: TokenBatch,
+    answers: Answers,
+    texts: Sequence[str] = PLAIN_TEXT,
+) -> list[Damage]:
+    """`damage` of several interventions, for all of which the unsteered model is run once."""
     rows = [i for i, tokens in enumerate(answers.tokens) if tokens]
     if not rows:
         raise UserError("the model said nothing to any of the prompts, so there is no answer to be damaged")
@@ -65,41 +76,48 @@ def damage(
     longest = max(len(batch.row(i)) + len(answers.tokens[i]) for i in rows)
 
     def run(chunk: list[int]) -> Tensor:
-        return torch.stack(_on_answer(model, intervention, batch, answers, chunk), dim=1)
+        return _on_answers(model, interventions, batch, answers, chunk)
 
-    own, kl = torch.cat([halving(run, chunk, longest) for chunk in _chunks(rows)]).unbind(dim=1)
-    return Damage(_on_texts(model, intervention, ids), own, kl)
+    found = torch.cat([halving(run, chunk, longest) for chunk in _chunks(rows)])
+    return [
+        Damage(_on_texts(model, one, ids), own, kl)
+        for one, (own, kl) in zip(interventions, found.permute(1, 2, 0), strict=True)
+    ]
 
 
 @torch.inference_mode()
-def _on_answer(
-    model: LanguageModel, one: Add | Ablate | None, batch: TokenBatch, answers: Answers, rows: list[int]
-) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
-    """Cross-entropy of each answer, and its KL from the unsteered model."""
+def _on_answers(
+    model: LanguageModel,
+    interventions: Sequence[Add | Ablate | None],
+    batch: TokenBatch,
+    answers: Answers,
+    rows: list[int],
+) -> Float[Tensor, "prompt intervention 2"]:
+    """Cross-entropy of each answer under each intervention, and its KL from the unsteered model."""
     part = batch.select(rows)
     ids = [[*batch.row(i), *answers.tokens[i]] for i in rows]
     tokens = _padded(ids, model)
-    clean = _logits(model, tokens)
-    steered = clean
-    if one is not None:
-        # The prompt starts each row, whatever the batch's own padding, and the answer follows it at once.
-        width = int(part.lengths.max())
-        bare = replace(
-            part,
-            tokens=tokens[:, :width].cpu(),
-            mask=torch.arange(width) < part.lengths[:, None],
-            index=part.index - _offsets(part),
-            instruction=part.instruction - _offsets(part),
-        )
-        with applied(model, [one], bare):
-            steered = _logits(model, tokens)
-    losses, distances = [], []
     starts = [len(batch.row(row)) for row in rows]
-    for i, (p, q) in enumerate(zip(_told(clean, ids, starts), _told(steered, ids, starts), strict=True)):
-        said = torch.tensor(ids[i][starts[i] :])
-        losses.append(-q.gather(1, said[:, None]).mean())
-        distances.append((p.exp() * (p - q)).sum(dim=-1).mean())
-    return torch.stack(losses), torch.stack(distances)
+    clean = _told(_logits(model, tokens), ids, starts)
+    # The prompt starts each row, whatever the batch's own padding, and the answer follows it at once.
+    width = int(part.lengths.max())
+    bare = replace(
+        part,
+        tokens=tokens[:, :width].cpu(),
+        mask=torch.arange(width) < part.lengths[:, None],
+        index=part.index - _offsets(part),
+        instruction=part.instruction - _offsets(part),
+    )
+    found = []
+    for one in interventions:
+        steered = clean
+        if one is not None:
+            with applied(model, [one], bare):
+                steered = _told(_logits(model, tokens), ids, starts)
+        for i, (p, q) in enumerate(zip(clean, steered, strict=True)):
+            said = torch.tensor(ids[i][starts[i] :])
+            found.append(torch.stack([-q.gather(1, said[:, None]).mean(), (p.exp() * (p - q)).sum(dim=-1).mean()]))
+    return torch.stack(found).reshape(len(interventions), len(rows), 2).transpose(0, 1)
 
 
 def _told(logits: Tensor, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:

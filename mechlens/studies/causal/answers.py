@@ -8,7 +8,7 @@ import torch
 
 from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
-from mechlens.methods.behaviour.damage import Damage, damage, repetition
+from mechlens.methods.behaviour.damage import Damage, damage_of_each, repetition
 from mechlens.methods.behaviour.inversion import (
     BELIEFS,
     POLARITIES,
@@ -127,14 +127,12 @@ class AnswersUnder:
         """Every judge's, by column."""
         return {f"{stem}{end}": verdicts_by(judge, self.who.prompts, texts) for end, judge in self._judges.items()}
 
-    def damage(self, model: LanguageModel, plan: CausalPlan) -> pd.DataFrame:
+    def damage(self, model: LanguageModel, losses: Sequence[Damage], plan: CausalPlan) -> pd.DataFrame:
         """Losses on some harmless prompts and plain text; repetition, silence and refusals over all prompts."""
-        rows = self.who.of(HARMLESS)[:DAMAGED]
-        answers = self.unsteered.select(rows)
         table = []
-        for operation, texts in {"none": list(self.unsteered.texts), **self.texts}.items():
-            losses = damage(model, self.done.get(operation), self.who.batch.select(rows), answers)
-            measured = {**_losses(losses, plan), **self._in_words(model, texts, plan)}
+        said = {"none": list(self.unsteered.texts), **self.texts}
+        for (operation, texts), broken in zip(said.items(), losses, strict=True):
+            measured = {**_losses(broken, plan), **self._in_words(model, texts, plan)}
             table += [{"operation": operation, "measure": name, **value.row()} for name, value in measured.items()]
         return pd.DataFrame(table)
 
@@ -148,6 +146,16 @@ class AnswersUnder:
             refused = torch.tensor([verdict == "refused" for verdict in verdicts])
             numbers |= {f"refused_{label}{end}": self.who.rate(refused, plan, self.who.of(label)) for label in PUSH}
         return numbers
+
+
+def losses_under(model: LanguageModel, each: Sequence[AnswersUnder]) -> list[list[Damage]]:
+    """For each direction the losses with nothing done and under every operation; the unsteered model is run once."""
+    who, unsteered = each[0].who, each[0].unsteered
+    rows = who.of(HARMLESS)[:DAMAGED]
+    ones = [one for said in each for one in said.done.values()]
+    nothing, *done = damage_of_each(model, [None, *ones], who.batch.select(rows), unsteered.select(rows))
+    size = len(OPERATIONS)
+    return [[nothing, *done[k * size : (k + 1) * size]] for k in range(len(each))]
 
 
 def _losses(broken: Damage, plan: CausalPlan) -> dict[str, Estimate]:

@@ -76,7 +76,8 @@ def costs(plan: CausalPlan, grid: Grid, request: float, question: float, *, beli
         REPLIES: 4 * grid.tried * validation * asked,
         CHOOSING: chosen * validation * (request / 2 + asked) / 2,
         HELD_OUT: 2 * (5 * test * read + few * nulls),
-        IN_WORDS: 2 * test * (3 * (request + plan.max_new_tokens) + 2 * (asked + 2 * REPLY_TOKENS * believes)),
+        IN_WORDS: 2 * test * (3 * (request + plan.max_new_tokens) + 2 * (asked + 2 * REPLY_TOKENS * believes))
+        + 2 * 7 * 12 * (request + plan.max_new_tokens),  # losses, with the logits of every token
     }
     return {name: cost for name, cost in found.items() if cost}
 

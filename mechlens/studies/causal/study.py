@@ -31,7 +31,7 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
-from mechlens.studies.causal.answers import answers_under, belief_table, beliefs_under
+from mechlens.studies.causal.answers import answers_under, belief_table, beliefs_under, losses_under
 from mechlens.studies.causal.choice import Choice, choose, grid_layers, middle
 from mechlens.studies.causal.config import (
     ANSWERING,
@@ -250,13 +250,17 @@ def _in_words(
     unsteered: Unsteered,
     before: Answers,
 ) -> _InWords:
-    beliefs, answers, broken = [belief_table(test, unsteered.said, "none", "none")], [], []
+    beliefs, said = [belief_table(test, unsteered.said, "none", "none")], {}
     for name, direction in directions.items():
         if setup.believes and unsteered.in_words:
             beliefs.append(beliefs_under(setup, test, name, direction, chosen[name]))
-        said = answers_under(setup, test, direction, chosen[name], before)
-        answers.append(said.table().assign(direction=name))
-        broken.append(said.damage(setup.model, setup.plan).assign(direction=name))
+        said[name] = answers_under(setup, test, direction, chosen[name], before)
+    losses = losses_under(setup.model, list(said.values())) if said else []
+    answers = [own.table().assign(direction=name) for name, own in said.items()]
+    broken = [
+        own.damage(setup.model, lost, setup.plan).assign(direction=name)
+        for (name, own), lost in zip(said.items(), losses, strict=True)
+    ]
     tables = (
         pd.concat(frames, ignore_index=True) if frames else pd.DataFrame() for frames in (beliefs, answers, broken)
     )
