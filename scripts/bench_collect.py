@@ -38,8 +38,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.mkl:
         products.mkl_is_slow = lambda: False
-    model = load(args.model)
-    hf_model, _ = load_hf(args.model)
+    model = load(args.model, device="cpu")
+    hf_model, _ = load_hf(args.model, dtype="auto")
     prompts = builtin_prompts("harmful")[:32] + builtin_prompts("harmless")[:32]
     batch = tokenize(prompts, template_of(model))
     ways: dict[str, Callable[[], Tensor]] = {

@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.mkl:
         products.mkl_is_slow = lambda: False
-    model = load(options.model)
+    model = load(options.model, device="cpu")
     tokenizer = loaded(model).tokenizer
     tokenizer.chat_template = tokenizer.chat_template or FRAME
     template = chat_template(tokenizer)

@@ -60,8 +60,8 @@ def main() -> None:
     if options.mkl:
         products.mkl_is_slow = lambda: False
     clock = CLOCKS[options.clock]
-    model = load(options.model)
-    hf_model, _ = load_hf(options.model)
+    model = load(options.model, device="cpu")
+    hf_model, _ = load_hf(options.model, dtype="auto")
     per_class = 8 if options.quick else 16
     harmful, harmless = builtin_prompts("harmful"), builtin_prompts("harmless")
     acts = collect(model, [*harmful[64:128], *harmless[64:128]], positions=["post[*]"])

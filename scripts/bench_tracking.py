@@ -76,9 +76,9 @@ class Measured:
 
 def race(series: CheckpointSeries, prompts: list[Prompt]) -> Measured:
     """Both ways take turns, checkpoint by checkpoint, so that a busy machine slows both alike."""
-    load(series.base.path)  # so that neither way pays for imports and a cold disk
+    load(series.base.path, device="cpu")  # so that neither way pays for imports and a cold disk
     start = time.perf_counter()
-    with checkpoint_swapper(series.base.path) as one:
+    with checkpoint_swapper(series.base.path, device="cpu") as one:
         loading = time.perf_counter() - start
         found = Measured(loading, loading)
         batch = tokenize(prompts, template_of(one.model))
@@ -90,7 +90,7 @@ def race(series: CheckpointSeries, prompts: list[Prompt]) -> Measured:
             found.mine += time.perf_counter() - start
             found.growth = max(found.growth, growth.peak - mine.numel() * 4 / 2**20)
             start = time.perf_counter()
-            model = load(series.base.path, adapter=member.path)
+            model = load(series.base.path, adapter=member.path, device="cpu")
             theirs = with_transformerlens(model, tokenize(prompts, template_of(model)))
             found.plain += time.perf_counter() - start
             found.difference = max(found.difference, relative(mine, theirs))
@@ -107,7 +107,7 @@ def make_adapters(model: str, folder: Path, n: int) -> None:
     """Rank-8 LoRA adapters on every linear layer, random in both factors, as PEFT folders `checkpoint-STEP`."""
     from peft import LoraConfig, get_peft_model
 
-    hf_model, _ = load_hf(model)
+    hf_model, _ = load_hf(model, dtype="auto")
     lora = get_peft_model(hf_model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(0)
     for step in range(1, n + 1):
