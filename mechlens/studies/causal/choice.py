@@ -79,7 +79,8 @@ def choose(
     cells: list[dict[str, object]] = []
     chosen = {}
     depth, plan = n_layers(setup.model), setup.plan
-    usable = [layer for layer in range(1, depth) if layer < USABLE_DEPTH * depth]
+    # In a model of one block its input is all there is.
+    usable = [layer for layer in range(1, depth) if layer < USABLE_DEPTH * depth] or list(layers)
     whole = [Setting(layer, strength) for layer in usable for strength in plan.strengths]
     for name, source in sources.items():
         measure = CLAIMS[name] if setup.believes else CLAIMS[REFUSAL]
