@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]], skip: int) -> Pack
         new = range(len(ids), len(ids) + len(tokens))
         ids += tokens
         positions += range(len(before), len(before) + len(tokens))
-        path = [*before, *(skip + i for i in new)]
+        path = np.concatenate([np.asarray(before, dtype=np.int64), np.arange(skip + new.start, skip + new.stop)])
         for at in range(0, len(new), PIECE):
             own.append(list(new[at : at + PIECE]))
             keys.append(path[: len(before) + at + PIECE])
@@ -110,9 +111,11 @@ def _parts(sizes: Sequence[tuple[int, int]]) -> list[Part]:
     return parts
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+def _padded(rows: Sequence["np.ndarray[Any, np.dtype[np.int64]]"]) -> Int[Tensor, "row key"]:
+    table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for row, line in zip(rows, table, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(table)
 
 
 def pack_prompts(prompts: Sequence[Sequence[int]], skip: int) -> tuple[Packing, list[list[int]]]:
@@ -120,18 +123,20 @@ def pack_prompts(prompts: Sequence[Sequence[int]], skip: int) -> tuple[Packing, 
 
     What two prompts begin with alike is run once; that asks for one order only, the dictionary's.
     """
-    rows: list[tuple[list[int], Sequence[int]]] = []
+    rows: list[tuple[Sequence[int], Sequence[int]]] = []
     paths: list[list[int]] = [[] for _ in prompts]
     ids: Sequence[int] = ()
     path: list[int] = []
+    keys = list(range(skip))
     count = 0
     for i in sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])):
         shared = max(skip, _alike(ids, prompts[i])) - skip
         ids, rest = prompts[i], prompts[i][skip + shared :]
-        path = [*path[:shared], *range(count, count + len(rest))]
-        count += len(rest)
         if rest:
-            rows.append(([*range(skip), *(skip + k for k in path[:shared])], rest))
+            rows.append((keys[: skip + shared], rest))
+        path = [*path[:shared], *range(count, count + len(rest))]
+        keys = [*keys[: skip + shared], *range(skip + count, skip + count + len(rest))]
+        count += len(rest)
         paths[i] = path
     return pack(rows, skip), paths
 
