@@ -692,7 +692,7 @@ def test_a_function_of_ones_own_works_and_is_never_kept() -> None:
     same = patch_sweep(model_of("llama"), PAIRS, METRIC, plan, template=short())
     first = OwnMetric(lambda logits: logits[:, 40] - logits[:, 50], "mine")
     mine = patch_sweep(model_of("llama"), PAIRS, first, plan, template=short(), cache=cache)
-    assert gap(mine.values, same.values) < 1e-12
+    assert gap(mine.values, same.values) < CLOSE  # a head of two tokens rounds otherwise than a whole one
     assert mine.metric == "mine"
     assert not cache.pieces
     with pytest.raises(UserError, match="one number for each row"):

@@ -29,6 +29,7 @@ from mechlens.methods.steering.interventions import (
     replacement,
     residual_norms,
 )
+from mechlens.methods.steering.starts import rows_with_starts
 from mechlens.methods.steering.steering import SteeredAnswers, answer_under, applied, logits_under
 from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
@@ -289,11 +290,12 @@ def test_a_sweep_shares_the_start_of_prompts_and_stays_exact(architecture: str, 
     rows = [setting for setting in settings for _ in range(4)]
     batch = whole.select(list(range(4)) * len(settings))
     work = batching.steered_batch(model, batch, rows, None, False, 0)
-    skip, shared = work._rows()
+    ids = [tuple(batch.row(i)) for i in range(len(rows))]
+    skip, shared = rows_with_starts(ids, work.changes, fast=True)
     assert skip > 10
     # Untouched starts and those of `inst` are one; every setting that touches the start has its own.
-    assert [len({shared[4 * s + i].start for i in range(4)}) for s in range(6)] == [1] * 6
-    assert len({row.start for row in shared}) == 5
+    assert [len({shared[4 * s + i].common for i in range(4)}) for s in range(6)] == [1] * 6
+    assert len({row.common for row in shared}) == 5
     got = answer_under(model, batch, rows, max_new_tokens=NEW, max_tokens=max_tokens)
     for i in range(1, len(rows), 4):
         alone = answer_under(model, batch.select([i]), [rows[i]], max_new_tokens=NEW)
