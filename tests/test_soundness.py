@@ -123,6 +123,18 @@ def test_answers_without_finite_logits_are_an_error(
             under()
 
 
+def test_a_model_in_training_mode_is_refused() -> None:
+    """GPT-2's dropout would make residuals random, and they would be kept as this checkpoint's."""
+    model = bridged(tiny_hf("gpt2"))
+    right = collect(model, PROMPTS).values
+    model.train()
+    for run in (lambda: collect(model, PROMPTS), lambda: answer(model, PROMPTS, max_new_tokens=2)):
+        with pytest.raises(UserError, match="training mode"):
+            run()
+    model.eval()
+    assert torch.equal(collect(model, PROMPTS).values, right)
+
+
 def test_losses_without_finite_logits_are_an_error() -> None:
     with pytest.raises(UserError, match="logits are not finite; float32"):
         text_loss(overflowing(torch.float32), ["the thing is"])

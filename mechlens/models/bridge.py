@@ -188,7 +188,9 @@ _EDITED: "weakref.WeakKeyDictionary[Any, tuple[str, Checkpoint]]" = weakref.Weak
 
 def checkpoint_now(model: LanguageModel) -> Checkpoint:
     """The checkpoint as it is now: weights edited or folded since loading have another fingerprint and regime, and
-    edited attributes of modules another configuration."""
+    edited attributes of modules another configuration. UserError in training mode, where dropout is random."""
+    if is_bridge(model) and model.original_model.training:
+        raise UserError("the model is in training mode, where dropout makes its numbers random; call model.eval()")
     known = loaded(model)
     now, settings = weights_now(model), _settings_now(model)
     config = known.checkpoint.config if settings == known.settings else f"{known.checkpoint.config} with {settings}"
