@@ -99,14 +99,14 @@ sys.path.insert(0, {tests!r})
 from saved import requests
 FolderCache.put = after(FolderCache.put, 3)
 prompts = [Prompt(f"p{{i}}", text, "harmful") for i, text in enumerate(requests(24, "make"))]
-{work}(load({model!r}), prompts, cache=FolderCache(Path({cache!r})), max_tokens=300{more})
+{work}(load({model!r}), prompts, cache=FolderCache(Path({cache!r})), max_tokens=150{more})
 """
 
 
 def work(kind: str, model: str, cache: Counting | None) -> Activations | Answers:
     if kind == "collect":
-        return collect(load(model), PROMPTS, cache=cache, max_tokens=300)
-    return answer(load(model), PROMPTS, cache=cache, max_tokens=300, max_new_tokens=4)
+        return collect(load(model), PROMPTS, cache=cache, max_tokens=150)
+    return answer(load(model), PROMPTS, cache=cache, max_tokens=150, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("kind", ["collect", "answer"])
