@@ -12,6 +12,7 @@ from mechlens.errors import UserError
 from mechlens.methods.patching.metrics import Metric
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.models.engine.edits import Edit, Recording, value_at
+from mechlens.models.engine.packed.packing import alike
 from mechlens.prompts.batch import TokenBatch
 
 
@@ -28,8 +29,7 @@ class PairTask:
     @property
     def alike(self) -> int:
         """How many tokens the two runs begin with alike: up to there they have the same activations."""
-        pairs = enumerate(zip(self.start, self.source, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(self.start), len(self.source)))
+        return alike(self.start, self.source)
 
     def changing(self, *, one_model: bool) -> list[bool]:
         """Of each place whether an edit there can change what is read: not after it, and not where both runs have the

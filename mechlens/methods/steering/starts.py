@@ -12,6 +12,7 @@ from typing import Any
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.intervene import AddAlong, Change
+from mechlens.models.engine.packed.packing import alike
 
 Done = Sequence[Sequence[Change]]
 """What is done to each row."""
@@ -76,8 +77,7 @@ def _own_starts(rows: Sequence[Row], done: Done, common: int) -> list[int]:
     ordered = sorted(ends)
     shared = dict.fromkeys(ordered, common)
     for one, other in itertools.pairwise(ordered):
-        same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
-        same = min(same, ends[one], ends[other])
+        same = min(alike(one, other), ends[one], ends[other])
         for ids in (one, other):
             if 3 * (same - common) >= len(ids) - common:  # a third of it at least, and so no chance beginning
                 shared[ids] = max(shared[ids], same)

@@ -32,7 +32,7 @@ from mechlens.models.bridge import (
     whole,
 )
 from mechlens.models.engine.caches import ReadOnlyCache, with_cache
-from mechlens.models.engine.packed.packing import pack_prompts, packed_pass, packs, plan_packed
+from mechlens.models.engine.packed.packing import alike, pack_prompts, packed_pass, packs, plan_packed
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, loses, probe_tokens
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.native import native, native_blocks
@@ -65,8 +65,7 @@ def shared_prefix(rows: Sequence[Row]) -> int:
         return 0
     limit = min(min(row.read) for row in rows)
     low, high = min(row.ids for row in rows), max(row.ids for row in rows)
-    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), limit)
-    prefix = min(same, limit)
+    prefix = min(alike(low, high), limit)
     return prefix if prefix >= MIN_PREFIX else 0
 
 
@@ -100,9 +99,14 @@ def plan_reading(
     model: LanguageModel, rows: Sequence[Row], max_tokens: int, *, shared: int, fast: bool
 ) -> list[list[int]]:
     """Row numbers batch by batch, for `fast_batch` or `reference_batch`."""
-    if fast and len(rows) > 1 and packs(model, max(len(row.ids) for row in rows)):
+    if fast and _are_packed(model, rows):
         return plan_packed([row.ids for row in rows], max_tokens, shared)
     return plan(rows, max_tokens, shared=shared, equal_lengths=not fast)
+
+
+def _are_packed(model: LanguageModel, rows: Sequence[Row]) -> bool:
+    """Whether rows are run in one line; a row alone gains nothing by it."""
+    return len(rows) > 1 and packs(model, max(len(row.ids) for row in rows))
 
 
 def cheapest_pieces(n: int, costs: Callable[[int], Iterator[float]]) -> list[slice]:
@@ -201,7 +205,7 @@ def fast_batch(
 ) -> Float[Tensor, "row level read d_model"]:
     """Residuals of one batch at the read positions, on top of the shared start's keys and values."""
     skip = prefix.get_seq_length() if prefix is not None else 0
-    if len(rows) > 1 and packs(model, max(len(row.ids) for row in rows)):
+    if _are_packed(model, rows):
         return _packed_batch(model, rows, levels, prefix)
     device = device_of(model)
     reader = Reader(levels, n_layers(model), read_places(rows) - skip, stops=True)

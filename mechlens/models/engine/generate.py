@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
 from mechlens.models.engine.caches import roomy, with_cache
-from mechlens.models.engine.forward import Row
+from mechlens.models.engine.forward import Row, right_padded
 from mechlens.models.engine.intervene import TokenMask
 from mechlens.models.engine.packed.packing import pack_prompts, packed_pass, packs
 from mechlens.models.engine.probes import finite_on_cpu, not_finite
@@ -103,9 +103,7 @@ def _prompt_pass(
     skip = prefix.get_seq_length() if prefix is not None else 0
     cache = shared_rows.cache(prefix)
     run = [rows[i] for i in shared_rows.entry.tolist()]
-    tokens = torch.zeros(len(run), max(len(row.ids) for row in run) - skip, dtype=torch.long)
-    for i, row in enumerate(run):
-        tokens[i, : len(row.ids) - skip] = torch.tensor(row.ids[skip:])
+    tokens = right_padded(run, skip)
     ends = torch.tensor([len(row.ids) - skip - 1 for row in rows], device=device_of(model))
     with shared_rows.running(native_blocks(model), token_mask, skip):
         row = shared_rows.on(ends.device, shared_rows.of_row[-1])

@@ -24,6 +24,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
+from mechlens.models.engine.packed.packing import alike
 from mechlens.models.sites import require_everywhere
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
@@ -145,9 +146,7 @@ def work_ahead(model: LanguageModel, plan: CausalPlan, test: Subjects, *, believ
 def own_tokens(batch: TokenBatch) -> float:
     """Mean tokens of a prompt after what all of them begin with."""
     rows = [batch.row(i) for i in range(len(batch.prompts))]
-    low, high = min(rows), max(rows)
-    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    return sum(map(len, rows)) / len(rows) - shared
+    return sum(map(len, rows)) / len(rows) - alike(min(rows), max(rows))
 
 
 def _every(plan: CausalPlan) -> int:

@@ -85,7 +85,7 @@ def packed_edited_logits(
     """
     line = _Line(model, recorded, edits, reads)
     with _growing(model, site, line) as hf_model, _head_of(hf_model, tokens) as chosen:
-        cache = ReadOnlyCache(recorded.cache, len(recorded.cache.layers[0].keys[0, 0]))
+        cache = ReadOnlyCache(recorded.cache, recorded.cache.get_seq_length())
         found = chosen(packed_pass(model, hf_model, line.packing, cache, logits_to_keep=line.ends).logits[0])
     return finite_on_cpu(found)
 
@@ -122,7 +122,7 @@ class _Line:
         rows = [self._row(recorded, run, at, reads) for run, at in first.items()]
         self.packing: Packing = pack(
             rows + [self._row(recorded, one.run, one.edit.position, reads) for one in ordered],
-            len(recorded.cache.layers[0].keys[0, 0]),
+            recorded.cache.get_seq_length(),
         )
         starts = [0, *self.packing.ends[:-1]]
         # Where each run's token 0 would stand in the line.

@@ -130,7 +130,7 @@ def pack_prompts(prompts: Sequence[Sequence[int]], skip: int) -> tuple[Packing, 
     keys = list(range(skip))
     count = 0
     for i in sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])):
-        shared = max(skip, _alike(ids, prompts[i])) - skip
+        shared = max(skip, alike(ids, prompts[i])) - skip
         ids, rest = prompts[i], prompts[i][skip + shared :]
         if rest:
             rows.append((keys[: skip + shared], rest))
@@ -149,7 +149,7 @@ def plan_packed(prompts: Sequence[Sequence[int]], max_tokens: int, skip: int) ->
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     alone = [len(prompts[i]) - skip for i in order]
     new = alone[:1] + [
-        size - (_alike(prompts[a], prompts[b]) - skip) for a, b, size in zip(order, order[1:], alone[1:], strict=False)
+        size - (alike(prompts[a], prompts[b]) - skip) for a, b, size in zip(order, order[1:], alone[1:], strict=False)
     ]
     most = sum(new) / -(-sum(new) // max_tokens)
     passes: list[list[int]] = []
@@ -163,7 +163,7 @@ def plan_packed(prompts: Sequence[Sequence[int]], max_tokens: int, skip: int) ->
     return passes
 
 
-def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+def alike(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two prompts begin with alike."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
