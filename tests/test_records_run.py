@@ -17,9 +17,10 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, sha256
 from mechlens.runs.folder import FolderLock, read_prompts
+from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report
-from mechlens.runs.run import Inputs, changed_since, largest_difference, list_runs, read_run
+from mechlens.runs.run import Inputs, Run, changed_since, largest_difference, list_runs, read_run, write_run
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
 
@@ -388,3 +389,16 @@ def test_a_setting_that_is_newer_than_the_run_was_at_its_default(tmp_path):
         open_run(verb="v", config=New(judge="zhao"), out=tmp_path, wandb=OFF)
     with open_run(verb="v", config=New(), out=tmp_path, wandb=OFF) as run:
         assert run.run.resolved == {"seed": 3, "judge": "phrases"}
+
+
+def test_a_runs_sentence_is_its_headline_or_else_the_first_of_its_verdict(tmp_path: Path) -> None:
+    open_ = Headline(
+        "inconclusive", "D is 0.81 [0.65, 0.99]", "where one variable reaches 0.34", "more would settle it"
+    )
+    assert str(open_) == ("Inconclusive: D is 0.81 [0.65, 0.99] where one variable reaches 0.34; more would settle it.")
+    assert str(Headline("nothing to see")) == "Nothing to see."
+    run = Run(id="a", verb="v", config={}, resolved={}, status="success", started="2026-01-01T00:00:00+00:00")
+    assert run.sentence == ""
+    assert replace(run, verdict="Inconclusive. D is 0.81, open. More.").sentence == "Inconclusive: D is 0.81, open."
+    write_run(replace(run, headline="Two: it is.", verdict="Long."), tmp_path)
+    assert read_run(tmp_path).sentence == "Two: it is."

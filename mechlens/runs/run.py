@@ -21,6 +21,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import is_sampled
 from mechlens.models.precision import Parity
 from mechlens.runs.environment import GitState
+from mechlens.runs.headline import first_sentence
 
 
 def plain(value: object) -> Any:
@@ -120,6 +121,8 @@ class Run:
     """How far the model was from plain Hugging Face in the same type."""
     finished: str | None = None
     error: str | None = None
+    headline: str | None = None
+    """The one sentence that says what was found; None in records of earlier versions."""
     verdict: str | None = None
     """The report's verdict, in words."""
     metrics: dict[str, Estimate] = field(default_factory=dict)
@@ -130,6 +133,11 @@ class Run:
     argv: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by phase, of the process that finished the run: loading, answering, collecting, ..., other."""
+
+    @property
+    def sentence(self) -> str:
+        """The run in one sentence: its headline, else the first of its verdict; "" where it found nothing yet."""
+        return self.headline or first_sentence(self.verdict or "")
 
     @property
     def command(self) -> str:

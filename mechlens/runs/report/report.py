@@ -12,6 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import Headline
 from mechlens.runs.report.parts import TokenView, cells, estimate_text, heading, paragraphs, token_spans
 from mechlens.runs.run import Run
 
@@ -55,6 +56,9 @@ class Report:
     title: str
     question: str
     verdict: str
+    """The explanation, which follows the headline."""
+    headline: Headline | None = None
+    """The one sentence; None leaves it to the first of the verdict."""
     numbers: Mapping[str, Estimate] = field(default_factory=dict)
     """What decides the verdict, each by what it is called."""
     sections: tuple[Section, ...] = ()

@@ -1,0 +1,39 @@
+"""The one sentence of a run, which stands first wherever the run is shown."""
+
+from dataclasses import dataclass
+
+MOST_SPACES = 4
+"""In what is a verdict's word, such as "no more than the words", and no sentence."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What was found, on which number, beside what, and what would settle it where it is open.
+
+    Printed as "Inconclusive: D is 0.81 [0.65, 0.99] where one variable reaches 0.34; 12 more accepted harmful prompts
+    (now 19) would settle it." It holds words of ours, names and numbers, and never a prompt's or an answer's words.
+    """
+
+    verdict: str
+    """In words, such as "two variables"."""
+    number: str = ""
+    """What decided, with its interval, such as "D is 0.81 [0.65, 0.99]"."""
+    against: str = ""
+    """What the number is compared with, such as "where one variable reaches 0.34"."""
+    settle: str = ""
+    """What would settle it, such as "12 more accepted harmful prompts (now 19) would settle it"; "" where settled."""
+
+    def __str__(self) -> str:
+        verdict = self.verdict[:1].upper() + self.verdict[1:]
+        found = " ".join(part for part in (self.number, self.against) if part)
+        rest = "; ".join(part for part in (found, self.settle) if part)
+        return f"{verdict}: {rest}." if rest else f"{verdict}."
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a verdict; a first word of judgement, such as "Inconclusive.", takes the next with it."""
+    verdict, end, rest = " ".join(text.split()).partition(". ")
+    if not end or verdict.count(" ") > MOST_SPACES:
+        return verdict + end.strip()
+    first, end, _ = rest.partition(". ")
+    return f"{verdict}: {first}{end.strip()}"
