@@ -57,7 +57,8 @@ def page(**changes) -> str:
         "title": EVIL,
         "question": EVIL,
         "verdict": EVIL,
-        "numbers": {EVIL: Estimate(0.9, 0.8, 0.95, 40)},
+        "numbers": {EVIL: Estimate(0.9, 0.8, 0.95, 40), "other": Estimate.missing(2)},
+        "words": {"other": EVIL},
         "sections": (section,),
         "how": EVIL,
     }

@@ -126,6 +126,8 @@ class Run:
     verdict: str | None = None
     """The report's verdict, in words."""
     metrics: dict[str, Estimate] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
+    """What the metrics that decide the verdict are called in the report, in its order."""
     artefacts: dict[str, Artefact] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
     """sha256 of every table's file, by name."""

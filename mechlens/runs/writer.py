@@ -227,7 +227,9 @@ class RunWriter:
     def report(self, report: Report) -> Path:
         """The report as `report.html`, written now and again with the final status."""
         self._report = report
-        self._update(verdict=report.verdict, headline=str(report.headline) if report.headline else None)
+        headline = str(report.headline) if report.headline else None
+        words = {name: report.words.get(name, name) for name in report.numbers}
+        self._update(verdict=report.verdict, headline=headline, words=words)
         path = self.out / "report.html"
         write_text(path, render(report, self.run, self._figures, self._tables))
         return path

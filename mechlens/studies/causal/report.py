@@ -62,7 +62,8 @@ def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str,
         title=f"What two directions do in {checkpoint.name}",
         question=QUESTION,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + logit_rounding(parity, changes),
-        numbers={number_words(name): estimate for name, estimate in verdict.deciding.items() if estimate.measurable},
+        numbers={name: estimate for name, estimate in verdict.deciding.items() if estimate.measurable},
+        words={name: number_words(name) for name in verdict.deciding},
         sections=(
             _belief(result, drawn),
             Section(

@@ -30,7 +30,8 @@ def record(writer: RunWriter, result: Comparison, given: SeriesStudy) -> None:
         f"{a} (A) and {b} (B): what B kept, and what A does with B's activations",
         QUESTION,
         verdict.sentence,
-        {TITLES[key]: recovery for key, recovery in verdict.deciding.items()},
+        {f"moved.{key}": recovery for key, recovery in verdict.deciding.items()},
+        {f"moved.{key}": words for key, words in TITLES.items()},
     )
     section = Section("Where moving activations moves the behaviour", RULE, _draw(writer, moved))
     record_tracking(writer, result.tracking, given, headline, {}, first=(section,))

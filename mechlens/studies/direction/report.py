@@ -87,7 +87,7 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
         )
         + class_rounding(loaded(model).parity, {"the distance between the two classes there": (at_best, positive)})
     )
-    numbers = {
+    words = {
         "auroc.best": f"AUROC at {best.position}",
         f"token_identity_auroc.{best.position}": f"AUROC of the token at {best.position} alone",
         "tfidf_auroc": "AUROC of the words (TF-IDF)",
@@ -98,7 +98,8 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
         title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
         question=f"Where in the model does {names[0]} differ from {names[1]}, and is it more than the words?",
         verdict=verdict,
-        numbers={words: metrics[name] for name, words in numbers.items() if name in metrics},
+        numbers={name: metrics[name] for name in words if name in metrics},
+        words=words,
         sections=(
             Section(
                 "Where it can be read",

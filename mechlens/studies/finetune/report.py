@@ -47,7 +47,8 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
         question=recipe_of(recipe).question,
         verdict=f"{done.steps} steps took the loss from {first.value:.3g} to {last.value:.3g}. What that did to the "
         "model is for `mechlens separate` and `mechlens track` to say: a loss is no finding.",
-        numbers={"loss, first tenth": first, "loss, last tenth": last},
+        numbers=numbers,
+        words={"loss.first_tenth": "loss, first tenth", "loss.last_tenth": "loss, last tenth"},
         sections=(
             Section("Loss", "", ("loss",)),
             Section(

@@ -214,9 +214,8 @@ def _report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
         verdict=said.verdict + _rounding(result, model),
-        numbers={
-            words: said.numbers[key] for key, words in NUMBERS.items() if key in said.numbers and said.numbers[key].n
-        },
+        numbers={name: said.numbers[name] for name in NUMBERS if name in said.numbers and said.numbers[name].n},
+        words=NUMBERS,
         sections=(
             Section(
                 "Beside everything simpler",

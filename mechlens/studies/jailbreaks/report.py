@@ -44,11 +44,8 @@ def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> Non
             title=f"What jailbreaks do to {loaded(given.model).checkpoint.name}",
             question=QUESTION,
             verdict=_sentence(result.verdicts, measured) + _rounding(result, given.model),
-            numbers={
-                f"{family}: {words}": measures[name]
-                for family, measures in measured.items()
-                for name, words in NUMBERS.items()
-            },
+            numbers={f"{name}.{family}": measures[name] for family, measures in measured.items() for name in NUMBERS},
+            words={f"{name}.{family}": f"{family}: {words}" for family in measured for name, words in NUMBERS.items()},
             sections=tuple(sections),
             how=_how(result.pairs, result.reference, result.plan, given.punctuation),
             model=loaded(given.model).checkpoint.name,

@@ -64,7 +64,8 @@ def _report(
         title=f"Where refusal travels in {loaded(model).checkpoint.name}",
         question=QUESTION,
         verdict=" ".join(verdict.sentences) + _rounding(result, model),
-        numbers={name: verdict.numbers[key] for key, name in _shown().items()},
+        numbers={name: verdict.numbers[name] for name in _shown()},
+        words=_shown(),
         sections=(
             Section(
                 "Where it enters, travels and ends up",

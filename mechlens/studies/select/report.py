@@ -105,7 +105,8 @@ def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str],
         title=f"One direction for refusal in {known.checkpoint.name}",
         question=QUESTION,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + logit_rounding(known.parity, shifts),
-        numbers={NUMBERS[name]: estimate for name, estimate in verdict.deciding.items()},
+        numbers=verdict.deciding,
+        words=NUMBERS,
         sections=(
             Section(
                 "Scores of every candidate",

@@ -45,7 +45,8 @@ def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
             title=f"Harmfulness and refusal in {checkpoint.name}",
             question=QUESTION,
             verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + _rounding(result, sets.model),
-            numbers={NUMBERS[name]: estimate for name, estimate in verdict.deciding.items()},
+            numbers=verdict.deciding,
+            words=NUMBERS,
             sections=(
                 _quadrants(result, figures),
                 _one_or_two(result, figures),

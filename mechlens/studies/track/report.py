@@ -33,6 +33,7 @@ class Headline:
     question: str
     verdict: str = ""
     numbers: Mapping[str, Estimate] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 QUESTION = (
@@ -131,7 +132,9 @@ def _report(
         verdict="\n\n".join(part for part in (headline.verdict, " ".join(one.sentence for one in last)) if part)
         + rounding,
         numbers=dict(headline.numbers)
-        | {f"{verdict.concept}: {title}": number for verdict in last for title, number in verdict.cards().items()},
+        | {f"{verdict.concept}.{name}": number for verdict in last for name, number in verdict.cards().items()},
+        words=dict(headline.words)
+        | {f"{verdict.concept}.{name}": f"{verdict.concept}: {TITLES[name]}" for verdict in last for name in TITLES},
         sections=(
             *first,
             Section("The verdict at every checkpoint", RULE, table=_verdicts(result)),

@@ -97,9 +97,9 @@ class TrackVerdict:
         return " ".join(part for part in said if part)
 
     def cards(self) -> dict[str, Estimate]:
-        """What a report shows first, by its words; where the base can't be read, that and what the model does."""
+        """What a report shows first; where the base can't be read, that and what the model does."""
         names = (self.decided, "gap_change") if self.word == "not measurable" else (nearest(self.deciding), *CARDS)
-        return {TITLES[name]: self.deciding[name] for name in names}
+        return {name: self.deciding[name] for name in names}
 
 
 def nearest(numbers: Mapping[str, Estimate]) -> str:
