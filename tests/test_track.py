@@ -109,6 +109,8 @@ def test_a_run_is_whole(whole: Path) -> None:
     for name in ("series", "verdicts", "readouts", "transfer", "angles", "quadrants", "behaviour", "matrices"):
         assert not found[name].empty, name
     assert sorted(found["readouts"]["step"].unique()) == [0, *STEPS]
+    assert run.resolved["levels"] == [2]  # what is asked is what is done: the model's last level is 4
+    assert [set(found[name]["level"]) for name in ("readouts", "transfer", "angles")] == [{2}] * 3
     assert set(found["transfer"]["fitted"]) == {0, *STEPS}
     assert set(found["effects"]["direction"]) == {"reference", "own"}
     assert found["matrices"]["norm"].gt(0).all()

@@ -50,9 +50,9 @@ def grid_layers(model: LanguageModel, asked: Sequence[int], every: int) -> tuple
             f"there is no layer {wrong[0]} to intervene at, only 1 to {last}; leave --layers out or change it"
         )
     layers = tuple(asked) or tuple(range(min(max(every - 1, 1), last), last + 1, every))
-    if layers[0] >= USABLE_DEPTH * n_layers(model):
+    if min(layers) >= USABLE_DEPTH * n_layers(model):
         raise UserError(
-            f"the lowest layer is {layers[0]} of {last}, and none in the last fifth of the depth can be chosen; add "
+            f"the lowest layer is {min(layers)} of {last}, and none in the last fifth of the depth can be chosen; add "
             "lower ones"
         )
     return layers

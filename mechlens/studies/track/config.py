@@ -27,7 +27,7 @@ class TrackPlan(SeriesPlan):
     positions: tuple[str, ...] = ("inst", "last")
     """Named positions: inst, post[k], post[*], last; inst and last are always among them."""
     levels: tuple[int, ...] = ()
-    """Residual levels; none given is every level, and the last one is always among them."""
+    """Residual levels that are read and chosen from; none given is every level."""
 
     @property
     def read(self) -> tuple[str, ...]:

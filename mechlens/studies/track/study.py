@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 from torch import Tensor
@@ -48,7 +48,7 @@ from mechlens.studies.track.measures.reference import BaseReference, reference_o
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, cache_of_many, from_piece, to_piece
 from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions, steered_rows
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a change of code changes the numbers, so that older snapshots on a cache are not used again."""
 SAMPLED = ("resamples", "permutations", "random_directions", "random_networks")
 """Options that say how much chance is sampled."""
@@ -125,8 +125,12 @@ def _recorded(plan: TrackPlan) -> dict[str, object]:
 
 
 def _levels(model: LanguageModel, plan: TrackPlan) -> tuple[int, ...]:
+    """The levels asked for, or every one; UserError for one that the model doesn't have."""
     last = n_layers(model)
-    return tuple(range(last + 1)) if not plan.levels else tuple(sorted({*plan.levels, last}))
+    wrong = [level for level in plan.levels if not 0 <= level <= last]
+    if wrong:
+        raise UserError(f"there is no level {wrong[0]}, only 0 to {last}; change --levels or leave it out")
+    return tuple(sorted(set(plan.levels))) or tuple(range(last + 1))
 
 
 def _measure(
@@ -139,8 +143,10 @@ def _measure(
 ) -> tuple[Snapshot, BaseReference]:
     """Everything that needs the checkpoint's weights; the first checkpoint makes the reference."""
     model = swapper.put(member)
-    levels = _levels(model, plan)
-    acts = _collect(model, questions.batch, plan, levels, cache)
+    levels, last = _levels(model, plan), n_layers(model)
+    # The last level too, from which the log-odds of a refusal come; of the study it is only where it was asked for.
+    read = _collect(model, questions.batch, plan, tuple(sorted({*levels, last})), cache)
+    acts = replace(read, levels=levels, values=read.values[:, : len(levels)])
     answers = answer(model, questions.batch, max_new_tokens=plan.max_new_tokens)
     judge = judge_of(plan.judge)
     variants = variant_answers = None
@@ -161,7 +167,7 @@ def _measure(
         acts=acts,
         answers=answers,
         verdicts=verdicts_by(judge, questions.batch.prompts, answers.texts),
-        log_odds=last_log_odds(model, acts, known.tokens),
+        log_odds=last_log_odds(model, read, known.tokens),
         text_loss=text_loss(model, questions.texts),
         steered=steered_log_odds(
             model, questions.batch.select(steered_rows(questions, plan)), directions, known.tokens,
@@ -220,7 +226,9 @@ def prepare(config: Track) -> Preparation[SeriesStudy]:
         config.base, config.checkpoints, revision=config.revision, skip_broken=config.skip_broken
     )
     asked = series_prompts(config, series)
-    return prepare_series(config, series, asked, _trigger(config, series), config.triggered)
+    given = prepare_series(config, series, asked, _trigger(config, series), config.triggered)
+    batch, levels = given.content.questions.batch, _levels(given.content.swapper.model, config)
+    return replace(given, resolved={"positions": batch.resolve(config.read), "levels": levels})
 
 
 def execute(config: Track, given: SeriesStudy, writer: RunWriter) -> TrackResult:

@@ -75,7 +75,7 @@ def to_piece(snapshot: Snapshot) -> dict[str, Tensor]:
 
 def _numbers(values: Tensor) -> Tensor:
     """The values themselves; of streamed ones, which have pieces of their own, only where each prompt is."""
-    return values.rows if isinstance(values, StreamedTensor) else values
+    return values.rows if isinstance(values, StreamedTensor) else values.contiguous()
 
 
 def cache_of_many(
@@ -130,7 +130,7 @@ def from_piece(
 def _acts(values: Tensor, checkpoint: Checkpoint, engine: str, labels: Labels) -> Activations:
     prompts = labels.batch.prompts
     return Activations(
-        values=values,
+        values=values[:, : len(labels.levels)],  # streamed pieces may hold the model's last level as well
         levels=labels.levels,
         positions=labels.positions,
         ids=tuple(prompt.id for prompt in prompts),
