@@ -25,7 +25,11 @@ import pytest
 import real
 import torch
 
-torch.set_num_threads(2)
+# `scripts/test` runs as many processes as there are processors, each on one thread.
+BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+torch.set_num_threads(1 if BESIDE_OTHERS else 2)
+if BESIDE_OTHERS:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 EXACT = ("answers", "collect", "packing", "patching", "path_patching", "steered_sweeps", "steering", "swap")
 """Subjects whose tests hold a fast path against the plain one; they are run on the oldest and newest libraries too."""
