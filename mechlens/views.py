@@ -15,7 +15,9 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, token_text, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.runs.report.parts import BLUE, RED
+
+# The ends of the colour scale, light enough for dark text.
+BLUE, RED = (94, 154, 211), (224, 102, 90)
 
 # Without these, plotly shows a button that uploads the figure, prompt texts and all.
 _STAYS_HERE = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mechlens.runs.report.figure_parts import GRID, INK, PALETTE, QUIET
+from mechlens.runs.report.colours import GRID, INK, PALETTE, QUIET
 from mechlens.runs.run import read_run
 
 WIDTH, HEIGHT = 820, 366

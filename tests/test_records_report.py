@@ -1,5 +1,8 @@
 """The report: one file, no network, every text shown as it is."""
 
+import base64
+import gzip
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -10,6 +13,7 @@ import pytest
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.report import figures
+from mechlens.runs.report.colours import ON_DARK, THINGS
 from mechlens.runs.report.parts import HEADINGS, estimate_text, heading, token_spans
 from mechlens.runs.report.report import FigureEntry, Report, Section, TokenView, render
 from mechlens.runs.run import Artefact, Inputs, Run
@@ -76,6 +80,7 @@ def test_nothing_is_fetched(html):
         for tag, attributes in Page(html).tags
         for name, value in attributes.items()
         if name in ("src", "href", "srcset", "action", "data", "poster", "background") and value
+        if not value.startswith("#")  # a place on the same page
     ]
     assert fetching == []
     style = re.search(r"<style>(.*?)</style>", html, re.DOTALL).group(1)
@@ -85,25 +90,40 @@ def test_nothing_is_fetched(html):
     assert policies[0].startswith("default-src 'none'")
 
 
+def drawings(html: str) -> list[dict]:
+    """What the page's JSON script elements hold: a drawing for each figure, then what all share."""
+    return [json.loads(text) for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html)]
+
+
 def test_plotly_is_there_once_and_cannot_upload(html):
-    assert len(re.findall(r"\* plotly\.js v", html)) == 1
-    assert html.count('"showSendToCloud": false') == 2
-    assert "cdn.plot.ly/plotly" not in html
+    (packed,) = re.findall(r'<script type="application/gzip" id="plotly">(.*?)</script>', html)
+    unpacked = gzip.decompress(base64.b64decode(packed)).decode()
+    assert "Licensed under the MIT license" in unpacked[:300]
+    assert drawings(html)[-1]["config"]["showSendToCloud"] is False
+    assert drawings(html)[-1]["config"]["plotlyServerURL"] == ""
     assert "mathjax.js" not in html.lower()
+
+
+def test_every_colour_of_a_figure_has_one_for_dark_screens(html):
+    *figures_drawn, common = drawings(html)
+    used = set(re.findall(r"#[0-9a-fA-F]{6}", json.dumps(figures_drawn)))
+    assert used
+    assert used <= common["onDark"].keys()
+    assert not set(THINGS.values()) - ON_DARK.keys()
 
 
 def test_a_report_without_figures_needs_no_plotly():
     html = page(sections=(Section("a", "b"),))
     assert len(html) < 30_000
-    assert "plotly.js v" not in html
+    assert "application/gzip" not in html
 
 
 def test_text_is_shown_and_never_run(html):
     tags = [tag for tag, _ in Page(html).tags]
     assert "img" not in tags
     assert '<script>alert("owned")' not in html
-    # Plotly, the two figures and the print helper: no script came from a text.
-    assert tags.count("script") == 4
+    # The two figures, what they share, plotly and what draws them: no script came from a text.
+    assert tags.count("script") == 5
     assert EVIL in "".join(Page(html).texts)
 
 
@@ -112,7 +132,6 @@ def test_every_part_is_in_the_page(html):
     for part in ("2026-01-02 03:04 UTC", "separate-1", "tiny", "0.900", "[0.800, 0.950], n = 40", "m" * 64, "a" * 64):
         assert part in text
     assert "Data of this figure (3 rows)" in text
-    assert html.count("js-plotly-plot") >= 1
     assert {"figure-lines", "figure-points"} <= {a.get("id") for _, a in Page(html).tags}
 
 
@@ -129,8 +148,8 @@ def test_a_table_is_headed_by_words_with_the_name_of_the_column_behind_them():
     html = render(Report("T", "Q?", "V.", sections=(Section("S", table=frame),)), RUN, {}, {})
     shown = [attributes.get("title") for tag, attributes in Page(html).tags if tag == "th" and "title" in attributes]
     assert shown == ["auroc", "own_auroc_low", EVIL, "3"]
-    assert '<th title="auroc" class="number">AUROC</th>' in html
-    assert '<th title="own_auroc_low" class="number">own auroc, 95% low</th>' in html
+    assert '<th title="auroc" class="n">AUROC</th>' in html
+    assert '<th title="own_auroc_low" class="n">own auroc, 95% low</th>' in html
     assert '<script>alert("owned")' not in html
 
 
@@ -191,15 +210,24 @@ def test_a_figure_that_the_run_has_not_is_named():
 def test_colours_are_symmetric_about_zero_and_white_space_is_seen():
     spans = token_spans(TokenView(("a", "b", "c", " ", "\n", "x\ty", " d"), (2.0, -2.0, 0.0, 1.0, math.nan, 0.0, 0.0)))
     assert [span.text for span in spans] == ["a", "b", "c", "␣", "⏎", "x⇥y", " d"]
-    assert spans[2].colour == "rgb(255,255,255)"
-    assert spans[0].colour != spans[1].colour
-    assert spans[0].colour.endswith("90)")
-    assert spans[4].line_end
-    assert spans[4].value == "–"
-    # All zero is all white, not a division by zero.
-    assert token_spans(TokenView(("a",), (0.0,)))[0].colour == "rgb(255,255,255)"
+    assert [(span.side, span.share) for span in spans[:4]] == [("above", 1), ("below", 1), ("below", 0), ("above", 0.5)]
+    assert (spans[4].side, spans[4].value, spans[4].line_end) == ("missing", "–", True)
+    # All zero has no colour, and is no division by zero.
+    assert token_spans(TokenView(("a",), (0.0,)))[0].share == 0
     with pytest.raises(ValueError, match="2 tokens"):
         TokenView(("a", "b"), (1.0,))
+
+
+def test_no_line_of_tokens_is_empty():
+    spans = token_spans(TokenView(("a", "\n", "\n", " \n\n", "b", "\n"), (0.0,) * 6))
+    assert [span.line_end for span in spans] == [False, False, False, True, False, False]
+
+
+def test_a_table_stands_under_the_first_of_its_figures_only():
+    drawn = {name: FigureEntry(figures.lines(FRAME, x="x", y="y", **WORDS), "", "scores") for name in ("f", "g")}
+    html = render(Report("T", "Q?", "V.", sections=(Section("S", "", ("g", "f")),)), RUN, drawn, {"scores": FRAME})
+    assert html.count('<details id="data-scores">') == 1
+    assert html.index('id="figure-g"') < html.index('id="data-scores"') < html.index('href="#data-scores"')
 
 
 @pytest.mark.parametrize(

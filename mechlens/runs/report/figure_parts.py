@@ -7,32 +7,15 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
-INK = "#1f2933"
-QUIET = "#5f6b7a"
-GRID = "#e9ecf0"
+from mechlens.runs.report.colours import EDGE, GRID, INK, PALETTE, PAPER, QUIET, RULE, Look, faded, looks
 
-# Okabe and Ito's colours, the strong ones first; their yellow is left out, being unreadable on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
 DASHES = ("solid", "dash", "dot")
 HATCHES = ("", "/", "x")
-"""After the last colour the first comes again, as another line or bar."""
-FEW_TICKS = 12
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star")
-DIVERGING = [
-    [0.0, "#2166AC"],
-    [0.25, "#92C5DE"],
-    [0.5, "#FFFFFF"],
-    [0.75, "#F4A582"],
-    [1.0, "#B2182B"],
-]
-SEQUENTIAL = [[0.0, "#F7FBFF"], [0.25, "#C6DBEF"], [0.5, "#6BAED6"], [0.75, "#2171B5"], [1.0, "#08306B"]]
-
-
-def faded(colour: str, opacity: float) -> str:
-    """The hex colour as an rgba one, for bands and bars that lie over each other."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
+"""How groups of one colour differ."""
+FEW_TICKS = 12
+DASHED = {"color": RULE, "width": 1, "dash": "dash"}
 
 
 def template() -> dict[str, Any]:
@@ -40,11 +23,11 @@ def template() -> dict[str, Any]:
     axis = {
         "gridcolor": GRID,
         "zeroline": False,
-        "linecolor": "#c5cbd3",
+        "linecolor": EDGE,
         "showline": True,
         "ticks": "outside",
         "ticklen": 4,
-        "tickcolor": "#c5cbd3",
+        "tickcolor": EDGE,
         "tickfont": {"size": 12, "color": QUIET},
         "title": {"font": {"size": 13, "color": INK}, "standoff": 12},
         "automargin": True,
@@ -53,20 +36,17 @@ def template() -> dict[str, Any]:
         "layout": {
             "font": {"family": FONT, "size": 13, "color": INK},
             "title": {"font": {"size": 16}, "x": 0, "xref": "paper", "xanchor": "left", "y": 0.97, "yanchor": "top"},
-            "paper_bgcolor": "white",
-            "plot_bgcolor": "white",
+            "paper_bgcolor": PAPER,
+            "plot_bgcolor": PAPER,
             "colorway": list(PALETTE),
             "xaxis": axis,
             "yaxis": axis,
             "height": 420,
             "margin": {"l": 60, "r": 20, "t": 56, "b": 50},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
-            "hoverlabel": {"bgcolor": "white", "bordercolor": "#c5cbd3", "align": "left", "font": {"size": 12}},
+            "hoverlabel": {"bgcolor": PAPER, "bordercolor": EDGE, "align": "left", "font": {"size": 12}},
         }
     }  # fmt: skip
-
-
-RULE = {"color": "#8a8f98", "width": 1, "dash": "dash"}
 
 
 def empty(title: str, xlabel: str, ylabel: str, columns: dict[str, str | None]) -> go.Figure:
@@ -82,19 +62,21 @@ def empty(title: str, xlabel: str, ylabel: str, columns: dict[str, str | None]) 
     return figure
 
 
-def groups(df: pd.DataFrame, group: str | None, shown: str) -> Iterator[tuple[int, str, pd.DataFrame]]:
-    """Each group that has any number in the column `shown`: its place, which decides its colour, name and rows.
+def groups(df: pd.DataFrame, group: str | None, shown: str) -> Iterator[tuple[str, Look, pd.DataFrame]]:
+    """Each group that has any number in the column `shown`: its name, how it looks and its rows.
 
-    Places are in order of appearance, or of its categories: a colour means the same in figures of one table, whatever
-    could be measured.
+    Looks are shared out among all groups of the table, in order of appearance or of its categories: a colour means the
+    same in figures of one table, whatever could be measured.
     """
     if group is None:
-        yield 0, "", df
+        yield "", Look(PALETTE[0], 0), df
         return
     ordered = isinstance(df[group].dtype, pd.CategoricalDtype)
-    for i, (name, part) in enumerate(df.groupby(group, sort=ordered, observed=not ordered)):
+    names = df[group].cat.categories if ordered else df[group].dropna().unique()
+    look = looks(map(str, names))
+    for name, part in df.groupby(group, sort=ordered, observed=True):
         if part[shown].notna().any():
-            yield i, readable(name), part
+            yield readable(name), look[str(name)], part
 
 
 def show_legend(figure: go.Figure, shown: bool) -> None:
@@ -124,19 +106,25 @@ def band(part: pd.DataFrame, x: str, low: str, high: str, name: str, colour: str
 def whiskers(part: pd.DataFrame, y: str, low: str, high: str) -> dict[str, Any]:
     """The interval of each point as a bar through it."""
     above, below = part[high] - part[y], part[y] - part[low]
-    return {"array": python_values(above), "arrayminus": python_values(below), "thickness": 1.3, "width": 4}
+    return {
+        "array": python_values(above),
+        "arrayminus": python_values(below),
+        "thickness": 1.3,
+        "width": 4,
+        "color": INK,
+    }
 
 
 def draw_rule(figure: go.Figure, hline: float | None, label: str = "") -> None:
     """A dashed line across the figure, such as chance."""
     if hline is None:
         return
-    figure.add_hline(y=hline, line=RULE)
+    figure.add_hline(y=hline, line=DASHED)
     if label:
         # Below the rule at the right end, where curves that rise above chance are not.
         figure.add_annotation(
             text=html.escape(label), x=1, xref="paper", xanchor="right", y=hline, yanchor="top", showarrow=False,
-            font={"size": 11, "color": "#6b7280"},
+            font={"size": 11, "color": QUIET},
         )  # fmt: skip
 
 

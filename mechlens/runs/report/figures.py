@@ -11,19 +11,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from mechlens.runs.report.colours import DIVERGING, PAPER, SEQUENTIAL, faded
 from mechlens.runs.report.figure_parts import (
+    DASHED,
     DASHES,
-    DIVERGING,
     FEW_TICKS,
     HATCHES,
-    PALETTE,
-    RULE,
-    SEQUENTIAL,
     SYMBOLS,
     band,
     draw_rule,
     empty,
-    faded,
     groups,
     limits_about,
     python_values,
@@ -49,9 +46,8 @@ def lines(
 ) -> go.Figure:
     """One line per group, with a band from `low` to `high`, a lone point with a bar; NaN is left out."""
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
-    for i, name, rows in groups(df, group, y):
+    for name, (colour, turn), rows in groups(df, group, y):
         part = rows.dropna(subset=[y]).sort_values(x, kind="stable")
-        colour, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
         banded, alone = low is not None and high is not None, len(part) == 1
         if banded and not alone:
             figure.add_trace(band(part, x, str(low), str(high), name, colour))
@@ -63,7 +59,7 @@ def lines(
             legendgroup=name,
             mode="markers" if alone else "lines",
             error_y=whiskers(part, y, str(low), str(high)) if banded and alone else None,
-            line={"color": colour, "width": 2, "dash": dash},
+            line={"color": colour, "width": 2, "dash": DASHES[turn % len(DASHES)]},
             customdata=part[[str(low), str(high)]].to_numpy().tolist() if banded else None,
             hovertemplate="%{y:.3~g}" + interval,
         )
@@ -100,7 +96,7 @@ def heatmap(
         z=[[None if pd.isna(cell) else float(cell) for cell in row] for row in grid.to_numpy()],
         zmin=low,
         zmax=high,
-        colorscale=SEQUENTIAL if center is None else DIVERGING,
+        colorscale=list(SEQUENTIAL if center is None else DIVERGING),
         colorbar={
             "title": {"text": html.escape(label), "side": "right", "font": {"size": 13}},
             "thickness": 12,
@@ -134,14 +130,14 @@ def scatter(
     columns = {"x": x, "y": y, "group": group, **{f"hover{i}": name for i, name in enumerate(hover)}}
     figure = empty(title, xlabel, ylabel, columns)
     said = "".join(f"<br>{html.escape(name)}: %{{customdata[{i}]}}" for i, name in enumerate(hover))
-    for i, name, part in groups(df, group, y):
-        marker = {"color": PALETTE[i % len(PALETTE)], "symbol": SYMBOLS[i % len(SYMBOLS)]}
+    for i, (name, look, part) in enumerate(groups(df, group, y)):
+        marker = {"color": look.colour, "symbol": SYMBOLS[i % len(SYMBOLS)]}
         figure.add_scatter(
             x=python_values(part[x]),
             y=python_values(part[y]),
             name=name,
             mode="markers",
-            marker={**marker, "size": 7, "opacity": 0.7, "line": {"width": 0.5, "color": "white"}},
+            marker={**marker, "size": 7, "opacity": 0.7, "line": {"width": 0.5, "color": PAPER}},
             customdata=[[readable(cell) for cell in row] for row in part[list(hover)].itertuples(index=False)],
             hovertemplate=f"(%{{x:.3~g}}, %{{y:.3~g}}){said}<extra>{name}</extra>",
         )
@@ -149,7 +145,7 @@ def scatter(
     show_legend(figure, group is not None)
     draw_rule(figure, hline)
     if vline is not None:
-        figure.add_vline(x=vline, line=RULE)
+        figure.add_vline(x=vline, line=DASHED)
     return figure
 
 
@@ -169,16 +165,16 @@ def bars(
 ) -> go.Figure:
     """One bar per row, beside each other by group, with its interval; a NaN has no bar."""
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
-    for i, name, part in groups(df, group, y):
+    for name, (colour, turn), part in groups(df, group, y):
         interval = whiskers(part, y, low, high) if low is not None and high is not None else None
         figure.add_bar(
             x=[str(label) for label in python_values(part[x])],
             y=python_values(part[y]),
             name=name,
             marker={
-                "color": PALETTE[i % len(PALETTE)],
+                "color": colour,
                 "line": {"width": 0},
-                "pattern": {"shape": HATCHES[i // len(PALETTE) % len(HATCHES)]},
+                "pattern": {"shape": HATCHES[turn % len(HATCHES)]},
             },
             error_y=interval,
             hovertemplate=f"%{{x}}: %{{y:.3~g}}<extra>{name}</extra>",
@@ -203,9 +199,8 @@ def histogram(
     """How many rows lie where; the groups lie over each other in the same bins."""
     figure = empty(title, xlabel, "count", {"x": value, "group": group})
     edges = np.histogram_bin_edges(df[value].dropna(), bins=bins).tolist()
-    for i, name, part in groups(df, group, value):
+    for name, (colour, _), part in groups(df, group, value):
         counts = np.histogram(part[value].dropna(), bins=edges)[0].tolist()
-        colour = PALETTE[i % len(PALETTE)]
         # Outlines rather than bars: four see-through bars over each other make mud.
         figure.add_scatter(
             x=[edges[0], *edges],
@@ -221,5 +216,5 @@ def histogram(
     figure.update_yaxes(rangemode="tozero")
     show_legend(figure, group is not None)
     if vline is not None:
-        figure.add_vline(x=vline, line=RULE)
+        figure.add_vline(x=vline, line=DASHED)
     return figure

@@ -9,9 +9,6 @@ import pandas as pd
 
 from mechlens.methods.statistics.estimate import Estimate
 
-# The ends of the colour scale, light enough for dark text.
-BLUE, RED = (94, 154, 211), (224, 102, 90)
-
 HEADINGS = {
     "auroc": "AUROC",
     "auroc on twins": "AUROC on twins",
@@ -112,10 +109,13 @@ class TokenSpan(NamedTuple):
     """One token ready to be shown."""
 
     text: str
-    colour: str
+    side: str
+    """Which colour it has: "above", "below", or "missing"."""
+    share: float
+    """How much of it, from 0 to 1."""
     value: str
     line_end: bool
-    """True if the token ends a line of the text."""
+    """True if a new line of the text begins after the token, with more than white space."""
 
 
 class EstimateText(NamedTuple):
@@ -126,10 +126,13 @@ class EstimateText(NamedTuple):
 
 
 def token_spans(view: TokenView) -> list[TokenSpan]:
-    """The tokens with white space made visible, and their colours, symmetric about zero."""
+    """The tokens with white space made visible, and their colours, symmetric about zero; no line is empty."""
+    following = (*view.tokens[1:], "")
     return [
-        TokenSpan(_visible(token), _colour(value, view.reach), _number(value), token.endswith("\n"))
-        for token, value in zip(view.tokens, view.values, strict=True)
+        TokenSpan(
+            _visible(token), *_colour(value, view.reach), _number(value), token.endswith("\n") and bool(after.strip())
+        )
+        for token, after, value in zip(view.tokens, following, view.values, strict=True)
     ]
 
 
@@ -191,10 +194,7 @@ def _visible(token: str) -> str:
     return shown if shown.strip() else shown.replace(" ", "␣") or "∅"
 
 
-def _colour(value: float, reach: float) -> str:
+def _colour(value: float, reach: float) -> tuple[str, float]:
     if not math.isfinite(value):
-        return "rgb(229,231,235)"
-    share = abs(value) / reach if reach else 0.0
-    end = RED if value > 0 else BLUE
-    red, green, blue = (round(255 + (channel - 255) * share) for channel in end)
-    return f"rgb({red},{green},{blue})"
+        return "missing", 1.0
+    return "above" if value > 0 else "below", round(abs(value) / reach, 3) if reach else 0.0

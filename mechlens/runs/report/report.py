@@ -1,6 +1,8 @@
 """A run as one HTML file that opens anywhere, without a network."""
 
+import base64
 import html
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,10 +11,12 @@ from typing import Any, NamedTuple
 
 import jinja2
 import pandas as pd
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline
+from mechlens.runs.report.colours import ON_DARK
 from mechlens.runs.report.parts import TokenView, cells, estimate_text, heading, paragraphs, token_spans
 from mechlens.runs.run import Run
 
@@ -20,6 +24,8 @@ from mechlens.runs.run import Run
 MAX_ROWS = 400
 TITLE_HEIGHT = 30
 """Pixels that a figure keeps for its title."""
+PLOTLY = "plotly-cartesian.min.js.gz"
+"""The part of plotly.js that draws lines, bars, points and heatmaps (MIT licence); by scripts/plotly_bundle.py."""
 
 # Without the first two, plotly 7 shows a button that uploads the figure, prompt texts and all.
 _CONTROLS = {
@@ -30,6 +36,8 @@ _CONTROLS = {
     "modeBarButtonsToRemove": ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
     "toImageButtonOptions": {"format": "png", "scale": 3},
 }
+
+_TEMPLATES = Path(__file__).parent / "templates"
 
 __all__ = ["FigureEntry", "Report", "Section", "TokenView", "render"]
 
@@ -92,64 +100,60 @@ class _Table:
 @dataclass(frozen=True, eq=False)
 class _Figure:
     title: str
-    html: Markup
-    """The plot; empty where there is not one number to draw."""
+    height: int
+    """In pixels."""
+    drawing: Markup
+    """Data and layout as JSON; empty where there is not one number to draw."""
     caption: str
-    table: _Table | None = field(default=None)
+    table: _Table | None
+    """What it was drawn from, where no figure before it shows the same table."""
+    data: str
+    """The table's name; empty where the run has none."""
+    rows: int
 
 
 def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables: Mapping[str, pd.DataFrame]) -> str:
     """The report's HTML: plotly inlined once, every text escaped, nothing fetched."""
-    missing = [name for section in report.sections for name in section.figures if name not in figures]
+    shown = [name for section in report.sections for name in section.figures]
+    missing = [name for name in shown if name not in figures]
     if missing:
         raise ValueError(f"the report shows figure {missing[0]!r}; the run has {sorted(figures)}")
-    drawn = {name: _figure(name, entry, tables) for name, entry in figures.items()}
+    first = {figures[name].table: name for name in reversed(shown)}
+    drawn = {name: _figure(figures[name], tables, with_table=first[figures[name].table] == name) for name in shown}
     return _template().render(
         report=report,
         run=run,
         model=report.model or str(run.config.get("model", "")),
         figures=drawn,
-        plotly=_plotly_js() if any(section.figures for section in report.sections) else "",
+        plotly=_packed_plotly() if any(figure.drawing for figure in drawn.values()) else "",
         css=Markup(_resource("report.css")),
+        script=Markup(_resource("report.js")),
+        drawing=_as_json({"config": _CONTROLS, "onDark": ON_DARK}),
         table=_table,
     )
 
 
-def _figure(name: str, entry: FigureEntry, tables: Mapping[str, pd.DataFrame]) -> _Figure:
+def _figure(entry: FigureEntry, tables: Mapping[str, pd.DataFrame], *, with_table: bool) -> _Figure:
+    """The figure without its title, which stands above it as text: plotly breaks no lines on a phone."""
     frame = tables.get(entry.table) if entry.table else None
-    table = None if frame is None else _table(frame, f"tables/{entry.table}.parquet")
-    title = html.unescape(entry.figure.layout.title.text or "")
-    shown = any(_has_numbers(trace) for trace in entry.figure.data)
-    return _Figure(title, _plot(name, entry.figure) if shown else Markup(), entry.caption, table)
+    table = _table(frame, f"tables/{entry.table}.parquet") if with_table and frame is not None else None
+    data, rows = ("", 0) if frame is None else (str(entry.table), len(frame))
+    shown = json.loads(entry.figure.to_json())
+    layout, common = shown["layout"], shown["layout"].get("template", {}).get("layout", {})
+    freed = TITLE_HEIGHT if layout.get("title", {}).get("text") else 0
+    height = (layout.get("height") or common.get("height") or 420) - freed
+    margin = {**common.get("margin", {}), **layout.get("margin", {})}
+    untitled = {**layout, "height": height, "margin": {**margin, "t": margin.get("t", 56) - freed}}
+    title = html.unescape(untitled.pop("title", {}).get("text", ""))
+    drawn = any(_has_numbers(trace) for trace in entry.figure.data)
+    drawing = _as_json({"data": shown["data"], "layout": untitled}) if drawn else Markup()
+    return _Figure(title, height, drawing, entry.caption, table, data, rows)
 
 
 def _has_numbers(trace: Any) -> bool:
     """Whether a trace would leave a mark."""
     values = trace.z if trace.type == "heatmap" else trace.y
     return values is None or bool(pd.DataFrame(values).notna().to_numpy().any())
-
-
-def _plot(name: str, figure: Any) -> Markup:
-    """The figure as HTML without its title, which stands above it as text: plotly breaks no lines on a phone."""
-    import plotly.graph_objects
-    import plotly.io
-
-    untitled = plotly.graph_objects.Figure(figure)
-    freed = TITLE_HEIGHT if figure.layout.title.text else 0
-    height = (figure.layout.height or figure.layout.template.layout.height or 420) - freed
-    top = figure.layout.margin.t or figure.layout.template.layout.margin.t or 56
-    untitled.update_layout(title={"text": ""}, height=height, margin={"t": top - freed})
-    # plotly escapes < and > inside its JSON, so text in a figure cannot end the script.
-    drawn = plotly.io.to_html(
-        untitled,
-        full_html=False,
-        include_plotlyjs=False,
-        include_mathjax=False,
-        div_id=f"figure-{name}",
-        config=_CONTROLS,
-        default_height=f"{height}px",
-    )
-    return Markup(drawn)
 
 
 def _table(frame: pd.DataFrame, file: str = "") -> _Table:
@@ -164,14 +168,17 @@ def _table(frame: pd.DataFrame, file: str = "") -> _Table:
     )
 
 
-def _plotly_js() -> Markup:
-    from plotly.offline import get_plotlyjs
+def _as_json(value: object) -> Markup:
+    """JSON inside a script element, which no text in it can end."""
+    return htmlsafe_json_dumps(value, separators=(",", ":"))
 
-    return Markup(get_plotlyjs())
+
+def _packed_plotly() -> str:
+    return base64.b64encode((_TEMPLATES / PLOTLY).read_bytes()).decode()
 
 
 def _resource(name: str) -> str:
-    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 @cache

@@ -11,7 +11,7 @@ from mechlens.methods.patching.result import MIN_SHARE, PatchResult
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report import figures
-from mechlens.runs.report.figure_parts import QUIET
+from mechlens.runs.report.colours import QUIET
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.patch.study import Candidates, RefusalPath
