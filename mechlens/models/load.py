@@ -171,13 +171,18 @@ def load_merged(
     first = "float32" if whole else type_without_loss(model, dtype, revision=revision)
     where = None if kind else device_map
     hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=where)
-    if (own := own_tokenizer(folder, tokenizer, load_tokenizer)) is not None:
-        tokenizer = read_as_trained(tokenizer, own, adapter)
+    tokenizer = _as_trained(tokenizer, adapter)
     hf_model = merge_adapter(hf_model, adapter, dtype)
     if kind:
         hf_model = quantised(hf_model, kind, read_device_map(device_map, lambda: hf_model.config))
         require_packed(hf_model, kind, adapter)
     return hf_model, tokenizer
+
+
+def _as_trained(tokenizer: Any, adapter: str) -> Any:
+    """The tokenizer, with the chat template of the adapter's folder where it has one."""
+    own = own_tokenizer(user_path(adapter), tokenizer, load_tokenizer)
+    return tokenizer if own is None else read_as_trained(tokenizer, own, adapter)
 
 
 def _split(model: str, dtype: str, revision: str | None) -> tuple[str | None, str]:
@@ -238,6 +243,13 @@ def load_config(model: str, *, revision: str | None = None) -> Any:
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable("model configuration", model, source, error) from error
+
+
+def tokenizer_of(model: str, *, adapter: str | None = None, revision: str | None = None) -> Any:
+    """The tokenizer that `load` gives the model, with its adapter's chat template; no weights are read."""
+    tokenizer = load_tokenizer(model, revision=revision)
+    merged = str(adapter_folder(model)) if _is_adapter(model) else adapter
+    return tokenizer if merged is None else _as_trained(tokenizer, merged)
 
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:

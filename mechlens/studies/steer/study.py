@@ -9,9 +9,19 @@ from rich.text import Text
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.direction import Direction
-from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, ResidualNorms, residual_norms
+from mechlens.methods.steering.interventions import (
+    ALL,
+    ANEW,
+    EVERYWHERE,
+    Ablate,
+    Add,
+    ResidualNorms,
+    residual_norms,
+)
 from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
+from mechlens.models.checkpoints.difference import require_same_template
+from mechlens.models.checkpoints.outline import Outline
 from mechlens.models.sites import require_everywhere
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_prompts
@@ -66,10 +76,19 @@ def steer(config: Steer, told: Told | None = None) -> SideBySide:
     if config.operation == "ablate" and config.strength != Steer.strength:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
     direction = read_direction(config.direction, config.layer, config.position)
-    model, template = chosen_model(config)
     layer = direction.level if config.layer is None else config.layer
-    one = _intervention(config, direction, layer, model, template)
     prompt = Prompt("prompt", config.prompt, system=config.system)
+
+    def check(known: Outline, template: ChatTemplate) -> None:
+        if config.operation == "add":
+            known.require_levels((layer,), "layer")
+        known.require_same("direction", direction.checkpoint, len(direction.vector), ANEW, any_weights=config.force)
+        if direction.template and not config.force:
+            require_same_template("direction", direction.template, template.fingerprint, ANEW)
+        tokenize([prompt], template)
+
+    model, template = chosen_model(config, check)
+    one = _intervention(config, direction, layer, model, template)
     said = {
         name: _answer(model, template, prompt, given, config, name, told)
         for name, given in ((UNSTEERED, ()), (STEERED, (one,)))
