@@ -111,3 +111,67 @@ def test_what_differs_is_named(kind: str) -> None:
 def test_a_type_that_changes_nothing_is_no_mistake() -> None:
     made = Checkpoint("m", "m", fingerprint="v2-1", dtype="bfloat16")
     require_same_weights("direction", made, replace(made, dtype="float32"), "stop")
+
+
+def file(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def prompts(folder: Path, name: str, n: int) -> Path:
+    return file(folder, f"{name}.txt", "".join(f"{name} the thing {i}\n" for i in range(n)))
+
+
+LATE: dict[str, tuple[tuple[object, ...], str]] = {
+    "no such model": (("separate", "--model", "smolm2"), "did you mean 'smollm2'?"),
+    "no folder": (("causal", "--model", "./nowhere"), "there is no folder './nowhere'"),
+    "no adapter": (("select", "--adapter", "./nowhere"), "there is no adapter in './nowhere'"),
+    "no file": (("direction", "--positive", "./no.csv", "--negative", "harmless"), "could not be read (No such file"),
+    "no column": (("patch", "--pairs", "{table}"), "column"),
+    "an empty file": (("separate", "--harmful", "{empty}"), "is empty; it needs at least one prompt"),
+    "one class twice": (("separate", "--harmful", "{many}", "--harmless", "{many}"), "can be of one class only"),
+    "too few": (("direction", "--positive", "{few}", "--negative", "{many}"), "needs at least 15 of each side"),
+    "too few families": (("separate", "--harmful", "{few}"), "the study needs"),
+    "a position": (("direction", "--positive", "harmful", "--negative", "harmless", "--positions", "ints"),
+                   "there is no position 'ints'"),
+    "a position of a patch": (("patch", "--positions", "post[77]"), "there is no position 'post[77]'"),
+    "a layer": (("patch", "--layers", 99), "there is no layer 99; model has layers 0 to 2"),
+    "a layer to choose": (("causal", "--layers", 2, 99), "there is no layer 99; model has layers 0 to 2"),
+    "the embedding": (("causal", "--layers", 0), "there is no layer 0 to intervene at"),
+    "a level": (("track", "--levels", 99, "--checkpoints", "{model}"), "there is no level 99; model has levels 0 to 3"),
+    "a place to steer": (("steer", "--layer", 99), "there is no layer 99; model has layers 0 to 3"),
+    "NaN": (("steer", "--strength", "nan"), "the strength is nan; give a finite number"),
+    "no tokens": (("guard fit", "--max-new-tokens", 0), "max_new_tokens is 0; ask for at least one token"),
+    "a site": (("patch", "--site", "resid"), "there is no site 'resid'"),
+    "a judge": (("separate", "--judge", "frases"), "there is no judge 'frases' (did you mean 'phrases'?)"),
+    "a method": (("direction", "--positive", "harmful", "--negative", "harmless", "--method", "dla"),
+                 "there is no direction method 'dla'"),
+    "a device": (("select", "--device", "cuda:7"), "there is no device 'cuda:7' here"),
+    "a template": (("select", "--template", "paper:none"), "paper:none"),
+    "its argument": (("guard fit", "--template-arg", "effort=1"), "never reads the argument 'effort'"),
+    "a folder of others": (("separate", "--out", "{others}"), "and no run of mechlens"),
+    "a file for a folder": (("separate", "--out", "{few}"), "few.txt is no folder); give another --out"),
+    "no guard": (("guard predict", "--guard", "{few}"), "truncated or not a safetensors file"),
+    "a direction for a guard": (("guard predict", "--guard", "{direction}"), "holds a Direction"),
+    "no direction": (("steer", "--direction", "{few}"), "unknown ending"),
+    "a long prompt": (("steer", "--prompt", "the thing " * 400), "tokens and the model takes 512"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_nothing_is_read_before_a_mistake_is_said(
+    case: str, folder: Path, unread: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (words, sentence), places = LATE[case], {"model": folder / "model", "direction": folder / "one.safetensors"}
+    places |= {"few": prompts(tmp_path, "few", 4), "many": prompts(tmp_path, "many", 40)}
+    places |= {"empty": file(tmp_path, "empty.csv", ""), "table": file(tmp_path, "table.csv", "a,b\nx,y\n")}
+    verb, *more = (str(word).format(**places, others=tmp_path) for word in words)
+    usual: list[object] = ["--base" if verb == "track" else "--model", folder / "model"]
+    usual += [] if verb in ("steer", "guard predict") else ["--out", tmp_path / "out"]
+    usual += ["--prompt", "x", "--direction", folder / "one.safetensors"] if verb == "steer" else []
+    usual += ["--dtype", "bfloat16"] if verb == "steer" else []
+    usual = [word for i, word in enumerate(usual) if usual[i - i % 2] not in more]
+    assert sentence in said([*verb.split(), *usual, *more], capfd)
+    assert not unread
+    assert not (tmp_path / "out").exists()

@@ -535,7 +535,7 @@ MISTAKES = {
     ("--n-test", "9"): "n_test is 9; give at least 10",
     ("--coefficient", "0"): "the coefficient is 0",
     ("--strengths", "-1"): "give at least one, all above 0",
-    ("--layers", "9"): "there is no layer 9 to intervene at, only 1 to 3",
+    ("--layers", "9"): "there is no layer 9; model has layers 0 to 3",
     ("--layers", "1", "--full"): "give one of them",
     ("--random-directions", "0"): "random_directions is 0",
     ("--grid", "all"): "leave --full and --layers out",

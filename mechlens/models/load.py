@@ -13,7 +13,7 @@ from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
 from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
-from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
+from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter, require_adapter
 from mechlens.models.device_map import (
     DeviceMap,
     as_they_lie,
@@ -163,6 +163,7 @@ def load_merged(
     Each matrix is widened alone, and a base that is stored in a wider type than was asked for is read from its file as
     it is merged. The chat template is the adapter's own, where its folder has one.
     """
+    require_adapter(adapter)
     _require_unquantised(model, revision, "no adapter can be merged into them; give the model that was quantised, and "
                          "--dtype nf4, say, quantises the merged one")  # fmt: skip
     kind, dtype = _split(model, dtype, revision)

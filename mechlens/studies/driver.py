@@ -17,7 +17,7 @@ from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
 from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, metric_text, read_run
-from mechlens.runs.writer import RunWriter, open_run
+from mechlens.runs.writer import RunWriter, open_run, require_folder
 from mechlens.settings import WandbSettings
 from mechlens.studies.registry import COMMANDS, Study, studies, study_of
 from mechlens.studies.shared.training_data import LeftOut, record_left_out
@@ -72,6 +72,7 @@ def _imported(study: Study) -> Study:
 
 
 def _prepared(study: Study, config: Any) -> Preparation[Any]:
+    require_folder(study.verb, config, config.out)
     found = loaded(study.prepare)(config)
     if not isinstance(found, Preparation):
         raise UserError(f"the study {study.name!r} prepared a {type(found).__name__}, not a Preparation")

@@ -6,8 +6,10 @@ from typing import Any
 from mechlens.errors import UserError
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import FOREIGN, Difference, differences, unlike
+from mechlens.models.checkpoints.merge import require_adapter
 from mechlens.models.load import load_config, own_type, require_wrappable, short_name, stored_quantised
 from mechlens.models.quantise import RUNS_ON
+from mechlens.prompts.batch import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Outline:
     n_layers: int | None
     """None where the configuration doesn't say."""
     d_model: int | None
+    context: int | None
+    """Most tokens that it takes."""
 
     def require_levels(self, levels: tuple[int, ...], named: str = "level") -> None:
         """UserError for a residual level that the model doesn't have; `named` is what the option calls it."""
@@ -35,6 +39,16 @@ class Outline:
         if wrong:
             named = "" if last is None else f"; {self.checkpoint.name} has {kind}s 0 to {last}"
             raise UserError(f"there is no {kind} {', '.join(map(str, wrong))}{named}")
+
+    def require_room(self, batch: TokenBatch, new_tokens: int) -> None:
+        """UserError for a prompt that doesn't fit into the model's context with so many tokens after it."""
+        row = int(batch.lengths.argmax())
+        longest = int(batch.lengths[row])
+        if self.context is not None and longest + new_tokens > self.context:
+            raise UserError(
+                f"prompt {batch.prompts[row].id!r} has {longest} tokens and the model takes {self.context}, of which "
+                f"{new_tokens} are left for the answer; shorten it"
+            )
 
     def require_same(self, what: str, made: Checkpoint, width: int, allow: str, *, any_weights: bool = False) -> None:
         """UserError where `what`, made with a model of this width, is sure not to fit once the model is loaded.
@@ -68,6 +82,8 @@ class Outline:
 def outline(model: str, *, adapter: str | None = None, revision: str | None = None, dtype: str = "auto") -> Outline:
     """What is known of a model before it is loaded; arguments as in `load`, and its errors where they show by now."""
     require_wrappable(model, revision=revision)
+    if adapter is not None:
+        require_adapter(adapter)
     stored = own_type(model, revision=revision)
     regime = dtype if dtype in RUNS_ON else stored_quantised(model, revision=revision) or "raw"
     checkpoint = Checkpoint(
@@ -76,6 +92,5 @@ def outline(model: str, *, adapter: str | None = None, revision: str | None = No
     )  # fmt: skip
     config: Any = load_config(model, revision=revision)
     config = config.get_text_config()
-    sizes = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
-    n_layers, d_model = (size if isinstance(size, int) else None for size in sizes)
-    return Outline(checkpoint, stored, n_layers, d_model)
+    sizes = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings"))
+    return Outline(checkpoint, stored, *(size if isinstance(size, int) else None for size in sizes))

@@ -1,5 +1,6 @@
 """`mechlens steer`: one prompt, answered with and without a direction; nothing is recorded."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.registry import Screen
-from mechlens.studies.shared.inputs import chosen_model
+from mechlens.studies.shared.inputs import asks, chosen_model
 from mechlens.studies.steer.config import Steer
 
 UNSTEERED, STEERED = "unsteered", "steered"
@@ -75,9 +76,12 @@ def steer(config: Steer, told: Told | None = None) -> SideBySide:
     """Both answers, one after the other; `told` hears of them while they are written."""
     if config.operation == "ablate" and config.strength != Steer.strength:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
+    if not math.isfinite(config.strength):
+        raise UserError(f"the strength is {config.strength}; give a finite number")
     direction = read_direction(config.direction, config.layer, config.position)
     layer = direction.level if config.layer is None else config.layer
     prompt = Prompt("prompt", config.prompt, system=config.system)
+    asked = asks([prompt], new_tokens=config.max_new_tokens)
 
     def check(known: Outline, template: ChatTemplate) -> None:
         if config.operation == "add":
@@ -85,7 +89,7 @@ def steer(config: Steer, told: Told | None = None) -> SideBySide:
         known.require_same("direction", direction.checkpoint, len(direction.vector), ANEW, any_weights=config.force)
         if direction.template and not config.force:
             require_same_template("direction", direction.template, template.fingerprint, ANEW)
-        tokenize([prompt], template)
+        asked(known, template)
 
     model, template = chosen_model(config, check)
     one = _intervention(config, direction, layer, model, template)
