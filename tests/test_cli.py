@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saved import requests, save_model, write_prompts
+from sentence import require_one_sentence
 from tiny import tiny_tokenizer
 
 from mechlens.cli import main
@@ -216,6 +217,7 @@ def test_the_report_is_one_page_that_asks_the_network_for_nothing(separated: Pat
 
 
 def test_runs_are_listed_and_shown(separated: Path, run: Any) -> None:
+    assert require_one_sentence(separated).verb == "separate"
     listed = run("runs", "list", separated.parent)
     assert listed.code == 0
     assert "success" in listed.out

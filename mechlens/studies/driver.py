@@ -131,8 +131,9 @@ def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
 
 
 def summary(folder: Path) -> str:
-    """What a finished run found, for a terminal: metrics, verdict, and where the report is."""
+    """What a finished run found, for a terminal: metrics, verdict, where the report is, and last the one sentence."""
     run = read_run(folder)
     lines = [f"{name:40s} {metric_text(name, estimate)}" for name, estimate in run.metrics.items()]
     lines += ["", run.verdict] if run.verdict else [""]
-    return "\n".join([*lines, f"report: {(folder / 'report.html').resolve()}"])
+    lines.append(f"report: {(folder / 'report.html').resolve()}")
+    return "\n".join([*lines, *filter(None, [run.sentence])])
