@@ -1,8 +1,8 @@
 """mechlens: what a chat model represents, where, and how sure we can be.
 
 Everything a notebook needs is here by name, as listed in `__init__.pyi`; `import mechlens` itself is instant, and torch
-is imported with the first name that needs it. Figures are drawn by `mechlens.runs.report.figures`, results saved and
-loaded by `mechlens.runs.artifacts`, notebook views made by `mechlens.views`.
+is imported with the first name that needs it. Figures are drawn by `mechlens.runs.report.figures`, notebook views
+made by `mechlens.views`.
 """
 
 import ast

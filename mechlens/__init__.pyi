@@ -86,8 +86,12 @@ from mechlens.prompts.templates.template import ChatTemplate as ChatTemplate
 from mechlens.prompts.templates.template import chat_template as chat_template
 from mechlens.prompts.text import match_punctuation as match_punctuation
 from mechlens.runs.folder import FolderCache as FolderCache
+from mechlens.runs.results.opened import open as open
+from mechlens.runs.results.result import RunList as RunList
+from mechlens.runs.results.result import RunResult as RunResult
+from mechlens.runs.results.result import list_runs as list_runs
+from mechlens.runs.results.saved import save as save
 from mechlens.runs.run import Run as Run
-from mechlens.runs.run import list_runs as list_runs
 from mechlens.runs.run import read_run as read_run
 from mechlens.settings import DetectionPlan as DetectionPlan
 from mechlens.settings import WandbSettings as WandbSettings

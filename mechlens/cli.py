@@ -168,7 +168,7 @@ def _dispatch(command: Study | Command, config: Any) -> None:
         return
     from mechlens.studies.driver import run, summary
 
-    print(summary(run(config)))
+    print(summary(run(config).folder))
 
 
 @dataclass(frozen=True)

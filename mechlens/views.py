@@ -3,6 +3,7 @@
 For notebooks only: each token view carries circuitsvis' 1.3 MB of JavaScript, so a report has its own, plain ones.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,6 @@ from mechlens.prompts.templates.template import ChatTemplate
 
 # The ends of the colour scale, light enough for dark text.
 BLUE, RED = (94, 154, 211), (224, 102, 90)
-
-# Without these, plotly shows a button that uploads the figure, prompt texts and all.
-_STAYS_HERE = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,15 @@ def show_projection(
 
 
 def show_figure(figure: Any) -> None:
-    """Shows a plotly figure as notebooks do, without plotly's button that uploads it."""
-    figure.show(config=_STAYS_HERE)
+    """Shows a plotly figure: in a notebook in a few kilobytes, still where its outputs are only read; without plotly's
+    button that uploads it."""
+    from mechlens.runs.report.shown import STAYS_HERE, mime_bundle
+
+    shell = sys.modules.get("IPython")
+    if shell is None or shell.get_ipython() is None:
+        figure.show(config=STAYS_HERE)
+    else:
+        shell.display.display(mime_bundle(figure), raw=True)
 
 
 def _batch(prompt: Prompt | str, template: ChatTemplate) -> TokenBatch:

@@ -31,7 +31,8 @@ from mechlens.models.checkpoints.lora import read_lora
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, read_header, save
 from mechlens.runs.folder import FolderCache, read_prompts
-from mechlens.runs.run import list_runs, read_run
+from mechlens.runs.results.result import list_runs
+from mechlens.runs.run import read_run
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
 from mechlens.studies.finetune.study import LossLog

@@ -11,7 +11,8 @@ from mechlens.methods.directions.direction import Direction, DirectionGrid
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.patching.result import PatchResult
 from mechlens.runs import artifacts
-from mechlens.runs.run import list_runs, read_run
+from mechlens.runs.results.result import list_runs
+from mechlens.runs.run import read_run
 
 OLD = Path(__file__).parent / "old_runs"
 KINDS = {"direction": Direction, "directions": DirectionGrid, "guard": FittedGuard}

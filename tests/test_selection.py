@@ -13,7 +13,6 @@ from planted import CHECKPOINT
 from refusing import FREE, LAYERS, LEVEL, REFUSE, refusing_model, requests, save_refusing_model
 from saved import requests as plain_requests
 from saved import write_prompts
-from sentence import require_one_sentence
 from torch import Tensor
 
 from mechlens.cli import main
@@ -423,7 +422,7 @@ def command(folder: Path, *more: object) -> list[object]:
 
 
 def test_the_verb_writes_scores_direction_and_report(recorded: Path) -> None:
-    run = require_one_sentence(recorded / "out")
+    run = read_run(recorded / "out")
     assert run.status == "success"
     assert run.verdict is not None
     assert run.verdict.startswith("Controls refusal.")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mechlens.checked_json import parse_json
 from mechlens.errors import UserError
-from mechlens.files import disk_error, file_sha256, user_path
+from mechlens.files import disk_error, user_path
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import open_tensors, tensor_digest, write_tensors
-from mechlens.runs.run import RUN_FILE, Run, first_difference, read_run
+from mechlens.runs.results.kept import REMEDY, require_same
+from mechlens.runs.run import RUN_FILE, Change, Run, changes, read_run
 
 LOCK_FILE = ".lock"
 
@@ -81,10 +82,32 @@ def run_to_go_on_with(
     if before.inputs.today and resolved.get("today") == before.inputs.today:
         resolved = resolved | {"today": before.resolved.get("today")}  # the day on which it began, now by its name
     usual = {name: value for name, value in (defaults or {}).items() if name in resolved}
-    if difference := first_difference(usual | before.resolved, resolved):
-        name, old, new = difference
-        raise UserError(f"{out} holds a run with {name} = {old!r}, not {new!r}; choose another --out")
+    if changed := changes(usual | before.resolved, resolved):
+        raise UserError(
+            f"{out} holds a run made with other options: {_listed(changed)}; give them as they were to go on with that "
+            "run, or choose another --out for a new one"
+        )
     return before
+
+
+MOST_NAMED = 4
+"""Changed options in one sentence."""
+
+
+def _listed(changed: Sequence[Change]) -> str:
+    """Options with what they were and are, as the command line calls them."""
+    named = [
+        f"--{name.replace('_', '-')} was {_value(old)} and is now {_value(new)}"
+        for name, old, new in changed[:MOST_NAMED]
+    ]
+    more = len(changed) - MOST_NAMED
+    return ", ".join(named) + (f", and {more} more" if more > 0 else "")
+
+
+def _value(value: object) -> str:
+    if value is None or value in ((), [], {}):
+        return "left out"
+    return f"{json.dumps(value, ensure_ascii=False):.80}"
 
 
 def _is_at(path: Path, handle: int) -> bool:
@@ -126,7 +149,6 @@ class FolderCache:
 
 
 PROMPTS = "prompts"
-REMEDY = "make the run again"
 
 
 def prompt_table(prompts: Sequence[Prompt]) -> pd.DataFrame:
@@ -142,16 +164,18 @@ def read_prompts(folder: Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"there is no {path}; the run kept no prompts")
     known = read_run(folder).tables.get(PROMPTS) if (folder / RUN_FILE).exists() else None
+    rows = read_table(path, known).to_dict("records")
+    return [_prompt({str(name): value for name, value in row.items()}, path) for row in rows]
+
+
+def read_table(path: Path, sha256: str | None) -> pd.DataFrame:
+    """A table of a run folder; UserError where it is no longer what the run wrote."""
+    require_same(path, sha256)
     try:
-        if known is not None and file_sha256(path) != known:
-            raise UserError(f"{path} is not the table that the run wrote; {REMEDY}")
-        rows = pd.read_parquet(path).to_dict("records")
+        return pd.read_parquet(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{path} could not be read ({reason[:200]}); {REMEDY}") from error
-    return [_prompt({str(name): value for name, value in row.items()}, path) for row in rows]
 
 
 def _prompt(row: dict[str, Any], path: Path) -> Prompt:

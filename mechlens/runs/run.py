@@ -4,8 +4,8 @@ import dataclasses
 import json
 import math
 import numbers
+import os
 import shlex
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -53,15 +53,21 @@ def defaults(config: object) -> dict[str, Any]:
     return {setting.name: setting.default for setting in known if setting.default is not dataclasses.MISSING}
 
 
-def first_difference(old: object, new: object, name: str = "") -> tuple[str, object, object] | None:
-    """The first field, by dotted name, in which two plain values differ, with both its values."""
+class Change(NamedTuple):
+    """A field, by its dotted name, that two plain values disagree about."""
+
+    name: str
+    old: object
+    new: object
+
+
+def changes(old: object, new: object, name: str = "") -> list[Change]:
+    """Every field in which two plain values differ, in the order of the new one."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else (name, old, new)
-    for key in [*new, *(key for key in old if key not in new)]:
-        inner = f"{name}.{key}" if name else str(key)
-        if found := first_difference(old.get(key), new.get(key), inner):
-            return found
-    return None
+        return [] if old == new else [Change(name, old, new)]
+    keys = [*new, *(key for key in old if key not in new)]
+    inner = [changes(old.get(key), new.get(key), f"{name}.{key}" if name else str(key)) for key in keys]
+    return [change for found in inner for change in found]
 
 
 FORMAT = 2
@@ -131,6 +137,8 @@ class Run:
     artefacts: dict[str, Artefact] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
     """sha256 of every table's file, by name."""
+    figures: dict[str, str] = field(default_factory=dict)
+    """sha256 of every figure's file, by name; those of the report first, in its order."""
     wandb_id: str | None = None
     argv: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -140,11 +148,6 @@ class Run:
     def sentence(self) -> str:
         """The run in one sentence: its headline, else the first of its verdict; "" where it found nothing yet."""
         return self.headline or first_sentence(self.verdict or "")
-
-    @property
-    def model_name(self) -> str:
-        """The model, or the base of the checkpoints, as it was asked for; "" where the study has none."""
-        return str(self.resolved.get("model") or self.resolved.get("base") or "")
 
     @property
     def command(self) -> str:
@@ -188,34 +191,18 @@ def write_run(run: Run, folder: Path) -> None:
     write_text(folder / RUN_FILE, json.dumps(sealed(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: str | os.PathLike[str]) -> Run:
     """The record in a run's folder."""
-    path = folder / RUN_FILE
+    path = Path(folder) / RUN_FILE
     try:
         found: _OnDisk = read_sealed(path, _OnDisk, REMEDY, sealed_from=2, extra="forbid")
     except FileNotFoundError as error:
-        raise UserError(f"there is no {RUN_FILE} in {folder}; give the --out folder of a run") from error
+        raise UserError(f"there is no {RUN_FILE} in {path.parent}; give the --out folder of a run") from error
     if found.format not in (1, FORMAT):
         raise UserError(f"{path} has format {found.format}, this mechlens reads format {FORMAT}; update mechlens")
     values = {name: value for name, value in vars(found).items() if name != "format"}
     metrics = {name: Estimate(one.value, one.low, one.high, one.n) for name, one in found.metrics.items()}
     return Run(**{**values, "metrics": metrics})
-
-
-def list_runs(root: Path) -> list[tuple[Path, Run]]:
-    """Every run folder at or below `root` with its record, oldest first; damaged ones become warnings."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}; give the folder that holds your runs")
-    # Caches and W&B's own files lie inside run folders, never run folders inside them.
-    found = (path.parent for path in root.rglob(RUN_FILE) if not {"cache", "wandb"} & set(path.parts[-2:-1]))
-    runs = []
-    for folder in sorted(found):
-        try:
-            runs.append((folder, read_run(folder)))
-        except UserError as error:
-            # One damaged folder must not hide the others.
-            warnings.warn(f"left out of the list: {error}", stacklevel=2)
-    return sorted(runs, key=lambda found: found[1].started)
 
 
 def changed_since(run: Run, now_inputs: Inputs) -> list[str]:

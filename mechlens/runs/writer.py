@@ -1,7 +1,6 @@
 """A run being recorded: its folder is true at every moment, and W&B follows it."""
 
 import json
-import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from mechlens.runs.environment import git_state, package_versions
 from mechlens.runs.folder import LOCK_FILE, PROMPTS, FolderCache, FolderLock, prompt_table, run_to_go_on_with
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
-from mechlens.runs.run import RUN_FILE, Artefact, Inputs, Run, changed_since, defaults, plain, read_run, write_run
+from mechlens.runs.run import Artefact, Inputs, Run, changed_since, defaults, plain, write_run
 from mechlens.runs.wandb_mirror import WandbMirror
 from mechlens.settings import WandbSettings
 
@@ -92,27 +91,6 @@ def open_run(
         lock.withdraw()
         raise
     return RunWriter(run, out, lock, WandbMirror(wandb, out, run), before)
-
-
-def require_folder(verb: str, config: Any, out: Path) -> None:
-    """UserError, before anything is loaded, for a folder that can't be written or that this run can't go on in.
-
-    What the study has still to fill in of its configuration is left to `open_run`, and so is the folder's lock.
-    """
-    out = user_path(out)
-    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written to" if there.is_dir() else "is no folder"
-        raise UserError(f"{out} could not be written ({there} {why}); give another --out")
-    if not out.is_dir():
-        return
-    if not (out / RUN_FILE).exists():
-        _require_empty(out)
-        return
-    before = read_run(out)
-    given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
-    settled = {name: own for name, own in given.items() if before.config.get(name) == before.resolved.get(name)}
-    run_to_go_on_with(out, verb, {**before.resolved, **settled}, plain(defaults(config)))
 
 
 def _require_empty(out: Path) -> None:
@@ -227,7 +205,9 @@ class RunWriter:
             raise ValueError(
                 f"figure {name!r} names the table {table!r}; write it first, there is {list(self._tables)}"
             )
-        write_text(self.out / "figures" / f"{plain_name(name)}.json", str(figure.to_json()))
+        path = self.out / "figures" / f"{plain_name(name)}.json"
+        write_text(path, str(figure.to_json()))
+        self._update(figures={**self.run.figures, name: sha256(path)})
         self._figures[name] = FigureEntry(figure, caption, table)
         self._mirror.figure(name, figure)
         return name
@@ -251,7 +231,9 @@ class RunWriter:
         self._report = report
         headline = str(report.headline) if report.headline else None
         words = {name: report.words.get(name, name) for name in report.numbers}
-        self._update(verdict=report.verdict, headline=headline, words=words)
+        shown = [name for section in report.sections for name in section.figures if name in self.run.figures]
+        figures = {name: self.run.figures[name] for name in (*shown, *self.run.figures)}
+        self._update(verdict=report.verdict, headline=headline, words=words, figures=figures)
         path = self.out / "report.html"
         write_text(path, render(report, self.run, self._figures, self._tables))
         return path

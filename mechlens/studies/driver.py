@@ -16,8 +16,9 @@ from mechlens.methods.progress import Clock, phase, timed
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
+from mechlens.runs.results.result import RunResult, open_run_folder
 from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, metric_text, read_run
-from mechlens.runs.writer import RunWriter, open_run, require_folder
+from mechlens.runs.writer import RunWriter, open_run
 from mechlens.settings import WandbSettings
 from mechlens.studies.registry import COMMANDS, Study, studies, study_of
 from mechlens.studies.shared.training_data import LeftOut, record_left_out
@@ -45,8 +46,8 @@ class Preparation(Generic[Content]):
     """What the configuration left open, filled in."""
 
 
-def run(config: Any) -> Path:
-    """Does the study that this configuration is of, recorded in its run folder, which is returned.
+def run(config: Any) -> RunResult:
+    """Does the study that this configuration is of, recorded in its run folder, and gives what was found.
 
     A killed run goes on where it stopped when it is called again with the same configuration. UserError, before
     anything slow, for whatever can't be had.
@@ -57,7 +58,7 @@ def run(config: Any) -> Path:
         with phase("loading"):
             study = _imported(study)
             prepared = _prepared(study, config)
-        return _recorded(study, config, prepared, clock)
+        return open_run_folder(_recorded(study, config, prepared, clock))
 
 
 def _imported(study: Study) -> Study:
@@ -72,7 +73,6 @@ def _imported(study: Study) -> Study:
 
 
 def _prepared(study: Study, config: Any) -> Preparation[Any]:
-    require_folder(study.verb, config, config.out)
     found = loaded(study.prepare)(config)
     if not isinstance(found, Preparation):
         raise UserError(f"the study {study.name!r} prepared a {type(found).__name__}, not a Preparation")
@@ -131,9 +131,8 @@ def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
 
 
 def summary(folder: Path) -> str:
-    """What a finished run found, for a terminal: metrics, verdict, where the report is, and last the one sentence."""
+    """What a finished run found, for a terminal: metrics, verdict, and where the report is."""
     run = read_run(folder)
     lines = [f"{name:40s} {metric_text(name, estimate)}" for name, estimate in run.metrics.items()]
     lines += ["", run.verdict] if run.verdict else [""]
-    lines.append(f"report: {(folder / 'report.html').resolve()}")
-    return "\n".join([*lines, *filter(None, [run.sentence])])
+    return "\n".join([*lines, f"report: {(folder / 'report.html').resolve()}"])

@@ -65,12 +65,12 @@ class Report:
     question: str
     verdict: str
     """The explanation, which follows the headline."""
-    headline: Headline | None = None
-    """The one sentence; None leaves it to the first of the verdict."""
     numbers: Mapping[str, Estimate] = field(default_factory=dict)
     """What decides the verdict, each by the metric's name."""
     words: Mapping[str, str] = field(default_factory=dict)
     """What a metric is called where people read it; others by their names."""
+    headline: Headline | None = None
+    """The one sentence; None leaves it to the first of the verdict."""
     sections: tuple[Section, ...] = ()
     how: str = ""
     """How it was made: data, splits, choices."""

@@ -4,7 +4,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mechlens.errors import UserError
-from mechlens.runs.run import list_runs, metric_text, read_run
+from mechlens.runs.results.result import list_runs
+from mechlens.runs.run import metric_text, read_run
 from mechlens.studies.registry import Screen
 from mechlens.studies.runs.config import ListRuns, Rerun, ShowRun
 
@@ -14,10 +15,10 @@ SAME = 1e-6
 
 def list_all(config: ListRuns, screen: Screen) -> None:
     """A table of the runs below a folder."""
-    folder_column, started = Column("folder", overflow="fold"), Column("started (UTC)", no_wrap=True)
-    table = Table(folder_column, "study", "model", "status", started, Column("in one sentence", ratio=1))
+    table = Table(Column("folder", overflow="fold"), "study", "model", "status", Column("started (UTC)", no_wrap=True))
     for folder, run in list_runs(config.folder):
-        cells = (str(folder), run.verb, run.model_name, run.status, run.started[:16].replace("T", " "), run.sentence)
+        model = run.resolved.get("model") or run.resolved.get("base") or ""
+        cells = (str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))
         table.add_row(*(Text(cell) for cell in cells))  # a name may look like rich's markup
     screen.show(table)
 
@@ -25,10 +26,7 @@ def list_all(config: ListRuns, screen: Screen) -> None:
 def show(config: ShowRun, screen: Screen) -> None:
     """One record, in words."""
     run = read_run(config.folder)
-    lines = [
-        *filter(None, [run.sentence]),
-        f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}",
-    ]
+    lines = [f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}"]
     if run.error:
         lines.append(f"error: {run.error}")
     inputs = run.inputs.data | ({"today, as the template prints it": run.inputs.today} if run.inputs.today else {})

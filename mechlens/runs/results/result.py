@@ -1,0 +1,195 @@
+"""A run as an object, the same whether it was just made or is opened from its folder; nothing is read unasked."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from mechlens.errors import UserError
+from mechlens.files import user_path
+from mechlens.runs.results.kept import Kept, names_in, read_figure, require_same
+from mechlens.runs.run import RUN_FILE, Run, metric_text, read_run
+
+if TYPE_CHECKING:
+    import pandas
+    import plotly.graph_objects
+
+    from mechlens.methods.directions.direction import Direction, DirectionGrid
+
+DIRECTIONS = ("Direction", "DirectionGrid")
+STATES = {
+    "started": "This run isn't finished: the same call or command goes on where it stopped.",
+    "error": "This run failed ({error}): the same call or command goes on where it stopped.",
+    "success": "",
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A recorded run, from `ml.run(config)` or `ml.open(folder)`; any function that takes a path takes it as one."""
+
+    folder: Path
+    record: Run
+    """All of `run.json`: configuration, inputs, status, numbers as `Estimate`s."""
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __iter__(self) -> Iterator[Any]:
+        """`folder, record = run`."""
+        return iter((self.folder, self.record))
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in one sentence; "" where nothing was yet."""
+        return self.record.sentence
+
+    @property
+    def verdict(self) -> str:
+        """The whole verdict as the report has it; "" where there is none yet."""
+        return self.record.verdict or ""
+
+    @property
+    def state(self) -> str:
+        """What is the matter with a run that didn't end well; "" where nothing is."""
+        return STATES[self.record.status].format(error=self.record.error or "killed")
+
+    @property
+    def model(self) -> str:
+        """The model's name, of a local folder its last part; "" for a study without one."""
+        given = str(self.record.resolved.get("model") or self.record.resolved.get("base") or "")
+        return Path(given).name if given[:1] in ("/", "~", ".") else given
+
+    @property
+    def metrics(self) -> "pandas.DataFrame":
+        """A row a number: name, words, value, low, high, n; those that decide the verdict first, which have words."""
+        import pandas as pd
+
+        found, words = self.record.metrics, self.record.words
+        order = [*(name for name in words if name in found), *(name for name in found if name not in words)]
+        rows = [{"name": name, "words": words.get(name, ""), **vars(found[name])} for name in order]
+        return pd.DataFrame(rows, columns=["name", "words", "value", "low", "high", "n"])
+
+    @property
+    def tables(self) -> "Kept[pandas.DataFrame]":
+        """Every table of the run by name, read when it is asked for."""
+        names = names_in(self.folder / "tables", self.record.tables, ".parquet")
+        return Kept("table", names, self._table)
+
+    @property
+    def figures(self) -> "Kept[plotly.graph_objects.Figure]":
+        """Every figure of the report by name, the main one first; each shows itself in a notebook."""
+        names = names_in(self.folder / "figures", self.record.figures, ".json")
+        return Kept("figure", names, self._figure)
+
+    @property
+    def artifacts(self) -> Kept[Any]:
+        """Everything else that the run saved, by name: directions, centroids, guards, patching sweeps."""
+        return Kept("artifact", tuple(self.record.artefacts), self._artifact)
+
+    @property
+    def directions(self) -> "Kept[Direction | DirectionGrid]":
+        """The directions among them."""
+        names = tuple(name for name in self.record.artefacts if self._kind(name) in DIRECTIONS)
+        return Kept("direction", names, self._artifact)
+
+    @property
+    def report(self) -> Path:
+        """The report, one page that any browser opens; UserError where there is none yet."""
+        page = self.folder / "report.html"
+        if not page.is_file():
+            raise UserError(f"there is no {page}. {self.state or 'Make the run again.'}")
+        return page
+
+    def _table(self, name: str) -> "pandas.DataFrame":
+        from mechlens.runs.folder import read_table
+
+        return read_table(self.folder / "tables" / f"{name}.parquet", self.record.tables.get(name))
+
+    def _figure(self, name: str) -> "plotly.graph_objects.Figure":
+        return read_figure(self.folder / "figures" / f"{name}.json", self.record.figures.get(name))
+
+    def _artifact(self, name: str) -> Any:
+        from mechlens.runs.results.saved import open_file
+
+        artefact = self.record.artefacts[name]
+        require_same(self.folder / artefact.file, artefact.sha256)
+        return open_file(self.folder / artefact.file)
+
+    def _kind(self, name: str) -> str:
+        """The class that an artefact's file names; "" where it can't be read, which taking it will say."""
+        from mechlens.runs.artifacts import read_header
+
+        try:
+            return str(read_header(self.folder / self.record.artefacts[name].file)["class"])
+        except UserError:
+            return ""
+
+    def __repr__(self) -> str:
+        record = self.record
+        of = f" of {self.model}" if self.model else ""
+        lines = [f"RunResult({str(self.folder)!r}): {record.verb.replace('_', ' ')}{of}, {record.status}"]
+        lines += [line for line in (self.sentence, self.state) if line]
+        for name in [name for name in record.words or record.metrics if name in record.metrics][:5]:
+            lines.append(f"  {record.words.get(name, name)}: {metric_text(name, record.metrics[name])}")
+        kept = (self.tables, self.figures, self.artifacts)
+        return "\n".join([*lines, "; ".join(str(mapping) for mapping in kept if mapping)]).rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        from mechlens.runs.results.notebook import run_html
+
+        return run_html(self)
+
+
+@dataclass(frozen=True)
+class RunList(Sequence[RunResult]):
+    """Runs, oldest first, which a notebook shows as a table with what each found."""
+
+    runs: tuple[RunResult, ...]
+
+    @overload
+    def __getitem__(self, place: int) -> RunResult: ...
+    @overload
+    def __getitem__(self, place: slice) -> "RunList": ...
+    def __getitem__(self, place: int | slice) -> "RunResult | RunList":
+        return RunList(self.runs[place]) if isinstance(place, slice) else self.runs[place]
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __repr__(self) -> str:
+        lines = [f"{run.folder}  {run.record.verb}, {run.record.status}  {run.sentence}".rstrip() for run in self]
+        return "\n".join(lines) or "no runs"
+
+    def _repr_html_(self) -> str:
+        from mechlens.runs.results.notebook import list_html
+
+        return list_html(self)
+
+
+def open_run_folder(folder: str | os.PathLike[str]) -> RunResult:
+    """The run that was recorded in a folder; UserError where there is none or its record is damaged."""
+    path = user_path(os.fspath(folder))
+    return RunResult(path, read_run(path))
+
+
+def list_runs(root: str | os.PathLike[str] = "runs") -> RunList:
+    """Every run at or below `root`, oldest first; damaged ones become warnings.
+
+    A run unpacks into its folder and its record: `for folder, record in list_runs("runs")`.
+    """
+    below = user_path(os.fspath(root))
+    if not below.is_dir():
+        raise UserError(f"there is no folder {below}; give the folder that holds your runs")
+    # Caches and W&B's own files lie inside run folders, never run folders inside them.
+    found = (path.parent for path in below.rglob(RUN_FILE) if not {"cache", "wandb"} & set(path.parts[-2:-1]))
+    runs = []
+    for folder in sorted(found):
+        try:
+            runs.append(RunResult(folder, read_run(folder)))
+        except UserError as error:
+            # One damaged folder must not hide the others.
+            warnings.warn(f"left out of the list: {error}", stacklevel=2)
+    return RunList(tuple(sorted(runs, key=lambda run: run.record.started)))
