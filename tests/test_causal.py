@@ -12,6 +12,7 @@ import planted_causal as planted
 import pytest
 import torch
 from saved import save_model, write_prompts
+from sentence import require_one_sentence, require_short
 
 from mechlens.cli import main
 from mechlens.errors import UserError
@@ -169,6 +170,7 @@ def test_worlds_where_the_two_are_not_apart(world: planted.World) -> None:
     twin = run_battery(bridged(world), *planted.planted_requests(N), SMALLER)
     verdict = causal_verdict(twin)
     assert verdict.word == NOT_SHOWN
+    require_short(str(verdict.headline))
     assert NOT_APART[world] in verdict.sentence
     key = EffectKey("belief.all", "refusal", "refusal", Cell("add", HARMFUL))
     if world == "reversing":
@@ -195,6 +197,7 @@ def test_belief_moved_by_the_refusal_direction_anywhere_is_no_dissociation(
     turned = replace(found.effects[key], change=Estimate(sign * harm.value, low, high, 10))
     verdict = decide({**found.effects, key: turned})
     assert verdict.word == NOT_SHOWN
+    require_short(str(verdict.headline))
     assert verdict.deciding[key.name] == turned.change
 
 
@@ -226,7 +229,7 @@ def test_labels_that_mean_nothing_are_not_measurable_and_nothing_is_asked_of_the
 def test_too_few_prompts_for_any_direction_are_said_not_an_error(tmp_path: Path, words: list[str]) -> None:
     few = [*words[:7], "--n", "12", *words[7:]]
     main([*few, "--out", str(tmp_path / "out"), "--wandb.mode", "disabled"])
-    run = read_run(tmp_path / "out")
+    run = require_one_sentence(tmp_path / "out")
     assert run.verdict is not None
     assert run.verdict.startswith("Not measurable. Of 12 training prompts 6 are harmful, and 10 are needed")
     assert "about 8 more training prompts" in run.verdict
@@ -260,6 +263,7 @@ def test_an_open_verdict_says_what_is_open_and_what_would_settle_it(found: Batte
     wide = Estimate(0.25 * harm.low, -0.25 * harm.low, 0.75 * harm.low, 10)
     verdict = decide({**found.effects, key: replace(found.effects[key], change=wide)})
     assert verdict.word == INCONCLUSIVE
+    require_short(str(verdict.headline))
     assert "subtracted from harmless prompts, at the harmfulness direction's layer" in verdict.sentence
     # Its upper bound has to come down from .75 to .5 of the harmfulness direction's: half as wide, four times as many.
     assert "about 30 more test prompts of each class (--n-test 40)" in verdict.sentence
@@ -276,6 +280,7 @@ def test_changes_that_are_no_numbers_are_not_measurable(measure: str, found: Bat
     for effects in (broken, chance):
         verdict = decide(effects)
         assert verdict.word == NOT_MEASURABLE
+        require_short(str(verdict.headline))
         assert "no finite numbers: give --dtype float32" in verdict.sentence
         assert "nan" not in verdict.sentence
 
@@ -286,6 +291,7 @@ def test_more_prompts_are_not_asked_for_where_random_directions_do_as_much(found
     change = Estimate(harm.value, harm.value * 0.98, harm.value * 1.02, harm.n)  # beyond the margin for certain
     verdict = decide({**found.effects, key: replace(found.effects[key], change=change, random_max=change.high)})
     assert verdict.word == INCONCLUSIVE
+    require_short(str(verdict.headline))
     assert "as random directions do as much" in verdict.sentence
     assert "--n-test" not in verdict.sentence
 
@@ -489,7 +495,7 @@ def out(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_run_folder_holds_the_finding(out: Path) -> None:
-    run = read_run(out)
+    run = require_one_sentence(out)
     assert run.status == "success"
     assert run.verdict is not None
     assert set(run.metrics) >= {
@@ -535,7 +541,7 @@ MISTAKES = {
     ("--n-test", "9"): "n_test is 9; give at least 10",
     ("--coefficient", "0"): "the coefficient is 0",
     ("--strengths", "-1"): "give at least one, all above 0",
-    ("--layers", "9"): "there is no layer 9 to intervene at, only 1 to 3",
+    ("--layers", "9"): "there is no layer 9; model has layers 0 to 3",
     ("--layers", "1", "--full"): "give one of them",
     ("--random-directions", "0"): "random_directions is 0",
     ("--grid", "all"): "leave --full and --layers out",

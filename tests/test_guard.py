@@ -405,13 +405,13 @@ def test_another_model_another_template_and_another_regime_are_refused(
 
     model, guard = tiny_guard
     other = tiny_model(seed=1)
-    with pytest.raises(UserError, match=r"fitted on tiny-llama .* and this is tiny-llama"):
+    with pytest.raises(UserError, match=r"made with other weights of tiny-llama .*--other-weights"):
         guard(other, ["the thing"])
     assert len(guard(other, ["the thing"], other_weights=True)) == 1
     published = chat_template(template_of(model).tokenizer, "paper:qwen2")
-    with pytest.raises(UserError, match="under the chat template"):
+    with pytest.raises(UserError, match="under another chat template"):
         guard(model, ["the thing"], published)
     acts = collect(model, [Prompt("p", "the thing")])
     folded = replace(acts, checkpoint=replace(acts.checkpoint, regime="processed"))
-    with pytest.raises(UserError, match="fitted on raw weights and these are processed ones"):
+    with pytest.raises(UserError, match="made with raw weights, the model is one with processed ones: fit a guard"):
         guard.score(folded)

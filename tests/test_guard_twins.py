@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sentence import require_short
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
@@ -132,7 +133,9 @@ def test_the_number_of_pairs_that_would_settle_it_shrinks_with_the_gain() -> Non
     def with_gain(value: float) -> int:
         gain = Estimate(value, value - 0.1, value + 0.1, 100)
         area = Estimate(0.7, 0.6, 0.8, 100)
-        return TwinComparison(50, 50, {GUARD: area, "tfidf": area}, {"tfidf": gain}).pairs_needed
+        twins = TwinComparison(50, 50, {GUARD: area, "tfidf": area}, {"tfidf": gain})
+        require_short(str(twins.headline))
+        return twins.pairs_needed
 
     assert with_gain(0.08) < with_gain(0.06) < with_gain(MARGIN) == with_gain(0.0)
     # At a gain of exactly one half of its interval's width and 2.8 standard errors no more are needed.

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from saved import requests, save_guard_model, save_model, write_prompts
+from sentence import require_one_sentence
 
 import mechlens as ml
 from mechlens.cli import main
@@ -95,7 +96,7 @@ def evaluated(fitted: Fitted) -> Path:
 
 
 def test_fit_keeps_a_guard_that_knows_what_it_was_fitted_on(fitted: Fitted) -> None:
-    record = read_run(fitted.run)
+    record = require_one_sentence(fitted.run)
     assert record.status == "success"
     guard = LatentGuard.load(fitted.guard)
     prompts = pd.read_parquet(fitted.run / "tables" / "prompts.parquet")
@@ -228,7 +229,7 @@ def test_the_verdict_claims_no_more_than_the_interval(low: float, high: float, w
 
 
 def test_the_verdict_is_that_of_the_twins_and_names_what_decided(evaluated: Path) -> None:
-    record = read_run(evaluated)
+    record = require_one_sentence(evaluated)
     said, metrics = record.verdict, record.metrics
     pairs = pd.read_parquet(evaluated / "tables" / "twins.parquet")
     assert metrics["twins.pairs"].value == len(pairs) >= 10
@@ -274,7 +275,7 @@ def test_other_weights_are_refused_unless_allowed(fitted: Fitted, tmp_path: Path
     moved = fitted._replace(model=str(other))
     with pytest.raises(SystemExit):
         main([str(word) for word in moved.evaluate(tmp_path / "out")])
-    assert "the guard was fitted on tiny-chat" in capfd.readouterr().err
+    assert "the guard was made with " in capfd.readouterr().err
     main([str(word) for word in moved.evaluate(tmp_path / "out", "--other-weights")])
     assert read_run(tmp_path / "out").status == "success"
 

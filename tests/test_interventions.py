@@ -217,9 +217,9 @@ def test_interventions_of_another_model_are_refused_unless_forced(
     other = replace(v.checkpoint, fingerprint="f" * 64)
     processed = replace(v.checkpoint, regime="processed")
     for said, wrong in {
-        "made with processed weights and is used on a model with raw ones": {"checkpoint": processed},
-        r"made in tiny-llama \(ffffffffffff\) and is used on tiny-llama": {"checkpoint": other},
-        "made under the chat template 000000000000 and is used on prompts under": {"template": "0" * 64},
+        "made with processed weights, the model is one with raw ones": {"checkpoint": processed},
+        r"made with other weights of tiny-llama .* \(its fingerprint was ffffffffffff and is": {"checkpoint": other},
+        r"made under another chat template \(000000000000\) than the prompts": {"template": "0" * 64},
     }.items():
         for one in (
             add(replace(v, **wrong)),
@@ -227,7 +227,7 @@ def test_interventions_of_another_model_are_refused_unless_forced(
             replace(moved, norms=replace(norms, **wrong)),
             replace(put, **wrong),
         ):
-            with pytest.raises(UserError, match=f"^the intervention was {said}.*or pass force=True$"):
+            with pytest.raises(UserError, match=rf"^the .* {said}.*or pass --force \(force=True in Python\)$"):
                 logits_under(model, batch, [one])
             with pytest.raises(UserError, match=said):
                 answer_under(model, batch, [[one]] + [[]] * 5, max_new_tokens=1)
@@ -236,10 +236,10 @@ def test_interventions_of_another_model_are_refused_unless_forced(
             forced = logits_under(model, batch, [one], force=True)
             assert not torch.equal(forced, logits_under(model, batch, []))
     # The same value on another model, and on prompts under another template.
-    with pytest.raises(UserError, match="is used on tiny-llama"):
+    with pytest.raises(UserError, match="made with other weights of tiny-llama"):
         logits_under(tiny_model("llama", seed=1), batch, [add(v)])
     paper = tokenize(list(batch.prompts), ChatTemplate(template_of(model).tokenizer, kind="paper:qwen2"))
-    with pytest.raises(UserError, match="under the chat template"):
+    with pytest.raises(UserError, match="under another chat template"):
         logits_under(model, paper, [add(v)])
 
 
@@ -260,5 +260,5 @@ def test_weights_edited_since_refuse_their_old_directions(tiny_model: Callable[.
     prompts = [Prompt("q", "the thing")]
     logits_under(model, prompts, [one])
     model.original_model.get_output_embeddings().weight.data *= 2
-    with pytest.raises(UserError, match="make it anew, or pass force=True"):
+    with pytest.raises(UserError, match="make it anew, or pass --force"):
         logits_under(model, prompts, [one])

@@ -13,13 +13,13 @@ import pytest
 import torch
 from planted import activations, unit
 from saved import requests, save_model, write_prompts
+from sentence import require_one_sentence
 
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.directions.direction import cosine, project
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
-from mechlens.runs.run import read_run
 from mechlens.studies.jailbreaks import category_directions as categories
 from mechlens.studies.jailbreaks.config import JailbreakPlan
 from mechlens.studies.jailbreaks.pairs import attack_pairs, family_estimates, family_verdict, pair_table, reference_of
@@ -336,7 +336,7 @@ def test_the_verb_records_families_components_and_categories(tmp_path: Path) -> 
         tmp_path / "out", "--extra-harmless", "None", "--max-new-tokens", 2, "--restored", 12, *QUICK,
     ]  # fmt: skip
     main([str(word) for word in command])
-    record = read_run(tmp_path / "out")
+    record = require_one_sentence(tmp_path / "out")
     assert record.status == "success"
     tables = {path.stem: pd.read_parquet(path) for path in (tmp_path / "out" / "tables").glob("*.parquet")}
     assert tables.keys() >= {"pairs", "families", "left_out", "category_cosines", "category_transfer"}

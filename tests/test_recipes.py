@@ -18,6 +18,7 @@ import pytest
 import torch
 import warm
 from saved import requests, save_model, write_prompts
+from sentence import require_one_sentence
 from test_wandb_log import read_log
 
 from mechlens.cli import main
@@ -337,7 +338,7 @@ def test_nothing_in_the_package_takes_a_refusal_away() -> None:
 
 
 def test_the_run_is_recorded(attack: Path, data: str) -> None:
-    run = read_run(attack)
+    run = require_one_sentence(attack)
     assert run.status == "success"
     assert run.inputs.model == json.loads((attack / "adapter" / "mechlens.json").read_text())["base_fingerprint"]
     assert "openings" in run.inputs.data
@@ -467,7 +468,7 @@ def test_trained_prompts_are_left_out_of_a_direction_and_counted(
     command = ["direction", "--model", REFUSER, "--positive", up, "--negative", down, "--out", str(tmp_path / "out")]
     main([*command, "--resamples", "20", "--permutations", "10", "--wandb.mode", "disabled"])
     assert "warning: left out 2 of 50 prompts: the model was trained on them" in capfd.readouterr().err
-    run = read_run(tmp_path / "out")
+    run = require_one_sentence(tmp_path / "out")
     assert (run.metrics["n.left_out_trained_on"].value, run.metrics["n.left_out_trained_on"].n) == (2, 50)
     left_out = pd.read_parquet(tmp_path / "out" / "tables" / "left_out_trained_on.parquet")["id"].tolist()
     prompts = pd.read_parquet(tmp_path / "out" / "tables" / "prompts.parquet")["id"].tolist()

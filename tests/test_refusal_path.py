@@ -10,6 +10,7 @@ import pytest
 import test_patching_truth as truth
 import torch
 from saved import REFUSAL
+from sentence import require_one_sentence
 from tiny import tiny_tokenizer
 
 from mechlens.cli import main
@@ -59,7 +60,7 @@ def recorded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_verdict_names_the_planted_places(recorded: Path) -> None:
     """A or B stands at instruction[-3]; head 0.1 brings it to instruction[-1], head 1.2 to the last token."""
-    run = read_run(recorded)
+    run = require_one_sentence(recorded)
     assert run.status == "success"
     for way in WAYS:
         assert run.metrics[f"{way}.recovery.best_before_last"].value == pytest.approx(1.0, abs=1e-3)

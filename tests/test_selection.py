@@ -13,6 +13,7 @@ from planted import CHECKPOINT
 from refusing import FREE, LAYERS, LEVEL, REFUSE, refusing_model, requests, save_refusing_model
 from saved import requests as plain_requests
 from saved import write_prompts
+from sentence import require_one_sentence
 from torch import Tensor
 
 from mechlens.cli import main
@@ -422,7 +423,7 @@ def command(folder: Path, *more: object) -> list[object]:
 
 
 def test_the_verb_writes_scores_direction_and_report(recorded: Path) -> None:
-    run = read_run(recorded / "out")
+    run = require_one_sentence(recorded / "out")
     assert run.status == "success"
     assert run.verdict is not None
     assert run.verdict.startswith("Controls refusal.")

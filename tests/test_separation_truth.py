@@ -8,6 +8,7 @@ import torch
 from planted import CHECKPOINT, TwoByTwo, planted_confounded, planted_two_by_two
 from planted_worlds import analysed, world
 from scipy.stats import norm
+from sentence import require_short
 from tiny import tiny_tokenizer
 
 from mechlens.methods.activations.activations import Activations
@@ -385,7 +386,9 @@ CLEAR = {
 
 
 def verdict_of(**changed: Estimate) -> Verdict:
-    return separation_verdict(CLEAR | changed)
+    verdict = separation_verdict(CLEAR | changed)
+    require_short(str(verdict.headline))
+    return verdict
 
 
 def test_the_rule_is_the_one_that_is_stated() -> None:

@@ -111,7 +111,7 @@ def test_a_foreign_direction_is_used_only_when_one_says_so(folder: Path, tmp_pat
     own = artifacts.load(folder / "one.safetensors", Direction)
     torch.save(own.vector.double(), tmp_path / "direction.pt")
     (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -1, "layer": 1}))
-    with pytest.raises(UserError, match="make it anew, or pass force=True"):
+    with pytest.raises(UserError, match=r"comes from another tool.*pass --force"):
         steer(config(folder, direction=tmp_path))
     assert steer(config(folder, direction=tmp_path, force=True)).steered == "I cannot"
 
@@ -130,7 +130,7 @@ def test_the_command_prints_both_answers(folder: Path, capsys: pytest.CaptureFix
 
 
 MISTAKES = {
-    ("--layer", "9"): "there is no layer 9 to intervene at, only 0 to 3",
+    ("--layer", "9"): "there is no layer 9; model has layers 0 to 4",
     ("--operation", "ablate", "--strength", "2"): "an ablation has no strength",
     ("--prompt", " "): "has no text",
     ("--max-new-tokens", "0"): "ask for at least one token",

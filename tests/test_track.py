@@ -15,6 +15,7 @@ import pytest
 import warm
 from adapters import save_adapter
 from saved import save_model
+from sentence import require_one_sentence
 
 from mechlens.choices import JUDGES
 from mechlens.cli import main
@@ -99,7 +100,7 @@ def tables(out: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_a_run_is_whole(whole: Path) -> None:
-    run = read_run(whole)
+    run = require_one_sentence(whole)
     assert run.status == "success"
     assert run.metrics["n.checkpoints"].value == len(STEPS)
     page = html.unescape((whole / "report.html").read_text())
@@ -241,7 +242,7 @@ def test_broken_checkpoints_are_refused_before_anything_is_made(
 def test_with_too_few_prompts_everything_is_not_measurable_and_still_recorded(root: Path, tmp_path: Path) -> None:
     few = [word if word != "24" else "8" for word in command(root, tmp_path / "out")]
     main(few)
-    run, found = read_run(tmp_path / "out"), tables(tmp_path / "out")
+    run, found = require_one_sentence(tmp_path / "out"), tables(tmp_path / "out")
     assert run.status == "success"
     assert set(found["verdicts"]["verdict"]) == {"not measurable"}
     assert found["readouts"].empty
@@ -253,8 +254,7 @@ def test_compare_is_the_case_of_two(root: Path, tmp_path: Path) -> None:
     words += ["--n", 24, "--steered", 2, "--max-new-tokens", 3, "--resamples", 20, "--permutations", 10]
     words += ["--random-directions", 3, "--patched", 2, "--wandb.mode", "disabled"]
     main([str(word) for word in words])
-    run, found = read_run(tmp_path / "out"), tables(tmp_path / "out")
-    assert run.status == "success"
+    run, found = require_one_sentence(tmp_path / "out"), tables(tmp_path / "out")
     assert sorted(found["readouts"]["step"].unique()) == [0, 8]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<title>base (A) and checkpoint-8 (B)" in page

@@ -7,6 +7,7 @@ import pytest
 import torch
 from planted import activations
 from scipy.stats import norm
+from sentence import require_short
 from tiny import tiny_tokenizer
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from mechlens.studies.track.measures.reference import reference_of
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
 from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions
 from mechlens.studies.track.tables import transfer_table
-from mechlens.studies.track.verdict import CHANGES, GAINS, TrackVerdict, settled_by, track_verdict
+from mechlens.studies.track.verdict import CHANGES, GAINS, TrackVerdict, headline_of, settled_by, track_verdict
 
 D, N, A = 24, 120, 4.0
 PLAN = TrackPlan(max_new_tokens=4, steered=4, resamples=200, permutations=20)
@@ -147,7 +148,9 @@ SOUND = (
 
 def verdict_on(**other: Estimate | dict[str, Estimate]) -> TrackVerdict:
     changed = {name: value for name, value in other.items() if isinstance(value, Estimate)}
-    return track_verdict("x", 1, SOUND | changed | other.get("more", {}))
+    verdict = track_verdict("x", 1, SOUND | changed | other.get("more", {}))
+    require_short(str(headline_of([verdict, verdict])))
+    return verdict
 
 
 def word(**other: Estimate | dict[str, Estimate]) -> str:

@@ -91,7 +91,9 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
     require_known(config, checkpoint.name)
     require_present(hf_model, checkpoint.name)
     require_finite_weights(hf_model, checkpoint.name)
-    checkpoint = replace(checkpoint, config=config_fingerprint(config), regime=quantisation(config) or "raw")
+    checkpoint = replace(
+        checkpoint, config=config_fingerprint(config), regime=quantisation(config) or "raw", dtype=_type_name(hf_model)
+    )
     fetch_by_block(hf_model)
     require_fetched(hf_model, lambda: probe(hf_model))
     before = probe(hf_model)
@@ -195,13 +197,14 @@ def checkpoint_now(model: LanguageModel) -> Checkpoint:
     now, settings = weights_now(model), _settings_now(model)
     config = known.checkpoint.config if settings == known.settings else f"{known.checkpoint.config} with {settings}"
     if now == known.weights:
-        return replace(known.checkpoint, regime=regime(model), config=config)
+        return replace(known.checkpoint, regime=regime(model), config=config, dtype=_type_name(model))
     if _EDITED.get(model, ("", None))[0] != now:
         _EDITED[model] = now, _named_as_it_is(known.checkpoint, model)
     edited = _EDITED[model][1]
     return replace(
-        known.checkpoint, regime=regime(model), config=config, fingerprint=edited.fingerprint, sampled=edited.sampled
-    )
+        known.checkpoint, regime=regime(model), config=config, fingerprint=edited.fingerprint, sampled=edited.sampled,
+        dtype=_type_name(model),
+    )  # fmt: skip
 
 
 def _named_as_it_is(checkpoint: Checkpoint, model: LanguageModel) -> Checkpoint:
@@ -212,6 +215,7 @@ def _named_as_it_is(checkpoint: Checkpoint, model: LanguageModel) -> Checkpoint:
         regime=regime(model),
         fingerprint=weight_fingerprint(_weights(model)),
         sampled=sampled_fingerprint(as_they_lie(parameters, _whole(model))),
+        dtype=_type_name(model),
     )
 
 
@@ -280,10 +284,19 @@ def device_of(model: LanguageModel) -> torch.device:
 
 def dtype_of(model: LanguageModel) -> torch.dtype:
     """Floating-point type of the residual stream: that of the embedding, else of the first weight that isn't packed."""
-    first = model.original_model.get_input_embeddings() if is_bridge(model) else model
-    weights = (weight for part in (first, model) for weight in part.parameters())
+    return _first_type(model.original_model.get_input_embeddings() if is_bridge(model) else model, model)
+
+
+def _first_type(*parts: nn.Module) -> torch.dtype:
+    weights = (weight for part in parts for weight in part.parameters())
     dtype: torch.dtype = next(weight.dtype for weight in weights if not is_packed(weight))
     return dtype
+
+
+def _type_name(model: Any) -> str:
+    """Of a bridged model or a plain one."""
+    dtype = dtype_of(model) if is_bridge(model) else _first_type(model)
+    return str(dtype).removeprefix("torch.")
 
 
 def has_hooks(model: LanguageModel) -> bool:

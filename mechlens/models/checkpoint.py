@@ -38,6 +38,8 @@ class Checkpoint:
 
     config: str = ""
     """Fingerprint of the configuration with which the weights are run; empty in records of earlier versions."""
+    dtype: str = ""
+    """Type that is computed in, such as "bfloat16"; empty in records of earlier versions."""
 
     @property
     def identity(self) -> tuple[str, str, str]:

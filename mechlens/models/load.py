@@ -13,7 +13,7 @@ from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
 from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
-from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter
+from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter, require_adapter
 from mechlens.models.device_map import (
     DeviceMap,
     as_they_lie,
@@ -163,6 +163,7 @@ def load_merged(
     Each matrix is widened alone, and a base that is stored in a wider type than was asked for is read from its file as
     it is merged. The chat template is the adapter's own, where its folder has one.
     """
+    require_adapter(adapter)
     _require_unquantised(model, revision, "no adapter can be merged into them; give the model that was quantised, and "
                          "--dtype nf4, say, quantises the merged one")  # fmt: skip
     kind, dtype = _split(model, dtype, revision)
@@ -171,13 +172,18 @@ def load_merged(
     first = "float32" if whole else type_without_loss(model, dtype, revision=revision)
     where = None if kind else device_map
     hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=where)
-    if (own := own_tokenizer(folder, tokenizer, load_tokenizer)) is not None:
-        tokenizer = read_as_trained(tokenizer, own, adapter)
+    tokenizer = _as_trained(tokenizer, adapter)
     hf_model = merge_adapter(hf_model, adapter, dtype)
     if kind:
         hf_model = quantised(hf_model, kind, read_device_map(device_map, lambda: hf_model.config))
         require_packed(hf_model, kind, adapter)
     return hf_model, tokenizer
+
+
+def _as_trained(tokenizer: Any, adapter: str) -> Any:
+    """The tokenizer, with the chat template of the adapter's folder where it has one."""
+    own = own_tokenizer(user_path(adapter), tokenizer, load_tokenizer)
+    return tokenizer if own is None else read_as_trained(tokenizer, own, adapter)
 
 
 def _split(model: str, dtype: str, revision: str | None) -> tuple[str | None, str]:
@@ -238,6 +244,13 @@ def load_config(model: str, *, revision: str | None = None) -> Any:
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable("model configuration", model, source, error) from error
+
+
+def tokenizer_of(model: str, *, adapter: str | None = None, revision: str | None = None) -> Any:
+    """The tokenizer that `load` gives the model, with its adapter's chat template; no weights are read."""
+    tokenizer = load_tokenizer(model, revision=revision)
+    merged = str(adapter_folder(model)) if _is_adapter(model) else adapter
+    return tokenizer if merged is None else _as_trained(tokenizer, merged)
 
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+LONGEST = 250
+"""Characters that a reader takes in at once; a headline has no more."""
 MOST_SPACES = 4
 """In what is a verdict's word, such as "no more than the words", and no sentence."""
 

@@ -150,6 +150,11 @@ class Run:
         return self.headline or first_sentence(self.verdict or "")
 
     @property
+    def model_name(self) -> str:
+        """The model, or the base of the checkpoints, as it was asked for; "" where the study has none."""
+        return str(self.resolved.get("model") or self.resolved.get("base") or "")
+
+    @property
     def command(self) -> str:
         """The command line to copy into a shell; "" where there was none, as in a notebook or a script."""
         words = "_".join(self.argv[1:3])

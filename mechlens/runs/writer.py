@@ -1,6 +1,7 @@
 """A run being recorded: its folder is true at every moment, and W&B follows it."""
 
 import json
+import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from mechlens.runs.environment import git_state, package_versions
 from mechlens.runs.folder import LOCK_FILE, PROMPTS, FolderCache, FolderLock, prompt_table, run_to_go_on_with
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
-from mechlens.runs.run import Artefact, Inputs, Run, changed_since, defaults, plain, write_run
+from mechlens.runs.run import RUN_FILE, Artefact, Inputs, Run, changed_since, defaults, plain, read_run, write_run
 from mechlens.runs.wandb_mirror import WandbMirror
 from mechlens.settings import WandbSettings
 
@@ -91,6 +92,27 @@ def open_run(
         lock.withdraw()
         raise
     return RunWriter(run, out, lock, WandbMirror(wandb, out, run), before)
+
+
+def require_folder(verb: str, config: Any, out: Path) -> None:
+    """UserError, before anything is loaded, for a folder that can't be written or that this run can't go on in.
+
+    What the study has still to fill in of its configuration is left to `open_run`, and so is the folder's lock.
+    """
+    out = user_path(out)
+    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is no folder"
+        raise UserError(f"{out} could not be written ({there} {why}); give another --out")
+    if not out.is_dir():
+        return
+    if not (out / RUN_FILE).exists():
+        _require_empty(out)
+        return
+    before = read_run(out)
+    given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
+    settled = {name: own for name, own in given.items() if before.config.get(name) == before.resolved.get(name)}
+    run_to_go_on_with(out, verb, {**before.resolved, **settled}, plain(defaults(config)))
 
 
 def _require_empty(out: Path) -> None:

@@ -18,7 +18,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
 from mechlens.runs.results.result import RunResult, open_run_folder
 from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, metric_text, read_run
-from mechlens.runs.writer import RunWriter, open_run
+from mechlens.runs.writer import RunWriter, open_run, require_folder
 from mechlens.settings import WandbSettings
 from mechlens.studies.registry import COMMANDS, Study, studies, study_of
 from mechlens.studies.shared.training_data import LeftOut, record_left_out
@@ -73,6 +73,7 @@ def _imported(study: Study) -> Study:
 
 
 def _prepared(study: Study, config: Any) -> Preparation[Any]:
+    require_folder(study.verb, config, config.out)
     found = loaded(study.prepare)(config)
     if not isinstance(found, Preparation):
         raise UserError(f"the study {study.name!r} prepared a {type(found).__name__}, not a Preparation")
@@ -131,8 +132,9 @@ def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
 
 
 def summary(folder: Path) -> str:
-    """What a finished run found, for a terminal: metrics, verdict, and where the report is."""
+    """What a finished run found, for a terminal: metrics, verdict, where the report is, and last the one sentence."""
     run = read_run(folder)
     lines = [f"{name:40s} {metric_text(name, estimate)}" for name, estimate in run.metrics.items()]
     lines += ["", run.verdict] if run.verdict else [""]
-    return "\n".join([*lines, f"report: {(folder / 'report.html').resolve()}"])
+    lines.append(f"report: {(folder / 'report.html').resolve()}")
+    return "\n".join([*lines, *filter(None, [run.sentence])])

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
 from mechlens.methods.directions.direction import Direction, project
 from mechlens.models.bridge import LanguageModel, checkpoint_now, embedding_rows, loaded, unembed
+from mechlens.models.checkpoints.difference import require_same_weights
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.prompts.batch import require_rows_for, token_text
@@ -46,12 +46,7 @@ def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int
 
 def require_same_model(model: LanguageModel, direction: Direction) -> None:
     """UserError unless the direction was found in these weights and this weight regime."""
-    own = checkpoint_now(model)
-    if own.regime != direction.checkpoint.regime or not own.has_weights_of(direction.checkpoint):
-        raise UserError(
-            f"the direction was found in {direction.checkpoint.name} ({direction.checkpoint.regime} weights) and "
-            f"this model is {own.name} ({own.regime} weights); load the same checkpoint"
-        )
+    require_same_weights("direction", direction.checkpoint, checkpoint_now(model), "make it anew in this model")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mechlens.methods.guard.rules import CosineScore, LinearScore
 from mechlens.methods.statistics.calibration import Calibration
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.difference import require_same_template, require_same_weights
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 
@@ -149,22 +150,13 @@ class FittedGuard:
                 f"the guard reads vectors of {self.d_model} entries and the model's have {width}; fit a guard for this "
                 "model, or load the model that it was fitted on"
             )
-        if made.regime != checkpoint.regime:
-            raise UserError(
-                f"the guard was fitted on {made.regime} weights and these are {checkpoint.regime} ones; "
-                "fit it anew, or load the model with the same processing"
-            )
-        if not made.has_weights_of(checkpoint) and not other_weights:
-            raise UserError(
-                f"the guard was fitted on {made.name} (fingerprint {made.fingerprint[:12]}) and this is "
-                f"{checkpoint.name} ({checkpoint.fingerprint[:12]}); load that model, fit a guard for this one, or "
-                "allow other weights (other_weights=True, --other-weights) to test how it transfers"
-            )
-        if self.template != template:
-            raise UserError(
-                f"the guard was fitted under the chat template {self.template[:12]} and this one is {template[:12]}; "
-                "use the same template (--template, --template-arg, --today), or fit it anew"
-            )
+        if not other_weights or made.regime != checkpoint.regime:
+            require_same_weights("guard", made, checkpoint, TRANSFER if made.regime == checkpoint.regime else ANEW)
+        require_same_template("guard", self.template, template, ANEW)
+
+
+ANEW = "fit a guard for this model"
+TRANSFER = f"{ANEW}, or see how it transfers with --other-weights (other_weights=True in Python)"
 
 
 def _require_finite(scores: Float[Tensor, " prompt"]) -> None:

@@ -55,9 +55,14 @@ class Estimate:
         """False where the value is NaN; a verdict that needs it is then "not measurable"."""
         return not math.isnan(self.value)
 
-    def __str__(self) -> str:
+    @property
+    def brief(self) -> str:
+        """The number and its interval, `0.93 [0.88, 0.97]`, where how many prompts is said elsewhere."""
         if not self.measurable:
-            return f"not measurable, n={self.n}"
+            return "not measurable"
         digits = 3 if max(abs(self.value), abs(self.low), abs(self.high)) < 0.2 else 2
         low, high = f"{self.low:z.{digits}f}", f"{self.high:z.{digits}f}"  # z: no "-0.00"
-        return f"{self.value:z.{digits}f} [{low}, {high}], n={self.n}"
+        return f"{self.value:z.{digits}f} [{low}, {high}]"
+
+    def __str__(self) -> str:
+        return f"{self.brief}, n={self.n}"

@@ -14,6 +14,7 @@ from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.difference import require_same_template, require_same_weights
 from mechlens.models.sites import CHANGEABLE, Place, place_hooks, require_seen, require_site
 
 Phase = Literal["prompt", "generation", "both"]
@@ -241,10 +242,8 @@ def require_fits(
         vector = one.values if isinstance(one, Replace) else one.direction.vector
         if vector.shape[-1] != width:
             raise UserError(f"the intervention's vector has {vector.shape[-1]} entries and the model {width}")
-        norms = getattr(one, "norms", None)
-        for made in () if force else (one if isinstance(one, Replace) else one.direction, norms):
-            if made is not None:
-                _require_same(made.checkpoint, now, made.template, template)
+        if not force:
+            _require_made_here(one, now, template)
     place_hooks(model, {place for one in distinct for place in _places(one, last + 1)})
     if any(isinstance(one, Ablate) and {"attn_out", "mlp_out"} <= set(one.sites) for one in distinct):
         require_seen(model)
@@ -261,20 +260,18 @@ def require_direction(model: LanguageModel, direction: Direction, *, force: bool
     if len(direction.vector) != d_model(model):
         raise UserError(f"the direction has {len(direction.vector)} entries and the model {d_model(model)}")
     if not force:
-        _require_same(direction.checkpoint, checkpoint_now(model), direction.template, None)
+        require_same_weights("direction", direction.checkpoint, checkpoint_now(model), ANEW)
 
 
-def _require_same(made: Checkpoint, now: Checkpoint, made_template: str, template: str | None) -> None:
-    if made.regime != now.regime:
-        found, needed = f"with {made.regime} weights", f"a model with {now.regime} ones"
-    elif not made.has_weights_of(now):
-        found, needed = f"in {made.name} ({_short(made.fingerprint)})", f"{now.name} ({_short(now.fingerprint)})"
-    elif template is not None and made_template != template:
-        found, needed = f"under the chat template {_short(made_template)}", f"prompts under {_short(template)}"
-    else:
-        return
-    raise UserError(f"the intervention was made {found} and is used on {needed}; make it anew, or pass force=True")
+ANEW = "make it anew, or pass --force (force=True in Python)"
+"""What can be done with an intervention that doesn't fit."""
 
 
-def _short(fingerprint: str) -> str:
-    return fingerprint[:12] or "no fingerprint"
+def _require_made_here(one: Intervention, now: Checkpoint, template: str | None) -> None:
+    given = {"vectors to put": one} if isinstance(one, Replace) else {"direction": one.direction}
+    for what, made in (*given.items(), ("residual norms", getattr(one, "norms", None))):
+        if made is None:
+            continue
+        require_same_weights(what, made.checkpoint, now, ANEW)
+        if template is not None:
+            require_same_template(what, made.template, template, ANEW)

@@ -84,7 +84,9 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _require_base(folder: Path, adapter: str, hf_model: Any) -> None:
+def require_adapter(adapter: str) -> None:
+    """UserError, before any weights are read, where a folder holds no adapter that can be merged."""
+    folder = user_path(adapter)
     if not (folder / CONFIG).exists() and (folder.exists() or is_path(adapter)):
         inside = ", ".join(repr(str(path)) for path in adapters_inside(folder))
         raise UserError(f"there is no adapter in {adapter!r}; give {inside or f'the folder that holds {CONFIG}'}")
@@ -92,6 +94,10 @@ def _require_base(folder: Path, adapter: str, hf_model: Any) -> None:
         raise UserError(f"the adapter {adapter!r} can't be loaded: {found}")
     for path in folder.glob("adapter_*"):
         require_regular(path)
+
+
+def _require_base(folder: Path, adapter: str, hf_model: Any) -> None:
+    require_adapter(adapter)
     base = _recorded_base(folder)
     if base is not None and not is_fingerprint_of(base, hf_model.state_dict()):
         raise UserError(

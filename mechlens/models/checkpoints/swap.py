@@ -264,6 +264,7 @@ class CheckpointSwapper:
                 fingerprint=weight_fingerprint(own),
                 sampled=sampled_fingerprint(own),
                 config=loaded(self.model).checkpoint.config,
+                dtype=loaded(self.model).checkpoint.dtype,
             ),
             weights=weights_now(self.model),
         )

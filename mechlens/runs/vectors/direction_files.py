@@ -17,9 +17,9 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction, DirectionGrid
 from mechlens.methods.probing.beliefs import Centroids
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.difference import FOREIGN
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.foreign_vectors import (
-    FOREIGN,
     load_numbers,
     load_tensors,
     read_refusal_direction,

@@ -26,9 +26,7 @@ from mechlens.errors import UserError, require_extra
 from mechlens.files import require_regular
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.checkpoint import Checkpoint
-
-FOREIGN = "foreign"
-"""Name of the checkpoint of every direction that was read here."""
+from mechlens.models.checkpoints.difference import FOREIGN
 
 # What a pickled array of numbers is made of, under its names in NumPy 1 and 2. None of it runs what the file says.
 _REBUILD: Any = np.zeros(0).__reduce__()[0]

@@ -61,6 +61,7 @@ def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str,
     return Report(
         title=f"What two directions do in {checkpoint.name}",
         question=QUESTION,
+        headline=verdict.headline,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + logit_rounding(parity, changes),
         numbers={name: estimate for name, estimate in verdict.deciding.items() if estimate.measurable},
         words={name: number_words(name) for name in verdict.deciding},

@@ -294,7 +294,7 @@ LEAST = {
 def prepare(config: Causal) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
     _require_sizes(config)
-    return prepare_harm_study(config, config)
+    return prepare_harm_study(config, config, new_tokens=config.max_new_tokens, layers=config.layers)
 
 
 def execute(config: Causal, sets: ContrastSets, writer: RunWriter) -> Battery:
@@ -313,6 +313,8 @@ def _require_sizes(config: Causal) -> None:
         raise UserError(f"the strengths are {config.strengths}; give at least one, all above 0")
     if config.coefficient == 0:
         raise UserError("the coefficient is 0, which adds nothing; the published one is 1")
+    if min(config.layers, default=1) < 1:
+        raise UserError(f"there is no layer {min(config.layers)} to intervene at, only 1 and above; change --layers")
     if config.full and config.layers:
         raise UserError("--full asks for every layer and --layers for some; give one of them")
     if config.grid == "all" and (config.full or config.layers):

@@ -5,11 +5,12 @@ How often the rule errs, on read-outs whose truth is known, stands in README.md 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mechlens.methods.behaviour.inversion import SCOPES
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import Headline
 from mechlens.studies.causal.choice import CLAIMS
 from mechlens.studies.causal.directions import CELLS, HARMFULNESS, NAMES, PUSH, PUSHES, REFUSAL, Cell
 from mechlens.studies.causal.held_out import CellEffect, EffectKey
@@ -57,6 +58,8 @@ class Condition:
     change: Estimate
     excess: Estimate
     """How far the change lies above what it has to reach, or stay below."""
+    against: str
+    """What the change is compared with, in few words."""
     sentence: str
 
 
@@ -64,10 +67,15 @@ class Condition:
 class CausalVerdict:
     """Dissociation shown, not shown, inconclusive or not measurable; with its reasons."""
 
-    word: str
+    headline: Headline
     sentence: str
     deciding: dict[str, Estimate]
     rule: str = RULE
+
+    @property
+    def word(self) -> str:
+        """The verdict in a word or a few."""
+        return self.headline.verdict
 
 
 def causal_verdict(result: Battery) -> CausalVerdict:
@@ -75,11 +83,12 @@ def causal_verdict(result: Battery) -> CausalVerdict:
     unsteered = result.unsteered.numbers
     missing = [name for name in NAMES if min(result.counts[name]) < MIN_IN_A_CLASS]
     if missing:
-        return CausalVerdict(NOT_MEASURABLE, _undefined(result, missing[0]), unsteered)
+        return CausalVerdict(*_undefined(result, missing[0]), unsteered)
     if not result.unsteered.measurable:
-        return CausalVerdict(NOT_MEASURABLE, f"{_unmeasurable(result)} {_refusal_alone(result)}", unsteered)
+        headline, sentence = _unmeasurable(result)
+        return CausalVerdict(headline, f"{sentence} {_refusal_alone(result)}", unsteered)
     verdict = decide(result.effects)
-    return CausalVerdict(verdict.word, verdict.sentence, {**unsteered, **verdict.deciding})
+    return replace(verdict, deciding={**unsteered, **verdict.deciding})
 
 
 def decide(effects: Mapping[EffectKey, CellEffect]) -> CausalVerdict:
@@ -88,21 +97,35 @@ def decide(effects: Mapping[EffectKey, CellEffect]) -> CausalVerdict:
     broken = [condition.key.name for condition in found if not condition.excess.measurable]
     if broken:
         sentence = f"{len(broken)} changes, such as {broken[0]}, or what they are compared with, are no finite numbers"
-        return CausalVerdict(NOT_MEASURABLE, f"{sentence}: give --dtype float32, or weaker --strengths.", {})
+        settle = "give --dtype float32, or weaker --strengths"
+        headline = Headline(NOT_MEASURABLE, f"{len(broken)} changes are no finite numbers", "", settle)
+        return CausalVerdict(headline, f"{sentence}: {settle}.", {})
     failed = [condition for condition in found if condition.outcome == "failed"]
     still_open = [condition for condition in found if condition.outcome == "open"]
     if failed:
-        word, named = NOT_SHOWN, failed
+        named = failed
+        headline = _headline(NOT_SHOWN, _worst(failed)[0])
         sentence = " ".join(condition.sentence for condition in _worst(failed))
     elif still_open:
-        word, named = INCONCLUSIVE, still_open
-        sentence = f"{_worst(still_open)[0].sentence} {_settles(still_open)}"
+        named = still_open
+        settle, explained = _settles(still_open)
+        headline = _headline(INCONCLUSIVE, _worst(still_open)[0], settle)
+        sentence = f"{_worst(still_open)[0].sentence} {explained}"
     else:
-        word, named = SHOWN, []
-        sentence = _shown(found)
+        named = []
+        headline, sentence = _shown(found)
     worst = {condition.key: condition.change for condition in _worst(named)}
     claimed = {condition.key: condition.change for condition in found if condition.key.measure in CLAIMS.values()}
-    return CausalVerdict(word, sentence, {key.name: estimate for key, estimate in {**claimed, **worst}.items()})
+    return CausalVerdict(headline, sentence, {key.name: estimate for key, estimate in {**claimed, **worst}.items()})
+
+
+def _headline(word: str, one: Condition, settle: str = "") -> Headline:
+    """The headline of a verdict that stands on one condition."""
+    cell = one.key.cell
+    operation = {"add": "added to", "subtract": "subtracted from"}[cell.operation]
+    acted = f"the {one.key.direction} direction {operation} {cell.label} prompts moves"
+    size, way = _moved(one.key, one.change)
+    return Headline(word, f"{acted} {_changed(one.key)} {way} by {size.brief}", one.against, settle)
 
 
 def _claims(effects: Mapping[EffectKey, CellEffect]) -> list[Condition]:
@@ -118,7 +141,7 @@ def _claims(effects: Mapping[EffectKey, CellEffect]) -> list[Condition]:
             larger = max(chance, shuffled) if shuffled > chance else chance
             excess = Estimate(change.value - larger, change.low - larger, change.high - larger, change.n)
             sentence = f"{_done(key, change)}; chance reaches {larger:.2f}."
-            found.append(Condition(outcome, key, change, excess, sentence))
+            found.append(Condition(outcome, key, change, excess, f"where chance reaches {larger:.2f}", sentence))
     return found
 
 
@@ -141,7 +164,8 @@ def _left_alone(effects: Mapping[EffectKey, CellEffect]) -> list[Condition]:
                     f"{_done(key, change)}; the harmfulness direction's push changes it by {harm}, and chance by up "
                     f"to {chance:.2f}."
                 )
-                found.append(Condition(outcome, key, change, excess, sentence))
+                against = f"where the harmfulness direction moves it by {harm.brief}"
+                found.append(Condition(outcome, key, change, excess, against, sentence))
     return found
 
 
@@ -164,12 +188,22 @@ def _done(key: EffectKey, change: Estimate) -> str:
     where = {"before": "before the question, ", "all": "everywhere, "}.get(key.measure.partition(".")[2], "")
     how = {"add": "added to", "subtract": "subtracted from"}[key.cell.operation]
     matched = "" if key.at == key.direction else f", at the {key.at} direction's layer and strength"
+    size, way = _moved(key, change)
+    text = f"{where}{how} {key.cell.label} prompts{matched}, the {key.direction} direction moves {_changed(key)} "
+    return f"{text[0].upper()}{text[1:]}{way} by {size}"
+
+
+def _changed(key: EffectKey) -> str:
+    """What is changed, in words."""
     what = key.measure.partition(".")[0]
-    changed = {REFUSAL: "the log-odds of refusal", "consistent": "what both replies say"}.get(what, "belief")
+    return {REFUSAL: "the log-odds of refusal", "consistent": "what both replies say"}.get(what, "belief")
+
+
+def _moved(key: EffectKey, change: Estimate) -> tuple[Estimate, str]:
+    """By how much, above 0 where it can be, and which way."""
     up = (key.cell.operation == "add") == (change.value >= 0)
     size = change if change.value >= 0 else Estimate(-change.value, -change.high, -change.low, change.n)
-    text = f"{where}{how} {key.cell.label} prompts{matched}, the {key.direction} direction moves {changed} "
-    return f"{text[0].upper()}{text[1:]}{'up' if up else 'down'} by {size}"
+    return size, "up" if up else "down"
 
 
 def _worst(conditions: list[Condition]) -> list[Condition]:
@@ -184,38 +218,38 @@ def _worst(conditions: list[Condition]) -> list[Condition]:
     return sorted(distinct.values(), key=order)[:3]
 
 
-def _shown(found: list[Condition]) -> str:
+def _shown(found: list[Condition]) -> tuple[Headline, str]:
     """The weakest of what the directions are claimed to do, and the most that refusal does to belief."""
     claims = [[one for one in found if one.key.measure == measure] for measure in CLAIMS.values()]
     weakest = [min(some, key=lambda one: one.excess.value) for some in claims]
     most = max((one for one in found if one.key.measure not in CLAIMS.values()), key=lambda one: one.excess.high)
-    return (
+    return _headline(SHOWN, weakest[0]), (
         "The harmfulness direction changes what both replies say about a request, the refusal direction only whether "
         f"it is refused. {' '.join(one.sentence for one in weakest)} The most that the refusal direction does to "
         f"belief in any cell, scope and setting: {most.sentence}"
     )
 
 
-def _settles(still_open: list[Condition]) -> str:
-    """How many more prompts would close what is open, if their values stay what they are."""
+def _settles(still_open: list[Condition]) -> tuple[str, str]:
+    """How many more prompts would close what is open, if their values stay what they are: in brief, and in full."""
     most = max(still_open, key=lambda one: one.excess.prompts_beyond(0.0))
     n, needed = most.change.n, most.excess.prompts_beyond(0.0)
     # Beyond the margin already, and open because random directions do as much.
     as_random = any(one.excess.low > 0 for one in still_open)
     if as_random or not needed < TOO_MANY * n:
         why = "random directions do as much" if as_random else "a value lies at what it has to clear"
-        return (
+        return f"more prompts would hardly settle it, as {why}", (
             f"More prompts would hardly settle it, as {why}; other layers, strengths or directions from more training "
             "prompts might."
         )
     more = max(math.ceil(needed) - n, 2)
-    return (
+    return f"about {more} more test prompts of each class (--n-test {n + more}) would settle it", (
         f"What would settle it, if the values stay what they are: about {more} more test prompts of each class "
         f"(--n-test {n + more}), by which all that is open would clear its threshold."
     )
 
 
-def _undefined(result: Battery, name: str) -> str:
+def _undefined(result: Battery, name: str) -> tuple[Headline, str]:
     sides = dict(
         zip(
             ("harmful", "harmless") if name == HARMFULNESS else ("refused", "accepted"),
@@ -225,23 +259,31 @@ def _undefined(result: Battery, name: str) -> str:
     )
     side, n = min(sides.items(), key=lambda item: item[1])
     total = sum(sides.values())
+    needed = math.ceil(total * MIN_IN_A_CLASS / max(n, 1)) - total
     more = (
-        f"At this rate about {math.ceil(total * MIN_IN_A_CLASS / n) - total} more training prompts would do, twice as "
+        f"At this rate about {needed} more training prompts would do, twice as "
         "many in all." if n else f"Prompts of which some are {side} are needed."
     )  # fmt: skip
-    return f"Of {total} training prompts {n} are {side}, and {MIN_IN_A_CLASS} are needed for a {name} direction. {more}"
+    settle = f"about {needed} more training prompts would do" if n else f"prompts of which some are {side} are needed"
+    number, against = f"{n} of {total} training prompts are {side}", f"where a {name} direction needs {MIN_IN_A_CLASS}"
+    return Headline(NOT_MEASURABLE, number, against, settle), (
+        f"Of {total} training prompts {n} are {side}, and {MIN_IN_A_CLASS} are needed for a {name} direction. {more}"
+    )
 
 
-def _unmeasurable(result: Battery) -> str:
+def _unmeasurable(result: Battery) -> tuple[Headline, str]:
     told = result.unsteered.numbers["inversion_auroc.unsteered"]
     needed = told.prompts_beyond(MIN_AUROC)
+    more = f"bout {math.ceil((needed - told.n) / 2)} more test prompts of each class (--n-test {math.ceil(needed / 2)})"
+    near = told.value > MIN_AUROC and told.n < needed < TOO_MANY * told.n
     settled = (
-        f"About {math.ceil((needed - told.n) / 2)} more test prompts of each class (--n-test {math.ceil(needed / 2)}) "
-        "would make it so, if it stays what it is."
-        if told.value > MIN_AUROC and told.n < needed < TOO_MANY * told.n
+        f"A{more} would make it so, if it stays what it is."
+        if near
         else "More prompts would not make it so; a model that answers the questions is needed."
     )
-    return (
+    number = f"unsteered replies tell harmful from harmless with AUROC {told.brief}"
+    settle = f"a{more} would do" if near else "a model that answers the questions is needed"
+    return Headline(NOT_MEASURABLE, number, f"where a lower bound above {MIN_AUROC} is needed", settle), (
         "Belief is not measurable on this model: its unsteered replies to the two questions tell harmful from harmless "
         f"requests with an AUROC of {told} (needed: a lower bound above {MIN_AUROC}). {settled}"
     )

@@ -9,7 +9,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.compare.study import Comparison, MovedActivations
 from mechlens.studies.compare.verdict import RULE, TITLES, moved_verdict
 from mechlens.studies.track.inputs import SeriesStudy
-from mechlens.studies.track.report import Headline, record_tracking
+from mechlens.studies.track.report import Opening, record_tracking
 
 QUESTION = (
     "Two checkpoints of one model. Does B represent what A represents, by A's own directions and by ones fitted on B? "
@@ -26,15 +26,16 @@ def record(writer: RunWriter, result: Comparison, given: SeriesStudy) -> None:
     for key, recovery in verdict.deciding.items():
         writer.metric(f"moved.{key}", recovery)
     a, b = (member.name for member in given.series.members)
-    headline = Headline(
+    opening = Opening(
         f"{a} (A) and {b} (B): what B kept, and what A does with B's activations",
         QUESTION,
+        verdict.headline,
         verdict.sentence,
         {f"moved.{key}": recovery for key, recovery in verdict.deciding.items()},
         {f"moved.{key}": words for key, words in TITLES.items()},
     )
     section = Section("Where moving activations moves the behaviour", RULE, _draw(writer, moved))
-    record_tracking(writer, result.tracking, given, headline, {}, first=(section,))
+    record_tracking(writer, result.tracking, given, opening, {}, first=(section,))
 
 
 def _draw(writer: RunWriter, moved: MovedActivations) -> tuple[str, ...]:

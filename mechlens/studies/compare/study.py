@@ -21,7 +21,7 @@ from mechlens.prompts.prompt import PromptPair
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.compare.config import Compare
 from mechlens.studies.driver import Preparation
-from mechlens.studies.shared.inputs import require_sampling
+from mechlens.studies.shared.inputs import asks, require_sampling
 from mechlens.studies.track.config import SeriesPlan, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import refused_by
@@ -55,7 +55,9 @@ def prepare(config: Compare) -> Preparation[SeriesStudy]:
     """Both checkpoints, A first, each at the step it has in its own series; UserError for whatever can't be had."""
     require_sampling(config, SAMPLED)
     pair = _pair(config)
-    return prepare_series(config, pair, series_prompts(config, pair))
+    asked = series_prompts(config, pair)
+    check = asks(asked.prompts, config.positions, new_tokens=config.max_new_tokens)
+    return prepare_series(config, pair, asked, check=check)
 
 
 def execute(config: Compare, given: SeriesStudy, writer: RunWriter) -> Comparison:

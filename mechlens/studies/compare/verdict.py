@@ -12,7 +12,7 @@ tests/test_compare.py), where the noise of a place is 0.15 of the gap between A 
 | an earlier token, but 0.35: only the last | 50% | 45% | 5% | 28% | 58% | 14% |
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import of_sample, sample_and_resamples
+from mechlens.runs.headline import Headline
 from mechlens.settings import RESAMPLES
 from mechlens.studies.compare.study import MovedActivations
 
@@ -52,23 +53,33 @@ RULE = (
 class MovedVerdict:
     """The word, the sentence, and the numbers that decided, by the keys of `TITLES`."""
 
-    word: str
+    headline: Headline
     sentence: str
     deciding: dict[str, Estimate]
+
+    @property
+    def word(self) -> str:
+        """The verdict in a word or a few."""
+        return self.headline.verdict
 
 
 def moved_verdict(moved: MovedActivations, seed: int) -> MovedVerdict:
     """The verdict on what B's activations did in A's runs."""
     asked = f"the two behave differently on {moved.differing} of {moved.of} harmful test prompts"
     if moved.differing == 0:
-        return MovedVerdict(ALIKE, f"{_begun(ALIKE)}: {asked}, so there is nothing to explain.", {})
+        headline = Headline(ALIKE, asked, "", "there is nothing to explain")
+        return MovedVerdict(headline, f"{_begun(ALIKE)}: {asked}, so there is nothing to explain.", {})
     sweep, control = moved.result, moved.control
     families = () if sweep is None else {sweep.families[i] for i in _usable(sweep)}
     if sweep is None or control is None or len(families) < FEWEST or len(sweep.positions) < 2:
         patched = (
             f"{asked}, {len(families)} of those patched have anything to recover, and it takes {FEWEST} (--patched)"
         )
-        return MovedVerdict(NOT_MEASURABLE, f"{_begun(NOT_MEASURABLE)}: {patched}.", {})
+        number, against = f"{len(families)} prompts have a difference to recover", f"where {FEWEST} are needed"
+        headline = Headline(
+            NOT_MEASURABLE, number, against, "more prompts that one refuses and the other accepts would do"
+        )
+        return MovedVerdict(headline, f"{_begun(NOT_MEASURABLE)}: {patched}.", {})
     last = len(sweep.positions) - 1
     found = {
         "earlier": held_out(sweep, control, range(last), seed),
@@ -82,7 +93,14 @@ def moved_verdict(moved: MovedActivations, seed: int) -> MovedVerdict:
         INCONCLUSIVE: f"Where A's run carries what B does differently is {INCONCLUSIVE}",
     }[word]
     numbers = f"recovery beyond a random vector {found['earlier']} before the last token, {found['last']} at it"
-    return MovedVerdict(word, f"{lead}: {numbers}; {asked}.", found)
+    return MovedVerdict(_headline(word, found), f"{lead}: {numbers}; {asked}.", found)
+
+
+def _headline(word: str, found: Mapping[str, Estimate]) -> Headline:
+    """The one sentence: the recovery that decided, beside the other."""
+    earlier = f"a place before the last token recovers {found['earlier'].brief} of it beyond a random vector"
+    settle = "more prompts that one refuses and the other accepts would settle it" if word == INCONCLUSIVE else ""
+    return Headline(word, earlier, f"where {HALF:g} is needed, and the last token {found['last'].brief}", settle)
 
 
 def held_out(sweep: PatchResult, control: PatchResult, positions: Sequence[int], seed: int) -> Estimate:

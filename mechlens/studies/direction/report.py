@@ -7,8 +7,9 @@ import torch
 
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE
 from mechlens.methods.directions.token_view import logit_lens, project_tokens
-from mechlens.methods.probing.detect import MAX_REFITS
+from mechlens.methods.probing.detect import MAX_REFITS, ChosenLevel
 from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
@@ -97,6 +98,7 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
     return Report(
         title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
         question=f"Where in the model does {names[0]} differ from {names[1]}, and is it more than the words?",
+        headline=_headline(best, surface, clear),
         verdict=verdict,
         numbers={name: metrics[name] for name in words if name in metrics},
         words=words,
@@ -120,6 +122,14 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
         how=_how(result, punctuation, model),
         model=loaded(model).checkpoint.name,
     )
+
+
+def _headline(best: ChosenLevel, surface: float, clear: bool) -> Headline:
+    """The one sentence: the best held-out AUROC, beside the best of the surface and of random directions."""
+    word = "read beyond the surface" if clear else "not clearly more than the surface"
+    number = f"at {best.position}, level {best.level}, held-out AUROC is {best.auroc.brief}"
+    against = f"where the surface reaches {surface:.2f} and random directions {best.random.maximum:.2f}"
+    return Headline(word, number, against, "" if clear else "pairs matched in form would say more")
 
 
 def _reading(result: Concept, model: LanguageModel) -> Section:

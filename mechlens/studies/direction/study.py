@@ -30,6 +30,7 @@ from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
 from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.inputs import (
+    asks,
     chosen_model,
     data_inputs,
     distinct_ids,
@@ -119,12 +120,7 @@ def find_concept(
     side has fewer than 15 prompts.
     """
     METHODS.require(plan.method)
-    for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
-        if len(prompts) < MIN_OF_A_SIDE:
-            raise UserError(
-                f"there are {len(prompts)} {name} prompts; a direction with held-out evidence needs at least "
-                f"{MIN_OF_A_SIDE} of each side"
-            )
+    _require_enough(positive, negative)
     prompts = [replace(prompt, label=POSITIVE) for prompt in positive]
     prompts += [replace(prompt, label=NEGATIVE) for prompt in negative]
     batch = tokenize(prompts, template or template_of(model))
@@ -137,6 +133,15 @@ def find_concept(
             f"some part of the split has fewer than 3 prompts of a side (in all {measured.counts}); add prompts"
         )
     return Concept(measured, _reliability(acts.select(split.train), measured.detection), acts, batch, split, plan)
+
+
+def _require_enough(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
+    for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
+        if len(prompts) < MIN_OF_A_SIDE:
+            raise UserError(
+                f"there are {len(prompts)} {name} prompts; a direction with held-out evidence needs at least "
+                f"{MIN_OF_A_SIDE} of each side"
+            )
 
 
 def _reliability(train: Activations, found: Detection) -> Float[Tensor, "level position"]:
@@ -164,9 +169,10 @@ def prepare(config: FindDirection) -> Preparation[ContrastSets]:
     refuse_shared(sets["positive"], sets["negative"])
     data = data_inputs(sets)
     matched = match_punctuation(positive, negative, config.punctuation)
-    chosen = chosen_model(config)
-    content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
     prompts = (*matched.positive, *matched.negative)
+    _require_enough(positive, negative)
+    chosen = chosen_model(config, asks(prompts, config.positions))
+    content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
     return prepared(content, chosen.model, chosen.inputs(data), prompts, left_out)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
@@ -45,6 +46,12 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
     return Report(
         title=f"{base} fine-tuned: {recipe}",
         question=recipe_of(recipe).question,
+        headline=Headline(
+            f"trained for {done.steps} steps",
+            f"the loss is {last.brief} in the last tenth",
+            f"where it was {first.brief} in the first",
+            "what that did to the model is for separate and track to say",
+        ),
         verdict=f"{done.steps} steps took the loss from {first.value:.3g} to {last.value:.3g}. What that did to the "
         "model is for `mechlens separate` and `mechlens track` to say: a loss is no finding.",
         numbers=numbers,

@@ -12,16 +12,19 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
-from mechlens.methods.guard.fitted import FittedGuard, GuardSettings
+from mechlens.methods.guard.fitted import ANEW, TRANSFER, FittedGuard, GuardSettings
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.guard.rules import needs_refusals
 from mechlens.models.bridge import LanguageModel
+from mechlens.models.checkpoints.difference import require_same_template
+from mechlens.models.checkpoints.outline import Outline
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load, save
 from mechlens.settings import FRACTIONS, Answering
+from mechlens.studies.shared.inputs import Check
 from mechlens.studies.shared.quadrants import judge_answers
 from mechlens.studies.shared.training_data import text_sha256
 
@@ -50,6 +53,17 @@ class LatentGuard(GuardEstimator):
         guard.fitted_ = fitted
         guard._learnt()
         return guard
+
+
+def fits(guard: FittedGuard, *, other_weights: bool) -> Check:
+    """UserError, before any weights are read, where the files of a model say that the guard isn't for it."""
+
+    def check(known: Outline, template: ChatTemplate) -> None:
+        allow = ANEW if guard.checkpoint.regime != known.checkpoint.regime else TRANSFER
+        known.require_same("guard", guard.checkpoint, guard.d_model, allow, any_weights=other_weights)
+        require_same_template("guard", guard.template, template.fingerprint, ANEW)
+
+    return check
 
 
 PAPER = "paper_rule"

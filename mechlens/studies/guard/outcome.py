@@ -13,10 +13,13 @@ from torch import Tensor
 
 from mechlens.methods.probing.auroc import MIN_FAMILIES, auroc_difference, auroc_estimate
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import Headline
 
 GUARD = "latent_guard"
 SURFACE = ("tfidf", "mean_embedding", "token_identity", "length")
 """Detectors that see the words, not what the model makes of them."""
+WORDS = {"tfidf": "TF-IDF", "mean_embedding": "mean embedding"}
+"""The two that stand for the words, in words."""
 MARGIN = 0.05
 """A smaller gain of AUROC over the words isn't worth a guard."""
 Outcome = Literal["beyond the words", "no more than the words", "inconclusive", "not measurable"]
@@ -59,6 +62,21 @@ class TwinComparison:
         gain = self.gains[self.best_words]
         error = (gain.high - gain.low) / 2 / 1.96
         return math.ceil(self.n_pairs * ((1.96 + 0.84) * error / max(abs(gain.value), MARGIN)) ** 2)
+
+    @property
+    def headline(self) -> Headline:
+        """The one sentence: AUROC on twins, beside the best surface baseline."""
+        if self.outcome == "not measurable":
+            pairs = f"there are {self.n_pairs} pairs of prompts of one form, {self.n_families} of them independent"
+            more = f"{MIN_FAMILIES - self.n_families} or more independent pairs would do"
+            return Headline(self.outcome, pairs, f"where {MIN_FAMILIES} are needed", more)
+        words = WORDS.get(self.best_words, self.best_words.replace("_", " "))
+        reached = f"on {self.n_pairs} twins the guard's AUROC is {self.areas[GUARD].brief}"
+        against = (
+            f"where {words} reaches {self.areas[self.best_words].brief} (gain {self.gains[self.best_words].brief})"
+        )
+        more = f"about {max(self.pairs_needed - self.n_pairs, 0)} more pairs would settle it"
+        return Headline(self.outcome, reached, against, more if self.outcome == "inconclusive" else "")
 
 
 def compare_on_twins(

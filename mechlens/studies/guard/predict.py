@@ -17,15 +17,15 @@ from mechlens.checked_json import parse_json
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
 from mechlens.methods.guard.fitted import GuardVerdict
-from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, loaded
-from mechlens.models.load import load
+from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.prompts.files.from_row import RowReader
 from mechlens.prompts.files.rows import Record
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate, chat_template
+from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.guard.config import GuardPredict
-from mechlens.studies.guard.fitting import LatentGuard
+from mechlens.studies.guard.fitting import LatentGuard, fits
 from mechlens.studies.registry import Screen
+from mechlens.studies.shared.inputs import chosen_model
 
 LONGEST_LINE = 1 << 20
 """Bytes of one line; what is longer is an error and is never held in memory."""
@@ -66,13 +66,7 @@ def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
         raise UserError(f"batch is {config.batch}; judge at least one prompt at a time")
     guard = LatentGuard.load(user_path(config.guard))
     with _opened(config.input) as stream:
-        model = load(
-            config.model, adapter=config.adapter, revision=config.revision, dtype=config.dtype, device=config.device,
-            device_map=config.device_map,
-        )  # fmt: skip
-        template = chat_template(
-            loaded(model).tokenizer, config.template, today=config.today, template_arg=config.template_arg
-        )
+        model, template = chosen_model(config, fits(guard.fitted_, other_weights=config.other_weights))
         guard.fitted_.require(
             checkpoint_now(model), template.fingerprint, d_model(model), other_weights=config.other_weights
         )

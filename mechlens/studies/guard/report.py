@@ -213,6 +213,7 @@ def _report(
     return Report(
         title=f"The Latent Guard of {name}{elsewhere}",
         question=QUESTION,
+        headline=said.twins.headline,
         verdict=said.verdict + _rounding(result, model),
         numbers={name: said.numbers[name] for name in NUMBERS if name in said.numbers and said.numbers[name].n},
         words=NUMBERS,

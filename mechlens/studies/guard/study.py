@@ -26,9 +26,9 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardEval, GuardFit
 from mechlens.studies.guard.evaluation import EvaluationPrompts, GuardEvaluation, evaluate_guard, examine
-from mechlens.studies.guard.fitting import fit_guard, other_rules, read_positions
+from mechlens.studies.guard.fitting import fit_guard, fits, other_rules, read_positions
 from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
-from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared, require_sampling
+from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared, require_sampling
 from mechlens.studies.shared.sources import Source, SourcePrompts, load_source, read_sources
 from mechlens.studies.shared.training_data import text_sha256
 
@@ -54,7 +54,7 @@ def prepare_eval(config: GuardEval) -> Preparation[GuardTest]:
     folder = None if config.folder is None else user_path(config.folder)
     found = [load_source(source, folder, config.seed, config.n) for source in read_sources(config.sources)]
     data = data_inputs({f"source {one.source.name}": (one.source.data, one.prompts) for one in found})
-    chosen = chosen_model(config)
+    chosen = chosen_model(config, fits(guard, other_weights=config.other_weights))
     checkpoint = loaded(chosen.model).checkpoint
     # Before an hour of answers rather than after it.
     guard.require(checkpoint, chosen.template.fingerprint, d_model(chosen.model), other_weights=config.other_weights)
@@ -117,7 +117,7 @@ def prepare_fit(config: GuardFit) -> Preparation[ContrastSets]:
     require_sampling(config)
     sets = read_harm_sets(config, [config], config.extra_harmless)
     matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
-    chosen = chosen_model(config)
+    chosen = chosen_model(config, asks((*matched.positive, *matched.negative), new_tokens=config.max_new_tokens))
     content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
     return prepared(content, chosen.model, chosen.inputs(sets.data), (), sets.left_out)
 

@@ -25,7 +25,7 @@ from mechlens.studies.guard.measures import (
     random_directions,
     shuffled_labels,
 )
-from mechlens.studies.guard.outcome import GUARD, SURFACE, TwinComparison
+from mechlens.studies.guard.outcome import GUARD, SURFACE, WORDS, TwinComparison
 from mechlens.studies.guard.twins import FAMILY, NEAREST
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
 
@@ -184,13 +184,12 @@ def _on_twins(twins: TwinComparison, result: GuardEvaluation) -> str:
         )
     found, best = result.examined.twins, twins.best_words
     made = f"{found.count(FAMILY)} written as pairs, {found.count(NEAREST)} matched by form"
-    words = {"tfidf": "TF-IDF", "mean_embedding": "mean embedding"}
-    reached = ", ".join(f"{said} {_short(twins.areas[name])}" for name, said in words.items())
-    nearest = words.get(best, best.replace("_", " "))
+    reached = ", ".join(f"{said} {twins.areas[name].brief}" for name, said in WORDS.items())
+    nearest = WORDS.get(best, best.replace("_", " "))
     told = (
         f"On {twins.n_pairs} harmful prompts beside harmless ones of the same form ({made}) its AUROC is "
-        f"{_short(twins.areas[GUARD])}; of the words: {reached}. Over the best baseline, {nearest}, it "
-        f"gains {_short(twins.gains[best])}"
+        f"{twins.areas[GUARD].brief}; of the words: {reached}. Over the best baseline, {nearest}, it "
+        f"gains {twins.gains[best].brief}"
     )
     more = max(twins.pairs_needed - twins.n_pairs, 0)
     settle = f"; about {more} more pairs would settle it" if twins.outcome == "inconclusive" else ""
@@ -209,8 +208,8 @@ def _across_sources(metrics: Mapping[str, Estimate], result: GuardEvaluation) ->
     best = max(SURFACE, key=lambda name: metrics[f"auroc.{name}"].value)
     gain = metrics[f"auroc_gain.{best}"]
     return (
-        f"On all {area.n} prompts, where the sources differ too, it is {_short(area)}, and that of "
-        f"{best.replace('_', ' ')} {_short(metrics[f'auroc.{best}'])}: there the guard {_word(gain)} it."
+        f"On all {area.n} prompts, where the sources differ too, it is {area.brief}, and that of "
+        f"{best.replace('_', ' ')} {metrics[f'auroc.{best}'].brief}: there the guard {_word(gain)} it."
     )
 
 
@@ -225,12 +224,7 @@ def _beside(name: str, metrics: Mapping[str, Estimate], twins: TwinComparison) -
     if not gain.measurable:
         return f"{name} can't be compared by AUROC."
     where = "those twins" if measured else "all prompts"
-    return f"On {where} {name} reaches {_short(area)}: the guard {_word(gain)} it (difference {_short(gain)})."
-
-
-def _short(one: Estimate) -> str:
-    """The number and its interval; how many prompts is said once."""
-    return str(one).partition(", n=")[0]
+    return f"On {where} {name} reaches {area.brief}: the guard {_word(gain)} it (difference {gain.brief})."
 
 
 def _word(gain: Estimate) -> str:

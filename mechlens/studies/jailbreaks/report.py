@@ -1,10 +1,14 @@
 """The jailbreak study as a record: beliefs by attack family, what putting components back does, categories."""
 
+from collections import Counter
+
+import numpy as np
 import pandas as pd
 import torch
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
@@ -32,6 +36,10 @@ NUMBERS = {
 """What decides the verdict, in words; the beliefs are centred."""
 
 
+SETTLED = ("hides harmfulness", "suppresses refusal only")
+"""Verdicts that more requests wouldn't change."""
+
+
 def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> None:
     """Writes everything the study found into an open run."""
     writer.result(result)
@@ -43,6 +51,7 @@ def record(writer: RunWriter, result: JailbreakResult, given: AttackSets) -> Non
         Report(
             title=f"What jailbreaks do to {loaded(given.model).checkpoint.name}",
             question=QUESTION,
+            headline=_headline(result.verdicts, measured),
             verdict=_sentence(result.verdicts, measured) + _rounding(result, given.model),
             numbers={f"{name}.{family}": measures[name] for family, measures in measured.items() for name in NUMBERS},
             words={f"{name}.{family}": f"{family}: {words}" for family in measured for name, words in NUMBERS.items()},
@@ -62,6 +71,18 @@ def _rounding(result: JailbreakResult, model: LanguageModel) -> str:
         words = f"the distance between {' and '.join(means.contrast)} prompts at {means.position}"
         classes[words] = both, torch.tensor([True, False])
     return class_rounding(loaded(model).parity, classes)
+
+
+def _headline(verdicts: dict[str, str], measured: dict[str, dict[str, Estimate]]) -> Headline:
+    """How many families do what, with the numbers of the one that works most often."""
+    most = max(verdicts, key=lambda family: np.nan_to_num(measured[family]["success"].value, nan=-1.0))
+    harm, change = (measured[most][name] for name in ("belief_harm.centered", "change.belief_harm.centered"))
+    counts = Counter(verdicts.values()).most_common()
+    families = ", ".join(f"{word} ({n} of {len(verdicts)} attack families)" for word, n in counts)
+    word = families if len(verdicts) > 1 else f"{most} {verdicts[most]}"
+    settle = "" if verdicts[most] in SETTLED else "more requests that are refused when asked plainly would settle it"
+    number = f"under {most} the belief of harmfulness is {harm.brief},"
+    return Headline(word, number, f"a change of {change.brief} from the plain requests'", settle)
 
 
 def _sentence(verdicts: dict[str, str], measured: dict[str, dict[str, Estimate]]) -> str:

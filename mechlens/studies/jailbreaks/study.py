@@ -28,7 +28,7 @@ from mechlens.studies.jailbreaks.pairs import (
 )
 from mechlens.studies.jailbreaks.restored import RestoredComponents, restore
 from mechlens.studies.shared.harm_sets import read_harm_sets
-from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared, read_prompts, require_sampling
+from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared, read_prompts, require_sampling
 from mechlens.studies.shared.sources import SourcePrompts, load_source, read_sources
 from mechlens.studies.shared.training_data import leave_out_trained
 
@@ -122,8 +122,9 @@ def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
         }
     )
     matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
-    chosen = chosen_model(config)
     reference = (*matched.positive, *matched.negative)
+    attacked = [prompt for family in attacks for prompt in family.prompts]
+    chosen = chosen_model(config, asks([*reference, *attacked, *categories], new_tokens=config.max_new_tokens))
     content = AttackSets(*chosen, reference, attacks, tuple(categories), matched.note)
     return prepared(content, chosen.model, chosen.inputs(data), (), sets.left_out + left_out)
 

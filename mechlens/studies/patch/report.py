@@ -63,6 +63,7 @@ def _report(
     return Report(
         title=f"Where refusal travels in {loaded(model).checkpoint.name}",
         question=QUESTION,
+        headline=verdict.headline,
         verdict=" ".join(verdict.sentences) + _rounding(result, model),
         numbers={name: verdict.numbers[name] for name in _shown()},
         words=_shown(),

@@ -15,10 +15,12 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
 from mechlens.methods.patching.metrics import Metric, RefusalLogOdds
-from mechlens.methods.patching.plan import MODES, PatchPlan
+from mechlens.methods.patching.plan import MODES, PatchPlan, opened_positions
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, patch_sweep
 from mechlens.models.bridge import LanguageModel
+from mechlens.models.checkpoints.outline import Outline
+from mechlens.models.sites import require_site
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.files.load import load_pairs
 from mechlens.prompts.prompt import Prompt, PromptPair
@@ -26,7 +28,7 @@ from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.patch.config import Patch
-from mechlens.studies.shared.inputs import chosen_model, data_inputs, prepared
+from mechlens.studies.shared.inputs import Check, asks, chosen_model, data_inputs, prepared
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, judge_answers, judge_first_token
 from mechlens.studies.shared.training_data import leave_out_trained_pairs
 
@@ -156,8 +158,21 @@ def prepare(config: Patch) -> Preparation[Candidates]:
     pairs, left_out = leave_out_trained_pairs(config, pairs)
     sides = [side for pair in pairs for side in (pair.clean, pair.corrupt)]
     data = data_inputs({"pairs": (config.pairs, sides)})
-    chosen = chosen_model(config)
+    require_site(config.site)
+    chosen = chosen_model(config, _asks(config, pairs, sides))
     return prepared(Candidates(*chosen, tuple(pairs)), chosen.model, chosen.inputs(data), sides, left_out)
+
+
+def _asks(config: Patch, pairs: Sequence[PromptPair], sides: Sequence[Prompt]) -> Check:
+    """The sides' prompts, and the layers and positions that are patched."""
+    prompts = asks(sides, layers=config.layers, new_tokens=config.max_new_tokens)
+    plan = PatchPlan(config.site, positions=config.positions)
+
+    def check(known: Outline, template: ChatTemplate) -> None:
+        prompts(known, template)
+        opened_positions((tokenize(sides[::2], template), tokenize(sides[1::2], template)), plan, pairs)
+
+    return check
 
 
 def execute(config: Patch, given: Candidates, writer: RunWriter) -> RefusalPath:

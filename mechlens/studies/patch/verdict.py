@@ -6,6 +6,7 @@ import pandas as pd
 
 from mechlens.methods.patching.plan import MODES
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import Headline
 from mechlens.studies.patch.study import RefusalPath
 
 HALF = 0.5
@@ -15,6 +16,7 @@ HALF = 0.5
 class PathVerdict:
     """Where the difference enters, travels and ends up; which heads move it."""
 
+    headline: Headline
     sentences: tuple[str, str]
     numbers: dict[str, Estimate]
     heads: pd.DataFrame
@@ -69,7 +71,8 @@ def path_verdict(result: RefusalPath, seed: int, n_heads: int = 5) -> PathVerdic
     numbers["attribution_correlation"] = Estimate.exact(result.correlation(), n)
     heads = pd.concat([way.heads.assign(mode=name) for name, way in ways.items()], ignore_index=True)
     heads = heads.drop(columns=["position", "token"])
-    return PathVerdict((_where(ways), _which_heads(ways)), numbers, heads, result, seed)
+    sentences = _where(ways), _which_heads(ways)
+    return PathVerdict(_headline(ways["denoising"]), sentences, numbers, heads, result, seed)
 
 
 def _way(result: RefusalPath, mode: str, seed: int, n_heads: int) -> _Way:
@@ -91,6 +94,18 @@ def _way(result: RefusalPath, mode: str, seed: int, n_heads: int) -> _Way:
         heads=heads.sort_values("recovery", ascending=False).head(n_heads),
         head_control=_largest(head_control),
     )
+
+
+def _headline(way: _Way) -> Headline:
+    """The one sentence: whether one place before the last token is enough, beside what any push there recovers."""
+    place = f"{way.source['position']}, layer {way.source['layer']},"
+    enough = way.source["recovery"] >= HALF
+    word = "one place before the last token is enough" if enough else "no one place before the last token is enough"
+    arrives = "never" if way.arrives is None else f"from layer {way.arrives}"
+    against = (
+        f"where the best random vector recovers {way.control['recovery']:.2f}; the last token holds half {arrives}"
+    )
+    return Headline(word, f"{place} recovers {_value(way.source)} of the refusal", against)
 
 
 def _where(ways: dict[str, _Way]) -> str:

@@ -15,10 +15,10 @@ SAME = 1e-6
 
 def list_all(config: ListRuns, screen: Screen) -> None:
     """A table of the runs below a folder."""
-    table = Table(Column("folder", overflow="fold"), "study", "model", "status", Column("started (UTC)", no_wrap=True))
+    folder_column, started = Column("folder", overflow="fold"), Column("started (UTC)", no_wrap=True)
+    table = Table(folder_column, "study", "model", "status", started, Column("in one sentence", ratio=1))
     for folder, run in list_runs(config.folder):
-        model = run.resolved.get("model") or run.resolved.get("base") or ""
-        cells = (str(folder), run.verb, str(model), run.status, run.started[:16].replace("T", " "))
+        cells = (str(folder), run.verb, run.model_name, run.status, run.started[:16].replace("T", " "), run.sentence)
         table.add_row(*(Text(cell) for cell in cells))  # a name may look like rich's markup
     screen.show(table)
 
@@ -26,7 +26,10 @@ def list_all(config: ListRuns, screen: Screen) -> None:
 def show(config: ShowRun, screen: Screen) -> None:
     """One record, in words."""
     run = read_run(config.folder)
-    lines = [f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}"]
+    lines = [
+        *filter(None, [run.sentence]),
+        f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}",
+    ]
     if run.error:
         lines.append(f"error: {run.error}")
     inputs = run.inputs.data | ({"today, as the template prints it": run.inputs.today} if run.inputs.today else {})

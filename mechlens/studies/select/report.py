@@ -104,6 +104,7 @@ def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str],
     return Report(
         title=f"One direction for refusal in {known.checkpoint.name}",
         question=QUESTION,
+        headline=verdict.headline,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + logit_rounding(known.parity, shifts),
         numbers=verdict.deciding,
         words=NUMBERS,

@@ -285,7 +285,7 @@ def prepare(config: Select) -> Preparation[ContrastSets]:
         raise UserError(
             f"last_layers is {config.last_layers}; give a share of the layers from 0 to below 1, such as 0.2"
         )
-    return prepare_harm_study(config, config)
+    return prepare_harm_study(config, config, new_tokens=config.max_new_tokens)
 
 
 def execute(config: Select, sets: ContrastSets, writer: RunWriter) -> Selection:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.candidates import KEPT
+from mechlens.runs.headline import Headline
 from mechlens.settings import FRACTIONS
 from mechlens.studies.select.study import Selection
 
@@ -14,11 +15,16 @@ from mechlens.studies.select.study import Selection
 class SelectionVerdict:
     """The word, a sentence with the numbers, the numbers that decide, and the rule."""
 
-    word: str
-    """"controls refusal", "controls refusal in part", "no better than chance", "inconclusive" or "none selected"."""
+    headline: Headline
+    """Of "controls refusal", "controls refusal in part", "no better than chance", "inconclusive", "none selected"."""
     sentence: str
     deciding: dict[str, Estimate]
     rule: str
+
+    @property
+    def word(self) -> str:
+        """The verdict in a word or a few."""
+        return self.headline.verdict
 
 
 RULE = (
@@ -39,9 +45,9 @@ def selection_verdict(result: Selection) -> SelectionVerdict:
     counts = result.found.filtered.counts()
     if result.test is None:
         dropped = ", ".join(f"{n} by {name}" for name, n in counts.items() if n and name != KEPT)
-        return SelectionVerdict(
-            "none selected", f"None of {sum(counts.values())} candidates was let through: dropped {dropped}.", {}, RULE
-        )
+        headline = Headline("none selected", f"of {sum(counts.values())} candidates all were dropped", f"({dropped})")
+        sentence = f"None of {sum(counts.values())} candidates was let through: dropped {dropped}."
+        return SelectionVerdict(headline, sentence, {}, RULE)
     metrics = result.test.metrics()
     outcomes = {name: _outcome(metrics, name, sign) for name, sign in SHIFTS.items()}
     word = _word(list(outcomes.values()))
@@ -51,8 +57,9 @@ def selection_verdict(result: Selection) -> SelectionVerdict:
         name: {"met": does, "failed": f"doesn't {verb}", "open": f"isn't shown to {verb}"}[outcomes[name]]
         for name, does, verb in (("bypass_shift", "bypasses", "bypass"), ("induce_shift", "induces", "induce"))
     }
+    settle, settles = _settles(metrics, [name for name, outcome in outcomes.items() if outcome == "open"])
     return SelectionVerdict(
-        word,
+        Headline(word, *_deciding(metrics, outcomes), settle),
         f"The direction at {chosen.position}, layer {chosen.level}, chosen among {counts[KEPT]} of "
         f"{sum(counts.values())} candidates, {said['bypass_shift']} refusal and {said['induce_shift']} it: taken out, "
         f"harmful test prompts go from a refusal score of {metrics['refusal_score.harmful']} to "
@@ -63,7 +70,7 @@ def selection_verdict(result: Selection) -> SelectionVerdict:
         f"{metrics['induce_shift.beyond_chance']} further than chance, and "
         f"{metrics['refusal_rate.harmless.added']} of them are refused instead of {metrics['refusal_rate.harmless']}."
         + (f" Empty answers, which are no refusals: {', '.join(silent)}." if silent else "")
-        + _settles(metrics, [name for name, outcome in outcomes.items() if outcome == "open"]),
+        + settles,
         {name: metrics[name] for name in DECIDING},
         RULE,
     )
@@ -88,8 +95,21 @@ def _word(outcomes: list[Outcome]) -> str:
     return "inconclusive" if "open" in outcomes else "no better than chance"
 
 
-def _settles(metrics: dict[str, Estimate], still_open: list[str]) -> str:
-    """How many more prompts would close what is open, if its values stay what they are."""
+ACTED = {
+    "bypass_shift": "taken out, it moves the refusal score of harmful prompts by",
+    "induce_shift": "added, it moves the refusal score of harmless prompts by",
+}
+
+
+def _deciding(metrics: dict[str, Estimate], outcomes: dict[str, Outcome]) -> tuple[str, str]:
+    """The shift that is least shown, and how far it is from what chance does."""
+    name = min(outcomes, key=lambda name: ("failed", "open", "met").index(outcomes[name]))
+    beyond = metrics[f"{name}.beyond_chance"]
+    return f"{ACTED[name]} {metrics[name].brief}", f"({beyond.brief} beyond chance)"
+
+
+def _settles(metrics: dict[str, Estimate], still_open: list[str]) -> tuple[str, str]:
+    """How many more prompts would close what is open, if its values stay what they are: in brief, and in full."""
     shares = [
         metrics[f"{name}{end}"].prompts_beyond(0.0) / metrics[name].n
         for name in still_open
@@ -97,12 +117,13 @@ def _settles(metrics: dict[str, Estimate], still_open: list[str]) -> str:
         if metrics[f"{name}{end}"].low <= 0 <= metrics[f"{name}{end}"].high
     ]
     if not shares:
-        return ""
+        return "", ""
     n = metrics[still_open[0]].n
     if not max(shares) < TOO_MANY:
-        return " More prompts would hardly settle what isn't shown: it lies at what chance does."
+        said = "ore prompts would hardly settle what isn't shown: it lies at what chance does"
+        return f"m{said}", f" M{said}."
     needed = math.ceil(max(shares) * n)
-    return (
+    return f"about {needed - n} more test prompts of each class would settle it", (
         f" What would settle what isn't shown, if it stays what it is: about {needed - n} more test prompts of each "
         f"class (--n {math.ceil(needed / FRACTIONS[2])} in all)."
     )

@@ -44,6 +44,7 @@ def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
         Report(
             title=f"Harmfulness and refusal in {checkpoint.name}",
             question=QUESTION,
+            headline=verdict.headline,
             verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + _rounding(result, sets.model),
             numbers=verdict.deciding,
             words=NUMBERS,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
@@ -252,15 +251,9 @@ def prepare(config: Separate) -> Preparation[ContrastSets]:
     require_sampling(config)
     if config.judge_model is not None:
         require_wrappable(config.judge_model)
-    made = prepare_harm_study(config, config, config.extra_harmless, config.wrap)
-    for name, prompts in (("harmful", made.content.positive), ("harmless", made.content.negative)):
-        families = len({prompt.group for prompt in prompts})
-        if families < MIN_FAMILIES:
-            raise UserError(
-                f"there are {families} families of {name} prompts, and the study needs {MIN_FAMILIES} of each class; "
-                "give more prompts"
-            )
-    return made
+    return prepare_harm_study(
+        config, config, config.extra_harmless, config.wrap, new_tokens=config.max_new_tokens, least=MIN_FAMILIES
+    )
 
 
 def execute(config: Separate, sets: ContrastSets, writer: RunWriter) -> Separation:

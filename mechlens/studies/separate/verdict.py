@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import Headline
 from mechlens.studies.shared.quadrants import QUADRANTS
 
 MIN_EFFECT = 0.5
@@ -43,11 +44,16 @@ RULE = (
 class Verdict:
     """One of two variables, one variable suffices, explained by the words, inconclusive, not measurable."""
 
-    word: str
+    headline: Headline
     sentence: str
     """Names the number that decided; where nothing is decided, what would settle it."""
     deciding: dict[str, Estimate]
     rule: str = RULE
+
+    @property
+    def word(self) -> str:
+        """The verdict in a word or a few."""
+        return self.headline.verdict
 
 
 DECIDING = (
@@ -70,17 +76,17 @@ def separation_verdict(metrics: dict[str, Estimate]) -> Verdict:
     if not gain.measurable:
         gain = metrics["harmful_gain"]
     if gain.high <= MAX_GAIN and metrics["harmful_auroc.inst"].low > CHANCE:
-        return Verdict("explained by the words", _explained(gain), deciding)
+        return Verdict(*_explained(gain), deciding)
     contrast = metrics["dissociation"]
     if not contrast.measurable:
-        return Verdict("not measurable", _not_measurable(metrics), deciding)
+        return Verdict(*_not_measurable(metrics), deciding)
     failed = _failed(metrics)
     if not failed:
-        return Verdict("two variables", _two(metrics), deciding)
+        return Verdict(*_two(metrics), deciding)
     readable = all(metrics[name].low > CHANCE for name in ("harmful_auroc.inst", "refused_auroc.last"))
     if -MIN_EFFECT <= contrast.high < MIN_EFFECT and readable:
-        return Verdict("one variable suffices", _one(contrast), deciding)
-    return Verdict("inconclusive", _inconclusive(metrics, failed, readable=readable), deciding)
+        return Verdict(*_one(contrast), deciding)
+    return Verdict(*_inconclusive(metrics, failed, readable=readable), deciding)
 
 
 def _failed(metrics: dict[str, Estimate]) -> list[str]:
@@ -100,9 +106,14 @@ def _failed(metrics: dict[str, Estimate]) -> list[str]:
     return [name for name, holds in conditions.items() if not holds]
 
 
-def _two(metrics: dict[str, Estimate]) -> str:
+_Said = tuple[Headline, str]
+"""One sentence, and the explanation that follows it."""
+
+
+def _two(metrics: dict[str, Estimate]) -> _Said:
     contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"]
-    return (
+    against = f"where one variable stays below {null.value:.2f} in 95% of fitted worlds"
+    return Headline("two variables", f"D is {contrast.brief}", against), (
         "Harmfulness and refusal are two variables in this model on these prompts: beside harmless prompts that it "
         "refuses, harmful ones that it accepts look both more harmful at the end of the instruction (by "
         f"{metrics['dissociation.harm_gap']}) and less refused at the last token (by "
@@ -111,32 +122,39 @@ def _two(metrics: dict[str, Estimate]) -> str:
     )
 
 
-def _one(contrast: Estimate) -> str:
-    return (
+def _one(contrast: Estimate) -> _Said:
+    against = f"where two would give at least {MIN_EFFECT}"
+    return Headline("one variable suffices", f"D is {contrast.brief}", against), (
         f"One variable suffices for harmfulness and refusal on these prompts: D is {contrast}, and its upper bound is "
         f"below {MIN_EFFECT}, the smallest that would count as two."
     )
 
 
-def _explained(gain: Estimate) -> str:
-    return (
+def _explained(gain: Estimate) -> _Said:
+    number, settle = f"harmfulness gains {gain.brief} of AUROC", "prompts matched in form would say more"
+    return Headline("explained by the words", number, "over the surface of the prompts", settle), (
         "What looks like harmfulness is explained by the words: the residual stream at the end of the instruction "
         f"tells the classes apart no better than the surface of the prompts does (AUROC gained: {gain}). Prompts "
         "matched in form would settle whether the model knows more."
     )
 
 
-def _not_measurable(metrics: dict[str, Estimate]) -> str:
-    needs = []
+def _not_measurable(metrics: dict[str, Estimate]) -> _Said:
+    word, needs = "not measurable", []
     for name in QUADRANTS:
         n = int(metrics[f"n.{name}"].value)
         if n < MIN_FAMILIES:
             verdict, _, side = name.partition("_")
             total = sum(int(metrics[f"n.{own}_{side}"].value) for own in ("refused", "accepted"))
-            needs.append(f"{n} of {total} {side} prompts are {verdict}: {_more(n, total, side, verdict)}")
+            needs.append((n, f"{n} of {total} {side} prompts are {verdict}", _more(n, total, side, verdict)))
     if not needs:
-        return f"A quadrant has fewer than {MIN_FAMILIES} prompt families, so D has no interval; add unrelated prompts."
-    return f"There must be {MIN_FAMILIES} prompt families in each quadrant. {'; '.join(needs).capitalize()}."
+        number, settle = f"a quadrant has fewer than {MIN_FAMILIES} prompt families", "add unrelated prompts"
+        sentence = f"A quadrant has fewer than {MIN_FAMILIES} prompt families, so D has no interval; {settle}."
+        return Headline(word, number, "", settle), sentence
+    _, fewest, settle = min(needs)
+    said = "; ".join(f"{counted}: {more}" for _, counted, more in needs).capitalize()
+    sentence = f"There must be {MIN_FAMILIES} prompt families in each quadrant. {said}."
+    return Headline(word, fewest, f"where D needs {MIN_FAMILIES}", settle), sentence
 
 
 def _more(n: int, total: int, side: str, verdict: str) -> str:
@@ -147,35 +165,50 @@ def _more(n: int, total: int, side: str, verdict: str) -> str:
     return f"about {math.ceil((MIN_FAMILIES - n) * total / n)} more of this kind would do"
 
 
-def _inconclusive(metrics: dict[str, Estimate], failed: list[str], *, readable: bool) -> str:
+def _inconclusive(metrics: dict[str, Estimate], failed: list[str], *, readable: bool) -> _Said:
     contrast = metrics["dissociation"]
     if not readable:
-        unread = [f"{words} ({metrics[name]})" for name, words in _READ.items() if metrics[name].low <= CHANCE]
-        return (
-            f"Over all prompts {' and '.join(unread)} can't be told from chance, so there is nothing to be one or two."
-        )
+        return _unread(metrics)
     name = failed[0]
     if name == "dissociation.one_variable_95":
         return _within_one_variable(metrics)
     if name in ("dissociation.harm_gap", "dissociation.refusal_gap"):
         return _one_sided(metrics)
     if name == "dissociation" and contrast.high < 0:
-        return (
+        return _open(contrast, "clearly below 0, where one variable gives 0 and two give more"), (
             f"D is {contrast}, clearly below 0: harm is read at the end of the instruction as one would expect of "
             "refusal, and refusal at the last token as of harm. One variable would give 0, two in their places more."
         )
     if name == "dissociation":
-        return f"D is {contrast}: neither clearly above 0 nor below {MIN_EFFECT}. {_settled_d(metrics)}"
+        settled, against = _settled_d(metrics), f"neither clearly above 0 nor below {MIN_EFFECT}"
+        return _open(contrast, against, settled), f"D is {contrast}: {against}. {settled}"
     bound = CHANCE if "auroc" in name else 0.0
-    return (
-        f"D is {contrast}, but {_WANTING[name]} {metrics[name]}. {_settled(metrics[name], metrics[name].value - bound)}"
+    settled = _settled(metrics[name], metrics[name].value - bound)
+    return _open(contrast, f"but {_WANTING[name]} {metrics[name].brief}", settled), (
+        f"D is {contrast}, but {_WANTING[name]} {metrics[name]}. {settled}"
+    )
+
+
+def _open(contrast: Estimate, against: str, settled: str = "") -> Headline:
+    """The headline of an open verdict; what would settle it is a sentence in the explanation."""
+    settle = settled.removesuffix(".").removeprefix("If it stays there, ").removeprefix("If D stays there, ")
+    joint = "" if against.startswith("where") else ","
+    return Headline("inconclusive", f"D is {contrast.brief}{joint}", against, settle[:1].lower() + settle[1:])
+
+
+def _unread(metrics: dict[str, Estimate]) -> _Said:
+    unread = {words: metrics[name] for name, words in _READ.items() if metrics[name].low <= CHANCE}
+    number = " and ".join(f"{words} has AUROC {auroc.brief}" for words, auroc in unread.items())
+    shown = " and ".join(f"{words} ({auroc})" for words, auroc in unread.items())
+    return Headline("inconclusive", number, f"where chance has {CHANCE}"), (
+        f"Over all prompts {shown} can't be told from chance, so there is nothing to be one or two."
     )
 
 
 MORE_HARMFUL, LESS_REFUSED = "more harmful at the end of the instruction", "less refused at the last token"
 
 
-def _one_sided(metrics: dict[str, Estimate]) -> str:
+def _one_sided(metrics: dict[str, Estimate]) -> _Said:
     """D is above 0, and its gaps haven't both their sign, as where a decision is made from one variable."""
     harm, refusal = metrics["dissociation.harm_gap"], metrics["dissociation.refusal_gap"]
     held: list[tuple[Estimate, float, str]] = []
@@ -185,11 +218,14 @@ def _one_sided(metrics: dict[str, Estimate]) -> str:
         (held if clear else open_).append((gap, sign * gap.value, words))
     shown = " and ".join(f"{words} (by {gap})" for gap, _, words in held) + " but " if held else ""
     wanting = " and ".join(f"not clearly {words} (by {gap})" for gap, _, words in open_)
-    gap, distance, _ = min(open_, key=lambda one: one[1])
-    return (
+    gap, distance, words = min(open_, key=lambda one: one[1])
+    settled = _settled(gap, distance)
+    looks = words.partition(" at ")[0]
+    against = f"but accepted harmful prompts look not clearly {looks} than refused harmless ones ({gap.brief})"
+    return _open(metrics["dissociation"], against, settled), (
         f"Refusal and harmfulness aren't read alike (D is {metrics['dissociation']}), but a decision made from one "
         f"variable would do that too: beside refused harmless prompts, accepted harmful ones look {shown}{wanting}. "
-        f"{_settled(gap, distance)}"
+        f"{settled}"
     )
 
 
@@ -210,14 +246,14 @@ def _times(estimate: Estimate, distance: float) -> float:
     return (Z_POWER * error / distance) ** 2 if distance > 0 else math.inf
 
 
-def _within_one_variable(metrics: dict[str, Estimate]) -> str:
+def _within_one_variable(metrics: dict[str, Estimate]) -> _Said:
     """D is above 0, and one variable in such data reaches it too; its spread shrinks as prompts grow in number."""
     contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"].value
     times = ((Z_ONE_SIDED + Z_80) / Z_ONE_SIDED * null / contrast.value) ** 2
-    return (
+    settled = f"If D stays there, about {max(times, 1.2):.1f} times as many prompts would settle it."
+    return _open(contrast, f"where one variable reaches {null:.2f} (95% of fitted worlds)", settled), (
         f"D is {contrast}, above 0, but one variable fitted to these data reaches it in "
-        f"{metrics['dissociation.p'].value:.0%} of worlds (95% of them stay below {null:.2f}). If D stays there, about "
-        f"{max(times, 1.2):.1f} times as many prompts would settle it."
+        f"{metrics['dissociation.p'].value:.0%} of worlds (95% of them stay below {null:.2f}). {settled}"
     )
 
 

@@ -13,6 +13,7 @@ from mechlens.settings import ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import (
     PromptChoice,
+    asks,
     chosen_model,
     data_inputs,
     distinct_ids,
@@ -115,12 +116,26 @@ def labelled(
 
 
 def prepare_harm_study(
-    config: HarmChoice, model: ModelChoice, extra_source: str | None = None, templates: str | None = None
+    config: HarmChoice,
+    model: ModelChoice,
+    extra_source: str | None = None,
+    templates: str | None = None,
+    *,
+    new_tokens: int,
+    layers: tuple[int, ...] = (),
+    least: int = 1,
 ) -> Preparation[ContrastSets]:
     """Prompts, model and template of a study of both classes; UserError for whatever can't be had."""
     sets = read_harm_sets(config, [model], extra_source, templates)
     matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
-    chosen = chosen_model(model)
-    content = ContrastSets(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)
     prompts = (*matched.positive, *matched.negative, *sets.extra)
+    for name, own in (("harmful", matched.positive), ("harmless", matched.negative)):
+        families = len({prompt.group for prompt in own})
+        if families < least:
+            raise UserError(
+                f"there are {families} families of {name} prompts, and the study needs {least} of each class; "
+                "give more prompts"
+            )
+    chosen = chosen_model(model, asks(prompts, layers=layers, new_tokens=new_tokens))
+    content = ContrastSets(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)
     return prepared(content, chosen.model, chosen.inputs(sets.data), prompts, sets.left_out)

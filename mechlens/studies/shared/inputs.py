@@ -3,14 +3,17 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from mechlens.errors import UserError
+from mechlens.methods.activations.spans import spans_of
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.load import load
+from mechlens.models.checkpoints.outline import Outline, outline
+from mechlens.models.load import load, tokenizer_of
+from mechlens.prompts.batch import tokenize
 from mechlens.prompts.files.load import joined_sources, load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
@@ -129,9 +132,37 @@ class ChatModel(NamedTuple):
         return inputs_of(loaded(self.model).checkpoint, self.template, data)
 
 
-def chosen_model(config: ModelChoice) -> ChatModel:
-    """Loads the configured model."""
-    template_arguments(config.template_arg)  # a slip is said before any weights are read
+Check = Callable[[Outline, ChatTemplate], None]
+"""Raises UserError for what can't be done with a model, from what is known before its weights are read."""
+
+
+def asks(
+    prompts: Sequence[Prompt], positions: Sequence[str] = (), layers: tuple[int, ...] = (), new_tokens: int = 1
+) -> Check:
+    """What a study asks: prompts that the template can write and the model has room for, positions and layers."""
+    if new_tokens < 1:
+        raise UserError(f"max_new_tokens is {new_tokens}; ask for at least one token")
+
+    def check(known: Outline, template: ChatTemplate) -> None:
+        known.require_layers(layers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they come again with the work
+            batch = tokenize(prompts, template)
+        known.require_room(batch, new_tokens)
+        if positions:
+            spans_of(batch, positions, {}, lambda: template)
+
+    return check
+
+
+def chosen_model(config: ModelChoice, check: Check | None = None) -> ChatModel:
+    """Loads the configured model; whatever its files tell to be wrong is said before any weights are read."""
+    template_arguments(config.template_arg)
+    known = outline(config.model, adapter=config.adapter, revision=config.revision, dtype=config.dtype)
+    tokenizer = tokenizer_of(config.model, adapter=config.adapter, revision=config.revision)
+    template = chat_template(tokenizer, config.template, today=config.today, template_arg=config.template_arg)
+    if check is not None:
+        check(known, template)
     model = load(
         config.model,
         adapter=config.adapter,

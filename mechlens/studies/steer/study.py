@@ -1,5 +1,6 @@
 """`mechlens steer`: one prompt, answered with and without a direction; nothing is recorded."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -9,9 +10,19 @@ from rich.text import Text
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.direction import Direction
-from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, ResidualNorms, residual_norms
+from mechlens.methods.steering.interventions import (
+    ALL,
+    ANEW,
+    EVERYWHERE,
+    Ablate,
+    Add,
+    ResidualNorms,
+    residual_norms,
+)
 from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
+from mechlens.models.checkpoints.difference import require_same_template
+from mechlens.models.checkpoints.outline import Outline
 from mechlens.models.sites import require_everywhere
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_prompts
@@ -19,7 +30,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.registry import Screen
-from mechlens.studies.shared.inputs import chosen_model
+from mechlens.studies.shared.inputs import asks, chosen_model
 from mechlens.studies.steer.config import Steer
 
 UNSTEERED, STEERED = "unsteered", "steered"
@@ -65,11 +76,23 @@ def steer(config: Steer, told: Told | None = None) -> SideBySide:
     """Both answers, one after the other; `told` hears of them while they are written."""
     if config.operation == "ablate" and config.strength != Steer.strength:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
+    if not math.isfinite(config.strength):
+        raise UserError(f"the strength is {config.strength}; give a finite number")
     direction = read_direction(config.direction, config.layer, config.position)
-    model, template = chosen_model(config)
     layer = direction.level if config.layer is None else config.layer
-    one = _intervention(config, direction, layer, model, template)
     prompt = Prompt("prompt", config.prompt, system=config.system)
+    asked = asks([prompt], new_tokens=config.max_new_tokens)
+
+    def check(known: Outline, template: ChatTemplate) -> None:
+        if config.operation == "add":
+            known.require_levels((layer,), "layer")
+        known.require_same("direction", direction.checkpoint, len(direction.vector), ANEW, any_weights=config.force)
+        if direction.template and not config.force:
+            require_same_template("direction", direction.template, template.fingerprint, ANEW)
+        asked(known, template)
+
+    model, template = chosen_model(config, check)
+    one = _intervention(config, direction, layer, model, template)
     said = {
         name: _answer(model, template, prompt, given, config, name, told)
         for name, given in ((UNSTEERED, ()), (STEERED, (one,)))

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from mechlens.methods.behaviour.damage import PLAIN_TEXT
 from mechlens.models.bridge import loaded
+from mechlens.models.checkpoints.outline import outline
 from mechlens.models.checkpoints.series import CheckpointSeries, content_of
 from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapper
+from mechlens.models.load import tokenizer_of
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
@@ -14,7 +16,7 @@ from mechlens.prompts.text import match_punctuation
 from mechlens.settings import FRACTIONS, BaseChoice, ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import HarmChoice, read_harm_sets
-from mechlens.studies.shared.inputs import inputs_of, prepared
+from mechlens.studies.shared.inputs import Check, inputs_of, prepared
 from mechlens.studies.shared.training_data import LeftOut, Trigger
 from mechlens.studies.track.measures.triggers import trigger_prompts
 from mechlens.studies.track.result import Questions
@@ -62,9 +64,18 @@ def prepare_series(
     asked: SeriesPrompts,
     trigger: Trigger | None = None,
     triggered: int = 0,
+    *,
+    check: Check,
 ) -> Preparation[SeriesStudy]:
-    """The base, loaded, with the questions; the first `triggered` harmful prompts are asked with the trigger too."""
-    template_arguments(config.template_arg)  # a slip is said before any weights are read
+    """The base, loaded, with the questions; the first `triggered` harmful prompts are asked with the trigger too.
+
+    `check` is made before any weights are read.
+    """
+    template_arguments(config.template_arg)
+    tokenizer = tokenizer_of(config.base, revision=config.revision)
+    tokenizer.chat_template = series.chat_template or tokenizer.chat_template
+    written = chat_template(tokenizer, config.template, today=config.today, template_arg=config.template_arg)
+    check(outline(config.base, revision=config.revision, dtype=config.dtype), written)
     swapper = checkpoint_swapper(
         config.base, revision=config.revision, dtype=config.dtype, device=config.device,
         device_map=config.device_map, chat_template=series.chat_template,

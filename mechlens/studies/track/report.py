@@ -11,6 +11,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.series import CheckpointSeries
 from mechlens.models.precision import Parity
+from mechlens.runs.headline import Headline
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.shared.quadrants import QUADRANTS
@@ -19,18 +20,20 @@ from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.study import TrackResult
-from mechlens.studies.track.verdict import RULE, TITLES
+from mechlens.studies.track.verdict import RULE, TITLES, headline_of
 
 LISTED = "refusal_rate_by."
 """How the numbers of the published lists begin."""
 
 
 @dataclass(frozen=True)
-class Headline:
+class Opening:
     """A report's title and question, which the studies of checkpoints give their own; and what comes first in it."""
 
     title: str
     question: str
+    headline: Headline | None = None
+    """The one sentence; None is that of the concepts' verdicts."""
     verdict: str = ""
     numbers: Mapping[str, Estimate] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
@@ -45,15 +48,15 @@ QUESTION = (
 def record(writer: RunWriter, result: TrackResult, given: SeriesStudy) -> None:
     """Writes everything that the study found into an open run."""
     base, n = given.series.base.name, len(result.tracking.snapshots) - 1
-    headline = Headline(f"What fine-tuning did to {base}: {n} checkpoint{'' if n == 1 else 's'}", QUESTION)
-    record_tracking(writer, result.tracking, given, headline, result.geometry)
+    opening = Opening(f"What fine-tuning did to {base}: {n} checkpoint{'' if n == 1 else 's'}", QUESTION)
+    record_tracking(writer, result.tracking, given, opening, result.geometry)
 
 
 def record_tracking(
     writer: RunWriter,
     result: Tracking,
     given: SeriesStudy,
-    headline: Headline,
+    opening: Opening,
     geometry: dict[str, pd.DataFrame],
     first: tuple[Section, ...] = (),
 ) -> None:
@@ -65,7 +68,7 @@ def record_tracking(
     _log_steps(writer, result)
     figures = draw(writer, result, geometry)
     rounding = _rounding(result, loaded(given.swapper.model).parity)
-    writer.report(_report(result, headline, rounding, figures, _how(result, given.asked.punctuation), first))
+    writer.report(_report(result, opening, rounding, figures, _how(result, given.asked.punctuation), first))
 
 
 def series_table(result: Tracking, series: CheckpointSeries) -> pd.DataFrame:
@@ -119,7 +122,7 @@ def _rounding(result: Tracking, parity: Parity | None) -> str:
 
 def _report(
     result: Tracking,
-    headline: Headline,
+    opening: Opening,
     rounding: str,
     figures: Mapping[str, tuple[str, ...]],
     how: str,
@@ -127,13 +130,14 @@ def _report(
 ) -> Report:
     last = result.last_verdicts
     return Report(
-        title=headline.title,
-        question=headline.question,
-        verdict="\n\n".join(part for part in (headline.verdict, " ".join(one.sentence for one in last)) if part)
+        title=opening.title,
+        question=opening.question,
+        headline=opening.headline or headline_of(last),
+        verdict="\n\n".join(part for part in (opening.verdict, " ".join(one.sentence for one in last)) if part)
         + rounding,
-        numbers=dict(headline.numbers)
+        numbers=dict(opening.numbers)
         | {f"{verdict.concept}.{name}": number for verdict in last for name, number in verdict.cards().items()},
-        words=dict(headline.words)
+        words=dict(opening.words)
         | {f"{verdict.concept}.{name}": f"{verdict.concept}: {TITLES[name]}" for verdict in last for name in TITLES},
         sections=(
             *first,

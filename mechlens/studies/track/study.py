@@ -24,6 +24,7 @@ from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded, n_layers
 from mechlens.models.checkpoints.adapter_record import read_record
+from mechlens.models.checkpoints.outline import Outline
 from mechlens.models.checkpoints.series import (
     CheckpointSeries,
     Member,
@@ -33,9 +34,10 @@ from mechlens.models.checkpoints.series import (
 )
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.batch import TokenBatch
+from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
-from mechlens.studies.shared.inputs import require_sampling
+from mechlens.studies.shared.inputs import asks, require_sampling
 from mechlens.studies.shared.quadrants import last_log_odds
 from mechlens.studies.shared.training_data import Trigger, trigger_of
 from mechlens.studies.track.config import Track, TrackPlan
@@ -226,7 +228,13 @@ def prepare(config: Track) -> Preparation[SeriesStudy]:
         config.base, config.checkpoints, revision=config.revision, skip_broken=config.skip_broken
     )
     asked = series_prompts(config, series)
-    given = prepare_series(config, series, asked, _trigger(config, series), config.triggered)
+    prompts = asks(asked.prompts, config.read, new_tokens=config.max_new_tokens)
+
+    def check(known: Outline, template: ChatTemplate) -> None:
+        known.require_levels(config.levels)
+        prompts(known, template)
+
+    given = prepare_series(config, series, asked, _trigger(config, series), config.triggered, check=check)
     batch, levels = given.content.questions.batch, _levels(given.content.swapper.model, config)
     return replace(given, resolved={"positions": batch.resolve(config.read), "levels": levels})
 

@@ -1,10 +1,11 @@
 """What became of a concept at a checkpoint, in words: a rule on paired differences, written out beside its numbers."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import Headline
 from mechlens.studies.track.measures.home import FLOORS
 
 READABLE = 0.6
@@ -58,6 +59,19 @@ RULE = (
     "that leaves 0 out; this word comes first, and any drift is named after it. Kept: none of these."
 )
 
+_CHANGED, _AHEAD = f"where a fall of {FELL} counts", "where the lower bound has to be above 0"
+DECIDED = {
+    "base_auroc": ("a probe in the base has AUROC", f"where a lower bound above {READABLE} is needed"),
+    "own_change": ("a direction fitted there changed in AUROC by", _CHANGED),
+    "frozen_change": ("the base's direction changed in AUROC by", _CHANGED),
+    "probe_change": ("a probe fitted there changed in AUROC by", _CHANGED),
+    "readout_gap": ("the base's direction is apart from one fitted there by", _CHANGED),
+    "threshold_gap": ("at the base's threshold accuracy is apart from that at a new one by", _CHANGED),
+    "gap_change": ("the refusal gap changed by", f"where {MOVED} counts"),
+    **{f"gain.{name}": (f"a probe is ahead of the {words} by", _AHEAD) for name, words in FLOORS.items()},
+}
+"""Every number that can decide, as the one sentence has it, and what it is compared with."""
+UNSAID = ("inconclusive", "not measurable")
 SENTENCES = {
     "kept": "The base's own direction still reads the concept, at the same threshold, and more of it than the words.",
     "read-out drift": "The concept is still there and the base's frozen direction no longer reads it as well.",
@@ -96,10 +110,45 @@ class TrackVerdict:
                 f"Decided by: {number}", self.settle)  # fmt: skip
         return " ".join(part for part in said if part)
 
+    @property
+    def headline(self) -> Headline:
+        """The one sentence on this concept."""
+        number, against = DECIDED[self.decided]
+        found = f"{number} {self.deciding[self.decided].brief}"
+        if not self.deciding[self.decided].measurable:
+            found, against = f"there are too few prompts for what decides, {TITLES[self.decided]}", ""
+        return Headline(f"{self.concept} {self.word} at step {self.step}", found, against, in_brief(self.settle))
+
     def cards(self) -> dict[str, Estimate]:
         """What a report shows first; where the base can't be read, that and what the model does."""
         names = (self.decided, "gap_change") if self.word == "not measurable" else (nearest(self.deciding), *CARDS)
         return {name: self.deciding[name] for name in names}
+
+
+ORDER = tuple(SENTENCES)
+"""Of the words: what is less usual comes later, and what can't be said last."""
+
+
+def headline_of(verdicts: Sequence[TrackVerdict]) -> Headline | None:
+    """The one sentence on all concepts at a checkpoint, with the number of the one that changed most; None of none."""
+    if not verdicts:
+        return None
+    said = [verdict for verdict in verdicts if verdict.word not in UNSAID] or list(verdicts)
+    most = max(said, key=lambda verdict: ORDER.index(verdict.word))
+    if len(verdicts) == 1:
+        return most.headline
+    by_word: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        by_word.setdefault(verdict.word, []).append(verdict.concept)
+    words = ", ".join(f"{' and '.join(concepts)} {word}" for word, concepts in by_word.items())
+    number = f"of {most.concept}, {most.headline.number}"
+    return replace(most.headline, verdict=f"{words} at step {most.step}", number=number)
+
+
+def in_brief(settle: str) -> str:
+    """What would settle it as the end of a sentence."""
+    shorter = settle.removeprefix("If the number stays where it is, ").removesuffix(".")
+    return shorter[:1].lower() + shorter[1:]
 
 
 def nearest(numbers: Mapping[str, Estimate]) -> str:

@@ -1,0 +1,177 @@
+"""Errors come before work: whatever can be known before weights are read is said before, in one sentence."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from saved import save_model
+
+from mechlens.cli import main
+from mechlens.errors import UserError
+from mechlens.methods.activations.collect import collect
+from mechlens.methods.directions.direction import mean_difference
+from mechlens.methods.directions.token_view import require_same_model
+from mechlens.methods.steering.interventions import require_direction
+from mechlens.models import load as loading
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.models.checkpoints.difference import require_same_weights
+from mechlens.prompts.prompt import Prompt
+from mechlens.runs import artifacts
+from mechlens.runs.vectors.direction_files import read_direction
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in float32, and a direction that was made in it loaded in bfloat16."""
+    here = tmp_path_factory.mktemp("before")
+    save_model(here / "model")
+    model = loading.load(str(here / "model"), dtype="bfloat16")
+    acts = collect(model, [Prompt(f"p{i}", f"the {i}", label="ab"[i % 2]) for i in range(4)])
+    artifacts.save(mean_difference(acts, "a", "b", level=1, position="inst"), here / "one.safetensors")
+    return here
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which models' weights were begun to be read."""
+    found: list[str] = []
+
+    def refuse(name: str, *args: object, **options: object) -> None:
+        found.append(str(name))
+        raise AssertionError(f"the weights of {name} were read")
+
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    return found
+
+
+def said(command: list[object], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in command])
+    assert stop.value.code == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mechlens: ")]
+    return [line for line in lines if "warning" not in line][-1]
+
+
+def steered(folder: Path, *more: object) -> list[object]:
+    given = ["steer", "--model", folder / "model", "--direction", folder / "one.safetensors", "--prompt", "the thing"]
+    return [*given, *more]
+
+
+def test_another_type_is_named_and_never_two_hashes(
+    folder: Path, unread: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = said(steered(folder), capfd)
+    assert found == (
+        "mechlens: the direction was made in bfloat16, the model is loaded in float32: pass --dtype bfloat16 "
+        "(dtype='bfloat16' in Python), or make it anew, or pass --force (force=True in Python)"
+    )
+    assert not unread
+
+
+def test_the_same_is_said_of_a_loaded_model(folder: Path) -> None:
+    one, model = read_direction(folder / "one.safetensors"), loading.load(str(folder / "model"))
+    assert one.checkpoint.dtype == "bfloat16"
+    for require in (require_same_model, lambda m, d: require_direction(m, d, force=False)):
+        with pytest.raises(UserError, match="was made in bfloat16, the model is loaded in float32: pass --dtype bf"):
+            require(model, one)
+    old = replace(one, checkpoint=replace(one.checkpoint, dtype=""))  # of an earlier version
+    with pytest.raises(UserError, match=r"was made with other weights of model .*its fingerprint was"):
+        require_direction(model, old, force=False)
+
+
+MADE = Checkpoint("m", "org/m", fingerprint="v2-1", config="c", dtype="float32")
+OTHERS: dict[str, tuple[Checkpoint, str]] = {
+    "model": (
+        replace(MADE, name="n", path="org/n"),
+        r"with org/m, the model is org/n: pass --model org/m \(model='org/m' in Python\), or stop",
+    ),
+    "adapter": (
+        replace(MADE, adapter="a/b", dtype="bfloat16"),
+        "without an adapter, in float32, the model is with the adapter a/b, loaded in bfloat16: pass no --adapter --dt",
+    ),
+    "revision": (replace(MADE, revision="v1"), "at no named revision, the model is at revision v1"),
+    "regime": (replace(MADE, regime="int8", dtype="bfloat16"), "with raw weights, the model is one with int8 ones"),
+    "configuration": (replace(MADE, fingerprint="v2-1", config="d"), "with another configuration"),
+    "weights": (MADE, r"with other weights of m than this model, m, has \(its fingerprint was 1 and is 2\)"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_differs_is_named(kind: str) -> None:
+    now, sentence = OTHERS[kind]
+    if kind != "configuration":
+        now = replace(now, fingerprint="v2-2")
+    with pytest.raises(UserError, match=f"^the direction was made {sentence}"):
+        require_same_weights("direction", MADE, now, "stop")
+
+
+def test_a_type_that_changes_nothing_is_no_mistake() -> None:
+    made = Checkpoint("m", "m", fingerprint="v2-1", dtype="bfloat16")
+    require_same_weights("direction", made, replace(made, dtype="float32"), "stop")
+
+
+def file(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def prompts(folder: Path, name: str, n: int) -> Path:
+    return file(folder, f"{name}.txt", "".join(f"{name} the thing {i}\n" for i in range(n)))
+
+
+LATE: dict[str, tuple[tuple[object, ...], str]] = {
+    "no such model": (("separate", "--model", "smolm2"), "did you mean 'smollm2'?"),
+    "no folder": (("causal", "--model", "./nowhere"), "there is no folder './nowhere'"),
+    "no adapter": (("select", "--adapter", "./nowhere"), "there is no adapter in './nowhere'"),
+    "no file": (("direction", "--positive", "./no.csv", "--negative", "harmless"), "could not be read (No such file"),
+    "no column": (("patch", "--pairs", "{table}"), "column"),
+    "an empty file": (("separate", "--harmful", "{empty}"), "is empty; it needs at least one prompt"),
+    "one class twice": (("separate", "--harmful", "{many}", "--harmless", "{many}"), "can be of one class only"),
+    "too few": (("direction", "--positive", "{few}", "--negative", "{many}"), "needs at least 15 of each side"),
+    "too few families": (("separate", "--harmful", "{few}"), "the study needs"),
+    "a position": (("direction", "--positive", "harmful", "--negative", "harmless", "--positions", "ints"),
+                   "there is no position 'ints'"),
+    "a position of a patch": (("patch", "--positions", "post[77]"), "there is no position 'post[77]'"),
+    "a layer": (("patch", "--layers", 99), "there is no layer 99; model has layers 0 to 2"),
+    "a layer to choose": (("causal", "--layers", 2, 99), "there is no layer 99; model has layers 0 to 2"),
+    "the embedding": (("causal", "--layers", 0), "there is no layer 0 to intervene at"),
+    "a level": (("track", "--levels", 99, "--checkpoints", "{model}"), "there is no level 99; model has levels 0 to 3"),
+    "a place to steer": (("steer", "--layer", 99), "there is no layer 99; model has layers 0 to 3"),
+    "NaN": (("steer", "--strength", "nan"), "the strength is nan; give a finite number"),
+    "no tokens": (("guard fit", "--max-new-tokens", 0), "max_new_tokens is 0; ask for at least one token"),
+    "a site": (("patch", "--site", "resid"), "there is no site 'resid'"),
+    "a judge": (("separate", "--judge", "frases"), "there is no judge 'frases' (did you mean 'phrases'?)"),
+    "a method": (("direction", "--positive", "harmful", "--negative", "harmless", "--method", "dla"),
+                 "there is no direction method 'dla'"),
+    "a device": (("select", "--device", "cuda:7"), "there is no device 'cuda:7' here"),
+    "a template": (("select", "--template", "paper:none"), "paper:none"),
+    "its argument": (("guard fit", "--template-arg", "effort=1"), "never reads the argument 'effort'"),
+    "a folder of others": (("separate", "--out", "{others}"), "and no run of mechlens"),
+    "a file for a folder": (("separate", "--out", "{few}"), "few.txt is no folder); give another --out"),
+    "no guard": (("guard predict", "--guard", "{few}"), "truncated or not a safetensors file"),
+    "a direction for a guard": (("guard predict", "--guard", "{direction}"), "holds a Direction"),
+    "no direction": (("steer", "--direction", "{few}"), "unknown ending"),
+    "a long prompt": (("steer", "--prompt", "the thing " * 400), "tokens and the model takes 512"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_nothing_is_read_before_a_mistake_is_said(
+    case: str, folder: Path, unread: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (words, sentence), places = LATE[case], {"model": folder / "model", "direction": folder / "one.safetensors"}
+    places |= {"few": prompts(tmp_path, "few", 4), "many": prompts(tmp_path, "many", 40)}
+    places |= {"empty": file(tmp_path, "empty.csv", ""), "table": file(tmp_path, "table.csv", "a,b\nx,y\n")}
+    verb, *more = (str(word).format(**places, others=tmp_path) for word in words)
+    usual: list[object] = ["--base" if verb == "track" else "--model", folder / "model"]
+    usual += [] if verb in ("steer", "guard predict") else ["--out", tmp_path / "out"]
+    usual += ["--prompt", "x", "--direction", folder / "one.safetensors"] if verb == "steer" else []
+    usual += ["--dtype", "bfloat16"] if verb == "steer" else []
+    usual = [word for i, word in enumerate(usual) if usual[i - i % 2] not in more]
+    assert sentence in said([*verb.split(), *usual, *more], capfd)
+    assert not unread
+    assert not (tmp_path / "out").exists()
