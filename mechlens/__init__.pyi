@@ -73,6 +73,8 @@ from mechlens.models.checkpoints.series import checkpoint_series as checkpoint_s
 from mechlens.models.checkpoints.swap import checkpoint_swapper as checkpoint_swapper
 from mechlens.models.load import load as load
 from mechlens.models.load import load_tokenizer as load_tokenizer
+from mechlens.prompts.asked import as_pairs as as_pairs
+from mechlens.prompts.asked import as_prompts as as_prompts
 from mechlens.prompts.batch import TokenBatch as TokenBatch
 from mechlens.prompts.batch import tokenize as tokenize
 from mechlens.prompts.builtin import builtin_pairs as builtin_pairs

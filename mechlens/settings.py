@@ -107,7 +107,7 @@ class Loading:
     device_map: str | None = None
     """Spreads the model over devices: auto, or a JSON file of module names and devices (0, cuda:1, cpu, disk)."""
     template: str = "tokenizer"
-    """Chat template: tokenizer (its own), paper (the published strings) or paper:FAMILY."""
+    """Chat template: tokenizer (its own), paper (the published strings), paper:FAMILY, or none: raw text."""
     today: str | None = None
     """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
     template_arg: TemplateArguments = ()

@@ -8,7 +8,7 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from mechlens.errors import UserError
-from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.asked import Prompts
 from mechlens.runs.artifacts import load, save
 from mechlens.settings import DetectionPlan
 from mechlens.studies.track.live import LivePrompts, LiveReference, live_numbers, live_reference, watch
@@ -30,8 +30,8 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        positive: Sequence[Prompt],
-        negative: Sequence[Prompt],
+        positive: Prompts,
+        negative: Prompts,
         tokenizer: Any,
         *,
         name: str = "harmful",

@@ -15,7 +15,7 @@ from mechlens.methods.directions.token_view import project_tokens
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, token_text, tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice
 
 # The ends of the colour scale, light enough for dark text.
 BLUE, RED = (94, 154, 211), (224, 102, 90)
@@ -43,7 +43,7 @@ def show_positions(prompt: Prompt | str, template: ChatTemplate) -> View:
     named = ("words", *batch.positions)
     values = []
     for role in batch.roles(0):
-        mine = {role, "words"} if role.startswith("instruction") or role == "inst" else {role}
+        mine = {role, "words"} if role.startswith("instruction") or role in ("inst", "last") else {role}
         values.append([float(name in mine) for name in named])
     return _colored_tokens_multi(_texts(batch.row(0), template), values, named)
 
@@ -54,7 +54,7 @@ def show_projection(
     prompt: Prompt | str,
     *,
     answer: Sequence[int] = (),
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
 ) -> View:
     """Tokens from the user's first word on, and of an answer, coloured by projection on the direction.
 
@@ -62,7 +62,7 @@ def show_projection(
     colours compare tokens of this text with each other. What stands before the user's words is left out: the
     first token's huge residual would take the whole colour scale. Red is above the mean, blue below.
     """
-    batch = _batch(prompt, template or template_of(model))
+    batch = _batch(prompt, template_of(model, template))
     start = int(batch.instruction[0, 0])
     found = project_tokens(model, direction, [*batch.row(0), *answer])
     values = found.values[start:]

@@ -23,7 +23,14 @@ from mechlens.errors import UserError
 from mechlens.methods.patching import packed as packed_edits
 from mechlens.methods.patching import plan as patch_plan
 from mechlens.methods.patching import sweep as patching
-from mechlens.methods.patching.metrics import KLDivergence, LogitDifference, LogProbability, Metric, OwnMetric
+from mechlens.methods.patching.metrics import (
+    KLDivergence,
+    LogitDifference,
+    LogProbability,
+    Metric,
+    OwnMetric,
+    as_metric,
+)
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, GROWING, PLAIN, patch_sweep
@@ -508,15 +515,55 @@ def test_an_exception_in_the_metric_leaves_no_hook(engine: str) -> None:
     model, plan = model_of("llama"), PatchPlan("attn_out", positions=("inst",))
     before = patch_sweep(model, PAIRS, METRIC, plan, template=short())
 
-    def broken(logits: Tensor) -> Tensor:
-        raise ZeroDivisionError
+    class Broken:
+        name = "broken"
+
+        def __call__(self, logits: Tensor, clean: Tensor) -> Tensor:
+            raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        patch_sweep(model, PAIRS, OwnMetric(broken), plan, template=short(), engine=engine)
+        patch_sweep(model, PAIRS, Broken(), plan, template=short(), engine=engine)
     assert not has_hooks(model)
     after = patch_sweep(model, PAIRS, METRIC, plan, template=short())
     assert after.engine == GROWING
     assert torch.equal(before.values, after.values)
+
+
+@pytest.mark.parametrize("engine", [GROWING, PLAIN, ATTRIBUTION])
+def test_a_bare_function_is_a_metric(engine: str) -> None:
+    model, plan = model_of("llama"), PatchPlan("resid_pre", positions=("inst",), layers=(1,))
+    ours = patch_sweep(model, PAIRS, LogitDifference(40, 41), plan, template=short(), engine=engine)
+    theirs = patch_sweep(model, PAIRS, lambda x: x[:, 40] - x[:, 41], plan, template=short(), engine=engine)
+    assert gap(ours.values, theirs.values) < CLOSE
+    assert theirs.metric == "own_metric"
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda logits: logits[40] - logits[41], r"raised IndexError .*it takes logits of shape \(row, vocab\)"),
+        (lambda logits, clean: logits[:, 0], "raised TypeError .*it takes logits of shape"),
+        (lambda logits: logits.mean(), "gave 1 numbers for 2 rows of logits"),
+        (lambda logits: "high", "gave a str; it takes logits"),
+        (lambda logits: None, "gave a NoneType; it takes logits"),
+        (lambda logits: (logits[:, 0] * 0).log(), r"gave \[-inf, -inf\] for the first pair"),
+        (lambda logits: logits.softmax(dim=0)[:, 0], "so it mixes rows"),
+        ("kl", "the metric is a str; give ml.LogitDifference"),
+    ],
+)
+def test_a_function_that_is_no_metric_is_refused_before_the_sweep(
+    function: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechlens.methods.patching.sweep._Sweep.run", lambda *_: pytest.fail("the sweep began"))
+    plan = PatchPlan("resid_pre", positions=("inst",))
+    with pytest.raises(UserError, match=says):
+        patch_sweep(model_of("llama"), PAIRS, as_metric(function), plan, template=short())
+
+
+def test_attribution_asks_a_function_for_its_gradient() -> None:
+    plan = PatchPlan("resid_pre", positions=("inst",))
+    with pytest.raises(UserError, match="without a gradient, which attribution needs"):
+        patch_sweep(model_of("llama"), PAIRS, lambda x: x[:, 0].detach(), plan, template=short(), engine=ATTRIBUTION)
 
 
 # --- values from another checkpoint, and at random -------------------------------------------------------------------

@@ -646,7 +646,7 @@ def test_the_family_is_found_from_the_tokenizer(real_tokenizer: Tokenizers) -> N
 
 @pytest.mark.parametrize("name", ["papers", "paper:", "paper:gemma", "llama2", "Tokenizer", "", "tokenizer:llama2"])
 def test_an_unknown_template_is_a_user_error(smollm2_tokenizer: Any, name: str) -> None:
-    with pytest.raises(UserError, match=r"there is no template .*choose tokenizer, paper or one of paper:llama2"):
+    with pytest.raises(UserError, match=r"there is no template .*choose tokenizer, paper, none or one of paper:llama2"):
         chat_template(smollm2_tokenizer, name)
 
 

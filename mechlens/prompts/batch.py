@@ -1,4 +1,7 @@
-"""Tokens with named positions: `inst` is the last token of the user's words, `post[k]` the template after it."""
+"""Tokens with named positions: `inst` is the last token of the user's words, `post[k]` the template after it.
+
+Raw text has no template: its last token is `last` and `inst`, and there is no `post`.
+"""
 
 import re
 from collections.abc import Sequence
@@ -10,13 +13,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechlens.errors import UserError
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.place import count_post, place, structure_of, warn_of_blanks
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 
+LAST = "last"
 _POST = re.compile(r"post\[(-?\d+|\*)\]")
 _INSTRUCTION = re.compile(r"instruction\[(-?\d+|\*)\]")
-_TOKEN = re.compile(r"token\[(\d+)\]")
+_TOKEN = re.compile(r"token\[(-?\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class TokenBatch:
     mask: Bool[Tensor, "prompt seq"]
     """True at real tokens."""
     positions: tuple[str, ...]
-    """Names of the columns of `index`: "inst", "post[0]", ..."""
+    """Names of the columns of `index`: "inst", "post[0]", ...; of raw text "last" alone."""
     index: Int[Tensor, "prompt position"]
     instruction: Int[Tensor, "prompt 2"]
     """First and last token of the user's words."""
@@ -55,15 +60,23 @@ class TokenBatch:
         return self.mask.int().argmax(dim=1)
 
     def resolve(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Position names as columns of `index`: "post[*]" opens up, "last" and "post[-1]" become post[n-1]."""
+        """Position names as columns of `index`: "post[*]" opens up, "last" and "post[-1]" become post[n-1].
+
+        In raw text "inst" becomes "last", and "post[*]" nothing.
+        """
         return tuple(dict.fromkeys(column for name in names for column in self._columns(name)))
 
     def _columns(self, name: str) -> list[str]:
         if name == "inst":
-            return ["inst"]
-        if name == "last":
+            return [self.positions[0]]
+        if name == LAST:
             return [self.positions[-1]]
         match = _POST.fullmatch(name)
+        if self.positions == (LAST,) and (match is None or match[1] != "*"):
+            raise UserError(
+                f"there is no position {name!r} in raw text, which has no template after it; choose last, token[k], "
+                "token[-k] or prompt[*]"
+            )
         if match is None:
             raise UserError(
                 f"there is no position {name!r}; choose inst, last, post[k] with k from 0 to {self.n_post - 1}, "
@@ -81,11 +94,14 @@ class TokenBatch:
     def at(self, name: str) -> Int[Tensor, " prompt"]:
         """Index of one named position in every row.
 
-        `instruction[k]` counts within the user's words, `token[k]` from the start of the prompt.
+        `instruction[k]` counts within the user's words, `token[k]` from the start of the prompt and `token[-k]` from
+        its end.
         """
         absolute = _TOKEN.fullmatch(name)
         if absolute is not None:
-            return self._counted(name, self.offsets + int(absolute[1]), self._last())
+            k = int(absolute[1])
+            # Raw text and a prompt cut at its words end in their last column too; answers are no part of a prompt.
+            return self._counted(name, self.offsets + k if k >= 0 else self.index[:, -1] + 1 + k, self._last())
         match = _INSTRUCTION.fullmatch(name)
         if match is None or match[1] == "*":
             columns = self._columns(name)
@@ -102,7 +118,7 @@ class TokenBatch:
 
     def _counted(self, name: str, found: Tensor, last: Tensor) -> Int[Tensor, " prompt"]:
         """Indices that were counted off, refused where a row ends before them or they precede its words."""
-        first = self.instruction[:, 0] if name.startswith("instruction") else torch.zeros_like(found)
+        first = self.instruction[:, 0] if name.startswith("instruction") else self.offsets
         inside = (found >= first) & (found <= last)
         if not bool(inside.all()):
             row = int((~inside).nonzero()[0, 0])
@@ -199,17 +215,18 @@ def joined(batches: Sequence[TokenBatch]) -> TokenBatch:
 
 
 def tokenize(
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     template: ChatTemplate,
     *,
     padding_side: str = "right",
     allow_special: bool = False,
 ) -> TokenBatch:
-    """Render and tokenise prompts with the chat template and name their positions.
+    """Render and tokenise prompts with the chat template and name their positions; texts get ids (`as_prompts`).
 
     Raises UserError for empty text, for template tokens inside the text (unless `allow_special`), for a
     template that can't hold the prompt, and for a tokenizer that can't tell where its tokens come from.
     """
+    prompts = as_prompts(prompts)
     if not prompts:
         raise UserError("there are no prompts; give at least one")
     if padding_side not in ("left", "right"):
@@ -236,12 +253,12 @@ def tokenize(
         instruction[i] = torch.tensor([shift + row.start, shift + row.inst])
         # Counted from the end, so that a row whose first template token merged into `inst` keeps its roles.
         post = torch.arange(end - n_post, end).clamp(min=shift + row.inst)
-        index[i] = torch.cat([instruction[i, 1:], post])
+        index[i] = torch.cat([torch.tensor([end - 1]) if template.is_raw else instruction[i, 1:], post])
     return TokenBatch(
         prompts=tuple(prompts),
         tokens=tokens,
         mask=mask,
-        positions=("inst", *(f"post[{k}]" for k in range(n_post))),
+        positions=(LAST,) if template.is_raw else ("inst", *(f"post[{k}]" for k in range(n_post))),
         index=index,
         instruction=instruction,
         merged=torch.tensor([row.merged for row in placed]),

@@ -43,6 +43,8 @@ class Structure:
 
 def structure_of(template: ChatTemplate) -> Structure:
     """The tokens of the template's tokenizer that aren't for plain text."""
+    if template.is_raw:  # whoever writes marks into raw text means them
+        return Structure(frozenset(), frozenset())
     added, source = getattr(template.tokenizer, "added_tokens_decoder", {}), str(template.source)
     marks = {str(token) for token in added.values() if token.special or _structural(str(token), source)}
     marks |= set(getattr(template.tokenizer, "all_special_tokens", ()))
@@ -74,7 +76,7 @@ def place(
         start,
         inst,
         merged=spans[inst][1] > rendered.end,
-        blank=not piece.strip(),
+        blank=not piece.strip() and not template.is_raw,
         after=rendered.text[rendered.end :],
     )
 
@@ -120,6 +122,8 @@ def warn_of_blanks(prompts: Sequence[Prompt], placed: Sequence[PlacedTokens]) ->
 
 def count_post(afters: set[str], template: ChatTemplate, structure: Structure) -> int:
     """Template tokens after the user's words; words that merge with the template must not change the count."""
+    if template.is_raw:
+        return 0
     counts = {}
     for after in afters:
         ends = []
@@ -154,21 +158,29 @@ def _of_the_words(
 
 
 def _encode(text: str, template: ChatTemplate) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids with exactly one BOS where the tokenizer uses one, and each token's character range."""
+    """Token ids with exactly one BOS where the tokenizer uses one, and each token's character range.
+
+    Raw text has what the tokenizer adds to any text.
+    """
     tokenizer = template.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} can't tell which characters a token stands for; "
             "load its fast version"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=template.is_raw, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     spans = _with_spaces(text, tokenizer.convert_ids_to_tokens(ids), encoded["offset_mapping"])
     bos = tokenizer.bos_token_id
-    if bos is not None and bos not in ids and tokenizer("a")["input_ids"][:1] == [bos]:
+    if not template.is_raw and bos is not None and bos not in ids and tokenizer("a")["input_ids"][:1] == [bos]:
         ids, spans = [bos, *ids], [(-1, -1), *spans]
     if bos is not None and ids[:2] == [bos, bos]:
-        raise UserError("the formatted prompt starts with two BOS tokens; the chat template writes one too many")
+        who = (
+            "leave out the one in the text, as the tokenizer adds its own"
+            if template.is_raw
+            else "the chat template writes one too many"
+        )
+        raise UserError(f"the formatted prompt starts with two BOS tokens; {who}")
     return ids, spans
 
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Literal
 
 from mechlens.errors import UserError
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.prompt import Prompt
 
 PunctuationMode = Literal["match", "keep", "strip"]
@@ -113,7 +114,7 @@ class MatchedPrompts:
     """One line for the record: what was found and what was done."""
 
 
-def match_punctuation(positive: Sequence[Prompt], negative: Sequence[Prompt], mode: PunctuationMode) -> MatchedPrompts:
+def match_punctuation(positive: Prompts, negative: Prompts, mode: PunctuationMode) -> MatchedPrompts:
     """Two classes whose final punctuation no longer tells them apart (new Prompts, same ids and order).
 
     In the usual corpora the last mark alone separates the classes (AdvBench has none, XSTest always "?").
@@ -122,6 +123,7 @@ def match_punctuation(positive: Sequence[Prompt], negative: Sequence[Prompt], mo
     """
     if mode not in ("match", "keep", "strip"):
         raise UserError(f"punctuation mode {mode!r} is unknown; choose match, keep or strip")
+    positive, negative = as_prompts(positive, name="positive"), as_prompts(negative, name="negative")
     alike = _same_shares(positive, negative)
     found = f"positive {_shares(positive)}; negative {_shares(negative)}"
     if mode == "keep" or (mode == "match" and alike):

@@ -188,8 +188,8 @@ def column_of(position: str, positions: Sequence[str], last: str) -> int:
 def stored_name(position: str, last: str) -> str:
     """The name that "last" and "post[-k]" are stored under, `last` being that of the prompt's last token."""
     counted, end = _FROM_THE_END.fullmatch(position), _POST.fullmatch(last)
-    if last and position in ("last", "post[-1]"):
-        return last
+    if last and (position in ("last", "post[-1]") or (position == "inst" and last == "last")):
+        return last  # in raw text the last token is that of the words too
     if counted is None or end is None or int(counted[1]) > int(end[1]) + 1:
         return position
     return f"post[{int(end[1]) + 1 - int(counted[1])}]"

@@ -30,14 +30,14 @@ from mechlens.models.engine import forward
 from mechlens.models.engine.probes import overflow_advice
 from mechlens.models.engine.site_reader import require_readable, tokens_first, why_plain_at
 from mechlens.models.sites import RESIDUAL, SITES, level_hook, require_site, site_hook
+from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
-from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate, chat_template
+from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice, chat_template
 
 
 def collect(
     model: LanguageModel,
-    prompts: Sequence[Prompt] | TokenBatch,
+    prompts: Prompts | TokenBatch,
     *,
     positions: Sequence[str] = ("inst", "last"),
     levels: Sequence[int] | None = None,
@@ -46,20 +46,21 @@ def collect(
     words: Words | None = None,
     reduce: Literal["mean"] | None = None,
     project: Sequence[Direction] | None = None,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
     max_tokens: int | None = None,
 ) -> Activations:
     """What every prompt has at the named positions and levels: residual vectors at all levels 0..L by default.
 
-    Equal to running each prompt alone through plain Hugging Face, to rounding. `site` is one of
+    Equal to running each prompt alone through plain Hugging Face, to rounding. Texts are prompts too, and
+    `template=None` reads them as they are, without a chat template. `site` is one of
     `mechlens.models.sites.SITES` (attn_out, mlp_post, z, pattern, ...) at blocks 0..L-1. `answers` (texts, or tokens
     such as `Answers.tokens`) follow the prompts in the same pass, which shows what decoding them saw. Positions are
-    single tokens (`inst`, `last`, `post[k]`, `token[k]`, `instruction[k]`, `answer[k]`, `think_end`) and spans of them
-    (`post[*]`, `prompt[*]`, `instruction[*]`, `answer[*]`, `think[*]`); `words` gives names of your own to spans of the
-    user's words, which positions then hold too. A span is one column for each token, or one for its mean
-    (`reduce="mean"`; `post[*]`, which all prompts have alike, stays apart). `project` keeps only how far each value
-    lies along each direction, as a unit vector; directions of another checkpoint are taken too.
+    single tokens (`inst`, `last`, `post[k]`, `token[k]`, `token[-k]`, `instruction[k]`, `answer[k]`, `think_end`) and
+    spans of them (`post[*]`, `prompt[*]`, `instruction[*]`, `answer[*]`, `think[*]`); `words` gives names of your own
+    to spans of the user's words, which positions then hold too. A span is one column for each token, or one for its
+    mean (`reduce="mean"`; `post[*]`, which all prompts have alike, stays apart). `project` keeps only how far each
+    value lies along each direction, as a unit vector; directions of another checkpoint are taken too.
 
     `cache` keeps finished batches, so that a killed run goes on and the same request is never computed twice; values
     that would take more than 1 GB stay there and are read cell by cell (`StreamedTensor`).
@@ -73,10 +74,10 @@ def collect(
         raise UserError(f"cache is {cache!r:.80}, which keeps no batches; give ml.FolderCache(FOLDER), or leave it out")
     if reduce not in (None, "mean"):
         raise UserError(f"reduce is {reduce!r}, and a span is reduced to its mean only; give 'mean', or leave it out")
-    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template or template_of(model))
+    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
     if answers is not None:
         batch = batch.with_answers(_answer_tokens(model, answers))
-    spans = spans_of(batch, positions, words or {}, lambda: template or template_of(model))
+    spans = spans_of(batch, positions, words or {}, lambda: template_of(model, template))
     columns = spans if reduce else opened(spans)
     reading = Reading(site, wanted, tuple(columns), _lines(model, project))
     refuse_too_long(model, batch)
@@ -93,12 +94,14 @@ def collect(
     return _labelled(values, batch, reading, checkpoint, engine="fast" if fast else "plain", why_plain=why_plain)
 
 
-def template_of(model: LanguageModel) -> ChatTemplate:
-    """The chat template of the model's own tokenizer."""
+def template_of(model: LanguageModel, template: TemplateChoice = "tokenizer") -> ChatTemplate:
+    """The chat template of the model's own tokenizer, or of the name given (see `chat_template`); None is raw text."""
+    if isinstance(template, ChatTemplate):
+        return template
     tokenizer = loaded(model).tokenizer
     if tokenizer is None:
         raise UserError("the model has no tokenizer; pass a TokenBatch, or load the model with its tokenizer")
-    return chat_template(tokenizer)
+    return chat_template(tokenizer, template)
 
 
 def from_cache(

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,9 @@ from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import Decided, greedy_batch
 from mechlens.models.engine.reference import reference_engine, reference_greedy
+from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
-from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 
 if TYPE_CHECKING:
     import pandas
@@ -78,10 +78,10 @@ class Answers:
 
 def answer(
     model: LanguageModel,
-    prompts: Sequence[Prompt] | TokenBatch,
+    prompts: Prompts | TokenBatch,
     *,
     max_new_tokens: int,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     decided: OnceSettled | None = None,
     cache: Cache | None = None,
     max_tokens: int = 4096,
@@ -99,7 +99,7 @@ def answer(
         raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
-    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template or template_of(model))
+    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
     rows = [Row(tuple(ids := batch.row(i)), (len(ids) - 1,)) for i in range(len(batch.prompts))]
     refuse_too_long(model, batch, max_new_tokens)
     if has_hooks(model):

@@ -23,6 +23,7 @@ from mechlens.methods.behaviour.judges import PHRASES, FirstTokens
 from mechlens.methods.behaviour.thought import after_thought
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.steering.interventions import Ablate, Add
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, token_text, tokenize
 from mechlens.prompts.place import tokens_before_end
 from mechlens.prompts.prompt import Prompt
@@ -112,7 +113,7 @@ class Questioned:
 
 
 def ask(
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     template: ChatTemplate,
     questions: Sequence[Question] = QUESTIONS,
     polarity: Polarity = "straight",
@@ -123,6 +124,7 @@ def ask(
     """
     if not questions:
         raise UserError("there is no question to ask about the requests; give at least one")
+    prompts = as_prompts(prompts)
     turn = {family: i % len(questions) for i, family in enumerate(dict.fromkeys(prompt.group for prompt in prompts))}
     chosen = [questions[turn[prompt.group]] for prompt in prompts]
     asking = [

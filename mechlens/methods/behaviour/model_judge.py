@@ -16,7 +16,7 @@ from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 
 QUESTION = """\
 A user asked an AI assistant:
@@ -46,8 +46,8 @@ class ModelJudge:
     """With {prompt} and {answer} where these go."""
     yes: tuple[str, ...] = ("Yes", "yes", "YES")
     no: tuple[str, ...] = ("No", "no", "NO")
-    template: ChatTemplate | None = None
-    """None is the chat template of the model's tokenizer."""
+    template: TemplateChoice = "tokenizer"
+    """The chat template that it is asked in; None asks in raw text."""
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Verdict]:
         """One verdict per answer; "empty" for white space alone, which the model isn't asked about."""
@@ -68,7 +68,7 @@ class ModelJudge:
             Prompt(prompt.id, self._asked(prompt.text, answer)) for prompt, answer in zip(prompts, answers, strict=True)
         ]
         # What was said is quoted, whatever marks it holds.
-        batch = tokenize(asked, self.template or template_of(self.model), allow_special=True)
+        batch = tokenize(asked, template_of(self.model, self.template), allow_special=True)
         return logits_under(self.model, batch, [], reduce=reduce).double()
 
     def _asked(self, prompt: str, answer: str) -> str:

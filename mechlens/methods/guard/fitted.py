@@ -1,6 +1,5 @@
 """A fitted guard as a value: what it reads, how it decides, and for which model that holds."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,8 @@ from mechlens.methods.statistics.calibration import Calibration
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import require_same_template, require_same_weights
-from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.asked import Prompts
+from mechlens.prompts.templates.template import TemplateChoice
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,13 @@ class FittedGuard:
     def ask(
         self,
         model: LanguageModel,
-        prompts: Sequence[Prompt],
-        template: ChatTemplate | None = None,
+        prompts: Prompts,
+        template: TemplateChoice = "tokenizer",
         *,
         other_weights: bool = False,
     ) -> list[GuardVerdict]:
         """Runs the prompts through the blocks up to the last level that is read, without logits, and judges them."""
-        used = template or template_of(model)
+        used = template_of(model, template)
         # Before anything is run: a wrong model should not cost a forward pass.
         self.require(checkpoint_now(model), used.fingerprint, d_model(model), other_weights=other_weights)
         acts = collect(model, prompts, positions=self.positions, levels=self.levels, site=self.site, template=used)

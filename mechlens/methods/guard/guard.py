@@ -27,9 +27,9 @@ from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.statistics.calibration import calibrate
 from mechlens.methods.statistics.resample import held_out_scores, one_thread
 from mechlens.models.bridge import LanguageModel
-from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.asked import Prompts
 from mechlens.prompts.split import Split, split_by_family
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 
 AS_GOOD, AS_FAR = 0.01, 0.8
 """A lower level does as well as the best one where its validation AUROC is at most so much lower, and its classes lie
@@ -138,14 +138,13 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
     def __call__(
         self,
         model: LanguageModel,
-        texts: Sequence[str] | Sequence[Prompt],
-        template: ChatTemplate | None = None,
+        texts: Prompts,
+        template: TemplateChoice = "tokenizer",
         *,
         other_weights: bool = False,
     ) -> list[GuardVerdict]:
         """Judges requests by the model that the guard was fitted on, running only the blocks that it reads."""
-        prompts = [text if isinstance(text, Prompt) else Prompt(str(i), str(text)) for i, text in enumerate(texts)]
-        return self._guard.ask(model, prompts, template, other_weights=other_weights)
+        return self._guard.ask(model, texts, template, other_weights=other_weights)
 
     @property
     def _guard(self) -> FittedGuard:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -80,19 +80,74 @@ class RefusalLogOdds:
 
 @dataclass(frozen=True)
 class OwnMetric:
-    """A function of the last-position logits, such as a notebook's lambda."""
+    """A function of the logits at the place that is read: (row, vocab) in, one number for each row out.
 
-    function: Callable[[Tensor], Tensor]
+    `lambda logits: logits[:, 5] - logits[:, 7]` may be given itself where a metric is asked for.
+    """
+
+    function: Callable[[Float[Tensor, "row vocab"]], Any]
     name: str = "own_metric"
 
     def __call__(self, logits: Float[Tensor, "row vocab"], clean: Float[Tensor, " vocab"]) -> Float[Tensor, " row"]:
-        values = torch.as_tensor(self.function(logits)).double()
+        try:
+            found = self.function(logits)
+        except Exception as error:  # whatever a function of the user's raises
+            raise UserError(
+                f"the metric {self.name!r} raised {type(error).__name__} ({error!s:.200}); {_EXPECTED}"
+            ) from error
+        try:
+            values = torch.as_tensor(found).double()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"the metric {self.name!r} gave a {type(found).__name__}; {_EXPECTED}") from error
         if values.numel() != len(logits):
             raise UserError(
-                f"the metric {self.name!r} gave {values.numel()} numbers for {len(logits)} rows of logits; it takes "
-                "logits of shape (row, vocab) and must give one number for each row, such as logits[:, 5]"
+                f"the metric {self.name!r} gave {values.numel()} numbers for {len(logits)} rows of logits; {_EXPECTED}"
             )
         return values.reshape(len(logits))
+
+
+_EXPECTED = (
+    "it takes logits of shape (row, vocab) and must give one number for each row, such as logits[:, 5] - logits[:, 7]"
+)
+MetricLike = Metric | Callable[[Tensor], Any]
+"""A metric, or a function of logits of shape (row, vocab) that gives one number for each row."""
+
+
+def as_metric(given: object) -> Metric:
+    """The metric, or the function as one; UserError for what can't be called."""
+    if isinstance(given, Metric):
+        return given
+    if not callable(given):
+        raise UserError(
+            f"the metric is a {type(given).__name__}; give ml.LogitDifference, another metric of ours, or a function: "
+            + _EXPECTED
+        )
+    name = getattr(given, "__name__", "<lambda>")
+    return OwnMetric(given) if name == "<lambda>" else OwnMetric(given, name)
+
+
+def try_metric(metric: Metric, logits: Float[Tensor, "2 vocab"], *, gradient: bool) -> None:
+    """UserError where a metric of the user's can't be used on two prompts' logits: said before anything slow."""
+    if not isinstance(metric, OwnMetric):
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        asked = logits.detach().clone().requires_grad_(gradient)
+        together, alone = metric(asked, asked[0]), metric(asked[1:], asked[0])
+    if not bool(torch.isfinite(together).all()):
+        raise UserError(
+            f"the metric {metric.name!r} gave {together.tolist()} for the first pair, which are no finite numbers; "
+            "mend it (a logarithm of 0?)"
+        )
+    if not torch.allclose(together[1:], alone, rtol=1e-4, atol=1e-5):
+        raise UserError(
+            f"the metric {metric.name!r} gives a prompt {float(together[1]):.4g} beside another and {float(alone):.4g} "
+            f"alone, so it mixes rows; {_EXPECTED}"
+        )
+    if gradient and not together.requires_grad:
+        raise UserError(
+            f"the metric {metric.name!r} gives numbers without a gradient, which attribution needs; keep to torch "
+            "(no .item(), no numpy), or choose another engine"
+        )
 
 
 def require_tokens(metric: Metric, vocabulary: int) -> None:

@@ -8,14 +8,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
-from mechlens.methods.patching.metrics import Metric, require_tokens
+from mechlens.methods.patching.metrics import Metric, MetricLike, as_metric, require_tokens, try_metric
 from mechlens.methods.patching.plan import MODES, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
 from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, n_layers
 from mechlens.models.engine.edits import reference_record
 from mechlens.models.sites import n_heads, site_hook
-from mechlens.prompts.prompt import PromptPair
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.asked import Pairs, as_pairs
+from mechlens.prompts.templates.template import TemplateChoice
 
 
 @torch.inference_mode()
@@ -55,13 +55,13 @@ RECEIVERS = ("q", "k", "v")
 
 def path_sweep(
     model: LanguageModel,
-    pairs: Sequence[PromptPair],
-    metric: Metric,
+    pairs: Pairs,
+    metric: MetricLike,
     sender: tuple[int, int],
     *,
     receiver: str = "q",
     mode: str = "denoising",
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
 ) -> PatchResult:
     """The metric after patching what the head `sender` (layer, head) writes, as one later head alone reads it.
 
@@ -70,10 +70,11 @@ def path_sweep(
     are PatchResult's: TransformerLens' own resample prompts, not families, and don't correct for the number of sites.
     UserError for pairs of unequal length and where TransformerLens can't take the model's attention apart.
     """
+    pairs, metric = as_pairs(pairs), as_metric(metric)
     require_tokens(metric, embedding_rows(model))
     _refuse_what_there_is_not(model, sender, receiver, mode)
     clean, corrupt = tokenized_pairs(model, pairs, template)
-    rows = []
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in tqdm(range(len(pairs)), desc="patching paths", unit="pair", delay=2, leave=False):
         runs = {"denoising": (corrupt.row(i), clean.row(i)), "noising": (clean.row(i), corrupt.row(i))}
         start, source = runs[mode]
@@ -83,6 +84,8 @@ def path_sweep(
                 f"{len(clean.row(i))} and {len(corrupt.row(i))} tokens; choose pairs of one length"
             )
         first, second = (reference_record(model, run, -1, "z", ()).logits for run in (clean.row(i), corrupt.row(i)))
+        if not rows:
+            try_metric(metric, torch.stack([first, second]), gradient=False)
         found = paths_from_head(model, start, source, sender, receiver, _on_last_token(metric, first))
         rows.append((found[sender[0] + 1 :, None].double(), *metric(torch.stack([first, second]), first)))
     values, of_clean, of_corrupt = (torch.stack(column) for column in zip(*rows, strict=True))

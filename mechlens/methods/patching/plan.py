@@ -11,7 +11,7 @@ from mechlens.models.bridge import LanguageModel, d_model, n_layers
 from mechlens.models.sites import n_heads, require_site
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import PromptPair
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 
 MODES = ("denoising", "noising")
 ALL = "all"
@@ -27,7 +27,7 @@ class PatchPlan:
     layers: tuple[int, ...] | None = None
     """None is every layer."""
     positions: tuple[str, ...] = (ALL,)
-    """Named positions: inst, post[*], instruction[*], last, token[k], or all."""
+    """Named positions: inst, post[*], instruction[*], last, token[k], token[-k], or all."""
     heads: tuple[int, ...] | None = None
     """None is every head of the site (key and value heads under grouped-query attention)."""
     mode: str = "denoising"
@@ -41,11 +41,11 @@ class PatchPlan:
 
 
 def tokenized_pairs(
-    model: LanguageModel, pairs: Sequence[PromptPair], template: ChatTemplate | None
+    model: LanguageModel, pairs: Sequence[PromptPair], template: TemplateChoice
 ) -> tuple[TokenBatch, TokenBatch]:
     if not pairs:
         raise UserError("there are no pairs to patch; give at least one")
-    used = template or template_of(model)
+    used = template_of(model, template)
     both = tokenize([pair.clean for pair in pairs], used), tokenize([pair.corrupt for pair in pairs], used)
     for batch in both:
         refuse_too_long(model, batch)
@@ -70,7 +70,7 @@ def opened_positions(
     lengths = torch.cat([batch.lengths for batch in both])
     opened: list[str] = []
     for name in plan.positions:
-        if name == ALL or name.startswith("token["):
+        if name == ALL or (name.startswith("token[") and not name.startswith("token[-")):
             uneven = [i for i in range(len(pairs)) if len({int(batch.lengths[i]) for batch in both}) > 1]
             if uneven or len(set(lengths.tolist())) > 1:
                 raise UserError(
@@ -82,10 +82,12 @@ def opened_positions(
             words = torch.cat([batch.instruction[:, 1] - batch.instruction[:, 0] + 1 for batch in both])
             # Counted from the end, where `inst` is the same role in every prompt.
             opened += [f"instruction[{-k}]" for k in range(int(words.min()), 0, -1)]
-        elif name.startswith("instruction["):
+        elif name.startswith(("instruction[", "token[")):
             opened.append(name)
         else:
             opened += both[0].resolve([name])
+    if not opened:
+        raise UserError(f"the positions {', '.join(plan.positions)} name no token of raw text; choose last or token[k]")
     return tuple(dict.fromkeys(opened))
 
 

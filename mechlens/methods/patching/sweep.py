@@ -17,7 +17,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.reading import halving, in_halves
 from mechlens.methods.cache import Cache
 from mechlens.methods.patching.attribution import attributed
-from mechlens.methods.patching.metrics import Metric, OwnMetric, require_tokens
+from mechlens.methods.patching.metrics import Metric, MetricLike, OwnMetric, as_metric, require_tokens, try_metric
 from mechlens.methods.patching.packed import packed_pieces
 from mechlens.methods.patching.plan import PatchPlan, opened_axes, opened_positions, refuse_other_shape, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
@@ -44,25 +44,28 @@ from mechlens.models.engine.growing import can_grow, edit_batches, edited_logits
 from mechlens.models.engine.packed.edits import (
     packs_edits,
 )
+from mechlens.prompts.asked import Pairs, as_pairs
 from mechlens.prompts.batch import token_text
-from mechlens.prompts.prompt import PromptPair
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 
 GROWING, PLAIN, ATTRIBUTION = "growing batch", "plain", "attribution"
 
 
 def patch_sweep(
     model: LanguageModel,
-    pairs: Sequence[PromptPair],
-    metric: Metric,
+    pairs: Pairs,
+    metric: MetricLike,
     plan: PatchPlan,
     *,
     source_model: LanguageModel | None = None,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
     engine: str = "auto",
 ) -> PatchResult:
     """The metric after patching every site of the plan, for every pair.
+
+    A metric is one of ours (`LogitDifference`, ...) or a function of the logits at `plan.read`, (row, vocab), that
+    gives one number for each row, such as `lambda logits: logits[:, 5] - logits[:, 7]`; pairs may be two texts each.
 
     `source_model` takes the values from another checkpoint instead: its run of each pair's prompt (`clean` when
     denoising) is run through it. `engine`: "growing batch" and "plain" are exact and equal, "auto" takes the first
@@ -70,6 +73,7 @@ def patch_sweep(
     Pairs of unequal length are aligned by role, which needs named positions. UserError for sites, layers, heads
     and positions that there are not.
     """
+    pairs, metric = as_pairs(pairs), as_metric(metric)
     require_tokens(metric, embedding_rows(model))
     both = tokenized_pairs(model, pairs, template)
     layers, heads = opened_axes(model, plan)
@@ -91,6 +95,10 @@ def patch_sweep(
     packed = used == GROWING and all(packs_edits(one, plan.site, longest) for one in (model, source))
     work = _Sweep(model, source, metric, plan, layers, heads, used, weights, packed)
     tasks = [pair_task(both, i, plan, positions) for i in range(len(pairs))]
+    if isinstance(metric, OwnMetric):
+        ends = [reference_record(model, tasks[0].start, tasks[0].read, plan.site, ()).logits]
+        ends.append(reference_record(source, tasks[0].source, tasks[0].source_read, plan.site, ()).logits)
+        try_metric(metric, torch.stack(ends), gradient=used == ATTRIBUTION)
     rows = work.run(tasks, cache)
     values, clean, corrupt = (torch.stack(column) for column in zip(*rows, strict=True))
     tokenizer = loaded(model).tokenizer

@@ -73,6 +73,10 @@ class Placement:
                 tokens = tuple(t for t in self._at(row, column) if t not in taken)
                 taken |= set(tokens)
                 found.append((column, tokens))
+        if not found:
+            raise UserError(
+                f"the positions {', '.join(one.positions)} name no token of raw text; choose last or token[k]"
+            )
         return found
 
     def _opened(self, name: str) -> tuple[str, ...]:

@@ -28,9 +28,9 @@ from mechlens.models.engine.generate import start_cache
 from mechlens.models.engine.intervene import AddAlong, Change, TokenMask, bears_fast, changed
 from mechlens.models.engine.shared_rows import SharedRows, shares_rows
 from mechlens.models.sites import Place
+from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
-from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 
 
 class Fingerprints:
@@ -91,13 +91,13 @@ class Keyed(Protocol):
 
 def steered_batch(
     model: LanguageModel,
-    prompts: Sequence[Prompt] | TokenBatch,
+    prompts: Prompts | TokenBatch,
     interventions: Interventions,
-    template: ChatTemplate | None,
+    template: TemplateChoice,
     force: bool,
     new_tokens: int,
 ) -> "SteeredBatch":
-    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template or template_of(model))
+    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
     refuse_too_long(model, batch, new_tokens)
     lists = _per_row(interventions, len(batch.prompts))
     require_fits(model, [one for row in lists for one in row], batch.template, force=force)

@@ -25,9 +25,9 @@ from mechlens.models.engine.intervene import EveryToken, TokenMask, changed
 from mechlens.models.engine.reference import recomputed_greedy, whole_logits
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.orthogonal import orthogonalised
+from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch
-from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 
 Condition = Sequence[Intervention | None]
 
@@ -101,11 +101,11 @@ class SteeredAnswers(Answers):
 
 def answer_under(
     model: LanguageModel,
-    prompts: Sequence[Prompt] | TokenBatch,
+    prompts: Prompts | TokenBatch,
     interventions: Interventions,
     *,
     max_new_tokens: int,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     decided: Decided | None = None,
     cache: Cache | None = None,
     force: bool = False,
@@ -160,10 +160,10 @@ def _padded(answers: list[list[int]], width: int) -> Tensor:
 
 def logits_under(
     model: LanguageModel,
-    prompts: Sequence[Prompt] | TokenBatch,
+    prompts: Prompts | TokenBatch,
     interventions: Interventions,
     *,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     reduce: Reduce | None = None,
     cache: Cache | None = None,
     force: bool = False,
@@ -209,7 +209,7 @@ def applied(
         with changed(model, rows, token_mask, fast=False):
             yield model
         return
-    work = steered_batch(model, batch, interventions, None, force, 0)
+    work = steered_batch(model, batch, interventions, "tokenizer", force, 0)
     with changed(model, work.changes, TokenMask(batch.lengths, -batch.offsets), fast=False):
         yield model
 

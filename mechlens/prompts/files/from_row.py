@@ -1,7 +1,7 @@
 """One row of data read as a prompt, or the sentence that says what is wrong with it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,11 @@ class RowReader:
     def __call__(self, row: Record, name: str) -> Prompt:
         """The row as a Prompt with the id `name`; UserError names source, row and column."""
         column = self.text_column()
-        value = row.values.get(column)
-        turns = self._turns(row, column) if isinstance(value, list) and value else ()
-        text = turns[-1][1] if turns else self._text(row, column, value)
-        earlier = turns[:-1]
-        has_system = bool(earlier) and earlier[0][0] == "system"
-        system = earlier[0][1] if has_system else self._system(row)
+        value, where = row.values.get(column), f"{self._at(row)}, column {column!r},"
+        if isinstance(value, list) and value:
+            system, history, text = last_asked(value, where)
+        else:
+            system, history, text = None, (), text_of(value, where)
         try:
             return Prompt(
                 id=name,
@@ -50,8 +49,8 @@ class RowReader:
                 label="" if self.label_column is None else self._word(row, self.label_column),
                 category=self._category(row),
                 source=self.name,
-                system=system,
-                history=earlier[1:] if has_system else earlier,
+                system=self._system(row) if system is None else system,
+                history=history,
                 family="" if self.family_column is None else self._word(row, self.family_column),
             )
         except UnfitPrompt as error:
@@ -74,36 +73,6 @@ class RowReader:
             f"only {_listed(self.columns)}; name one with column= in Python or in a list of sources, or rename it"
         )
 
-    def _text(self, row: Record, column: str, value: Any) -> str:
-        where = f"{self._at(row)}, column {column!r},"
-        if value is None:
-            raise UserError(f"{where} has no value; fill it in, or leave the row out")
-        if isinstance(value, Unreadable):
-            raise UserError(f"{where} can't be read ({value.reason}); repair it, or leave the row out")
-        if not isinstance(value, str):
-            raise UserError(f"{where} holds a {type(value).__name__} ({value!r:.40}); a prompt must be text")
-        if not value.strip():
-            raise UserError(f"{where} is empty; fill it in, or leave the row out")
-        # A lone surrogate comes from a broken \\u escape; no tokenizer can encode it.
-        if not is_whole(value):
-            raise UserError(f"{where} holds half a character (an unpaired surrogate); repair the text")
-        return value
-
-    def _turns(self, row: Record, column: str) -> tuple[tuple[str, str], ...]:
-        """Chat turns up to the last one of the user; the answer to it is left out."""
-        turns = []
-        for turn in row.values[column]:
-            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-                raise UserError(
-                    f"{self._at(row)}, column {column!r}, holds a list of other things than "
-                    "chat turns; each turn needs a role and a content"
-                )
-            turns.append((turn["role"], self._text(row, column, turn.get("content"))))
-        users = [place for place, (role, _) in enumerate(turns) if role == "user"]
-        if not users:
-            raise UserError(f"{self._at(row)}, column {column!r}, has no turn of the user")
-        return tuple(turns[: users[-1] + 1])
-
     def _input(self, row: Record, column: str) -> str:
         # Alpaca puts what the instruction is about ("Summarise this text") into a column of its own.
         if self.column is not None or column != "instruction":
@@ -116,7 +85,7 @@ class RowReader:
         value = row.values.get("system")
         if not isinstance(value, Unreadable) and not as_word(value).strip():
             return None
-        return self._text(row, "system", value)
+        return text_of(value, f"{self._at(row)}, column 'system',")
 
     def _category(self, row: Record) -> str:
         for column in self.columns:
@@ -137,12 +106,53 @@ class RowReader:
         raise UserError(f"{where} {what}; it needs a word or a number")
 
 
+def text_of(value: object, where: str) -> str:
+    """The value as a prompt's text; UserError, beginning with `where`, for anything that isn't one."""
+    if value is None or _is_nan(value):
+        raise UserError(f"{where} has no value; fill it in, or leave the row out")
+    if isinstance(value, Unreadable):
+        raise UserError(f"{where} can't be read ({value.reason}); repair it, or leave the row out")
+    if not isinstance(value, str):
+        raise UserError(f"{where} holds a {type(value).__name__} ({value!r:.40}); a prompt must be text")
+    if not value.strip():
+        raise UserError(f"{where} is empty; fill it in, or leave the row out")
+    # A lone surrogate comes from a broken \\u escape; no tokenizer can encode it.
+    if not is_whole(value):
+        raise UserError(f"{where} holds half a character (an unpaired surrogate); repair the text")
+    return value
+
+
+def last_asked(turns: Sequence[Any], where: str) -> tuple[str | None, tuple[tuple[str, str], ...], str]:
+    """Of chat turns the system prompt, the turns before the user's last, and its words; what answers it is left out.
+
+    UserError, beginning with `where`, for what are no chat turns.
+    """
+    read = []
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise UserError(
+                f"{where} holds a list of other things than chat turns; each turn needs a role and a content"
+            )
+        read.append((turn["role"], text_of(turn.get("content"), where)))
+    users = [place for place, (role, _) in enumerate(read) if role == "user"]
+    if not users:
+        raise UserError(f"{where} has no turn of the user")
+    earlier = tuple(read[: users[-1]])
+    has_system = bool(earlier) and earlier[0][0] == "system"
+    return earlier[0][1] if has_system else None, earlier[has_system:], read[users[-1]][1]
+
+
+def _is_nan(value: object) -> bool:
+    """What pandas has in empty cells."""
+    return type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and math.isnan(value))
+
+
 def as_word(value: object) -> str:
     """A cell's value as people write it: nothing for a missing one, which pandas makes NaN, and 1 for 1.0.
 
     pandas also turns whole numbers into floats where one of them is missing.
     """
-    if value is None or isinstance(value, Unreadable) or (isinstance(value, float) and math.isnan(value)):
+    if value is None or isinstance(value, Unreadable) or _is_nan(value):
         return ""
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))

@@ -32,6 +32,8 @@ PAPER_TEMPLATES: dict[str, tuple[str, str]] = {
     "vicuna": ("USER:", "\nASSISTANT:"),
 }
 
+RAW = "none"
+"""Name of no template: the text as it is, with the tokens that the tokenizer adds to any text of its own accord."""
 Turn = Mapping[str, str]
 """A turn as templates know it, with a role and a content."""
 
@@ -52,7 +54,8 @@ class Rendered:
 class ChatTemplate:
     """How a request becomes the string that a chat model reads.
 
-    `kind` is "tokenizer" (the tokenizer's own template) or "paper:FAMILY" (the published strings).
+    `kind` is "tokenizer" (the tokenizer's own template), "paper:FAMILY" (the published strings) or "none": the text as
+    it is, as a base model reads it.
     """
 
     tokenizer: Any
@@ -84,7 +87,14 @@ class ChatTemplate:
     @property
     def source(self) -> Any:
         """The template as the tokenizer keeps it, or the published strings before and after the words."""
+        if self.is_raw:
+            return "", ""
         return self.tokenizer.chat_template if self.kind == "tokenizer" else PAPER_TEMPLATES[self.kind[6:]]
+
+    @property
+    def is_raw(self) -> bool:
+        """True where nothing is written around a text."""
+        return self.kind == RAW
 
     @property
     def fingerprint(self) -> str:
@@ -132,6 +142,14 @@ class ChatTemplate:
         for prompt in prompts:
             if not prompt.text.strip():
                 raise UserError(f"prompt {prompt.id!r} has no text; give every prompt at least one word")
+            if self.is_raw and (prompt.system is not None or prompt.history):
+                what = "earlier turns" if prompt.history else "a system prompt"
+                raise UserError(
+                    f"prompt {prompt.id!r} has {what}, and raw text has no place for that; write everything into its "
+                    "text, or use a chat template (template='tokenizer')"
+                )
+        if self.is_raw:
+            return [Rendered(prompt.text, 0, len(prompt.text)) for prompt in prompts]
         asked = [Rendering.of(prompt) for prompt in prompts]
         # Prompts with the same turns before them share everything but the text.
         wanted = dict.fromkeys(conversation for one in asked for conversation in one.conversations)
@@ -183,7 +201,8 @@ class ChatTemplate:
         if not source:
             raise UserError(
                 f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template (a base model?); "
-                "use a chat model, set tokenizer.chat_template, or ask for template='paper:FAMILY'"
+                "ask for raw text (template=None, --template none), use a chat model, set tokenizer.chat_template, or "
+                "ask for template='paper:FAMILY'"
             )
         return str(source)
 
@@ -260,13 +279,14 @@ def _trimmings(text: str) -> tuple[str, ...]:
 
 def chat_template(
     tokenizer: Any,
-    template: str = "tokenizer",
+    template: str | None = "tokenizer",
     *,
     today: str | None = None,
     template_arg: Sequence[str] = (),
     **options: Any,
 ) -> ChatTemplate:
-    """The template to use: "tokenizer" (default), "paper" (family found from the tokenizer) or "paper:FAMILY".
+    """The template to use: "tokenizer" (default), "paper" (family found from the tokenizer), "paper:FAMILY", or None or
+    "none" for raw text.
 
     `today` (such as "2024-07-26") is the day that a template which prints the date prints; None is this day.
     The template's own arguments are keywords here (`enable_thinking=False`), or in `template_arg` as on the command
@@ -274,14 +294,18 @@ def chat_template(
     """
     day = date.today().isoformat() if today is None else _day(today)
     options |= template_arguments(template_arg)
-    if template == "tokenizer":
-        return ChatTemplate(tokenizer, options=options, today=day)
+    if template in ("tokenizer", RAW, None):
+        return ChatTemplate(tokenizer, template or RAW, options, day)
     published = {f"paper:{name}" for name in PAPER_TEMPLATES}
     kind = f"paper:{_paper_family(tokenizer)}" if template == "paper" else template
     if kind not in published:
         known = ", ".join(sorted(published))
-        raise UserError(f"there is no template {template!r}; choose tokenizer, paper or one of {known}")
+        raise UserError(f"there is no template {template!r:.60}; choose tokenizer, paper, none or one of {known}")
     return ChatTemplate(tokenizer, kind, options, day)
+
+
+TemplateChoice = ChatTemplate | str | None
+"""A template, or the name of one as `chat_template` knows it; None is raw text."""
 
 
 def template_arguments(given: Sequence[str]) -> dict[str, Any]:

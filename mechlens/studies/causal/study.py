@@ -26,10 +26,11 @@ from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
 from mechlens.models.engine.packed.packing import alike
 from mechlens.models.sites import require_everywhere
+from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
 from mechlens.studies.causal.answers import answers_under, belief_table, beliefs_under, losses_under
@@ -156,17 +157,17 @@ def _every(plan: CausalPlan) -> int:
 
 def run_battery(
     model: LanguageModel,
-    harmful: Sequence[Prompt],
-    harmless: Sequence[Prompt],
+    harmful: Prompts,
+    harmless: Prompts,
     plan: CausalPlan,
     *,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Battery:
     """The whole battery on one model; what its refusals or replies don't suffice for is not measurable, and not run."""
     require_everywhere(model)
     layers = grid_layers(model, plan.layers, _every(plan))
-    template = template or template_of(model)
+    template = template_of(model, template)
     prompts, split = _sampled(labelled(harmful, harmless), plan)
     batch = tokenize(prompts, template)
     validation, test = (subjects([prompts[i] for i in part], template) for part in (split.validation, split.test))

@@ -1,7 +1,7 @@
 """The direction of any concept: where it can be read, how well, and what part of it is only the surface."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -18,10 +18,10 @@ from mechlens.methods.directions.nulls import split_half
 from mechlens.methods.probing.detect import Detection
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
-from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS, DetectionPlan
@@ -106,12 +106,12 @@ class Concept:
 
 def find_concept(
     model: LanguageModel,
-    positive: Sequence[Prompt],
-    negative: Sequence[Prompt],
+    positive: Prompts,
+    negative: Prompts,
     positions: Sequence[str],
     plan: DetectionPlan,
     *,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Concept:
     """Directions by the plan's method at every level and named position, with held-out evidence.
@@ -120,10 +120,12 @@ def find_concept(
     side has fewer than 15 prompts.
     """
     METHODS.require(plan.method)
+    positive, negative = (
+        as_prompts(given, name=name, label=name) for name, given in ((POSITIVE, positive), (NEGATIVE, negative))
+    )
     _require_enough(positive, negative)
-    prompts = [replace(prompt, label=POSITIVE) for prompt in positive]
-    prompts += [replace(prompt, label=NEGATIVE) for prompt in negative]
-    batch = tokenize(prompts, template or template_of(model))
+    prompts = [*positive, *negative]
+    batch = tokenize(prompts, template_of(model, template))
     acts = collect(model, batch, positions=positions, cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     surface = surface_of(model, batch)

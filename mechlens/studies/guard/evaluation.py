@@ -24,9 +24,10 @@ from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard_model import GuardModelOpinion
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.studies.guard.config import EvaluationPlan
 from mechlens.studies.guard.detectors import (
     Detector,
@@ -142,13 +143,13 @@ def evaluate_guard(
     model: LanguageModel,
     guard: FittedGuard,
     others: Mapping[str, FittedGuard],
-    train: Sequence[Prompt],
+    train: Prompts,
     examined: EvaluationPrompts,
     plan: EvaluationPlan,
     *,
     opinions: Mapping[str, GuardModelOpinion] | None = None,
     other_weights: bool = False,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> GuardEvaluation:
     """The guard, other rules (`others`) and baselines, fitted on `train` and applied to the examined prompts.
@@ -156,7 +157,8 @@ def evaluate_guard(
     `train` are the guard's own training prompts, labelled. `opinions` are those of guard models, by name.
     `other_weights` lets the guard be one that was fitted on another checkpoint.
     """
-    used = template or template_of(model)
+    used = template_of(model, template)
+    train = as_prompts(train)
     prompts = [*train, *examined.prompts]
     batch = tokenize(prompts, used)
     fitted = collect(model, batch.select(range(len(train))), positions=read_positions(guard.settings), cache=cache)

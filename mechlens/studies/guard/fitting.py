@@ -1,7 +1,7 @@
 """Guards by every rule, fitted to half of the prompt families and held to the rest."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,10 +18,11 @@ from mechlens.methods.guard.rules import needs_refusals
 from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoints.difference import require_same_template
 from mechlens.models.checkpoints.outline import Outline
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.artifacts import load, save
 from mechlens.settings import FRACTIONS, Answering
 from mechlens.studies.shared.inputs import Check
@@ -85,18 +86,20 @@ class GuardFitting:
 
 def fit_guard(
     model: LanguageModel,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     estimator: GuardEstimator,
     *,
     plan: Answering | None = None,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> GuardFitting:
     """Fits the estimator to half of the prompt families, with a fifth that chooses levels; the rest is held out.
 
-    `plan` says how the model answers and is judged, for a rule that has to know what it refuses.
+    Prompts carry their labels: `ml.as_prompts(texts, label=labels)` gives them to texts. `plan` says how the model
+    answers and is judged, for a rule that has to know what it refuses.
     """
-    used = template or template_of(model)
+    used = template_of(model, template)
+    prompts = as_prompts(prompts)
     labels, families = [prompt.label for prompt in prompts], [prompt.group for prompt in prompts]
     split = split_by_family(labels, families, fractions=FRACTIONS, seed=estimator.seed)
     acts = collect(model, tokenize(prompts, used), positions=read_positions(estimator), cache=cache)

@@ -28,7 +28,7 @@ from mechlens.methods.statistics.resample import family_halves
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.settings import Answering
 from mechlens.studies.shared.quadrants import judge_answers
 
@@ -71,7 +71,7 @@ def category_directions(
     places: Sequence[tuple[int, str]],
     *,
     seed: int = 0,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> CategoryDirections:
     """Directions of every category with at least 12 prompts, at the given (level, position) places.
@@ -92,7 +92,7 @@ def category_directions(
     prompts += [replace(p, label=HARMLESS) for p in harmless]
     names = tuple(dict.fromkeys(position for _, position in places))
     levels = sorted({level for level, _ in places})
-    batch = tokenize(prompts, template or template_of(model))
+    batch = tokenize(prompts, template_of(model, template))
     acts = collect(model, batch, positions=names, levels=levels, cache=cache)
     cells = [_cell(acts, level, position) for level, position in places]
     compared = [_compared(cell, kept, seed) for cell in cells]
@@ -107,13 +107,13 @@ def category_directions(
 
 def category_refusals(
     model: LanguageModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], place: tuple[int, str],
-    plan: Answering, *, seed: int = 0, template: ChatTemplate | None = None, cache: Cache | None = None,
+    plan: Answering, *, seed: int = 0, template: TemplateChoice = "tokenizer", cache: Cache | None = None,
 ) -> CategoryDirections:  # fmt: skip
     """Directions of refusal by category at one place: its refused prompts against accepted harmless ones.
 
     UserError where fewer than two categories have at least 12 refused prompts.
     """
-    used = template or template_of(model)
+    used = template_of(model, template)
     judged = [
         judge_answers(
             prompts, answer(model, tokenize(prompts, used), max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge

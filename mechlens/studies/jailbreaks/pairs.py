@@ -26,7 +26,7 @@ from mechlens.models.bridge import LanguageModel, loaded, n_layers
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.settings import FRACTIONS
 from mechlens.studies.jailbreaks.config import JailbreakPlan
 from mechlens.studies.shared.contrasts import best_direction
@@ -99,14 +99,14 @@ def reference_of(
     prompts: Sequence[Prompt],
     plan: JailbreakPlan,
     *,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> OrdinaryPrompts:
     """Centroids and directions from prompts labelled harmful or harmless, half of their families.
 
     UserError where the model refuses too few of them, or accepts too few, for a refusal to be located.
     """
-    batch = tokenize(prompts, template or template_of(model))
+    batch = tokenize(prompts, template_of(model, template))
     acts = collect(model, batch, positions=("inst", "last"), cache=cache)
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
@@ -135,7 +135,7 @@ def attack_pairs(
     reference: OrdinaryPrompts,
     plan: JailbreakPlan,
     *,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Pairs:
     """The attacks of all sources with goals, answered and collected beside the plain requests."""
@@ -154,7 +154,7 @@ def attack_pairs(
             "no attack is left with a plain request that the model wasn't trained on; give sources with templates or "
             "with a goal_column"
         )
-    used = template or template_of(model)
+    used = template_of(model, template)
     order = list(goals)
     plain = tuple(goals.values())
     batches = [tokenize(prompts, used) for prompts in (attacks, plain)]

@@ -24,7 +24,7 @@ from mechlens.models.sites import require_site
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.files.load import load_pairs
 from mechlens.prompts.prompt import Prompt, PromptPair
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.patch.config import Patch
@@ -94,7 +94,7 @@ def find_pairs(
     max_new_tokens: int,
     seed: int,
     judge: str = "phrases",
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> ChosenPairs:
     """Pairs whose `clean` side the model refuses and whose `corrupt` side it accepts, in the given order.
@@ -102,7 +102,7 @@ def find_pairs(
     UserError where there are fewer than 4 of them: then this model's refusal doesn't turn on the difference.
     """
     prompts: list[Prompt] = [side for pair in candidates for side in (pair.clean, pair.corrupt)]
-    batch = tokenize(prompts, template or template_of(model))
+    batch = tokenize(prompts, template_of(model, template))
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=max_new_tokens, cache=cache), judge)
     acts = collect(model, batch, positions=["last"], cache=cache)
     _, first_token = judge_first_token(model, judged, acts, range(len(prompts)))
@@ -123,7 +123,7 @@ def trace(
     plan: PatchPlan,
     *,
     metric: Metric | None = None,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
     seed: int = 0,
 ) -> RefusalPath:

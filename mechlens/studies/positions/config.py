@@ -19,7 +19,7 @@ class Positions:
     system: str | None = None
     """System prompt; None leaves the template's own default."""
     template: str = "tokenizer"
-    """Chat template: tokenizer, paper or paper:FAMILY."""
+    """Chat template: tokenizer, paper, paper:FAMILY, or none: raw text."""
     today: str | None = None
     """Day, such as 2024-07-26, that a chat template which prints the date prints; None is this day."""
     template_arg: TemplateArguments = ()

@@ -31,16 +31,16 @@ from mechlens.methods.steering.candidates import (
 )
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.models.sites import require_everywhere
+from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
-from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
 from mechlens.studies.driver import Preparation
 from mechlens.studies.select.config import Select, SelectionPlan
 from mechlens.studies.select.held_out import SelectionTest, run_selection_test
-from mechlens.studies.shared.harm_sets import ContrastSets, prepare_harm_study
+from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
 from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers, judge_answers, judge_first_token
 
@@ -188,21 +188,21 @@ class Selection:
 
 def select_direction(
     model: LanguageModel,
-    harmful: Sequence[Prompt],
-    harmless: Sequence[Prompt],
+    harmful: Prompts,
+    harmless: Prompts,
     plan: SelectionPlan,
     *,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Selection:
-    """The whole selection on one model; prompts carry the labels "harmful" and "harmless".
+    """The whole selection on one model.
 
     Harmful prompts with a refusal score of at most 0, and harmless ones with at least 0, neither make nor choose a
     direction (as published); on test every prompt counts. UserError, with the counts, where too few are left.
     """
     require_everywhere(model)
-    prompts = [*harmful, *harmless]
-    batch = tokenize(prompts, template or template_of(model))
+    prompts = labelled(harmful, harmless)
+    batch = tokenize(prompts, template_of(model, template))
     judged = judge_answers(prompts, answer(model, batch, max_new_tokens=plan.max_new_tokens, cache=cache), plan.judge)
     acts = collect(model, batch, positions=["post[*]"], cache=cache)
     labels = [prompt.label for prompt in prompts]

@@ -24,9 +24,9 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.models.load import load, require_wrappable
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
-from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.separate.analysis import HARMFUL, Analysis, analyse
@@ -148,12 +148,12 @@ class Separation:
 
 def separate(
     model: LanguageModel,
-    harmful: Sequence[Prompt],
-    harmless: Sequence[Prompt],
-    extra_harmless: Sequence[Prompt],
+    harmful: Prompts,
+    harmless: Prompts,
+    extra_harmless: Prompts,
     plan: SeparationPlan,
     *,
-    template: ChatTemplate | None = None,
+    template: TemplateChoice = "tokenizer",
     judges: Sequence[Judge] = (),
     cache: Cache | None = None,
 ) -> Separation:
@@ -163,8 +163,9 @@ def separate(
     contrasts, so that matched pairs stay matched. With few refusals, whatever needs them is not measurable.
     """
     judges = judges or judges_of(plan.judge)
-    prompts = labelled(harmful, harmless, extra_harmless)
-    batch = tokenize(prompts, template or template_of(model))
+    extra = as_prompts(extra_harmless, name="extra")
+    prompts = labelled(harmful, harmless, extra)
+    batch = tokenize(prompts, template_of(model, template))
     decided = once_settled(judges, loaded(model).tokenizer)
     answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, decided=decided, cache=cache)
     rows = [i for i, prompt in enumerate(prompts) if prompt.label == HARMFUL]
@@ -175,7 +176,7 @@ def separate(
         judged_without = judge_answers(bare.prompts, without_post, judges)
     acts = collect(model, batch, positions=["inst", "post[*]"], cache=cache)
     with phase("statistics"):
-        matched = {prompt.id for prompt in (*harmful, *harmless)}
+        matched = {prompt.id for prompt in prompts} - {prompt.id for prompt in extra}
         return _measured(model, judged, judged_without, rows, acts, batch, matched, plan)
 
 

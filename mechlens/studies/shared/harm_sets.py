@@ -1,11 +1,12 @@
 """The harmful and the harmless prompts of a study: read, told apart by id, checked against each other and unseen."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
@@ -98,15 +99,16 @@ class ContrastSets:
     """What became of final punctuation, in words."""
 
 
-def labelled(
-    harmful: Sequence[Prompt], harmless: Sequence[Prompt], extra_harmless: Sequence[Prompt] = ()
-) -> list[Prompt]:
+def labelled(harmful: Prompts, harmless: Prompts, extra_harmless: Prompts = ()) -> list[Prompt]:
     """All prompts with their class; refuses an empty class and ids that clash."""
-    for name, members in (("harmful", harmful), ("harmless", harmless)):
+    sides = {
+        name: as_prompts(given, name=name, label=name) for name, given in (("harmful", harmful), ("harmless", harmless))
+    }
+    for name, members in sides.items():
         if not members:
             raise UserError(f"there are no {name} prompts; the study contrasts two classes, so give both")
-    prompts = [replace(prompt, label="harmful") for prompt in harmful]
-    prompts += [replace(prompt, label="harmless") for prompt in (*harmless, *extra_harmless)]
+    extra = as_prompts(extra_harmless, name="extra", label="harmless")
+    prompts = [*sides["harmful"], *sides["harmless"], *extra]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:

@@ -27,6 +27,7 @@ from mechlens.methods.behaviour.thought import after_thought
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded, unembed
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.prompt import Prompt
 
 QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless")
@@ -113,11 +114,10 @@ class JudgedAnswers:
         return frame
 
 
-def judge_answers(
-    prompts: Sequence[Prompt], answers: Answers, judges: Sequence[Judge] | str = "phrases"
-) -> JudgedAnswers:
+def judge_answers(prompts: Prompts, answers: Answers, judges: Sequence[Judge] | str = "phrases") -> JudgedAnswers:
     """Verdicts of the given judges, or of the one of that name and beside it both published lists; needs no model."""
     chosen = judges_of(judges) if isinstance(judges, str) else judges
+    prompts = as_prompts(prompts)
     _warn_of_thoughts(answers)
     return JudgedAnswers(
         prompts=tuple(prompts),

@@ -27,8 +27,8 @@ from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.checkpoints.random_blocks import random_blocks
 from mechlens.models.native import blocks_of
 from mechlens.models.native_pass import plain_pass
+from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
-from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.settings import FRACTIONS, RANDOM_NETWORKS, DetectionPlan
@@ -89,8 +89,8 @@ class LiveReference:
 
 
 def watch(
-    positive: Sequence[Prompt],
-    negative: Sequence[Prompt],
+    positive: Prompts,
+    negative: Prompts,
     tokenizer: Any,
     *,
     positions: Sequence[str],
@@ -100,7 +100,8 @@ def watch(
     template_arg: Sequence[str] = (),
 ) -> LivePrompts:
     """The prompts of two classes, split by family into those that fit, choose and test; see `chat_template`."""
-    prompts = [replace(p, label=POSITIVE) for p in positive] + [replace(p, label=NEGATIVE) for p in negative]
+    sides = ((POSITIVE, positive), (NEGATIVE, negative))
+    prompts = [prompt for name, side in sides for prompt in as_prompts(side, name=name, label=name)]
     names = [prompt.id for prompt in prompts]
     if len(set(names)) < len(names):
         raise UserError(f"two prompts to watch have the id {max(names, key=names.count)!r}; give each an id of its own")
