@@ -20,6 +20,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.text import match_punctuation

@@ -22,7 +22,7 @@ from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
-from mechlens.prompts.templates.template import TemplateChoice
+from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice
 from mechlens.runs.artifacts import load, save
 from mechlens.settings import FRACTIONS, Answering
 from mechlens.studies.shared.inputs import Check
