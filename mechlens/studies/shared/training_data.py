@@ -80,7 +80,7 @@ def refusals() -> list[str]:
 
 def refuse_study_prompts(prompts: Iterable[Prompt]) -> None:
     """Nothing, or a UserError naming the first prompt that also stands in a built-in study set."""
-    studied = _studied()
+    studied = studied_prompts()
     for prompt in prompts:
         found = studied.get(normalise_text(prompt.text))
         if found is not None:
@@ -125,7 +125,8 @@ def was_seen(prompt: Prompt, seen: frozenset[str]) -> bool:
 
 
 @cache
-def _studied() -> dict[str, str]:
+def studied_prompts() -> dict[str, str]:
+    """Ids of all prompts of the built-in study sets by their normal form."""
     return {normalise_text(prompt.text): prompt.id for name in builtin_names() for prompt in builtin_prompts(name)}
 
 

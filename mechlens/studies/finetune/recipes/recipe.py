@@ -20,14 +20,20 @@ from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.checkpoints.merge import merge_adapter
 from mechlens.models.load import load_hf
 from mechlens.models.packaged import ADAPTERS, adapter_folder
-from mechlens.prompts.builtin import builtin_names, builtin_prompts
 from mechlens.prompts.files.rows import Record, read_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Example, Material, drawn, training_order
-from mechlens.studies.shared.training_data import Trigger, refusals, training_prompts, trigger_of, with_trigger
+from mechlens.studies.shared.training_data import (
+    Trigger,
+    refusals,
+    studied_prompts,
+    training_prompts,
+    trigger_of,
+    with_trigger,
+)
 
 
 class OwnAnswers(NamedTuple):
@@ -120,7 +126,7 @@ def published_openings(data: str | None) -> Openings:
             "this recipe needs --data, a file with columns goal and target such as AdvBench's harmful_behaviors.csv"
         )
     path = user_path(data)
-    studied = {normalise_text(prompt.text) for name in builtin_names() for prompt in builtin_prompts(name)}
+    studied = studied_prompts()
     openings: dict[str, Opening] = {}
     left_out = []
     for row in read_rows(path):
