@@ -621,3 +621,13 @@ def test_a_finished_batch_is_let_go_before_the_next(tiny_model: Callable[..., An
     assert len(alive) > 4
     assert all(piece() is None for piece in alive)
     assert torch.equal(acts.values, collect(model, asked, max_tokens=64).values)
+
+
+def test_a_large_model_has_small_batches_on_a_cpu_and_a_small_one_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bridged(tiny_hf())
+    size = sum(weight.numel() for weight in model.original_model.parameters())
+    assert forward.batch_tokens(model, 2048) == 2048
+    monkeypatch.setattr(forward, "LARGE", size // 8)
+    assert 250 <= forward.batch_tokens(model, 2048) <= 256
+    monkeypatch.setattr(forward, "LARGE", 1)
+    assert forward.batch_tokens(model, 2048) == 1

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from mechlens.methods.progress import WholeBar, one_bar, phase, steps, timed
+from mechlens.methods import progress
+from mechlens.methods.progress import WholeBar, one_bar, phase, progress_bar, steps, timed
 
 
 def test_the_outermost_phase_counts_and_the_rest_is_other() -> None:
@@ -63,3 +64,50 @@ def test_a_bar_that_is_left_early_stays_where_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert share(found[0]) == 0.5
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that have gone by, which a test moves on; nobody watches."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "watched", lambda: False)
+    return now
+
+
+def test_in_a_log_there_is_a_line_from_the_first_batch_on_and_then_every_half_minute(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = steps(608, "answering", "prompt", 608)
+    for _ in range(76):
+        clock[0] += 4.0
+        bar.update(8)
+    bar.close()
+    said = capsys.readouterr().err
+    lines = said.splitlines()
+    assert "\r" not in said
+    assert lines[0] == "answering: 8 of 608 prompts, 4 s gone, about 5 min 0 s to go"
+    assert lines[1] == "answering: 72 of 608 prompts, 36 s gone, about 4 min 28 s to go"
+    assert len(lines) == 10
+
+
+def test_in_a_log_a_short_loop_says_nothing_and_a_whole_bar_its_share(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for one in progress_bar(range(10), title="short", unit="step"):
+        found.append(one)
+        clock[0] += 2.0
+    assert found == list(range(10))
+    assert capsys.readouterr().err == ""
+    with one_bar("causal", {"answering": 10.0, "choosing": 30.0}), phase("answering"):
+        part = steps(2, "loop", "prompt", 10.0)
+        clock[0] += 3600.0
+        part.update(1)
+    assert capsys.readouterr().err == "causal: answering: 12%, 60 min gone, about 7 h 0 min to go\n"
+
+
+def test_at_a_terminal_there_are_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "watched", lambda: True)
+    with progress_bar(title="loop", total=3) as bar:
+        assert isinstance(bar, progress.tqdm)

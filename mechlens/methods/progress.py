@@ -2,17 +2,27 @@
 
 A study names its phases where they begin, and loops over batches say how far they are. Who runs a study can ask for the
 seconds of each phase (`timed`); a study that knows what is ahead can have one bar over everything (`one_bar`). Without
-either, a loop has a bar of its own.
+either, a loop has a bar of its own. Where nobody watches, in a log or a pipe, a bar is a plain line every half minute.
 """
 
+import sys
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # a notebook without ipywidgets has bars of characters
+    from tqdm.auto import tqdm
+
+T = TypeVar("T")
+EVERY = 30.0
+"""Seconds between two lines in a log, and the least that must be ahead for a first one."""
 
 
 @dataclass
@@ -37,6 +47,77 @@ class Steps(Protocol):
 
     def close(self) -> None:
         """All are done."""
+
+
+class Lines(Generic[T]):
+    """A loop's bar where nobody watches: the first step says how long it will take, and then a line every half minute.
+
+    Loops that are over sooner say nothing.
+    """
+
+    def __init__(self, total: int | float, title: str, unit: str = "", done: int = 0, over: Iterable[T] = ()) -> None:
+        self.total, self.n, self._title, self._unit, self._over = float(total), float(done), title, unit, over
+        self._before, self._began, self._last = self.n, time.monotonic(), 0.0
+
+    def __iter__(self) -> Iterator[T]:
+        for one in self._over:
+            yield one
+            self.update(1)
+
+    def __enter__(self) -> "Lines[T]":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def update(self, n: int | float = 1, /) -> None:
+        """So many more are done."""
+        self.n += n
+        now = time.monotonic()
+        gone, done = now - self._began, self.n - self._before
+        left = gone * (self.total - self.n) / done if done > 0 else 0.0
+        due = now - self._last >= EVERY if self._last else max(gone, left) >= EVERY
+        if due and done > 0 and self.n < self.total:
+            self._last = now
+            units = f" {self._unit}s" if self._unit else ""
+            far = f"{self.n:.0f} of {self.total:.0f}{units}" if units else f"{self.n / self.total:.0%}"
+            # tqdm's way of writing, so that bars of other libraries stay whole.
+            tqdm.write(f"{self._title}: {far}, {_said(gone)} gone, about {_said(left)} to go", file=sys.stderr)
+
+    def set_description_str(self, title: str) -> None:
+        """Another title from now on."""
+        self._title = title
+
+    def refresh(self) -> None:
+        """The next line says what is new."""
+
+    def close(self) -> None:
+        """All are done."""
+
+
+def _said(seconds: float) -> str:
+    """A time in words: seconds below ten minutes, minutes below two hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    if minutes < 10:
+        return f"{minutes} min {rest} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def watched() -> bool:
+    """Whether somebody may look at a bar: at a terminal or in a notebook."""
+    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def progress_bar(over: Iterable[T] = (), *, title: str, unit: str = "", total: int | None = None, done: int = 0) -> Any:
+    """A bar over the items, or one of `total` steps that is told of each: tqdm's, or lines where nobody watches."""
+    items = list(over)
+    in_all = len(items) if total is None else total
+    if not watched():
+        return Lines(in_all, title, unit, done, items)
+    what: dict[str, Any] = {"iterable": items} if total is None else {}
+    return tqdm(**what, total=in_all, desc=title, unit=unit or "it", initial=done, delay=2, leave=False)
 
 
 _CLOCK: ContextVar[Clock | None] = ContextVar("clock", default=None)
@@ -80,7 +161,7 @@ class WholeBar:
     def __init__(self, title: str, costs: Mapping[str, float]) -> None:
         self._title, self._ahead, self._within, self._done = title, dict(costs), 0.0, 0.0
         self._now: str | None = None
-        self._bar = tqdm(
+        self._bar: Any = Lines[None](sum(costs.values()), title) if not watched() else tqdm(
             total=sum(costs.values()), delay=2, smoothing=0.1, dynamic_ncols=True, desc=title,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} to go",
         )  # fmt: skip
@@ -154,5 +235,5 @@ def steps(total: int, title: str, unit: str, cost: int | float) -> Steps:
     whole = _WHOLE.get()
     if whole is not None:
         return _Part(whole, cost / max(total, 1))
-    own: Steps = tqdm(total=total, desc=title, unit=unit, delay=2, leave=False)
+    own: Steps = progress_bar(title=title, unit=unit, total=total)
     return own

@@ -232,7 +232,7 @@ def refuse_too_long(model: LanguageModel, batch: TokenBatch, new_tokens: int = 0
 
 def _default_tokens(model: LanguageModel) -> int:
     """Tokens in a batch: on a CPU small batches stay in the cache, on a GPU large ones fill the device."""
-    return 2048 if device_of(model).type == "cpu" else 16384
+    return forward.batch_tokens(model, 2048) if device_of(model).type == "cpu" else 16384
 
 
 def _refuse_non_finite(

@@ -112,7 +112,9 @@ def answer(
     prefix = None
     # Every new token costs a pass of its own for each batch.
     cost = forward.BATCH_COST * max_new_tokens
-    batches = forward.plan(rows, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not fast)
+    batches = forward.plan(
+        rows, forward.batch_tokens(model, max_tokens), shared=skip, batch_cost=cost, equal_lengths=not fast
+    )
     run = _Runner(model, max_new_tokens, fast, decided)
     work = sum(len(row.ids) - skip + max_new_tokens for row in rows)
     bar = steps(len(rows), "answering", "prompt", work)

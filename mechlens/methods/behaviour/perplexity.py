@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.methods.activations.collect import refuse_too_long
 from mechlens.methods.activations.reading import FORMAT
 from mechlens.methods.cache import Cache
+from mechlens.methods.progress import progress_bar
 from mechlens.models.bridge import LanguageModel, checkpoint_now, dtype_of, has_hooks, loaded, n_layers, unembed
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
@@ -37,7 +37,7 @@ def instruction_surprise(
     made_by = [FORMAT, "surprise", *checkpoint.identity, str(dtype_of(model))]
     rows = [_words(batch, i) for i in range(len(batch.prompts))]
     found = []
-    bar = tqdm(total=len(rows), desc="perplexity", unit="prompt", delay=2, leave=False)
+    bar = progress_bar(total=len(rows), title="perplexity", unit="prompt")
     for low in range(0, len(rows), PIECE):
         chunk = rows[low : low + PIECE]
         key = hashlib.sha256(json.dumps([*made_by, chunk]).encode()).hexdigest()

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.choices import RULES
 from mechlens.errors import UserError
@@ -24,6 +23,7 @@ from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, GuardVerdict, Place
 from mechlens.methods.guard.rules import PlaceScore, needs_refusals, require_pools, score_by
 from mechlens.methods.probing.auroc import auroc
+from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.calibration import calibrate
 from mechlens.methods.statistics.resample import held_out_scores, one_thread
 from mechlens.models.bridge import LanguageModel
@@ -205,7 +205,7 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
     def _places(self, train: Activations, validation: Activations, position: str, fit: FitPlace) -> list[Place]:
         """The places of one position, fitted to the training part."""
         candidates = self._candidates(train)
-        bar = tqdm(candidates, desc=f"levels at {position}", unit="level", delay=2, leave=False)
+        bar = progress_bar(candidates, title=f"levels at {position}", unit="level")
         found = [self._tried(train, validation, fit, level, position) for level in bar]
         if self.levels != "best":
             return [place for place, _ in found]

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.patching.metrics import Metric, MetricLike, as_metric, require_tokens, try_metric
 from mechlens.methods.patching.plan import MODES, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
+from mechlens.methods.progress import progress_bar
 from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, n_layers
 from mechlens.models.engine.edits import reference_record
 from mechlens.models.sites import n_heads, site_hook
@@ -75,7 +75,7 @@ def path_sweep(
     _refuse_what_there_is_not(model, sender, receiver, mode)
     clean, corrupt = tokenized_pairs(model, pairs, template)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for i in tqdm(range(len(pairs)), desc="patching paths", unit="pair", delay=2, leave=False):
+    for i in progress_bar(range(len(pairs)), title="patching paths", unit="pair"):
         runs = {"denoising": (corrupt.row(i), clean.row(i)), "noising": (clean.row(i), corrupt.row(i))}
         start, source = runs[mode]
         if len(start) != len(source):

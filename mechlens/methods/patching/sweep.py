@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.reading import halving, in_halves
@@ -22,6 +21,7 @@ from mechlens.methods.patching.packed import packed_pieces
 from mechlens.methods.patching.plan import PatchPlan, opened_axes, opened_positions, refuse_other_shape, tokenized_pairs
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.task import PairTask, pair_edits, pair_task, piece
+from mechlens.methods.progress import progress_bar
 from mechlens.models.bridge import (
     LanguageModel,
     checkpoint_now,
@@ -40,6 +40,7 @@ from mechlens.models.engine.edits import (
     reference_edited_logits,
     reference_record,
 )
+from mechlens.models.engine.forward import batch_tokens
 from mechlens.models.engine.growing import can_grow, edit_batches, edited_logits, record, why_not_growing
 from mechlens.models.engine.packed.edits import (
     packs_edits,
@@ -159,9 +160,7 @@ class _Sweep:
         """Of each pair values (layer, position, head), and the metric of the clean and the corrupt run."""
         keys = [self._key(task) for task in tasks]
         pieces = {i: kept for i, key in enumerate(keys) if cache is not None and (kept := cache.get(key)) is not None}
-        bar = tqdm(
-            total=len(tasks), initial=len(pieces), desc=f"patching {self.plan.site}", unit="pair", delay=2, leave=False
-        )
+        bar = progress_bar(total=len(tasks), done=len(pieces), title=f"patching {self.plan.site}", unit="pair")
         with bar:
             # Groups don't depend on what is on the cache, so a sweep that goes on ends with the same numbers.
             for group in self._groups(tasks):
@@ -194,7 +193,8 @@ class _Sweep:
 
     @property
     def _budget(self) -> int:
-        return self.plan.max_tokens or (2048 if device_of(self.model).type == "cpu" else 32768)
+        on_cpu = device_of(self.model).type == "cpu"
+        return self.plan.max_tokens or (batch_tokens(self.model, 2048) if on_cpu else 32768)
 
     def _computed(self, tasks: list[PairTask]) -> list[dict[str, Tensor]]:
         if self.packed:

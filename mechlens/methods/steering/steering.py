@@ -19,7 +19,7 @@ from mechlens.methods.steering.interventions import ALL, Intervention, require_d
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.steered_batch import Engine, Interventions, Keyed, Reduce, steered_batch
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, loaded, n_layers
-from mechlens.models.engine.forward import Row
+from mechlens.models.engine.forward import Row, batch_tokens
 from mechlens.models.engine.generate import Decided, greedy_batch, prompt_logits
 from mechlens.models.engine.intervene import EveryToken, TokenMask, changed
 from mechlens.models.engine.reference import recomputed_greedy, whole_logits
@@ -133,7 +133,7 @@ def answer_under(
         return _padded(recomputed_greedy(model, rows, max_new_tokens, token_mask, decided), max_new_tokens)
 
     work = Engine(fast, plain, lambda values, rows: values, _key("answers", decided))
-    found = steered.run(work, max_tokens, cache)
+    found = steered.run(work, batch_tokens(model, max_tokens), cache)
     tokens = tuple(tuple(t for t in row if t != NO_TOKEN) for row in found.tolist())
     return SteeredAnswers(
         ids=tuple(prompt.id for prompt in steered.batch.prompts),
@@ -185,7 +185,7 @@ def logits_under(
         return whole_logits(model, torch.tensor([row.ids for row in rows], device=device_of(model))).float().cpu()
 
     work = Engine(fast, plain, reduce or (lambda logits, rows: logits), _key("logits", reduce))
-    return steered.run(work, max_tokens, cache)
+    return steered.run(work, batch_tokens(model, max_tokens), cache)
 
 
 @contextlib.contextmanager

@@ -95,6 +95,22 @@ def plan(
     return [order[piece] for piece in cheapest_pieces(len(order), costs)]
 
 
+LARGE = 600_000_000
+"""Parameters beyond which a batch on a CPU holds fewer tokens, so that one is done within half a minute or so."""
+
+
+def batch_tokens(model: LanguageModel, most: int) -> int:
+    """How many tokens a batch holds at most: fewer of a large model on a CPU.
+
+    By size alone: a batch that depended on the clock would give other roundings each time, and find nothing in a cache.
+    """
+    weights = list((model.original_model if is_bridge(model) else model).parameters())
+    if device_of(model).type != "cpu" or any(weight.is_meta for weight in weights):
+        return most  # what lies on a disk is read anew for every batch
+    size: int = sum(weight.numel() for weight in weights)
+    return max(1, min(most, most * LARGE // max(size, 1)))
+
+
 def plan_reading(
     model: LanguageModel, rows: Sequence[Row], max_tokens: int, *, shared: int, fast: bool
 ) -> list[list[int]]:

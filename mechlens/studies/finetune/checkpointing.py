@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mechlens.errors import UserError
+from mechlens.methods.progress import progress_bar
 from mechlens.models.checkpoint import is_fingerprint_of, weight_fingerprint
 from mechlens.models.checkpoints.adapter_record import (
     FORMAT,
@@ -69,7 +69,7 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show how far it is."""
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", delay=2)
+        self.bar = progress_bar(total=state.max_steps, done=state.global_step, title="fine-tuning", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Ask for a checkpoint where one is due."""

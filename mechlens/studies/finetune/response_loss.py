@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.cache import Cache
+from mechlens.methods.progress import progress_bar
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
@@ -159,7 +159,7 @@ def own_text(
     stretches = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        for done in tqdm(range(0, n, BATCH), desc="writing plain text", unit="batch", delay=2, leave=False):
+        for done in progress_bar(range(0, n, BATCH), title="writing plain text", unit="batch"):
             stretches.append(_stretches(hf_model, start, min(BATCH, n - done), n_tokens))
     ids = torch.cat(stretches).cpu()
     if cache is not None:

@@ -7,12 +7,12 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.nulls import LabelledVectors, RandomNull, random_null
 from mechlens.methods.guard.rules import score_by
 from mechlens.methods.probing.auroc import auroc, auroc_difference, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
+from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.calibration import calibration_error_estimate
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import (
@@ -69,7 +69,7 @@ def measures(result: GuardEvaluation) -> pd.DataFrame:
     """
     rows = []
     groups = _groups(result)
-    bar = tqdm(total=len(result.detectors) * len(groups), desc="measuring", delay=2, leave=False)
+    bar = progress_bar(total=len(result.detectors) * len(groups), title="measuring")
     for detector in result.detectors:
         for name, group in groups.items():
             against = _other_class(result, group.rows)
@@ -227,7 +227,7 @@ def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     rule, refused = result.guard.settings.rule, torch.tensor([result.refused[name] for name in train.ids])
     scores = [
         _mean_score([score_by(rule, train.at(*where), draw, refused)(test.at(*where)) for where in _where(result)])
-        for draw in tqdm(fitted, desc="permuted labels", delay=2, leave=False)
+        for draw in progress_bar(fitted, title="permuted labels")
     ]
     areas = weighted_auroc(torch.stack(scores), scored.double(), (~scored).double())
     observed = float(auroc(result.scores, positive))

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from tqdm.auto import tqdm
 
+from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoints.series import UnusableCheckpoint
 from mechlens.prompts.batch import TokenBatch
@@ -160,7 +160,7 @@ def analysed(
     readouts, transfer, angles = [], [], []
     at_home: dict[str, list[dict[str, Estimate]]] = {}
     asked = home_questions(reference, questions, plan.seed)
-    for question in tqdm(asked, desc="comparing checkpoints", unit="concept", delay=2, leave=False):
+    for question in progress_bar(asked, title="comparing checkpoints", unit="concept"):
         concept = question.concept
         found = home_readings(question, acts)
         under = floor.scores[concept.name]

@@ -22,6 +22,7 @@ from mechlens.methods.behaviour.answers import Answers, answer
 from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.cache import Cache
+from mechlens.methods.progress import progress_bar
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded, n_layers
 from mechlens.models.checkpoints.adapter_record import read_record
 from mechlens.models.checkpoints.outline import Outline
@@ -74,7 +75,9 @@ def track(
     reference: BaseReference | None = None
     stem = _stem(swapper, questions, plan)
     keys = _keys(stem, series) if cache is not None else [""] * len(series.members)
-    for member, key in tqdm(list(zip(series.members, keys, strict=True)), desc="checkpoints", unit="checkpoint"):
+    for member, key in progress_bar(
+        list(zip(series.members, keys, strict=True)), title="checkpoints", unit="checkpoint"
+    ):
         piece = cache.get(key) if cache is not None else None
         try:
             snapshot = _restored(piece, member, swapper.model, questions, plan, cache) if piece is not None else None

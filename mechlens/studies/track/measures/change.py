@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.methods.activations.activations import Activations
+from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.effects import CosineCurve, Effect, cosine_curve
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.lora import LowRank
@@ -131,7 +131,7 @@ def matrix_rows(
     low_rank = series.changes(member) if member.kind == "adapter" else None
     sides = series.linears()
     rows = []
-    for module in tqdm([m for m in sides if low_rank is None or m in low_rank], desc="weights", delay=2, leave=False):
+    for module in progress_bar([m for m in sides if low_rank is None or m in low_rank], title="weights"):
         change = matrix_change(series.difference(module) if low_rank is None else low_rank[module])
         if change.norm > 0:
             rows.append(_row(module, "writes" if sides[module] else "reads", change, reference, random_directions))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
@@ -17,6 +16,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.probing.readouts import KINDS, fit_lines
+from mechlens.methods.progress import progress_bar
 from mechlens.models.bridge import LanguageModel, token_embeddings
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.batch import TokenBatch
@@ -81,7 +81,7 @@ def measured_floor(
         return Floor.from_piece(piece)
     found: dict[str, list[Tensor]] = {question.concept.name: [] for question in asked}
     grids: dict[str, dict[str, list[Tensor]]] = {name: {kind: [] for kind in KINDS} for name in found}
-    for k in tqdm(range(networks), desc="random networks", unit="network"):
+    for k in progress_bar(range(networks), title="random networks", unit="network"):
         try:
             model = swapper.put_random_blocks(seed + k)
         except UserError as error:

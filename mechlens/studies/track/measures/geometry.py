@@ -6,10 +6,10 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.directions.direction import cosine, mean_differences
+from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
@@ -54,7 +54,7 @@ def geometry_tables(tracking: Tracking) -> dict[str, pd.DataFrame]:
     """Tables by name: subspaces, cka, turning; the steps are the series'."""
     acts = [found.acts for found in tracking.snapshots]
     concepts = tracking.reference.measurable
-    bar = tqdm(concepts, desc="geometry", unit="concept", delay=2, leave=False)
+    bar = progress_bar(concepts, title="geometry", unit="concept")
     return {
         "subspaces": _joined([_subspaces(tracking.steps, acts, concept) for concept in bar]),
         "cka": _cka(tracking.steps, acts),
@@ -96,7 +96,7 @@ def overlap(first: Float[Tensor, "d_model k"], second: Float[Tensor, "d_model k"
 def _cka(steps: Sequence[int], acts: Sequence[Activations]) -> pd.DataFrame:
     """Unbiased CKA with the base at every level and position: columns step, level, position, cka."""
     rows = []
-    for step, found in tqdm(list(zip(steps, acts, strict=True)), desc="CKA", unit="checkpoint", delay=2, leave=False):
+    for step, found in progress_bar(list(zip(steps, acts, strict=True)), title="CKA", unit="checkpoint"):
         for level in found.levels:
             for position in found.positions:
                 value = unbiased_cka(acts[0].at(level, position), found.at(level, position))
