@@ -134,7 +134,8 @@ def direction(acts: Activations) -> None:
     found = detect(labelled, "harmful", "harmless", split, DetectionPlan())
     reliable = split_half(labelled.select(split.train), "harmful", "harmless", 20, 0)
     print(
-        f"best {found.best.auroc} at level {found.best.level}, {found.best.position}; reliability {reliable.mean():.2f}"
+        f"strongest {found.strongest.auroc} at level {found.strongest.level}, {found.strongest.position}; "
+        f"reliability {reliable.mean():.2f}"
     )
 
 

@@ -300,10 +300,17 @@ def test_direction_finds_a_concept_given_as_two_files(found: Path, run: Any) -> 
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "success"
     metrics = record["metrics"]
-    assert {"auroc.inst", "auroc.best", "permutation_p", "random_maximum", "reliability", "tfidf_auroc"} <= set(metrics)
+    assert {"auroc.inst", "auroc.strongest", "permutation_p", "random_maximum", "reliability", "tfidf_auroc"} <= set(
+        metrics
+    )
     assert metrics["tfidf_auroc"]["value"] == 1.0  # one word differs
     assert {path.stem for path in (out / "tables").glob("*")} >= {"auroc_by_level", "auroc_chosen", "baselines"}
-    assert {"direction", "directions"} <= set(record["artefacts"])
+    # So no direction is best, and the strongest is kept under that name.
+    assert set(record["artefacts"]) == {"strongest", "directions"}
+    assert "auroc.best" not in metrics
+    assert require_one_sentence(out).headline.startswith("No more than the surface: ")
+    assert re.search(r"and 1.00 \[.*\] by the .* alone\.$", record["headline"])
+    assert "the words (TF-IDF) (1.00" in record["verdict"]
     for artefact in record["artefacts"].values():
         assert (out / artefact["file"]).is_file()
         assert len(artefact["inputs"]) == 3  # both files and the model

@@ -41,11 +41,11 @@ def _detect(acts: Activations, plan: DetectionPlan = PLAN, *, refit: bool = Fals
 def test_validation_chooses_the_planted_level_and_test_confirms_it() -> None:
     acts = planted_activations(separation=3.0, n_per_class=100, n_levels=6, at=(4, "inst"), seed=1).acts
     found = _detect(acts)
-    assert (found.best.level, found.best.position) == (4, "inst")
-    assert found.best.auroc.low > 0.85
-    assert found.best.auroc.n == 60
-    assert found.best.permutation.p == pytest.approx(1 / 201)
-    assert found.best.auroc.value > found.best.random.maximum
+    assert (found.strongest.level, found.strongest.position) == (4, "inst")
+    assert found.strongest.auroc.low > 0.85
+    assert found.strongest.auroc.n == 60
+    assert found.strongest.permutation.p == pytest.approx(1 / 201)
+    assert found.strongest.auroc.value > found.strongest.random.maximum
     # And nowhere else: at the other position even the best validation level is chance on test.
     elsewhere = found.at("last")
     assert elsewhere.auroc.low < 0.5 < elsewhere.auroc.high
@@ -55,9 +55,9 @@ def test_validation_chooses_the_planted_level_and_test_confirms_it() -> None:
 def test_other_methods_go_the_plain_road_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     acts = planted_activations(separation=2.0, n_per_class=40, n_levels=2, positions=("inst",), seed=2).acts
     plan = replace(PLAN, permutations=20, random_directions=5)
-    fast = _detect(acts, plan).best
+    fast = _detect(acts, plan).strongest
     monkeypatch.setitem(METHODS.ours, "plain", Choice("mechlens.methods.directions.direction:mean_difference", ""))
-    plain = _detect(acts, replace(plan, method="plain")).best
+    plain = _detect(acts, replace(plan, method="plain")).strongest
     assert torch.equal(plain.direction.vector, fast.direction.vector)
     assert (plain.auroc, plain.random) == (fast.auroc, fast.random)
     assert vars(plain.permutation) == pytest.approx(vars(fast.permutation))
@@ -71,12 +71,12 @@ def test_a_detection_by_another_method_is_that_methods(method: str) -> None:
     acts = planted_activations(separation=3.0, n_per_class=60, n_levels=2, at=(1, "inst"), seed=3).acts
     found = _detect(acts, replace(PLAN, method=method))
     train = acts.select(_split(acts).train)
-    own = METHODS[method](train, "harmful", "harmless", found.best.level, found.best.position)
-    assert torch.allclose(found.best.direction.vector, own.vector)
-    assert found.best.direction.method == found.directions.method == own.method
-    assert (found.best.position, found.best.permutation.n) == ("inst", 50)
-    assert found.best.permutation.p < 0.05 < found.at("last").permutation.p
-    assert found.best.permutation.mean == pytest.approx(0.5, abs=0.06)
+    own = METHODS[method](train, "harmful", "harmless", found.strongest.level, found.strongest.position)
+    assert torch.allclose(found.strongest.direction.vector, own.vector)
+    assert found.strongest.direction.method == found.directions.method == own.method
+    assert (found.strongest.position, found.strongest.permutation.n) == ("inst", 50)
+    assert found.strongest.permutation.p < 0.05 < found.at("last").permutation.p
+    assert found.strongest.permutation.mean == pytest.approx(0.5, abs=0.06)
 
 
 def test_an_unknown_method_is_named_with_the_nearest() -> None:
@@ -98,15 +98,16 @@ def test_of_levels_that_tie_on_validation_the_one_farther_apart_is_chosen() -> N
     split = _split(acts)
     found = detect(replace(acts, values=values), "harmful", "harmless", split, PLAN)
     assert found.validation_auroc[[1, 3, 4], 0].tolist() == [1.0, 1.0, 1.0]
-    assert found.best.level == 3
-    assert found.best.validation_separation > 10
+    assert found.strongest.level == 3
+    assert found.strongest.validation_separation > 10
     # Equal in both, the lowest: the same vectors at two levels.
     twice = values.clone()
     twice[:, 4] = twice[:, 3]
-    assert detect(replace(acts, values=twice), "harmful", "harmless", split, PLAN).best.level == 3
-    # Nothing anywhere: the lowest level, no NaN.
+    assert detect(replace(acts, values=twice), "harmful", "harmless", split, PLAN).strongest.level == 3
+    # Nothing anywhere: the lowest level above the tokens, no NaN.
     nothing = detect(replace(acts, values=torch.zeros_like(values)), "harmful", "harmless", split, PLAN)
-    assert (nothing.best.level, nothing.best.validation_separation) == (0, 0.0)
+    assert (nothing.strongest.level, nothing.strongest.validation_separation) == (1, 0.0)
+    assert nothing.best is None
 
 
 def test_area_matches_theory() -> None:
@@ -144,7 +145,7 @@ def test_permutation_p_is_uniform_when_labels_mean_nothing(paired: bool) -> None
 
 
 def test_permutation_null_stays_narrow_beside_a_strong_effect() -> None:
-    found = _detect(planted_activations(separation=4.0, n_per_class=100, n_levels=2, seed=4).acts).best
+    found = _detect(planted_activations(separation=4.0, n_per_class=100, n_levels=2, seed=4).acts).strongest
     assert found.auroc.value > 0.95
     assert found.permutation.mean == pytest.approx(0.5, abs=0.03)
     assert found.permutation.quantile_95 < 0.75
@@ -249,7 +250,7 @@ def test_refitting_draws_the_training_families_too() -> None:
 def test_table_is_tidy_and_agrees_with_the_estimates() -> None:
     found = _detect(planted_activations(separation=1.0, seed=9).acts)
     table = found.table()
-    assert list(table.columns) == ["level", "position", "auroc", "low", "high", "n", "validation_auroc"]
+    assert list(table.columns) == ["level", "position", "auroc", "low", "high", "n", "effect", "validation_auroc"]
     assert len(table) == 6
     row = table[(table.level == 2) & (table.position == "last")].iloc[0]
     estimate = found.test.at(2, "last")
@@ -271,9 +272,9 @@ def test_the_seed_decides() -> None:
     acts = planted_activations(separation=1.0, n_per_class=40).acts
     first, again, other = (_detect(acts, replace(PLAN, seed=seed)) for seed in (1, 1, 2))
     assert first.table().equals(again.table())
-    assert first.best.permutation != other.best.permutation  # the table has no chance of its own
-    assert first.best.permutation == again.best.permutation
-    assert first.best.random == again.best.random
+    assert first.strongest.permutation != other.strongest.permutation  # the table has no chance of its own
+    assert first.strongest.permutation == again.strongest.permutation
+    assert first.strongest.random == again.strongest.random
 
 
 def test_what_cannot_be_measured_is_said() -> None:
@@ -281,9 +282,9 @@ def test_what_cannot_be_measured_is_said() -> None:
     split = _split(acts)
     harmless_only = tuple(i for i in split.test if acts.labels[i] == "harmless")
     found = detect(acts, "harmful", "harmless", replace(split, test=harmless_only), PLAN)
-    assert not found.best.auroc.measurable
-    assert found.best.auroc.n == len(harmless_only)
-    assert math.isnan(found.best.permutation.p)
+    assert not found.strongest.auroc.measurable
+    assert found.strongest.auroc.n == len(harmless_only)
+    assert math.isnan(found.strongest.permutation.p)
     with pytest.raises(UserError, match=r"validation part has \{'harmful': 0"):
         detect(acts, "harmful", "harmless", replace(split, validation=harmless_only), PLAN)
     broken = acts.values.clone()

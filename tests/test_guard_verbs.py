@@ -179,7 +179,7 @@ def test_eval_reports_every_source_and_the_five_columns(evaluated: Path) -> None
     assert set(measures["source"]) == {"total", "twins", "seen", "mixed", "wrapped"}
     own = measures[(measures["detector"] == "latent_guard") & (measures["source"] == "mixed")].set_index("measure")
     assert set(own.index) == {
-        "auroc", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error",
+        "auroc", "effect_size", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error",
     }  # fmt: skip
     one_class = measures[(measures["source"] == "seen") & (measures["measure"] == "fpr")]
     assert one_class["value"].isna().all()

@@ -12,7 +12,7 @@ from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.patching.result import PatchResult
 from mechlens.runs import artifacts
 from mechlens.runs.results.result import list_runs
-from mechlens.runs.run import read_run
+from mechlens.runs.run import RENAMED, read_run
 
 OLD = Path(__file__).parent / "old_runs"
 KINDS = {"direction": Direction, "directions": DirectionGrid, "guard": FittedGuard}
@@ -49,6 +49,7 @@ def test_they_are_made_again_with_the_same_numbers(
         main(["runs", "rerun", f"runs/{name}", "--out", "again"])
     assert capfd.readouterr().out.startswith("largest difference:")
     before, again = read_run(Path("runs") / name).metrics, read_run(Path("again")).metrics
+    before = {RENAMED.get(metric, metric): was for metric, was in before.items()}  # there is no best one any more
     assert before.keys() <= again.keys()
     for metric, was in before.items():
         assert (again[metric].value, again[metric].n) == pytest.approx((was.value, was.n), abs=1e-6, nan_ok=True), (

@@ -238,6 +238,10 @@ def metric_text(name: str, value: object) -> str:
     return str(value)
 
 
+RENAMED = {"auroc.best": "auroc.strongest"}
+"""Metrics that later versions call otherwise, or give only where they are what they were called."""
+
+
 def largest_difference(a: Run, b: Run) -> Difference:
     """The metric in which a run differs most from `a`; 0.0 if they agree, NaN standing equal to NaN.
 
@@ -245,7 +249,7 @@ def largest_difference(a: Run, b: Run) -> Difference:
     """
     worst = Difference(name="", difference=0.0)
     for name in sorted(a.metrics):
-        difference = _distance(a.metrics.get(name), b.metrics.get(name))
+        difference = _distance(a.metrics.get(name), b.metrics.get(name) or b.metrics.get(RENAMED.get(name, name)))
         if difference > worst.difference or not worst.name:
             worst = Difference(name, difference)
     return worst

@@ -85,6 +85,13 @@ def damage_of_each(
     ]
 
 
+def plain_loss(
+    model: LanguageModel, intervention: Add | Ablate | None, texts: Sequence[str] = PLAIN_TEXT
+) -> Float[Tensor, " text"]:
+    """Cross-entropy of plain texts (nats per token) under an intervention on every token; None is the model itself."""
+    return _on_texts(model, intervention, _ids_of(model, texts))
+
+
 @torch.inference_mode()
 def _on_answers(
     model: LanguageModel,

@@ -55,6 +55,18 @@ class Folds:
         return (scores[fit][own].mean() + scores[fit][~own].mean()) / 2
 
 
+def ranked(scores: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
+    """Where each score stands among all prompts', from 0 to 1: the middle of those that it ties with.
+
+    For scores that many prompts share. Their size differs a little from fold to fold, and against the labels: where
+    more positive prompts of one score are held out, fewer are fitted on, and it is lower. Ranks don't differ so, and
+    prompts that nothing tells apart tie over all folds.
+    """
+    known = scores.sort().values
+    both = torch.searchsorted(known, scores) + torch.searchsorted(known, scores, side="right")
+    return both.double() / (2 * len(scores))
+
+
 def folds_of(positive: Bool[Tensor, " prompt"], families: Sequence[str], seed: int) -> Folds:
     """Families stay whole and classes even; UserError where a class has one family."""
     parts = tuple(folds_of_both(positive, families, FOLDS, seed + repeat) for repeat in range(REPEATS))

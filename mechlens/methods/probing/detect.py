@@ -15,16 +15,19 @@ from torch import Tensor
 from mechlens.choices import METHODS
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of, one_cell
-from mechlens.methods.directions.direction import Direction, DirectionGrid
+from mechlens.methods.directions.direction import Direction, DirectionGrid, project
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
 from mechlens.methods.directions.nulls import (
+    TIE_RESOLUTION,
     LabelledVectors,
     PermutationNull,
     RandomNull,
+    largest_norm,
     permutation_null,
     random_null,
 )
-from mechlens.methods.probing.auroc import auroc
+from mechlens.methods.probing.ahead import TOKEN, Ahead, token_read
+from mechlens.methods.probing.auroc import auroc, auroc_difference, auroc_estimate, snap
 from mechlens.methods.probing.auroc_grid import (
     AurocGrid,
     contrast_part,
@@ -33,8 +36,10 @@ from mechlens.methods.probing.auroc_grid import (
     refitted_auroc,
     score_grid,
 )
+from mechlens.methods.statistics.effect_size import effect_estimate, hedges_g
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
+from mechlens.models.sites import RESIDUAL
 from mechlens.prompts.split import PARTS, Split
 from mechlens.settings import DetectionPlan
 
@@ -50,6 +55,8 @@ class ChosenLevel:
     position: str
     auroc: Estimate
     """On test prompts."""
+    effect: Estimate
+    """Hedges' g on test prompts: difference of the classes' mean scores, in pooled standard deviations."""
     validation_auroc: float
     """On the prompts that chose the level: flattered by the choice."""
     validation_separation: float
@@ -64,6 +71,8 @@ class Detection:
     """How well a concept is detected everywhere, and at the level chosen on validation for each position."""
 
     test: AurocGrid
+    effects: Float[Tensor, "level position"]
+    """Hedges' g on test prompts."""
     validation_auroc: Float[Tensor, "level position"]
     directions: DirectionGrid
     chosen: tuple[ChosenLevel, ...]
@@ -72,18 +81,36 @@ class Detection:
     split: Split
     sizes: dict[str, dict[str, int]]
     """Prompts by part of the split and by label."""
+    ahead: tuple[Ahead, ...]
+    """Beside what the surface tells, at the positions for which that was looked at, the strongest first."""
 
     def at(self, position: str) -> ChosenLevel:
         """The chosen level of one named position."""
         return self.chosen[column_of(position, self.test.positions, self.directions.last)]
 
     @property
-    def best(self) -> ChosenLevel:
-        """The position and level with the highest validation AUROC; of equals the farthest apart, then the first."""
-        return max(self.chosen, key=lambda choice: (choice.validation_auroc, choice.validation_separation))
+    def best(self) -> ChosenLevel | None:
+        """The strongest position whose direction is more than the surface (`Ahead`); None where there is none.
+
+        `detect` knows no prompts, only the tokens standing at the positions (level 0); `find_concept` knows the words,
+        their length and what else differs between the prompts.
+        """
+        return next((self.at(one.position) for one in self.ahead if one.clear), None)
+
+    @property
+    def strongest(self) -> ChosenLevel:
+        """The highest validation AUROC, more than the surface or not; of equals the farthest apart, then the first."""
+        return self.by_strength[0]
+
+    @property
+    def by_strength(self) -> tuple[ChosenLevel, ...]:
+        """All positions, the strongest first."""
+        strength = [(choice.validation_auroc, choice.validation_separation) for choice in self.chosen]
+        order = sorted(range(len(strength)), key=lambda k: strength[k], reverse=True)
+        return tuple(self.chosen[k] for k in order)
 
     def table(self) -> pd.DataFrame:
-        """One row for each level and position: level, position, auroc, low, high, n, validation_auroc."""
+        """One row for each level and position: level, position, auroc, low, high, n, effect, validation_auroc."""
         levels, positions = self.test.levels, self.test.positions
         return pd.DataFrame(
             {
@@ -93,6 +120,7 @@ class Detection:
                 "low": self.test.low.flatten().numpy(),
                 "high": self.test.high.flatten().numpy(),
                 "n": self.test.n,
+                "effect": self.effects.flatten().numpy(),
                 "validation_auroc": self.validation_auroc.flatten().numpy(),
             }
         )
@@ -107,9 +135,10 @@ def detect(
     `split` holds row numbers of `acts`; prompts with other labels are left out. Each position gets the
     level with the highest validation AUROC; of equals, which small validation parts bring, the one with the
     largest standardised separation there (difference of the classes' mean scores over their pooled standard
-    deviation), then the lowest. UserError where the training or validation part lacks a class or an activation
-    is not finite; a test part without a class gives missing estimates. `refit` refits the direction in every
-    resample: for claims about the concept, not about one saved direction.
+    deviation), then the lowest. Level 0, the token alone, is chosen only where no other was read. UserError
+    where the training or validation part lacks a class or an activation is not finite; a test part without a
+    class gives missing estimates. `refit` refits the direction in every resample: for claims about the concept,
+    not about one saved direction.
     """
     METHODS.require(plan.method)
     if refit and plan.method != MEAN_DIFFERENCE:
@@ -125,19 +154,42 @@ def detect(
         on_test = held_out_auroc(grid, test, contrast)
     scores, first = score_grid(validation, grid), is_positive(validation, contrast)
     on_validation, apart = auroc(scores, first), _separation(scores, first)
-    return Detection(
+    chosen = [_choose(position, grid, on_test, on_validation, apart, train, test, plan) for position in acts.positions]
+    on_test_scores = score_grid(test, grid)
+    found = Detection(
         test=on_test,
+        effects=hedges_g(on_test_scores, is_positive(test, contrast), torch.ones(1, len(test.ids)))[..., 0],
         validation_auroc=on_validation,
         directions=grid,
-        chosen=tuple(
-            _choose(position, grid, on_test, on_validation, apart, train, test, plan) for position in acts.positions
-        ),
+        chosen=tuple(chosen),
         plan=plan,
         split=split,
         sizes={
             name: {label: part.labels.count(label) for label in contrast}
             for name, part in zip(PARTS, (train, validation, test), strict=True)
         },
+        ahead=(),
+    )
+    if not token_read(acts):
+        return found
+    return replace(found, ahead=tuple(_ahead_of_token(choice, grid, test) for choice in found.by_strength))
+
+
+def _ahead_of_token(choice: ChosenLevel, grid: DirectionGrid, test: Activations) -> Ahead:
+    """On test prompts, beside the mean difference of the tokens standing at the position."""
+    positive = is_positive(test, grid.contrast)
+    lines = (choice.direction, grid.at(0, choice.position))
+    ours, token = (
+        snap(project(cell.double(), line), TIE_RESOLUTION * largest_norm(cell) ** 2)
+        for line in lines
+        for cell in [test.at(line.level, choice.position)]
+    )
+    return Ahead(
+        position=choice.position,
+        auroc=choice.auroc,
+        effect=choice.effect,
+        surface={TOKEN: auroc_estimate(token, positive, test.families)},
+        gains={TOKEN: auroc_difference(ours, token, positive, test.families)},
     )
 
 
@@ -154,6 +206,8 @@ def _choose(
     """The best validation level of one position, with its test AUROC and both nulls."""
     column = grid.positions.index(position)
     by_level = on_validation[:, column].numpy()
+    if grid.site == RESIDUAL and any(grid.levels):
+        by_level = np.where(np.array(grid.levels) > 0, by_level, -np.inf)
     ties = np.where(by_level == by_level.max(), apart[:, column].numpy(), -np.inf)
     row = int(np.argmax(ties))  # NumPy promises the first of equals, torch doesn't.
     level = grid.levels[row]
@@ -166,6 +220,7 @@ def _choose(
         level=level,
         position=position,
         auroc=value,
+        effect=effect_estimate(project(scored.values.double(), direction), scored.positive, scored.families),
         validation_auroc=float(by_level[row]),
         validation_separation=float(ties[row]),
         direction=direction,

@@ -23,6 +23,8 @@ class FindDirection(DetectionPlan, ModelChoice, Contrasted, RunChoice):
 
     positions: tuple[str, ...] = ("inst", "post[*]")
     """Named positions: inst, post[k], post[*], last."""
+    causal: bool = False
+    """Choose the direction by what a small steering test does, beside random directions of its length."""
     n: int | None = None
     """Prompts of each source, drawn by seed; None takes all."""
     system: str | None = None

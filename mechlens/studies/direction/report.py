@@ -7,9 +7,11 @@ import torch
 
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE
 from mechlens.methods.directions.token_view import logit_lens, project_tokens
-from mechlens.methods.probing.detect import MAX_REFITS, ChosenLevel
+from mechlens.methods.probing.ahead import SURFACE
+from mechlens.methods.probing.confounds import TELLING
+from mechlens.methods.probing.detect import MAX_REFITS
+from mechlens.methods.steering.steering_test import HIGHEST_RISE
 from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
@@ -70,36 +72,28 @@ def _short(positive: str, negative: str) -> tuple[str, str]:
 
 def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuation: str) -> Report:
     names = _short(writer.run.config["positive"], writer.run.config["negative"])
-    best, metrics = result.detection.best, result.metrics()
-    own_words = (f"token_identity_auroc.{best.position}", "tfidf_auroc", "mean_embedding_auroc", "length_auroc")
-    beaten = [metrics[name] for name in own_words if name in metrics and metrics[name].measurable]
-    surface = max((est.value for est in beaten), default=0.5)
-    clear = best.auroc.low > max(surface, best.random.maximum) and best.permutation.p < 0.05
+    shown, metrics = result.best or result.detection.strongest, result.metrics()
     positive = torch.tensor([label == POSITIVE for label in result.acts.labels])
-    at_best = result.acts.at(best.level, best.position)
+    there = result.acts.at(shown.level, shown.position)
     verdict = (
-        f"The concept is read best at {best.position}, level {best.level}: AUROC {best.auroc} on held-out prompts. "
-        + (
-            "That is more than the surface, permuted labels and random directions give."
-            if clear
-            else f"That is not clearly more than the surface gives (best baseline {surface:.2f}) or than chance "
-            f"finds (best of {best.random.n} random directions {best.random.maximum:.2f}, permutation p "
-            f"{best.permutation.p:.3f})."
-        )
-        + class_rounding(loaded(model).parity, {"the distance between the two classes there": (at_best, positive)})
+        f"{result.verdict.headline} {_kept(result)}"
+        + _confounded(result)
+        + class_rounding(loaded(model).parity, {"the distance between the two classes there": (there, positive)})
     )
+    nearest = result.verdict.ahead.nearest
     words = {
-        "auroc.best": f"AUROC at {best.position}",
-        f"token_identity_auroc.{best.position}": f"AUROC of the token at {best.position} alone",
-        "tfidf_auroc": "AUROC of the words (TF-IDF)",
-        "mean_embedding_auroc": "AUROC of the mean embedding",
+        "auroc.out_of_fold": f"AUROC at {result.verdict.ahead.position}, out of fold",
+        f"gain.{nearest}": f"gain over {SURFACE[nearest]}",
+        "effect_size": "effect size (Hedges' g)",
+        "surface_auroc.tfidf": "AUROC of the words (TF-IDF)",
+        "surface_auroc.mean_embedding": "AUROC of the mean embedding",
         "reliability": "split-half reliability of the direction",
     }
     return Report(
         title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
         question=f"Where in the model does {names[0]} differ from {names[1]}, and is it more than the words?",
-        headline=_headline(best, surface, clear),
         verdict=verdict,
+        headline=result.verdict.headline,
         numbers={name: metrics[name] for name in words if name in metrics},
         words=words,
         sections=(
@@ -113,9 +107,21 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
             Section(
                 "More than the surface?",
                 "The same test prompts told apart without the model's help: by the token at the position before any "
-                "block has run, by the words (TF-IDF), by the mean token embedding, by length.",
+                "block has run, by the words (TF-IDF), by the mean token embedding, by length. In the table every "
+                "prompt is scored by a fit to others, and the gain of the direction over each baseline is paired by "
+                "prompt; the verdict stands on it. A direction is best only where every gain is above 0 by its lower "
+                "bound, and never at level 0, which holds the token alone.",
                 ("against_baselines",),
+                table=result.tables()["surface"],
             ),
+            Section(
+                "What else differs between the sides",
+                "How well each thing that the prompts show tells the sides apart on its own, out of fold. What is "
+                f"telling (above {TELLING} by the lower bound) is warned about, and a direction has to be ahead of it "
+                "as well." + _sources_in_words(result),
+                table=result.differences(),
+            ),
+            *_steered(result),
             Section("How much of it is signal", _refits(result), ("reliability",)),
             _reading(result, model),
         ),
@@ -124,18 +130,52 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
     )
 
 
-def _headline(best: ChosenLevel, surface: float, clear: bool) -> Headline:
-    """The one sentence: the best held-out AUROC, beside the best of the surface and of random directions."""
-    word = "read beyond the surface" if clear else "not clearly more than the surface"
-    number = f"at {best.position}, level {best.level}, held-out AUROC is {best.auroc.brief}"
-    against = f"where the surface reaches {surface:.2f} and random directions {best.random.maximum:.2f}"
-    return Headline(word, number, against, "" if clear else "pairs matched in form would say more")
+def _steered(result: Concept) -> list[Section]:
+    if result.steered is None:
+        return []
+    return [
+        Section(
+            "What adding it does",
+            f"{result.steered.sentence} The effect is how much likelier the first answer tokens of positive prompts "
+            "become, less the same of those of negative prompts. In the table are validation prompts; a direction "
+            f"under which plain text is more surprising by more than {HIGHEST_RISE:g} nats a token isn't taken.",
+            table=result.steered.table.sort_values("effect", ascending=False),
+        )
+    ]
+
+
+def _kept(result: Concept) -> str:
+    """What became of the direction."""
+    strongest = result.detection.strongest
+    if result.steered is not None:
+        return result.steered.sentence
+    if result.best is not None:
+        return f"The direction is that of {result.best.position}, level {result.best.level}."
+    tie = f"It is told as well by {result.verdict.ties}. " if result.verdict.ties else ""
+    return (
+        f"{tie}There is no best direction; the strongest, at {strongest.position}, level {strongest.level} (AUROC "
+        f"{strongest.auroc} on test prompts, permutation p {strongest.permutation.p:.3f}), is kept under that name."
+    )
+
+
+def _confounded(result: Concept) -> str:
+    telling = [one for one in result.confounds if one.telling]
+    if not telling:
+        return ""
+    named = ", ".join(f"{SURFACE[one.name]} (AUROC {one.auroc.value:.2f} by that alone)" for one in telling)
+    return f" The sides differ in more than what they mean: {named}."
+
+
+def _sources_in_words(result: Concept) -> str:
+    if any(one.name == "source" for one in result.confounds):
+        return ""
+    return " Each side has sources of its own, so how these were collected can't be told from the concept."
 
 
 def _reading(result: Concept, model: LanguageModel) -> Section:
     """The direction's extreme tokens, and test prompts coloured by it."""
-    best = result.detection.best
-    lens = logit_lens(model, best.direction, LENS_TOKENS)
+    direction = result.direction or result.detection.strongest.direction
+    lens = logit_lens(model, direction, LENS_TOKENS)
     rows = [
         {"more likely": up[0], "logit": up[1], "less likely": down[0], "logit ": down[1]}
         for up, down in zip(lens.top, lens.bottom, strict=True)
@@ -143,7 +183,7 @@ def _reading(result: Concept, model: LanguageModel) -> Section:
     views = []
     for label in (POSITIVE, NEGATIVE):
         for i in [i for i in result.split.test if result.acts.labels[i] == label][:3]:
-            shown = project_tokens(model, best.direction, result.batch.row(i))
+            shown = project_tokens(model, direction, result.batch.row(i))
             start = int(result.batch.instruction[i, 0]) - result.batch.offset(i)
             title = f"{label}: {result.acts.ids[i]}"
             views.append(TokenView.centred(shown.tokens[start:], shown.values[start:], title))
@@ -168,7 +208,7 @@ def _refits(result: Concept) -> str:
 
 
 def _how(result: Concept, punctuation: str, model: LanguageModel) -> str:
-    best = result.detection.best
+    best = result.detection.strongest
     return (
         f"Prompts: {result.split.sizes}, split by family. "
         f"{punctuation}\n\nIntervals: 95% bootstrap over families ({result.plan.resamples} resamples), direction "

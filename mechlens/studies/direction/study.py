@@ -1,5 +1,6 @@
 """The direction of any concept: where it can be read, how well, and what part of it is only the surface."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,13 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of, one_cell
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
+from mechlens.methods.directions.direction import Direction
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE
 from mechlens.methods.directions.nulls import split_half
-from mechlens.methods.probing.detect import Detection
+from mechlens.methods.probing.confounds import Confound, find_confounds, warn_of_confounds
+from mechlens.methods.probing.detect import ChosenLevel, Detection
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.steering.steering_test import SteeringTest, steering_test
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
@@ -27,6 +31,7 @@ from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS, DetectionPlan
 from mechlens.studies.direction.config import FindDirection
+from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
 from mechlens.studies.shared.harm_sets import ContrastSets
@@ -60,6 +65,27 @@ class Concept:
     batch: TokenBatch
     split: Split
     plan: DetectionPlan
+    confounds: tuple[Confound, ...]
+    """What else differs between the two sides, the most telling first."""
+    steered: SteeringTest | None = None
+    """What adding the directions to negative prompts did, where that was asked for."""
+
+    @property
+    def direction(self) -> Direction | None:
+        """The direction to use: the one that steers, where that was tried, else the best one; None where none is."""
+        if self.steered is not None:
+            return self.steered.direction
+        return None if self.best is None else self.best.direction
+
+    @property
+    def best(self) -> ChosenLevel | None:
+        """The strongest position whose direction is more than what the prompts' surface tells; None where none is."""
+        return self.detection.best
+
+    @property
+    def verdict(self) -> DirectionVerdict:
+        """What the numbers allow to be said."""
+        return direction_verdict(self.detection)
 
     @property
     def detection(self) -> Detection:
@@ -68,15 +94,26 @@ class Concept:
         return self.measured.detection
 
     def metrics(self) -> dict[str, Estimate]:
-        """AUROC at the level chosen for each position, the best position's, and the surface baselines."""
-        best = self.detection.best
+        """AUROC of each position and of the strongest, its gains over the surface, and the baselines."""
+        strongest, best, decided = self.detection.strongest, self.best, self.verdict.ahead
         numbers = {f"auroc.{choice.position}": choice.auroc for choice in self.detection.chosen}
-        numbers["auroc.best"] = best.auroc
-        n = best.auroc.n
-        numbers["permutation_p"] = Estimate.exact(best.permutation.p, n)
-        numbers["random_maximum"] = Estimate.exact(best.random.maximum, n)
-        reliable = float(self.reliability[self.acts.levels.index(best.level), self._column(best.position)])
+        numbers["auroc.strongest"] = strongest.auroc
+        if best is not None:
+            numbers["auroc.best"] = best.auroc
+        shown, n = best or strongest, strongest.auroc.n
+        numbers["permutation_p"] = Estimate.exact(shown.permutation.p, n)
+        numbers["random_maximum"] = Estimate.exact(shown.random.maximum, n)
+        reliable = float(self.reliability[self.acts.levels.index(shown.level), self._column(shown.position)])
         numbers["reliability"] = Estimate.exact(reliable, len(self.split.train))
+        numbers |= {"auroc.out_of_fold": decided.auroc, "effect_size": decided.effect}
+        for name, gain in decided.gains.items():
+            numbers[f"surface_auroc.{name}"], numbers[f"gain.{name}"] = decided.surface[name], gain
+        if self.steered is not None:
+            numbers["steering.effect"] = self.steered.effect
+            if self.steered.random is not None:
+                random = self.steered.random
+                numbers["steering.random_maximum"] = Estimate.exact(random.maximum, random.n)
+                numbers["steering.random_bound"] = Estimate.exact(random.bound, random.n)
         return numbers | self.measured.baselines
 
     def table(self) -> pd.DataFrame:
@@ -94,12 +131,28 @@ class Concept:
             "auroc_by_level": self.table(),
             "auroc_chosen": self.measured.chosen(),
             "baselines": self.baselines(),
+            "surface": pd.concat([one.table() for one in self.detection.ahead], ignore_index=True),
+            "confounds": self.differences(),
             "split": pd.DataFrame({"id": self.acts.ids, "part": self.split.parts()}),
+            **({"steered": self.steered.table} if self.steered is not None else {}),
         }
 
+    def differences(self) -> pd.DataFrame:
+        """One row for each thing in which the sides differ, with the AUROC that it alone reaches."""
+        rows = [
+            {"confound": one.name, **one.auroc.row("auroc"), "telling": one.telling, "difference_text": one.words}
+            for one in self.confounds
+        ]
+        return pd.DataFrame(rows, columns=["confound", "auroc", "low", "high", "n", "telling", "difference_text"])
+
     def artifacts(self) -> dict[str, object]:
-        """The direction in every cell, and the best one."""
-        return {"directions": self.detection.directions, "direction": self.detection.best.direction}
+        """The direction in every cell, `direction`, the one to use, and where none is best the strongest as such."""
+        found: dict[str, object] = {"directions": self.detection.directions}
+        if self.direction is not None:
+            found["direction"] = self.direction
+        if self.best is None:
+            found["strongest"] = self.detection.strongest.direction
+        return found
 
     def _column(self, position: str) -> int:
         return column_of(position, self.acts.positions, self.acts.last)
@@ -112,13 +165,17 @@ def find_concept(
     positions: Sequence[str],
     plan: DetectionPlan,
     *,
+    causal: bool = False,
     template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Concept:
     """Directions by the plan's method at every level and named position, with held-out evidence.
 
-    Half of the prompt families train, a fifth chooses the level, the rest is reported. UserError where a
-    side has fewer than 15 prompts.
+    Half of the prompt families train, a fifth chooses the level, the rest is reported. `best` is None, with a warning
+    that says what ties, where no direction is more than the words, the token standing there, the length or another
+    difference between the sides (`confounds`, which are warned about too); `detection.strongest` and
+    `detection.at(position)` are there all the same. `causal` tries what adding directions does (`SteeringTest`), and
+    `direction` is then the one that does most beyond random ones. UserError where a side has fewer than 15 prompts.
     """
     METHODS.require(plan.method)
     positive, negative = (
@@ -130,12 +187,27 @@ def find_concept(
     acts = collect(model, batch, positions=positions, cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
     surface = surface_of(model, batch)
-    measured = measure("concept", acts, acts.labels, (POSITIVE, NEGATIVE), split, surface, plan)
+    confounds = find_confounds(prompts, torch.tensor([p.label == POSITIVE for p in prompts]), plan.seed)
+    warn_of_confounds(confounds, (POSITIVE, NEGATIVE))
+    measured = measure("concept", acts, acts.labels, (POSITIVE, NEGATIVE), split, surface, plan, confounds)
     if measured.detection is None:
         raise UserError(
             f"some part of the split has fewer than 3 prompts of a side (in all {measured.counts}); add prompts"
         )
-    return Concept(measured, _reliability(acts.select(split.train), measured.detection), acts, batch, split, plan)
+    reliability = _reliability(acts.select(split.train), measured.detection)
+    steered = None
+    if causal:
+        steered = steering_test(model, measured.detection.directions, batch, split, plan, cache=cache)
+    found = Concept(measured, reliability, acts, batch, split, plan, confounds, steered)
+    if found.best is None:
+        warnings.warn(
+            f"there is no best direction. {found.verdict.headline} What can be used all the same is "
+            "detection.strongest, detection.at(position), or what causal=True (--causal) chooses by steering",
+            stacklevel=2,
+        )
+    if steered is not None and steered.direction is None:
+        warnings.warn(f"there is no direction that steers. {steered.sentence}", stacklevel=2)
+    return found
 
 
 def _require_enough(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
@@ -182,5 +254,6 @@ def prepare(config: FindDirection) -> Preparation[ContrastSets]:
 def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Concept:
     """Finds and tests the direction."""
     return find_concept(
-        sets.model, sets.positive, sets.negative, config.positions, config, template=sets.template, cache=writer.cache
-    )
+        sets.model, sets.positive, sets.negative, config.positions, config, causal=config.causal,
+        template=sets.template, cache=writer.cache,
+    )  # fmt: skip

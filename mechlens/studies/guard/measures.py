@@ -14,6 +14,7 @@ from mechlens.methods.guard.rules import score_by
 from mechlens.methods.probing.auroc import auroc, auroc_difference, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.calibration import calibration_error_estimate
+from mechlens.methods.statistics.effect_size import effect_estimate
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import (
     mean_estimate,
@@ -26,7 +27,16 @@ from mechlens.studies.guard.outcome import TwinComparison, compare_on_twins
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
 from mechlens.studies.shared.sources import ATTACKS
 
-MEASURES = ("auroc", "accuracy", "tpr", "fpr", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "calibration_error")
+MEASURES = (
+    "auroc",
+    "effect_size",
+    "accuracy",
+    "tpr",
+    "fpr",
+    "tpr_at_1pct_fpr",
+    "tpr_at_5pct_fpr",
+    "calibration_error",
+)
 COLUMNS = ("adversarial suffix", "persuasion", "template", "refused harmless", "accepted harmful")
 """The columns of the paper's Latent Guard table."""
 TOTAL, TWINS = "total", "twins"
@@ -116,6 +126,7 @@ def _measured(result: GuardEvaluation, detector: Detector, group: _Group, agains
     right = detector.flagged == positive
     numbers = {
         "auroc": missing,
+        "effect_size": missing,
         "accuracy": _share(result, right, inside, groups),
         "tpr": _share(result, detector.flagged, up, groups),
         "fpr": _share(result, detector.flagged, down, groups),
@@ -126,6 +137,7 @@ def _measured(result: GuardEvaluation, detector: Detector, group: _Group, agains
         curve = detector.scores[wide], positive[wide], wide_groups
         numbers |= {
             "auroc": auroc_estimate(*curve),
+            "effect_size": effect_estimate(*curve),
             "tpr_at_1pct_fpr": tpr_at_fpr_estimate(*curve, 0.01, seed, draws),
             "tpr_at_5pct_fpr": tpr_at_fpr_estimate(*curve, 0.05, seed, draws),
         }

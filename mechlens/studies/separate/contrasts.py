@@ -15,6 +15,7 @@ from mechlens.methods.directions.nulls import LabelledVectors, random_null
 from mechlens.methods.probing.auroc import MIN_FAMILIES, auroc, auroc_bounds, auroc_difference, auroc_estimate
 from mechlens.methods.probing.baselines import mean_embedding_scores, tfidf_scores
 from mechlens.methods.probing.out_of_fold import OutOfFoldScores, out_of_fold_null, out_of_fold_scores
+from mechlens.methods.statistics.effect_size import effect_estimate, hedges_g
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import Fold, fewest_families
 from mechlens.prompts.split import families_of_each
@@ -55,9 +56,10 @@ class OutOfFoldContrast:
     directions: DirectionGrid | None
     """Fitted to all prompts of both classes: for use elsewhere, not for a number here."""
     grid: pd.DataFrame
-    """One row per level and position: AUROC with interval, the level the same in all folds."""
+    """One row per level and position: AUROC with interval, effect size (Hedges' g), the level the same in all folds."""
     chosen: pd.DataFrame
-    """One row per position: AUROC at the level chosen within each fold, its range over fold seeds, both nulls."""
+    """One row per position: AUROC and effect size at the level chosen within each fold, the AUROC's range over fold
+    seeds, both nulls."""
     surface: dict[str, Float[Tensor, " prompt"]]
     """Scores of the surface baselines of all prompts, on the first fold seed."""
     families: tuple[str, ...]
@@ -141,10 +143,12 @@ def _grid(question: Question, scores: OutOfFoldScores, families: Sequence[str]) 
     own = [families[i] for i in member.nonzero().flatten().tolist()]
     cells = scores.by_level[:, :, member]
     values, bounds = auroc(cells, positive), auroc_bounds(cells, positive, own)
+    effects = hedges_g(cells, positive, torch.ones(1, len(own)))[..., 0]
     return pd.DataFrame(
         [
             {"contrast": question.name, "level": level, "position": position, "auroc": float(values[i, j]),
-             "low": float(bounds.low[i, j]), "high": float(bounds.high[i, j]), "n": len(own)}
+             "low": float(bounds.low[i, j]), "high": float(bounds.high[i, j]), "n": len(own),
+             "effect": float(effects[i, j])}
             for i, level in enumerate(scores.levels) for j, position in enumerate(scores.positions)
         ]
     )  # fmt: skip
@@ -172,9 +176,11 @@ def _chosen(
         permuted = out_of_fold_null(vectors, inside, fixed, plan.permutations, plan.seed + 2)
         drawn = random_null(directions.at(level, position), vectors, plan.random_directions, plan.seed + 4)
         by_seed = auroc(scores.by_seed(position)[:, member], positive)
+        effect = effect_estimate(scores.at(position)[member], positive, families)
         found.append(
             {"contrast": question.name, "position": position, "level": level,
              **auroc_estimate(scores.at(position)[member], positive, families).row("auroc"),
+             "effect": effect.value, "effect_low": effect.low, "effect_high": effect.high,
              "lowest_fold_seed": float(by_seed.min()), "highest_fold_seed": float(by_seed.max()),
              "permuted_mean": permuted.mean, "permutation_p": permuted.p,
              "random_mean": drawn.mean, "random_maximum": drawn.maximum}

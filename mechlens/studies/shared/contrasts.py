@@ -11,6 +11,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.directions.direction import Direction, direction_grid, project
+from mechlens.methods.probing.ahead import ahead_of_surface, surface_scores
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.baselines import (
     Contrast,
@@ -19,6 +20,7 @@ from mechlens.methods.probing.baselines import (
     tfidf_auroc,
     token_identity_auroc,
 )
+from mechlens.methods.probing.confounds import Confound
 from mechlens.methods.probing.detect import Detection, detect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, token_embeddings
@@ -88,7 +90,7 @@ class ContrastMeasurement:
         return self.detection.at(position).auroc
 
     def chosen(self) -> pd.DataFrame:
-        """One row per position: the chosen level, AUROC with interval, both nulls."""
+        """One row per position: the chosen level, AUROC and effect size with interval, both nulls."""
         choices = self.detection.chosen if self.detection else ()
         return pd.DataFrame(
             [
@@ -97,6 +99,9 @@ class ContrastMeasurement:
                     "position": choice.position,
                     "level": choice.level,
                     **choice.auroc.row("auroc"),
+                    "effect": choice.effect.value,
+                    "effect_low": choice.effect.low,
+                    "effect_high": choice.effect.high,
                     "permuted_mean": choice.permutation.mean,
                     "permutation_p": choice.permutation.p,
                     "random_mean": choice.random.mean,
@@ -120,21 +125,30 @@ def measure(
     split: Split,
     surface: Surface,
     plan: Nulls,
+    confounds: Sequence[Confound] = (),
 ) -> ContrastMeasurement:
-    """Detection of the first class against the second, with surface baselines on the same split.
+    """Detection of the first class against the second, with surface baselines on the same split and out of fold.
 
-    `labels` may name more classes than two; the others are left out. Nothing is raised where a class is
-    small: the result says how many prompts there were.
+    `confounds` are of the prompts of the two classes. `labels` may name more classes than two; the others are
+    left out. Nothing is raised where a class is small: the result says how many prompts there were.
     """
     counts = {label: sum(given == label for given in labels) for label in contrast}
     if not _enough(labels, contrast, split):
         return ContrastMeasurement(name, *contrast, counts, None, {})
     relabelled = replace(acts, labels=tuple(labels))
+    found = detect(relabelled, *contrast, split, plan.detection)
+    strongest = [choice.position for choice in found.by_strength]
+    rows = [i for i, label in enumerate(labels) if label in contrast]
+    told = surface_scores(
+        [labels[i] == contrast[0] for i in rows], [acts.families[i] for i in rows], [surface.texts[i] for i in rows],
+        surface.mean_embeddings[rows], surface.n_tokens[rows], confounds, plan.seed,
+    )  # fmt: skip
+    ahead = ahead_of_surface(relabelled.select(rows), contrast, strongest, told, plan.detection.method)
     return ContrastMeasurement(
         name,
         *contrast,
         counts,
-        detect(relabelled, *contrast, split, plan.detection),
+        replace(found, ahead=ahead),
         _baselines(relabelled, contrast, split, surface, plan),
     )
 

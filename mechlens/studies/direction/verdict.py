@@ -1,0 +1,85 @@
+"""What a concept's direction allows to be said: is it more than what the surface of the prompts tells?
+
+The rule is tested on planted worlds; its error rates are in mechlens/studies/direction/README.md.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mechlens.methods.probing.ahead import SURFACE, TOKEN, Ahead
+from mechlens.methods.probing.detect import Detection
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import Headline
+
+MARGIN = 0.05
+"""A smaller gain of AUROC over the surface isn't worth a direction."""
+Outcome = Literal["more than the surface", "no more than the surface", "inconclusive", "not read"]
+
+
+@dataclass(frozen=True)
+class DirectionVerdict:
+    """The outcome, and the comparison that decided."""
+
+    outcome: Outcome
+    ahead: Ahead
+    """At the best position, or at the strongest where none is best."""
+    level: int
+    """Chosen on validation prompts for the direction that is kept."""
+
+    @property
+    def gain(self) -> Estimate:
+        """AUROC of the direction minus that of the nearest baseline."""
+        return self.ahead.gains[self.ahead.nearest]
+
+    @property
+    def ties(self) -> str:
+        """The baselines that the direction is ahead of by less than `MARGIN`, in words with their AUROC."""
+        near = [name for name in self.ahead.ties if self.ahead.gains[name].value < MARGIN]
+        named = [f"{_named(name, self.ahead.position)} ({self.ahead.surface[name].brief})" for name in near]
+        return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
+
+    @property
+    def headline(self) -> Headline:
+        """The verdict in one sentence, with the number that decided and what would settle it."""
+        where = f"{self.ahead.position}, level {self.level}"
+        found = f"at {where} the AUROC is {self.ahead.auroc.brief} out of fold"
+        name, nearest = _named(self.ahead.nearest, self.ahead.position), self.ahead.surface[self.ahead.nearest]
+        if self.outcome == "not read":
+            return Headline(self.outcome, f"even {found}", "where chance reaches 0.50")
+        if self.outcome == "no more than the surface":
+            return Headline(self.outcome, found, f"and {nearest.brief} by {name} alone")
+        ahead = f"{self.gain.brief} ahead of the nearest baseline, {name} ({nearest.brief})"
+        if self.outcome == "more than the surface":
+            return Headline(self.outcome, f"{found},", ahead)
+        return Headline(self.outcome, f"{found},", ahead, f"about {self.needed} prompts of a side would settle it")
+
+    @property
+    def needed(self) -> int:
+        """Prompts of a side that would show such a gain, or `MARGIN` if that is larger, about four times in five.
+
+        Normal approximation, two-sided 5%; the standard error goes with one over the root of the prompts.
+        """
+        error = (self.gain.high - self.gain.low) / 2 / 1.96
+        return math.ceil(self.gain.n / 2 * ((1.96 + 0.84) * error / max(abs(self.gain.value), MARGIN)) ** 2)
+
+
+def direction_verdict(found: Detection) -> DirectionVerdict:
+    """Not read: not above chance by the lower bound. More: ahead of every baseline, each by the lower bound of the
+    paired gain. No more: the nearest baseline is as good, or ahead of by less than `MARGIN` by the upper bound.
+    """
+    ahead = next((one for one in found.ahead if one.clear), found.ahead[0])
+    return DirectionVerdict(_outcome(ahead), ahead, found.at(ahead.position).level)
+
+
+def _outcome(ahead: Ahead) -> Outcome:
+    if not ahead.auroc.low > 0.5:
+        return "not read"
+    if ahead.clear:
+        return "more than the surface"
+    gain = ahead.gains[ahead.nearest]
+    return "no more than the surface" if gain.value <= 0 or gain.high < MARGIN else "inconclusive"
+
+
+def _named(baseline: str, position: str) -> str:
+    return f"the token at {position}" if baseline == TOKEN else SURFACE[baseline]
