@@ -198,7 +198,8 @@ def test_it_has_the_record_in_frames_and_words(made: Path) -> None:
     assert set(run.artifacts) == {"direction", "directions", "guard"}
     assert isinstance(run.directions["directions"].at(1, "inst"), ml.Direction)
     assert run.report == made / "report.html"
-    assert "2 tables: prompts, auroc_by_level" in repr(run)
+    assert repr(run.tables) == "2 tables: prompts, auroc_by_level"
+    assert repr(run).endswith("2 in .tables, 5 in .figures, 2 in .directions")
 
 
 def test_a_name_that_is_not_there_is_a_key_error_that_names_the_nearest(made: Path) -> None:
@@ -219,7 +220,7 @@ def test_it_shows_words_as_words_and_no_script(made: Path) -> None:
         assert "<script" not in shown
         assert "<b>bold" not in shown
         assert "&lt;script&gt;" in shown
-    assert "not measurable" in page
+    assert "Not measurable: lost (n = 3)." in page
     assert "[0.800, 0.950], n = 40" in page
     picture = base64.b64decode(page.split("data:image/svg+xml;base64,")[1].split('"')[0]).decode()
     assert picture == still(run.figures["lines"])

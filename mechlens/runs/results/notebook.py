@@ -27,9 +27,9 @@ def run_html(run: "RunResult") -> str:
     record = run.record
     image, trouble = _main_figure(run)
     names = record.words or {name: name for name in record.metrics}
-    numbers = [
-        (name, words, estimate_text(record.metrics[name])) for name, words in names.items() if name in record.metrics
-    ]
+    known = {name: (words, record.metrics[name]) for name, words in names.items() if name in record.metrics}
+    measured = [(name, words, estimate_text(one)) for name, (words, one) in known.items() if one.measurable]
+    missing = [f"{words} (n = {one.n})" for words, one in known.values() if not one.measurable]
     kept = {"tables": run.tables, "figures": run.figures, "directions": run.directions}
     return _template("notebook").render(
         run=record,
@@ -37,7 +37,8 @@ def run_html(run: "RunResult") -> str:
         model=run.model,
         sentence=run.sentence,
         state=run.state,
-        numbers=numbers[:MAX_NUMBERS],
+        numbers=measured[:MAX_NUMBERS],
+        missing=missing[:MAX_NUMBERS],
         image=image,
         image_name=next(iter(run.figures), "").replace("_", " "),
         trouble=trouble,

@@ -134,8 +134,9 @@ class RunResult:
         lines += [line for line in (self.sentence, self.state) if line]
         for name in [name for name in record.words or record.metrics if name in record.metrics][:5]:
             lines.append(f"  {record.words.get(name, name)}: {metric_text(name, record.metrics[name])}")
-        kept = (self.tables, self.figures, self.artifacts)
-        return "\n".join([*lines, "; ".join(str(mapping) for mapping in kept if mapping)]).rstrip("\n")
+        kept = {"tables": self.tables, "figures": self.figures, "directions": self.directions}
+        counts = ", ".join(f"{len(mapping)} in .{name}" for name, mapping in kept.items() if mapping)
+        return "\n".join(line for line in (*lines, counts) if line)
 
     def _repr_html_(self) -> str:
         from mechlens.runs.results.notebook import run_html
