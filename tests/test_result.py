@@ -249,6 +249,38 @@ def test_a_still_figure_is_small_and_whole_and_holds_no_markup(name: str, made: 
     }
 
 
+def test_a_figure_of_another_kind_is_named_and_nothing_in_it_is_markup() -> None:
+    import plotly.graph_objects as go
+
+    evil = '"/><script>alert(1)</script>'
+    odd = {
+        "box": go.Figure(go.Box(y=[1, 2])),
+        "lying": go.Figure(go.Bar(x=[1, 2], y=["a", "b"], orientation="h")),
+        "no values": go.Figure(go.Scatter(x=["2026-01-01"])),
+        "colours": go.Figure(
+            [{"type": "scatter", "x": [0, 1], "y": [1, 2], "fill": "tozeroy", "fillcolor": evil, "name": evil}],
+            skip_invalid=True,
+        ),
+        "nothing": go.Figure(),
+    }
+    for name, figure in odd.items():
+        picture = still(figure.update_layout(title=evil))
+        assert "<script" not in picture
+        assert ("only shown by plotly" in picture) == (name in ("box", "lying"))
+        assert "&lt;script&gt;" in picture
+
+
+def test_no_name_in_a_record_leads_out_of_its_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.safetensors").write_bytes((folder / "direction.safetensors").read_bytes())
+    run = ml.open(folder)
+    outside = replace(run.record.artefacts["direction"], file="../secret.safetensors")
+    led = replace(run, record=replace(run.record, artefacts={"x": outside}, tables={"../../x": "0"}))
+    for read in (lambda: led.artifacts["x"], lambda: led.tables["../../x"]):
+        with pytest.raises(UserError, match="can't be the name of a file"):
+            read()
+    assert not led.directions
+
+
 def test_a_run_that_did_not_end_well_says_so(folder: Path) -> None:
     run = ml.open(folder)
     killed = replace(run, record=replace(run.record, status="started"))

@@ -1,7 +1,8 @@
 """A figure as a small SVG, for places that run no JavaScript: code hosts, mail, a notebook that isn't trusted.
 
 Drawn are the kinds of traces that `mechlens.runs.report.figures` makes: lines, points, areas, bars and heatmaps, with
-their intervals, axes, dashed rules and legend. Hovering, notes and whatever else a figure has stay in the figure.
+their intervals, axes, dashed rules and legend. Hovering and notes stay in the figure, and one of another kind is only
+named.
 """
 
 import html
@@ -24,6 +25,7 @@ LETTER = 6.6
 """Pixels of a letter, about, at the size of a legend."""
 SHADES = 24
 """Of a heatmap: cells of one shade are one path, which keeps the drawing small."""
+DRAWN = {"scatter", "bar", "heatmap"}
 DASHES = {"dash": "6 4", "dot": "2 3"}
 
 
@@ -33,13 +35,11 @@ def still(figure: Any) -> str:
     traces, layout = shown["data"], shown["layout"]
     title = _title(layout)
     legend, top = _legend(traces, 34.0 if title else 12.0)
-    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for trace in traces:
-        panels.setdefault((trace.get("xaxis", "x"), trace.get("yaxis", "y")), []).append(trace)
     drawn = [text(WIDTH / 2, 20.0, title, size=15, colour=INK, bold=True)] if title else []
-    drawn += legend
-    for (x, y), own in panels.items():
-        drawn += _panel(x, y, own, layout, top)
+    try:
+        drawn += [*legend, *_panels(traces, layout, top)]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # another package may draw anything
+        drawn.append(text(WIDTH / 2, HEIGHT / 2, "a figure of a kind that is only shown by plotly"))
     body = "".join(drawn)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
@@ -80,6 +80,16 @@ def _legend(traces: Sequence[Mapping[str, Any]], top: float) -> tuple[list[str],
         drawn.append(text(x + 14, y + 1, trace["name"], anchor="start", colour=INK))
         x += width
     return drawn, y + 12
+
+
+def _panels(traces: Sequence[dict[str, Any]], layout: Mapping[str, Any], top: float) -> list[str]:
+    """Everything between the axes; ValueError for a kind of trace that isn't drawn here."""
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for trace in traces:
+        if trace["type"] not in DRAWN or trace.get("orientation") == "h":
+            raise ValueError(trace["type"])
+        panels.setdefault((trace.get("xaxis", "x"), trace.get("yaxis", "y")), []).append(trace)
+    return [line for (x, y), own in panels.items() for line in _panel(x, y, own, layout, top)]
 
 
 def _panel(x: str, y: str, traces: Sequence[dict[str, Any]], layout: Mapping[str, Any], top: float) -> list[str]:
@@ -140,7 +150,8 @@ def _scatter(trace: Mapping[str, Any], across: Axis, up: Axis) -> Iterator[str]:
     stepped = style.get("shape") == "hv"
     if trace.get("fill"):
         edge = there if trace["fill"] == "toself" else [(there[0][0], up(0)), *there, (there[-1][0], up(0))]
-        yield f'<path d="{_path(edge, stepped)}Z" fill="{trace.get("fillcolor", colour)}" stroke="none"/>'
+        inside = html.escape(str(trace.get("fillcolor", colour)))
+        yield f'<path d="{_path(edge, stepped)}Z" fill="{inside}" stroke="none"/>'
     if "lines" in mode and style.get("width") != 0:
         dash = f' stroke-dasharray="{DASHES[style["dash"]]}"' if style.get("dash") in DASHES else ""
         yield f'<path d="{_path(points, stepped)}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
@@ -214,7 +225,7 @@ def _shade(scale: Sequence[Sequence[Any]], share: float) -> str:
             part = (share - low) / ((high - low) or 1.0)
             ends = [[int(end[i : i + 2], 16) for i in (1, 3, 5)] for end in (str(first), str(second))]
             return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(*ends, strict=True))
-    return str(scale[-1][1])
+    return html.escape(str(scale[-1][1]))
 
 
 def _path(points: Sequence[tuple[float, float] | None], stepped: bool) -> str:

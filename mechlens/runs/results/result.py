@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import plain_name, user_path
 from mechlens.runs.results.kept import Kept, names_in, read_figure, require_same
 from mechlens.runs.run import RUN_FILE, Run, metric_text, read_run
 
@@ -106,24 +106,25 @@ class RunResult:
     def _table(self, name: str) -> "pandas.DataFrame":
         from mechlens.runs.folder import read_table
 
-        return read_table(self.folder / "tables" / f"{name}.parquet", self.record.tables.get(name))
+        return read_table(self.folder / "tables" / plain_name(f"{name}.parquet"), self.record.tables.get(name))
 
     def _figure(self, name: str) -> "plotly.graph_objects.Figure":
-        return read_figure(self.folder / "figures" / f"{name}.json", self.record.figures.get(name))
+        return read_figure(self.folder / "figures" / plain_name(f"{name}.json"), self.record.figures.get(name))
 
     def _artifact(self, name: str) -> Any:
         from mechlens.runs.results.saved import open_file
 
         artefact = self.record.artefacts[name]
-        require_same(self.folder / artefact.file, artefact.sha256)
-        return open_file(self.folder / artefact.file)
+        file = self.folder / plain_name(artefact.file)
+        require_same(file, artefact.sha256)
+        return open_file(file)
 
     def _kind(self, name: str) -> str:
         """The class that an artefact's file names; "" where it can't be read, which taking it will say."""
         from mechlens.runs.artifacts import read_header
 
         try:
-            return str(read_header(self.folder / self.record.artefacts[name].file)["class"])
+            return str(read_header(self.folder / plain_name(self.record.artefacts[name].file))["class"])
         except UserError:
             return ""
 
