@@ -118,7 +118,7 @@ def auroc_bounds(
         low, high = torch.where(value.isnan(), value, 0.0), torch.where(value.isnan(), value, 1.0)
     else:
         reach = float(stats.t.ppf(0.975, least - 1)) * _family_effect(cells, positive, families, value).sqrt()
-        low, high = (_farthest(value, end, reach, positive) for end in (0.0, 1.0))
+        low, high = _farthest(value, reach, positive)
     return Interval(low=low.reshape(scores.shape[:-1]), high=high.reshape(scores.shape[:-1]))
 
 
@@ -182,11 +182,12 @@ def placements(scores: Float[Tensor, "cell prompt"], positive: Bool[Tensor, " pr
 
 
 def _farthest(
-    value: Float[Tensor, " cell"], end: float, reach: Float[Tensor, " cell"], positive: Bool[Tensor, " prompt"]
-) -> Float[Tensor, " cell"]:
-    """The area nearest to `end` that lies within `reach` of its own standard errors of `value`, by bisection."""
+    value: Float[Tensor, " cell"], reach: Float[Tensor, " cell"], positive: Bool[Tensor, " prompt"]
+) -> Float[Tensor, "2 cell"]:
+    """The areas nearest to 0 and to 1 that lie within `reach` of their own standard errors of `value`, by bisection."""
     m, n = int(positive.sum()), int((~positive).sum())
-    inside, outside = value.clone(), torch.full_like(value, end)
+    inside = value.expand(2, -1)
+    outside = torch.tensor([[0.0], [1.0]], dtype=value.dtype).expand_as(inside)
     for _ in range(40):
         area = (inside + outside) / 2
         spread = 1 + ((m + n) / 2 - 1) * ((1 - area) / (2 - area) + area / (1 + area))
