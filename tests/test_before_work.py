@@ -1,11 +1,14 @@
 """Errors come before work: whatever can be known before weights are read is said before, in one sentence."""
 
+import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from saved import save_model
 
+from mechlens import hub
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
@@ -15,6 +18,7 @@ from mechlens.methods.steering.interventions import require_direction
 from mechlens.models import load as loading
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import require_same_weights
+from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
@@ -175,3 +179,41 @@ def test_nothing_is_read_before_a_mistake_is_said(
     assert sentence in said([*verb.split(), *usual, *more], capfd)
     assert not unread
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://silent"])
+def test_a_hub_out_of_reach_is_known_in_seconds(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, folder: Path, unread: list[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr(hub, "SECONDS", 0.5)
+    silent = endpoint == "http://silent"  # takes connections, or swallows them, and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if silent:
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        _require_soon(folder)
+    assert not unread
+
+
+def _require_soon(folder: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"did you mean 'meta-llama/Llama-3.2-1B-Instruct'\?\): .*can't be reached"):
+        loading.load("meta-llama/Llama-3.2-1B-Instrct")
+    with pytest.raises(UserError, match="can't be reached from here; check the network"):
+        loading.load(str(folder / "model"), adapter="nobody/no-adapter")
+    with pytest.raises(UserError, match="can't be reached from here; check the network"):
+        loading.load_tokenizer("nobody/no-model", revision="v1")
+    with pytest.raises(UserError, match=r"could not be loaded from the hub .*can't be reached from here"):
+        load_prompts("nobody/no-data")
+    assert time.monotonic() - began < 6.0
+
+
+def test_a_name_without_an_owner_never_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never() -> bool:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(hub, "in_reach", never)
+    with pytest.raises(UserError, match=r"did you mean 'smollm2'\?\): the hub's ids have an owner"):
+        loading.load("smolm2")
+    assert not hub.has_no_owner("gpt2")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mechlens"
 # Lowest first; a file imports from its own layer and from those before it.
 LAYERS = (
-    "errors", "registry", "choices", "files", "checked_json", "settings", "prompts", "models", "methods",
+    "errors", "registry", "choices", "files", "checked_json", "settings", "hub", "prompts", "models", "methods",
     "runs", "studies", "trainer_callback", "views", "cli", "__main__",
 )  # fmt: skip
 OTHERS = {("compare", "track")}

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from mechlens import hub
 from mechlens.choices import MODELS
 from mechlens.errors import UserError, require_extra
 from mechlens.files import user_path
@@ -272,11 +273,20 @@ def _unreadable(what: str, model: str, source: str, error: Exception) -> UserErr
     """Says what can't be read of a folder; of a name that is none, which names are packaged, and the nearest."""
     if Path(source).is_dir():
         return UserError(f"no {what} can be read from {model!r}: {first_line(error)}")
-    near = nearest(model, MODELS.names())
-    packaged = "" if "/" in model else f", nor packaged ({', '.join(MODELS.names())}{near and f'; {near}'})"
-    return UserError(
-        f"the model {model!r} is neither a local folder nor to be had from the hub{packaged}: {first_line(error)}"
-    )
+    return _unknown(model, hub.why_not() or first_line(error))
+
+
+def _unknown(model: str, why: str) -> UserError:
+    """For a name that stands for no model: what is packaged, or the nearest id of those that are known here."""
+    if "/" in model:
+        from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+        near = hub.nearest_id(model, OFFICIAL_MODEL_NAMES)
+        named = f" ({near})" if near else ""
+    else:
+        near = nearest(model, MODELS.names())
+        named = f", nor packaged ({', '.join(MODELS.names())}{near and f'; {near}'})"
+    return UserError(f"the model {model!r} is neither a local folder nor to be had from the hub{named}: {why}")
 
 
 def _is_adapter(model: str) -> bool:
@@ -302,6 +312,8 @@ def _locate(model: str) -> tuple[str, str | None]:
         return str(path), None
     if is_path(model):
         raise UserError(f"there is no folder {model!r}; check the path")
+    if hub.has_no_owner(model):
+        raise _unknown(model, "the hub's ids have an owner, as in owner/name")
     return model, None
 
 
@@ -314,8 +326,8 @@ def _folder_of(model: str) -> str:
 
 
 def _at_home(source: str) -> contextlib.AbstractContextManager[None]:
-    """Keeps the network shut while a local folder is read; a hub id may be fetched."""
-    return sealed() if Path(source).is_dir() else contextlib.nullcontext()
+    """Keeps the network shut while a local folder is read; a hub id may be fetched, if the hub can be reached."""
+    return sealed() if Path(source).is_dir() else hub.asked()
 
 
 def require_wrappable(model: str, *, revision: str | None = None) -> None:
@@ -349,7 +361,8 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
     if folder.is_dir() and not list(folder.glob("*.safetensors")) and (found := other_format(folder)):
         raise UserError(f"the model {model!r} can't be loaded: {found}")
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        with _at_home(source):
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable("model configuration", model, source, error) from error
     named = set(config.architectures or [])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mechlens import hub
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
 from mechlens.models.checkpoint import is_fingerprint_of
@@ -94,6 +95,21 @@ def require_adapter(adapter: str) -> None:
         raise UserError(f"the adapter {adapter!r} can't be loaded: {found}")
     for path in folder.glob("adapter_*"):
         require_regular(path)
+    if not folder.exists():
+        _require_on_hub(adapter)
+
+
+def _require_on_hub(adapter: str) -> None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with hub.asked():
+            hf_hub_download(adapter, CONFIG)
+    except (OSError, ValueError) as error:  # the client's own errors are among these
+        why = hub.why_not() or first_line(error)
+        raise UserError(
+            f"the adapter {adapter!r} is neither a local folder nor to be had from the hub: {why}"
+        ) from error
 
 
 def _require_base(folder: Path, adapter: str, hf_model: Any) -> None:
@@ -126,7 +142,8 @@ def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
 
     config = None
     try:
-        config = PeftConfig.from_pretrained(source)
+        with hub.asked():
+            config = PeftConfig.from_pretrained(source)
         if config.is_prompt_learning or config.peft_type.value == "ADAPTION_PROMPT":
             raise UserError(
                 f"the adapter {adapter!r} is of type {config.peft_type.value}, which adds prompts of its own and leaves"
@@ -134,8 +151,9 @@ def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
             )
         with torch.random.fork_rng():
             torch.manual_seed(0)  # some (PiSSA with `niter`) draw while they load, and must come out the same again
-            adapted = PeftModel.from_pretrained(hf_model, source).eval()
-        saved = set(load_peft_weights(source, device="cpu"))
+            with hub.asked():
+                adapted = PeftModel.from_pretrained(hf_model, source).eval()
+                saved = set(load_peft_weights(source, device="cpu"))
         used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except UserError:
         raise

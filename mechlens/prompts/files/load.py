@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from mechlens import hub
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_pairs, builtin_prompts
@@ -127,9 +128,10 @@ def _hub_rows(source: str, split: str | None) -> list[Record]:
 
     name, _, config = source.partition(":")
     try:
-        data = datasets.load_dataset(name, config or None, split=split)
+        with hub.asked():
+            data = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types, all for one reason
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = hub.why_not() or (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{source} is no file here and could not be loaded from the hub ({reason}); "
             f"check its name, its split and the network, or give a file or one of {', '.join(builtin_names())}"
