@@ -14,7 +14,7 @@ DASHES = ("solid", "dash", "dot")
 HATCHES = ("", "/", "x")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star")
 """How groups of one colour differ."""
-FEW_TICKS = 12
+MOST_TICKS = 16
 DASHED = {"color": RULE, "width": 1, "dash": "dash"}
 
 
@@ -134,6 +134,33 @@ def limits_about(values: "pd.Series[Any]", center: float | None) -> tuple[float 
         return None, None
     reach = float((values - center).abs().max()) or 1.0
     return center - reach, center + reach
+
+
+def with_room(limits: tuple[float, float] | None) -> list[float] | None:
+    """The range of an axis that shows all that is possible, and a line that runs along its edge."""
+    if limits is None:
+        return None
+    room = 0.02 * (limits[1] - limits[0])
+    return [limits[0] - room, limits[1] + room]
+
+
+def whole_ticks(values: "pd.Series[Any]") -> dict[str, Any]:
+    """Ticks at whole numbers, as few as can be read: of layers there are no halves."""
+    if not pd.api.types.is_integer_dtype(values) or values.empty:
+        return {}
+    span = int(values.max() - values.min())
+    steps = (step * 10**power for power in range(9) for step in (1, 2, 5))
+    return {"dtick": next(step for step in steps if span < MOST_TICKS * step)}
+
+
+def cell_ticks(values: "pd.Series[Any]") -> dict[str, Any]:
+    """Ticks of a heatmap's cells: numbers that leave some out stand side by side, as names do."""
+    if not pd.api.types.is_integer_dtype(values):
+        return {"type": "category"}
+    found = sorted(values.unique().tolist())
+    if found != list(range(found[0], found[-1] + 1)):
+        return {"type": "category", "categoryorder": "array", "categoryarray": found}
+    return whole_ticks(values)
 
 
 def python_values(values: Any) -> list[Any]:

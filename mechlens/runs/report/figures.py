@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mechlens.runs.report.colours import DIVERGING, PAPER, SEQUENTIAL, faded
+from mechlens.runs.report.colours import DIVERGING, GREY, PAPER, SEQUENTIAL, faded
 from mechlens.runs.report.figure_parts import (
     DASHED,
     DASHES,
-    FEW_TICKS,
     HATCHES,
     SYMBOLS,
     band,
+    cell_ticks,
     draw_rule,
     empty,
     groups,
@@ -27,6 +27,8 @@ from mechlens.runs.report.figure_parts import (
     readable,
     show_legend,
     whiskers,
+    whole_ticks,
+    with_room,
 )
 
 
@@ -43,8 +45,12 @@ def lines(
     high: str | None = None,
     hline: float | None = None,
     hline_label: str = "",
+    limits: tuple[float, float] | None = None,
 ) -> go.Figure:
-    """One line per group, with a band from `low` to `high`, a lone point with a bar; NaN is left out."""
+    """One line per group, with a band from `low` to `high`, a lone point with a bar; NaN is left out.
+
+    `limits` are the least and the largest that `y` can be.
+    """
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
     for name, (colour, turn), rows in groups(df, group, y):
         part = rows.dropna(subset=[y]).sort_values(x, kind="stable")
@@ -63,12 +69,23 @@ def lines(
             customdata=part[[str(low), str(high)]].to_numpy().tolist() if banded else None,
             hovertemplate="%{y:.3~g}" + interval,
         )
-    if pd.api.types.is_integer_dtype(df[x]) and df[x].max() - df[x].min() <= FEW_TICKS:
-        figure.update_xaxes(dtick=1)  # of layers there are no halves
+    figure.update_xaxes(whole_ticks(df[x]))
+    figure.update_yaxes(range=with_room(limits))
     figure.update_layout(hovermode="x unified")
     show_legend(figure, group is not None)
     draw_rule(figure, hline, hline_label)
     return figure
+
+
+def mark_missing(figure: go.Figure, where: Sequence[int | float | str], at: float, why: str) -> None:
+    """Grey crosses at the height `at`, over each place of the x axis where something can't be drawn, and why."""
+    if not len(where):
+        return
+    figure.add_scatter(
+        x=list(where), y=[at] * len(where), name=html.escape(why), mode="markers", hoverinfo="skip",
+        marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": GREY}},
+    )  # fmt: skip
+    show_legend(figure, True)
 
 
 def heatmap(
@@ -108,8 +125,8 @@ def heatmap(
         hovertemplate=f"{html.escape(xlabel)} %{{x}}<br>{html.escape(ylabel)} %{{y}}<br><b>%{{z:.3~g}}</b>"
         "<extra></extra>",
     )
-    figure.update_xaxes(showgrid=False, ticks="")
-    figure.update_yaxes(showgrid=False, ticks="")
+    figure.update_xaxes(showgrid=False, ticks="", **cell_ticks(df[x]))
+    figure.update_yaxes(showgrid=False, ticks="", **cell_ticks(df[y]))
     return figure
 
 
@@ -162,8 +179,12 @@ def bars(
     high: str | None = None,
     hline: float | None = None,
     hline_label: str = "",
+    limits: tuple[float, float] | None = None,
 ) -> go.Figure:
-    """One bar per row, beside each other by group, with its interval; a NaN has no bar."""
+    """One bar per row, beside each other by group, with its interval; a NaN has no bar.
+
+    `limits` are the least and the largest that `y` can be.
+    """
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
     for name, (colour, turn), part in groups(df, group, y):
         interval = whiskers(part, y, low, high) if low is not None and high is not None else None
@@ -181,6 +202,7 @@ def bars(
         )
     figure.update_layout(barmode="group", bargap=0.35, bargroupgap=0.08)
     show_legend(figure, group is not None)
+    figure.update_yaxes(range=with_room(limits))
     figure.update_xaxes(showgrid=False, type="category")
     draw_rule(figure, hline, hline_label)
     return figure
@@ -197,7 +219,7 @@ def histogram(
     vline: float | None = None,
 ) -> go.Figure:
     """How many rows lie where; the groups lie over each other in the same bins."""
-    figure = empty(title, xlabel, "count", {"x": value, "group": group})
+    figure = empty(title, xlabel, "prompts", {"x": value, "group": group})
     edges = np.histogram_bin_edges(df[value].dropna(), bins=bins).tolist()
     for name, (colour, _), part in groups(df, group, value):
         counts = np.histogram(part[value].dropna(), bins=edges)[0].tolist()

@@ -5,10 +5,8 @@ import pandas as pd
 from mechlens.runs.report import figures
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.study import Separation
+from mechlens.studies.shared.angles import NO_ANGLE, POSSIBLE, angles
 from mechlens.studies.shared.quadrants import QUADRANTS, in_words
-
-REACH = (-1.25, 1.25)
-"""What is drawn of a cosine: corrected for noise it can pass 1, and where little but noise is left, by far."""
 
 
 def draw(writer: RunWriter, result: Separation) -> dict[str, tuple[str, ...]]:
@@ -28,7 +26,11 @@ def _quadrants(writer: RunWriter, result: Separation) -> tuple[str, ...]:
         in_words(counts[counts["n"] > 0]), x="quadrant", y="n", group="judge",
         title="Prompts in each quadrant, by judge", xlabel="", ylabel="prompts",
     )  # fmt: skip
-    return (writer.figure("quadrants", figure, table="quadrant_counts"),)
+    caption = (
+        "How many prompts each judge of the answers puts where. Bars of one quadrant that differ much say that the "
+        "choice of the judge matters; the quadrants in the middle are the ones that decide."
+    )
+    return (writer.figure("quadrants", figure, table="quadrant_counts", caption=caption),)
 
 
 def _dissociation(writer: RunWriter, result: Separation) -> tuple[str, ...]:
@@ -38,19 +40,23 @@ def _dissociation(writer: RunWriter, result: Separation) -> tuple[str, ...]:
     placed = found.prompts[found.prompts["quadrant"].isin(QUADRANTS)]
     scatter = figures.scatter(
         in_words(placed), x="harm", y="refusal", group="quadrant", hover=["id"], hline=0.0, vline=0.0,
-        title="Harm and refusal of every prompt, out of fold", xlabel="harm, at inst (quadrants' poles at -1 and +1)",
-        ylabel="refusal, at the last token",
+        title="Harm and refusal of every prompt, out of fold", ylabel="refusal at the last token (poles at −1 and +1)",
+        xlabel="harm at inst (accepted harmless at −1, refused harmful at +1)",
     )  # fmt: skip
+    seen = (
+        "Each point is a prompt. With one variable all points lie along the diagonal; with two, accepted harmful "
+        "prompts lie to the lower right and refused harmless ones to the upper left."
+    )
     table = found.at_one_position
-    words = {"harm": "gap in harm", "refusal": "gap in refusal", "D": "D"}
+    words = {"harm": "harm: gap", "refusal": "refusal: gap", "D": "D: harm less refusal"}
     bars = figures.bars(
         table.assign(number=table["number"].map(words)), x="position", y="value", low="low", high="high",
         group="number", hline=0.0, title="Accepted harmful less refused harmless, both read at one position",
-        xlabel="position", ylabel="half-distances of the poles",
+        xlabel="position", ylabel="gap (1 = half the distance of the poles)",
     )  # fmt: skip
-    caption = "Two variables at one position: a gap in harm above 0 and one in refusal below it."
+    caption = "Two variables at one position: a gap in harm above 0 and one in refusal below it, so D above 0."
     return (
-        writer.figure("harm_and_refusal", scatter, table="dissociation"),
+        writer.figure("harm_and_refusal", scatter, table="dissociation", caption=seen),
         writer.figure("dissociation_by_position", bars, table="dissociation_by_position", caption=caption),
     )
 
@@ -59,33 +65,50 @@ def _detection(writer: RunWriter, result: Separation) -> tuple[str, ...]:
     table = result.table()
     if table.empty:
         return ()
-    last = result.acts.positions[-1]
-    named = {
-        ("harmful", "inst"): "harmful, at inst",
-        ("harmful", last): "harmful, at last",
-        ("refused", "inst"): "refused, at inst",
-        ("refused", last): "refused, at last",
-        ("harmful.accepted", "inst"): "harmful among accepted, at inst",
-        ("refused.harmful", last): "refused among harmful, at last",
-    }
-    curve = [named.get(key, "") for key in zip(table["contrast"], table["position"], strict=True)]
-    shown = table.assign(curve=curve)[[name != "" for name in curve]]
-    curves = figures.lines(
-        shown, x="level", y="auroc", low="low", high="high", group="curve", hline=0.5, hline_label="chance",
-        title="Out-of-fold AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC, out of fold",
-    )  # fmt: skip
-    caption = "Bands: 95% intervals by families; the level is the same in all folds."
-    names = [writer.figure("auroc_by_level", curves, table="auroc_by_level", caption=caption)]
-    names += _against_baselines(writer, result)
-    for contrast in ("harmful", "refused"):
+    names = _curves(writer, result, table) + _against_baselines(writer, result)
+    words = {"harmful": "harm", "refused": "refusal"}
+    for contrast, word in words.items():
         cells = table[table["contrast"] == contrast]
         if not cells.empty:
             figure = figures.heatmap(
                 cells, x="position", y="level", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
-                title=f"AUROC of {contrast} at every position and level", xlabel="position", ylabel="level",
+                title=f"Where {word} can be read: AUROC at every position and level", xlabel="position",
+                ylabel="level (0 = embedding)",
             )  # fmt: skip
-            names.append(writer.figure(f"auroc_{contrast}_grid", figure))
+            caption = "White is chance, dark red is certain. Where a column darkens the model has worked it out."
+            names.append(writer.figure(f"auroc_{contrast}_grid", figure, table="auroc_by_level", caption=caption))
     return tuple(names)
+
+
+def _curves(writer: RunWriter, result: Separation, table: pd.DataFrame) -> list[str]:
+    """AUROC by level, a figure for each concept, at the two positions and inside the class where it matters."""
+    last = result.acts.positions[-1]
+    shown = {
+        "harmful": ("Is it harmful?", {
+            ("harmful", "inst"): "inst", ("harmful", last): "last",
+            ("harmful.accepted", "inst"): "harmful among accepted prompts, at inst",
+        }),
+        "refused": ("Will it be refused?", {
+            ("refused", "inst"): "inst", ("refused", last): "last",
+            ("refused.harmful", last): "refused among harmful prompts, at last",
+        }),
+    }  # fmt: skip
+    caption = (
+        "The level is where a curve rises: there the model has worked it out. The curve inside one class is the one "
+        "that the other question can't explain. Bands: 95% intervals by families; each level is the same in all folds."
+    )
+    names = []
+    for contrast, (question, curves) in shown.items():
+        named = [curves.get(key, "") for key in zip(table["contrast"], table["position"], strict=True)]
+        rows = table.assign(curve=named)[[name != "" for name in named]]
+        figure = figures.lines(
+            rows, x="level", y="auroc", low="low", high="high", group="curve", hline=0.5, hline_label="chance",
+            limits=(0.0, 1.0), title=f"{question} Out-of-fold AUROC by level", xlabel="level (0 = embedding)",
+            ylabel="AUROC, out of fold",
+        )  # fmt: skip
+        name = f"auroc_by_level_{contrast}"
+        names.append(writer.figure(name, figure, table="auroc_by_level", caption=caption))
+    return names
 
 
 def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
@@ -95,7 +118,7 @@ def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
     if chosen.empty:
         return []
     chosen = chosen[chosen["position"].isin(["inst", last])]
-    ours = chosen.assign(what="directions, " + chosen["position"].replace({last: "last"}))
+    ours = chosen.assign(what=chosen["position"].map({"inst": "inst: direction", last: "last: direction"}))
     surface = result.baselines()
     kept = {
         "tfidf_auroc": "words (TF-IDF)", "mean_embedding_auroc": "mean embedding",
@@ -109,54 +132,62 @@ def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
     named = both.assign(contrast=both["contrast"].str.replace(".", " among ", regex=False))
     figure = figures.bars(
         named, x="contrast", y="auroc", low="low", high="high", group="what", hline=0.5, hline_label="chance",
-        title="Directions against surface baselines, on the same prompts", xlabel="contrast", ylabel="AUROC",
+        limits=(0.0, 1.0), title="Directions against surface baselines, on the same prompts", xlabel="contrast",
+        ylabel="AUROC",
     )  # fmt: skip
-    return [writer.figure("against_baselines", figure, table="against_baselines")]
+    caption = "A direction that is no higher than the words, the mean embedding or the token says no more than they do."
+    return [writer.figure("against_baselines", figure, table="against_baselines", caption=caption)]
 
 
 def _angle(writer: RunWriter, result: Separation) -> tuple[str, ...]:
     table = result.geometry.table()
-    names = []
-    for name, value, low, high, title in (
-        ("cosine_corrected", "corrected", "corrected_low", "corrected_high", "Cosine by level, corrected for noise"),
-        ("cosine_measured", "cosine", "low", "high", "Cosine by level, as measured"),
-    ):
-        shown = table.dropna(subset=value)
-        if shown.empty:
-            continue
-        figure = figures.lines(
-            shown, x="level", y=value, low=low, high=high, group="curve", hline=0.0,
-            title=title, xlabel="level", ylabel="cosine",
-        )  # fmt: skip
-        figure.update_yaxes(range=REACH)
-        caption = (
-            "Bands: 95% jackknife over families, both directions refitted; they may leave the figure. The corrected "
-            "cosine is missing where a direction is mostly noise, and can pass 1 by chance."
-        )
-        names.append(writer.figure(name, figure, table="cosines", caption=caption))
+    names = [
+        _cosines(writer, table, "cosine_corrected", "corrected", "corrected_low", "corrected_high"),
+        _cosines(writer, table, "cosine_measured", "cosine", "low", "high"),
+    ]
     first = table[table["curve"] == table["curve"].iloc[0]]
     reliability = first.melt("level", ["reliability_first", "reliability_second"], "direction", "reliability")
     reliability["direction"] = reliability["direction"].map(
         {"reliability_first": "harmfulness at inst", "reliability_second": "refusal at last"}
     )
     figure = figures.lines(
-        reliability, x="level", y="reliability", group="direction",
+        reliability, x="level", y="reliability", group="direction", limits=POSSIBLE,
         title="Split-half cosine of each direction with itself", xlabel="level", ylabel="cosine of two halves",
     )  # fmt: skip
-    caption = "Near 0: the direction is noise. Near 1: half the prompts give it."
-    names.append(writer.figure("reliability", figure, caption=caption))
+    caption = "Near 0 the direction is noise, and no angle to it means anything. Near 1: half the prompts give it."
+    names.append(writer.figure("reliability", figure, table="cosines", caption=caption))
     if not result.geometry.interaction.empty:
-        norms = result.geometry.interaction.assign(
-            curve=lambda frame: (
-                frame["effect"] + " at " + frame["position"].replace({result.acts.positions[-1]: "last"})
-            )
-        )
-        figure = figures.lines(
-            norms, x="level", y="norm", group="curve",
-            title="Size of the balanced main effects and of their interaction", xlabel="level", ylabel="norm",
-        )  # fmt: skip
-        names.append(writer.figure("effect_norms", figure, table="effect_norms"))
+        for position in result.geometry.interaction["position"].unique():
+            names.append(_norms(writer, result, position))
     return tuple(names)
+
+
+def _cosines(writer: RunWriter, table: pd.DataFrame, name: str, value: str, low: str, high: str) -> str:
+    drawn, noisy = angles(table, value, low, high)
+    how = "corrected for noise" if value == "corrected" else "as measured"
+    figure = figures.lines(
+        drawn, x="level", y=value, low=low, high=high, group="curve", hline=0.0, limits=POSSIBLE,
+        title=f"Cosine of the two directions by level, {how}", xlabel="level", ylabel="cosine",
+    )  # fmt: skip
+    figures.mark_missing(figure, sorted(noisy["level"].unique().tolist()), POSSIBLE[0], NO_ANGLE)
+    caption = (
+        "At 0 the directions of harm and of refusal are unrelated, at 1 they are the same. Bands: 95% jackknife over "
+        "families, both directions refitted. A cross marks a level where the interval of some curve takes more than "
+        "half of what a cosine can be: too noisy for an angle. The numbers are in the table."
+    )
+    return writer.figure(name, figure, table="cosines", caption=caption)
+
+
+def _norms(writer: RunWriter, result: Separation, position: str) -> str:
+    norms = result.geometry.interaction
+    where = "last" if position == result.acts.positions[-1] else position
+    figure = figures.lines(
+        norms[norms["position"] == position], x="level", y="norm", group="effect",
+        title=f"Size of the balanced main effects and of their interaction, at {where}", xlabel="level",
+        ylabel="norm (residual-stream units)",
+    )  # fmt: skip
+    caption = "An interaction much smaller than both effects: harm and refusal add up, neither depends on the other."
+    return writer.figure(f"effect_norms_{where}", figure, table="effect_norms", caption=caption)
 
 
 def _beliefs(writer: RunWriter, result: Separation) -> tuple[str, ...]:
@@ -165,19 +196,25 @@ def _beliefs(writer: RunWriter, result: Separation) -> tuple[str, ...]:
     figure = figures.scatter(
         in_words(result.beliefs.prompts), x="belief_harm", y="belief_refusal", group="quadrant", hover=["id"],
         hline=0.0, vline=0.0,
-        title="Two beliefs of every held-out prompt", xlabel="belief of harmfulness, at inst",
-        ylabel="belief of refusal, at the last token",
+        title="Two beliefs of every held-out prompt", xlabel="belief of harmfulness, at inst (cosine difference)",
+        ylabel="belief of refusal, at last (cosine difference)",
     )  # fmt: skip
-    names = [writer.figure("beliefs", figure, table="beliefs")]
+    seen = "Each point is a prompt. Right: looks harmful to the model. Up: about to refuse. Look at the lower right."
+    names = [writer.figure("beliefs", figure, table="beliefs", caption=seen)]
     scores = result.beliefs.by_level
     for concept in ("harmfulness", "refusal"):
         for centered in (False, True):
             rows = scores[(scores["concept"] == concept) & (scores["centered"] == centered)]
             figure = figures.lines(
                 in_words(rows), x="level", y="score", low="low", high="high", group="quadrant", hline=0.0,
-                title=f"Score of {concept} by level{', centred' if centered else ''}", xlabel="level",
-                ylabel="cosine difference",
+                title=f"Belief of {concept} by level{', centred' if centered else ''}", xlabel="level",
+                ylabel="belief (cosine difference)",
             )  # fmt: skip
+            caption = (
+                f"Above 0: on the side of {'harmful' if concept == 'harmfulness' else 'refused'} prompts. "
+                f"{'The mean of all prompts is taken off. ' if centered else ''}"
+                "Follow accepted harmful prompts. Bands: 95% bootstrap over families."
+            )
             name = f"score_{concept}{'_centered' if centered else ''}"
-            names.append(writer.figure(name, figure, table="scores_by_level"))
+            names.append(writer.figure(name, figure, table="scores_by_level", caption=caption))
     return tuple(names)

@@ -9,6 +9,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.figures import draw
 from mechlens.studies.separate.study import Separation
 from mechlens.studies.separate.verdict import Verdict, separation_verdict
+from mechlens.studies.shared.angles import angle_text
 from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.quadrants import IN_NO_QUADRANT, QUADRANTS
 from mechlens.studies.shared.rounding import class_rounding
@@ -156,7 +157,8 @@ def _angle(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
     return Section(
         "The angle between the two directions",
         f"At level {level} (which most folds choose for harmfulness at `inst`) the cosine is "
-        f"{measured['cos_harm_refusal.measured']} as measured and {measured['cos_harm_refusal']} corrected for noise. "
+        f"{angle_text(measured['cos_harm_refusal.measured'])} as measured and "
+        f"{angle_text(measured['cos_harm_refusal'])} corrected for noise. "
         "Two estimates of one direction from few prompts can be nearly orthogonal, so each curve stands beside the "
         "split-half reliability of both directions, and the corrected one compares disjoint halves.\n\n"
         "Refused-harmful against accepted-harmless differs in both factors. The balanced main effects "
