@@ -130,7 +130,7 @@ def token_spans(view: TokenView) -> list[TokenSpan]:
     following = (*view.tokens[1:], "")
     return [
         TokenSpan(
-            _visible(token), *_colour(value, view.reach), _number(value), token.endswith("\n") and bool(after.strip())
+            visible(token), *_colour(value, view.reach), _number(value), token.endswith("\n") and bool(after.strip())
         )
         for token, after, value in zip(view.tokens, following, view.values, strict=True)
     ]
@@ -187,8 +187,8 @@ def _fixed(value: float) -> str:
     return text.replace("-", "−")
 
 
-def _visible(token: str) -> str:
-    """The token with the white space that would not be seen, or would break the line, as signs."""
+def visible(token: str) -> str:
+    """The token with the white space that would not be seen, or would break the line, as signs; never empty."""
     shown = token.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥")
     # A space before a word is seen as a gap; a token of spaces alone would be an empty box.
     return shown if shown.strip() else shown.replace(" ", "␣") or "∅"

@@ -16,15 +16,23 @@ def draw(writer: RunWriter, result: Battery) -> dict[str, tuple[str, ...]]:
     """Draws every figure that the battery has the numbers for; their names by section of the report."""
     cells = _in_words(result)
     return {
-        "belief": tuple(_belief(writer, cells, at) for at in NAMES if result.reply_layers is not None),
+        "belief": tuple(
+            _belief(writer, cells, at, measure)
+            for at in NAMES for measure in SCOPE_WORDS if result.reply_layers is not None
+        ),
         "refusal": (_refusal(writer, cells),) if result.effects else (),
         "fig4": (_fig4(writer, result),) if result.directions else (),
         "fig5": tuple(_fig5(writer, result, label) for label in (HARMLESS, HARMFUL) if result.reply_layers is not None),
-        "choice": (_choice(writer, result),) if result.directions else (),
+        "choice": tuple(_choice(writer, result, name) for name in _named(result.choice.table)),
         "words": (_words(writer, result),),
         "positions": (_positions(writer, result),) if len(result.positions) else (),
-        "damage": (_damage(writer, result),) if len(result.broken) else (),
-    }
+        "damage": tuple(_damage(writer, result, name) for name in _named(result.broken)),
+    }  # fmt: skip
+
+
+def _named(table: pd.DataFrame) -> list[str]:
+    """The directions that the table, which may be empty, has rows of."""
+    return [name for name in NAMES if name in set(table.get("direction", ()))]
 
 
 def _in_words(result: Battery) -> pd.DataFrame:
@@ -36,42 +44,45 @@ def _in_words(result: Battery) -> pd.DataFrame:
     return table.assign(cell=named).sort_values("is_push", ascending=False, kind="stable")
 
 
-def _with_chance(table: pd.DataFrame, group: "pd.Series[str]", chance: str) -> pd.DataFrame:
+def _with_chance(table: pd.DataFrame) -> pd.DataFrame:
     """The rows, and for every cell one that says how far random directions go."""
-    shown = table.assign(group=group)
-    random = table.drop_duplicates(["measure", "at", "cell"])
-    of = "" if not chance else random["measure"].map(SCOPE_WORDS).radd(", ")
-    random = random.assign(group="largest of random" + of, value=random["random_max"], low=random["random_max"])
-    return pd.concat([shown, random.assign(high=random["random_max"])], ignore_index=True)
+    random = table.drop_duplicates(["at", "cell"])
+    largest = random["random_max"]
+    random = random.assign(direction="random directions, largest", value=largest, low=largest, high=largest)
+    return pd.concat([table, random], ignore_index=True)
 
 
-def _belief(writer: RunWriter, cells: pd.DataFrame, at: str) -> str:
-    table = cells[(cells["at"] == at) & cells["measure"].isin(list(SCOPE_WORDS))]
-    shown = _with_chance(table, table["direction"] + ", " + table["measure"].map(SCOPE_WORDS), "scope")
+def _belief(writer: RunWriter, cells: pd.DataFrame, at: str, measure: str) -> str:
+    where = SCOPE_WORDS[measure]
+    shown = _with_chance(cells[(cells["at"] == at) & (cells["measure"] == measure)])
     figure = figures.bars(
-        shown, x="cell", y="value", low="low", high="high", group="group", hline=0.0,
-        title=f"Change of belief at the {at} direction's layer and strength", xlabel="what is done to which prompts",
-        ylabel="as the direction's name promises (log-odds)",
+        shown, x="cell", y="value", low="low", high="high", group="direction", hline=0.0,
+        title=f"Change of belief, acting {where}, at the {at} direction's layer and strength",
+        xlabel="what is done to which prompts", ylabel="towards what the direction's name promises (log-odds)",
     )  # fmt: skip
     caption = (
-        "Test prompts; half the difference between the two questions' logit(yes) - logit(no). Above 0: more harmful "
-        "where a direction is added, less where it is subtracted. The last two cells are those that a push leaves out. "
-        "In the table also the part that both questions bear out, and how far both say yes."
+        "Above 0 and above random directions: the direction moves what the model believes, more harmful where it is "
+        "added, less where it is subtracted. Half the difference between the two questions' logit(yes) - logit(no), "
+        "on test prompts; the last two cells are those that a push leaves out. In the table also the part that both "
+        "questions bear out, and how far both say yes."
     )
-    return writer.figure(f"belief_at_{at}", figure, table="cells", caption=caption)
+    return writer.figure(f"{measure.replace('.', '_')}_at_{at}", figure, table="cells", caption=caption)
 
 
 def _refusal(writer: RunWriter, cells: pd.DataFrame) -> str:
-    table = cells[(cells["measure"] == "refusal") & (cells["at"] == cells["direction"])]
-    shown = _with_chance(table, table["direction"], "")
-    random = shown["group"] == "largest of random"
-    shown["group"] = shown["group"].where(~random, shown["group"] + ", at the " + shown["at"] + " direction's")
+    own = cells[(cells["measure"] == "refusal") & (cells["at"] == cells["direction"])]
+    shown = _with_chance(own)
+    random = shown["direction"].str.startswith("random")
+    shown["direction"] = shown["direction"].where(~random, "random directions at the setting of " + shown["at"])
     figure = figures.bars(
-        shown, x="cell", y="value", low="low", high="high", group="group", hline=0.0,
+        shown, x="cell", y="value", low="low", high="high", group="direction", hline=0.0,
         title="Change of refusal, each direction at its own layer and strength",
-        xlabel="what is done to which prompts", ylabel="as the direction's name promises (log-odds)",
+        xlabel="what is done to which prompts", ylabel="towards what the direction's name promises (log-odds)",
     )  # fmt: skip
-    caption = "Test prompts; log-odds that the answer to the plain request starts as this model's refusals do."
+    caption = (
+        "Above 0 and above random directions: more refusal where the direction is added, less where it is subtracted. "
+        "Test prompts; log-odds that the answer to the plain request starts as this model's refusals do."
+    )
     return writer.figure("refusal", figure, table="cells", caption=caption)
 
 
@@ -83,9 +94,11 @@ def _fig4(writer: RunWriter, result: Battery) -> str:
         shown.assign(curve=shown["direction"] + " added"), x="layer", y="value", low="low", high="high", group="curve",
         hline=unsteered, hline_label="unsteered", title="Harmless requests that are refused, by layer (Fig. 4)",
         xlabel="layer at whose input the raw direction is added", ylabel="share refused, by the first answer token",
+        limits=(0.0, 1.0),
     )  # fmt: skip
     gap = result.depth
     caption = (
+        "Above the dashed line: refused because of the direction. The refusal direction should work in deeper layers. "
         f"Test prompts; {result.plan.coefficient:g} times the direction of each layer, at every token of the prompt. "
         f"The refusal direction's centre of effect lies {gap.layers} layers deeper than the harmfulness direction's "
         f"(permutation test, two-sided: p = {gap.p:.3f})."
@@ -105,25 +118,32 @@ def _fig5(writer: RunWriter, result: Battery, label: str) -> str:
         hline=unsteered, hline_label="unsteered",
         title=f"Replies about {label} requests that say No, by layer (Fig. 5)",
         xlabel="layer at whose input the direction is added or subtracted", ylabel="share of No, of No and Certainly",
+        limits=(0.0, 1.0),
     )  # fmt: skip
     caption = (
+        "Away from the dashed line: the direction changes the reply about harm. No means harmless here. "
         f"Validation prompts, {result.reply_layers.settings[0].strength:g} of the residual norm; the harmfulness "
-        "direction before the question, the refusal direction everywhere, as published. No means harmless here; in the "
+        "direction before the question, the refusal direction everywhere, as published. In the "
         "table the reversed questions too, where it means harmful, and the belief that both bear out."
     )
     return writer.figure(f"no_by_layer_{label}", figure, table="replies_by_layer", caption=caption)
 
 
-def _choice(writer: RunWriter, result: Battery) -> str:
+def _choice(writer: RunWriter, result: Battery, name: str) -> str:
     table = result.choice.table
+    table = table[table["direction"] == name]
     figure = figures.lines(
-        table.assign(curve=table["direction"] + ", " + table["strength"].map("{:g}".format)), x="layer", y="value",
+        table.assign(curve="strength " + table["strength"].map("{:g}".format)), x="layer", y="value",
         low="low", high="high", group="curve", hline=0.0, hline_label="unsteered",
-        title="Pushes by which layer and strength were chosen", xlabel="layer",
+        title=f"Pushes of the {name} direction by which layer and strength were chosen", xlabel="layer",
         ylabel="change towards the other class (log-odds)",
     )  # fmt: skip
-    caption = "Validation prompts; strengths are shares of the residual norm. Bands: 95% bootstrap over families."
-    return writer.figure("choice", figure, table="choice", caption=caption)
+    caption = (
+        "The higher, the better the push does what the direction is claimed to do. Of what lies inside the interval of "
+        "the highest point the weakest strength was taken. Validation prompts; strengths are shares of the residual "
+        "norm. Bands: 95% bootstrap over families."
+    )
+    return writer.figure(f"choice_{name}", figure, table="choice", caption=caption)
 
 
 def _words(writer: RunWriter, result: Battery) -> str:
@@ -132,9 +152,12 @@ def _words(writer: RunWriter, result: Battery) -> str:
     case += table["operation"].map({"none": "", "add": " added", "subtract": " subtracted"})
     figure = figures.bars(
         table.assign(case=case), x="case", y="share", group="belief", title="What the two replies say together",
-        xlabel="", ylabel="share of requests",
+        xlabel="which requests, and what is done to them", ylabel="share of requests", limits=(0.0, 1.0),
     )  # fmt: skip
-    caption = "Test prompts; inconsistent: both replies say yes, or both no."
+    caption = (
+        "A push that changes belief turns the bars of harmful and harmless. Test prompts; inconsistent: both replies "
+        "say yes, or both no; declined: a question is refused; unparsed: a reply says neither yes nor no."
+    )
     return writer.figure("beliefs", figure, table="beliefs", caption=caption)
 
 
@@ -146,16 +169,22 @@ def _positions(writer: RunWriter, result: Battery) -> str:
         high="high", group="group", hline=0.0, title="Directions from every position",
         xlabel="position that the direction is taken from", ylabel="change towards the other class (log-odds)",
     )  # fmt: skip
-    caption = "Validation prompts, at each direction's chosen layer and strength; belief: acted on before the question."
+    caption = (
+        "Above 0: the direction from there does it too. Validation prompts, at each direction's chosen layer and "
+        "strength; belief: acted on before the question."
+    )
     return writer.figure("positions", figure, table="positions", caption=caption)
 
 
-def _damage(writer: RunWriter, result: Battery) -> str:
+def _damage(writer: RunWriter, result: Battery, name: str) -> str:
     table = result.broken
     named = {"plain_ce": "loss, plain text", "own_ce": "loss, own answers", "kl": "KL, own answers"}
-    losses = table[table["measure"].isin(list(named))].replace({"measure": named})
+    losses = table[(table["direction"] == name) & table["measure"].isin(list(named))].replace({"measure": named})
+    words = {"none": "unsteered", "add": "added", "subtract": "subtracted", "ablate": "ablated"}
     figure = figures.bars(
-        losses.assign(case=losses["operation"] + ", " + losses["direction"]), x="measure", y="value", low="low",
-        high="high", group="case", title="Damage at the chosen settings", xlabel="", ylabel="nats per token",
+        losses.assign(case=losses["operation"].map(words)), x="measure", y="value", low="low", high="high",
+        group="case", title=f"What the {name} direction breaks, at the chosen setting", xlabel="",
+        ylabel="nats per token",
     )  # fmt: skip
-    return writer.figure("damage", figure, table="damage")
+    caption = "Bars far above the unsteered model's: the push breaks more than the behaviour it is aimed at."
+    return writer.figure(f"damage_{name}", figure, table="damage", caption=caption)

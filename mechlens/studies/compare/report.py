@@ -4,6 +4,7 @@ import pandas as pd
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.report import figures
+from mechlens.runs.report.parts import visible
 from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.compare.study import Comparison, MovedActivations
@@ -58,11 +59,15 @@ def _draw(writer: RunWriter, moved: MovedActivations) -> tuple[str, ...]:
 def _grid(writer: RunWriter, name: str, table: pd.DataFrame, title: str) -> str:
     order = {position: k for k, position in enumerate(dict.fromkeys(table["position"]))}
     shown = table.assign(
-        column=[f"{order[p]}: {t!r} {p}" for p, t in zip(table["position"], table["token"], strict=True)]
+        column=[f"{order[p]}: '{visible(t)}' {p}" for p, t in zip(table["position"], table["token"], strict=True)]
     )
     figure = figures.heatmap(
         shown, x="column", y="layer", value="recovery", center=0.0, limits=(-1.0, 1.0), label="recovery", title=title,
         xlabel="token", ylabel="layer",
     )  # fmt: skip
     figure.update_layout(height=560)
-    return writer.figure(name, figure, table=name)
+    caption = (
+        "1 (red): A then behaves as B does; 0: as before. Red at one earlier token: there B's difference begins. Red "
+        "at the last token alone: it is there only that B decides otherwise. The control should be white."
+    )
+    return writer.figure(name, figure, table=name, caption=caption)

@@ -19,7 +19,8 @@ from mechlens.studies.finetune.training import FinetuneResult
 def record(writer: RunWriter, result: TrainingRun, settings: FinetuneConfig) -> None:
     """Writes the loss curve, the list of checkpoints and the report into an open run; weights stay on the disk."""
     writer.result(result)
-    writer.figure("loss", _curve(result.losses), table="loss")
+    caption = "It should fall and level off. What the model learnt by it is another question."
+    writer.figure("loss", _curve(result.losses), table="loss", caption=caption)
     writer.report(_report(writer, result.done, result.metrics(), result.checkpoints()))
 
 

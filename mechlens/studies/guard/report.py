@@ -57,6 +57,9 @@ NUMBERS = {
 
 SOURCES = {"held_out": "held out", TOTAL: "all prompts"}
 
+IN_ROC = (GUARD, "paper_rule", "tfidf", "refusal_direction", "own_refusal")
+"""Detectors whose curves are drawn: more can't be told apart."""
+
 REPEATS = 3
 
 
@@ -148,45 +151,52 @@ def _measured(columns: pd.DataFrame) -> pd.DataFrame:
 
 def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict[str, tuple[str, ...]]:
     curves = said.curves()
+    shown = [name for name in IN_ROC if name in set(curves["detector"])]
     roc = figures.lines(
-        _in_words(curves), x="fpr", y="tpr", group="detector",
-        title="ROC on all test prompts", xlabel="false-positive rate", ylabel="true-positive rate",
+        _in_words(curves[curves["detector"].isin(shown)]), x="fpr", y="tpr", group="detector", limits=(0.0, 1.0),
+        title="ROC on all test prompts", xlabel="share of harmless prompts flagged (FPR)",
+        ylabel="share of harmful prompts flagged (TPR)",
     )  # fmt: skip
-    # A dozen names don't fit into the line above the curves.
-    roc.update_layout(height=600, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, margin={"r": 170})
-    writer.figure("roc", roc, table="roc")
+    roc.update_xaxes(range=[-0.02, 1.02])
+    caption = (
+        "The nearer to the top left corner the better; the diagonal is chance. Where few harmless prompts may be "
+        "flagged only the left edge counts. The curves of the other detectors are in the table."
+    )
+    writer.figure("roc", roc, table="roc", caption=caption)
     kinds = {TWINS: "twins", TOTAL: "all prompts"}
     areas = said.measures[said.measures["source"].isin(kinds) & (said.measures["measure"] == "auroc")]
     bars = figures.bars(
         _in_words(areas.assign(tested=areas["source"].map(kinds))), x="detector", y="value", low="low", high="high",
-        group="tested", hline=0.5, hline_label="chance",
+        group="tested", hline=0.5, hline_label="chance", limits=(0.0, 1.0),
         title="The guard beside other detectors, on the same prompts", xlabel="", ylabel="AUROC",
     )  # fmt: skip
-    writer.figure("against_baselines", bars, table="baselines", caption="Bars: 95% intervals over families.")
+    caption = (
+        "The guard should stand above the words, the mean embedding and the token on the twins: those differ in harm, "
+        "not in form. Bars: 95% intervals over families."
+    )
+    writer.figure("against_baselines", bars, table="baselines", caption=caption)
     flagged = said.measures[(said.measures["detector"] == GUARD) & said.measures["measure"].isin(["tpr", "fpr"])]
-    names = {"tpr": "harmful prompts flagged", "fpr": "harmless prompts flagged"}
+    names = {"tpr": "harmful prompts", "fpr": "harmless prompts"}
     rates = figures.bars(
         flagged.assign(what=flagged["measure"].map(names), source=flagged["source"].replace(SOURCES)),
         x="source", y="value", low="low", high="high", group="what",
-        title="What the guard flags, by source", xlabel="", ylabel="share flagged",
+        title="What the guard flags, by source", xlabel="source", ylabel="share flagged",
+        limits=(0.0, 1.0),
     )  # fmt: skip
-    writer.figure("flagged_by_source", rates, table="measures")
+    caption = "Harmful prompts should be flagged and harmless ones not, in every source. Bars: 95% bootstrap."
+    writer.figure("flagged_by_source", rates, table="measures", caption=caption)
     return {"roc": ("against_baselines", "roc"), "sources": ("flagged_by_source", *_distributions(writer, result))}
 
 
 def _distributions(writer: RunWriter, result: GuardEvaluation) -> tuple[str, ...]:
     prompts = result.examined.prompts
-    frame = pd.DataFrame(
-        {
-            "score": result.scores.tolist(),
-            "group": [f"{SOURCES.get(prompt.source, prompt.source)}, {prompt.label}" for prompt in prompts],
-        }
-    )
+    frame = pd.DataFrame({"score": result.scores.tolist(), "group": [f"{prompt.label} prompts" for prompt in prompts]})
     figure = figures.histogram(
         frame, value="score", group="group", vline=result.guard.calibration.threshold,
-        title="Scores by source", xlabel="the guard's score; the line is its threshold",
+        title="Scores of harmful and of harmless prompts", xlabel="the guard's score; the dashed line is its threshold",
     )  # fmt: skip
-    writer.figure("scores_by_source", figure, table="scores")
+    caption = "Where the two overlap the guard is mistaken. Harmful prompts should lie to the right of the line."
+    writer.figure("scores_by_source", figure, table="scores", caption=caption)
     return ("scores_by_source",)
 
 

@@ -110,18 +110,27 @@ def _beliefs(writer: RunWriter, result: JailbreakResult) -> Section:
     figure = figures.scatter(
         points, x="belief_harm", y="belief_refusal", group="group", hline=0.0, vline=0.0,
         title="Beliefs of plain requests that are refused, and of attacks around them",
-        xlabel="belief of harmfulness at inst (centred)", ylabel="belief of refusal at the last token (centred)",
+        xlabel="belief of harmfulness at inst (cosine difference, centred)",
+        ylabel="belief of refusal at last (cosine difference, centred)",
     )  # fmt: skip
-    writer.figure("beliefs", figure, table="belief_points", caption="Right: seen as harmful. Up: about to refuse.")
+    seen = (
+        "Each point is a prompt. Right: seen as harmful. Up: about to refuse. An attack that suppresses refusal moves "
+        "points down; one that hides harmfulness moves them to the left."
+    )
+    writer.figure("beliefs", figure, table="belief_points", caption=seen)
     names = {"change.belief_harm.centered": "harmfulness", "change.belief_refusal.centered": "refusal"}
     families = result.families()
     changes = families[families["measure"].isin(names)]
     bars = figures.bars(
         changes.assign(belief=changes["measure"].map(names)), x="family", y="value", low="low", high="high",
         group="belief", hline=0.0, title="Change of the beliefs against the plain request, paired by goal", xlabel="",
-        ylabel="attack minus plain",
+        ylabel="attack minus plain (cosine difference)",
     )  # fmt: skip
-    writer.figure("belief_changes", bars, table="families", caption="Bars: 95% bootstrap over goals.")
+    fallen = (
+        "Below 0: the attack lowers the belief. Where it lowers that of refusal alone the model still sees the harm. "
+        "Bars: 95% bootstrap over goals."
+    )
+    writer.figure("belief_changes", bars, table="families", caption=fallen)
     summary = [
         {"family": family, "verdict": verdict} | {name: str(result.by_family[family][name]) for name in
          ("plain_refused", "success", "seen_as_harmful", "belief_harm", "belief_refusal")}
@@ -147,7 +156,8 @@ def _put_back(writer: RunWriter, result: JailbreakResult) -> Section:
         title="Log-odds of refusal with the plain request's component put back", xlabel="",
         ylabel="change of the log-odds",
     )  # fmt: skip
-    writer.figure("restored", figure, table="restored")
+    caption = "Above 0, and above random directions in the table: putting the component back brings refusal back."
+    writer.figure("restored", figure, table="restored", caption=caption)
     return Section(
         title,
         "In attacks that succeeded, the component along a direction, at the level and position where it is read, is "
@@ -163,17 +173,20 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
     for position, part in categories.pairs.groupby("position", sort=False):
         figure = figures.heatmap(
             part, x="other", y="category", value="cosine", center=0.0, limits=(-1.0, 1.0), label="cosine",
-            title=f"Cosines between categories' directions at {position}", xlabel="", ylabel="",
+            title=f"Cosines between categories' directions at {position}", xlabel="category",
+            ylabel="category",
         )  # fmt: skip
         name = f"category_cosines_{'inst' if position == 'inst' else 'last'}"
-        shown.append(writer.figure(name, figure, table="category_cosines"))
+        caption = "Red off the diagonal: the categories share a direction. White: they have nothing in common."
+        shown.append(writer.figure(name, figure, table="category_cosines", caption=caption))
     for position, part in categories.transfer.groupby("position", sort=False):
         figure = figures.heatmap(
             part, x="tested_on", y="fitted_on", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
             title=f"One category's direction on the others, at {position}", xlabel="tested on", ylabel="fitted on",
         )  # fmt: skip
         name = f"category_transfer_{'inst' if position == 'inst' else 'last'}"
-        shown.append(writer.figure(name, figure, table="category_transfer"))
+        caption = "Red: what was fitted on one category tells another from harmless prompts too. White is chance."
+        shown.append(writer.figure(name, figure, table="category_transfer", caption=caption))
     missing = f"Directions of refusal can't be compared: {categories.no_refusals}. " if categories.no_refusals else ""
     means = "; ".join(f"{name.rpartition('.')[2]} {mean}" for name, mean in categories.means.items())
     return Section(

@@ -12,6 +12,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report import figures
 from mechlens.runs.report.colours import QUIET
+from mechlens.runs.report.parts import visible
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.patch.study import Candidates, RefusalPath
@@ -108,6 +109,10 @@ SAYS = {
     "denoising": "one clean vector in the corrupt run: is it enough?",
     "noising": "one corrupt vector in the clean run: is it needed?",
 }
+SEE = (
+    "Red: the patch gives the other run's behaviour. Follow the red cells from the words that differ, upwards to the "
+    "last token. "
+)
 STARS = "* p < 0.05, corrected over the whole grid. Point at a cell for its interval (95%, bootstrap over families)."
 
 
@@ -118,23 +123,29 @@ def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[s
         title = f"{mode.capitalize()}: {SAYS[mode]}"
         grids = [_cells(result.sweeps[name], seed) for name in (mode, f"{mode}.random")]
         figure = _panels(title, grids, ("result", "control: random vectors"), "token", "token (of the first pair)")
-        named["where"].append(writer.figure(f"grid_{mode}", figure, table=f"patching_{mode}", caption=STARS))
+        named["where"].append(writer.figure(f"grid_{mode}", figure, table=f"patching_{mode}", caption=SEE + STARS))
     for mode in MODES:
         figure = _role_lines(result.by_role(seed), mode)
-        caption = "Over all pairs and the positions of a role; dotted: random vectors of the same length."
+        caption = (
+            "Where one curve falls and another rises the information has moved on. Mean over all pairs and the "
+            "positions of a role; dotted: the most that random vectors of the same length do at any of the roles."
+        )
         named["where"].append(writer.figure(f"by_role_{mode}", figure, table="recovery_by_role", caption=caption))
     names = [f"{way}{null}" for way in MODES for null in ("", ".random")]
     grids = [_cells(result.sweeps[f"heads.{name}"], seed) for name in names]
     titles = [name.replace(".random", ", control") for name in names]
     figure = _panels("Heads at the last token", grids, titles, "head", "head", reach=None)
-    named["heads"] = [writer.figure("heads", figure, table="patching_heads.denoising", caption=STARS)]
+    see = "A few strong cells are the heads that write the difference to the last token. " + STARS
+    named["heads"] = [writer.figure("heads", figure, table="patching_heads.denoising", caption=see)]
     return {section: tuple(names) for section, names in named.items()}
 
 
 def _cells(sweep: PatchResult, seed: int) -> pd.DataFrame:
     """One row per site, with the labels of its axes; tokens repeat, so their positions stand before them."""
     table = sweep.table(seed=seed)
-    shown = [f"{position} {token!r}" for position, token in zip(table["position"], table["token"], strict=True)]
+    shown = [
+        f"{position} '{visible(token)}'" for position, token in zip(table["position"], table["token"], strict=True)
+    ]
     return table.assign(token=shown)
 
 
@@ -189,17 +200,13 @@ def _marked(grid: pd.DataFrame, x: str, trace: go.Heatmap) -> dict[str, object]:
 
 
 def _role_lines(table: pd.DataFrame, mode: str) -> go.Figure:
-    """One line a role with its interval, and the control as a dotted line of the same colour."""
-    title = f"{mode.capitalize()}, by position role"
+    """One line a role with its interval, and a dotted one for the most that the control does at any role."""
     shown, control = (table[table["sweep"] == name] for name in (mode, f"{mode}.random"))
+    largest = control.loc[control.groupby("layer")["recovery"].idxmax().dropna()]
+    largest = largest.assign(role="random vectors, largest", low=largest["recovery"], high=largest["recovery"])
     figure = figures.lines(
-        shown, x="layer", y="recovery", group="role", low="low", high="high", hline=0.0,
-        title=title, xlabel="layer", ylabel="recovery",
+        pd.concat([shown, largest], ignore_index=True), x="layer", y="recovery", group="role", low="low", high="high",
+        hline=0.0, title=f"{mode.capitalize()}, by position role", xlabel="layer", ylabel="recovery (1 = all of it)",
     )  # fmt: skip
-    dotted = figures.lines(
-        control, x="layer", y="recovery", group="role", title=title, xlabel="layer", ylabel="recovery"
-    )
-    for trace in dotted.data:
-        trace.update(name=f"{trace.name}, control", showlegend=False, line={"dash": "dot", "width": 1.5})
-        figure.add_trace(trace)
+    figure.update_traces(selector={"name": "random vectors, largest"}, line_dash="dot")
     return figure

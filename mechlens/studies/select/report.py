@@ -21,6 +21,11 @@ SCORES = {
     "induce": "Refusal score of harmless prompts, direction added (higher is better)",
     "kl": "KL of harmless prompts, direction ablated (nats; lower is better)",
 }
+SEES = {
+    "bypass": "Blue: taking the direction out ends the refusal of harmful prompts. A good candidate is deep blue here.",
+    "induce": "Red: adding the direction has harmless prompts refused. A good candidate is deep red here.",
+    "kl": "Dark: taking the direction out changes harmless answers too. A good candidate is light here.",
+}
 NUMBERS = {
     "bypass_shift": "harmful: change of the refusal score, direction ablated",
     "bypass_shift.beyond_chance": "harmful: how much lower than under the best of random",
@@ -57,14 +62,16 @@ def _figures(writer: RunWriter, result: Selection, candidates: pd.DataFrame) -> 
             center=None if score == "kl" else 0.0,
         )  # fmt: skip
         figure.update_layout(height=560)
-        writer.figure(f"scores_{score}", figure, table="candidates")
+        writer.figure(f"scores_{score}", figure, table="candidates", caption=SEES[score])
     scored = candidates.dropna(subset=["bypass", "induce"]).assign(
         group=candidates["kind"].where(candidates["status"] != "chosen", "chosen " + candidates["kind"])
     )
     figure = figures.scatter(
         scored, x="bypass", y="induce", group="group", hover=["position", "level", "kl", "status"],
         hline=0.0, vline=0.0,
-        title="Every candidate beside as many random directions", xlabel="bypass score", ylabel="induce score",
+        title="Every candidate beside as many random directions",
+        xlabel="harmful, direction ablated: refusal score (log-odds)",
+        ylabel="harmless, direction added: refusal score (log-odds)",
     )  # fmt: skip
     writer.figure(
         "candidates", figure, table="candidates",
@@ -93,7 +100,11 @@ def _test_figure(writer: RunWriter, result: Selection) -> str:
         title="Test prompts: refusal score with the direction ablated (harmful) and added (harmless)", xlabel="",
         ylabel="refusal score (log-odds)",
     )  # fmt: skip
-    return writer.figure("test_scores", figure, table="test_scores")
+    caption = (
+        "The chosen direction should be lower than random ones where it is ablated and higher where it is added. Bars: "
+        "95% bootstrap over prompt families."
+    )
+    return writer.figure("test_scores", figure, table="test_scores", caption=caption)
 
 
 def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str], sets: ContrastSets) -> Report:
