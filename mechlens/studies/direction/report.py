@@ -12,9 +12,9 @@ from mechlens.methods.probing.confounds import TELLING
 from mechlens.methods.probing.detect import MAX_REFITS
 from mechlens.methods.steering.steering_test import HIGHEST_RISE
 from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.direction.figures import draw
 from mechlens.studies.direction.study import NEGATIVE, POSITIVE, Concept
 from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.rounding import class_rounding
@@ -25,43 +25,8 @@ LENS_TOKENS = 12
 def record(writer: RunWriter, result: Concept, sets: ContrastSets) -> None:
     """Writes everything that was found into an open run."""
     writer.result(result)
-    _draw(writer, result)
+    draw(writer, result)
     writer.report(_report(writer, result, sets.model, sets.punctuation))
-
-
-def _draw(writer: RunWriter, result: Concept) -> None:
-    table = result.table()
-    curves = figures.lines(
-        table, x="level", y="auroc", low="low", high="high", group="position", hline=0.5, hline_label="chance",
-        title="Held-out AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC on test",
-    )  # fmt: skip
-    writer.figure("auroc_by_level", curves, table="auroc_by_level", caption="Bands: 95% bootstrap over families.")
-    grid = figures.heatmap(
-        table, x="position", y="level", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
-        title="AUROC at every position and level", xlabel="position", ylabel="level",
-    )  # fmt: skip
-    writer.figure("auroc_grid", grid, table="auroc_by_level")
-    chosen = result.measured.chosen().assign(what="direction at " + result.measured.chosen()["position"])
-    surface = result.baselines()
-    surface = surface.assign(what=surface["baseline"].map(_baseline_in_words))
-    both = pd.concat([frame[["what", "auroc", "low", "high"]] for frame in (chosen, surface)], ignore_index=True)
-    writer.table("against_baselines", both)
-    bars = figures.bars(
-        both, x="what", y="auroc", low="low", high="high", hline=0.5, hline_label="chance",
-        title="The direction against surface baselines, on the same test prompts", xlabel="", ylabel="AUROC",
-    )  # fmt: skip
-    writer.figure("against_baselines", bars, table="against_baselines")
-    reliability = figures.lines(
-        table, x="level", y="reliability", group="position",
-        title="Split-half reliability of the direction", xlabel="level", ylabel="reliability",
-    )  # fmt: skip
-    writer.figure("reliability", reliability, table="auroc_by_level", caption="0 is noise, 1 noise-free.")
-
-
-def _baseline_in_words(name: str) -> str:
-    kind, _, position = name.partition("_auroc")
-    words = {"tfidf": "words (TF-IDF)", "token_identity": "token at"}.get(kind, kind.replace("_", " "))
-    return f"{words}{position.replace('.', ' ')}"
 
 
 def _short(positive: str, negative: str) -> tuple[str, str]:

@@ -11,6 +11,17 @@ async function unpack(packed) {
   document.head.append(script);
 }
 
+// Plotly breaks no lines: a title longer than its axis would be cut.
+function wrapped(text, pixels) {
+  const lines = [""];
+  for (const word of text.split(" ")) {
+    const line = `${lines.at(-1)} ${word}`.trim();
+    if (7 * line.length > pixels && lines.at(-1)) lines.push(word);
+    else lines[lines.length - 1] = line;
+  }
+  return lines.join("<br>");
+}
+
 function draw(plot, isDark) {
   const written = plot.nextElementSibling.textContent;
   const seen = isDark ? written.replace(/#[0-9a-f]{6}/g, (colour) => onDark[colour] ?? colour) : written;
@@ -19,7 +30,16 @@ function draw(plot, isDark) {
     layout.height += 20 * data.filter((trace) => trace.showlegend !== false).length;
     plot.style.height = `${layout.height}px`;
   }
+  for (const [name, axis] of Object.entries(layout)) {
+    if (!/^[xy]axis/.test(name) || !axis.title?.text) continue;
+    axis.title.text = wrapped(axis.title.text, name[0] === "x" ? plot.clientWidth - 90 : layout.height - 150);
+  }
   return Plotly.react(plot, data, layout, config);
+}
+
+function drawAgain(isDark) {
+  for (const plot of plots) draw(plot, isDark);
+  document.documentElement.dataset.drawn = isDark ? "dark" : "light";
 }
 
 async function drawAll() {
@@ -28,10 +48,10 @@ async function drawAll() {
     draw(plot, dark.matches);
     await new Promise((done) => setTimeout(done));  // so that the page can be read and scrolled meanwhile
   }
-  document.documentElement.dataset.drawn = "yes";
-  dark.addEventListener("change", () => plots.forEach((plot) => draw(plot, dark.matches)));
-  addEventListener("beforeprint", () => plots.forEach((plot) => { draw(plot, false); Plotly.Plots.resize(plot); }));
-  addEventListener("afterprint", () => plots.forEach((plot) => { draw(plot, dark.matches); Plotly.Plots.resize(plot); }));
+  document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
+  dark.addEventListener("change", () => drawAgain(dark.matches));
+  addEventListener("beforeprint", () => drawAgain(false));
+  addEventListener("afterprint", () => drawAgain(dark.matches));
 }
 
 drawAll();

@@ -1,0 +1,72 @@
+"""The figures of a concept's direction."""
+
+import pandas as pd
+
+from mechlens.runs.report import figures
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.direction.study import Concept
+
+MOST_CURVES = 5
+
+
+def draw(writer: RunWriter, result: Concept) -> None:
+    """Draws every figure."""
+    table = result.table()
+    main = _main_positions(table)
+    curves = figures.lines(
+        main, x="level", y="auroc", low="low", high="high", group="position", hline=0.5, hline_label="chance",
+        title="Held-out AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC on test", limits=(0.0, 1.0),
+    )  # fmt: skip
+    caption = (
+        "Where a curve rises the model has worked the concept out; one that is high from level 0 on is in the token "
+        "itself. Bands: 95% intervals over families."
+    )
+    writer.figure("auroc_by_level", curves, table="auroc_by_level", caption=caption)
+    grid = figures.heatmap(
+        table, x="position", y="level", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
+        title="AUROC at every position and level", xlabel="position", ylabel="level (0 = embedding)",
+    )  # fmt: skip
+    seen = "White is chance, dark red is certain, blue is the wrong way round. Look for where a column darkens."
+    writer.figure("auroc_grid", grid, table="auroc_by_level", caption=seen)
+    _against_baselines(writer, result)
+    reliability = figures.lines(
+        main, x="level", y="reliability", group="position", limits=(-1.0, 1.0),
+        title="Split-half reliability of the direction", xlabel="level (0 = embedding)",
+        ylabel="reliability (0 noise, 1 noise-free)",
+    )  # fmt: skip
+    halves = "Near 0 the direction is noise, near 1 half the prompts give the same one."
+    writer.figure("reliability", reliability, table="auroc_by_level", caption=halves)
+
+
+def _main_positions(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `inst`, of the last position, and of those that are read best; the rest is in the heatmap."""
+    found = list(dict.fromkeys(table["position"]))
+    best = table.groupby("position")["auroc"].max().sort_values(ascending=False).index
+    first = [name for name in ("inst", found[-1]) if name in found]
+    kept = list(dict.fromkeys([*first, *best]))[:MOST_CURVES]
+    words = {found[-1]: f"last, {found[-1]}"} if found[-1].startswith("post") else {}
+    rows = table[table["position"].isin(kept)]
+    return rows.assign(position=rows["position"].replace(words))
+
+
+def _against_baselines(writer: RunWriter, result: Concept) -> None:
+    chosen = result.measured.chosen().assign(what="direction at " + result.measured.chosen()["position"])
+    surface = result.baselines()
+    surface = surface.assign(what=surface["baseline"].map(_baseline_in_words))
+    both = pd.concat([frame[["what", "auroc", "low", "high"]] for frame in (chosen, surface)], ignore_index=True)
+    writer.table("against_baselines", both)
+    bars = figures.bars(
+        both, x="what", y="auroc", low="low", high="high", hline=0.5, hline_label="chance", limits=(0.0, 1.0),
+        title="The direction against surface baselines, on the same test prompts", xlabel="", ylabel="AUROC on test",
+    )  # fmt: skip
+    caption = (
+        "A direction that is no higher than the words, the token or the length says no more than they do. Bars: 95% "
+        "intervals over families."
+    )
+    writer.figure("against_baselines", bars, table="against_baselines", caption=caption)
+
+
+def _baseline_in_words(name: str) -> str:
+    kind, _, position = name.partition("_auroc")
+    words = {"tfidf": "words (TF-IDF)", "token_identity": "token at"}.get(kind, kind.replace("_", " "))
+    return f"{words}{position.replace('.', ' ')}"
