@@ -158,7 +158,7 @@ def cell_ticks(values: "pd.Series[Any]") -> dict[str, Any]:
     if not pd.api.types.is_integer_dtype(values):
         return {"type": "category"}
     found = sorted(values.unique().tolist())
-    if found != list(range(found[0], found[-1] + 1)):
+    if len(found) == 1 or found != list(range(found[0], found[-1] + 1)):
         return {"type": "category", "categoryorder": "array", "categoryarray": found}
     return whole_ticks(values)
 

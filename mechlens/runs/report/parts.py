@@ -189,7 +189,8 @@ def _fixed(value: float) -> str:
 
 def visible(token: str) -> str:
     """The token with the white space that would not be seen, or would break the line, as signs; never empty."""
-    shown = token.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥")
+    signs = token.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥")
+    shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in signs)
     # A space before a word is seen as a gap; a token of spaces alone would be an empty box.
     return shown if shown.strip() else shown.replace(" ", "␣") or "∅"
 

@@ -18,6 +18,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline
 from mechlens.runs.report.colours import ON_DARK
 from mechlens.runs.report.parts import TokenView, cells, estimate_text, heading, paragraphs, token_spans
+from mechlens.runs.report.signs import sign
 from mechlens.runs.run import Run
 
 # Beyond this a table in a page is no longer read; the whole of it is in the run folder.
@@ -188,5 +189,6 @@ def _template() -> jinja2.Template:
         "paragraphs": paragraphs,
         "token_spans": token_spans,
         "estimate_text": estimate_text,
+        "sign": sign,
     }
     return environment.from_string(_resource("report.html.jinja"))

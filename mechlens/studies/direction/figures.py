@@ -13,6 +13,8 @@ def draw(writer: RunWriter, result: Concept) -> None:
     """Draws every figure."""
     table = result.table()
     main = _main_positions(table)
+    last = table["position"].iloc[-1]
+    main = main.assign(position=main["position"].replace({last: f"last, {last}"} if last.startswith("post") else {}))
     curves = figures.lines(
         main, x="level", y="auroc", low="low", high="high", group="position", hline=0.5, hline_label="chance",
         title="Held-out AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC on test", limits=(0.0, 1.0),
@@ -44,14 +46,16 @@ def _main_positions(table: pd.DataFrame) -> pd.DataFrame:
     best = table.groupby("position")["auroc"].max().sort_values(ascending=False).index
     first = [name for name in ("inst", found[-1]) if name in found]
     kept = list(dict.fromkeys([*first, *best]))[:MOST_CURVES]
-    words = {found[-1]: f"last, {found[-1]}"} if found[-1].startswith("post") else {}
-    rows = table[table["position"].isin(kept)]
-    return rows.assign(position=rows["position"].replace(words))
+    return table[table["position"].isin(kept)]
 
 
 def _against_baselines(writer: RunWriter, result: Concept) -> None:
-    chosen = result.measured.chosen().assign(what="direction at " + result.measured.chosen()["position"])
+    kept = set(_main_positions(result.table())["position"])
+    chosen = result.measured.chosen()
+    chosen = chosen[chosen["position"].isin(kept)].assign(what="direction at " + chosen["position"])
     surface = result.baselines()
+    places = surface["baseline"].str.partition("auroc.")[2]
+    surface = surface[(places == "") | places.isin(kept)]
     surface = surface.assign(what=surface["baseline"].map(_baseline_in_words))
     both = pd.concat([frame[["what", "auroc", "low", "high"]] for frame in (chosen, surface)], ignore_index=True)
     writer.table("against_baselines", both)

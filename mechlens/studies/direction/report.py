@@ -12,6 +12,7 @@ from mechlens.methods.probing.confounds import TELLING
 from mechlens.methods.probing.detect import MAX_REFITS
 from mechlens.methods.steering.steering_test import HIGHEST_RISE
 from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.runs.report.parts import visible
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.figures import draw
@@ -142,7 +143,7 @@ def _reading(result: Concept, model: LanguageModel) -> Section:
     direction = result.direction or result.detection.strongest.direction
     lens = logit_lens(model, direction, LENS_TOKENS)
     rows = [
-        {"more likely": up[0], "logit": up[1], "less likely": down[0], "logit ": down[1]}
+        {"more likely": visible(up[0]), "logit": up[1], "less likely": visible(down[0]), "logit ": down[1]}
         for up, down in zip(lens.top, lens.bottom, strict=True)
     ]
     views = []

@@ -133,7 +133,7 @@ def draw(writer: RunWriter, result: RefusalPath, seed: int) -> dict[str, tuple[s
         named["where"].append(writer.figure(f"by_role_{mode}", figure, table="recovery_by_role", caption=caption))
     names = [f"{way}{null}" for way in MODES for null in ("", ".random")]
     grids = [_cells(result.sweeps[f"heads.{name}"], seed) for name in names]
-    titles = [name.replace(".random", ", control") for name in names]
+    titles = [name.replace(".random", ":<br>control") for name in names]
     figure = _panels("Heads at the last token", grids, titles, "head", "head", reach=None)
     see = "A few strong cells are the heads that write the difference to the last token. " + STARS
     named["heads"] = [writer.figure("heads", figure, table="patching_heads.denoising", caption=see)]
@@ -166,7 +166,12 @@ def _panels(
         low = k * (width + GAP)
         trace, number = panel.data[0], "" if k == 0 else str(k + 1)
         trace.update(xaxis=f"x{number}", yaxis=f"y{number}", showscale=k == len(grids) - 1, **_marked(grid, x, trace))
-        axis = {**panel.layout.xaxis.to_plotly_json(), "domain": [low, low + width], "anchor": f"y{number}"}
+        axis = {
+            **panel.layout.xaxis.to_plotly_json(),
+            "domain": [low, low + width],
+            "anchor": f"y{number}",
+            "dtick": None,
+        }
         levels = {**panel.layout.yaxis.to_plotly_json(), "anchor": f"x{number}", "showticklabels": k == 0}
         figure.layout[f"xaxis{number}"] = {**axis, "tickfont": {"size": 10}, "tickangle": -90 if x == "token" else 0}
         figure.layout[f"yaxis{number}"] = levels if k == 0 else {**levels, "title": None, "matches": "y"}

@@ -32,7 +32,9 @@ function draw(plot, isDark) {
   }
   for (const [name, axis] of Object.entries(layout)) {
     if (!/^[xy]axis/.test(name) || !axis.title?.text) continue;
-    axis.title.text = wrapped(axis.title.text, name[0] === "x" ? plot.clientWidth - 90 : layout.height - 150);
+    const [from, to] = axis.domain ?? [0, 1];
+    const room = name[0] === "x" ? plot.clientWidth - 90 : layout.height - 150;
+    axis.title.text = wrapped(axis.title.text, (to - from) * room);
   }
   return Plotly.react(plot, data, layout, config);
 }
