@@ -200,7 +200,8 @@ def bars(
             error_y=interval,
             hovertemplate=f"%{{x}}: %{{y:.3~g}}<extra>{name}</extra>",
         )
-    figure.update_layout(barmode="group", bargap=0.35, bargroupgap=0.08)
+    # Two bars alone would be walls.
+    figure.update_layout(barmode="group", bargap=max(0.35, 0.8 - 0.15 * df[x].nunique()), bargroupgap=0.08)
     show_legend(figure, group is not None)
     figure.update_yaxes(range=with_room(limits))
     figure.update_xaxes(showgrid=False, type="category")

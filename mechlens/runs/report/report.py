@@ -124,7 +124,7 @@ def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables:
     return _template().render(
         report=report,
         run=run,
-        model=report.model or str(run.config.get("model", "")),
+        model=report.model or _model_name(run),
         figures=drawn,
         plotly=_packed_plotly() if any(figure.drawing for figure in drawn.values()) else "",
         css=Markup(_resource("report.css")),
@@ -132,6 +132,12 @@ def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables:
         drawing=_as_json({"config": _CONTROLS, "onDark": ON_DARK}),
         table=_table,
     )
+
+
+def _model_name(run: Run) -> str:
+    """Of a model in a folder the folder's name, which says what it is; the path stands in the record."""
+    name = str(run.config.get("model", ""))
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def _figure(entry: FigureEntry, tables: Mapping[str, pd.DataFrame], *, with_table: bool) -> _Figure:

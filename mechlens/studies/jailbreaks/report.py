@@ -168,9 +168,14 @@ def _put_back(writer: RunWriter, result: JailbreakResult) -> Section:
     )
 
 
+def _in_words(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The table with spaces in its categories' names."""
+    return frame.assign(**{column: frame[column].str.replace("_", " ") for column in columns})
+
+
 def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
     shown = []
-    for position, part in categories.pairs.groupby("position", sort=False):
+    for position, part in _in_words(categories.pairs, "category", "other").groupby("position", sort=False):
         figure = figures.heatmap(
             part, x="other", y="category", value="cosine", center=0.0, limits=(-1.0, 1.0), label="cosine",
             title=f"Cosines between categories' directions at {position}", xlabel="category",
@@ -179,7 +184,7 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
         name = f"category_cosines_{'inst' if position == 'inst' else 'last'}"
         caption = "Red off the diagonal: the categories share a direction. White: they have nothing in common."
         shown.append(writer.figure(name, figure, table="category_cosines", caption=caption))
-    for position, part in categories.transfer.groupby("position", sort=False):
+    for position, part in _in_words(categories.transfer, "fitted_on", "tested_on").groupby("position", sort=False):
         figure = figures.heatmap(
             part, x="tested_on", y="fitted_on", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
             title=f"One category's direction on the others, at {position}", xlabel="tested on", ylabel="fitted on",

@@ -205,7 +205,7 @@ def _examples(result: Separation, model: LanguageModel) -> Section:
         for i in own[:2]:
             prompt, answers = result.judged.prompts[i], result.judged.answers
             more = " ..." if answers.cut and answers.cut[i] else ""
-            rows.append({"quadrant": name, "prompt": prompt.text, "answer": answers.texts[i] + more})
+            rows.append({"quadrant": name.replace("_", " "), "prompt": prompt.text, "answer": answers.texts[i] + more})
         if own:
             views += _views(result, model, own[0], name)
     return Section(
