@@ -36,7 +36,6 @@ from mechlens.runs.run import read_run
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
 from mechlens.studies.finetune.study import LossLog
-from mechlens.studies.guard.fitting import LatentGuard
 
 CHECKPOINT = Checkpoint(name="tiny", path="tiny", step=3, fingerprint="ab" * 32)
 SIZE = 16
@@ -164,7 +163,7 @@ def step_told(path: Path) -> object:
 
 
 KINDS = {
-    "guard": Kind(saved(guard()), lambda path: LatentGuard.load(path).fitted_),
+    "guard": Kind(saved(guard()), lambda path: load(path, FittedGuard)),
     "grid": Kind(saved(grid()), lambda path: load(path, DirectionGrid)),
     "activations": Kind(saved(activations()), lambda path: load(path, Activations)),
     "checkpoint": Kind(saved(CHECKPOINT), lambda path: load(path, Checkpoint)),

@@ -12,6 +12,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from tiny import words
 
+import mechlens as ml
 from mechlens.choices import RULES
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
@@ -324,25 +325,19 @@ def test_a_saved_guard_is_the_same_to_the_last_bit(rule: str, planted: tuple[Any
     train, test = planted
     sha = [f"sha-{i}" for i in range(len(train.ids))]
     guard = LatentGuard(rule, ("inst", "last")).fit(train, train_sha256=sha)
-    guard.save(tmp_path / "guard.safetensors")
-    again = LatentGuard.load(tmp_path / "guard.safetensors")
+    again = LatentGuard.of(ml.open(ml.save(guard, tmp_path / "guard.safetensors")))
     assert again.get_params() == guard.get_params()
     assert torch.equal(again.score(test), guard.score(test))
     assert np.array_equal(again.predict_proba(test), guard.predict_proba(test))
     assert again.classes_.tolist() == guard.classes_.tolist()
     assert again.fitted_.train_sha256 == guard.fitted_.train_sha256 == tuple(sha)
-    again.save(tmp_path / "again.safetensors")
+    ml.save(again, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "guard.safetensors").read_bytes()
 
 
-def test_another_kind_of_file_is_no_guard(tmp_path: Path, planted: tuple[Any, Any]) -> None:
-    from mechlens.runs.artifacts import save
-
-    save(planted[0].checkpoint, tmp_path / "checkpoint.safetensors")
-    with pytest.raises(UserError, match="holds a Checkpoint, not a FittedGuard"):
-        LatentGuard.load(tmp_path / "checkpoint.safetensors")
-    with pytest.raises(UserError, match="there is no file"):
-        LatentGuard.load(tmp_path / "none.safetensors")
+def test_another_thing_is_no_guard(planted: tuple[Any, Any]) -> None:
+    with pytest.raises(UserError, match="a Checkpoint is no fitted guard"):
+        LatentGuard.of(planted[0].checkpoint)
 
 
 @pytest.fixture(scope="module")

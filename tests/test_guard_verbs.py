@@ -19,8 +19,10 @@ from sentence import require_one_sentence
 import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
+from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.rules import CosineScore
 from mechlens.methods.statistics.resample import one_thread
+from mechlens.runs.artifacts import load
 from mechlens.runs.run import read_run
 from mechlens.studies.guard.config import GuardPredict
 from mechlens.studies.guard.fitting import LatentGuard
@@ -98,7 +100,7 @@ def evaluated(fitted: Fitted) -> Path:
 def test_fit_keeps_a_guard_that_knows_what_it_was_fitted_on(fitted: Fitted) -> None:
     record = require_one_sentence(fitted.run)
     assert record.status == "success"
-    guard = LatentGuard.load(fitted.guard)
+    guard = LatentGuard.of(ml.open(fitted.guard))
     prompts = pd.read_parquet(fitted.run / "tables" / "prompts.parquet")
     assert guard.get_params()["rule"] == "centred"
     assert set(guard.fitted_.train_sha256) == {text_sha256(text) for text in prompts["text"]}
@@ -129,7 +131,7 @@ def test_a_guard_by_the_augmented_pool_learns_what_the_model_refuses(fitted: Fit
     for name, word in (("harmful", "break"), ("harmless", "make")):
         command += [f"--{name}", write_prompts(tmp_path / f"{name}.jsonl", requests(70, word))]
     main([*command, "--max-new-tokens", "2", "--max-fpr", "0.2", *QUICK, "--rule", "augmented", "--positions", "inst"])
-    guard = LatentGuard.load(tmp_path / "run" / "guard.safetensors").fitted_
+    guard = load(tmp_path / "run" / "guard.safetensors", FittedGuard)
     assert guard.settings.rule == "augmented"
     prompts = pd.read_parquet(tmp_path / "run" / "tables" / "prompts.parquet").set_index("id")
     model = ml.load(fitted.model)
@@ -157,7 +159,7 @@ def test_a_rerun_of_the_fit_gives_the_same_numbers(fitted: Fitted, capfd: pytest
 
 def test_eval_leaves_out_what_was_seen_and_counts_it(fitted: Fitted, evaluated: Path) -> None:
     counts = pd.read_parquet(evaluated / "tables" / "left_out.parquet").set_index("source")
-    fit = set(LatentGuard.load(fitted.guard).fitted_.train_sha256)
+    fit = set(ml.open(fitted.guard).train_sha256)
     texts = requests(40, "break")
     seen = sum(text_sha256(text) in fit for text in texts)
     assert 0 < seen < 40
@@ -444,7 +446,7 @@ def test_the_stream_equals_asking_in_python(fitted: Fitted, monkeypatch: pytest.
 
     texts = requests(7, "wash")
     records = ask(fitted, "\n".join(texts).encode(), monkeypatch, batch=3)
-    said = ml.LatentGuard.load(fitted.guard)(ml.load(fitted.model), texts)
+    said = ml.LatentGuard.of(ml.open(fitted.guard))(ml.load(fitted.model), texts)
     assert [record["score"] for record in records] == pytest.approx([one.score for one in said], rel=1e-4, abs=1e-6)
     assert [record["harmful"] for record in records] == [one.harmful for one in said]
     single = ask(fitted, "\n".join(texts).encode(), monkeypatch, batch=1)

@@ -138,7 +138,7 @@ class Run:
     tables: dict[str, str] = field(default_factory=dict)
     """sha256 of every table's file, by name."""
     figures: dict[str, str] = field(default_factory=dict)
-    """sha256 of every figure's file, by name; those of the report first, in its order."""
+    """sha256 of every figure's file, by name; the report's main one first, then in its order."""
     wandb_id: str | None = None
     argv: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)

@@ -253,8 +253,9 @@ class RunWriter:
         self._report = report
         headline = str(report.headline) if report.headline else None
         words = {name: report.words.get(name, name) for name in report.numbers}
-        shown = [name for section in report.sections for name in section.figures if name in self.run.figures]
-        figures = {name: self.run.figures[name] for name in (*shown, *self.run.figures)}
+        shown = (*report.main, *(name for section in report.sections for name in section.figures))
+        known = self.run.figures
+        figures = {name: known[name] for name in (*shown, *known) if name in known}
         self._update(verdict=report.verdict, headline=headline, words=words, figures=figures)
         path = self.out / "report.html"
         write_text(path, render(report, self.run, self._figures, self._tables))

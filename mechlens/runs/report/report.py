@@ -72,6 +72,8 @@ class Report:
     """What a metric is called where people read it; others by their names."""
     headline: Headline | None = None
     """The one sentence; None leaves it to the first of the verdict."""
+    main: tuple[str, ...] = ()
+    """Figures that come first where there is room for one or two, such as a notebook; then in the sections' order."""
     sections: tuple[Section, ...] = ()
     how: str = ""
     """How it was made: data, splits, choices."""

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 from mechlens.choices import RULES
@@ -23,7 +22,6 @@ from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice
-from mechlens.runs.artifacts import load, save
 from mechlens.settings import FRACTIONS, Answering
 from mechlens.studies.shared.inputs import Check
 from mechlens.studies.shared.quadrants import judge_answers
@@ -35,21 +33,15 @@ Guard = TypeVar("Guard", bound="LatentGuard")
 class LatentGuard(GuardEstimator):
     """A detector of harmful prompts that reads the model's own residual stream; see `GuardEstimator`.
 
-    `guard = LatentGuard().fit(activations)`, then `guard(model, texts)`.
+    `guard = LatentGuard().fit(activations)`, then `guard(model, texts)`; `ml.save(guard, path)` keeps it, and
+    `LatentGuard.of(ml.open(path))` is the estimator again.
     """
 
-    def save(self, path: str | Path) -> None:
-        """Writes the fitted guard as one safetensors file."""
-        save(self._guard, Path(path))
-
     @classmethod
-    def load(cls: type[Guard], path: str | Path) -> Guard:
-        """The guard that `save`, or `mechlens guard fit`, wrote."""
-        return cls.of(load(Path(path), FittedGuard))
-
-    @classmethod
-    def of(cls: type[Guard], fitted: FittedGuard) -> Guard:
-        """The estimator around a fitted guard."""
+    def of(cls: type[Guard], fitted: object) -> Guard:
+        """The estimator around a fitted guard; UserError for anything else."""
+        if not isinstance(fitted, FittedGuard):
+            raise UserError(f"a {type(fitted).__name__} is no fitted guard; give what `mechlens guard fit` wrote")
         guard = cls.with_settings(fitted.settings)
         guard.fitted_ = fitted
         guard._learnt()

@@ -16,12 +16,13 @@ from typing import Any, Protocol, runtime_checkable
 from mechlens.checked_json import parse_json
 from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
-from mechlens.methods.guard.fitted import GuardVerdict
+from mechlens.methods.guard.fitted import FittedGuard, GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.prompts.files.from_row import RowReader
 from mechlens.prompts.files.rows import Record
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.artifacts import load as load_artifact
 from mechlens.studies.guard.config import GuardPredict
 from mechlens.studies.guard.fitting import LatentGuard, fits
 from mechlens.studies.registry import Screen
@@ -64,7 +65,7 @@ def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
     """One record for each line that isn't blank, in order: line, harmful, score, probability; or line, error."""
     if config.batch < 1:
         raise UserError(f"batch is {config.batch}; judge at least one prompt at a time")
-    guard = LatentGuard.load(user_path(config.guard))
+    guard = LatentGuard.of(load_artifact(user_path(config.guard), FittedGuard))
     with _opened(config.input) as stream:
         model, template = chosen_model(config, fits(guard.fitted_, other_weights=config.other_weights))
         guard.fitted_.require(

@@ -119,6 +119,7 @@ def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str],
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + logit_rounding(known.parity, shifts),
         numbers=verdict.deciding,
         words=NUMBERS,
+        main=(names["test"],) if "test" in names else (),
         sections=(
             Section(
                 "Scores of every candidate",

@@ -49,6 +49,7 @@ def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
             verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + _rounding(result, sets.model),
             numbers=verdict.deciding,
             words=NUMBERS,
+            main=figures["dissociation"][:1],
             sections=(
                 _quadrants(result, figures),
                 _one_or_two(result, figures),
