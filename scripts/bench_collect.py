@@ -8,19 +8,17 @@ from the same tokens. The last line is one JSON object with the speed-ups and th
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from bench_models import add_options, both, clock, where
 from torch import Tensor, nn
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.models.bridge import n_layers
-from mechlens.models.engine import products
-from mechlens.models.load import load, load_hf
 from mechlens.models.sites import level_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
@@ -32,15 +30,13 @@ BATCH = 32
 def main() -> None:
     warnings.filterwarnings("error", ".*takes the plain path")  # this measures the fast one
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="smollm2", help="packaged name, hub id, folder or GGUF file")
+    add_options(parser, "smollm2")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--mkl", action="store_true", help="with the matrix products that the peers have, on AMD too")
+    parser.add_argument("--prompts", type=int, default=64)
     args = parser.parse_args()
-    if args.mkl:
-        products.mkl_is_slow = lambda: False
-    model = load(args.model, device="cpu")
-    hf_model, _ = load_hf(args.model, dtype="auto")
-    prompts = builtin_prompts("harmful")[:32] + builtin_prompts("harmless")[:32]
+    model, hf_model = both(args)
+    half = args.prompts // 2
+    prompts = builtin_prompts("harmful")[:half] + builtin_prompts("harmless")[:half]
     batch = tokenize(prompts, template_of(model))
     ways: dict[str, Callable[[], Tensor]] = {
         "mechlens collect": lambda: collect(model, batch, positions=POSITIONS).values,
@@ -48,25 +44,25 @@ def main() -> None:
         "Hugging Face hooks": lambda: with_huggingface(hf_model, batch),
     }
     seconds, values = take_turns(ways, args.repeats)
-    report(args.model, batch, seconds, values)
+    report(f"{args.model} ({where(hf_model)})", batch, seconds, values)
 
 
 def with_transformerlens(model: Any, batch: TokenBatch) -> Tensor:
     """Every level at the read positions through TransformerLens' own cache."""
     names = [level_hook(model, level) for level in range(n_layers(model) + 1)]
     parts = []
-    for tokens, read in chunks(batch):
+    for tokens, read in chunks(batch, model):
         _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False)
         rows = torch.arange(len(tokens)).unsqueeze(1)
         parts.append(torch.stack([cache[name][rows, read] for name in names], dim=1))
-    return torch.cat(parts)
+    return torch.cat(parts).float().cpu()
 
 
 def with_huggingface(hf_model: nn.Module, batch: TokenBatch) -> Tensor:
     """The same through forward hooks on the decoder layers."""
     layers = decoder_layers(hf_model)
     parts = []
-    for tokens, read in chunks(batch):
+    for tokens, read in chunks(batch, hf_model):
         rows = torch.arange(len(tokens)).unsqueeze(1)
         found: list[Tensor] = []
 
@@ -82,19 +78,19 @@ def with_huggingface(hf_model: nn.Module, batch: TokenBatch) -> Tensor:
         for handle in handles:
             handle.remove()
         parts.append(torch.stack(found, dim=1))
-    return torch.cat(parts)
+    return torch.cat(parts).float().cpu()
 
 
-def chunks(batch: TokenBatch) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and read positions in file order, right-padded to the longest prompt of each batch.
+def chunks(batch: TokenBatch, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Tokens, on the model's device, and read positions in file order, right-padded to the longest of each batch.
 
     Right padding needs no attention mask, which is the baselines' fastest case.
     """
     read = torch.stack([batch.at(name) for name in POSITIONS], dim=1)
-    starts = range(0, len(batch.prompts), BATCH)
+    starts, device = range(0, len(batch.prompts), BATCH), next(model.parameters()).device
     widths = [int(batch.lengths[start : start + BATCH].max()) for start in starts]
     return [
-        (batch.tokens[start : start + BATCH, :width], read[start : start + BATCH])
+        (batch.tokens[start : start + BATCH, :width].to(device), read[start : start + BATCH])
         for start, width in zip(starts, widths, strict=True)
     ]
 
@@ -112,9 +108,9 @@ def take_turns(ways: dict[str, Callable[[], Tensor]], repeats: int) -> tuple[dic
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = clock()
             way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds, values
 
 
@@ -127,12 +123,12 @@ def report(model: str, batch: TokenBatch, seconds: dict[str, list[float]], value
     mine, *others = values
     median = {name: statistics.median(times) for name, times in seconds.items()}
     tokens = int(batch.lengths.sum())
-    print(f"\n{model}: {len(batch.prompts)} prompts, {tokens} tokens, {torch.get_num_threads()} threads")
+    print(f"\n{model}: {len(batch.prompts)} prompts, {tokens} tokens")
     print(f"{'way':<32}{'median':>9}{'fastest':>9}{'slowest':>9}{'mechlens is':>14}{'rel. diff':>11}")
     for name, times in seconds.items():
         factor = f"{median[name] / median[mine]:.2f}x faster" if name in others else ""
         apart = f"{relative(values[mine], values[name]):.1e}" if name in others else ""
-        print(f"{name:<32}{median[name]:>8.2f}s{min(times):>8.2f}s{max(times):>8.2f}s{factor:>14}{apart:>11}")
+        print(f"{name:<32}{median[name]:>8.3f}s{min(times):>8.3f}s{max(times):>8.3f}s{factor:>14}{apart:>11}")
     lens, plain = others
     result = {
         "vs_transformerlens": round(median[lens] / median[mine], 2),

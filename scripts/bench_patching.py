@@ -12,7 +12,6 @@ that differs) at the rate of this process for the model's own matrix products. T
 import argparse
 import json
 import resource
-import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from bench_models import add_options, both, clock, where
 from torch import Tensor
 from transformer_lens import patching as peer
 
@@ -27,10 +27,8 @@ from mechlens.methods.patching.metrics import LogitDifference
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import patch_sweep
-from mechlens.models.bridge import loaded, n_layers
-from mechlens.models.engine import products
+from mechlens.models.bridge import device_of, loaded, n_layers
 from mechlens.models.engine.growing import can_grow
-from mechlens.models.load import load
 from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import site_hook
 from mechlens.prompts.batch import tokenize
@@ -62,14 +60,13 @@ class Case:
 def main() -> None:
     warnings.filterwarnings("error", ".*takes the plain path")  # this measures the fast one
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="packaged name, hub id, folder or GGUF file")
+    add_options(parser, "smollm2")
     parser.add_argument("--peer-sites", type=int, default=60, help="sites that TransformerLens is timed on")
     parser.add_argument("--quick", action="store_true", help="four layers, few sites: does it run? No result")
-    parser.add_argument("--mkl", action="store_true", help="with the matrix products that the peer has, on AMD too")
     options = parser.parse_args()
-    if options.mkl:
-        products.mkl_is_slow = lambda: False
-    model = load(options.model, device="cpu")
+    model, hf_model = both(options)
+    print(f"{options.model} ({where(hf_model)})")
+    del hf_model
     tokenizer = loaded(model).tokenizer
     tokenizer.chat_template = tokenizer.chat_template or FRAME
     template = chat_template(tokenizer)
@@ -115,23 +112,23 @@ def cases(model: Any, template: ChatTemplate, pairs: list[PromptPair], layers: t
 @torch.inference_mode()
 def favoured(model: Any, clean: Tensor, corrupt: Tensor) -> tuple[int, int]:
     """The tokens that the first pair's clean and corrupt prompt favour next."""
-    a, b = (int(model(tokens[:1])[0, -1].argmax()) for tokens in (clean, corrupt))
+    a, b = (int(model(tokens[:1].to(device_of(model)))[0, -1].argmax()) for tokens in (clean, corrupt))
     return a, b if a != b else a + 1
 
 
 def warm_up(model: Any, template: ChatTemplate, pairs: list[PromptPair]) -> None:
     for case in cases(model, template, pairs[:1], (0,))[1:]:
-        start = time.perf_counter()
+        start = clock()
         can_grow(model, case.site)
-        print(f"{case.site}: the growing batch fits, found in {time.perf_counter() - start:.2f} s", flush=True)
+        print(f"{case.site}: the growing batch fits, found in {clock() - start:.2f} s", flush=True)
         ours = patch_sweep(model, pairs[:1], case.metric, case.plan, template=template)
         by_transformer_lens(model, case, ours, 1)
 
 
 def measure(model: Any, template: ChatTemplate, pairs: list[PromptPair], case: Case, sites: int) -> dict[str, float]:
-    start = time.perf_counter()
+    start = clock()
     ours = patch_sweep(model, pairs, case.metric, case.plan, template=template)
-    took = time.perf_counter() - start
+    took = clock() - start
     peer_took, difference, timed = by_transformer_lens(model, case, ours, sites)
     floor = floor_seconds(model, case, ours)
     print(
@@ -151,9 +148,9 @@ def measure(model: Any, template: ChatTemplate, pairs: list[PromptPair], case: C
 def by_transformer_lens(model: Any, case: Case, ours: PatchResult, sites: int) -> tuple[float, float, int]:
     """Seconds for the whole grid, the largest difference, and the number of sites that were timed."""
     names = {site_hook(case.site, layer) for layer in ours.layers}
-    start = time.perf_counter()
-    _, cache = model.run_with_cache(case.clean, names_filter=lambda name: name in names)
-    once = time.perf_counter() - start
+    start = clock()
+    _, cache = model.run_with_cache(case.clean.to(device_of(model)), names_filter=lambda name: name in names)
+    once = clock() - start
     axes = [(layer, pos, head) for layer in ours.layers for pos in case.positions for head in (ours.heads or (0,))]
     picked = axes[:: max(1, len(axes) // sites)]
     columns = ["layer", "pos", "head"] if ours.heads else ["layer", "pos"]
@@ -165,12 +162,14 @@ def by_transformer_lens(model: Any, case: Case, ours: PatchResult, sites: int) -
         found.append(case.metric(logits[:, -1].float(), logits[0, -1]))
         return found[-1].mean()
 
-    start = time.perf_counter()
-    peer.generic_activation_patch(model, case.corrupt, cache, keep, setter, case.site, index_df=index)
-    took = once + (time.perf_counter() - start) * len(axes) / len(picked)
+    start = clock()
+    peer.generic_activation_patch(
+        model, case.corrupt.to(device_of(model)), cache, keep, setter, case.site, index_df=index
+    )
+    took = once + (clock() - start) * len(axes) / len(picked)
     place = {axis: k for k, axis in enumerate(axes)}
     mine = ours.values.flatten(1)[:, [place[axis] for axis in picked]].T
-    return took, float((torch.stack(found) - mine).abs().max()), len(picked)
+    return took, float((torch.stack(found).cpu() - mine).abs().max()), len(picked)
 
 
 def floor_seconds(model: Any, case: Case, ours: PatchResult) -> float:
@@ -182,12 +181,12 @@ def floor_seconds(model: Any, case: Case, ours: PatchResult) -> float:
     changed = tokens * sum(blocks - layer for layer in case.layers)
     with torch.inference_mode(), native(model):
         linear = next(m for m in native_blocks(model)[0].modules() if type(m) is torch.nn.Linear)
-        x = torch.randn(1024, linear.in_features)
+        x = torch.randn(1024, linear.in_features).to(linear.weight)
         linear(x)
-        start = time.perf_counter()
+        start = clock()
         for _ in range(20):
             linear(x)
-        rate = 20 * 2 * 1024 * linear.weight.numel() / (time.perf_counter() - start)
+        rate = 20 * 2 * 1024 * linear.weight.numel() / (clock() - start)
     return changed * ours.values.shape[3] * per_token_block / rate
 
 
@@ -204,9 +203,9 @@ def growth(model: Any, template: ChatTemplate, pairs: list[PromptPair], layers: 
         ("4 pairs", layers, 4, 4),
     ):
         plan = PatchPlan("resid_pre", some, tuple(f"token[{k}]" for k in range(length - positions, length)))
-        start = time.perf_counter()
+        start = clock()
         patch_sweep(model, pairs[:n], LogitDifference(1, 2), plan, template=template)
-        print(f"cost: {what:30s} {time.perf_counter() - start:6.2f} s", flush=True)
+        print(f"cost: {what:30s} {clock() - start:6.2f} s", flush=True)
 
 
 if __name__ == "__main__":

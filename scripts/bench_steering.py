@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from bench_models import add_options, both, where
+from bench_models import clock as wall
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -33,35 +35,30 @@ from mechlens.methods.steering.candidates import score_candidates
 from mechlens.methods.steering.interventions import ALL, Add
 from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import loaded, n_layers
-from mechlens.models.engine import products
 from mechlens.models.engine.generate import stop_tokens
-from mechlens.models.load import load, load_hf
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
 
 STRENGTHS = (0.5, 1.0, 2.0)
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS: dict[str, Callable[[], float]] = {"wall": wall, "cpu": time.process_time}
 
 
 def main() -> None:
     warnings.filterwarnings("error", ".*takes the plain path")  # this measures the fast one
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-refuser", help="packaged name, hub id, folder or GGUF file")
+    add_options(parser, "smollm2-refuser")
     parser.add_argument("--quick", action="store_true", help="six layers, 16 prompts, fewer candidates: a first look")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--single", type=int, default=24, help="answers that are timed one prompt at a time")
     parser.add_argument(
         "--peer-candidates", type=int, default=18, help="candidates that the published loop is timed on"
     )
-    parser.add_argument("--mkl", action="store_true", help="with the matrix products that the peers have, on AMD too")
     parser.add_argument("--sweep-only", action="store_true", help="leave out (b)")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     options = parser.parse_args()
-    if options.mkl:
-        products.mkl_is_slow = lambda: False
     clock = CLOCKS[options.clock]
-    model = load(options.model, device="cpu")
-    hf_model, _ = load_hf(options.model, dtype="auto")
+    model, hf_model = both(options)
+    print(f"{options.model} ({where(hf_model)})")
     per_class = 8 if options.quick else 16
     harmful, harmless = builtin_prompts("harmful"), builtin_prompts("harmless")
     acts = collect(model, [*harmful[64:128], *harmless[64:128]], positions=["post[*]"])
@@ -74,8 +71,8 @@ def main() -> None:
     if options.sweep_only:
         print(json.dumps(result))
         return
-    both = tokenize([*harmful[: 2 * per_class], *harmless[: 2 * per_class]], template_of(model))
-    result |= selection(model, hf_model, both, candidates_of(grid, layers, options.quick), options, clock)
+    scored = tokenize([*harmful[: 2 * per_class], *harmless[: 2 * per_class]], template_of(model))
+    result |= selection(model, hf_model, scored, candidates_of(grid, layers, options.quick), options, clock)
     order = ("sweep_ratio", "sweep_ratio_batch1", "selection_ratio", "labels_equal", "max_abs_diff")
     print(json.dumps({name: result[name] for name in order}))
 
@@ -159,12 +156,12 @@ def hooked_answers(
         hidden = args[0]
         return (hidden + vector.to(hidden), *args[1:]) if hidden.shape[1] > 1 else args
 
+    tokens, mask = (x.to(hf_model.device) for x in (batch.tokens, batch.mask.long()))
     settings = GenerationConfig(eos_token_id=stop or None, pad_token_id=stop[0] if stop else 0)
     with hooked([(decoder_layers(hf_model)[layer], add, True)]):
         out = hf_model.generate(
-            batch.tokens, attention_mask=batch.mask.long(), max_new_tokens=new_tokens, do_sample=False,
-            generation_config=settings,
-        )  # fmt: skip
+            tokens, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, generation_config=settings
+        )
     answers = out[:, batch.tokens.shape[1] :].tolist()
     ends = [next((i for i, token in enumerate(row) if token in stop), len(row)) for row in answers]
     return [
@@ -209,7 +206,8 @@ def published(
     blocks, unit = decoder_layers(hf_model), one.vector / (one.vector.norm() + 1e-8)
 
     def off(x: Tensor) -> Tensor:
-        return x - (x @ unit).unsqueeze(-1) * unit
+        along = unit.to(x)
+        return x - (x @ along).unsqueeze(-1) * along
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (off(args[0]), *args[1:])
@@ -218,7 +216,7 @@ def published(
         return (off(output[0]), *output[1:]) if isinstance(output, tuple) else off(output)
 
     def plus(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0] + one.vector, *args[1:])
+        return (args[0] + one.vector.to(args[0]), *args[1:])
 
     parts = [part for block in blocks for part in (attention_of(block), block.mlp)]
     ablating = [(block, before, True) for block in blocks] + [(part, after, False) for part in parts]
@@ -237,9 +235,10 @@ def score(logits: Tensor, tokens: list[int]) -> Tensor:
 @torch.inference_mode()
 def last_logits(hf_model: Any, batch: TokenBatch, hooks: list[tuple[nn.Module, Any, bool]]) -> Tensor:
     """As published: the whole batch's logits, of which the last are read."""
+    tokens, mask = (x.to(hf_model.device) for x in (batch.tokens, batch.mask.long()))
     with hooked(hooks):
-        logits: Tensor = hf_model(batch.tokens, attention_mask=batch.mask.long()).logits[:, -1]
-    return logits
+        logits: Tensor = hf_model(tokens, attention_mask=mask).logits[:, -1]
+    return logits.cpu()
 
 
 # The plain model

@@ -10,18 +10,18 @@ import argparse
 import json
 import tempfile
 import threading
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_models import clock
 from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.models.bridge import n_layers
+from mechlens.models.bridge import device_of, n_layers
 from mechlens.models.checkpoints.series import CheckpointSeries, checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.engine import products
@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="packaged name, hub id or folder")
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--mkl", action="store_true", help="with the matrix products that the peers have, on AMD too")
     parser.add_argument("--quick", action="store_true", help="3 checkpoints and 32 prompts")
     args = parser.parse_args()
@@ -51,8 +53,8 @@ def main() -> None:
     prompts = builtin_prompts("harmful")[:half] + builtin_prompts("harmless")[:half]
     with tempfile.TemporaryDirectory() as scratch:
         make_adapters(args.model, Path(scratch), n_checkpoints)
-        measured = race(checkpoint_series(args.model, [scratch]), prompts)
-    print(f"\n{args.model}: {n_checkpoints} adapters, {n_prompts} prompts, {torch.get_num_threads()} threads")
+        measured = race(checkpoint_series(args.model, [scratch]), prompts, args.device, args.dtype)
+    print(f"\n{args.model}: {n_checkpoints} adapters, {n_prompts} prompts, {args.device}")
     print(f"checkpoints taking turns {measured.mine:8.1f} s, of which loading the base {measured.loading:.1f} s")
     print(f"plain loop               {measured.plain:8.1f} s")
     result = {
@@ -74,25 +76,25 @@ class Measured:
     growth: float = 0.0
 
 
-def race(series: CheckpointSeries, prompts: list[Prompt]) -> Measured:
+def race(series: CheckpointSeries, prompts: list[Prompt], device: str, dtype: str) -> Measured:
     """Both ways take turns, checkpoint by checkpoint, so that a busy machine slows both alike."""
-    load(series.base.path, device="cpu")  # so that neither way pays for imports and a cold disk
-    start = time.perf_counter()
-    with checkpoint_swapper(series.base.path, device="cpu") as one:
-        loading = time.perf_counter() - start
+    load(series.base.path, device=device, dtype=dtype)  # so that neither way pays for imports and a cold disk
+    start = clock()
+    with checkpoint_swapper(series.base.path, device=device, dtype=dtype) as one:
+        loading = clock() - start
         found = Measured(loading, loading)
         batch = tokenize(prompts, template_of(one.model))
         collect(one.model, batch, positions=POSITIONS)  # what a pass itself needs is no growth by the swap
         for member in series.members[1:]:
-            start = time.perf_counter()
+            start = clock()
             with Growth() as growth:
                 mine = collect(one.put(member), batch, positions=POSITIONS).values
-            found.mine += time.perf_counter() - start
+            found.mine += clock() - start
             found.growth = max(found.growth, growth.peak - mine.numel() * 4 / 2**20)
-            start = time.perf_counter()
-            model = load(series.base.path, adapter=member.path, device="cpu")
+            start = clock()
+            model = load(series.base.path, adapter=member.path, device=device, dtype=dtype)
             theirs = with_transformerlens(model, tokenize(prompts, template_of(model)))
-            found.plain += time.perf_counter() - start
+            found.plain += clock() - start
             found.difference = max(found.difference, relative(mine, theirs))
             del model
     return found
@@ -126,11 +128,11 @@ def with_transformerlens(model: Any, batch: TokenBatch) -> Tensor:
     parts = []
     for start in range(0, len(batch.prompts), BATCH):
         rows = slice(start, start + BATCH)
-        tokens = batch.tokens[rows, : int(batch.lengths[rows].max())]
+        tokens = batch.tokens[rows, : int(batch.lengths[rows].max())].to(device_of(model))
         _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, prepend_bos=False)
         index = torch.arange(len(tokens)).unsqueeze(1)
         parts.append(torch.stack([cache[name][index, read[rows]] for name in names], dim=1))
-    return torch.cat(parts)
+    return torch.cat(parts).float().cpu()
 
 
 class Growth:

@@ -105,6 +105,8 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
         model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
         if not hasattr(model, "blocks"):
             raise ValueError("its blocks are no single list")
+        if any(residual.ndim > 3 for residual in before.residuals):  # several streams in a block's output (Gemma 3n)
+            raise ValueError("its blocks have no single residual stream")
         if "blocks.0.hook_resid_pre" not in model.hook_dict:
             raise ValueError("its blocks have no single residual stream")
         mend_attention(model)
@@ -306,7 +308,8 @@ def has_hooks(model: LanguageModel) -> bool:
 
 def _count_hooks(model: LanguageModel) -> int:
     """Forward hooks on any module, TransformerLens' or PyTorch's, apart from what the libraries wire up themselves."""
-    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    tables = [table for m in model.modules() for table in (m._forward_hooks, m._forward_pre_hooks) if table]
+    hooks = [hook for table in tables for hook in table.values()]
     wiring = ("transformer_lens.model_bridge", "transformers.", cache_by_old_name.__module__)
     return sum(not str(getattr(hook, "__module__", "")).startswith(wiring) for hook in hooks)
 

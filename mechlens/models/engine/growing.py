@@ -31,7 +31,7 @@ from mechlens.models.engine.edits import (
     value_at,
 )
 from mechlens.models.engine.forward import cheapest_pieces, warn_plain, why_plain
-from mechlens.models.engine.probes import finite_on_cpu
+from mechlens.models.engine.probes import finite_on_cpu, spread_tokens
 from mechlens.models.engine.products import quick_products
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
 from mechlens.models.engine.site_reader import by_head, tapped, taps_of
@@ -176,7 +176,7 @@ def why_not_growing(model: LanguageModel, site: str) -> str:
 
 
 def _growing_fault(model: LanguageModel, site: str) -> str:
-    ids, last, top = list(range(1, 9)), 7, n_layers(model) - 1
+    ids, last, top = spread_tokens(model.original_model, range(1, 9)), 7, n_layers(model) - 1
     layers = sorted({0, top // 2, top})
     if not is_laid_out(model, site, 0):
         return f"its heads at {site} are laid out otherwise than by head and dimension"

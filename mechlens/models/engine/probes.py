@@ -1,6 +1,7 @@
 """What a model is tried on before anything is believed of it: short passes, compared with whole ones."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +54,19 @@ def loses(gap: float, dtype: torch.dtype) -> bool:
     return not gap <= (2e-3 if dtype == torch.float32 else 0.2)
 
 
+def spread_tokens(hf_model: nn.Module, numbers: Iterable[int]) -> list[int]:
+    """Small numbers as tokens from all over the vocabulary, 0 being the first and 1 to 10 an eleventh apart.
+
+    On the first tokens, often special, half precision is all rounding.
+    """
+    size = int(hf_model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    return [number * max(1, size // 11) % size for number in numbers]
+
+
 def probe_tokens(hf_model: nn.Module, n: int) -> Int[Tensor, "1 token"]:
-    """Tokens from all over the vocabulary: on the first ones, often special, half precision is all rounding."""
-    embedding = hf_model.get_input_embeddings()  # type: ignore[operator]
-    size = int(embedding.weight.shape[0])
-    return torch.arange(1, n + 1, device=where_run(embedding)).mul(max(1, size // 11)).remainder(size).unsqueeze(0)
+    """So many of them, where the model takes its tokens."""
+    device = where_run(hf_model.get_input_embeddings())  # type: ignore[operator]
+    return torch.tensor([spread_tokens(hf_model, range(1, n + 1))], device=device)
 
 
 class Probed(NamedTuple):

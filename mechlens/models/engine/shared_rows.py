@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers
 from mechlens.models.engine.caches import with_cache
 from mechlens.models.engine.intervene import TokenMask
-from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
+from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, spread_tokens, tolerance
 from mechlens.models.native import native, native_blocks
 
 _FAULTS: "weakref.WeakKeyDictionary[nn.Module, dict[str, str]]" = weakref.WeakKeyDictionary()
@@ -157,7 +157,8 @@ def shares_rows(model: LanguageModel) -> bool:
 @torch.inference_mode()
 def _merged_and_apart(model: LanguageModel) -> tuple[Tensor, Tensor]:
     blocks, device = n_layers(model), device_of(model)
-    rows = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 6], [6, 5, 4, 3]], device=device)
+    numbers = ([3, 4, 5, 6], [3, 4, 5, 6], [6, 5, 4, 3])
+    rows = torch.tensor([spread_tokens(model.original_model, own) for own in numbers], device=device)
     below, above = [0, 0, 1], [0, 1, 2]
     merged = SharedRows([below] * (blocks - 1) + [above], [0, 0, 0])
     with native(model) as hf_model:

@@ -19,7 +19,7 @@ from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers,
 from mechlens.models.engine.caches import with_cache
 from mechlens.models.engine.edits import is_laid_out, reference_record
 from mechlens.models.engine.forward import Kept, Row, Stop, prefix_cache, read_places, right_padded, why_plain
-from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, tolerance
+from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, spread_tokens, tolerance
 from mechlens.models.engine.products import quick_products
 from mechlens.models.engine.shared_rows import SharedRows, fault
 from mechlens.models.native import native, native_tap
@@ -155,8 +155,10 @@ def why_plain_at(model: LanguageModel, site: str) -> str:
 
 
 def _reading_fault(model: LanguageModel, site: str) -> str:
-    ids, layers = tuple(range(1, 11)), sorted({0, n_layers(model) // 2, n_layers(model) - 1})
-    rows = [Row(ids, (6, 9)), Row((*ids[:4], 3, 2, 1, 7), (5, 7))]
+    numbers = (range(1, 11), (1, 2, 3, 4, 3, 2, 1, 7))
+    ids, other = (tuple(spread_tokens(model.original_model, own)) for own in numbers)
+    layers = sorted({0, n_layers(model) // 2, n_layers(model) - 1})
+    rows = [Row(ids, (6, 9)), Row(other, (5, 7))]
 
     try:
         fast = site_batch(model, rows, site, layers, prefix_cache(model, ids[:4]))

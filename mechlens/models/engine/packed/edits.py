@@ -21,7 +21,7 @@ from mechlens.models.engine.caches import ReadOnlyCache
 from mechlens.models.engine.edits import Edit, Recording, reference_edited_logits, site_values, value_at
 from mechlens.models.engine.growing import why_not_growing
 from mechlens.models.engine.packed.packing import Packing, pack, pack_prompts, packed_pass, packs
-from mechlens.models.engine.probes import finite_on_cpu
+from mechlens.models.engine.probes import finite_on_cpu, spread_tokens
 from mechlens.models.engine.shared_rows import fault, fault_of_trial
 from mechlens.models.engine.site_reader import by_head, tapped, taps_of
 from mechlens.models.native import native, native_blocks
@@ -232,7 +232,8 @@ def packs_edits(model: LanguageModel, site: str, longest: int) -> bool:
 
 @torch.inference_mode()
 def _packed_and_plain(model: LanguageModel, site: str) -> list[tuple[Tensor, Tensor]]:
-    prompts, reads = [[3, 4, 5, 6, 7, 2], [3, 4, 9, 8, 1, 1, 2]], [5, 5]
+    numbers, reads = [[3, 4, 5, 6, 7, 2], [3, 4, 9, 8, 1, 1, 2]], [5, 5]
+    prompts = [spread_tokens(model.original_model, own) for own in numbers]
     layers, head = sorted({0, n_layers(model) // 2, n_layers(model) - 1}), 0 if n_heads(model, site) else None
     recorded = record_packed(model, prompts, reads, site, layers)
     places = zip((0, 0, 1, 1), (layers[0], layers[-1], layers[len(layers) // 2], layers[0]), (2, 5, 3, 2), strict=True)

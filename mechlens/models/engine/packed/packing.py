@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mechlens.models.bridge import LanguageModel, device_of, n_layers
 from mechlens.models.engine.caches import ReadOnlyCache, with_cache
+from mechlens.models.engine.probes import spread_tokens
 from mechlens.models.engine.shared_rows import fault, fault_of_trial
 from mechlens.models.native import native
 
@@ -300,7 +301,8 @@ def _window(model: LanguageModel) -> int:
 
 @torch.inference_mode()
 def _packed_and_whole(model: LanguageModel) -> list[tuple[Tensor, Tensor]]:
-    prompts = [[3, 4, 5, 6, 7, 2], [3, 4, 5, 9], [3, 4, 5, 9, 8], [3, 4, 1, 1, 1]]
+    numbers = [[3, 4, 5, 6, 7, 2], [3, 4, 5, 9], [3, 4, 5, 9, 8], [3, 4, 1, 1, 1]]
+    prompts = [spread_tokens(model.original_model, own) for own in numbers]
     packing, paths = pack_prompts(prompts, 2)
     with native(model) as hf_model:
         device = device_of(model)
