@@ -84,13 +84,13 @@ def answer(
     template: TemplateChoice = "tokenizer",
     decided: OnceSettled | None = None,
     cache: Cache | None = None,
-    max_tokens: int = 4096,
+    max_tokens: int | None = None,
 ) -> Answers:
     """Greedy answers of up to `max_new_tokens` tokens; equal to answering one prompt at a time.
 
     Greedy means the likeliest token: sampling settings and repetition penalties of the model don't count.
     An answer that is `decided` so far is left off there (see `once_settled`). `cache` keeps finished batches, so that a
-    killed run goes on; `max_tokens` bounds prompt tokens in a batch.
+    killed run goes on; `max_tokens` bounds prompt tokens in a batch (4096 on a CPU, 16384 on a GPU).
 
     Raises UserError for a model without a tokenizer and where prompt and answer don't fit into the context.
     """
@@ -108,13 +108,13 @@ def answer(
     engine = FAST if fast else reference_engine(model)
     checkpoint = checkpoint_now(model)
     found: dict[int, list[int]] = {}
-    skip = forward.shared_prefix(rows) if fast else 0
+    skip = forward.own_start(model, rows) if fast else 0
     prefix = None
+    on_cpu = device_of(model).type == "cpu"
     # Every new token costs a pass of its own for each batch.
-    cost = forward.BATCH_COST * max_new_tokens
-    batches = forward.plan(
-        rows, forward.batch_tokens(model, max_tokens), shared=skip, batch_cost=cost, equal_lengths=not fast
-    )
+    cost = (forward.BATCH_COST if on_cpu else forward.GPU_BATCH_COST) * max_new_tokens
+    most = forward.batch_tokens(model, max_tokens or (4096 if on_cpu else 16384))
+    batches = forward.plan(rows, most, shared=skip, batch_cost=cost, equal_lengths=not fast)
     run = _Runner(model, max_new_tokens, fast, decided)
     work = sum(len(row.ids) - skip + max_new_tokens for row in rows)
     bar = steps(len(rows), "answering", "prompt", work)

@@ -91,7 +91,8 @@ def patch_sweep(
     if not bears_edits(model, plan.site, layers[0]):
         raise UserError(f"in this model {plan.site!r} can be read and not changed; choose another site, such as z")
     used = _choose_engine(model, plan.site, engine)
-    weights = tuple(now.identity for now in map(checkpoint_now, (model, source)))
+    own = checkpoint_now(model).identity  # looks at every weight
+    weights = (own, own if source is model else checkpoint_now(source).identity)
     longest = int(max(batch.lengths.max() for batch in both))
     packed = used == GROWING and all(packs_edits(one, plan.site, longest) for one in (model, source))
     work = _Sweep(model, source, metric, plan, layers, heads, used, weights, packed)

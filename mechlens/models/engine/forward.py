@@ -42,6 +42,8 @@ MIN_PREFIX = 4
 """A shared start shorter than this isn't worth a pass of its own."""
 BATCH_COST = 30
 """What one more batch costs, in tokens: small products run slower than large ones (measured on a CPU)."""
+GPU_BATCH_COST = 500
+"""The same on a GPU, where a pass of few tokens takes as long as its launches."""
 _NO_TOKEN_CACHE: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 """Why a model doesn't cache keys and values token by token, empty where it does; asking costs a forward pass."""
 _WARNED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
@@ -70,7 +72,7 @@ def shared_prefix(rows: Sequence[Row]) -> int:
 
 
 def own_start(model: LanguageModel, rows: Sequence[Row]) -> int:
-    """Length of the shared start that is run once by itself, before all batches of `plan_reading`.
+    """Length of the shared start that is run once by itself, before all batches.
 
     None on a GPU where rows are packed: a pass costs more there than the few tokens, which packing runs once a batch.
     """
