@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_models import add_options, both, clock, where
+from both_models import add_options, both, clock, where
 from torch import Tensor, nn
 
 from mechlens.errors import UserError

@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from bench_models import add_options, both, clock, where
+from both_models import add_options, both, clock, where
 from torch import Tensor
 from transformer_lens import patching as peer
 

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from bench_models import add_options, both, where
-from bench_models import clock as wall
+from both_models import add_options, both, where
+from both_models import clock as wall
 from torch import Tensor, nn
 from transformers import GenerationConfig
 

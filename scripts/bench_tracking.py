@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import clock
+from both_models import clock
 from torch import Tensor
 
 from mechlens.errors import UserError

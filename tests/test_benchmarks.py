@@ -30,6 +30,7 @@ def test_a_benchmark_fails_where_the_fast_path_is_refused(
     from mechlens.models.engine import forward
     from mechlens.models.engine import growing as partial
 
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     bench = script(name)
     monkeypatch.setattr(sys, "argv", [name, "--model", str(save_model(tmp_path / "model"))])
     for module in (forward, partial):
