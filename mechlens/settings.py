@@ -44,7 +44,7 @@ class WandbSettings:
     entity: str | None = None
     """W&B user or team; None is your own default."""
     group: str | None = None
-    """Group that the run belongs to in W&B."""
+    """W&B group; None is WANDB_RUN_GROUP, else the name of the folder that the run folder lies in."""
     tags: tuple[str, ...] = ()
     """Tags of the W&B run."""
     name: str | None = None
@@ -61,6 +61,8 @@ class RunChoice:
 
     out: Path
     """Run folder; a run killed in it goes on when the same command is given again."""
+    keep_cache: bool = False
+    """Keep `cache/` after success: with it the same command is done at once, and it may be many times the rest."""
     wandb: WandbSettings = field(default_factory=WandbSettings)
     """Where it is mirrored in Weights & Biases."""
 

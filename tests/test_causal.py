@@ -490,7 +490,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def out(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "causal"
     with one_thread(), warnings.catch_warnings():
-        main([*words, "--out", str(folder), "--wandb.mode", "disabled"])
+        main([*words, "--out", str(folder), "--wandb.mode", "disabled", "--keep-cache"])
     return folder
 
 
@@ -529,7 +529,7 @@ def test_the_same_command_goes_on_from_its_cache(out: Path, words: list[str], mo
     made: list[str] = []
     put = FolderCache.put
     monkeypatch.setattr(FolderCache, "put", lambda self, key, value: (made.append(key), put(self, key, value)))
-    main([*words, "--out", str(out), "--wandb.mode", "disabled"])
+    main([*words, "--out", str(out), "--wandb.mode", "disabled", "--keep-cache"])
     assert sorted(made) == [path.stem for path in lost]
     after = json.loads((out / "run.json").read_text())["metrics"]
     for name, estimate in before.items():

@@ -191,7 +191,7 @@ def unbroken(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same study in one go."""
     out = tmp_path_factory.mktemp("unbroken") / "out"
     with one_thread(), warnings.catch_warnings():
-        main(separate(model, out))
+        main([*separate(model, out), "--keep-cache"])
     return out
 
 
@@ -212,7 +212,7 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
     made: list[str] = []
     put = FolderCache.put
     monkeypatch.setattr(FolderCache, "put", lambda self, key, value: (made.append(key), put(self, key, value)))
-    main(separate(model, out))
+    main([*separate(model, out), "--keep-cache"])
     assert set(made) == whole - on_disk  # nothing twice, nothing left out
     assert len(made) == len(set(made))
     assert half_files(out) == []

@@ -352,7 +352,8 @@ def test_every_file_has_the_permissions_that_the_user_wants(umask, tmp_path):
 
     before = os.umask(umask)
     try:
-        with start(tmp_path / "run") as run:
+        config = Config("tiny")
+        with open_run(verb="separate", config=config, out=tmp_path / "run", wandb=OFF, keep_cache=True) as run:
             run.table("a", pd.DataFrame({"x": [1]}))
             run.artifact("checkpoint", Checkpoint("tiny", "/tiny"), inputs={})
             run.cache.put("a" * 64, {"x": torch.zeros(2)})

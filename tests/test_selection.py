@@ -418,7 +418,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, *more: object) -> list[object]:
     files = ["--harmful", folder / "harmful.jsonl", "--harmless", folder / "harmless.jsonl", "--punctuation", "keep"]
-    quick = ["--resamples", 40, "--max-new-tokens", 3, "--n", 20, "--wandb.mode", "disabled"]
+    quick = ["--resamples", 40, "--max-new-tokens", 3, "--n", 20, "--wandb.mode", "disabled", "--keep-cache"]
     return ["select", "--model", folder / "model", "--out", folder / "out", *files, *quick, *more]
 
 
@@ -455,6 +455,7 @@ def test_a_run_goes_on_from_its_shelf_with_the_same_numbers(
     config = Select(
         model=str(recorded / "model"), out=recorded / "out", harmful=str(recorded / "harmful.jsonl"),
         harmless=str(recorded / "harmless.jsonl"), punctuation="keep", resamples=40, max_new_tokens=3, n=20,
+        keep_cache=True,
     )  # fmt: skip
     monkeypatch.setenv("WANDB_MODE", "disabled")
     driver.run(config)

@@ -191,14 +191,14 @@ def test_streamed_activations_give_the_same_tables_and_a_lost_shard_is_made_agai
 ) -> None:
     monkeypatch.setattr(streamed, "STREAMED_FROM", 0)
     out, expected = tmp_path / "out", tables(whole)
-    main(command(root, out))
+    main(command(root, out, "--keep-cache"))
     pieces = sorted((out / "cache").glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     shards = [path for path in pieces if "cells" in read_tensors(path)]
     assert len(shards) > len(STEPS) + 1  # the networks' too
     for name, table in tables(out).items():
         pd.testing.assert_frame_equal(table, expected[name], check_exact=True)
     shards[0].unlink()
-    main(command(root, out))
+    main(command(root, out, "--keep-cache"))
     assert shards[0].exists()
     for name, table in tables(out).items():
         pd.testing.assert_frame_equal(table, expected[name], check_exact=False, rtol=1e-9, atol=1e-9)

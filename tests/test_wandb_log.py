@@ -18,9 +18,11 @@ import pytest
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
+from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
+from mechlens.runs.report.report import Report, Section
 from mechlens.runs.run import Inputs, read_run
-from mechlens.runs.wandb_start import choose_mode, has_login
+from mechlens.runs.wandb_start import _group, choose_mode, has_login
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
 
@@ -132,6 +134,10 @@ def record_everything(out: Path, settings: WandbSettings, config: Config) -> Non
         packed = go.Scatter(x=np.arange(3.0), y=np.arange(3), text=[SECRET] * 3, name=f"about {SECRET}")
         run.figure("own", go.Figure(packed))
         run.artifact("direction", Checkpoint("tiny", "/tiny"), inputs={"model": "m" * 64, "harmful": "d" * 64})
+        steps = pd.DataFrame({"step": [0, 0, 10], "number": ["a", "b", "a"], "value": [0.1, 0.2, 0.3]})
+        run.table("over_steps", steps)
+        headline = Headline("inconclusive", "D is 0.81 [0.65, 0.99]", "where one variable reaches 0.34")
+        run.report(Report("T", "Q?", "V.", headline=headline, sections=(Section("S", figures=("axis", "safe")),)))
         run.artifact("answers", Answers(("p1",), (ANSWER,)), inputs={"direction": "e" * 64})
 
 
@@ -174,6 +180,60 @@ def test_metrics_are_told_with_their_intervals(told):
     assert summary["status"] == "success"
 
 
+def test_the_sentence_is_the_runs_own_in_summary_and_notes(told):
+    out, records = told
+    sentence = read_run(out).sentence
+    assert sentence == "Inconclusive: D is 0.81 [0.65, 0.99] where one variable reaches 0.34."
+    assert updates(records, "summary", "update")["sentence"] == sentence
+    assert [r.run.notes for r in records if r.WhichOneof("record_type") == "run"][-1] == sentence
+
+
+def test_a_sentence_that_holds_a_prompt_stays_here(tmp_path):
+    with open_run(verb="v", config=Config("a"), out=tmp_path, wandb=WandbSettings(mode="offline")) as run:
+        run.prompts([Prompt("p1", SECRET)])
+        run.report(Report("T", "Q?", f"The prompt {SECRET} is a bad one."))
+    assert SECRET in read_run(tmp_path).sentence
+    assert SECRET.encode() not in everything(tmp_path)
+    assert updates(read_log(tmp_path), "summary", "update")["sentence"] == "[withheld]"
+
+
+def test_tables_over_checkpoints_are_cut_by_step_on_the_axis_of_the_steps(told):
+    out, records = told
+    rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+    cut = [{(i.key or i.nested_key[0]): json.loads(i.value_json) for i in row.item} for row in rows]
+    cut = [row for row in cut if "tables by step/over_steps" in row]
+    assert [row["step"] for row in cut] == [0, 10]
+    assert [row["tables by step/over_steps"]["nrows"] for row in cut] == [2, 1]
+    for row in cut:
+        table = json.loads(
+            (
+                next((out / "wandb").glob("offline-run-*")) / "files" / row["tables by step/over_steps"]["path"]
+            ).read_text()
+        )
+        assert {line[0] for line in table["data"]} == {row["step"]}
+    defined = {r.metric.name: r.metric.step_metric for r in records if r.WhichOneof("record_type") == "metric"}
+    assert defined["tables by step/over_steps"] == "step"
+    assert not any("tables by step/scores" in row for row in history_keys(records))
+
+
+def test_runs_in_one_folder_are_one_group(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    assert _group(WandbSettings(), tmp_path / "sweep" / "a") == "sweep"
+    assert _group(WandbSettings(group="mine"), tmp_path / "sweep" / "a") == "mine"
+    monkeypatch.setenv("WANDB_RUN_GROUP", "outside")
+    assert _group(WandbSettings(), tmp_path / "sweep" / "a") == "outside"
+
+
+def test_inputs_are_told_offline_as_stubs_that_can_be_linked_later(told):
+    _, records = told
+    artefacts = {r.artifact.name: r.artifact for r in records if r.WhichOneof("record_type") == "artifact"}
+    for name, sha in (("model", "m"), ("template", "t"), ("harmful", "d"), ("direction", "e")):
+        stub = artefacts[f"input-{name}"]
+        assert stub.type == "input"
+        assert json.loads(stub.metadata) == {"sha256": sha * 64}
+        assert f"sha256-{sha * 16}" in stub.aliases
+
+
 def test_steps_have_their_axis(told):
     records = [record for record in told[1] if record.WhichOneof("record_type") == "history"]
     rows = [{(i.key or i.nested_key[0]): json.loads(i.value_json) for i in r.history.item} for r in records]
@@ -198,9 +258,9 @@ def history_keys(records: list) -> list[set[str]]:
 def test_figures_are_told_as_lists_and_without_words(told):
     out, records = told
     drawn = {name.split("_")[0]: data for name, data in files(out).items() if name.endswith(".plotly.json")}
-    shown = {key for row in history_keys(records) for key in row if key.startswith("figures/")}
+    shown = {key for row in history_keys(records) for key in row if "figures/" in key}
     # "axis" has prompts as its axis: there is nothing to show without them.
-    assert shown == {"figures/safe", "figures/hover", "figures/own"}
+    assert shown == {"0 main figures/safe", "figures/hover", "figures/own"}
     assert set(drawn) == {"safe", "hover", "own"}
     assert drawn["safe"]["data"][0]["customdata"] == [["p1"], ["p2"]]
     assert drawn["own"]["data"][0]["x"] == [0.0, 1.0, 2.0]
@@ -364,6 +424,6 @@ def test_online_inputs_are_linked_and_unknown_ones_get_a_stub(tmp_path, monkeypa
     with open_run(verb="v", config=Config("a"), out=tmp_path, wandb=WandbSettings(mode="online")) as run:
         inputs = {"model": "m" * 64, "direction": "d" * 64}
         run.artifact("result", Checkpoint("tiny", "/tiny"), inputs=inputs)
-    stub = ("model", {"sha256": "m" * 64})
+    stub = ("input-model", {"sha256": "m" * 64})
     expected = [f"model:sha256-{'m' * 16}", stub, f"direction:sha256-{'d' * 16}", "logged result", 0]
     assert used == expected

@@ -22,6 +22,8 @@ from mechlens.runs.results.kept import REMEDY, require_same
 from mechlens.runs.run import RUN_FILE, Change, Run, changes, read_run
 
 LOCK_FILE = ".lock"
+CACHE = "cache"
+"""Folder of the finished pieces by which a killed run goes on."""
 
 
 class FolderLock:

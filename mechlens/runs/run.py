@@ -210,6 +210,21 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     return Run(**{**values, "metrics": metrics})
 
 
+def found_runs(root: Path) -> list[tuple[Path, Run | UserError]]:
+    """Every run folder at or below `root`, by name, with its record or with what is wrong with that."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; give the folder that holds your runs")
+    # Caches and W&B's own files lie inside run folders, never run folders inside them.
+    folders = (path.parent for path in root.rglob(RUN_FILE) if not {"cache", "wandb"} & set(path.parts[-2:-1]))
+    found: list[tuple[Path, Run | UserError]] = []
+    for folder in sorted(folders):
+        try:
+            found.append((folder, read_run(folder)))
+        except UserError as error:
+            found.append((folder, error))
+    return found
+
+
 def changed_since(run: Run, now_inputs: Inputs) -> list[str]:
     """What differs from the run's inputs, one phrase each; empty if a rerun would see the same."""
     before = run.inputs

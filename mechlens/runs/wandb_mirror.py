@@ -1,6 +1,6 @@
 """A run's mirror in Weights & Biases: whatever happens there, the run on disk goes on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from mechlens.settings import WandbSettings
 # W&B shows no more rows of a table; all of them are in the run folder.
 MAX_ROWS = 10_000
 STEP = "step"
+MAIN, N_MAIN = "0 main figures", 3
+"""Section of the run's page for the figures that its report begins with; W&B sorts sections by name."""
+BY_STEP = "tables by step"
+"""Section of the tables over checkpoints, cut by step, on whose panels W&B's slider moves from one to the next."""
 
 
 class WandbMirror:
@@ -30,6 +34,10 @@ class WandbMirror:
         self._upload_text = settings.upload_text
         self._private = PrivateTexts()
         self._steps: set[str] = set()
+        self._figures: dict[str, Any] = {}
+        self._by_step: dict[str, pd.DataFrame] = {}
+        self._linked: set[tuple[str, str]] = set()
+        self._own_notes = getattr(self._run, "notes", None)
 
     @property
     def id(self) -> str | None:
@@ -61,6 +69,16 @@ class WandbMirror:
             summary |= {f"{name}/high": record["high"], f"{name}/n": record["n"]}
         self._attempt(lambda run: run.summary.update(summary))
 
+    def begins_with(self, sentence: str, figures: Sequence[str]) -> None:
+        """The one sentence, in the summary and before the run's own notes; then the figures, the main ones first."""
+        told = sentence if self._upload_text else self._private.clean(sentence)
+
+        def send(run: Any) -> None:
+            run.summary.update({"sentence": told})
+            run.notes = "\n\n".join(part for part in (told, self._own_notes) if part)
+
+        self._attempt(send)
+
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """One point on the step axis of each named series."""
 
@@ -72,23 +90,26 @@ class WandbMirror:
             run.log({**plain(values), STEP: step})
 
         self._attempt(send)
+        for name in figures[:N_MAIN]:
+            if name in self._figures:
+                self._draw(f"{MAIN}/{name}", self._figures.pop(name))
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """The table, without its columns of words unless text may be uploaded."""
 
         def send(run: Any) -> None:
-            import wandb
-
             shown = frame if self._upload_text else frame_without_text(frame, self._private)
-            rows = [[_cell(cell) for cell in row] for row in shown.head(MAX_ROWS).itertuples(index=False)]
-            columns = [str(column) for column in shown.columns]
-            run.log({f"tables/{name}": wandb.Table(columns=columns, data=rows, allow_mixed_types=True)})
+            run.log({f"tables/{name}": _table(shown)})
+            if STEP in shown and shown[STEP].nunique() > 1:
+                self._by_step[name] = shown
 
         self._attempt(send)
 
     def figure(self, name: str, figure: Any) -> None:
-        """The figure, interactive, without words unless text may be uploaded."""
+        """The figure, interactive, without words unless text may be uploaded; sent once it has its place."""
+        self._figures[name] = figure
 
+    def _draw(self, key: str, figure: Any) -> None:
         def send(run: Any) -> None:
             import plotly.graph_objects as go
             import wandb
@@ -97,7 +118,7 @@ class WandbMirror:
             if shown is not None and not self._upload_text:
                 shown = figure_without_text(shown, self._private)
             if shown is not None:
-                run.log({f"figures/{name}": wandb.Plotly(go.Figure(shown))})
+                run.log({key: wandb.Plotly(go.Figure(shown))})
 
         self._attempt(send)
 
@@ -108,18 +129,22 @@ class WandbMirror:
             import wandb
 
             record = {"sha256": artefact.sha256, "inputs": artefact.inputs}
-            item = wandb.Artifact(_name(name), type=kind, metadata=record)
+            item = wandb.Artifact(artefact_name(name), type=kind, metadata=record)
             path = self._folder / artefact.file
             if self._upload_text or not self._holds_text(path):
                 # The file is only ever replaced, never written into, so W&B needs no copy of it.
                 item.add_file(str(path), policy="immutable")
             self._link(run, artefact.inputs)
-            run.log_artifact(item, aliases=["latest", _alias(artefact.sha256)])
+            run.log_artifact(item, aliases=["latest", artefact_alias(artefact.sha256)])
 
         self._attempt(send)
 
     def finish(self, status: str, error: str | None) -> None:
         """Ends the W&B run; of an error only the kind is told, since its words may quote a prompt."""
+
+        for name, figure in self._figures.items():
+            self._draw(f"figures/{name}", figure)
+        self._attempt(self._send_by_step)
 
         def send(run: Any) -> None:
             told = error if self._upload_text or error is None else error.split(":", 1)[0]
@@ -128,6 +153,15 @@ class WandbMirror:
 
         self._attempt(send)
         self._run = None
+
+    def _send_by_step(self, run: Any) -> None:
+        """All tables of one step are one row of the history, so that their sliders move together."""
+        for name in self._by_step:
+            run.define_metric(f"{BY_STEP}/{name}", step_metric=STEP)
+        for step in sorted({step for frame in self._by_step.values() for step in frame[STEP]}):
+            parts = {name: frame[frame[STEP] == step] for name, frame in self._by_step.items()}
+            cut = {f"{BY_STEP}/{name}": _table(part) for name, part in parts.items() if len(part)}
+            run.log({**cut, STEP: _cell(step)})
 
     def _attempt(self, send: Callable[[Any], object]) -> None:
         """Does something with the W&B run, if there is one; if that fails, there is none from then on."""
@@ -146,30 +180,47 @@ class WandbMirror:
         return header_has_text(fields) or fields != self._private.clean(fields)
 
     def _link(self, run: Any, inputs: Mapping[str, str]) -> None:
-        """Links inputs in W&B's lineage; offline it cannot, and the sha256 in the metadata stand for it."""
-        if not self._online:
-            return
+        """Links inputs in W&B's lineage; offline a stub of each is logged, which `mechlens wandb sync` links later."""
         import wandb
 
         for name, sha in inputs.items():
+            if not sha or (name, sha) in self._linked:
+                continue
+            self._linked.add((name, sha))
             try:
-                run.use_artifact(f"{_name(name)}:{_alias(sha)}")
+                if self._online:
+                    run.use_artifact(f"{artefact_name(name)}:{artefact_alias(sha)}")
+                    continue
             except (wandb.errors.CommError, ValueError):
-                # Never logged to this project: a stub with the fingerprint takes its place.
-                stub = wandb.Artifact(_name(name), type="input", metadata={"sha256": sha})
-                with stub.new_file("sha256.txt") as file:
-                    file.write(sha)
-                run.use_artifact(stub, aliases=[_alias(sha)])
+                pass  # never logged to this project
+            # A name of its own: W&B lets no two types share one.
+            stub = wandb.Artifact(stub_name(name), type="input", metadata={"sha256": sha})
+            with stub.new_file("sha256.txt") as file:
+                file.write(sha)
+            log = run.use_artifact if self._online else run.log_artifact
+            log(stub, aliases=[artefact_alias(sha)])
 
 
-def _name(name: str) -> str:
+def artefact_name(name: str) -> str:
     """The name with nothing that W&B refuses in an artefact's name."""
     return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in name)
 
 
-def _alias(sha: str) -> str:
+def stub_name(name: str) -> str:
+    """Of what stands for an input that no run has logged."""
+    return f"input-{artefact_name(name)}"
+
+
+def artefact_alias(sha: str) -> str:
     """By which a run finds the artefact that an earlier run logged."""
     return f"sha256-{sha[:16]}"
+
+
+def _table(frame: pd.DataFrame) -> Any:
+    import wandb
+
+    rows = [[_cell(cell) for cell in row] for row in frame.head(MAX_ROWS).itertuples(index=False)]
+    return wandb.Table(columns=[str(column) for column in frame.columns], data=rows, allow_mixed_types=True)
 
 
 def _cell(value: Any) -> Any:

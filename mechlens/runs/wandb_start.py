@@ -76,7 +76,7 @@ def start_wandb(settings: WandbSettings, folder: Path, run: Run) -> WandbRun | N
             try:
                 return WandbRun(_init(settings, folder, run, "online"), online=True)
             except Exception as error:
-                warn_wandb(error, "logging offline instead; `wandb sync` uploads it later")
+                warn_wandb(error, "logging offline instead; `mechlens wandb sync` uploads it later")
         return WandbRun(_init(settings, folder, run, "offline"), online=False)
     except Exception as error:
         # W&B raises anything, from TypeError to its own; none of it may end a run.
@@ -116,7 +116,7 @@ def _init(settings: WandbSettings, folder: Path, run: Run, mode: Mode) -> Any:
         return wandb.init(
             project=_project(settings),
             entity=settings.entity,
-            group=settings.group,
+            group=_group(settings, folder),
             tags=list(settings.tags),
             name=settings.name or f"{run.verb} {folder.resolve().name}",
             job_type=run.verb,
@@ -135,6 +135,11 @@ def _init(settings: WandbSettings, folder: Path, run: Run, mode: Mode) -> Any:
 def _project(settings: WandbSettings) -> str:
     untouched = settings.project == WandbSettings().project
     return os.environ.get("WANDB_PROJECT", settings.project) if untouched else settings.project
+
+
+def _group(settings: WandbSettings, folder: Path) -> str | None:
+    """Runs whose folders lie in one folder belong together: the commands of a study, the points of a sweep."""
+    return settings.group or os.environ.get("WANDB_RUN_GROUP") or folder.resolve().parent.name or None
 
 
 def _quiet(wandb: Any, upload_text: bool) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
 from mechlens.runs.environment import git_state, package_versions
-from mechlens.runs.folder import LOCK_FILE, PROMPTS, FolderCache, FolderLock, prompt_table, run_to_go_on_with
+from mechlens.runs.folder import CACHE, LOCK_FILE, PROMPTS, FolderCache, FolderLock, prompt_table, run_to_go_on_with
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
 from mechlens.runs.run import RUN_FILE, Artefact, Inputs, Run, changed_since, defaults, plain, read_run, write_run
@@ -28,7 +29,7 @@ from mechlens.runs.wandb_mirror import WandbMirror
 from mechlens.settings import WandbSettings
 
 # Where a run is put and shown does not change its numbers.
-NOT_SCIENCE = ("out", "wandb")
+NOT_SCIENCE = ("out", "wandb", "keep_cache")
 STEPS_FILE = "steps.jsonl"
 
 
@@ -54,6 +55,7 @@ def open_run(
     wandb: WandbSettings,
     resolved: Mapping[str, object] | None = None,
     argv: Sequence[str] | None = None,
+    keep_cache: bool = False,
 ) -> "RunWriter":
     """A run recorded in the folder `out`, to be used in a `with` block.
 
@@ -70,7 +72,7 @@ def open_run(
         if before is None:
             _require_empty(out)
         # Nobody else writes here, so what lies half-written is a dead process's.
-        remove_partials(out, *(out / inside for inside in ("tables", "figures", "cache")))
+        remove_partials(out, *(out / inside for inside in ("tables", "figures", CACHE)))
         if before is not None:
             (out / STEPS_FILE).unlink(missing_ok=True)
         run = Run(
@@ -91,7 +93,7 @@ def open_run(
     except BaseException:
         lock.withdraw()
         raise
-    return RunWriter(run, out, lock, WandbMirror(wandb, out, run), before)
+    return RunWriter(run, out, lock, WandbMirror(wandb, out, run), before, keep_cache=keep_cache)
 
 
 def require_folder(verb: str, config: Any, out: Path) -> None:
@@ -128,8 +130,18 @@ def _require_empty(out: Path) -> None:
 class RunWriter:
     """Writes what it is given to the run folder at once, whole, and mirrors it in W&B."""
 
-    def __init__(self, run: Run, out: Path, lock: FolderLock, mirror: WandbMirror, before: Run | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        out: Path,
+        lock: FolderLock,
+        mirror: WandbMirror,
+        before: Run | None = None,
+        *,
+        keep_cache: bool = False,
+    ) -> None:
         self.run = run
+        self._keep_cache = keep_cache
         self._before = before
         self.out = out
         self._lock = lock
@@ -144,7 +156,7 @@ class RunWriter:
     @property
     def cache(self) -> FolderCache:
         """Finished pieces of work, which outlive a killed run."""
-        return FolderCache(self.out / "cache")
+        return FolderCache(self.out / CACHE)
 
     def inputs(
         self, inputs: Inputs, *, device: str | None = None, dtype: str | None = None, parity: Parity | None = None
@@ -259,6 +271,7 @@ class RunWriter:
         self._update(verdict=report.verdict, headline=headline, words=words, figures=figures)
         path = self.out / "report.html"
         write_text(path, render(report, self.run, self._figures, self._tables))
+        self._mirror.begins_with(self.run.sentence, list(figures))
         return path
 
     def __enter__(self) -> "RunWriter":
@@ -278,6 +291,9 @@ class RunWriter:
                 raise
         finally:
             self._mirror.finish(self.run.status, self.run.error)
+            if self.run.status == "success" and not self._keep_cache:
+                # Only a run that isn't finished goes on from it; what can't be removed does no harm.
+                shutil.rmtree(self.out / CACHE, ignore_errors=True)
             self._lock.release()
 
     def _end(self, status: str, error: str | None) -> None:

@@ -82,7 +82,10 @@ def _prepared(study: Study, config: Any) -> Preparation[Any]:
 
 def _recorded(study: Study, config: Any, prepared: Preparation[Any], clock: Clock) -> Path:
     resolved = prepared.resolved or None
-    with open_run(verb=study.verb, config=config, out=config.out, wandb=config.wandb, resolved=resolved) as writer:
+    keep = getattr(config, "keep_cache", False)  # a study of another package may not have it
+    with open_run(
+        verb=study.verb, config=config, out=config.out, wandb=config.wandb, resolved=resolved, keep_cache=keep
+    ) as writer:
         _record_inputs(writer, prepared)
         result = loaded(study.execute)(config, prepared.content, writer)
         if study.report is not None:

@@ -104,13 +104,15 @@ COMMANDS: Registry[Study | Command] = Registry(
         runs_list="runs.config:LIST",
         runs_show="runs.config:SHOW",
         runs_rerun="runs.config:RERUN",
+        runs_index="runs.config:INDEX",
+        runs_prune="runs.config:PRUNE",
         env="env.config:COMMAND",
     ),
 )
 """In the order of `--help`."""
 GROUPS = {
     "guard": "Detect harmful prompts from the model's own representation: fit, eval, predict.",
-    "runs": "List, show or rerun recorded runs.",
+    "runs": "List, show, rerun, index or prune recorded runs.",
 }
 """What the first of two words stands for."""
 

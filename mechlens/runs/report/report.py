@@ -123,14 +123,14 @@ def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables:
         raise ValueError(f"the report shows figure {missing[0]!r}; the run has {sorted(figures)}")
     first = {figures[name].table: name for name in reversed(shown)}
     drawn = {name: _figure(figures[name], tables, with_table=first[figures[name].table] == name) for name in shown}
-    return _template().render(
+    return template("report.html.jinja").render(
         report=report,
         run=run,
         model=report.model or _model_name(run),
         figures=drawn,
         plotly=_packed_plotly() if any(figure.drawing for figure in drawn.values()) else "",
-        css=Markup(_resource("report.css")),
-        script=Markup(_resource("report.js")),
+        css=Markup(resource("report.css")),
+        script=Markup(resource("report.js")),
         drawing=_as_json({"config": _CONTROLS, "onDark": ON_DARK}),
         table=_table,
     )
@@ -186,12 +186,14 @@ def _packed_plotly() -> str:
     return base64.b64encode((_TEMPLATES / PLOTLY).read_bytes()).decode()
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file that goes into pages as it is."""
     return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page to be filled in; every text is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "paragraphs": paragraphs,
@@ -199,4 +201,4 @@ def _template() -> jinja2.Template:
         "estimate_text": estimate_text,
         "sign": sign,
     }
-    return environment.from_string(_resource("report.html.jinja"))
+    return environment.from_string(resource(name))

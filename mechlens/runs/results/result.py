@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 from mechlens.errors import UserError
 from mechlens.files import plain_name, user_path
 from mechlens.runs.results.kept import Kept, names_in, read_figure, require_same
-from mechlens.runs.run import RUN_FILE, Run, metric_text, read_run
+from mechlens.runs.run import Run, found_runs, metric_text, read_run
 
 if TYPE_CHECKING:
     import pandas
@@ -59,7 +59,7 @@ class RunResult:
     @property
     def model(self) -> str:
         """The model's name, of a local folder its last part; "" for a study without one."""
-        given = str(self.record.resolved.get("model") or self.record.resolved.get("base") or "")
+        given = self.record.model_name
         return Path(given).name if given[:1] in ("/", "~", ".") else given
 
     @property
@@ -182,16 +182,11 @@ def list_runs(root: str | os.PathLike[str] = "runs") -> RunList:
 
     A run unpacks into its folder and its record: `for folder, record in list_runs("runs")`.
     """
-    below = user_path(os.fspath(root))
-    if not below.is_dir():
-        raise UserError(f"there is no folder {below}; give the folder that holds your runs")
-    # Caches and W&B's own files lie inside run folders, never run folders inside them.
-    found = (path.parent for path in below.rglob(RUN_FILE) if not {"cache", "wandb"} & set(path.parts[-2:-1]))
     runs = []
-    for folder in sorted(found):
-        try:
-            runs.append(RunResult(folder, read_run(folder)))
-        except UserError as error:
+    for folder, found in found_runs(user_path(os.fspath(root))):
+        if isinstance(found, Run):
+            runs.append(RunResult(folder, found))
+        else:
             # One damaged folder must not hide the others.
-            warnings.warn(f"left out of the list: {error}", stacklevel=2)
+            warnings.warn(f"left out of the list: {found}", stacklevel=2)
     return RunList(tuple(sorted(runs, key=lambda run: run.record.started)))

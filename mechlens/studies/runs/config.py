@@ -35,6 +35,26 @@ class Rerun:
     """Where the new run goes; None makes it in a temporary folder and keeps only the comparison."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class IndexRuns:
+    """Write one page, index.html, that links all reports below a folder, each with its sentence."""
+
+    folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
+    """Folder that holds run folders; the page goes into it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRuns:
+    """Remove what finished runs no longer need: cache/, and W&B's offline logs that have been uploaded."""
+
+    folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
+    """Folder that holds run folders, or one of them."""
+    dry_run: bool = False
+    """Only say what would be removed."""
+
+
 LIST = Command("runs list", ListRuns, "mechlens.studies.runs.study:list_all")
 SHOW = Command("runs show", ShowRun, "mechlens.studies.runs.study:show")
 RERUN = Command("runs rerun", Rerun, "mechlens.studies.runs.study:again")
+INDEX = Command("runs index", IndexRuns, "mechlens.studies.runs.study:index")
+PRUNE = Command("runs prune", PruneRuns, "mechlens.studies.runs.study:remove_superfluous")

@@ -7,7 +7,7 @@ from mechlens.errors import UserError
 from mechlens.runs.results.result import list_runs
 from mechlens.runs.run import metric_text, read_run
 from mechlens.studies.registry import Screen
-from mechlens.studies.runs.config import ListRuns, Rerun, ShowRun
+from mechlens.studies.runs.config import IndexRuns, ListRuns, PruneRuns, Rerun, ShowRun
 
 SAME = 1e-6
 """Numbers of a rerun that differ by more are other numbers."""
@@ -47,3 +47,27 @@ def again(config: Rerun, screen: Screen) -> None:
     screen.show(f"largest difference: {compared.difference:.3g} in {compared.name}")
     if compared.difference > SAME:
         raise UserError(f"the numbers differ by more than {SAME:g}")
+
+
+def index(config: IndexRuns, screen: Screen) -> None:
+    """Writes the page and says where it is."""
+    from mechlens.runs.index import write_index
+
+    screen.show(f"index: {write_index(config.folder).resolve()}")
+
+
+def remove_superfluous(config: PruneRuns, screen: Screen) -> None:
+    """Frees disk, run by run, and says what it freed."""
+    from mechlens.runs.prune import prune
+
+    done = prune(config.folder, dry=config.dry_run)
+    for one in done:
+        names = ", ".join(str(path.relative_to(one.folder)) for path in one.paths)
+        screen.show(f"{one.folder}: {one.left}" if one.left else f"{one.folder}: {megabytes(one.freed)} ({names})")
+    total = megabytes(sum(one.freed for one in done))
+    screen.show(f"{total} would be freed" if config.dry_run else f"{total} freed")
+
+
+def megabytes(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e6:.1f} MB"
