@@ -200,16 +200,14 @@ def test_a_sentence_that_holds_a_prompt_stays_here(tmp_path):
 def test_tables_over_checkpoints_are_cut_by_step_on_the_axis_of_the_steps(told):
     out, records = told
     rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
-    cut = [{(i.key or i.nested_key[0]): json.loads(i.value_json) for i in row.item} for row in rows]
-    cut = [row for row in cut if "tables by step/over_steps" in row]
+    cut = [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in row.item} for row in rows]
+    cut = [row for row in cut if "tables by step/over_steps/path" in row]
     assert [row["step"] for row in cut] == [0, 10]
-    assert [row["tables by step/over_steps"]["nrows"] for row in cut] == [2, 1]
+    (run_folder,) = (out / "wandb").glob("offline-run-*")
+    assert [row["tables by step/over_steps/nrows"] for row in cut] == [2, 1]
     for row in cut:
-        table = json.loads(
-            (
-                next((out / "wandb").glob("offline-run-*")) / "files" / row["tables by step/over_steps"]["path"]
-            ).read_text()
-        )
+        path = run_folder / "files" / row["tables by step/over_steps/path"]
+        table = json.loads(path.read_text())
         assert {line[0] for line in table["data"]} == {row["step"]}
     defined = {r.metric.name: r.metric.step_metric for r in records if r.WhichOneof("record_type") == "metric"}
     assert defined["tables by step/over_steps"] == "step"
@@ -259,8 +257,8 @@ def test_figures_are_told_as_lists_and_without_words(told):
     out, records = told
     drawn = {name.split("_")[0]: data for name, data in files(out).items() if name.endswith(".plotly.json")}
     shown = {key for row in history_keys(records) for key in row if "figures/" in key}
-    # "axis" has prompts as its axis: there is nothing to show without them.
-    assert shown == {"0 main figures/safe", "figures/hover", "figures/own"}
+    # The report begins with "axis" and "safe"; "axis" has prompts as its axis: there is nothing to show without them.
+    assert shown == {"0 main figures/safe", "0 main figures/hover", "figures/own"}
     assert set(drawn) == {"safe", "hover", "own"}
     assert drawn["safe"]["data"][0]["customdata"] == [["p1"], ["p2"]]
     assert drawn["own"]["data"][0]["x"] == [0.0, 1.0, 2.0]

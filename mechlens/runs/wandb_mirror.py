@@ -78,6 +78,9 @@ class WandbMirror:
             run.notes = "\n\n".join(part for part in (told, self._own_notes) if part)
 
         self._attempt(send)
+        for name in figures[:N_MAIN]:
+            if name in self._figures:
+                self._draw(f"{MAIN}/{name}", self._figures.pop(name))
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """One point on the step axis of each named series."""
@@ -90,9 +93,6 @@ class WandbMirror:
             run.log({**plain(values), STEP: step})
 
         self._attempt(send)
-        for name in figures[:N_MAIN]:
-            if name in self._figures:
-                self._draw(f"{MAIN}/{name}", self._figures.pop(name))
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """The table, without its columns of words unless text may be uploaded."""
