@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.methods.steering.interventions import ALL, Add
 from mechlens.methods.steering.steering import logits_under
+from mechlens.models import precision
 from mechlens.models.bridge import device_of, dtype_of, loaded, unembed
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf, own_type
@@ -210,3 +212,21 @@ def test_an_adapter_takes_no_second_model(tmp_path: Path) -> None:
     most, weights = map(float, told.stdout.splitlines()[1].split())
     assert weights > 60
     assert most < 1.6 * weights, told.stdout
+
+
+def test_a_type_that_is_slow_here_is_said_once_by_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
+    for flag in flags:
+        monkeypatch.setattr(torch.cpu, flag, lambda: False, raising=False)
+    monkeypatch.setattr(precision, "_SAID", set())
+    with pytest.warns(UserWarning, match="no instructions for bfloat16, so float32 is faster here: --dtype float32"):
+        precision.warn_of_slow("bfloat16", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        precision.warn_of_slow("bfloat16", "cpu")
+        precision.warn_of_slow("float32", "cpu")
+        precision.warn_of_slow("float16", "cuda")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not precision.slow_here("bfloat16")
+    assert precision.slow_here("float16")

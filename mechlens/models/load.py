@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mechlens.models.device_map import (
 from mechlens.models.engine.probes import require_present
 from mechlens.models.offline import sealed
 from mechlens.models.packaged import ADAPTERS, adapter_folder, cache_dir
-from mechlens.models.precision import FULL, chosen_device, main_type, stored_types
+from mechlens.models.precision import FULL, chosen_device, main_type, stored_types, warn_of_slow
 from mechlens.models.quantise import (
     RUNS_ON,
     configuration,
@@ -80,6 +81,7 @@ def load(
         hf_model, tokenizer = load_hf(model, revision=revision, dtype=dtype, device_map=device_map)
     if place is not None:
         hf_model = moved(hf_model, place)
+        warn_of_slow(str(hf_model.dtype).removeprefix("torch."), place)
     checkpoint = Checkpoint(
         name=short_name(adapter) if adapter else short_name(model),
         path=model,
@@ -116,6 +118,7 @@ def load_hf(
         _require_unquantised(model, revision, f"they can't be made {kind}; give --dtype auto")
         where["quantization_config"] = configuration(kind, getattr(torch, dtype))
     places = read_device_map(device_map, lambda: load_config(model, revision=revision))
+    _bars_only_where_watched()
     spill = offload_folder(places, cache_dir())
     try:
         with _at_home(source):
@@ -328,6 +331,14 @@ def _folder_of(model: str) -> str:
 def _at_home(source: str) -> contextlib.AbstractContextManager[None]:
     """Keeps the network shut while a local folder is read; a hub id may be fetched, if the hub can be reached."""
     return sealed() if Path(source).is_dir() else hub.asked()
+
+
+def _bars_only_where_watched() -> None:
+    """Shuts transformers' bars, for good, in a log or a pipe."""
+    from transformers.utils import logging
+
+    if not ("ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())):
+        logging.disable_progress_bar()
 
 
 def require_wrappable(model: str, *, revision: str | None = None) -> None:

@@ -1,5 +1,7 @@
 """The type of a model's weights and the device they lie on: what `auto` means, and what rounding to a type does."""
 
+import platform
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +93,38 @@ def stored_types(folder: Path) -> "Counter[str]":
     except (OSError, SafetensorError):
         return Counter()  # loading says what is wrong
     return found
+
+
+def slow_here(dtype: str) -> bool:
+    """Whether this processor has no instructions for products in half precision, by its flags: slower than float32.
+
+    Only where the flags are known, on x86.
+    """
+    import torch
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    asked = {
+        "bfloat16": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        "float16": ("_is_amx_fp16_supported",),
+    }  # fmt: skip
+    if dtype not in asked:
+        return False
+    return not any(getattr(torch.cpu, name, lambda: True)() for name in asked[dtype])
+
+
+def warn_of_slow(dtype: str, place: str) -> None:
+    """Says once that float32 is faster."""
+    if place == "cpu" and slow_here(dtype) and dtype not in _SAID:
+        _SAID.add(dtype)
+        warnings.warn(
+            f"this processor has no instructions for {dtype}, so float32 is faster here: --dtype float32 "
+            "(dtype='float32' in Python), where the memory is enough",
+            stacklevel=3,
+        )
+
+
+_SAID: set[str] = set()
 
 
 def round_weights(hf_model: Any, dtype: "torch.dtype") -> Any:

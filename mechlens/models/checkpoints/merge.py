@@ -151,7 +151,9 @@ def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
             )
         with torch.random.fork_rng():
             torch.manual_seed(0)  # some (PiSSA with `niter`) draw while they load, and must come out the same again
-            with hub.asked():
+            with hub.asked(), warnings.catch_warnings():
+                # peft's own reading of an attribute that transformers has renamed
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
                 adapted = PeftModel.from_pretrained(hf_model, source).eval()
                 saved = set(load_peft_weights(source, device="cpu"))
         used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
