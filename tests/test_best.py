@@ -2,7 +2,9 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from planted_surface import World, drawn
 from refusing import refusing_model, requests
 from sentence import require_short
 
+from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.probing.beyond_words import folds_of, ranked
 from mechlens.methods.probing.confounds import find_confounds, warn_of_confounds
 from mechlens.methods.probing.detect import detect
@@ -27,6 +30,7 @@ from mechlens.prompts.split import split_by_family
 from mechlens.settings import DetectionPlan
 from mechlens.studies.direction.study import Concept, find_concept
 from mechlens.studies.direction.verdict import direction_verdict
+from mechlens.studies.guard.fitting import fit_guard
 
 PLAN = DetectionPlan(resamples=100, permutations=5, random_directions=5)
 
@@ -223,3 +227,10 @@ def test_a_direction_that_breaks_plain_text_is_not_taken(refusing: Concept) -> N
     assert (found.direction, found.random) == (None, None)
     assert "breaks plain text" in set(found.table["outcome"])
     assert "leaves plain text whole" in found.sentence
+
+
+def test_the_other_studies_warn_of_what_tells_their_sides_apart(tiny_model: Callable[..., Any]) -> None:
+    ours = [replace(p, label="harmful") for p in prompts("up")]
+    theirs = [replace(p, label="harmless") for p in prompts("down", system="Be brief.")]
+    with pytest.warns(UserWarning, match="0 of 20 against 20 of 20 have a system prompt"):
+        fit_guard(tiny_model(), [*ours, *theirs], GuardEstimator())

@@ -133,7 +133,11 @@ def _confounded(result: Concept) -> str:
 
 
 def _sources_in_words(result: Concept) -> str:
-    if any(one.name == "source" for one in result.confounds):
+    ours, theirs = (
+        {p.source for p, label in zip(result.batch.prompts, result.acts.labels, strict=True) if label == side}
+        for side in (POSITIVE, NEGATIVE)
+    )
+    if ours & theirs:
         return ""
     return " Each side has sources of its own, so how these were collected can't be told from the concept."
 

@@ -14,6 +14,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import ANEW, TRANSFER, FittedGuard, GuardSettings
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.guard.rules import needs_refusals
+from mechlens.methods.probing.confounds import compare_sides
 from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoints.difference import require_same_template
 from mechlens.models.checkpoints.outline import Outline
@@ -25,6 +26,7 @@ from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice
 from mechlens.settings import FRACTIONS, Answering
 from mechlens.studies.shared.inputs import Check
 from mechlens.studies.shared.quadrants import judge_answers
+from mechlens.studies.shared.sources import HARMFUL, HARMLESS
 from mechlens.studies.shared.training_data import text_sha256
 
 Guard = TypeVar("Guard", bound="LatentGuard")
@@ -93,6 +95,8 @@ def fit_guard(
     used = template_of(model, template)
     prompts = as_prompts(prompts)
     labels, families = [prompt.label for prompt in prompts], [prompt.group for prompt in prompts]
+    harmful, harmless = ([p for p in prompts if (p.label == HARMFUL) is side] for side in (True, False))
+    compare_sides(harmful, harmless, (HARMFUL, HARMLESS))
     split = split_by_family(labels, families, fractions=FRACTIONS, seed=estimator.seed)
     acts = collect(model, tokenize(prompts, used), positions=read_positions(estimator), cache=cache)
     sha = [text_sha256(prompt.text) for prompt in prompts]

@@ -18,6 +18,7 @@ from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.behaviour.model_judge import ModelJudge
 from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import MIN_FAMILIES
+from mechlens.methods.probing.confounds import compare_sides
 from mechlens.methods.progress import phase
 from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
@@ -29,7 +30,7 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
-from mechlens.studies.separate.analysis import HARMFUL, Analysis, analyse
+from mechlens.studies.separate.analysis import HARMFUL, HARMLESS, Analysis, analyse
 from mechlens.studies.separate.config import Separate, SeparationPlan
 from mechlens.studies.separate.contrasts import OutOfFoldContrast, Question, measure_contrast
 from mechlens.studies.separate.geometry import Geometry, measure_geometry
@@ -165,6 +166,10 @@ def separate(
     judges = judges or judges_of(plan.judge)
     extra = as_prompts(extra_harmless, name="extra")
     prompts = labelled(harmful, harmless, extra)
+    more = {prompt.id for prompt in extra}
+    contrasted = [prompt for prompt in prompts if prompt.id not in more]
+    ours, theirs = ([prompt for prompt in contrasted if prompt.label == side] for side in (HARMFUL, HARMLESS))
+    compare_sides(ours, theirs, (HARMFUL, HARMLESS))
     batch = tokenize(prompts, template_of(model, template))
     decided = once_settled(judges, loaded(model).tokenizer)
     answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, decided=decided, cache=cache)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mechlens.methods.behaviour.damage import PLAIN_TEXT
+from mechlens.methods.probing.confounds import compare_sides
 from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.outline import outline
 from mechlens.models.checkpoints.series import CheckpointSeries, content_of
@@ -38,6 +39,7 @@ def series_prompts(config: HarmChoice, series: CheckpointSeries) -> SeriesPrompt
     adapters = [None, *(member.path for member in series.members if member.kind == "adapter")]
     sets = read_harm_sets(config, [ModelChoice(model=series.base.path, adapter=adapter) for adapter in adapters])
     matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
+    compare_sides(matched.positive, matched.negative, ("harmful", "harmless"))
     prompts = (*matched.positive, *matched.negative)
     split = split_by_family(
         [prompt.label for prompt in prompts], [prompt.group for prompt in prompts], fractions=FRACTIONS,
