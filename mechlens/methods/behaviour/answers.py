@@ -1,17 +1,18 @@
-"""What the model says: greedy answers to prompts, kept with their labels so that judging again needs no model."""
+"""What the model says: answers to prompts, greedy or drawn, kept so that judging again needs no model."""
 
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, template_of
 from mechlens.methods.activations.reading import FORMAT, halving, shared_start
+from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
 from mechlens.methods.behaviour.judges import OnceSettled
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
@@ -35,7 +36,7 @@ FAST = "fast"
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy answers of one checkpoint, one per prompt."""
+    """Answers of one checkpoint, greedy ones, one per prompt, unless `drawn` says how they were drawn."""
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
@@ -51,6 +52,11 @@ class Answers:
     """Why the fast path was not taken; empty where it was."""
     cut: tuple[bool, ...] = field(default=(), kw_only=True)
     """Which answers were left off once they were decided; empty where all were written to their end."""
+    drawn: str = field(default="", kw_only=True)
+    """Temperature, top-p and seed in words; empty where the answers are greedy."""
+    draw: tuple[int, ...] = field(default=(), kw_only=True)
+    """Which draw of its prompt each answer is, by number, as in its id (prompt#0, prompt#1, ...); empty where each
+    prompt has one answer."""
 
     @property
     def first_tokens(self) -> tuple[int, ...]:
@@ -66,14 +72,18 @@ class Answers:
             texts=tuple(self.texts[i] for i in kept),
             tokens=tuple(self.tokens[i] for i in kept),
             cut=tuple(self.cut[i] for i in kept if self.cut),
+            draw=tuple(self.draw[i] for i in kept if self.draw),
         )
 
     def table(self) -> "pandas.DataFrame":
-        """One row per prompt: id, answer, number of tokens."""
+        """One row per answer: id, answer, number of tokens; of several to a prompt its id and the draw too."""
         import pandas as pd
 
         lengths = [len(tokens) for tokens in self.tokens]
-        return pd.DataFrame({"id": self.ids, "answer": self.texts, "n_tokens": lengths})
+        frame = pd.DataFrame({"id": self.ids, "answer": self.texts, "n_tokens": lengths})
+        if self.draw:
+            frame = frame.assign(prompt=[name.rpartition("#")[0] for name in self.ids], draw=self.draw)
+        return frame
 
 
 def answer(
@@ -82,13 +92,20 @@ def answer(
     *,
     max_new_tokens: int,
     template: TemplateChoice = "tokenizer",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    n: int = 1,
+    seed: int = 0,
     decided: OnceSettled | None = None,
     cache: Cache | None = None,
     max_tokens: int | None = None,
 ) -> Answers:
-    """Greedy answers of up to `max_new_tokens` tokens; equal to answering one prompt at a time.
+    """Answers of up to `max_new_tokens` tokens; equal to answering one prompt at a time.
 
-    Greedy means the likeliest token: sampling settings and repetition penalties of the model don't count.
+    They are greedy, the likeliest token each time, unless a `temperature` is given: then each token is drawn as
+    transformers draws it, among the likeliest that have the share `top_p` together, and there are `n` answers to each
+    prompt (ids prompt#0, prompt#1, ...). The same `seed` gives a prompt the same answers, whatever stands beside it.
+    Sampling settings and repetition penalties of the model itself don't count.
     An answer that is `decided` so far is left off there (see `once_settled`). `cache` keeps finished batches, so that a
     killed run goes on; `max_tokens` bounds prompt tokens in a batch (4096 on a CPU, 16384 on a GPU).
 
@@ -100,7 +117,10 @@ def answer(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
     batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
-    rows = [Row(tuple(ids := batch.row(i)), (len(ids) - 1,)) for i in range(len(batch.prompts))]
+    draws = Draws(temperature, top_p, n, seed)
+    streams = streams_of(batch, draws)
+    batch = drawn_batch(batch, n)
+    rows = [_AnsweredRow(tuple(ids := batch.row(i)), (len(ids) - 1,), streams[i]) for i in range(len(batch.prompts))]
     refuse_too_long(model, batch, max_new_tokens)
     if has_hooks(model):
         cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
@@ -115,18 +135,18 @@ def answer(
     cost = (forward.BATCH_COST if on_cpu else forward.GPU_BATCH_COST) * max_new_tokens
     most = forward.batch_tokens(model, max_tokens or (4096 if on_cpu else 16384))
     batches = forward.plan(rows, most, shared=skip, batch_cost=cost, equal_lengths=not fast)
-    run = _Runner(model, max_new_tokens, fast, decided)
+    run = _Runner(model, max_new_tokens, fast, decided, draws)
     work = sum(len(row.ids) - skip + max_new_tokens for row in rows)
     bar = steps(len(rows), "answering", "prompt", work)
     with phase("answering"):
         for members in batches:
             chunk = [rows[i] for i in members]
-            key = _key(model, checkpoint, chunk, max_new_tokens, skip, engine, decided)
+            key = _key(model, checkpoint, chunk, max_new_tokens, skip, engine, decided, draws)
             piece = cache.get(key) if cache is not None else None
             if piece is None:
                 if fast and skip and prefix is None:
                     prefix = shared_start(model, rows[0].ids[:skip])
-                piece = {"tokens": halving(functools.partial(run, prefix), chunk)}
+                piece = {"tokens": halving(functools.partial(run, prefix), list(chunk))}
                 if cache is not None:
                     cache.put(key, piece)
             found.update(zip(members, piece["tokens"].tolist(), strict=True))
@@ -142,8 +162,17 @@ def answer(
         template=batch.template,
         engine=engine,
         why_plain=forward.why_plain(model),
+        drawn=draws.described,
+        draw=tuple(i % n for i in range(len(rows))) if n > 1 else (),
         cut=() if decided is None else tuple(len(own) < max_new_tokens and decided(list(own)) for own in tokens),
     )
+
+
+@dataclass(frozen=True)
+class _AnsweredRow(Row):
+    """A row with the stream of numbers that its answer is drawn by."""
+
+    stream: str
 
 
 @dataclass(frozen=True)
@@ -154,12 +183,14 @@ class _Runner:
     max_new_tokens: int
     fast: bool
     decided: Decided | None
+    draws: Draws
 
     def __call__(self, prefix: Any, chunk: list[Row]) -> torch.Tensor:
+        pick = self.draws.pick([row.stream for row in cast(list[_AnsweredRow], chunk)])
         if self.fast:
-            rows = greedy_batch(self.model, chunk, self.max_new_tokens, prefix, None, self.decided)
+            rows = greedy_batch(self.model, chunk, self.max_new_tokens, prefix, None, self.decided, pick=pick)
         else:
-            rows = [self._cut(row) for row in reference_greedy(self.model, chunk, self.max_new_tokens)]
+            rows = [self._cut(row) for row in reference_greedy(self.model, chunk, self.max_new_tokens, pick)]
         padded = [row + [NO_TOKEN] * (self.max_new_tokens - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.long)
 
@@ -172,15 +203,17 @@ class _Runner:
 def _key(
     model: LanguageModel,
     checkpoint: Checkpoint,
-    rows: list[Row],
+    rows: Sequence[_AnsweredRow],
     max_new_tokens: int,
     skip: int,
     engine: str,
     decided: OnceSettled | None,
+    draws: Draws,
 ) -> str:
-    """Fingerprint of a batch: weights, type, every token id, how far to go and what ends it sooner."""
+    """Fingerprint of a batch: weights, type, every token id, how far to go, what ends it sooner and what is drawn."""
     record = [
         FORMAT, "answers", *checkpoint.identity, str(dtype_of(model)), device_of(model).type,
         engine, skip, max_new_tokens, [row.ids for row in rows], *([] if decided is None else [decided.key]),
+        *([] if draws.greedy else [draws.key, [row.stream for row in rows]]),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

@@ -137,6 +137,8 @@ class Engine:
     keep: Callable[[Tensor, list[int]], Tensor]
     key: str | None
     """What all of this is, for the cache; None where a function doesn't say what it does."""
+    of_rows: Sequence[str] = ()
+    """What else decides each prompt's values, by its number."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class SteeredBatch:
         self, work: Engine, chunk: Sequence[SteeredRow], skip: int, prints: Fingerprints, checkpoint: Checkpoint
     ) -> str:
         how = [work.key, self.new_tokens, skip, "fast" if self.fast else "plain"]
+        how += [work.of_rows[row.number] for row in chunk] if work.of_rows else []
         return piece_key(self.model, checkpoint, chunk, [self.changes[row.number] for row in chunk], how, prints)
 
     def _runner(self, work: Engine, start: "_Start") -> Callable[[list[Row]], Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -10,23 +11,26 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
+from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
+from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
 from mechlens.methods.behaviour.judges import refusal_log_odds
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, Intervention, require_direction, require_fits
 from mechlens.methods.steering.placed import Placement
+from mechlens.methods.steering.starts import SteeredRow
 from mechlens.methods.steering.steered_batch import Engine, Interventions, Keyed, Reduce, steered_batch
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, loaded, n_layers
 from mechlens.models.engine.forward import Row, batch_tokens
-from mechlens.models.engine.generate import Decided, greedy_batch, prompt_logits
+from mechlens.models.engine.generate import Decided, Pick, greedy_batch, prompt_logits
 from mechlens.models.engine.intervene import EveryToken, TokenMask, changed
 from mechlens.models.engine.reference import recomputed_greedy, whole_logits
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.orthogonal import orthogonalised
 from mechlens.prompts.asked import Prompts
-from mechlens.prompts.batch import TokenBatch
+from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.templates.template import TemplateChoice
 
 Condition = Sequence[Intervention | None]
@@ -106,13 +110,19 @@ def answer_under(
     *,
     max_new_tokens: int,
     template: TemplateChoice = "tokenizer",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    n: int = 1,
+    seed: int = 0,
     decided: Decided | None = None,
     cache: Cache | None = None,
     force: bool = False,
     max_tokens: int = MAX_TOKENS,
 ) -> SteeredAnswers:
-    """Greedy answers under interventions; equal to running the whole text again for each token of each prompt.
+    """Answers under interventions; equal to running the whole text again for each token of each prompt.
 
+    They are greedy, or with a `temperature` drawn as in `answer`: by the same numbers for a prompt under each
+    intervention and under none, so that what differs is not chance alone.
     A row whose answer so far is `decided` leaves the batch. `cache` keeps finished batches, so that a killed run
     goes on (with a `decided` that has a `key`, such as `OnceRefused`). `max_tokens` bounds prompt tokens in a batch.
     Raises UserError for interventions that don't fit the model; those made for another pass with `force`.
@@ -122,17 +132,25 @@ def answer_under(
         raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
-    steered = steered_batch(model, prompts, interventions, template, force, max_new_tokens)
+    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
+    draws = Draws(temperature, top_p, n, seed)
+    streams = streams_of(batch, draws)
+    if any(isinstance(one, Sequence) for one in interventions):
+        interventions = [cast(Sequence[Intervention], own) for own in interventions for _ in range(n)]
+    steered = steered_batch(model, drawn_batch(batch, n), interventions, template, force, max_new_tokens)
+
+    def pick(rows: list[Row]) -> Pick | None:
+        return draws.pick([streams[row.number] for row in cast(list[SteeredRow], rows)])
 
     def fast(rows: list[Row], prefix: DynamicCache | None, token_mask: TokenMask, shared_rows: SharedRows) -> Tensor:
-        return _padded(
-            greedy_batch(model, rows, max_new_tokens, prefix, token_mask, decided, shared_rows), max_new_tokens
-        )
+        said = greedy_batch(model, rows, max_new_tokens, prefix, token_mask, decided, shared_rows, pick(rows))
+        return _padded(said, max_new_tokens)
 
     def plain(rows: list[Row], token_mask: TokenMask) -> Tensor:
-        return _padded(recomputed_greedy(model, rows, max_new_tokens, token_mask, decided), max_new_tokens)
+        return _padded(recomputed_greedy(model, rows, max_new_tokens, token_mask, decided, pick(rows)), max_new_tokens)
 
-    work = Engine(fast, plain, lambda values, rows: values, _key("answers", decided))
+    key = _key("answers" if draws.greedy else f"answers {draws.key}", decided)
+    work = Engine(fast, plain, lambda values, rows: values, key, () if draws.greedy else streams)
     found = steered.run(work, batch_tokens(model, max_tokens), cache)
     tokens = tuple(tuple(t for t in row if t != NO_TOKEN) for row in found.tolist())
     return SteeredAnswers(
@@ -145,6 +163,8 @@ def answer_under(
         engine="fast" if steered.fast else "plain",
         why_plain=steered.why_plain,
         interventions=steered.interventions,
+        drawn=draws.described,
+        draw=tuple(i % n for i in range(len(tokens))) if n > 1 else (),
     )
 
 

@@ -21,6 +21,8 @@ from mechlens.models.native import native, native_blocks
 
 Decided = Callable[[list[int]], bool]
 """Whether an answer so far is all that one wants to know; its row then leaves the batch."""
+Pick = Callable[[Float[Tensor, "row vocab"], Sequence[int], int], Int[Tensor, " row"]]
+"""Which token comes next, of finite logits: those of rows of the batch, by number, at a place in their answers."""
 LEAVING = 8
 """Rows leave once they are one in so many: taking them out copies the keys and values of all others."""
 
@@ -34,8 +36,9 @@ def greedy_batch(
     token_mask: TokenMask | None = None,
     decided: Decided | None = None,
     shared_rows: SharedRows | None = None,
+    pick: Pick | None = None,
 ) -> list[list[int]]:
-    """The greedy continuation of every row, up to and without its end-of-sequence token.
+    """The continuation of every row, up to and without its end-of-sequence token: greedy, or as `pick` chooses.
 
     Rows may differ in length: the prompt is padded on the right, where causal attention can't see it, then
     each row's keys and values move to the right end, so that decoding continues without a gap.
@@ -52,7 +55,7 @@ def greedy_batch(
             shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model))
             logits, cache = _prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)
             cache = _packed(cache, empty, shared_rows, max_new_tokens)
-        rest = Rest(frozenset(stop_tokens(model)), max_new_tokens, token_mask, decided)
+        rest = Rest(frozenset(stop_tokens(model)), max_new_tokens, token_mask, decided, pick)
         return _decode(hf_model, cache, logits, device, _Running.begun(empty, skip, width), rest)
 
 
@@ -189,6 +192,7 @@ class Rest:
     max_new_tokens: int
     token_mask: TokenMask | None
     decided: Decided | None
+    pick: Pick | None
 
     def advance(self, rows: Sequence[int], starts: Sequence[int], generated: int) -> None:
         if self.token_mask is not None:
@@ -246,7 +250,7 @@ def _decode(
     going = [True] * len(answers)
     padding: _Padding | None = None
     for step in range(1, rest.max_new_tokens + 1):
-        token, tokens = _likeliest(logits)
+        token, tokens = _next(logits, running.rows, step - 1, rest.pick)
         token = token.to(device)
         going = rest.written(tokens, running.rows, going, answers)
         if not any(going) or step == rest.max_new_tokens:
@@ -283,6 +287,16 @@ class _Padding(NamedTuple):
     @property
     def arguments(self) -> dict[str, Tensor]:
         return {"attention_mask": self.mask, "position_ids": self.position}
+
+
+def _next(
+    logits: Float[Tensor, "row vocab"], rows: Sequence[int], place: int, pick: Pick | None
+) -> tuple[Int[Tensor, " row"], list[int]]:
+    likeliest = _likeliest(logits)  # which refuses logits that aren't finite
+    if pick is None:
+        return likeliest
+    token = pick(logits, rows, place)
+    return token, token.tolist()
 
 
 def _likeliest(logits: Float[Tensor, "row vocab"]) -> tuple[Int[Tensor, " row"], list[int]]:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, has_hooks, is_bridge, loaded, regime
 from mechlens.models.engine.forward import Row
-from mechlens.models.engine.generate import Decided, Rest, stop_tokens
+from mechlens.models.engine.generate import Decided, Pick, Rest, stop_tokens
 from mechlens.models.engine.intervene import TokenMask
 from mechlens.models.engine.probes import decode_gap, loses, require_finite_logits, tolerance
 from mechlens.models.native import native
@@ -41,11 +41,13 @@ def reference_engine(model: LanguageModel) -> str:
 
 
 @torch.inference_mode()
-def reference_greedy(model: LanguageModel, rows: list[Row], max_new_tokens: int) -> list[list[int]]:
-    """The greedy continuation of rows of one length, in the way that `reference_engine` names."""
+def reference_greedy(
+    model: LanguageModel, rows: list[Row], max_new_tokens: int, pick: Pick | None = None
+) -> list[list[int]]:
+    """The continuation of rows of one length, in the way that `reference_engine` names: greedy, or by `pick`."""
     engine = reference_engine(model)
-    if engine == UNCACHED:
-        return recomputed_greedy(model, rows, max_new_tokens, None, None)
+    if engine == UNCACHED or (pick is not None and not is_bridge(model)):  # whose generation takes nobody's choice
+        return recomputed_greedy(model, rows, max_new_tokens, None, None, pick)
     tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
     stop = stop_tokens(model)
     if not is_bridge(model):
@@ -60,16 +62,19 @@ def reference_greedy(model: LanguageModel, rows: list[Row], max_new_tokens: int)
         require_finite_logits(whole_logits(model, out))
     else:
         with native(model) if engine == NATIVE else contextlib.nullcontext(model.original_model) as hf_model:
-            out = _generated(hf_model, tokens, stop, max_new_tokens)
+            out = _generated(hf_model, tokens, stop, max_new_tokens, pick)
     return [_until(row, stop) for row in out[:, tokens.shape[1] :].tolist()]
 
 
-def _generated(hf_model: Any, tokens: Tensor, stop: set[int], max_new_tokens: int) -> Tensor:
+def _generated(hf_model: Any, tokens: Tensor, stop: set[int], max_new_tokens: int, pick: Pick | None) -> Tensor:
     """Prompt and answer by Hugging Face's own generation."""
 
     def finite(ids: Tensor, logits: Tensor) -> Tensor:
         require_finite_logits(logits, hf_model.dtype)  # generation has made them float32
-        return logits
+        if pick is None:
+            return logits
+        token = pick(logits, range(len(logits)), ids.shape[1] - tokens.shape[1])
+        return torch.full_like(logits, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
     own = hf_model.generation_config
     try:
@@ -89,19 +94,25 @@ def _generated(hf_model: Any, tokens: Tensor, stop: set[int], max_new_tokens: in
 
 @torch.inference_mode()
 def recomputed_greedy(
-    model: LanguageModel, rows: list[Row], max_new_tokens: int, token_mask: TokenMask | None, decided: Decided | None
+    model: LanguageModel,
+    rows: list[Row],
+    max_new_tokens: int,
+    token_mask: TokenMask | None,
+    decided: Decided | None,
+    pick: Pick | None = None,
 ) -> list[list[int]]:
     """The same for rows of one length by running everything again at each step, without keys and values.
 
     The library's own generation doesn't say which tokens it runs, and interventions have to know.
     """
     tokens = torch.tensor([row.ids for row in rows], device=device_of(model))
-    rest = Rest(frozenset(stop_tokens(model)), max_new_tokens, token_mask, decided)
+    rest = Rest(frozenset(stop_tokens(model)), max_new_tokens, token_mask, decided, pick)
     answers: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
     for step in range(max_new_tokens):
         rest.advance(alive, [0] * len(alive), step)
-        token = whole_logits(model, tokens).argmax(dim=-1).to(tokens.device)
+        logits = whole_logits(model, tokens)
+        token = (logits.argmax(dim=-1) if pick is None else pick(logits, alive, step)).to(tokens.device)
         going = rest.written(token.tolist(), alive, [True] * len(alive), answers)
         keep = [i for i, on in enumerate(going) if on]
         index = torch.tensor(keep, dtype=torch.long, device=tokens.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
 from mechlens.methods.behaviour.chosen_judge import Agreement, agreement, judges_of, verdicts_by
+from mechlens.methods.behaviour.drawing import drawn_prompts
 from mechlens.methods.behaviour.judges import (
     Judge,
     LogOddsJudge,
@@ -118,6 +119,8 @@ def judge_answers(prompts: Prompts, answers: Answers, judges: Sequence[Judge] | 
     """Verdicts of the given judges, or of the one of that name and beside it both published lists; needs no model."""
     chosen = judges_of(judges) if isinstance(judges, str) else judges
     prompts = as_prompts(prompts)
+    if answers.draw and len(prompts) < len(answers.ids):  # several answers to each
+        prompts = drawn_prompts(prompts, max(answers.draw) + 1)
     _warn_of_thoughts(answers)
     return JudgedAnswers(
         prompts=tuple(prompts),
