@@ -30,9 +30,13 @@ def is_whole(text: str) -> bool:
     return True
 
 
-def user_path(given: str | Path) -> Path:
+AnyPath = str | os.PathLike[str]
+"""A path as people give it: text, a Path, or anything that stands for one."""
+
+
+def user_path(given: AnyPath) -> Path:
     """The path that a user means, with ~ resolved; it need not exist. UserError where it can be no path."""
-    name = str(given)
+    name = os.fspath(given)
     if "\0" in name:
         raise UserError(f"the path {name!r:.80} holds a NUL character, which no path has; correct it")
     if not is_whole(name):

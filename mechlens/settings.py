@@ -31,6 +31,7 @@ MethodName = Annotated[
     METHODS,
     choice(METHODS, "How the direction is found; all but the mean difference get at most 50 label permutations."),
 ]
+RunFolder = Annotated[Path | str, tyro.conf.arg(metavar="PATH")]
 TemplateArguments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
 """Of the chat template, in the order given; a value is JSON where it parses as such, else text."""
 
@@ -59,7 +60,7 @@ class WandbSettings:
 class RunChoice:
     """Where a run is recorded."""
 
-    out: Path
+    out: RunFolder
     """Run folder; a run killed in it goes on when the same command is given again."""
     keep_cache: bool = False
     """Keep `cache/` after success: with it the same command is done at once, and it may be many times the rest."""

@@ -91,7 +91,7 @@ def test_a_temperature_near_0_is_greedy(model: Any) -> None:
 
 def test_steered_answers_are_drawn_by_the_numbers_of_unsteered_ones(model: Any) -> None:
     vector = torch.ones(32)
-    direction = Direction(vector, 1, "last", "resid", "mean_difference", ("a", "b"), checkpoint_now(model), "")
+    direction = Direction(vector, 1, "last", "resid", "mean_difference", ("a", "b"), checkpoint_now(model), "", ())
     adds = [[Add(direction, strength=k, unit="unit", layers=(1,), positions=ALL, phase="both")] for k in (0.0, 30.0)]
     batch = tokenize(TEXTS[:1], template_of(model)).select([0, 0])  # one prompt under two interventions
     said = answer_under(model, batch, adds, n=4, force=True, **HOW)

@@ -10,7 +10,7 @@ from typing import Any
 from mechlens import hub
 from mechlens.choices import MODELS
 from mechlens.errors import UserError, require_extra
-from mechlens.files import user_path
+from mechlens.files import AnyPath, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
@@ -44,9 +44,9 @@ DTYPES = ("auto", *FULL, *RUNS_ON)
 
 
 def load(
-    model: str,
+    model: AnyPath,
     *,
-    adapter: str | None = None,
+    adapter: AnyPath | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     device: str | None = "auto",
@@ -61,6 +61,7 @@ def load(
     over devices and the disk, as transformers does it (see `DeviceMap`). No code from the hub is run. Raises UserError,
     in one sentence, for whatever can't be loaded.
     """
+    model, adapter = os.fspath(model), None if adapter is None else os.fspath(adapter)
     require_one_place(device, device_map)
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -257,10 +258,11 @@ def tokenizer_of(model: str, *, adapter: str | None = None, revision: str | None
     return tokenizer if merged is None else _as_trained(tokenizer, merged)
 
 
-def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(model: AnyPath, *, revision: str | None = None) -> Any:
     """The tokenizer of a model, or of a folder that holds nothing else."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    model = os.fspath(model)
     source, gguf = _locate(ADAPTERS[model].base if _is_adapter(model) else model)
     where = {"gguf_file": gguf} if gguf else {}
     try:

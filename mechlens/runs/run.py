@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import numbers
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from pydantic import BeforeValidator
 
 from mechlens.checked_json import read_sealed, sealed
 from mechlens.errors import UserError
-from mechlens.files import write_text
+from mechlens.files import AnyPath, user_path, write_text
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import is_sampled
 from mechlens.models.precision import Parity
@@ -196,9 +195,9 @@ def write_run(run: Run, folder: Path) -> None:
     write_text(folder / RUN_FILE, json.dumps(sealed(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_run(folder: str | os.PathLike[str]) -> Run:
+def read_run(folder: AnyPath) -> Run:
     """The record in a run's folder."""
-    path = Path(folder) / RUN_FILE
+    path = user_path(folder) / RUN_FILE
     try:
         found: _OnDisk = read_sealed(path, _OnDisk, REMEDY, sealed_from=2, extra="forbid")
     except FileNotFoundError as error:

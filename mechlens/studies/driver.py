@@ -3,15 +3,17 @@
 The command line, `ml.run(config)` and `mechlens runs rerun` all come this way.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mechlens.checked_json import checked
 from mechlens.choices import require_known
 from mechlens.errors import UserError
+from mechlens.files import AnyPath, user_path
 from mechlens.methods.progress import Clock, phase, timed
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
@@ -53,12 +55,26 @@ def run(config: Any) -> RunResult:
     anything slow, for whatever can't be had.
     """
     study = study_of(config)
+    config = _with_paths(config)
     require_known(config)
     with timed() as clock:
         with phase("loading"):
             study = _imported(study)
             prepared = _prepared(study, config)
         return open_run_folder(_recorded(study, config, prepared, clock))
+
+
+def _with_paths(config: Any) -> Any:
+    """The configuration with `out` as a path and all other paths as text, as the command line has them."""
+    held = {one.name: getattr(config, one.name) for one in fields(config)}
+    text = {
+        name: tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
+        if isinstance(value, tuple)
+        else os.fspath(value)
+        for name, value in held.items()
+        if isinstance(value, os.PathLike | tuple)
+    }
+    return replace(config, **{**text, "out": user_path(config.out)})
 
 
 def _imported(study: Study) -> Study:
@@ -104,7 +120,7 @@ def _record_inputs(writer: RunWriter, prepared: Preparation[Any]) -> None:
         writer.prompts(prepared.prompts)
 
 
-def rerun(folder: Path, out: Path | None = None) -> Difference:
+def rerun(folder: AnyPath, out: AnyPath | None = None) -> Difference:
     """Makes a recorded run again, computing everything anew; the metric that differs most.
 
     It goes to `out`, or to a temporary folder. A chat template that prints the date prints the day of the first run.
@@ -117,7 +133,8 @@ def rerun(folder: Path, out: Path | None = None) -> Difference:
     study = _imported(known[before.verb])
     with tempfile.TemporaryDirectory() as scratch:
         day = {"today": before.inputs.today} if before.inputs.today else {}
-        again = _rebuilt(study.config, before.config | day, out or Path(scratch) / "rerun")
+        where = Path(scratch) / "rerun" if out is None else user_path(out)
+        again = _with_paths(_rebuilt(study.config, before.config | day, where))
         require_known(again)
         with timed() as clock:
             with phase("loading"):

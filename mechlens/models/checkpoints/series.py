@@ -5,13 +5,14 @@ The base is step 0. A checkpoint that can't belong to the series is named with i
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import AnyPath, user_path
 from mechlens.models.checkpoint import computing_settings
 from mechlens.models.checkpoints.adapter_record import RECORD, read_record, require_whole
 from mechlens.models.checkpoints.folders import (
@@ -77,7 +78,7 @@ class CheckpointSeries:
 
 
 def checkpoint_series(
-    base: str, checkpoints: Sequence[str], *, revision: str | None = None, skip_broken: bool = False
+    base: AnyPath, checkpoints: AnyPath | Sequence[AnyPath], *, revision: str | None = None, skip_broken: bool = False
 ) -> CheckpointSeries:
     """The series that these sources hold, by step.
 
@@ -85,7 +86,9 @@ def checkpoint_series(
     adapter or model, a hub id, or `hub/id@revision`. UserError where one is broken, unless `skip_broken`, and
     where none is left.
     """
-    found = [one for source in checkpoints for one in sources(source)]
+    base = os.fspath(base)
+    given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints
+    found = [one for source in given for one in sources(os.fspath(source))]
     if not found:
         raise UserError("there are no checkpoints; give a training run's output folder, adapters, or id@revision")
     judge = _Judge(base, revision, own_records=any(one.folder and (one.folder / RECORD).exists() for one in found))

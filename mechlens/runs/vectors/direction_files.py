@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mechlens.errors import UserError
+from mechlens.files import AnyPath, user_path
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction, DirectionGrid
 from mechlens.methods.probing.beliefs import Centroids
@@ -131,11 +132,12 @@ def _of_rank(path: Path, rank: int, axes: str) -> Tensor:
 _PICKLES = (".pt", ".pth", ".bin")
 
 
-def read_direction(path: Path, layer: int | None = None, position: str | None = None) -> Direction:
+def read_direction(path: AnyPath, layer: int | None = None, position: str | None = None) -> Direction:
     """The one direction of a file at a level and position; either may be left out where the file has only one.
 
     The ending tells whose file it is, and of .pt files what lies beside it and what it holds.
     """
+    path = user_path(path)
     found = _own(path, position) if path.suffix == ".safetensors" else _foreign(path, position)
     if len(found) == 1:
         return found[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mechlens.errors import UserError, require_extra
-from mechlens.files import writing_to
+from mechlens.files import AnyPath, user_path, writing_to
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record, require_whole
@@ -56,7 +56,7 @@ class FinetuneResult:
 
 
 def finetune(
-    config: FinetuneConfig, out: Path, *, cache: Cache | None = None, log: LogCallback | None = None
+    config: FinetuneConfig, out: AnyPath, *, cache: Cache | None = None, log: LogCallback | None = None
 ) -> FinetuneResult:
     """Train a LoRA adapter into `out/adapter`, with checkpoints in `out/checkpoint-STEP`.
 
@@ -67,6 +67,7 @@ def finetune(
     ever removed or replaced that mechlens' own record doesn't name.
     """
     require_settings(config)
+    out = user_path(out)
     if (out / "adapter" / RECORD).exists():
         refuse_other_run(config, _record(out / "adapter"), out)
         return _read(out)

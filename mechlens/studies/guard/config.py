@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mechlens.choices import RULES, choice
-from mechlens.settings import Answering, ModelChoice, Nulls, PromptSets, RunChoice
+from mechlens.settings import Answering, ModelChoice, Nulls, PromptSets, RunChoice, RunFolder
 from mechlens.studies.registry import Command, of_folder
 
 RuleName = Annotated[str, RULES, choice(RULES, "How a place is scored; the other rules are fitted beside it.")]
@@ -20,7 +20,7 @@ class EvaluationPlan(Nulls, Answering):
 class GuardFit(EvaluationPlan, PromptSets, ModelChoice, RunChoice):
     """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors."""
 
-    out: Path = Path("runs/guard")
+    out: RunFolder = Path("runs/guard")
     """Run folder, in which the guard is kept with its evidence."""
     extra_harmless: str | None = "benign"
     """Further harmless prompts; None leaves them out."""

@@ -4,6 +4,7 @@ A list of sources is a JSON file; files in it lie below a folder that is given w
 No attack is generated here: attacks are rows of a file, or published templates put around goals.
 """
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from mechlens.checked_json import checked, parse_json
 from mechlens.errors import UserError
-from mechlens.files import read_whole, user_path
+from mechlens.files import AnyPath, read_whole, user_path
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
@@ -62,8 +63,9 @@ class SourcePrompts:
     """By family, the plain request behind each attack."""
 
 
-def read_sources(given: str) -> tuple[Source, ...]:
+def read_sources(given: AnyPath) -> tuple[Source, ...]:
     """The sources of a preset ("builtin", "published") or of a JSON file: a list of objects, one a source."""
+    given = os.fspath(given)
     if given in PRESETS:
         where = given
         text = (Path(__file__).parent / "data" / PRESETS[given]).read_text(encoding="utf-8")
@@ -90,8 +92,9 @@ def read_sources(given: str) -> tuple[Source, ...]:
     return sources
 
 
-def load_source(source: Source, folder: Path | None, seed: int, most: int | None = None) -> SourcePrompts:
+def load_source(source: Source, folder: AnyPath | None, seed: int, most: int | None = None) -> SourcePrompts:
     """The source's prompts, labelled harmful or harmless; `most` bounds their number further."""
+    folder = None if folder is None else user_path(folder)
     wanted = min((limit for limit in (source.sample, most) if limit is not None), default=None)
     if wanted is not None and wanted < 1:
         raise UserError(f"{wanted} prompts of {source.name} were asked for; ask for at least one")
