@@ -289,7 +289,7 @@ def test_a_sweep_shares_the_start_of_prompts_and_stays_exact(architecture: str, 
     ]
     rows = [setting for setting in settings for _ in range(4)]
     batch = whole.select(list(range(4)) * len(settings))
-    work = batching.steered_batch(model, batch, rows, None, False, 0)
+    work = batching.steered_batch(model, batch, rows, "tokenizer", False, 0)
     ids = [tuple(batch.row(i)) for i in range(len(rows))]
     skip, shared = rows_with_starts(ids, work.changes, fast=True)
     assert skip > 10

@@ -188,7 +188,7 @@ class _Runner:
     def __call__(self, prefix: Any, chunk: list[Row]) -> torch.Tensor:
         pick = self.draws.pick([row.stream for row in cast(list[_AnsweredRow], chunk)])
         if self.fast:
-            rows = greedy_batch(self.model, chunk, self.max_new_tokens, prefix, None, self.decided, pick=pick)
+            rows = greedy_batch(self.model, chunk, self.max_new_tokens, prefix, None, self.decided, None, pick)
         else:
             rows = [self._cut(row) for row in reference_greedy(self.model, chunk, self.max_new_tokens, pick)]
         padded = [row + [NO_TOKEN] * (self.max_new_tokens - len(row)) for row in rows]
