@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from mechlens.choices import RULES
 from mechlens.errors import UserError
-from mechlens.files import AnyPath, user_path
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
