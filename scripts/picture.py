@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from mechlens.runs.report.colours import GRID, INK, PALETTE, QUIET
+from mechlens.runs.report.colours import GRID, INK, QUIET, THINGS
 from mechlens.runs.run import read_run
 
 WIDTH, HEIGHT = 820, 366
 TOP, BOTTOM, PANEL = 58, 276, 340
 LOWEST, HIGHEST = 0.4, 1.0
+COLOURS = (THINGS["inst"], THINGS["last"])
 PANELS = (("harmful", "Is the request harmful?", 60), ("refused", "Will the model refuse it?", 460))
 
 
@@ -33,9 +34,9 @@ def main(run: Path, out: Path) -> None:
     for contrast, title, left in PANELS:
         cells = curves[curves["contrast"] == contrast]
         parts += _frame(title, left, int(cells["level"].max()), float(words[contrast]))
-        for position, colour in zip(named, PALETTE, strict=False):
+        for position, colour in zip(named, COLOURS, strict=True):
             parts += _curve(cells[cells["position"] == position].sort_values("level"), left, colour)
-    for i, (text, colour) in enumerate(zip(named.values(), PALETTE, strict=False)):
+    for i, (text, colour) in enumerate(zip(named.values(), COLOURS, strict=True)):
         x = 60 + 400 * i
         parts.append(f'<path d="M{x} 325h24" stroke="{colour}" stroke-width="2.5"/>{_text(x + 30, 329, text)}')
     record = read_run(run)

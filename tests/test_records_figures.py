@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.io as pio
 import pytest
 
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.privacy import (
     PrivateTexts,
     config_without_text,
@@ -16,6 +17,8 @@ from mechlens.runs.privacy import (
     unpacked,
 )
 from mechlens.runs.report import figures
+from mechlens.runs.report.colours import THINGS, looks
+from mechlens.studies.shared.angles import NO_ANGLE, angle_text, angles
 
 FRAME = pd.DataFrame(
     {
@@ -167,3 +170,47 @@ def test_a_private_text_is_found_escaped_broken_or_cut():
     told = figure_without_text(unpacked(figure.to_plotly_json()), private)
     assert told["data"][0]["customdata"] == [["[withheld]", "harmful"]]
     assert list(frame_without_text(frame, private).columns) == ["x", "y", "label"]
+
+
+def test_a_thing_has_its_colour_whatever_stands_beside_it():
+    """Quadrants, concepts and positions; names of none of these get colours that no thing has."""
+    alone, beside = (
+        looks(["inst"]),
+        looks(["zhao", "refused harmful", "inst", "last, post[4]", "harmful among accepted"]),
+    )
+    assert alone["inst"] == beside["inst"]
+    assert len({look.colour for look in beside.values()}) == 5
+    assert beside["zhao"].colour not in THINGS.values()
+    assert beside["harmful among accepted"].colour == looks(["harm"])["harm"].colour
+    assert looks(["instruction[0]"]) != looks(["inst"])  # another word, not another beginning
+    twice = looks(["refusal added", "refusal subtracted"]).values()
+    assert [look.turn for look in twice] == [0, 1]
+
+
+def test_axes_show_what_is_possible_and_whole_levels():
+    drawn = figures.lines(FRAME, x="level", y="auroc", limits=(0.0, 1.0), **WORDS)
+    assert list(drawn.layout.yaxis.range) == pytest.approx([-0.02, 1.02])
+    deep = pd.DataFrame({"level": range(31), "position": "inst", "v": 0.5})
+    assert figures.heatmap(deep, x="position", y="level", value="v", **WORDS).layout.yaxis.dtick == 2
+    few = pd.DataFrame({"level": [30, 0, 15], "position": "inst", "v": 0.5})
+    axis = figures.heatmap(few, x="position", y="level", value="v", **WORDS).layout.yaxis
+    assert (axis.type, list(axis.categoryarray)) == ("category", [0, 15, 30])
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "angle"),
+    [
+        (0.3, 0.1, 0.5, True),
+        (1.1, 0.8, 1.4, True),  # the same direction, with noise
+        (-0.6, -1.8, 0.2, False),  # more than half of what there is
+        (8.0, 2.0, 14.0, False),
+        (math.nan, math.nan, math.nan, False),
+    ],
+)
+def test_a_cosine_that_noise_has_made_is_no_angle(value, low, high, angle):
+    frame = pd.DataFrame({"v": [value], "low": [low], "high": [high]})
+    drawn, noisy = angles(frame, "v", "low", "high")
+    assert (len(drawn), len(noisy)) == (int(angle), int(not angle))
+    assert drawn.to_numpy().clip(-1, 1) == pytest.approx(drawn.to_numpy())
+    if not math.isnan(value):
+        assert (angle_text(Estimate(value, low, high, 9)) == NO_ANGLE) == (not angle)

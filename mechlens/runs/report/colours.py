@@ -10,8 +10,8 @@ PAPER = "#ffffff"
 BOTH = "#7b4fa3"
 GREY = "#7d8590"
 
-# Okabe and Ito's colours, the strong ones first; their yellow is left out, being unreadable on white.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
+# Tol's muted colours, the strong ones first: those of Okabe and Ito are kept for the things below.
+PALETTE = ("#332288", "#cc6677", "#999933", "#882255", "#44aa99", "#aa4499")
 
 THINGS = {
     # Harm is one colour and refusal another; a prompt with both is a mixture of them, one with neither is green.
@@ -33,6 +33,8 @@ ON_DARK = {
     INK: "#e6e9ed", QUIET: "#a3adb9", GRID: "#2a313a", RULE: "#7d8692", EDGE: "#4a535f", PAPER: "#15191f",
     "#0072b2": "#4da6e8", "#d55e00": "#f0803c", "#009e73": "#2cc295", "#cc79a7": "#e59bc6", "#e69f00": "#f2b632",
     "#56b4e9": "#a5d8f7", "#4d4d4d": "#c3c9d1", BOTH: "#b28bdb", GREY: "#97a0ac",
+    "#332288": "#9c8cf0", "#cc6677": "#e8909d", "#999933": "#c9c95e", "#882255": "#d06a9a", "#44aa99": "#6fd3c2",
+    "#aa4499": "#d580cf",
     "#2166ac": "#7dbbf5", "#92c5de": "#3c6e9e", "#f4a582": "#a3523f", "#b2182b": "#ff8a75",
     "#f7fbff": "#18202a", "#c6dbef": "#1f4164", "#6baed6": "#3577b0", "#2171b5": "#6fb1e6", "#08306b": "#cfe6fb",
 }  # fmt: skip
@@ -47,14 +49,13 @@ class Look(NamedTuple):
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """The look of every group of a figure: a thing's own colour, or the next one that no thing in the figure has."""
-    own = {name: _of_thing(name) for name in names}
-    free = [colour for colour in PALETTE if colour not in own.values()] or list(PALETTE)
+    """The look of every group of a figure: a thing's own colour, or the next of those that no thing has."""
     used: dict[str, int] = {}
     found, others = {}, 0
-    for name, colour in own.items():
+    for name in names:
+        colour = _of_thing(name)
         if colour is None:
-            colour, others = free[others % len(free)], others + 1
+            colour, others = PALETTE[others % len(PALETTE)], others + 1
         found[name] = Look(colour, used.get(colour, 0))
         used[colour] = used.get(colour, 0) + 1
     return found

@@ -3,9 +3,9 @@
 import re
 
 _SIGNS = (
-    (r"random|one_variable_95|null\.|floor", "what the number beside it has to beat"),
+    (r"random|one_variable_95|null\.|floor", "the number to beat"),
     (r"gain|beyond_chance|beyond_words", "above 0: more than that"),
-    (r"(^|_)words$|surface|tfidf|mean_embedding|token_identity|length_auroc", "what the direction has to beat"),
+    (r"(^|_)words$|surface|tfidf|mean_embedding|token_identity|length_auroc", "the number to beat"),
     (r"dissociation$", "0: one variable; up to 4: two"),
     (r"harm_gap", "above 0: looks more harmful"),
     (r"refusal_gap", "below 0: looks less refused"),
