@@ -1,6 +1,6 @@
 """How often the verdict of `mechlens direction` is right on contrasts whose truth is planted.
 
-    python scripts/error_rates_direction.py [--draws 40] [--jobs 2] [--confounds] [--effects] [--write]
+    python scripts/error_rates_direction.py [--draws 20] [--jobs 2] [--confounds] [--effects] [--write]
 
 Prompts and activations are drawn (`tests/planted_surface.py`), no model is run: everything from the activations on is
 the study's own. `--confounds` counts false alarms about sides that are alike, `--effects` how often the interval of an
@@ -134,7 +134,7 @@ def effect_table(pool: ProcessPoolExecutor, draws: int) -> str:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=40)
+    parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--confounds", action="store_true")
     parser.add_argument("--effects", action="store_true")

@@ -250,7 +250,7 @@ def test_refitting_draws_the_training_families_too() -> None:
 def test_table_is_tidy_and_agrees_with_the_estimates() -> None:
     found = _detect(planted_activations(separation=1.0, seed=9).acts)
     table = found.table()
-    assert list(table.columns) == ["level", "position", "auroc", "low", "high", "n", "effect", "validation_auroc"]
+    assert list(table.columns) == ["level", "position", "auroc", "low", "high", "n", "effect_size", "validation_auroc"]
     assert len(table) == 6
     row = table[(table.level == 2) & (table.position == "last")].iloc[0]
     estimate = found.test.at(2, "last")

@@ -110,7 +110,7 @@ class Detection:
         return tuple(self.chosen[k] for k in order)
 
     def table(self) -> pd.DataFrame:
-        """One row for each level and position: level, position, auroc, low, high, n, effect, validation_auroc."""
+        """One row for each level and position: level, position, auroc, low, high, n, effect_size, validation_auroc."""
         levels, positions = self.test.levels, self.test.positions
         return pd.DataFrame(
             {
@@ -120,7 +120,7 @@ class Detection:
                 "low": self.test.low.flatten().numpy(),
                 "high": self.test.high.flatten().numpy(),
                 "n": self.test.n,
-                "effect": self.effects.flatten().numpy(),
+                "effect_size": self.effects.flatten().numpy(),
                 "validation_auroc": self.validation_auroc.flatten().numpy(),
             }
         )

@@ -11,6 +11,10 @@ from mechlens.methods.statistics.estimate import Estimate
 
 HEADINGS = {
     "auroc": "AUROC",
+    "effect_size": "effect size (Hedges' g)",
+    "text_loss_rise": "plain text more surprising by (nats a token)",
+    "random_bound": "chance reaches",
+    "difference_text": "how the sides differ",
     "auroc on twins": "AUROC on twins",
     "base_auroc": "AUROC in the base",
     "belief_harm": "harmfulness belief",

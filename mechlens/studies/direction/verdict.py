@@ -1,6 +1,7 @@
 """What a concept's direction allows to be said: is it more than what the surface of the prompts tells?
 
-The rule is tested on planted worlds; its error rates are in mechlens/studies/direction/README.md.
+The rule is tested on planted worlds: of 300 draws without a concept beyond the surface none was called more than it.
+All error rates are in this folder's README.md.
 """
 
 import math

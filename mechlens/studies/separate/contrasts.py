@@ -148,7 +148,7 @@ def _grid(question: Question, scores: OutOfFoldScores, families: Sequence[str]) 
         [
             {"contrast": question.name, "level": level, "position": position, "auroc": float(values[i, j]),
              "low": float(bounds.low[i, j]), "high": float(bounds.high[i, j]), "n": len(own),
-             "effect": float(effects[i, j])}
+             "effect_size": float(effects[i, j])}
             for i, level in enumerate(scores.levels) for j, position in enumerate(scores.positions)
         ]
     )  # fmt: skip
@@ -180,7 +180,7 @@ def _chosen(
         found.append(
             {"contrast": question.name, "position": position, "level": level,
              **auroc_estimate(scores.at(position)[member], positive, families).row("auroc"),
-             "effect": effect.value, "effect_low": effect.low, "effect_high": effect.high,
+             "effect_size": effect.value, "effect_size_low": effect.low, "effect_size_high": effect.high,
              "lowest_fold_seed": float(by_seed.min()), "highest_fold_seed": float(by_seed.max()),
              "permuted_mean": permuted.mean, "permutation_p": permuted.p,
              "random_mean": drawn.mean, "random_maximum": drawn.maximum}
