@@ -16,6 +16,7 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.colours import ON_DARK, THINGS
 from mechlens.runs.report.parts import HEADINGS, estimate_text, heading, token_spans
 from mechlens.runs.report.report import FigureEntry, Report, Section, TokenView, render
+from mechlens.runs.report.signs import sign
 from mechlens.runs.run import Artefact, Inputs, Run
 
 EVIL = '</script><script>alert("owned")</script><img src=http://evil.test/x onerror=alert(1)>'
@@ -216,6 +217,22 @@ def test_colours_are_symmetric_about_zero_and_white_space_is_seen():
     assert token_spans(TokenView(("a",), (0.0,)))[0].share == 0
     with pytest.raises(ValueError, match="2 tokens"):
         TokenView(("a", "b"), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tpr_at_1pct_fpr.latent_guard", "higher: better"),
+        ("fpr.latent_guard", "lower: better"),
+        ("auroc.latent_guard.twins", "0.5: chance; 1: told apart"),
+        ("auroc_gain.tfidf.twins", "above 0: more than that"),
+        ("auroc.tfidf.twins", "the number to beat"),
+        ("dissociation.one_variable_95", "the number to beat"),
+        ("n.refused_harmful", ""),
+    ],
+)
+def test_a_card_says_which_way_its_number_speaks(name, words):
+    assert sign(name) == words
 
 
 def test_no_line_of_tokens_is_empty():

@@ -21,8 +21,8 @@ _SIGNS = (
     (r"change\.belief_refusal", "below 0: closer to accepting"),
     (r"belief_harm", "above 0: looks harmful"),
     (r"success", "higher: the attack works more often"),
-    (r"calibration_error|loss|\bkl\b|fpr\.|false_positives", "lower: better"),
     (r"accuracy|tpr", "higher: better"),
+    (r"calibration_error|loss|\bkl\b|fpr|false_positives", "lower: better"),
 )
 """Patterns in the names of metrics, the first that is found counts, and what stands on the card."""
 
