@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechlens.models.bridge import LanguageModel, device_of, n_layers
+from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers
 from mechlens.models.engine.caches import ReadOnlyCache, with_cache
 from mechlens.models.engine.edits import (
     Edit,
@@ -34,7 +34,7 @@ from mechlens.models.engine.forward import cheapest_pieces, warn_plain, why_plai
 from mechlens.models.engine.probes import finite_on_cpu, spread_tokens
 from mechlens.models.engine.products import quick_products
 from mechlens.models.engine.shared_rows import SharedRows, fault, fault_of_trial
-from mechlens.models.engine.site_reader import by_head, tapped, taps_of
+from mechlens.models.engine.site_reader import by_head, same_site, tapped, taps_of
 from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import n_heads, site_hook
 
@@ -175,6 +175,20 @@ def why_not_growing(model: LanguageModel, site: str) -> str:
     return fault(model, site, lambda: _growing_fault(model, site))
 
 
+def edited_alone(model: LanguageModel, ids: Sequence[int], site: str, edit: Edit, read: int) -> Float[Tensor, " vocab"]:
+    """Logits at token `read` after one edit in a whole pass of its own, to hold others against (float32, CPU).
+
+    In half precision with the attention that those have, where a plain module has the site as its input: that of
+    TransformerLens rounds otherwise, and in some models this adds up to a fifth of the largest logit.
+    """
+    taps = taps_of(model, site, [edit.layer]) if dtype_of(model) != torch.float32 else None
+    if taps is None:
+        return reference_edited_logits(model, ids, site, edit, read)
+    tokens = torch.tensor([list(ids)], device=device_of(model))
+    with native(model) as hf_model, tapped({taps[edit.layer]: _writing(model, site, [edit], 0)}):
+        return finite_on_cpu(hf_model(tokens, use_cache=False).logits[0, read])
+
+
 def _growing_fault(model: LanguageModel, site: str) -> str:
     ids, last, top = spread_tokens(model.original_model, range(1, 9)), 7, n_layers(model) - 1
     layers = sorted({0, top // 2, top})
@@ -184,13 +198,13 @@ def _growing_fault(model: LanguageModel, site: str) -> str:
     head = 0 if n_heads(model, site) else None
     places = ((layers[0], 3), (layers[-1], 5), (layers[len(layers) // 2], 7))
     edits = [Edit(layer, place, value_at(source[layer], site, place, head), head) for layer, place in places]
-    plain = torch.stack([reference_edited_logits(model, ids, site, edit, last) for edit in edits])
+    plain = torch.stack([edited_alone(model, ids, site, edit, last) for edit in edits])
 
     def trial() -> list[tuple[Tensor, Tensor]]:
         read = record(model, ids[::-1], last, site, layers).values
         recording = record(model, ids, last, site, ())
         fast = edited_logits(model, recording, site, edits, last)
         whole = edited_logits(model, recording, site, [replace(edits[0], position=0)], last)
-        return [(fast[1:], plain), (fast[0], whole[0]), *((read[layer], source[layer]) for layer in layers)]
+        return [(fast[1:], plain), (fast[0], whole[0]), *(same_site(read[layer], source[layer]) for layer in layers)]
 
     return fault_of_trial(model, f"at {site}", trial)

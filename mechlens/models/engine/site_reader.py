@@ -149,6 +149,21 @@ def require_readable(model: LanguageModel, site: str, layers: tuple[int, ...]) -
     known.add((site, layers))
 
 
+ALIKE = 0.8
+"""Cosine beyond which values are those of one site: rounding left 0.95 and more, and other sites have about none."""
+
+
+def same_site(found: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Values read at a site and TransformerLens' own, to be compared: in half precision whether they point one way.
+
+    Two attention kernels round otherwise there, and block by block that adds up.
+    """
+    if right.dtype == torch.float32:
+        return found, right
+    cosine = torch.cosine_similarity(found.float().cpu().flatten(), right.float().cpu().flatten(), dim=0)
+    return (cosine > ALIKE).float()[None], torch.ones(1)
+
+
 def why_plain_at(model: LanguageModel, site: str) -> str:
     """Why a site is read on the plain path, tried once on a few tokens; empty where the fast one is exact."""
     return why_plain(model) or fault(model, f"reading {site}", lambda: _reading_fault(model, site))

@@ -18,12 +18,12 @@ from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.models.engine.caches import ReadOnlyCache
-from mechlens.models.engine.edits import Edit, Recording, reference_edited_logits, site_values, value_at
-from mechlens.models.engine.growing import why_not_growing
+from mechlens.models.engine.edits import Edit, Recording, site_values, value_at
+from mechlens.models.engine.growing import edited_alone, why_not_growing
 from mechlens.models.engine.packed.packing import Packing, pack, pack_prompts, packed_pass, packs
 from mechlens.models.engine.probes import finite_on_cpu, spread_tokens
 from mechlens.models.engine.shared_rows import fault, fault_of_trial
-from mechlens.models.engine.site_reader import by_head, tapped, taps_of
+from mechlens.models.engine.site_reader import by_head, same_site, tapped, taps_of
 from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import n_heads
 
@@ -243,7 +243,7 @@ def _packed_and_plain(model: LanguageModel, site: str) -> list[tuple[Tensor, Ten
     ]
     found = packed_edited_logits(model, recorded, site, edits, reads)
     some = packed_edited_logits(model, recorded, site, edits, reads, (7, 2))
-    right = [reference_edited_logits(model, prompts[one.run], site, one.edit, reads[one.run]) for one in edits]
+    right = [edited_alone(model, prompts[one.run], site, one.edit, reads[one.run]) for one in edits]
     values = site_values(model, prompts[1], site, layers)
-    read = [(recorded.runs[1].values[layer], values[layer]) for layer in layers]
+    read = [same_site(recorded.runs[1].values[layer], values[layer]) for layer in layers]
     return [(found, torch.stack(right)), (some, torch.stack(right)[:, [7, 2]]), *read]
