@@ -69,7 +69,19 @@ class RunChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptSets:
+class Columns:
+    """Where prompts stand in files, and how one file holds both classes."""
+
+    column: str | None = None
+    """Column of the prompts in files and data sets; None finds instruction, prompt, question, text, messages, ..."""
+    data: str | None = None
+    """One file or data set that holds both classes; the classes are then given as values of its --label-column."""
+    label_column: str | None = None
+    """Column of --data that says of which class a row is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSets(Columns):
     """The harmful and the harmless prompts of a study."""
 
     harmful: str = "harmful"

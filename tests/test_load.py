@@ -79,7 +79,7 @@ def test_the_usual_columns_in_their_order(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b\.csv has none of the usual.*'id', 'query', 'answer'; name one"):
         load_prompts(path)
     assert texts(path, column="query") == ["hello"]
-    with pytest.raises(UserError, match=r"b\.csv has no column 'quer'; it has 'id', 'query', 'answer'"):
+    with pytest.raises(UserError, match=r"b\.csv has no column 'quer'; did you mean 'query'\? it has 'id', 'query'"):
         load_prompts(path, column="quer")
 
 

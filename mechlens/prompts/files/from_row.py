@@ -10,6 +10,7 @@ from mechlens.files import is_whole
 from mechlens.prompts.files.parquet import Unreadable
 from mechlens.prompts.files.rows import Record
 from mechlens.prompts.prompt import Prompt, UnfitPrompt
+from mechlens.registry import nearest
 
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "goal", "text", "bad_q", "messages")
 """Column names taken for the prompt, best first; capitals do not matter."""
@@ -70,7 +71,8 @@ class RowReader:
                     return column
         raise UserError(
             f"{self.name} has none of the usual prompt columns ({', '.join(PROMPT_COLUMNS)}), "
-            f"only {_listed(self.columns)}; name one with column= in Python or in a list of sources, or rename it"
+            f"only {_listed(self.columns)}; name one with --column (column= in Python and in a list of sources), or "
+            "rename it"
         )
 
     def _input(self, row: Record, column: str) -> str:
@@ -160,9 +162,10 @@ def as_word(value: object) -> str:
 
 
 def require_column(columns: Sequence[str], wanted: str, name: str) -> None:
-    """Nothing, or a UserError that lists the columns there are."""
+    """Nothing, or a UserError with the nearest of the columns there are."""
     if wanted not in columns:
-        raise UserError(f"{name} has no column {wanted!r}; it has {_listed(columns)}")
+        near = nearest(wanted, columns)
+        raise UserError(f"{name} has no column {wanted!r}; {f'{near} ' if near else ''}it has {_listed(columns)}")
 
 
 def _listed(columns: Sequence[str]) -> str:

@@ -3,18 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import DetectionPlan, ModelChoice, RunChoice
+from mechlens.settings import Columns, DetectionPlan, ModelChoice, RunChoice
 from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrasted:
+class Contrasted(Columns):
     """The two files, which `--help` shows before the model."""
 
     positive: str
-    """Prompts that have the concept: a file, a built-in set or a hub data set."""
+    """Prompts that have the concept: a file, a built-in set or a hub data set; with --data, the value of its
+    --label-column that they have."""
     negative: str
-    """Prompts that don't."""
+    """Prompts that don't, or the value that these have."""
 
 
 @dataclass(frozen=True, kw_only=True)

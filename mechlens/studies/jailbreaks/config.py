@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import Answering, ModelChoice, Nulls, RunChoice
+from mechlens.settings import Answering, Columns, ModelChoice, Nulls, RunChoice
 from mechlens.studies.registry import of_folder
 
 
@@ -16,7 +16,7 @@ class JailbreakPlan(Nulls, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jailbreaks(JailbreakPlan, ModelChoice, RunChoice):
+class Jailbreaks(JailbreakPlan, Columns, ModelChoice, RunChoice):
     """Do jailbreaks hide harmfulness from the model, or only suppress its refusal? Attacks paired with their goals."""
 
     sources: str = "published"

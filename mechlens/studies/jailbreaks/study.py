@@ -113,7 +113,7 @@ def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
     require_sampling(config)
     sets = read_harm_sets(config, [config], config.extra_harmless)
     attacks = _attacks(config)  # `attack_pairs` leaves out those on trained goals, and counts them by family
-    read = read_prompts(config.categories, "harmful", config) if config.categories else []
+    read = read_prompts(config.categories, "harmful", config, both_in_data=False) if config.categories else []
     (categories,), left_out = leave_out_trained([config], {"category": read})
     data = sets.data | data_inputs(
         {

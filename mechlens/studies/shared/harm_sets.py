@@ -66,7 +66,7 @@ def read_harm_sets(
     read = distinct_ids(
         harmful=read_prompts(config.harmful, "harmful", config),
         harmless=read_prompts(config.harmless, "harmless", config),
-        extra=read_prompts(extra_source, "harmless", config) if extra_source else [],
+        extra=read_prompts(extra_source, "harmless", config, both_in_data=False) if extra_source else [],
     )
     names = ("harmful", "harmless", "extra harmless")
     (harmful, harmless, extra), left_out = leave_out_trained(models, dict(zip(names, read, strict=True)))

@@ -1,5 +1,6 @@
 """What the studies read: prompts by source and the model, with fingerprints that a rerun can be held to."""
 
+import functools
 import hashlib
 import json
 import warnings
@@ -14,6 +15,7 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.outline import Outline, outline
 from mechlens.models.load import load, tokenizer_of
 from mechlens.prompts.batch import tokenize
+from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import joined_sources, load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
@@ -43,15 +45,38 @@ class PromptChoice(Protocol):
     def system(self) -> str | None:
         """System prompt of every prompt; None leaves the template's own default."""
 
+    @property
+    def column(self) -> str | None:
+        """Column of the prompts in files; None finds it by its name."""
 
-def read_prompts(source: str, label: str, config: PromptChoice) -> list[Prompt]:
+    @property
+    def data(self) -> str | None:
+        """A source that holds both classes; None where each has its own."""
+
+    @property
+    def label_column(self) -> str | None:
+        """Column of `data` that says of which class a row is."""
+
+
+def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data: bool = True) -> list[Prompt]:
     """Prompts of one class from any source, relabelled, with the system prompt where one is given.
 
-    A plus joins sources ("harmful+looks-harmless"); `config.n` prompts are then drawn of each.
+    A plus joins sources ("harmful+looks-harmless"); `config.n` prompts are then drawn of each. With `config.data`,
+    which holds both classes, `source` is the class's value in its label column.
     """
+    if (config.data is None) != (config.label_column is None):
+        lacks, has = ("--data", "--label-column") if config.data is None else ("--label-column", "--data")
+        raise UserError(
+            f"{has} was given without {lacks}; one file with both classes needs both, such as --data FILE "
+            "--label-column tone, and the values of that column as the names of the classes"
+        )
+    read = functools.partial(load_prompts, label=label, sample=config.n, seed=config.seed, system=config.system)
+    if both_in_data and config.data is not None and config.label_column is not None:
+        return read(config.data, column=config.column, where={config.label_column: source})
     parts: dict[str, list[Prompt]] = {}
     for part in joined_sources(source):
-        prompts = load_prompts(part, label=label, sample=config.n, seed=config.seed, system=config.system)
+        column = None if part in builtin_names() else config.column
+        prompts = read(part, column=column)
         parts[part] = without_repeats(prompts, [prompt for before in parts.values() for prompt in before], part)
     return [prompt for prompts in distinct_ids(**parts) for prompt in prompts]
 

@@ -32,6 +32,12 @@ class Steer(ModelChoice):
     """System prompt; None leaves the template's own default."""
     max_new_tokens: int = 64
     """Length of the answers."""
+    temperature: float = 0.0
+    """Above 0, both answers are drawn, by the same random numbers; 0 is greedy."""
+    top_p: float = 1.0
+    """Tokens are drawn among the likeliest that have this share of the probability together."""
+    seed: int = 0
+    """Decides what is drawn."""
     force: bool = False
     """Use a direction that was made for other weights or another template, or whose origin is unknown."""
 

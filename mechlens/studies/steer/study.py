@@ -142,7 +142,7 @@ def _answer(
 
     said = answer_under(
         model, [prompt], tuple(given), max_new_tokens=config.max_new_tokens, template=template, decided=hear,
-        force=config.force,
+        force=config.force, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
     )  # fmt: skip
     return said.texts[0]
 

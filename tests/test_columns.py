@@ -1,0 +1,84 @@
+"""Files as people have them: any column, and one file that holds both sides."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechlens.cli import main
+from mechlens.errors import UserError
+from mechlens.settings import PromptSets
+from mechlens.studies.direction.config import FindDirection
+from mechlens.studies.separate.config import Separate
+from mechlens.studies.shared.harm_sets import read_harm_sets
+from mechlens.studies.shared.inputs import read_prompts
+
+ROWS = [("Dear Sir, one", "formal"), ("hey one", "casual"), ("Dear Sir, two", "formal"), ("hey two", "casual")]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"request": text, "tone": tone}) for text, tone in ROWS))
+    return str(path)
+
+
+def asked(tmp_path: Path, **options: Any) -> FindDirection:
+    return FindDirection(**({"positive": "formal", "negative": "casual", "out": tmp_path} | options))
+
+
+def test_one_file_holds_both_sides(file: str, tmp_path: Path) -> None:
+    config = asked(tmp_path, data=file, label_column="tone", column="request")
+    positive = read_prompts(config.positive, "positive", config)
+    assert [prompt.text for prompt in positive] == ["Dear Sir, one", "Dear Sir, two"]
+    assert {prompt.label for prompt in positive} == {"positive"}
+    negative = read_prompts(config.negative, "negative", config)
+    assert [prompt.id for prompt in negative] == ["mine-0002", "mine-0004"]
+
+
+def test_the_sets_of_a_study_too_and_further_prompts_from_elsewhere(file: str, tmp_path: Path) -> None:
+    config = Separate(
+        data=file, label_column="tone", column="request", harmful="formal", harmless="casual", out=tmp_path, n=2
+    )
+    sets = read_harm_sets(config, [], "benign")
+    assert [len(prompts) for prompts in (sets.harmful, sets.harmless, sets.extra)] == [2, 2, 2]
+
+
+def test_a_column_is_of_files_and_not_of_built_in_sets(file: str, tmp_path: Path) -> None:
+    config = asked(tmp_path, positive=file, negative="benign", column="request")
+    assert len(read_prompts(config.positive, "positive", config)) == 4
+    assert len(read_prompts(config.negative, "negative", config)) > 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"column": "reqest", "label_column": "tone"}, "has no column 'reqest'; did you mean 'request'"),
+        ({"column": "request", "label_column": "tne"}, "has no column 'tne'; did you mean 'tone'"),
+        ({"label_column": "tone"}, "none of the usual prompt columns .* name one with --column"),
+        ({"column": "request"}, "--data was given without --label-column"),
+        ({"column": "request", "data": None, "label_column": "tone"}, "--label-column was given without --data"),
+        (
+            {"column": "request", "label_column": "tone", "positive": "formel"},
+            "has no row with tone='formel'; column 'tone' holds 'formal', 'casual'",
+        ),
+    ],
+)
+def test_what_the_file_does_not_hold_is_said(file: str, tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    config = asked(tmp_path, **({"data": file} | options))
+    with pytest.raises(UserError, match=says):
+        read_prompts(config.positive, "positive", config)
+
+
+def test_old_configurations_have_none_of_it() -> None:
+    assert (PromptSets().column, PromptSets().data, PromptSets().label_column) == (None, None, None)
+
+
+def test_the_command_line_says_the_nearest_column(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = ["--positive", "formal", "--negative", "casual", "--label-column", "tome", "--column", "request"]
+    with pytest.raises(SystemExit):
+        main(["direction", "--data", file, *sides, "--out", str(tmp_path / "out")])
+    assert "did you mean 'tone'?" in capsys.readouterr().err.replace("\n", " ")
