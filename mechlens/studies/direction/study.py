@@ -200,9 +200,10 @@ def find_concept(
         steered = steering_test(model, measured.detection.directions, batch, split, plan, cache=cache)
     found = Concept(measured, reliability, acts, batch, split, plan, confounds, steered)
     if found.best is None:
+        further = "" if causal else ", or what causal=True (--causal) chooses by steering"
         warnings.warn(
             f"there is no best direction. {found.verdict.headline} What can be used all the same is "
-            "detection.strongest, detection.at(position), or what causal=True (--causal) chooses by steering",
+            f"detection.strongest and detection.at(position){further}",
             stacklevel=2,
         )
     if steered is not None and steered.direction is None:
