@@ -242,7 +242,7 @@ def _report(
                 "What was left out because the guard, an adapter of the model or an earlier source knows it is "
                 "counted below; an attack is left out where its goal is known.",
                 shown["sources"],
-                table=result.examined.left_out,
+                table=result.examined.left_out.replace({"source": SOURCES}),
             ),
             Section(
                 "Attacks, and prompts that the model itself misjudges",
@@ -288,7 +288,14 @@ def _mistakes(result: GuardEvaluation, model: LanguageModel) -> Section:
     for mistake in worst_mistakes(result, OF_EACH_KIND):
         prompt = result.examined.prompts[mistake.row]
         text = textwrap.shorten(prompt.text, SHOWN_CHARACTERS, placeholder=" ...")
-        rows.append({"mistake": mistake.kind, "source": prompt.source, "score": mistake.score, "prompt": text})
+        rows.append(
+            {
+                "mistake": mistake.kind,
+                "source": SOURCES.get(prompt.source, prompt.source),
+                "score": mistake.score,
+                "prompt": text,
+            }
+        )
         if result.other_weights:
             continue  # a direction of other weights means nothing token by token
         projection = project_tokens(model, direction, result.batch.row(mistake.row))
