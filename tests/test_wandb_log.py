@@ -22,7 +22,7 @@ from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.run import Inputs, read_run
-from mechlens.runs.wandb_start import _group, choose_mode, has_login
+from mechlens.runs.wandb.start import _group, choose_mode, has_login
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
 

@@ -139,6 +139,8 @@ class Run:
     figures: dict[str, str] = field(default_factory=dict)
     """sha256 of every figure's file, by name; the report's main one first, then in its order."""
     wandb_id: str | None = None
+    wandb_project: str | None = None
+    """In which the W&B run is, as ENTITY/PROJECT where the entity is known."""
     argv: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by phase, of the process that finished the run: loading, answering, collecting, ..., other."""

@@ -25,7 +25,7 @@ from mechlens.runs.folder import CACHE, LOCK_FILE, PROMPTS, FolderCache, FolderL
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
 from mechlens.runs.run import RUN_FILE, Artefact, Inputs, Run, changed_since, defaults, plain, read_run, write_run
-from mechlens.runs.wandb_mirror import WandbMirror
+from mechlens.runs.wandb.mirror import WandbMirror
 from mechlens.settings import WandbSettings
 
 # Where a run is put and shown does not change its numbers.
@@ -151,7 +151,7 @@ class RunWriter:
         self._report: Report | None = None
         self._refused = False
         if mirror.id:
-            self._update(wandb_id=mirror.id)
+            self._update(wandb_id=mirror.id, wandb_project=mirror.project)
 
     @property
     def cache(self) -> FolderCache:

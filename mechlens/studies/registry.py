@@ -106,12 +106,15 @@ COMMANDS: Registry[Study | Command] = Registry(
         runs_rerun="runs.config:RERUN",
         runs_index="runs.config:INDEX",
         runs_prune="runs.config:PRUNE",
+        wandb_sync="wandb.config:SYNC",
+        wandb_workspace="wandb.config:WORKSPACE",
         env="env.config:COMMAND",
     ),
 )
 """In the order of `--help`."""
 GROUPS = {
     "guard": "Detect harmful prompts from the model's own representation: fit, eval, predict.",
+    "wandb": "Upload what was logged offline, or save a view of the project.",
     "runs": "List, show, rerun, index or prune recorded runs.",
 }
 """What the first of two words stands for."""

@@ -10,7 +10,7 @@ from mechlens.choices import ALL
 from mechlens.errors import EXTRAS, has_extra
 from mechlens.models.packaged import ADAPTERS, PACKAGED, cache_dir
 from mechlens.runs.environment import PACKAGES, git_state, package_versions
-from mechlens.runs.wandb_start import has_login
+from mechlens.runs.wandb.start import has_login
 from mechlens.studies.env.config import Env
 from mechlens.studies.registry import COMMANDS, Screen
 

@@ -11,7 +11,7 @@ from mechlens.models.precision import Parity
 from mechlens.runs.artifacts import read_header
 from mechlens.runs.privacy import PrivateTexts, figure_without_text, frame_without_text, header_has_text, unpacked
 from mechlens.runs.run import Artefact, Inputs, Run, plain
-from mechlens.runs.wandb_start import start_wandb, wandb_files_in, warn_wandb
+from mechlens.runs.wandb.start import start_wandb, wandb_files_in, warn_wandb
 from mechlens.settings import WandbSettings
 
 # W&B shows no more rows of a table; all of them are in the run folder.
@@ -43,6 +43,12 @@ class WandbMirror:
     def id(self) -> str | None:
         """The W&B run's id; None where there is no W&B run."""
         return None if self._run is None else str(self._run.id)
+
+    @property
+    def project(self) -> str | None:
+        """The W&B run's ENTITY/PROJECT, or PROJECT where it will be that of who uploads it."""
+        parts = [getattr(self._run, name, None) for name in ("entity", "project")]
+        return "/".join(part for part in parts if part) or None
 
     def withhold(self, texts: list[str]) -> None:
         """From now on these texts stay on the machine, whatever holds them."""
