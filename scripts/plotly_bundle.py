@@ -15,14 +15,15 @@ PACKED = Path(__file__).parent.parent / "mechlens" / "runs" / "report" / "templa
 
 
 def main(version: str) -> None:
-    """Fetches that version and writes its script, packed; its licence is the script's first lines."""
+    """Fetches that version and writes its script, packed, and its licence."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["npm", "pack", "--silent", f"{PACKAGE}@{version}"], cwd=folder, check=True)
         (archive,) = Path(folder).glob("*.tgz")
         with tarfile.open(archive) as files:
-            script = files.extractfile("package/plotly-cartesian.min.js")
-            assert script is not None
+            script, licence = (files.extractfile(f"package/{name}") for name in ("plotly-cartesian.min.js", "LICENSE"))
+            assert script is not None and licence is not None
             PACKED.write_bytes(gzip.compress(script.read(), compresslevel=9, mtime=0))
+            (PACKED.parent / "plotly-LICENSE.txt").write_bytes(licence.read())
     print(f"{PACKED.name}: {PACKED.stat().st_size:,} bytes")
 
 

@@ -21,7 +21,7 @@ THINGS = {
     "inst": "#e69f00", "end of the instruction": "#e69f00", "last": "#56b4e9", "last token": "#56b4e9",
     "template": "#cc79a7", "instruction": "#4d4d4d", "words": "#4d4d4d",
     "latent guard": "#0072b2", "paper rule": "#56b4e9", "refusal direction": "#cc79a7", "own refusal": "#e69f00",
-    "base": "#4d4d4d", "direction fitted here": "#0072b2",
+    "unsteered": "#4d4d4d", "base": "#4d4d4d", "direction fitted here": "#0072b2",
     "random": GREY, "control": GREY, "chance": GREY, "best of random": GREY, "largest of random": GREY,
 }  # fmt: skip
 """By the words that the name of a curve, bar or point begins with; the longest beginning counts."""
