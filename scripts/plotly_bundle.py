@@ -21,7 +21,8 @@ def main(version: str) -> None:
         (archive,) = Path(folder).glob("*.tgz")
         with tarfile.open(archive) as files:
             script, licence = (files.extractfile(f"package/{name}") for name in ("plotly-cartesian.min.js", "LICENSE"))
-            assert script is not None and licence is not None
+            assert script is not None
+            assert licence is not None
             PACKED.write_bytes(gzip.compress(script.read(), compresslevel=9, mtime=0))
             (PACKED.parent / "plotly-LICENSE.txt").write_bytes(licence.read())
     print(f"{PACKED.name}: {PACKED.stat().st_size:,} bytes")
