@@ -94,9 +94,12 @@ def test_logs_are_uploaded_by_wandb_itself_and_linked(tmp_path: Path, monkeypatc
     screen = Seen()
     sync_runs(SyncRuns(folder=tmp_path), screen)
     assert asked == [[sys.executable, "-m", "wandb", "sync", *(str(log.parent) for log in logs)]]
-    assert screen.shown == ["2 uploaded, with 0 links to their inputs"]
-    monkeypatch.setattr(subprocess, "run", lambda words, check: subprocess.CompletedProcess(words, 1))
+    assert screen.shown == ["2 of 2 uploaded, with 0 links to their inputs"]
     offline(tmp_path / "c")
+    monkeypatch.setattr(subprocess, "run", lambda words, check: subprocess.CompletedProcess(words, 0))
+    with pytest.raises(UserError, match="uploaded nothing"):
+        sync_runs(SyncRuns(folder=tmp_path), screen)
+    monkeypatch.setattr(subprocess, "run", lambda words, check: subprocess.CompletedProcess(words, 1))
     with pytest.raises(UserError, match="status 1"):
         sync_runs(SyncRuns(folder=tmp_path), screen)
 

@@ -21,10 +21,13 @@ def sync_runs(config: SyncRuns, screen: Screen) -> None:
         return
     _require_login()
     upload([log for _, log in logs])
+    done = [run for run, log in logs if is_synced(log)]
+    if not done:
+        raise UserError("`wandb sync` uploaded nothing; what it said stands above")
     try:
         api = public_api()
-        linked = sum(link_inputs(api, run) for run, log in logs if run.wandb_project and is_synced(log))
-        screen.show(f"{len(logs)} uploaded, with {linked} links to their inputs")
+        linked = sum(link_inputs(api, run) for run in done if run.wandb_project)
+        screen.show(f"{len(done)} of {len(logs)} uploaded, with {linked} links to their inputs")
     except Exception as error:  # W&B raises anything
         warnings.warn(f"uploaded, but W&B's lineage could not be drawn ({error})", stacklevel=2)
 
