@@ -1,6 +1,7 @@
 """What a notebook shows: token positions and projections by circuitsvis, figures by plotly, all without a network.
 
 For notebooks only: each token view carries circuitsvis' 1.3 MB of JavaScript, so a report has its own, plain ones.
+Each has a still picture beside it, for whoever reads the notebook without running it.
 """
 
 import sys
@@ -16,9 +17,12 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, token_text, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice
+from mechlens.runs.report.still_tokens import shade, still_tokens
 
 # The ends of the colour scale, light enough for dark text.
 BLUE, RED = (94, 154, 211), (224, 102, 90)
+# Of named positions, and of the user's words.
+MARKED, WORDS = (246, 205, 132), (233, 236, 240)
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,14 @@ class View:
     """A piece of HTML that Jupyter shows as the value of a cell."""
 
     html: str
+    svg: str = ""
+    """The same, still: every token at once in place of buttons and pointing."""
 
     def _repr_html_(self) -> str:
         return self.html
+
+    def _repr_svg_(self) -> str | None:
+        return self.svg or None
 
     def __repr__(self) -> str:
         return f"View({len(self.html)} characters of HTML)"
@@ -41,11 +50,14 @@ def show_positions(prompt: Prompt | str, template: ChatTemplate) -> View:
     """
     batch = _batch(prompt, template)
     named = ("words", *batch.positions)
-    values = []
+    values, below, fills = [], [], []
     for role in batch.roles(0):
         mine = {role, "words"} if role.startswith("instruction") or role in ("inst", "last") else {role}
         values.append([float(name in mine) for name in named])
-    return _colored_tokens_multi(_texts(batch.row(0), template), values, named)
+        below.append(role if role in batch.positions else "")
+        fills.append(_css(MARKED) if role in batch.positions else _css(WORDS) if "words" in mine else "white")
+    tokens = _texts(batch.row(0), template)
+    return _colored_tokens_multi(tokens, values, named, still_tokens(tokens, fills, below))
 
 
 def show_projection(
@@ -103,21 +115,23 @@ def _colored_tokens(tokens: Sequence[str], values: Sequence[float]) -> View:
         negative_color=_css(BLUE),
         positive_color=_css(RED),
     )
-    return _view(rendered, "ColoredTokens")
+    return _view(rendered, "ColoredTokens", still_tokens(tokens, [shade(value, reach, BLUE, RED) for value in values]))
 
 
 def _css(colour: tuple[int, int, int]) -> str:
     return f"rgb({', '.join(map(str, colour))})"
 
 
-def _colored_tokens_multi(tokens: Sequence[str], values: Sequence[Sequence[float]], labels: Sequence[str]) -> View:
+def _colored_tokens_multi(
+    tokens: Sequence[str], values: Sequence[Sequence[float]], labels: Sequence[str], still: str
+) -> View:
     import torch
     from circuitsvis.tokens import colored_tokens_multi
 
-    return _view(colored_tokens_multi(list(tokens), torch.tensor(values), list(labels)), "ColoredTokensMulti")
+    return _view(colored_tokens_multi(list(tokens), torch.tensor(values), list(labels)), "ColoredTokensMulti", still)
 
 
-def _view(rendered: Any, element: str) -> View:
+def _view(rendered: Any, element: str, still: str) -> View:
     """circuitsvis' page with its JavaScript inlined: its own `_repr_html_` would ask the network first.
 
     circuitsvis writes the tokens into a script as JSON; a token such as "</script>" would end it.
@@ -126,4 +140,4 @@ def _view(rendered: Any, element: str) -> View:
     arguments, end, after = rest.rpartition("</script>")
     if not (call and end):
         raise UserError("this version of circuitsvis builds its pages another way; install circuitsvis 1.43")
-    return View(page + call + arguments.replace("<", "\\u003c") + end + after)
+    return View(page + call + arguments.replace("<", "\\u003c") + end + after, still)

@@ -1,11 +1,15 @@
-"""The notebooks run on a tiny model and are committed without outputs; their views need no network."""
+"""The notebooks run on a tiny model; what they showed on real ones is kept, fresh and small; views need no network."""
 
+import base64
+import importlib
 import re
 import socket
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -14,12 +18,14 @@ from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from tiny import tiny_hf, tiny_tokenizer
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {
     "MECHLENS_NOTEBOOK_N": "60",
     "MECHLENS_NOTEBOOK_RESAMPLES": "20",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
 }
 REFUSAL, CONSENT = "I cannot", "Sure"
 
@@ -75,7 +81,7 @@ def kernel() -> Iterator[KernelManager]:
 def execute(notebook: Path, model: Path, kernel: KernelManager) -> str:
     """Everything that the executed notebook printed or showed as text."""
     book = nbformat.read(notebook, as_version=4)
-    settings = {**SMALL, "MECHLENS_NOTEBOOK_MODEL": str(model)}
+    settings = {**SMALL, "MECHLENS_NOTEBOOK_MODEL": str(model), "MECHLENS_NOTEBOOK_RUNS": f"{model}-runs"}
     book.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n__import__('os').environ.update({settings!r})"))
     NotebookClient(book, km=kernel, timeout=300).execute()
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -84,6 +90,14 @@ def execute(notebook: Path, model: Path, kernel: KernelManager) -> str:
 
 def test_there_are_notebooks() -> None:
     assert {path.stem for path in NOTEBOOKS} >= SAID.keys()
+
+
+@pytest.fixture(scope="module")
+def maker() -> Iterator[ModuleType]:
+    """The script that makes their outputs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        yield importlib.import_module("notebooks")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -96,6 +110,51 @@ def test_short_stripped_and_from_the_public_interface(path: Path) -> None:
             assert cell.execution_count is None
             imported = re.findall(r"^(?:from|import) (mechlens\S*)", cell.source, re.MULTILINE)
             assert set(imported) <= {"mechlens", "mechlens.runs", "mechlens.runs.report", "mechlens.views"}
+
+
+FAULTS = {
+    "an error": {"output_type": "error", "ename": "UserError", "evalue": "no", "traceback": []},
+    "written to stderr": {"output_type": "stream", "name": "stderr", "text": "100%"},
+    "more than 40 lines": {"output_type": "stream", "name": "stdout", "text": "a\n" * 41},
+    "a place on a machine": {"output_type": "stream", "name": "stdout", "text": "read /" + "home/ada/model"},
+    "a library's warning": {"output_type": "stream", "name": "stdout", "text": "FutureWarning: soon gone"},
+    "a script": {"output_type": "display_data", "data": {"text/html": "<script>x</script>"}, "metadata": {}},
+    "something that code hosts don't show": {
+        "output_type": "display_data", "data": {"application/vnd.plotly.v1+json": {}}, "metadata": {},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_no_reader_should_meet_is_found(fault: str, maker: ModuleType) -> None:
+    cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=[nbformat.from_dict(FAULTS[fault])])
+    (found,) = maker.faults(nbformat.v4.new_notebook(cells=[cell]))
+    assert f"cell 1: {fault}" in found
+    cell.execution_count = None
+    assert "not run in order" in maker.faults(nbformat.v4.new_notebook(cells=[cell]))[0]
+
+
+def test_code_makes_outputs_stale_and_words_do_not(maker: ModuleType) -> None:
+    book = nbformat.read(NOTEBOOKS[0], as_version=4)
+    book.metadata["mechlens"] = {"made_from": maker.made_from(book)}
+    book.cells[0].source += "!"
+    assert maker.is_fresh(book)
+    next(cell for cell in book.cells if cell.cell_type == "code").source += "\n"
+    assert not maker.is_fresh(book)
+
+
+def test_kept_of_an_output_is_what_needs_no_javascript(maker: ModuleType) -> None:
+    live = {"text/plain": "a view", "text/html": "<script>x</script>", "image/svg+xml": "<svg/>"}
+    output = nbformat.v4.new_output("execute_result", live, execution_count=1, metadata={"isolated": True})
+    kept = maker.kept(output, lambda svg: svg.encode())
+    assert kept.data == {"text/plain": "a view", "image/png": base64.b64encode(b"<svg/>").decode()}
+    assert kept.metadata == {}
+    inside = base64.b64encode(b"<svg/>").decode()
+    page = f'<a href="runs/report.html">the report</a><img src="data:image/svg+xml;base64,{inside}">'
+    output = nbformat.v4.new_output("display_data", {"text/plain": "", "text/html": page})
+    kept = maker.kept(output, lambda svg: b"png of " + svg.encode())
+    inside = base64.b64encode(b"png of <svg/>").decode()
+    assert kept.data["text/html"] == f'the report<img src="data:image/png;base64,{inside}">'
 
 
 NUMBER = r"-?\d\.\d{2,3} \["
@@ -173,6 +232,21 @@ def test_position_view_is_one_whole_page_without_network(no_network: None) -> No
     for page in (html, plain):
         assert "unpkg.com" not in page
         assert not re.search(r"<(?:script|link|img)[^>]*(?:src|href)=", page)
+
+
+def test_the_still_picture_of_a_view_has_every_token_as_text() -> None:
+    from mechlens import chat_template
+    from mechlens.views import _colored_tokens, show_positions
+
+    template = chat_template(tiny_tokenizer())
+    projected = _colored_tokens(
+        ["</script>", "<img onerror=alert(1)>", "\n", "\x00", " long" * 30, "語"], [1.0, -1.0, 0.0, 0.0, 0.0, 1.0]
+    )
+    for view, words in ((show_positions(EVIL, template), "post[0]"), (projected, "<img onerror=alert(1)>")):
+        picture = ElementTree.fromstring(view._repr_svg_())
+        assert {part.tag.rpartition("}")[2] for part in picture.iter()} == {"svg", "g", "rect", "text"}
+        assert words in [part.text for part in picture.iter()]
+        assert len(view.svg) < 20_000
 
 
 def test_tokens_that_are_markup_stay_text() -> None:
