@@ -214,3 +214,11 @@ def test_a_cosine_that_noise_has_made_is_no_angle(value, low, high, angle):
     assert drawn.to_numpy().clip(-1, 1) == pytest.approx(drawn.to_numpy())
     if not math.isnan(value):
         assert (angle_text(Estimate(value, low, high, 9)) == NO_ANGLE) == (not angle)
+
+
+def test_a_curve_keeps_its_colour_where_another_is_no_angle():
+    frame = pd.DataFrame({"curve": ["a", "b"], "x": 1, "v": [8.0, 0.5], "low": [2.0, 0.4], "high": [9.0, 0.6]})
+    drawn, _ = angles(frame, "v", "low", "high")
+    both = figures.lines(frame, x="x", y="v", group="curve", **WORDS).data
+    (alone,) = figures.lines(drawn, x="x", y="v", group="curve", **WORDS).data
+    assert (alone.name, alone.line.color) == ("b", both[1].line.color)

@@ -83,7 +83,7 @@ def mark_missing(figure: go.Figure, where: Sequence[int | float | str], at: floa
         return
     figure.add_scatter(
         x=list(where), y=[at] * len(where), name=html.escape(why), mode="markers", hoverinfo="skip",
-        marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": GREY}},
+        marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": GREY}}, cliponaxis=False,
     )  # fmt: skip
     show_legend(figure, True)
 

@@ -16,8 +16,13 @@ def is_angle(value: float, low: float, high: float) -> bool:
 
 
 def angles(frame: pd.DataFrame, value: str, low: str, high: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows that are angles, each within -1 and 1, and the rows that are none."""
+    """The rows that are angles, each within -1 and 1, and the rows that are none.
+
+    A column `curve` knows all curves in both, so that each keeps its colour where another can't be drawn.
+    """
     columns = [value, low, high]
+    if "curve" in frame:
+        frame = frame.assign(curve=pd.Categorical(frame["curve"], frame["curve"].unique()))
     drawn = [is_angle(*row) for row in frame[columns].itertuples(index=False)]
     within = frame[drawn].copy()
     within[columns] = within[columns].clip(*POSSIBLE)
