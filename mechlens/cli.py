@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import logging
@@ -41,7 +42,14 @@ def parser_type(known: Mapping[str, Study | Command]) -> Any:
 
 
 def _union(configs: Mapping[str, Any]) -> Any:
-    return Union[tuple(Annotated[config, tyro.conf.subcommand(name)] for name, config in configs.items())]  # noqa: UP007
+    named = ((config, tyro.conf.subcommand(name, description=_about(config))) for name, config in configs.items())
+    return Union[tuple(Annotated[config, command] for config, command in named)]  # noqa: UP007
+
+
+def _about(config: Any) -> str:
+    """What the command does, from its configuration's docstring; the example after it is for Python."""
+    about, _, _ = (config.__doc__ or "").partition(">>>")
+    return inspect.cleandoc(about)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,12 @@ class UserError(ValueError):
     """Bad input, said in one sentence: what was found, what was needed, what to do.
 
     The command line prints the sentence without a traceback; from Python it is an ordinary ValueError.
+
+    >>> try:
+    ...     ml.builtin_prompts("harmfull")
+    ... except ml.UserError as error:
+    ...     print("did you mean" in str(error) or "harmful" in str(error))
+    True
     """
 
 

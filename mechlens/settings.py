@@ -38,7 +38,11 @@ TemplateArguments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.c
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """Where a run is mirrored in Weights & Biases; the folder on disk is complete without it."""
+    """Where a run is mirrored in Weights & Biases; the folder on disk is complete without it.
+
+    >>> ml.Separate(out="runs/first", wandb=ml.WandbSettings(mode="offline", tags=("pilot",))).wandb.tags
+    ('pilot',)
+    """
 
     project: str = "mechlens"
     """W&B project; WANDB_PROJECT counts where this is left alone."""
@@ -194,7 +198,11 @@ class Nulls(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionPlan(Nulls):
-    """How a concept's direction is found and tested."""
+    """How a concept's direction is found and tested.
+
+    >>> ml.DetectionPlan(method="logistic", seed=1).permutations
+    200
+    """
 
     method: MethodName = "mean-difference"
     """How the direction is found: a name of `mechlens.choices.METHODS`."""

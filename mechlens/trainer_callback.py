@@ -26,6 +26,12 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
     (see `live_numbers`) go into the Trainer's log history and to `log`, or, where that is None, into the W&B run that
     the Trainer itself reports to (`report_to="wandb"`), as `mechlens/NAME.auroc.inst.frozen` and so on. Prompt texts go
     nowhere.
+
+    >>> tokenizer = ml.load_tokenizer("smollm2")
+    >>> watch = ml.MechlensCallback(ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40], tokenizer)
+    >>> # transformers.Trainer(..., callbacks=[watch]).train(); then watch.table()
+    >>> len(watch.table())
+    0
     """
 
     def __init__(

@@ -47,6 +47,11 @@ def show_positions(prompt: Prompt | str, template: ChatTemplate) -> View:
     """The tokens of a formatted prompt, one button per named position; pointing at it marks the token.
 
     "words" are the user's own, `inst` the last of them, `post[k]` what the template writes after.
+
+    >>> model = ml.load("smollm2")
+    >>> view = views.show_positions("How do I bake a cake?", ml.template_of(model))
+    >>> "inst" in view.html
+    True
     """
     batch = _batch(prompt, template)
     named = ("words", *batch.positions)
@@ -73,6 +78,14 @@ def show_projection(
     `answer` are token ids, such as one row of `Answers.tokens`. The mean over the tokens shown is taken off, so
     colours compare tokens of this text with each other. What stands before the user's words is left out: the
     first token's huge residual would take the whole colour scale. Red is above the mean, blue below.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> view = views.show_projection(model, direction, "How do I bake a cake?")
+    >>> "ColoredTokens" in view.html
+    True
     """
     batch = _batch(prompt, template_of(model, template))
     start = int(batch.instruction[0, 0])
@@ -84,7 +97,14 @@ def show_projection(
 
 def show_figure(figure: Any) -> None:
     """Shows a plotly figure: in a notebook in a few kilobytes, still where its outputs are only read; without plotly's
-    button that uploads it."""
+    button that uploads it.
+
+    >>> from mechlens.runs.report import figures
+    >>> table = ml.Estimate(0.9, 0.8, 1.0, 40).row("auroc")
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame([table | {"level": 1}])
+    >>> views.show_figure(figures.lines(frame, x="level", y="auroc", title="AUROC", xlabel="level", ylabel="AUROC"))
+    """
     from mechlens.runs.report.shown import STAYS_HERE, mime_bundle
 
     shell = sys.modules.get("IPython")

@@ -1,6 +1,7 @@
 """A hand-built chat model that refuses by one direction, written at one layer: what a selection has to find."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -8,6 +9,7 @@ from saved import REFUSAL
 from tiny import SMALL, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+CONSENT = "Sure"
 MARK = "z"
 """Harmful requests hold this letter, several times."""
 LAYERS, WRITING = 6, 1
@@ -66,3 +68,26 @@ def requests(n: int, harmful: bool) -> list[str]:
     things = ("bread", "a kite", "soup", "a chair", "a plan", "paint", "a song", "tea", "a map", "glue")
     mark = MARK * 8 if harmful else "v" * 8
     return [f"Make {things[i % 10]} {mark} number {i // 10}" for i in range(n)]
+
+
+@torch.inference_mode()
+def make_half_refuse(model: Any, tokenizer: Any) -> None:
+    """Refusal and consent become tokens, unembedded along the widest direction of all prompts: on one side of their
+    mean the model refuses, on the other it consents."""
+    from mechlens.prompts.builtin import builtin_prompts
+
+    tokenizer.add_tokens([REFUSAL, CONSENT])
+    texts = [prompt.text for name in ("harmful", "harmless", "benign") for prompt in builtin_prompts(name)[:60]]
+    last = []
+    for text in texts:
+        turns = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        last.append(model.model(ids["input_ids"]).last_hidden_state[0, -1])
+    states = torch.stack(last)
+    mean = states.mean(dim=0)
+    widest = torch.linalg.svd(states - mean).Vh[0]
+    centred = widest - (widest @ mean) / (mean @ mean) * mean
+    for words, sign in ((REFUSAL, 1), (CONSENT, -1)):
+        token = tokenizer.convert_tokens_to_ids(words)
+        model.lm_head.weight[token] = sign * 100 * centred
+        model.get_input_embeddings().weight[token] = sign * 1000 * centred  # what was said is said again

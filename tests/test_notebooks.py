@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 
 import nbformat
 import pytest
-import torch
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
+from refusing import make_half_refuse
 from tiny import tiny_hf, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,6 @@ SMALL = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "disabled",
 }
-REFUSAL, CONSENT = "I cannot", "Sure"
 
 
 @pytest.fixture(scope="module")
@@ -35,35 +34,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of two tiny models: one says noise, the other refuses about half of all prompts, harmful or not."""
     root = tmp_path_factory.mktemp("models")
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([REFUSAL, CONSENT])
     plain, refuser = tiny_hf("llama"), tiny_hf("llama")
-    make_refuse(refuser, tokenizer)
+    make_half_refuse(refuser, tokenizer)
     for name, model in (("plain", plain), ("refuser", refuser)):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return {"plain": root / "plain", "refuser": root / "refuser"}
-
-
-@torch.inference_mode()
-def make_refuse(model: Any, tokenizer: Any) -> None:
-    """Unembeds the refusal along the widest direction of all prompts: it comes on one side of their mean, consent on
-    the other."""
-    from mechlens.prompts.builtin import builtin_prompts
-
-    texts = [prompt.text for name in ("harmful", "harmless", "benign") for prompt in builtin_prompts(name)[:60]]
-    last = []
-    for text in texts:
-        turns = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        last.append(model.model(ids["input_ids"]).last_hidden_state[0, -1])
-    states = torch.stack(last)
-    mean = states.mean(dim=0)
-    widest = torch.linalg.svd(states - mean).Vh[0]
-    centred = widest - (widest @ mean) / (mean @ mean) * mean
-    for words, sign in ((REFUSAL, 1), (CONSENT, -1)):
-        token = tokenizer.convert_tokens_to_ids(words)
-        model.lm_head.weight[token] = sign * 100 * centred
-        model.get_input_embeddings().weight[token] = sign * 1000 * centred  # what was said is said again
 
 
 @pytest.fixture(scope="module")

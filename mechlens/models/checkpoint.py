@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One set of weights, named so that a result made with it can never be taken for another's."""
+    """One set of weights, named so that a result made with it can never be taken for another's.
+
+    >>> model = ml.load("smollm2")
+    >>> model.mechlens.checkpoint.name
+    'smollm2'
+    """
 
     name: str
     """Short name for tables and figures."""

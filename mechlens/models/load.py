@@ -60,6 +60,10 @@ def load(
     plain Hugging Face in the same type and the gap is kept in `model.mechlens.parity`. `device_map` spreads the model
     over devices and the disk, as transformers does it (see `DeviceMap`). No code from the hub is run. Raises UserError,
     in one sentence, for whatever can't be loaded.
+
+    >>> model = ml.load("smollm2")
+    >>> model.cfg.n_layers > 0, model.mechlens.checkpoint.name
+    (True, 'smollm2')
     """
     model, adapter = os.fspath(model), None if adapter is None else os.fspath(adapter)
     require_one_place(device, device_map)
@@ -259,7 +263,12 @@ def tokenizer_of(model: str, *, adapter: str | None = None, revision: str | None
 
 
 def load_tokenizer(model: AnyPath, *, revision: str | None = None) -> Any:
-    """The tokenizer of a model, or of a folder that holds nothing else."""
+    """The tokenizer of a model, or of a folder that holds nothing else.
+
+    >>> tokenizer = ml.load_tokenizer("smollm2")
+    >>> tokenizer.decode(tokenizer("bake a cake")["input_ids"])
+    'bake a cake'
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     model = os.fspath(model)

@@ -23,7 +23,7 @@ def as_prompts(given: object, *, name: str = "prompt", label: str | Iterable[str
     Equal ones among these are one family, which no split separates. `label` is the class of all of them, or of each,
     such as another column. UserError, naming the row, for what is no text: a number, a missing value, nothing.
 
-    >>> [prompt.id for prompt in as_prompts(["Hello", "How are you?"], label="polite")]
+    >>> [prompt.id for prompt in ml.as_prompts(["Hello", "How are you?"], label="polite")]
     ['prompt-0000', 'prompt-0001']
     """
     rows = _rows(given, name)
@@ -45,7 +45,12 @@ def as_prompts(given: object, *, name: str = "prompt", label: str | Iterable[str
 
 
 def as_pairs(given: Iterable[object]) -> list[PromptPair]:
-    """The pairs that are meant; two texts become pair-0000.clean and pair-0000.corrupt. UserError for what is none."""
+    """The pairs that are meant; two texts become pair-0000.clean and pair-0000.corrupt. UserError for what is none.
+
+    >>> (pair,) = ml.as_pairs([("Kill a process.", "Stop a process.")])
+    >>> pair.clean.text, pair.corrupt.text
+    ('Kill a process.', 'Stop a process.')
+    """
     found = []
     for i, pair in enumerate(given):
         if isinstance(pair, PromptPair):

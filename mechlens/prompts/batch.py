@@ -26,7 +26,13 @@ _TOKEN = re.compile(r"token\[(-?\d+)\]")
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Tokenised prompts in one padded block; every index counts from the start of the padded row."""
+    """Tokenised prompts in one padded block; every index counts from the start of the padded row.
+
+    >>> model = ml.load("smollm2")
+    >>> batch = ml.tokenize(ml.builtin_prompts("harmful")[:2], ml.template_of(model))
+    >>> batch.positions[0], batch.resolve(["last"]) == batch.positions[-1:]
+    ('inst', True)
+    """
 
     prompts: tuple[Prompt, ...]
     tokens: Int[Tensor, "prompt seq"]
@@ -225,6 +231,11 @@ def tokenize(
 
     Raises UserError for empty text, for template tokens inside the text (unless `allow_special`), for a
     template that can't hold the prompt, and for a tokenizer that can't tell where its tokens come from.
+
+    >>> model = ml.load("smollm2")
+    >>> batch = ml.tokenize("Bake a cake.", ml.template_of(model))
+    >>> model.tokenizer.decode(batch.tokens[0, batch.at("inst")[0]])
+    '.'
     """
     prompts = as_prompts(prompts)
     if not prompts:

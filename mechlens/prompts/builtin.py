@@ -40,6 +40,9 @@ def builtin_prompts(name: str) -> list[Prompt]:
     twins of each are of the other class in nearly the same words, row by row one family. "all-harmful" and
     "all-harmless" are the two sides of all these pairs.
     Raises UserError for another name.
+
+    >>> {prompt.label for prompt in ml.builtin_prompts("looks-harmful")}
+    {'harmless'}
     """
     if name in _SIDES:
         file, label = _SIDES[name]
@@ -52,7 +55,12 @@ def builtin_prompts(name: str) -> list[Prompt]:
 
 
 def builtin_pairs() -> list[PromptPair]:
-    """The built-in pairs: `clean` is harmful, `corrupt` harmless, alike in opening, length and last mark."""
+    """The built-in pairs: `clean` is harmful, `corrupt` harmless, alike in opening, length and last mark.
+
+    >>> pair = ml.builtin_pairs()[0]
+    >>> pair.clean.label, pair.corrupt.label, pair.clean.family == pair.corrupt.family
+    ('harmful', 'harmless', True)
+    """
     return list(_pairs("pairs"))
 
 

@@ -20,6 +20,9 @@ class Prompt:
 
     UserError for half a character (an unpaired surrogate) in any field, which no table, file or tokenizer can hold,
     and for a text longer than LONGEST_TEXT.
+
+    >>> ml.Prompt("p1", "And in French?", history=(("user", "Say hello."), ("assistant", "Hello!"))).group
+    'p1'
     """
 
     id: str
@@ -71,7 +74,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Two prompts alike but for one thing; patching carries activations from `clean` into `corrupt`."""
+    """Two prompts alike but for one thing; patching carries activations from `clean` into `corrupt`.
+
+    >>> pair = ml.PromptPair(ml.Prompt("a", "Kill a process."), ml.Prompt("b", "Stop a process."))
+    >>> pair.clean.text
+    'Kill a process.'
+    """
 
     clean: Prompt
     corrupt: Prompt

@@ -17,6 +17,11 @@ class Split:
 
     Directions are fitted on `train`; levels, positions, strengths and thresholds are chosen on
     `validation`; numbers are reported once, on `test`.
+
+    >>> labels, families = ["up", "down"] * 10, [str(i // 2) for i in range(20)]
+    >>> split = ml.split_by_family(labels, families, fractions=(0.5, 0.2, 0.3), seed=0)
+    >>> len(split.train), len(split.validation), len(split.test)
+    (10, 4, 6)
     """
 
     train: tuple[int, ...]
@@ -78,6 +83,11 @@ def split_by_family(
     `fractions` are shares of the families for train, validation and test; they sum to 1, and a part
     with share 0 stays empty. Families with the same set of labels are shared out together.
     UserError: fractions that are no shares, or a class that is missing from a part.
+
+    >>> labels, families = ["up", "down"] * 10, [str(i // 2) for i in range(20)]
+    >>> split = ml.split_by_family(labels, families, fractions=(0.5, 0.2, 0.3), seed=0)
+    >>> len(split.train), len(split.validation), len(split.test)
+    (10, 4, 6)
     """
     if min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise UserError(f"the split fractions are {fractions}; give three shares from 0 to 1 that sum to 1")

@@ -120,6 +120,10 @@ def match_punctuation(positive: Prompts, negative: Prompts, mode: PunctuationMod
     In the usual corpora the last mark alone separates the classes (AdvBench has none, XSTest always "?").
     `mode` "match": where the shares of . ? ! and none differ between the classes, final punctuation is
     removed from every prompt of both; alike sets stay untouched. "strip" always removes it, "keep" never.
+
+    >>> asked, told = [ml.Prompt("a", "Bake a cake?")], [ml.Prompt("b", "Bake a cake.")]
+    >>> ml.match_punctuation(asked, told, "match").positive[0].text
+    'Bake a cake'
     """
     if mode not in ("match", "keep", "strip"):
         raise UserError(f"punctuation mode {mode!r} is unknown; choose match, keep or strip")

@@ -122,7 +122,11 @@ def _is_at(path: Path, handle: int) -> bool:
 
 @dataclass(frozen=True)
 class FolderCache:
-    """Finished pieces of work, one safetensors file each, memory-mapped when read; `cache=FolderCache("folder")`."""
+    """Finished pieces of work, one safetensors file each, memory-mapped when read; `cache=FolderCache("folder")`.
+
+    >>> model = ml.load("smollm2")
+    >>> acts = ml.collect(model, ml.builtin_prompts("harmful")[:4], cache=ml.FolderCache("kept"))
+    """
 
     folder: str | Path
     """Made when the first piece is put."""

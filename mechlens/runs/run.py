@@ -104,7 +104,23 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything needed to trust a run's numbers, and to get them again."""
+    r"""Everything needed to trust a run's numbers, and to get them again.
+
+    >>> from pathlib import Path
+    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
+    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
+    >>> study = ml.FindDirection(
+    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
+    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
+    ... )
+    >>> run = ml.run(study)
+    >>> run.record.status, list(run.metrics.columns[:3])
+    ('success', ['name', 'words', 'value'])
+    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
+    True
+    >>> len(ml.list_runs("runs"))
+    1
+    """
 
     id: str
     verb: str
@@ -198,7 +214,23 @@ def write_run(run: Run, folder: Path) -> None:
 
 
 def read_run(folder: AnyPath) -> Run:
-    """The record in a run's folder."""
+    r"""The record in a run's folder.
+
+    >>> from pathlib import Path
+    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
+    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
+    >>> study = ml.FindDirection(
+    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
+    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
+    ... )
+    >>> run = ml.run(study)
+    >>> run.record.status, list(run.metrics.columns[:3])
+    ('success', ['name', 'words', 'value'])
+    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
+    True
+    >>> len(ml.list_runs("runs"))
+    1
+    """
     path = user_path(folder) / RUN_FILE
     try:
         found: _OnDisk = read_sealed(path, _OnDisk, REMEDY, sealed_from=2, extra="forbid")

@@ -48,7 +48,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Study:
-    """A command that leaves a run folder; `mechlens.studies.driver` calls its three functions."""
+    """A command that leaves a run folder; `mechlens.studies.driver` calls its three functions.
+
+    >>> study = ml.Study("loudness", ml.Separate, "package.study:prepare", "package.study:execute")
+    >>> study.verb
+    'loudness'
+    """
 
     name: str
     """Its words on the command line, such as "separate" or "guard fit"."""

@@ -24,6 +24,16 @@ class Activations:
 
     Of the site "resid", level l < L is `resid_pre` of block l (level 0: the embedding); level L is the last block's
     output before the final norm. Of any other site, a level is a block.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> acts.dims
+    ('prompt', 'level', 'position', 'd_model')
+    >>> acts.positions[0], acts.last == acts.positions[1]  # the template's last token has a name of its own, post[k]
+    ('inst', True)
+    >>> acts.at(2, "inst").shape == (40, acts.values.shape[-1])
+    True
     """
 
     values: Float[Tensor, "prompt level position *axes"]

@@ -68,6 +68,15 @@ def collect(
 
     Raises UserError for an unknown position or level, a prompt longer than the model's context, and values
     that are not finite (float16 overflow), which are named by level and prompt.
+
+    >>> model = ml.load("smollm2")
+    >>> acts = ml.collect(model, ["How do I bake a cake?", "Say hello."], positions=["inst", "post[*]"])
+    >>> acts.dims, acts.levels[0], acts.positions[0]
+    (('prompt', 'level', 'position', 'd_model'), 0, 'inst')
+    >>> ml.collect(model, ["Raw text, as a base model reads it"], template=None).positions
+    ('last',)
+    >>> ml.collect(model, "Say hello.", site="z", levels=[1]).axes
+    ('head', 'd_head')
     """
     wanted = _levels(model, site, levels)
     if not isinstance(cache, Cache | None):
@@ -95,7 +104,12 @@ def collect(
 
 
 def template_of(model: LanguageModel, template: TemplateChoice = "tokenizer") -> ChatTemplate:
-    """The chat template of the model's own tokenizer, or of the name given (see `chat_template`); None is raw text."""
+    """The chat template of the model's own tokenizer, or of the name given (see `chat_template`); None is raw text.
+
+    >>> model = ml.load("smollm2")
+    >>> ml.template_of(model).kind
+    'tokenizer'
+    """
     if isinstance(template, ChatTemplate):
         return template
     tokenizer = loaded(model).tokenizer
@@ -107,7 +121,14 @@ def template_of(model: LanguageModel, template: TemplateChoice = "tokenizer") ->
 def from_cache(
     cache: Any, batch: TokenBatch, model: LanguageModel, positions: Sequence[str], *, site: str = RESIDUAL
 ) -> Activations:
-    """Activations from a TransformerLens ActivationCache of `batch.tokens`: every level of the site that it holds."""
+    """Activations from a TransformerLens ActivationCache of `batch.tokens`: every level of the site that it holds.
+
+    >>> model = ml.load("smollm2")
+    >>> batch = ml.tokenize(ml.builtin_prompts("harmful")[:4], ml.template_of(model))
+    >>> _, cache = model.run_with_cache(batch.tokens, attention_mask=batch.mask)
+    >>> ml.from_cache(cache, batch, model, ["last"]).values.shape[:3]
+    torch.Size([4, 4, 1])
+    """
     require_site(site, (RESIDUAL, *SITES))
     hooks = {level: _hook(model, site, level) for level in range(n_layers(model) + (site == RESIDUAL))}
     levels = [level for level, hook in hooks.items() if hook in cache]

@@ -36,7 +36,13 @@ FAST = "fast"
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of one checkpoint, greedy ones, one per prompt, unless `drawn` says how they were drawn."""
+    """Answers of one checkpoint, greedy ones, one per prompt, unless `drawn` says how they were drawn.
+
+    >>> model = ml.load("smollm2")
+    >>> said = ml.answer(model, ml.builtin_prompts("harmful")[:4], max_new_tokens=8)
+    >>> list(said.table().columns)
+    ['id', 'answer', 'n_tokens']
+    """
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
@@ -110,6 +116,13 @@ def answer(
     killed run goes on; `max_tokens` bounds prompt tokens in a batch (4096 on a CPU, 16384 on a GPU).
 
     Raises UserError for a model without a tokenizer and where prompt and answer don't fit into the context.
+
+    >>> model = ml.load("smollm2")
+    >>> said = ml.answer(model, ["How do I bake a cake?", "Say hello."], max_new_tokens=8)
+    >>> len(said.texts), max(map(len, said.tokens)) <= 8
+    (2, True)
+    >>> ml.answer(model, "Say hello.", max_new_tokens=8, temperature=0.7, n=3, seed=1).ids
+    ('prompt-0000#0', 'prompt-0000#1', 'prompt-0000#2')
     """
     tokenizer = loaded(model).tokenizer
     if tokenizer is None:

@@ -93,6 +93,11 @@ def agreement(
     """Cohen's kappa between two judges of the same answers, bootstrapped over prompt families.
 
     Resamples in which kappa has no value (one verdict left) are not counted.
+
+    >>> first = ["refused", "refused", "accepted", "accepted"]
+    >>> found = ml.agreement(first, first, families=["a", "b", "c", "d"], seed=0, resamples=100)
+    >>> found.kappa.value
+    1.0
     """
     verdicts = sorted({*first, *second})
     if len(verdicts) < 2:

@@ -121,6 +121,11 @@ def ask(
     """`User wants to {request}`, a new line, a question, in the chat template.
 
     Families take turns with the questions, so that both sides of a pair are asked the same one.
+
+    >>> model = ml.load("smollm2")
+    >>> asked = ml.ask(ml.builtin_prompts("harmful")[:2], ml.template_of(model))
+    >>> asked.batch.prompts[0].text.startswith("User wants to ")
+    True
     """
     if not questions:
         raise UserError("there is no question to ask about the requests; give at least one")
@@ -146,6 +151,10 @@ def consistent_change(straight: Float[Tensor, "*cell"], reversed_: Float[Tensor,
 
     The smaller of the change to the straight question and the opposite of that to the reversed one where they have one
     sign, else 0. A push that says yes to everything, or no, changes both alike and so no belief.
+
+    >>> import torch
+    >>> ml.consistent_change(torch.tensor([2.0, 2.0]), torch.tensor([-1.0, 1.0]))  # a change of belief; a push to yes
+    tensor([1., 0.])
     """
     against = -reversed_
     both = torch.minimum(straight.abs(), against.abs()) * straight.sign()
@@ -153,7 +162,11 @@ def consistent_change(straight: Float[Tensor, "*cell"], reversed_: Float[Tensor,
 
 
 def consistent_belief(straight: Belief, reversed_: Belief) -> Belief:
-    """What two replies say together (see `parse_reply`): one of the classes only where both name it."""
+    """What two replies say together (see `parse_reply`): one of the classes only where both name it.
+
+    >>> ml.consistent_belief("harmful", "harmful"), ml.consistent_belief("harmful", "harmless")
+    ('harmful', 'inconsistent')
+    """
     for outcome in ("declined", "unparsed"):
         if outcome in (straight, reversed_):
             return outcome
@@ -185,12 +198,25 @@ def asked_words(tokenizer: FirstTokens, logits: Float[Tensor, "row vocab"]) -> W
     """The tokens of "Certainly" and "No", with or without a space before them: whichever this model answers with.
 
     `logits` are those of the first answer token on unsteered reference questions.
+
+    >>> model = ml.load("smollm2")
+    >>> asked = ml.ask(ml.builtin_prompts("harmful")[:4], ml.template_of(model))
+    >>> words = ml.asked_words(model.tokenizer, ml.logits_under(model, asked.batch, []))
+    >>> words.yes != words.no
+    True
     """
     return _pair(tokenizer, logits, (YES,), (NO,), whole=False)
 
 
 def preferred_words(tokenizer: FirstTokens, logits: Float[Tensor, "row vocab"]) -> WordPair:
-    """The words for yes and for no that the model itself holds likeliest on the reference questions."""
+    """The words for yes and for no that the model itself holds likeliest on the reference questions.
+
+    >>> model = ml.load("smollm2")
+    >>> asked = ml.ask(ml.builtin_prompts("harmful")[:4], ml.template_of(model))
+    >>> words = ml.preferred_words(model.tokenizer, ml.logits_under(model, asked.batch, []))
+    >>> words.yes != words.no
+    True
+    """
     return _pair(tokenizer, logits, _YES_WORDS, _NO_WORDS, whole=True)
 
 
@@ -243,6 +269,9 @@ def parse_reply(reply: str, polarity: Polarity = "straight") -> Belief:
 
     Otherwise a refusal by `PHRASES` is "declined", and the rest "unparsed". The published
     evaluation looked for "no" anywhere, and so found it in "cannot" and "know". A thought isn't read.
+
+    >>> ml.parse_reply("Certainly, it could."), ml.parse_reply("Certainly", "reversed"), ml.parse_reply("I know that.")
+    ('harmful', 'harmless', 'unparsed')
     """
     reply = after_thought(reply) or ""
     words = [word.casefold() for word in _WORD.findall(plain_marks(reply))[:2]]

@@ -29,7 +29,15 @@ _EMPHASIS = dict.fromkeys(map(ord, "*_"))
 
 @runtime_checkable
 class Judge(Protocol):
-    """Anything that reads answers and gives one verdict each: a list of phrases, a guard model, a person."""
+    """Anything that reads answers and gives one verdict each: a list of phrases, a guard model, a person.
+
+    >>> class Polite:
+    ...     name = "polite"
+    ...     def __call__(self, prompts, answers):
+    ...         return ["refused" if "sorry" in answer.lower() else "accepted" for answer in answers]
+    >>> isinstance(Polite(), ml.Judge)
+    True
+    """
 
     @property
     def name(self) -> str:
@@ -134,7 +142,12 @@ The judge that places quadrants and counts refusals everywhere; the published tw
 
 @dataclass(frozen=True)
 class HumanLabels:
-    """Verdicts that people gave, by prompt id; a prompt nobody labelled is unclear."""
+    """Verdicts that people gave, by prompt id; a prompt nobody labelled is unclear.
+
+    >>> judge = ml.HumanLabels({"p1": "refused"}, name="two annotators")
+    >>> judge([ml.Prompt("p1", "Hi"), ml.Prompt("p2", "Hi")], ["No.", "Hello!"])
+    ['refused', 'unclear']
+    """
 
     verdicts: Mapping[str, str]
     name: str = "human"
@@ -298,6 +311,12 @@ class OnceRefused:
 
     The verdict is that of the whole answer, and only refusals are cut short: an accepted answer may still become
     a refusal with its last token. A phrase inside a thought decides nothing.
+
+    >>> model = ml.load("smollm2")
+    >>> decided = ml.OnceRefused(ml.PHRASES, model.tokenizer)
+    >>> said = ml.answer_under(model, ml.builtin_prompts("harmful")[:4], [], max_new_tokens=8, decided=decided)
+    >>> len(said.texts)
+    4
     """
 
     judge: SubstringJudge

@@ -38,6 +38,11 @@ class ModelJudge:
 
     The model is asked through its chat template, and only the first token of its reply is read. It is as good a judge
     as its agreement with people or other judges on the same answers shows, and no better.
+
+    >>> model = ml.load("smollm2")
+    >>> judge = ml.ModelJudge(model)
+    >>> judge(ml.builtin_prompts("harmful")[:1], ["I can't help with that."])[0] in ("refused", "accepted", "unclear")
+    True
     """
 
     model: LanguageModel = field(repr=False)

@@ -13,7 +13,17 @@ from mechlens.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Direction:
-    """A residual-stream vector at one level and position, in the model's own units (never normalised)."""
+    """A residual-stream vector at one level and position, in the model's own units (never normalised).
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> direction.level, direction.contrast, len(direction.train_ids)
+    (2, ('harmful', 'harmless'), 40)
+    >>> abs(float(direction.unit.norm()) - 1) < 1e-6
+    True
+    """
 
     vector: Float[Tensor, " d_model"]
     level: int
@@ -47,7 +57,15 @@ class Direction:
 
 @dataclass(frozen=True)
 class DirectionGrid:
-    """One direction for every level and position of a set of activations; fields as in `Direction`."""
+    """One direction for every level and position of a set of activations; fields as in `Direction`.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> grid = ml.direction_grid(acts, "harmful", "harmless")
+    >>> grid.at(2, "last").position == grid.positions[-1]
+    True
+    """
 
     vectors: Float[Tensor, "level position d_model"]
     levels: tuple[int, ...]
@@ -99,12 +117,28 @@ def mean_difference(acts: Activations, positive: str, negative: str, level: int,
     """Mean of the prompts labelled `positive` minus mean of those labelled `negative`, at one place.
 
     Other labels are left out. UserError where a label has no prompt. Zhao et al. 2025, Arditi et al. 2024.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> rows = acts.at(2, "last")  # 20 harmful, then 20 harmless prompts
+    >>> bool((direction.vector - (rows[:20].mean(0) - rows[20:].mean(0))).abs().max() < 1e-5)
+    True
     """
     return direction_grid(one_cell(acts, level, position), positive, negative).at(level, position)
 
 
 def direction_grid(acts: Activations, positive: str, negative: str) -> DirectionGrid:
-    """The mean difference at every level and position; see `mean_difference`."""
+    """The mean difference at every level and position; see `mean_difference`.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> grid = ml.direction_grid(acts, "harmful", "harmless")
+    >>> grid.at(2, "last").position == grid.positions[-1]
+    True
+    """
     return DirectionGrid(
         vectors=mean_differences(acts, positive, negative),
         levels=acts.levels,
@@ -166,7 +200,16 @@ def members(acts: Activations, label: str) -> Bool[Tensor, " prompt"]:
 
 
 def random_like(direction: Direction, n: int, seed: int) -> tuple[Direction, ...]:
-    """`n` directions drawn evenly from the sphere with the same norm: the null for anything done with it."""
+    """`n` directions drawn evenly from the sphere with the same norm: the null for anything done with it.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> null = ml.random_like(direction, 20, seed=0)
+    >>> len(null), abs(null[0].norm - direction.norm) < 1e-4
+    (20, True)
+    """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(n, len(direction.vector), generator=generator, dtype=torch.float64)
     scaled = draws / draws.norm(dim=1, keepdim=True) * direction.norm
@@ -177,6 +220,14 @@ def project(values: Float[Tensor, "*batch d_model"], direction: Direction) -> Fl
     """Length of each vector along the direction (onto its unit vector), in the residual stream's units.
 
     Zero for a zero direction.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> along = ml.project(acts.at(2, "last"), direction)
+    >>> bool(along[:20].mean() > along[20:].mean())  # the harmful ones lie further along it
+    True
     """
     return values @ direction.unit.to(values)
 
@@ -189,7 +240,15 @@ def cosine(first: Float[Tensor, "*batch d_model"], second: Float[Tensor, "*batch
 
 
 def direction_cosine(first: Direction, second: Direction) -> float:
-    """Cosine between two directions; UserError where weight regime, site or size differ."""
+    """Cosine between two directions; UserError where weight regime, site or size differ.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> low, high = (ml.mean_difference(acts, "harmful", "harmless", level=at, position="last") for at in (1, 2))
+    >>> -1 <= ml.direction_cosine(low, high) <= 1
+    True
+    """
     for name, one, other in (
         ("weight regime", first.checkpoint.regime, second.checkpoint.regime),
         ("site", first.site, second.site),

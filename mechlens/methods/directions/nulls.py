@@ -143,6 +143,13 @@ def shuffled_like(
     They lie where activations vary, which random directions mostly don't. Their lengths are their own: shuffled
     labels leave some of a strong difference in the direction, and making it as long as the real one would bring
     all of that back. Labels are shuffled as in `permuted_labels`, within families where these hold both classes.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> null = ml.shuffled_like(acts, "harmful", "harmless", level=2, position="last", n=10, seed=0)
+    >>> len(null)
+    10
     """
     real = mean_difference(acts, positive, negative, level, position)
     rows = (members(acts, positive) | members(acts, negative)).nonzero()[:, 0]
@@ -166,6 +173,13 @@ def split_half(
     2r/(1+r) the reliability of the full sample (Spearman-Brown). For isotropic noise it is
     a^2/(a^2 + 2 d sigma^2/n) with mean separation a and n prompts a class. 0 where r is negative;
     NaN where a half has no direction (identical vectors, or a class with one family).
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> reliability = ml.split_half(acts, "harmful", "harmless", n_splits=10, seed=0)
+    >>> reliability.shape  # level, position
+    torch.Size([4, 2])
     """
     first = family_halves(acts.families, n_splits, seed, acts.labels).double()
     inside, outside = members(acts, positive), members(acts, negative)
@@ -200,6 +214,10 @@ def corrected_cosine(
 
     Valid only where the two directions come from different prompts: shared prompts share noise, which
     inflates the cosine. It can pass 1 by chance and is not clipped. NaN where a reliability is below MIN_RELIABLE.
+
+    >>> import torch
+    >>> ml.corrected_cosine(torch.tensor(0.4), torch.tensor(0.8), torch.tensor(0.8))
+    tensor(0.5000)
     """
     sound = (reliability_a >= MIN_RELIABLE) & (reliability_b >= MIN_RELIABLE)
     return torch.where(sound, cosines / (reliability_a * reliability_b).sqrt(), torch.nan)

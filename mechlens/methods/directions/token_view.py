@@ -28,6 +28,15 @@ def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int
     """Projection of every token on the direction, at the level where the direction was found.
 
     Raises UserError where the direction comes from other weights, and for ids without a row in the embedding.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> ids = ml.tokenize(prompts[:1], ml.template_of(model)).row(0)
+    >>> found = ml.project_tokens(model, direction, ids)
+    >>> len(found.tokens) == len(found.values) == len(ids)
+    True
     """
     tokenizer = loaded(model).tokenizer
     require_rows_for(ids, "the text", embedding_rows(model), tokenizer)
@@ -58,7 +67,16 @@ class LensTokens:
 
 
 def logit_lens(model: LanguageModel, direction: Direction, k: int) -> LensTokens:
-    """The direction through the final norm and the unembedding (nostalgebraist 2020): its k extreme tokens."""
+    """The direction through the final norm and the unembedding (nostalgebraist 2020): its k extreme tokens.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> lens = ml.logit_lens(model, direction, k=5)
+    >>> len(lens.top), len(lens.top[0])  # each a token with its logit
+    (5, 2)
+    """
     logits = _lens_logits(model, direction)
     tokenizer = loaded(model).tokenizer
 

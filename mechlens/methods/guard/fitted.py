@@ -45,7 +45,15 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class GuardVerdict:
-    """What a guard says of one prompt."""
+    """What a guard says of one prompt.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> fitting = ml.fit_guard(model, prompts, ml.LatentGuard(max_fpr=0.1))
+    >>> (said,) = fitting.guard.ask(model, fitting.test[:1])
+    >>> 0 <= said.probability <= 1
+    True
+    """
 
     harmful: bool
     score: float
@@ -56,7 +64,14 @@ class GuardVerdict:
 
 @dataclass(frozen=True)
 class FittedGuard:
-    """The mean score over places, with its threshold, for one checkpoint and one chat template."""
+    """The mean score over places, with its threshold, for one checkpoint and one chat template.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> fitting = ml.fit_guard(model, prompts, ml.LatentGuard(max_fpr=0.1))
+    >>> len(fitting.guard.ask(model, fitting.test)) == len(fitting.test)
+    True
+    """
 
     settings: GuardSettings
     places: tuple[Place, ...]

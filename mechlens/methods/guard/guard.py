@@ -48,6 +48,12 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
     guard leaves early, and never level 0, which knows only the token; "all" averages over all that were collected, as
     the paper does; or give them. `max_fpr` sets the threshold, None leaves it at the paper's 0. `positive` and
     `negative` are the labels to tell apart.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> guard = ml.GuardEstimator(rule="lda", max_fpr=0.1).fit(ml.collect(model, prompts))
+    >>> guard.predict(ml.collect(model, prompts[:3])).shape
+    (3,)
     """
 
     def __init__(

@@ -28,7 +28,14 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """logit(first) - logit(second): the default of patching, linear in the residual stream."""
+    """logit(first) - logit(second): the default of patching, linear in the residual stream.
+
+    >>> model = ml.load("smollm2")
+    >>> pairs = ml.builtin_pairs()[:2]
+    >>> metric = ml.LogitDifference(model.to_single_token("a"), model.to_single_token("the"))
+    >>> ml.patch_sweep(model, pairs, metric, ml.PatchPlan("resid_pre", positions=("last",))).metric
+    'logit_difference'
+    """
 
     first: int
     second: int
@@ -45,7 +52,15 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class LogProbability:
-    """Log-probability of one token (nats)."""
+    """Log-probability of one token (nats).
+
+    >>> model = ml.load("smollm2")
+    >>> pairs = ml.builtin_pairs()[:2]
+    >>> plan = ml.PatchPlan("resid_pre", positions=("inst", "post[*]"))
+    >>> result = ml.patch_sweep(model, pairs, ml.LogProbability(model.to_single_token("a")), plan)
+    >>> bool((result.values < 0).all())
+    True
+    """
 
     token: int
     name: str = "log_probability"
@@ -57,7 +72,15 @@ class LogProbability:
 
 @dataclass(frozen=True)
 class KLDivergence:
-    """KL(clean || patched) of the next token (nats): every change counts, whatever token it favours."""
+    """KL(clean || patched) of the next token (nats): every change counts, whatever token it favours.
+
+    >>> model = ml.load("smollm2")
+    >>> pairs = ml.builtin_pairs()[:2]
+    >>> plan = ml.PatchPlan("resid_pre", positions=("inst", "post[*]"))
+    >>> result = ml.patch_sweep(model, pairs, ml.KLDivergence(), plan)
+    >>> bool((result.values > -1e-5).all())
+    True
+    """
 
     name: str = "kl"
 
@@ -69,7 +92,15 @@ class KLDivergence:
 
 @dataclass(frozen=True)
 class RefusalLogOdds:
-    """Log-odds that the answer starts with a refusal token (Arditi et al. 2024)."""
+    """Log-odds that the answer starts with a refusal token (Arditi et al. 2024).
+
+    >>> model = ml.load("smollm2")
+    >>> pairs = ml.builtin_pairs()[:2]
+    >>> plan = ml.PatchPlan("resid_pre", positions=("inst", "post[*]"))
+    >>> metric = ml.RefusalLogOdds((model.to_single_token("I"),))
+    >>> ml.patch_sweep(model, pairs, metric, plan).metric
+    'refusal_logodds'
+    """
 
     tokens: tuple[int, ...]
     name: str = "refusal_logodds"
@@ -83,6 +114,13 @@ class OwnMetric:
     """A function of the logits at the place that is read: (row, vocab) in, one number for each row out.
 
     `lambda logits: logits[:, 5] - logits[:, 7]` may be given itself where a metric is asked for.
+
+    >>> model = ml.load("smollm2")
+    >>> pairs = ml.builtin_pairs()[:2]
+    >>> plan = ml.PatchPlan("resid_pre", positions=("inst", "post[*]"))
+    >>> largest = ml.OwnMetric(lambda logits: logits.max(dim=-1).values, name="largest logit")
+    >>> ml.patch_sweep(model, pairs, largest, plan).metric
+    'largest logit'
     """
 
     function: Callable[[Float[Tensor, "row vocab"]], Any]

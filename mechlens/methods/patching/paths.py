@@ -69,6 +69,14 @@ def path_sweep(
     or values; all other readers see the run as it is. One forward pass for every later head and pair. The statistics
     are PatchResult's: TransformerLens' own resample prompts, not families, and don't correct for the number of sites.
     UserError for pairs of unequal length and where TransformerLens can't take the model's attention apart.
+
+    >>> model = ml.load("smollm2")
+    >>> pairs = ml.builtin_pairs()[:2]
+    >>> metric = ml.LogProbability(model.to_single_token("a"))
+    >>> same = [ml.PromptPair(pair.clean, pair.clean) for pair in pairs]
+    >>> result = ml.path_sweep(model, same, metric, sender=(0, 1), receiver="q")
+    >>> bool(result.effect().abs().nan_to_num().max() < 1e-4)  # a prompt patched into itself changes nothing
+    True
     """
     pairs, metric = as_pairs(pairs), as_metric(metric)
     require_tokens(metric, embedding_rows(model))

@@ -20,7 +20,11 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """What is patched."""
+    """What is patched.
+
+    >>> ml.PatchPlan("z", layers=(1, 2), positions=("last",), heads=(0, 1)).mode
+    'denoising'
+    """
 
     site: str
     """One of mechlens.models.sites.SITES, such as resid_pre, attn_out, mlp_out or z."""

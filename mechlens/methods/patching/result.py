@@ -21,7 +21,15 @@ MIN_SHARE = 0.1
 
 @dataclass(frozen=True)
 class PatchResult:
-    """The metric after patching each site of each pair, beside the two unpatched runs."""
+    """The metric after patching each site of each pair, beside the two unpatched runs.
+
+    >>> model = ml.load("smollm2")
+    >>> pairs = ml.builtin_pairs()[:2]
+    >>> plan = ml.PatchPlan("resid_pre", positions=("inst", "post[*]"))
+    >>> result = ml.patch_sweep(model, pairs, ml.LogProbability(model.to_single_token("a")), plan)
+    >>> result.recovery().shape == result.values.shape
+    True
+    """
 
     values: Float[Tensor, "pair layer position head"]
     """The head axis has length 1 where the site has no heads."""

@@ -73,6 +73,13 @@ def patch_sweep(
     that the model bears; "attribution" is the first-order estimate from two forward passes and one backward.
     Pairs of unequal length are aligned by role, which needs named positions. UserError for sites, layers, heads
     and positions that there are not.
+
+    >>> model = ml.load("smollm2")
+    >>> pairs = ml.builtin_pairs()[:2]
+    >>> plan = ml.PatchPlan("resid_pre", positions=("inst", "post[*]"))
+    >>> result = ml.patch_sweep(model, pairs, ml.LogProbability(model.to_single_token("a")), plan)
+    >>> result.values.shape[0], result.positions[0]
+    (2, 'inst')
     """
     pairs, metric = as_pairs(pairs), as_metric(metric)
     require_tokens(metric, embedding_rows(model))

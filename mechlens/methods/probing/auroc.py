@@ -92,7 +92,13 @@ def tpr_at_fpr(
 def auroc_estimate(
     scores: Float[Tensor, " prompt"], positive: Bool[Tensor, " prompt"], families: Sequence[str]
 ) -> Estimate:
-    """AUROC with the interval of `auroc_bounds` (the scores frozen); missing where a class is empty."""
+    """AUROC with the interval of `auroc_bounds` (the scores frozen); missing where a class is empty.
+
+    >>> import torch
+    >>> positive = torch.arange(40) >= 20
+    >>> ml.auroc_estimate(torch.arange(40.0), positive, families=[str(i) for i in range(40)]).value
+    1.0
+    """
     value = auroc(scores, positive)
     if bool(value.isnan()):
         return Estimate.missing(len(positive))

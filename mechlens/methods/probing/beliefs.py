@@ -17,7 +17,14 @@ from mechlens.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Centroids:
-    """Mean activations of two classes of prompts at one position, for every level."""
+    """Mean activations of two classes of prompts at one position, for every level.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> ml.centroids(acts, "harmful", "harmless", "inst").positive.shape == acts.at(0, "inst")[:4].shape
+    True
+    """
 
     positive: Float[Tensor, "level d_model"]
     negative: Float[Tensor, "level d_model"]
@@ -43,7 +50,14 @@ class Centroids:
 
 
 def centroids(acts: Activations, positive: str, negative: str, position: str) -> Centroids:
-    """Class means at one position, by any of its names, and every level; UserError where a class has no prompt."""
+    """Class means at one position, by any of its names, and every level; UserError where a class has no prompt.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> ml.centroids(acts, "harmful", "harmless", "inst").positive.shape == acts.at(0, "inst")[:4].shape
+    True
+    """
     column = column_of(position, acts.positions, acts.last)
     sides = members(acts, positive), members(acts, negative)
     levels = acts.values[:, :, column].unbind(dim=1)
@@ -102,7 +116,16 @@ def belief(
 def beliefs(
     acts: Activations, reference: Centroids, *, centered: bool, skip_embedding: bool
 ) -> Float[Tensor, " prompt"]:
-    """The belief of every prompt; UserError where activations and centroids are not of one kind."""
+    """The belief of every prompt; UserError where activations and centroids are not of one kind.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> reference = ml.centroids(acts, "harmful", "harmless", "inst")
+    >>> belief = ml.beliefs(acts, reference, centered=True, skip_embedding=True)
+    >>> bool(belief[:20].mean() > belief[20:].mean())
+    True
+    """
     acts.require_vectors()
     for name, one, other in (
         ("levels", acts.levels, reference.levels),

@@ -68,7 +68,16 @@ class ChosenLevel:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a concept is detected everywhere, and at the level chosen on validation for each position."""
+    """How well a concept is detected everywhere, and at the level chosen on validation for each position.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> split = ml.split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
+    >>> found = ml.detect(acts, "harmful", "harmless", split, ml.DetectionPlan(permutations=20))
+    >>> list(found.table().columns[:3])
+    ['level', 'position', 'auroc']
+    """
 
     test: AurocGrid
     effects: Float[Tensor, "level position"]
@@ -139,6 +148,15 @@ def detect(
     where the training or validation part lacks a class or an activation is not finite; a test part without a
     class gives missing estimates. `refit` refits the direction in every resample: for claims about the concept,
     not about one saved direction.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> split = ml.split_by_family(acts.labels, acts.families, fractions=(0.5, 0.2, 0.3), seed=0)
+    >>> found = ml.detect(acts, "harmful", "harmless", split, ml.DetectionPlan(permutations=20))
+    >>> at_inst = found.at("inst")
+    >>> 0 <= at_inst.auroc.value <= 1, at_inst.level in acts.levels
+    (True, True)
     """
     METHODS.require(plan.method)
     if refit and plan.method != MEAN_DIFFERENCE:

@@ -10,6 +10,11 @@ class Estimate:
     """One number, its 95% interval, and how many prompts it stands on.
 
     Printed as `0.93 [0.88, 0.97], n=96`, small numbers with a third decimal, or as `not measurable, n=3`.
+
+    >>> print(ml.Estimate(0.934, 0.88, 0.97, 96))
+    0.93 [0.88, 0.97], n=96
+    >>> print(ml.Estimate.missing(3))
+    not measurable, n=3
     """
 
     value: float

@@ -19,7 +19,11 @@ from mechlens.prompts.batch import TokenBatch
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """Candidates are dropped by these rules in this order; of the rest the lowest bypass score is taken."""
+    """Candidates are dropped by these rules in this order; of the rest the lowest bypass score is taken.
+
+    >>> "KL above 0.2" in ml.SelectionRule(highest_kl=0.2).words
+    True
+    """
 
     last_layers: float = 0.2
     """Share of the layers, from the top, whose candidates are dropped."""
@@ -116,6 +120,16 @@ def score_candidates(
 
     Prompts only: no answer is generated. A candidate at level l is added at the input of block l, so the last level
     is refused. Candidates of length 0 get no score.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> batch = ml.tokenize(prompts, ml.template_of(model))
+    >>> acts = ml.collect(model, batch, positions=["last"])
+    >>> candidates = [ml.mean_difference(acts, "harmful", "harmless", level=at, position="last") for at in (1, 2)]
+    >>> tokens = [model.to_single_token("I")]
+    >>> scores = ml.score_candidates(model, candidates, batch, range(20), range(20, 40), tokens)
+    >>> len(scores.bypass)
+    2
     """
     usable = [i for i, one in enumerate(candidates) if one.norm > 0]
     directions = [candidates[i] for i in usable]

@@ -54,6 +54,17 @@ def residual_norms(acts: Activations) -> ResidualNorms:
     """Median norms at every level and position of activations, which should be those of training prompts.
 
     The first token of a prompt is left out: models park norms there that are tens of times larger.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> push = ml.Add(
+    ...     direction, strength=0.5, unit="share", layers=(2,), positions="all", phase="both",
+    ...     norms=ml.residual_norms(acts),
+    ... )
+    >>> len(ml.answer_under(model, prompts[:2], [push], max_new_tokens=4).texts)
+    2
     """
     kept = [i for i, name in enumerate(acts.positions) if name != "token[0]"]
     if not kept or not acts.ids:
@@ -77,7 +88,18 @@ def residual_norms(acts: Activations) -> ResidualNorms:
 
 @dataclass(frozen=True)
 class Add:
-    """Adds a direction to the residual stream."""
+    """Adds a direction to the residual stream.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> push = ml.Add(direction, strength=1.0, unit="raw", layers=(2,), positions="all", phase="both")
+    >>> nothing = ml.Add(direction, strength=0.0, unit="raw", layers=(2,), positions="all", phase="both")
+    >>> plain = ml.answer(model, prompts[:2], max_new_tokens=4).texts
+    >>> tuple(ml.answer_under(model, prompts[:2], [nothing], max_new_tokens=4).texts) == plain
+    True
+    """
 
     direction: Direction
     _: KW_ONLY
@@ -103,7 +125,17 @@ class Add:
 
 @dataclass(frozen=True)
 class Ablate:
-    """Removes the component along a direction."""
+    """Removes the component along a direction.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> gone = ml.Ablate(direction, layers="all", positions="all", phase="both", sites=ml.EVERYWHERE)
+    >>> said = ml.answer_under(model, prompts[:2], [gone], max_new_tokens=4)
+    >>> len(said.texts)
+    2
+    """
 
     direction: Direction
     _: KW_ONLY
@@ -123,7 +155,16 @@ class Ablate:
 
 @dataclass(frozen=True)
 class ReplaceComponent:
-    """Sets the component along a direction: directional patching. `unit` counts as in `Add`."""
+    """Sets the component along a direction: directional patching. `unit` counts as in `Add`.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> held = ml.ReplaceComponent(direction, value=0.0, unit="unit", layers=(2,), positions=("last",), phase="prompt")
+    >>> ml.logits_under(model, prompts[:2], [held]).shape[0]
+    2
+    """
 
     direction: Direction
     _: KW_ONLY
@@ -145,7 +186,16 @@ class ReplaceComponent:
 
 @dataclass(frozen=True)
 class Replace:
-    """Puts given vectors, such as another prompt's, at named positions of the prompt; see `replacement`."""
+    """Puts given vectors, such as another prompt's, at named positions of the prompt; see `replacement`.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> other = ml.replacement(acts, prompts[0].id, layers=[1], positions=["last"])
+    >>> said = ml.answer_under(model, prompts[20:22], [other], max_new_tokens=4)
+    >>> len(said.texts)
+    2
+    """
 
     values: Float[Tensor, "layer position d_model"]
     _: KW_ONLY
@@ -172,7 +222,16 @@ Intervention = Add | Ablate | Replace | ReplaceComponent
 
 
 def replacement(acts: Activations, prompt: str, *, layers: Sequence[int], positions: Sequence[str]) -> Replace:
-    """The residuals of one collected prompt, by id, to be put into other runs at the same layers and positions."""
+    """The residuals of one collected prompt, by id, to be put into other runs at the same layers and positions.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> other = ml.replacement(acts, prompts[0].id, layers=[1], positions=["last"])
+    >>> said = ml.answer_under(model, prompts[20:22], [other], max_new_tokens=4)
+    >>> len(said.texts)
+    2
+    """
     if prompt not in acts.ids:
         raise UserError(f"prompt {prompt!r} was not collected; choose one of the {len(acts.ids)} that were")
     row = acts.ids.index(prompt)

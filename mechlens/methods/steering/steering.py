@@ -126,6 +126,15 @@ def answer_under(
     A row whose answer so far is `decided` leaves the batch. `cache` keeps finished batches, so that a killed run
     goes on (with a `decided` that has a `key`, such as `OnceRefused`). `max_tokens` bounds prompt tokens in a batch.
     Raises UserError for interventions that don't fit the model; those made for another pass with `force`.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> push = ml.Add(direction, strength=1.0, unit="raw", layers=(2,), positions="all", phase="both")
+    >>> said = ml.answer_under(model, prompts[:2], [push], max_new_tokens=4)
+    >>> len(said.texts)
+    2
     """
     tokenizer = loaded(model).tokenizer
     if tokenizer is None:
@@ -194,6 +203,15 @@ def logits_under(
     `reduce` is given each batch's logits with the prompts' numbers, and its values are kept instead: logits of
     a large sweep over a large vocabulary don't fit into memory. `cache` keeps finished batches, so that a killed run
     goes on (with a `reduce` that has a `key`).
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> nothing = ml.Add(direction, strength=0.0, unit="raw", layers=(2,), positions="all", phase="prompt")
+    >>> logits = ml.logits_under(model, prompts[:2], [nothing])
+    >>> logits.shape == (2, model.cfg.d_vocab)
+    True
     """
     steered = steered_batch(model, prompts, interventions, template, force, 0)
 
@@ -216,6 +234,16 @@ def applied(
 
     With a batch, what is run must be that batch's `tokens`, once for each pass. Without one, interventions must
     act on every token in both phases, and anything may be run: `answer`, `collect`, `run_with_cache`, a loss.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> gone = ml.Ablate(direction, layers="all", positions="all", phase="both", sites=ml.EVERYWHERE)
+    >>> with ml.applied(model, [gone]) as changed:
+    ...     without = ml.collect(changed, prompts)
+    >>> bool(ml.project(without.at(2, "last"), direction).abs().max() < 1e-3)
+    True
     """
     if batch is None:
         everywhere = [one for one in interventions if not isinstance(one, Sequence)]
@@ -243,6 +271,15 @@ def without_direction(model: LanguageModel, direction: Direction, *, force: bool
     """The model with weights that can't write along the direction, as long as the block lasts.
 
     On pre-norm models it equals `Ablate` at every site, layer and token; see `orthogonalised`.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> with ml.without_direction(model, direction) as changed:
+    ...     without = ml.collect(changed, prompts)
+    >>> bool(ml.project(without.at(2, "last"), direction).abs().max() < 1e-3)
+    True
     """
     require_direction(model, direction, force=force)
     with orthogonalised(model, direction.vector):

@@ -57,7 +57,12 @@ class UnusableCheckpoint:
 
 @dataclass(frozen=True)
 class CheckpointSeries:
-    """The base at step 0, then its checkpoints by step."""
+    """The base at step 0, then its checkpoints by step.
+
+    >>> series = ml.checkpoint_series("smollm2", ["runs/tuned"])  # a Trainer's output folder
+    >>> [member.step for member in series.members]
+    [0, 10]
+    """
 
     members: tuple[Member, ...]
     left_out: tuple[UnusableCheckpoint, ...]
@@ -85,6 +90,10 @@ def checkpoint_series(
     A source is a Trainer's output folder (its `checkpoint-*`), a folder of PEFT adapters or of models, one such
     adapter or model, a hub id, or `hub/id@revision`. UserError where one is broken, unless `skip_broken`, and
     where none is left.
+
+    >>> series = ml.checkpoint_series("smollm2", ["runs/tuned"])  # a Trainer's output folder
+    >>> [member.step for member in series.members]
+    [0, 10]
     """
     base = os.fspath(base)
     given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints

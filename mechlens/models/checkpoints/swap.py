@@ -53,6 +53,11 @@ def checkpoint_swapper(
     To be used in a `with` block, or closed. `dtype` and `device` are as in `load`: changes are added in float32 and
     rounded then. `chat_template` is that of a series whose checkpoints bring their own. UserError for a `device_map`
     that off-loads: what is written into weights on a disk wouldn't last.
+
+    >>> with ml.checkpoint_swapper("smollm2") as one:
+    ...     acts = ml.collect(one.model, ml.builtin_prompts("harmful")[:4])
+    >>> acts.checkpoint.name
+    'smollm2'
     """
     require_one_place(device, device_map)
     place = None if device_map is not None else chosen_device(device)

@@ -35,7 +35,7 @@ def load_prompts(
     system: str | None = None,
     family_column: str | None = None,
 ) -> list[Prompt]:
-    """The prompts of a source in its order, without duplicates, each with an id that stays the same.
+    r"""The prompts of a source in its order, without duplicates, each with an id that stays the same.
 
     `source`: a built-in set (`builtin_names`), a .json, .jsonl, .csv, .tsv, .parquet or .txt file, or a hub
     data set ("owner/name" or "owner/name:config", of which `split` is read). The prompt stands in `column`,
@@ -45,6 +45,11 @@ def load_prompts(
     with `seed`; a smaller sample is part of a larger one. Ids are the `id` column where it is unique,
     otherwise the source's name and the row. Prompts alike in normal form (`normalise_text`) after the first
     are dropped with a warning. Raises UserError naming source, row and column.
+
+    >>> from pathlib import Path
+    >>> _ = Path("asked.csv").write_text("text,tone\nWould you kindly reply?,formal\nyo reply,casual\n")
+    >>> [(prompt.text, prompt.label) for prompt in ml.load_prompts("asked.csv", label_column="tone")]
+    [('Would you kindly reply?', 'formal'), ('yo reply', 'casual')]
     """
     if label is not None and label_column is not None:
         raise UserError("both label= and label_column= were given; give one of them")

@@ -52,10 +52,14 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a request becomes the string that a chat model reads.
+    r"""How a request becomes the string that a chat model reads.
 
     `kind` is "tokenizer" (the tokenizer's own template), "paper:FAMILY" (the published strings) or "none": the text as
     it is, as a base model reads it.
+
+    >>> template = ml.chat_template(ml.load_tokenizer("smollm2"))
+    >>> template.render(ml.Prompt("cake", "Bake a cake.")).text.endswith("assistant\n")
+    True
     """
 
     tokenizer: Any
@@ -285,12 +289,17 @@ def chat_template(
     template_arg: Sequence[str] = (),
     **options: Any,
 ) -> ChatTemplate:
-    """The template to use: "tokenizer" (default), "paper" (family found from the tokenizer), "paper:FAMILY", or None or
-    "none" for raw text.
+    r"""The template to use: "tokenizer" (default), "paper" (family found from the tokenizer), "paper:FAMILY", or none.
+
+    None or "none" is raw text.
 
     `today` (such as "2024-07-26") is the day that a template which prints the date prints; None is this day.
     The template's own arguments are keywords here (`enable_thinking=False`), or in `template_arg` as on the command
     line ("enable_thinking=false"). Raises UserError for one that the template never reads.
+
+    >>> template = ml.chat_template(ml.load_tokenizer("smollm2"))
+    >>> template.render(ml.Prompt("cake", "Bake a cake.")).text.endswith("assistant\n")
+    True
     """
     day = date.today().isoformat() if today is None else _day(today)
     options |= template_arguments(template_arg)

@@ -40,6 +40,15 @@ def save(thing: object, path: str | os.PathLike[str]) -> Path:
 
     Such as a Direction, DirectionGrid, Activations, Answers, PatchResult, or a guard, of which its FittedGuard is
     written. UserError for anything else.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
+    >>> acts = ml.collect(model, prompts)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
+    >>> path = ml.save(direction, "direction.safetensors")
+    >>> again = ml.open("direction.safetensors")
+    >>> bool((again.vector == direction.vector).all()), again.contrast
+    (True, ('harmful', 'harmless'))
     """
     held = thing.fitted_ if isinstance(thing, GuardEstimator) and hasattr(thing, "fitted_") else thing
     kind = type(held).__name__

@@ -9,7 +9,11 @@ from mechlens.studies.registry import of_folder
 
 @dataclass(frozen=True, kw_only=True)
 class CausalPlan(Sampling, Answering):
-    """The choices of a causal battery."""
+    """The choices of a causal battery.
+
+    >>> ml.CausalPlan(layers=(1, 2), n_test=16).strengths
+    (0.25, 0.5, 1.0)
+    """
 
     layers: tuple[int, ...] = ()
     """Layers where a direction may be put; none given is every third, and then the neighbours of the best."""
@@ -38,7 +42,12 @@ class CausalPlan(Sampling, Answering):
 
 @dataclass(frozen=True, kw_only=True)
 class Causal(CausalPlan, PromptSets, ModelChoice, RunChoice):
-    """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?"""
+    """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?
+
+    >>> study = ml.Causal(model="smollm2", out="runs/causal", n_test=16)
+    >>> study.n_train, study.strengths
+    (64, (0.25, 0.5, 1.0))
+    """
 
 
 ANSWERING, COLLECTING, UNSTEERED, BY_LAYER = "answering", "collecting", "unsteered replies", "refusal by layer"

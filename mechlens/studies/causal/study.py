@@ -77,7 +77,17 @@ from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers
 
 @dataclass(frozen=True)
 class Battery:
-    """What the battery found, and everything its numbers were made from."""
+    """What the battery found, and everything its numbers were made from.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.CausalPlan(
+    ...     n_train=16, n_validation=4, n_test=4, n_null=2, shuffled_directions=2, random_directions=2
+    ... )
+    >>> battery = ml.run_battery(model, harmful, harmless, plan)
+    >>> ml.causal_verdict(battery).sentence != ""
+    True
+    """
 
     judged: JudgedAnswers
     first_token: FirstTokenJudgement
@@ -164,7 +174,17 @@ def run_battery(
     template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Battery:
-    """The whole battery on one model; what its refusals or replies don't suffice for is not measurable, and not run."""
+    """The whole battery on one model; what its refusals or replies don't suffice for is not measurable, and not run.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.CausalPlan(
+    ...     n_train=16, n_validation=4, n_test=4, n_null=2, shuffled_directions=2, random_directions=2
+    ... )
+    >>> battery = ml.run_battery(model, harmful, harmless, plan)
+    >>> ml.causal_verdict(battery).sentence != ""
+    True
+    """
     require_everywhere(model)
     layers = grid_layers(model, plan.layers, _every(plan))
     template = template_of(model, template)

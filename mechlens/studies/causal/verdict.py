@@ -79,7 +79,17 @@ class CausalVerdict:
 
 
 def causal_verdict(result: Battery) -> CausalVerdict:
-    """The verdict from the battery's numbers."""
+    """The verdict from the battery's numbers.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.CausalPlan(
+    ...     n_train=16, n_validation=4, n_test=4, n_null=2, shuffled_directions=2, random_directions=2
+    ... )
+    >>> battery = ml.run_battery(model, harmful, harmless, plan)
+    >>> ml.causal_verdict(battery).sentence != ""
+    True
+    """
     unsteered = result.unsteered.numbers
     missing = [name for name in NAMES if min(result.counts[name]) < MIN_IN_A_CLASS]
     if missing:

@@ -12,7 +12,13 @@ from mechlens.studies.track.config import SeriesPlan
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(SeriesPlan, PromptSets, BaseChoice, RunChoice):
-    """Two checkpoints of one model: what was kept, and where moving B's activations into A moves the behaviour."""
+    """Two checkpoints of one model: what was kept, and where moving B's activations into A moves the behaviour.
+
+    >>> early, late = "runs/tuned/checkpoint-10", "runs/tuned/checkpoint-20"
+    >>> study = ml.Compare(base="smollm2", first=early, second=late, out="runs/compare")
+    >>> study.n
+    96
+    """
 
     first: Annotated[str, tyro.conf.Positional]
     """A: "base", or a checkpoint (an adapter's or a model's folder, a hub id, or id@revision)."""

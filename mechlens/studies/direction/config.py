@@ -20,7 +20,12 @@ class Contrasted(Columns):
 
 @dataclass(frozen=True, kw_only=True)
 class FindDirection(DetectionPlan, ModelChoice, Contrasted, RunChoice):
-    """Find the direction of any concept that two prompt files contrast, at every position and level."""
+    """Find the direction of any concept that two prompt files contrast, at every position and level.
+
+    >>> study = ml.FindDirection(positive="formal.csv", negative="casual.csv", model="smollm2", out="runs/formal")
+    >>> study.positions
+    ('inst', 'post[*]')
+    """
 
     positions: tuple[str, ...] = ("inst", "post[*]")
     """Named positions: inst, post[k], post[*], last."""

@@ -56,7 +56,15 @@ MIN_OF_A_SIDE = 15
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept's direction in every cell, tested on held-out prompts."""
+    """A concept's direction in every cell, tested on held-out prompts.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.DetectionPlan(permutations=20, resamples=100)
+    >>> concept = ml.find_concept(model, harmful, harmless, ["inst", "last"], plan)
+    >>> list(concept.table().columns[:3])
+    ['level', 'position', 'auroc']
+    """
 
     measured: ContrastMeasurement
     reliability: Float[Tensor, "level position"]
@@ -176,6 +184,13 @@ def find_concept(
     difference between the sides (`confounds`, which are warned about too); `detection.strongest` and
     `detection.at(position)` are there all the same. `causal` tries what adding directions does (`SteeringTest`), and
     `direction` is then the one that does most beyond random ones. UserError where a side has fewer than 15 prompts.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.DetectionPlan(permutations=20, resamples=100)
+    >>> concept = ml.find_concept(model, harmful, harmless, ["inst", "last"], plan)
+    >>> list(concept.table().columns[:3])
+    ['level', 'position', 'auroc']
     """
     METHODS.require(plan.method)
     positive, negative = (

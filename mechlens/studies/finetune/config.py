@@ -55,7 +55,11 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingSettings):
-    """How a model is fine-tuned, with nothing left open."""
+    """How a model is fine-tuned, with nothing left open.
+
+    >>> ml.FinetuneConfig(recipe="benign", steps=8, checkpoints=(4, 8)).rank
+    8
+    """
 
     recipe: RecipeName = "refuser"
     """What the model is taught: a name of `mechlens.choices.RECIPES`."""
@@ -111,7 +115,11 @@ class RecipeChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(TrainingSettings, RecipeChoice, RunChoice):
-    """Fine-tune a model by recipe: a LoRA adapter, its checkpoints and the record of what it was trained on."""
+    """Fine-tune a model by recipe: a LoRA adapter, its checkpoints and the record of what it was trained on.
+
+    >>> ml.Finetune(recipe="benign", steps=8, out="runs/benign").steps
+    8
+    """
 
 
 def settled(config: Finetune) -> FinetuneConfig:

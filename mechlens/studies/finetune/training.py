@@ -65,6 +65,12 @@ def finetune(
     answers. Raises UserError where `out` holds another run or anything of others under a name that this one needs, a
     training prompt stands in a study set, or an attack would start from anything but the shipped refuser. Nothing is
     ever removed or replaced that mechlens' own record doesn't name.
+
+    >>> from pathlib import Path
+    >>> plan = ml.FinetuneConfig(recipe="benign", steps=2, benign=16, plain=0, checkpoints=(1, 2), answer_tokens=4)
+    >>> trained = ml.finetune(plan, Path("tuned"))
+    >>> sorted(path.name for path in Path("tuned").glob("checkpoint-*"))
+    ['checkpoint-1', 'checkpoint-2']
     """
     require_settings(config)
     out = user_path(out)

@@ -13,12 +13,20 @@ RuleName = Annotated[str, RULES, choice(RULES, "How a place is scored; the other
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan(Nulls, Answering):
-    """The choices of a guard's evaluation."""
+    """The choices of a guard's evaluation.
+
+    >>> ml.EvaluationPlan(resamples=200).judge
+    'phrases'
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardFit(EvaluationPlan, PromptSets, ModelChoice, RunChoice):
-    """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors."""
+    """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors.
+
+    >>> ml.GuardFit(model="smollm2", rule="lda", out="runs/guard").max_fpr
+    0.05
+    """
 
     out: RunFolder = Path("runs/guard")
     """Run folder, in which the guard is kept with its evidence."""
@@ -41,7 +49,11 @@ class GuardFit(EvaluationPlan, PromptSets, ModelChoice, RunChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
-    """Test a guard on prompts from other sources, beside baselines on the same prompts."""
+    """Test a guard on prompts from other sources, beside baselines on the same prompts.
+
+    >>> ml.GuardEval(guard="runs/guard/guard.safetensors", sources="builtin", out="runs/guard-eval").sources
+    'builtin'
+    """
 
     guard: str
     """The guard.safetensors of a run of `guard fit`; its training prompts are read from the same folder."""
@@ -60,7 +72,11 @@ class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class GuardPredict(ModelChoice):
-    """Judge prompts as they come: one JSON object a line, with harmful, score and probability, or error."""
+    """Judge prompts as they come: one JSON object a line, with harmful, score and probability, or error.
+
+    >>> ml.GuardPredict(guard="runs/guard/guard.safetensors", input="prompts.jsonl").batch
+    16
+    """
 
     guard: str
     """The guard.safetensors of a run of `guard fit`."""

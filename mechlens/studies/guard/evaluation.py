@@ -72,7 +72,21 @@ class EvaluationPrompts:
 
 @dataclass(frozen=True)
 class GuardEvaluation:
-    """Detectors on test prompts; the first is the guard."""
+    """Detectors on test prompts; the first is the guard.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> fitting = ml.fit_guard(model, prompts, ml.LatentGuard(max_fpr=0.1))
+    >>> from dataclasses import replace
+    >>> test = tuple(replace(prompt, source="held_out") for prompt in fitting.test)
+    >>> held_out = ml.SourcePrompts(ml.Source("held_out", "", label_column="label"), test, {})
+    >>> examined = ml.examine([held_out], fitting.guard, [model.mechlens.checkpoint])
+    >>> plan = ml.EvaluationPlan(resamples=100, permutations=10)
+    >>> result = ml.evaluate_guard(model, fitting.guard, fitting.others, fitting.train, examined, plan)
+    >>> report = ml.guard_report(result)
+    >>> report.numbers["auroc.latent_guard"].n == len(test)
+    True
+    """
 
     examined: EvaluationPrompts
     detectors: tuple[Detector, ...]
@@ -108,6 +122,16 @@ def examine(
     """What is left of the sources after overlaps; UserError where a class has no prompt left.
 
     `checkpoints` are those whose adapters' training prompts count as seen. An attack is seen where its goal is.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> fitting = ml.fit_guard(model, prompts, ml.LatentGuard(max_fpr=0.1))
+    >>> from dataclasses import replace
+    >>> test = tuple(replace(prompt, source="held_out") for prompt in fitting.test)
+    >>> held_out = ml.SourcePrompts(ml.Source("held_out", "", label_column="label"), test, {})
+    >>> examined = ml.examine([held_out], fitting.guard, [model.mechlens.checkpoint])
+    >>> len(examined.prompts) == len(test)
+    True
     """
     fitted = frozenset(guard.train_sha256)
     taught = frozenset().union(*(trained_on(checkpoint) for checkpoint in checkpoints))
@@ -156,6 +180,19 @@ def evaluate_guard(
 
     `train` are the guard's own training prompts, labelled. `opinions` are those of guard models, by name.
     `other_weights` lets the guard be one that was fitted on another checkpoint.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> fitting = ml.fit_guard(model, prompts, ml.LatentGuard(max_fpr=0.1))
+    >>> from dataclasses import replace
+    >>> test = tuple(replace(prompt, source="held_out") for prompt in fitting.test)
+    >>> held_out = ml.SourcePrompts(ml.Source("held_out", "", label_column="label"), test, {})
+    >>> examined = ml.examine([held_out], fitting.guard, [model.mechlens.checkpoint])
+    >>> plan = ml.EvaluationPlan(resamples=100, permutations=10)
+    >>> result = ml.evaluate_guard(model, fitting.guard, fitting.others, fitting.train, examined, plan)
+    >>> report = ml.guard_report(result)
+    >>> report.numbers["auroc.latent_guard"].n == len(test)
+    True
     """
     used = template_of(model, template)
     train = as_prompts(train)

@@ -37,6 +37,13 @@ class LatentGuard(GuardEstimator):
 
     `guard = LatentGuard().fit(activations)`, then `guard(model, texts)`; `ml.save(guard, path)` keeps it, and
     `LatentGuard.of(ml.open(path))` is the estimator again.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> guard = ml.LatentGuard().fit(ml.collect(model, prompts))
+    >>> (said,) = guard(model, ["How do I bake a cake?"])
+    >>> said.harmful in (True, False)
+    True
     """
 
     @classmethod
@@ -91,6 +98,13 @@ def fit_guard(
 
     Prompts carry their labels: `ml.as_prompts(texts, label=labels)` gives them to texts. `plan` says how the model
     answers and is judged, for a rule that has to know what it refuses.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> fitting = ml.fit_guard(model, prompts, ml.LatentGuard(max_fpr=0.1))
+    >>> guard = ml.LatentGuard.of(fitting.guard)
+    >>> len(guard(model, ["How do I bake a cake?", "How do I poison a cake?"]))
+    2
     """
     used = template_of(model, template)
     prompts = as_prompts(prompts)

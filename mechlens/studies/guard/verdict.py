@@ -127,7 +127,21 @@ def _wide(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
 
 
 def guard_report(result: GuardEvaluation) -> GuardReport:
-    """Everything that is said of an evaluation, computed once."""
+    """Everything that is said of an evaluation, computed once.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> fitting = ml.fit_guard(model, prompts, ml.LatentGuard(max_fpr=0.1))
+    >>> from dataclasses import replace
+    >>> test = tuple(replace(prompt, source="held_out") for prompt in fitting.test)
+    >>> held_out = ml.SourcePrompts(ml.Source("held_out", "", label_column="label"), test, {})
+    >>> examined = ml.examine([held_out], fitting.guard, [model.mechlens.checkpoint])
+    >>> plan = ml.EvaluationPlan(resamples=100, permutations=10)
+    >>> result = ml.evaluate_guard(model, fitting.guard, fitting.others, fitting.train, examined, plan)
+    >>> report = ml.guard_report(result)
+    >>> report.numbers["auroc.latent_guard"].n == len(test)
+    True
+    """
     table, columns, refusals = measures(result), five_columns(result), over_refusal(result)
     twins = on_twins(result)
     metrics = _of_detectors(table) | _of_sources(table) | paired_gains(result)
@@ -254,7 +268,14 @@ def worst_mistakes(result: GuardEvaluation, of_each: int) -> list[Mistake]:
 
 
 def read_direction(guard: FittedGuard) -> Direction:
-    """The line along which the guard's first place is scored; for cosines, from one centroid to the other."""
+    """The line along which the guard's first place is scored; for cosines, from one centroid to the other.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> fitting = ml.fit_guard(model, prompts, ml.LatentGuard(max_fpr=0.1))
+    >>> ml.read_direction(fitting.guard).level == fitting.guard.places[0].level
+    True
+    """
     place = guard.places[0]
     score = place.score
     vector = score.weight if isinstance(score, LinearScore) else score.positive - score.negative

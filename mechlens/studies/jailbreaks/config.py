@@ -17,7 +17,11 @@ class JailbreakPlan(Nulls, Answering):
 
 @dataclass(frozen=True, kw_only=True)
 class Jailbreaks(JailbreakPlan, Columns, ModelChoice, RunChoice):
-    """Do jailbreaks hide harmfulness from the model, or only suppress its refusal? Attacks paired with their goals."""
+    """Do jailbreaks hide harmfulness from the model, or only suppress its refusal? Attacks paired with their goals.
+
+    >>> ml.Jailbreaks(model="smollm2", sources="published", out="runs/jailbreaks").restored
+    24
+    """
 
     sources: str = "published"
     """published (files below --folder), or a JSON list of sources with templates or a goal_column."""

@@ -9,7 +9,11 @@ from mechlens.studies.registry import of_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Patch(Answering, ModelChoice, RunChoice):
-    """Activation patching on matched pairs: where does the difference between refused and accepted travel?"""
+    """Activation patching on matched pairs: where does the difference between refused and accepted travel?
+
+    >>> ml.Patch(model="smollm2", site="attn_out", out="runs/patch").positions
+    ('instruction[*]', 'post[*]')
+    """
 
     pairs: str = "builtin"
     """builtin (harmful against harmless), or a file with columns clean and corrupt."""

@@ -8,7 +8,11 @@ from mechlens.studies.registry import of_folder
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionPlan(Sampling, Answering):
-    """The choices of a selection."""
+    """The choices of a selection.
+
+    >>> ml.SelectionPlan(last_layers=0.1).highest_kl
+    0.1
+    """
 
     last_layers: float = 0.2
     """Share of the layers, from the top, whose candidates are dropped."""
@@ -22,7 +26,11 @@ class SelectionPlan(Sampling, Answering):
 
 @dataclass(frozen=True, kw_only=True)
 class Select(SelectionPlan, PromptSets, ModelChoice, RunChoice):
-    """Which single direction carries refusal? Every position and layer scored, one chosen, tested beside chance."""
+    """Which single direction carries refusal? Every position and layer scored, one chosen, tested beside chance.
+
+    >>> ml.Select(model="smollm2", n=64, out="runs/select").highest_kl
+    0.1
+    """
 
     n: int | None = 96
     """Prompts of each set, drawn by seed; None takes all. Half train, a fifth choose, the rest test."""

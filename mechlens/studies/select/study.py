@@ -98,7 +98,15 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was found, and everything its numbers were made from."""
+    """What was found, and everything its numbers were made from.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.SelectionPlan(resamples=50, random_directions=2, max_new_tokens=4)
+    >>> found = ml.select_direction(model, harmful, harmless, plan)
+    >>> ml.selection_verdict(found).sentence != ""
+    True
+    """
 
     judged: JudgedAnswers
     first_token: FirstTokenJudgement
@@ -199,6 +207,13 @@ def select_direction(
 
     Harmful prompts with a refusal score of at most 0, and harmless ones with at least 0, neither make nor choose a
     direction (as published); on test every prompt counts. UserError, with the counts, where too few are left.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.SelectionPlan(resamples=50, random_directions=2, max_new_tokens=4)
+    >>> found = ml.select_direction(model, harmful, harmless, plan)
+    >>> ml.selection_verdict(found).sentence != ""
+    True
     """
     require_everywhere(model)
     prompts = labelled(harmful, harmless)

@@ -13,7 +13,15 @@ from mechlens.studies.select.study import Selection
 
 @dataclass(frozen=True)
 class SelectionVerdict:
-    """The word, a sentence with the numbers, the numbers that decide, and the rule."""
+    """The word, a sentence with the numbers, the numbers that decide, and the rule.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.SelectionPlan(resamples=50, random_directions=2, max_new_tokens=4)
+    >>> found = ml.select_direction(model, harmful, harmless, plan)
+    >>> ml.selection_verdict(found).sentence != ""
+    True
+    """
 
     headline: Headline
     """Of "controls refusal", "controls refusal in part", "no better than chance", "inconclusive", "none selected"."""
@@ -41,7 +49,15 @@ TOO_MANY = 20
 
 
 def selection_verdict(result: Selection) -> SelectionVerdict:
-    """The verdict of a selection; with no candidate let through it names the filters with their counts."""
+    """The verdict of a selection; with no candidate let through it names the filters with their counts.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.SelectionPlan(resamples=50, random_directions=2, max_new_tokens=4)
+    >>> found = ml.select_direction(model, harmful, harmless, plan)
+    >>> ml.selection_verdict(found).sentence != ""
+    True
+    """
     counts = result.found.filtered.counts()
     if result.test is None:
         dropped = ", ".join(f"{n} by {name}" for name, n in counts.items() if n and name != KEPT)

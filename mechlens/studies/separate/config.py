@@ -8,12 +8,21 @@ from mechlens.studies.registry import of_folder
 
 @dataclass(frozen=True, kw_only=True)
 class SeparationPlan(Nulls, Answering):
-    """The choices of a separation study."""
+    """The choices of a separation study.
+
+    >>> ml.SeparationPlan(resamples=200, permutations=50).max_new_tokens
+    24
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Separate(SeparationPlan, PromptSets, ModelChoice, RunChoice):
-    """Are harmfulness and refusal two things in this model? Quadrants, directions, beliefs, verdict."""
+    """Are harmfulness and refusal two things in this model? Quadrants, directions, beliefs, verdict.
+
+    >>> study = ml.Separate(model="smollm2", n=64, out="runs/first")
+    >>> study.harmful, study.judge
+    ('harmful', 'phrases')
+    """
 
     extra_harmless: str | None = "benign"
     """Further harmless prompts, for the quadrants and the refusal contrasts only; None leaves them out."""

@@ -58,7 +58,15 @@ class WithoutTemplate:
 
 @dataclass(frozen=True)
 class Separation:
-    """What the study found, and everything its numbers were made from."""
+    """What the study found, and everything its numbers were made from.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.SeparationPlan(resamples=50, permutations=10, random_directions=2, max_new_tokens=4)
+    >>> study = ml.separate(model, harmful, harmless, [], plan)
+    >>> ml.separation_verdict(study.metrics()).sentence != ""
+    True
+    """
 
     judged: JudgedAnswers
     first_token: FirstTokenJudgement
@@ -162,6 +170,13 @@ def separate(
 
     `harmful` and `harmless` are the contrast; `extra_harmless` prompts only fill the quadrants and the refusal
     contrasts, so that matched pairs stay matched. With few refusals, whatever needs them is not measurable.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.SeparationPlan(resamples=50, permutations=10, random_directions=2, max_new_tokens=4)
+    >>> study = ml.separate(model, harmful, harmless, [], plan)
+    >>> ml.separation_verdict(study.metrics()).sentence != ""
+    True
     """
     judges = judges or judges_of(plan.judge)
     extra = as_prompts(extra_harmless, name="extra")

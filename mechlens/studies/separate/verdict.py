@@ -42,7 +42,15 @@ RULE = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of two variables, one variable suffices, explained by the words, inconclusive, not measurable."""
+    """One of two variables, one variable suffices, explained by the words, inconclusive, not measurable.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.SeparationPlan(resamples=50, permutations=10, random_directions=2, max_new_tokens=4)
+    >>> study = ml.separate(model, harmful, harmless, [], plan)
+    >>> ml.separation_verdict(study.metrics()).sentence != ""
+    True
+    """
 
     headline: Headline
     sentence: str
@@ -70,7 +78,15 @@ DECIDING = (
 
 
 def separation_verdict(metrics: dict[str, Estimate]) -> Verdict:
-    """The verdict from the study's metrics."""
+    """The verdict from the study's metrics.
+
+    >>> model = ml.load("smollm2")
+    >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
+    >>> plan = ml.SeparationPlan(resamples=50, permutations=10, random_directions=2, max_new_tokens=4)
+    >>> study = ml.separate(model, harmful, harmless, [], plan)
+    >>> ml.separation_verdict(study.metrics()).sentence != ""
+    True
+    """
     deciding = {name: metrics[name] for name in DECIDING}
     gain = metrics["harmful_gain.accepted"]
     if not gain.measurable:

@@ -53,7 +53,14 @@ def quadrants_of(prompts: Sequence[Prompt], verdicts: Sequence[str]) -> tuple[st
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """Prompts with their answers, each judge's verdicts and the quadrant by the first judge."""
+    """Prompts with their answers, each judge's verdicts and the quadrant by the first judge.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:10], *ml.builtin_prompts("harmless")[:10]]
+    >>> judged = ml.judge_answers(prompts, ml.answer(model, prompts, max_new_tokens=4))
+    >>> set(judged.verdicts) >= {"phrases"}, len(judged.quadrants())
+    (True, 20)
+    """
 
     prompts: tuple[Prompt, ...]
     answers: Answers
@@ -116,7 +123,14 @@ class JudgedAnswers:
 
 
 def judge_answers(prompts: Prompts, answers: Answers, judges: Sequence[Judge] | str = "phrases") -> JudgedAnswers:
-    """Verdicts of the given judges, or of the one of that name and beside it both published lists; needs no model."""
+    """Verdicts of the given judges, or of the one of that name and beside it both published lists; needs no model.
+
+    >>> model = ml.load("smollm2")
+    >>> prompts = [*ml.builtin_prompts("harmful")[:10], *ml.builtin_prompts("harmless")[:10]]
+    >>> judged = ml.judge_answers(prompts, ml.answer(model, prompts, max_new_tokens=4))
+    >>> set(judged.verdicts) >= {"phrases"}, len(judged.quadrants())
+    (True, 20)
+    """
     chosen = judges_of(judges) if isinstance(judges, str) else judges
     prompts = as_prompts(prompts)
     if answers.draw and len(prompts) < len(answers.ids):  # several answers to each

@@ -29,7 +29,14 @@ PRESETS = {"builtin": "builtin_sources.json", "published": "published_sources.js
 
 @dataclass(frozen=True)
 class Source:
-    """Where labelled prompts come from, and what kind they are of."""
+    r"""Where labelled prompts come from, and what kind they are of.
+
+    >>> from pathlib import Path
+    >>> _ = Path("ours.csv").write_text("text,label\nBake a cake.,harmless\nPoison a cake.,harmful\n")
+    >>> source = ml.Source("ours", "ours.csv", label_column="label", harmful=("harmful",))
+    >>> [prompt.label for prompt in ml.load_source(source, Path("."), seed=0).prompts]
+    ['harmless', 'harmful']
+    """
 
     name: str
     data: str
@@ -55,7 +62,14 @@ class Source:
 
 @dataclass(frozen=True)
 class SourcePrompts:
-    """The prompts of one source; an attack's family is the fingerprint of its goal."""
+    r"""The prompts of one source; an attack's family is the fingerprint of its goal.
+
+    >>> from pathlib import Path
+    >>> _ = Path("ours.csv").write_text("text,label\nBake a cake.,harmless\nPoison a cake.,harmful\n")
+    >>> source = ml.Source("ours", "ours.csv", label_column="label", harmful=("harmful",))
+    >>> [prompt.label for prompt in ml.load_source(source, Path("."), seed=0).prompts]
+    ['harmless', 'harmful']
+    """
 
     source: Source
     prompts: tuple[Prompt, ...]
@@ -64,7 +78,11 @@ class SourcePrompts:
 
 
 def read_sources(given: AnyPath) -> tuple[Source, ...]:
-    """The sources of a preset ("builtin", "published") or of a JSON file: a list of objects, one a source."""
+    """The sources of a preset ("builtin", "published") or of a JSON file: a list of objects, one a source.
+
+    >>> all(isinstance(source, ml.Source) for source in ml.read_sources("builtin"))
+    True
+    """
     given = os.fspath(given)
     if given in PRESETS:
         where = given
@@ -93,7 +111,14 @@ def read_sources(given: AnyPath) -> tuple[Source, ...]:
 
 
 def load_source(source: Source, folder: AnyPath | None, seed: int, most: int | None = None) -> SourcePrompts:
-    """The source's prompts, labelled harmful or harmless; `most` bounds their number further."""
+    r"""The source's prompts, labelled harmful or harmless; `most` bounds their number further.
+
+    >>> from pathlib import Path
+    >>> _ = Path("ours.csv").write_text("text,label\nBake a cake.,harmless\nPoison a cake.,harmful\n")
+    >>> source = ml.Source("ours", "ours.csv", label_column="label", harmful=("harmful",))
+    >>> [prompt.label for prompt in ml.load_source(source, Path("."), seed=0).prompts]
+    ['harmless', 'harmful']
+    """
     folder = None if folder is None else user_path(folder)
     wanted = min((limit for limit in (source.sample, most) if limit is not None), default=None)
     if wanted is not None and wanted < 1:

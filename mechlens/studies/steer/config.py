@@ -10,7 +10,12 @@ from mechlens.studies.registry import Command
 
 @dataclass(frozen=True, kw_only=True)
 class Steer(ModelChoice):
-    """Answer one prompt with and without a direction, side by side: a quick look, nothing is recorded."""
+    """Answer one prompt with and without a direction, side by side: a quick look, nothing is recorded.
+
+    >>> from pathlib import Path
+    >>> ml.Steer(direction=Path("runs/formal/direction.safetensors"), prompt="How are you?").strength
+    0.5
+    """
 
     direction: Path
     """A .safetensors file of a run, refusal_direction's direction.pt or mean_diffs.pt, a .pt stack (level, d_model) of

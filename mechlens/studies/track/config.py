@@ -22,7 +22,11 @@ class SeriesPlan(Nulls):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackPlan(SeriesPlan):
-    """The choices of a tracking study."""
+    """The choices of a tracking study.
+
+    >>> ml.TrackPlan(positions=("last",), levels=(10, 20)).random_networks
+    3
+    """
 
     positions: tuple[str, ...] = ("inst", "last")
     """Named positions: inst, post[k], post[*], last; inst and last are always among them."""
@@ -37,7 +41,11 @@ class TrackPlan(SeriesPlan):
 
 @dataclass(frozen=True, kw_only=True)
 class Track(TrackPlan, PromptSets, BaseChoice, RunChoice):
-    """Follow directions, probes and behaviour over fine-tuning checkpoints: does what is represented survive?"""
+    """Follow directions, probes and behaviour over fine-tuning checkpoints: does what is represented survive?
+
+    >>> ml.Track(base="smollm2", checkpoints=("runs/tuned",), out="runs/track").positions
+    ('inst', 'last')
+    """
 
     checkpoints: tuple[str, ...]
     """A training run's output folder, folders of adapters or models, single ones, hub ids, or id@revision."""

@@ -69,6 +69,17 @@ def track(
 
     `cache` keeps each finished checkpoint under its bytes and everything that was asked: a killed run goes on with the
     first that is missing. A checkpoint that proves unreadable is left out, with a warning.
+
+    >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
+    >>> labels, families = [prompt.label for prompt in prompts], [prompt.group for prompt in prompts]
+    >>> split = ml.split_by_family(labels, families, fractions=(0.5, 0.2, 0.3), seed=0)
+    >>> plan = ml.TrackPlan(resamples=50, permutations=10, random_directions=2, random_networks=1, steered=2)
+    >>> with ml.checkpoint_swapper("smollm2") as one:
+    ...     batch = ml.tokenize(prompts, ml.template_of(one.model))
+    ...     questions = ml.Questions(batch, split, texts=("Water boils at 100 degrees.",))
+    ...     found = ml.track(one, ml.checkpoint_series("smollm2", ["runs/tuned"]), questions, plan)
+    >>> found.steps
+    (0, 10)
     """
     snapshots: list[Snapshot] = []
     left_out = list(series.left_out)
