@@ -6,7 +6,9 @@
 
   const page = document.scrollingElement;
   if (page.scrollWidth > innerWidth) faults.push(`the page is ${page.scrollWidth} wide, the screen ${innerWidth}`);
-  if (document.body.innerText.includes("`")) faults.push("a backtick is shown as it is");
+  const ours = [...document.querySelectorAll("p, h1, h2, h3, figcaption, th, .label, .sign")];  // not tokens and prompts
+  const raw = ours.some((element) => !element.closest(".tokens") && element.textContent.includes("`"));
+  if (raw) faults.push("a backtick is shown as it is");
 
   // ---- contrast, of texts of HTML and of figures
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});

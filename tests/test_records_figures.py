@@ -222,3 +222,10 @@ def test_a_curve_keeps_its_colour_where_another_is_no_angle():
     both = figures.lines(frame, x="x", y="v", group="curve", **WORDS).data
     (alone,) = figures.lines(drawn, x="x", y="v", group="curve", **WORDS).data
     assert (alone.name, alone.line.color) == ("b", both[1].line.color)
+
+
+def test_bands_over_all_that_is_possible_are_drawn_once():
+    wide = FRAME.assign(low=0.0, high=1.0).fillna(0.5)
+    drawn = figures.lines(wide, x="level", y="auroc", group="position", limits=(0.0, 1.0), **INTERVAL, **WORDS).data
+    assert len([trace for trace in drawn if trace.fill == "toself"]) == 1
+    assert len([trace for trace in drawn if trace.fill is None]) == 2

@@ -52,11 +52,15 @@ def lines(
     `limits` are the least and the largest that `y` can be.
     """
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
+    said_whole = False
     for name, (colour, turn), rows in groups(df, group, y):
         part = rows.dropna(subset=[y]).sort_values(x, kind="stable")
         banded, alone = low is not None and high is not None, len(part) == 1
-        if banded and not alone:
+        whole = banded and limits is not None and bool(part[low].le(limits[0]).all() and part[high].ge(limits[1]).all())
+        # Of bands over all that is possible one says it; five on each other would be mud.
+        if banded and not alone and not (whole and said_whole):
             figure.add_trace(band(part, x, str(low), str(high), name, colour))
+        said_whole = said_whole or whole
         interval = " [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]" if banded else ""
         figure.add_scatter(
             x=python_values(part[x]),
