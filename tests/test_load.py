@@ -188,6 +188,7 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.DatasetDict({"train": part} if name == "one/split" else {"harmful": part, "benign": part})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("mechlens.hub.why_not", lambda: "")  # the hub answers
     prompts = load_prompts("JBB/Behaviors:behaviors", split="harmful")
     assert asked == [("JBB/Behaviors", "behaviors", "harmful")]
     assert [(prompt.id, prompt.text, prompt.category) for prompt in prompts] == [

@@ -99,7 +99,7 @@ def open_run(
 def require_folder(verb: str, config: Any, out: Path) -> None:
     """UserError, before anything is loaded, for a folder that can't be written or that this run can't go on in.
 
-    What the study has still to fill in of its configuration is left to `open_run`, and so is the folder's lock.
+    What the study has still to fill in of its configuration is left to `open_run`.
     """
     out = user_path(out)
     there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
@@ -111,6 +111,7 @@ def require_folder(verb: str, config: Any, out: Path) -> None:
     if not (out / RUN_FILE).exists():
         _require_empty(out)
         return
+    FolderLock(out).release()  # whoever writes there may be about to change what stands there
     before = read_run(out)
     given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
     settled = {name: own for name, own in given.items() if before.config.get(name) == before.resolved.get(name)}
