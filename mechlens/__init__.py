@@ -6,8 +6,12 @@ made by `mechlens.views`.
 """
 
 import ast
+import warnings
 from importlib import import_module
 from pathlib import Path
+
+# A notebook without ipywidgets shows bars of characters; tqdm says so the first time that a library imports it.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def _homes() -> dict[str, str]:

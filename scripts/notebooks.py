@@ -10,6 +10,7 @@ place on this machine is an error, and the file stays as it was.
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -31,8 +32,10 @@ KEPT = ("text/plain", "text/html", "text/markdown", "image/png")
 INLINE_SVG = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)")
 LINK = re.compile(r"<a [^>]*>(.*?)</a>")
 """To a report, which isn't committed."""
+OWN_WARNING = re.compile(r"\S*ipykernel_\S+: UserWarning: (.+?)\n  .*\n*")
+"""One that is addressed to the line in the notebook; any other is for who maintains what raised it."""
 MACHINE = re.compile(r"(?<![\w.~$}/-])/(?:work|home|root|tmp|var|Users|private|mnt|scratch|usr|opt)/")
-WARNS = re.compile(r"\w*Warning\b|Traceback|^WARNING", re.MULTILINE)
+WARNS = re.compile(r"\w+Warning\b|Traceback|^WARNING", re.MULTILINE)
 
 
 def made_from(book: nbformat.NotebookNode) -> str:
@@ -108,7 +111,10 @@ def executed(path: Path) -> nbformat.NotebookNode:
 def kept(output: nbformat.NotebookNode, drawn: Callable[[str], bytes]) -> nbformat.NotebookNode:
     """What a code host shows of an output, the same whenever it is made again."""
     if "data" not in output:
-        return output
+        addressed = OWN_WARNING.fullmatch(output.get("text", ""))
+        return (
+            nbformat.v4.new_output("stream", name="stdout", text=f"Warning: {addressed[1]}\n") if addressed else output
+        )
     data = dict(output.data)
     svg = data.pop("image/svg+xml", None)
     if svg is not None:  # what stands beside it needs JavaScript
@@ -124,6 +130,15 @@ def _as_png(svg: str, drawn: Callable[[str], bytes]) -> str:
     return f"data:image/png;base64,{base64.b64encode(drawn(base64.b64decode(svg).decode())).decode()}"
 
 
+def small(png: bytes) -> bytes:
+    """The picture in 64 colours, which lines and areas of colour need no more of: a quarter of the bytes."""
+    from PIL import Image
+
+    written = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(64).save(written, "PNG", optimize=True)
+    return written.getvalue()
+
+
 @contextmanager
 def chromium() -> Iterator[Callable[[str], bytes]]:
     """A function that draws an SVG as PNG."""
@@ -136,7 +151,7 @@ def chromium() -> Iterator[Callable[[str], bytes]]:
 
         def drawn(svg: str) -> bytes:
             page.set_content(svg)
-            return bytes(page.locator("svg").first.screenshot())
+            return small(page.locator("svg").first.screenshot())
 
         yield drawn
         browser.close()

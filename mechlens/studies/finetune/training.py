@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -227,7 +228,10 @@ def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenize
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = get_peft_model(hf_model, lora)
+    with warnings.catch_warnings():
+        # peft's own reading of an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(hf_model, lora)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     keeper = Checkpointing(job.out, job.record, config.checkpoints, config.resume_every, job.log)
     trainer = recipe_trainer(config.plain_weight)(
