@@ -30,7 +30,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.studies.track.measures.floor import Floor, measured_floor
-from mechlens.studies.track.measures.home import FLOORS, home_question
+from mechlens.studies.track.measures.home import FLOORS, home_question, surface_floor
 from mechlens.studies.track.measures.reference import TrackedConcept
 from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.verdict import SENTENCES
@@ -133,6 +133,21 @@ def test_ties_are_ties() -> None:
     assert mean_auroc(read_vectors(shared, folds), folds).value == 0.5
     assert mean_auroc(read_words(["the same"] * 60, folds), folds).value == 0.5
     assert mean_auroc(read_words([""] * 60, folds), folds).value == 0.5
+
+
+@pytest.mark.parametrize("n", [20, 40])
+def test_the_floor_of_a_token_is_what_the_token_tells(n: int) -> None:
+    """Two tokens and an AUROC of .80: prompts of one token tie, however the folds fall."""
+    positive, families = pairs(n)
+    generator = torch.Generator().manual_seed(n)
+    embeddings = torch.randn(2, 24, generator=generator)
+    labels = tuple("harmful" if flag else "harmless" for flag in positive.tolist())
+    concept = TrackedConcept("harmful", ("harmful", "harmless"), labels, "inst", None, {})
+    for seed in range(3):
+        marks = (torch.rand(2 * n, generator=generator) < torch.where(positive, 0.8, 0.2)).long()
+        asked, tokens = home_question(concept, families, seed), embeddings[marks]
+        found = surface_floor(asked, [f"t{mark}" for mark in marks], tokens, tokens)["token"]
+        assert mean_auroc(found, asked.folds).value == pytest.approx(float(auroc(marks.double(), positive)), abs=0.03)
 
 
 def test_words_that_tell_the_class_are_read() -> None:

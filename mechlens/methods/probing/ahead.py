@@ -13,16 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations, column_of, one_cell
-from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by, logistic_line
-from mechlens.methods.probing.auroc import snap
+from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
 from mechlens.methods.probing.beyond_words import (
-    PENALTY,
     Folds,
     auroc_gain,
     folds_of,
     levels_of,
     mean_auroc,
     ranked,
+    read_tokens,
     read_vectors,
     read_words,
 )
@@ -145,7 +144,7 @@ def ahead_at(acts: Activations, contrast: tuple[str, str], position: str, surfac
     ours = folds.scored(read, levels_of(column, folds))
     others = dict(surface.scores)
     if token_read(acts):
-        others[TOKEN] = _read_tokens(acts.at(0, name), folds)
+        others[TOKEN] = read_tokens(acts.at(0, name), folds)
     return Ahead(
         position=name,
         auroc=mean_auroc(ours, folds),
@@ -153,17 +152,6 @@ def ahead_at(acts: Activations, contrast: tuple[str, str], position: str, surfac
         surface={key: mean_auroc(scores, folds) for key, scores in others.items()},
         gains={key: auroc_gain(ours, scores, folds) for key, scores in others.items()},
     )
-
-
-def _read_tokens(vectors: Float[Tensor, "prompt d_model"], folds: Folds) -> Float[Tensor, "repeat prompt"]:
-    """Logistic regression on the tokens' embeddings, of which many prompts may share one."""
-
-    def read(fit: list[int], _: int) -> Tensor:
-        line = logistic_line(vectors[fit], folds.positive[fit], penalty=PENALTY)[0]
-        scores = vectors.double() @ line
-        return ranked(snap(scores, 1e-9 * max(1.0, float(scores.abs().max()))))
-
-    return folds.scored(read)
 
 
 @one_thread()

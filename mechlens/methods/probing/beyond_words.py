@@ -97,6 +97,17 @@ def read_vectors(
     return folds.scored(read, levels)
 
 
+def read_tokens(vectors: Float[Tensor, "prompt d"], folds: Folds) -> Float[Tensor, "repeat prompt"]:
+    """Logistic regression on the embeddings of single tokens, of which many prompts may share one: see `ranked`."""
+
+    def read(fit: list[int], _: int) -> Tensor:
+        line = logistic_line(vectors[fit], folds.positive[fit], penalty=PENALTY)[0]
+        scores = vectors.double() @ line
+        return ranked(snap(scores, 1e-9 * max(1.0, float(scores.abs().max()))))
+
+    return folds.scored(read)
+
+
 def levels_of(values: Float[Tensor, "prompt level d"], folds: Folds) -> tuple[tuple[int, ...], ...]:
     """The row of the level that each fold reads, chosen on the rows that it fits on.
 

@@ -19,6 +19,7 @@ from mechlens.methods.probing.beyond_words import (
     folds_of,
     levels_of,
     mean_auroc,
+    read_tokens,
     read_vectors,
     read_words,
 )
@@ -68,7 +69,7 @@ def surface_floor(
     return {
         "tfidf": read_words([texts[i] for i in asked.rows], asked.folds),
         "mean_embedding": read_vectors(mean_embeddings[asked.rows, None], asked.folds),
-        "token": read_vectors(tokens[asked.rows, None], asked.folds),
+        "token": read_tokens(tokens[asked.rows], asked.folds),
     }
 
 
