@@ -13,6 +13,9 @@ from mechlens.choices import JUDGES, METHODS, MODELS, choice
 
 FRACTIONS = (0.5, 0.2, 0.3)
 """Shares of the prompt families for training, validation and test."""
+POSITIONS = ("inst", "post[*]")
+"""Where a concept is looked for."""
+SEED = 0
 RESAMPLES = 1000
 PERMUTATIONS = 200
 RANDOM_DIRECTIONS = 20
@@ -165,7 +168,7 @@ class BaseChoice(Loading, NamedBase):
 class Sampling:
     """How much chance is sampled, and from which seed."""
 
-    seed: int = 0
+    seed: int = SEED
     """Decides the sample, the split, every resample and every null."""
     resamples: int = RESAMPLES
     """Bootstrap resamples of prompt families behind every interval."""

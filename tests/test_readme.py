@@ -53,9 +53,9 @@ def test_the_python_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch
     source = re.sub(r'"smollm2[\w-]*"', '"./tiny"', "\n".join(blocks("python")))
     assert source.count('"./tiny"') >= 2
     # Chance is not what is tested here: fewer resamples, in place of the defaults.
-    source = source.replace(
-        "DetectionPlan(seed=0)", "DetectionPlan(resamples=20, permutations=20, random_directions=3)"
-    )
+    few = "ml.DetectionPlan(resamples=20, permutations=20, random_directions=3)"
+    source = source.replace("ml.DetectionPlan(seed=0)", few)
+    source = source.replace("(model, harmful, harmless)", f"(model, harmful, harmless, plan={few})")
     source = source.replace("n=48,", "n=48, resamples=20, permutations=20, max_new_tokens=3,")
     names: dict[str, Any] = {}
     exec(compile(source, "README.md", "exec"), names)

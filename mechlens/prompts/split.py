@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from mechlens.errors import UserError
+from mechlens.settings import FRACTIONS, SEED
 
 PARTS = ("train", "validation", "test")
 
@@ -75,8 +76,8 @@ def split_by_family(
     labels: Sequence[str],
     families: Sequence[str],
     *,
-    fractions: tuple[float, float, float],
-    seed: int,
+    fractions: tuple[float, float, float] = FRACTIONS,
+    seed: int = SEED,
 ) -> Split:
     """A seeded split that keeps families whole and every class in every part.
 

@@ -137,7 +137,13 @@ class Detection:
 
 @one_thread()
 def detect(
-    acts: Activations, positive: str, negative: str, split: Split, plan: DetectionPlan, *, refit: bool = False
+    acts: Activations,
+    positive: str,
+    negative: str,
+    split: Split,
+    plan: DetectionPlan = DetectionPlan(),
+    *,
+    refit: bool = False,
 ) -> Detection:
     """Held-out detection of `positive` against `negative` prompts in every cell of the activations.
 

@@ -169,7 +169,7 @@ def run_battery(
     model: LanguageModel,
     harmful: Prompts,
     harmless: Prompts,
-    plan: CausalPlan,
+    plan: CausalPlan = CausalPlan(),
     *,
     template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,

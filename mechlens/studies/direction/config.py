@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import Columns, DetectionPlan, ModelChoice, RunChoice
+from mechlens.settings import POSITIONS, Columns, DetectionPlan, ModelChoice, RunChoice
 from mechlens.studies.registry import of_folder
 
 
@@ -27,7 +27,7 @@ class FindDirection(DetectionPlan, ModelChoice, Contrasted, RunChoice):
     ('inst', 'post[*]')
     """
 
-    positions: tuple[str, ...] = ("inst", "post[*]")
+    positions: tuple[str, ...] = POSITIONS
     """Named positions: inst, post[k], post[*], last."""
     causal: bool = False
     """Choose the direction by what a small steering test does, beside random directions of its length."""

@@ -29,7 +29,7 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import FRACTIONS, DetectionPlan
+from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan
 from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict
 from mechlens.studies.driver import Preparation
@@ -60,8 +60,7 @@ class Concept:
 
     >>> model = ml.load("smollm2")
     >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
-    >>> plan = ml.DetectionPlan(permutations=20, resamples=100)
-    >>> concept = ml.find_concept(model, harmful, harmless, ["inst", "last"], plan)
+    >>> concept = ml.find_concept(model, harmful, harmless, plan=ml.DetectionPlan(permutations=20))
     >>> list(concept.table().columns[:3])
     ['level', 'position', 'auroc']
     """
@@ -170,8 +169,8 @@ def find_concept(
     model: LanguageModel,
     positive: Prompts,
     negative: Prompts,
-    positions: Sequence[str],
-    plan: DetectionPlan,
+    positions: Sequence[str] = POSITIONS,
+    plan: DetectionPlan = DetectionPlan(),
     *,
     causal: bool = False,
     template: TemplateChoice = "tokenizer",
@@ -187,8 +186,7 @@ def find_concept(
 
     >>> model = ml.load("smollm2")
     >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
-    >>> plan = ml.DetectionPlan(permutations=20, resamples=100)
-    >>> concept = ml.find_concept(model, harmful, harmless, ["inst", "last"], plan)
+    >>> concept = ml.find_concept(model, harmful, harmless, plan=ml.DetectionPlan(permutations=20))
     >>> list(concept.table().columns[:3])
     ['level', 'position', 'auroc']
     """

@@ -198,7 +198,7 @@ def select_direction(
     model: LanguageModel,
     harmful: Prompts,
     harmless: Prompts,
-    plan: SelectionPlan,
+    plan: SelectionPlan = SelectionPlan(),
     *,
     template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,

@@ -61,7 +61,7 @@ def track(
     swapper: CheckpointSwapper,
     series: CheckpointSeries,
     questions: Questions,
-    plan: TrackPlan,
+    plan: TrackPlan = TrackPlan(),
     *,
     cache: Cache | None = None,
 ) -> Tracking:
