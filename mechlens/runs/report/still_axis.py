@@ -1,5 +1,6 @@
 """Where a value lies along an axis of a still figure, and where its ticks stand."""
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,4 +91,5 @@ def _reach(
 
 
 def _short(name: str, longest: int) -> str:
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+    plain = html.unescape(name)  # an entity that is cut is no entity any more
+    return name if len(plain) <= longest else html.escape(plain[: longest - 1]) + "…"
