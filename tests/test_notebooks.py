@@ -97,7 +97,7 @@ def test_short_fresh_and_from_the_public_interface(path: Path, maker: ModuleType
 
 
 NOT_RUN_YET = {
-    "01_positions_and_directions", "04_causal", "05_tracking", "06_latent_guard",
+    "04_causal", "05_tracking", "06_latent_guard",
 }  # fmt: skip
 
 
