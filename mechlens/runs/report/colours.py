@@ -35,10 +35,14 @@ ON_DARK = {
     "#56b4e9": "#a5d8f7", "#4d4d4d": "#c3c9d1", BOTH: "#b28bdb", GREY: "#97a0ac",
     "#332288": "#9c8cf0", "#cc6677": "#e8909d", "#999933": "#c9c95e", "#882255": "#d06a9a", "#44aa99": "#6fd3c2",
     "#aa4499": "#d580cf",
-    "#2166ac": "#7dbbf5", "#92c5de": "#3c6e9e", "#f4a582": "#a3523f", "#b2182b": "#ff8a75",
-    "#f7fbff": "#18202a", "#c6dbef": "#1f4164", "#6baed6": "#3577b0", "#2171b5": "#6fb1e6", "#08306b": "#cfe6fb",
+    "#2166ac": "#58a9fb", "#92c5de": "#3c6e9e", "#f4a582": "#a3523f", "#b2182b": "#ff6450",
+    "#f7fbff": "#18202a", "#c6dbef": "#1c3a5a", "#6baed6": "#27608f", "#2171b5": "#3b8bcc", "#08306b": "#58b2ff",
 }  # fmt: skip
-"""What the report's script puts in place of each colour on a dark screen."""
+"""What the report's script puts in place of each colour on a dark screen.
+
+The plain middle of a scale is the page there too and its ends are full colours, so captions say "plain as the page" and
+"full red", which is true on both.
+"""
 
 
 class Look(NamedTuple):

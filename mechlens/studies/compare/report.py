@@ -68,6 +68,6 @@ def _grid(writer: RunWriter, name: str, table: pd.DataFrame, title: str) -> str:
     figure.update_layout(height=560)
     caption = (
         "1 (red): A then behaves as B does; 0: as before. Red at one earlier token: there B's difference begins. Red "
-        "at the last token alone: it is there only that B decides otherwise. The control should be white."
+        "at the last token alone: it is there only that B decides otherwise. The control should be plain as the page."
     )
     return writer.figure(name, figure, table=name, caption=caption)

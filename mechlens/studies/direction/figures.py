@@ -28,7 +28,7 @@ def draw(writer: RunWriter, result: Concept) -> None:
         table, x="position", y="level", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
         title="AUROC at every position and level", xlabel="position", ylabel="level (0 = embedding)",
     )  # fmt: skip
-    seen = "White is chance, dark red is certain, blue is the wrong way round. Look for where a column darkens."
+    seen = "Plain as the page: chance. Full red: certain. Blue: the wrong way round. Look for where a column turns red."
     writer.figure("auroc_grid", grid, table="auroc_by_level", caption=seen)
     _against_baselines(writer, result)
     reliability = figures.lines(

@@ -182,7 +182,7 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
             ylabel="category",
         )  # fmt: skip
         name = f"category_cosines_{'inst' if position == 'inst' else 'last'}"
-        caption = "Red off the diagonal: the categories share a direction. White: they have nothing in common."
+        caption = "Red off the diagonal: the categories share a direction. Plain as the page: nothing in common."
         shown.append(writer.figure(name, figure, table="category_cosines", caption=caption))
     for position, part in _in_words(categories.transfer, "fitted_on", "tested_on").groupby("position", sort=False):
         figure = figures.heatmap(
@@ -190,7 +190,7 @@ def _categories(writer: RunWriter, categories: CategoryDirections) -> Section:
             title=f"One category's direction on the others, at {position}", xlabel="tested on", ylabel="fitted on",
         )  # fmt: skip
         name = f"category_transfer_{'inst' if position == 'inst' else 'last'}"
-        caption = "Red: what was fitted on one category tells another from harmless prompts too. White is chance."
+        caption = "Red: what was fitted on one category tells another from harmless prompts too. Plain is chance."
         shown.append(writer.figure(name, figure, table="category_transfer", caption=caption))
     missing = f"Directions of refusal can't be compared: {categories.no_refusals}. " if categories.no_refusals else ""
     means = "; ".join(f"{name.rpartition('.')[2]} {mean}" for name, mean in categories.means.items())

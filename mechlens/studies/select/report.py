@@ -22,9 +22,9 @@ SCORES = {
     "kl": "KL of harmless prompts, direction ablated (nats; lower is better)",
 }
 SEES = {
-    "bypass": "Blue: taking the direction out ends the refusal of harmful prompts. A good candidate is deep blue here.",
-    "induce": "Red: adding the direction has harmless prompts refused. A good candidate is deep red here.",
-    "kl": "Dark: taking the direction out changes harmless answers too. A good candidate is light here.",
+    "bypass": "Blue: taking the direction out ends the refusal of harmful prompts. A good candidate is full blue here.",
+    "induce": "Red: adding the direction has harmless prompts refused. A good candidate is full red here.",
+    "kl": "Full blue: taking the direction out changes harmless answers too. A good candidate is plain here.",
 }
 NUMBERS = {
     "bypass_shift": "harmful: change of the refusal score, direction ablated",

@@ -75,7 +75,9 @@ def _detection(writer: RunWriter, result: Separation) -> tuple[str, ...]:
                 title=f"Where {word} can be read: AUROC at every position and level", xlabel="position",
                 ylabel="level (0 = embedding)",
             )  # fmt: skip
-            caption = "White is chance, dark red is certain. Where a column darkens the model has worked it out."
+            caption = (
+                "Plain as the page: chance. Full red: certain. Where a column turns red the model has worked it out."
+            )
             names.append(writer.figure(f"auroc_{contrast}_grid", figure, table="auroc_by_level", caption=caption))
     return tuple(names)
 

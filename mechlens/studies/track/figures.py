@@ -114,7 +114,7 @@ def _triggers(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
     second = _by_steps(
         writer, "trigger_excess", rows, "excess", table="trigger_readable", center=0.0, label="excess AUROC",
         title="How much better the trigger is read at the last token than in the base",
-        caption="Red: training has put the trigger where the answer is decided. White: no better than in the base.",
+        caption="Red: training has put the trigger where the answer is decided. Plain: no better than in the base.",
     )  # fmt: skip
     return first, second
 
@@ -146,12 +146,14 @@ def _readouts(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> t
     )  # fmt: skip
     figure.update_xaxes(type="category", dtick=None)
     figure.update_yaxes(type="category", dtick=None)
-    caption = "A row or column that is white off the diagonal: what is fitted there is not what other steps have."
+    caption = (
+        "A row or column that is plain as the page off the diagonal: what is fitted there is not what other steps have."
+    )
     writer.figure(f"transfer_{name}", figure, table="transfer", caption=caption)
     grids = tuple(
         _by_steps(writer, f"{value}_{name}", home[home["kind"] == "direction"], value, table="readouts", center=0.5,
                   limits=(0.0, 1.0), label="AUROC", title=f"{title} of {where}",
-                  caption="White is chance. Look for levels that pale from left to right: there it was lost.")
+                  caption="Plain as the page is chance. Where red fades from left to right, it was lost.")
         for value, title in (("frozen", "The base's direction: AUROC"), ("own", "Refitted direction: AUROC"))
     )  # fmt: skip
     return beyond, over, f"transfer_{name}", *grids
@@ -189,7 +191,7 @@ def _angles(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> tup
     _by_steps(
         writer, names[1], drawn, "corrected", table="angles", center=0.0, limits=POSSIBLE, label="cosine",
         title=f"Cosine with the base's direction, corrected: {where}",
-        caption=f"Dark red: the direction has stayed. Empty: {NO_ANGLE}; the numbers are in the table.",
+        caption=f"Full red: the direction has stayed. Empty: {NO_ANGLE}; the numbers are in the table.",
     )  # fmt: skip
     return names
 
@@ -253,7 +255,7 @@ def _weights(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
     names = [
         _by_steps(writer, "change_norm", by_layer.reset_index().rename(columns={"layer": "level"}), "norm",
                   table="matrices", label="norm", title="How far the weights of each layer have moved",
-                  caption="Dark: the layers that training has changed most (Frobenius norm of the change).")
+                  caption="Full blue: the layers that training has changed most (Frobenius norm of the change).")
     ]  # fmt: skip
     columns = [name for name in table.columns if name.startswith("cos_")]
     for column in columns:
@@ -293,6 +295,6 @@ def _geometry(writer: RunWriter, tables: dict[str, pd.DataFrame]) -> tuple[str, 
                 _by_steps(writer, name, cka[cka["position"] == position], "cka", table="cka",
                           limits=(0.0, 1.0), label="CKA",
                           title=f"Unbiased CKA with the base at {position}",
-                          caption="Dark: all prompts lie to each other as in the base. Light: training has moved them.")
+                          caption="Full blue: all prompts lie to each other as in the base. Plain: moved.")
             )  # fmt: skip
     return tuple(names)
