@@ -76,6 +76,8 @@ def test_prune_frees_finished_runs_alone_and_says_what_it_freed(tmp_path: Path) 
     assert (failed / "cache").exists()
     assert (kept / "report.html").exists()
     assert prune(kept, dry=False) == []
+    remove_superfluous(PruneRuns(folder=kept), screen)
+    assert screen.shown[-1].startswith("nothing to remove: caches are removed when a run succeeds")
 
 
 def test_the_index_links_every_report_with_its_sentence(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_view_needs_a_project_and_a_login(tmp_path: Path, monkeypatch: pytest.
     screen = Seen()
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: write(tmp_path / "none", None), "no run below"),
-        (lambda: write(tmp_path / "one", "me/a"), "there is no login to W&B"),
+        (lambda: write(tmp_path / "one", "me/a"), "there is no login to W&B;.*`mechlens wandb sync "),
         (lambda: write(tmp_path / "two", "me/b"), "of the W&B projects me/a, me/b"),
     ]
     for prepare, said in cases:

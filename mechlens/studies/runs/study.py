@@ -44,7 +44,8 @@ def again(config: Rerun, screen: Screen) -> None:
     from mechlens.studies.driver import rerun  # with it comes torch, without which the others answer at once
 
     compared = rerun(config.folder, config.out)
-    screen.show(f"largest difference: {compared.difference:.3g} in {compared.name}")
+    same = ": the numbers are identical" if compared.difference == 0 else ""
+    screen.show(f"largest difference: {compared.difference:.3g} in {compared.name}{same}")
     if compared.difference > SAME:
         raise UserError(f"the numbers differ by more than {SAME:g}")
 
@@ -64,6 +65,9 @@ def remove_superfluous(config: PruneRuns, screen: Screen) -> None:
     for one in done:
         names = ", ".join(str(path.relative_to(one.folder)) for path in one.paths)
         screen.show(f"{one.folder}: {one.left}" if one.left else f"{one.folder}: {megabytes(one.freed)} ({names})")
+    if not any(one.freed for one in done):
+        screen.show("nothing to remove: caches are removed when a run succeeds")
+        return
     total = megabytes(sum(one.freed for one in done))
     screen.show(f"{total} would be freed" if config.dry_run else f"{total} freed")
 

@@ -1,6 +1,7 @@
 """`mechlens wandb`: what was logged offline goes to W&B, and a view of its project."""
 
 import os
+import shlex
 import warnings
 from pathlib import Path
 
@@ -37,11 +38,12 @@ def save_workspace(config: SaveWorkspace, screen: Screen) -> None:
     runs = [run for _, run in list_runs(config.folder) if run.wandb_project]
     project = _one_project(config.folder, sorted({str(run.wandb_project) for run in runs}))
     entity, _, name = project.rpartition("/")
+    synced = f", and upload the runs first: `mechlens wandb sync {shlex.quote(str(config.folder))}`"
     if not entity:
-        _require_login()
+        _require_login(synced)
         entity = str(public_api().default_entity)
     view = workspace_of(runs, entity, name, config.name)
-    _require_login()
+    _require_login(synced)
     view.save()
     screen.show(f"workspace: {view.url}")
 
@@ -54,6 +56,6 @@ def _one_project(folder: Path, projects: list[str]) -> str:
     return projects[0]
 
 
-def _require_login() -> None:
+def _require_login(then: str = "") -> None:
     if not has_login(os.environ):
-        raise UserError("there is no login to W&B; log in with `wandb login`, or set WANDB_API_KEY")
+        raise UserError(f"there is no login to W&B; log in with `wandb login`, or set WANDB_API_KEY{then}")
