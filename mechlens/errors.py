@@ -16,6 +16,11 @@ class UserError(ValueError):
     """
 
 
+def an(kind: str) -> str:
+    """The word with the article that it is said with."""
+    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
 EXTRAS = {
     "finetune": ("accelerate",),
     "gguf": ("gguf", "sentencepiece"),

@@ -75,7 +75,7 @@ def test_equal_texts_are_one_family_and_prompts_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["a", 3], r"row 1 of the prompts holds a int \(3\); a prompt must be text"),
+        (["a", 3], r"row 1 of the prompts holds an int \(3\); a prompt must be text"),
         (["a", None], "row 1 of the prompts has no value"),
         (pd.Series(["a", float("nan")], dtype=object), "row 1 of the prompts has no value"),
         (pd.Series(["a", pd.NA], dtype="string"), "row 1 of the prompts has no value"),

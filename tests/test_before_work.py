@@ -147,6 +147,8 @@ LATE: dict[str, tuple[tuple[object, ...], str]] = {
     "a place to steer": (("steer", "--layer", 99), "there is no layer 99; model has layers 0 to 3"),
     "NaN": (("steer", "--strength", "nan"), "the strength is nan; give a finite number"),
     "no tokens": (("guard fit", "--max-new-tokens", 0), "max_new_tokens is 0; ask for at least one token"),
+    "no folder of sources": (("jailbreaks", "--sources", "published", "--folder", "nowhere"),
+                             "there is no folder 'nowhere': published needs catqa/catqa_english.json, gptfuzz/"),
     "a site": (("patch", "--site", "resid"), "there is no site 'resid'"),
     "a judge": (("separate", "--judge", "frases"), "there is no judge 'frases' (did you mean 'phrases'?)"),
     "a method": (("direction", "--positive", "harmful", "--negative", "harmless", "--method", "dla"),

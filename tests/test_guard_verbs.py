@@ -603,4 +603,4 @@ def test_a_system_prompt_in_a_column_is_the_models_system_prompt() -> None:
     in_turns, in_column = line(messages=turns).prompt, line(prompt="hi", system="Be brief.").prompt
     assert in_column.system == in_turns.system == "Be brief."
     assert line(prompt="hi", system=None).prompt.system is None
-    assert "column 'system', holds a int" in line(prompt="hi", system=5).error
+    assert "column 'system', holds an int" in line(prompt="hi", system=5).error

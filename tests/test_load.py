@@ -50,6 +50,14 @@ def test_every_format_gives_back_the_very_text(tmp_path: Path, name: str, bom: b
     assert texts(write(tmp_path / name, bom + _formats()[name].encode())) == ODD
 
 
+def test_a_table_of_excel_in_europe(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'prompt;y\n"one; two, three";a\nfour;b\n')
+    assert [(one.text, one.label) for one in load_prompts(path, label_column="y")] == [
+        ("one; two, three", "a"),
+        ("four", "b"),
+    ]
+
+
 @pytest.mark.parametrize("name", ["lines.jsonl", "lines.json", "table.csv"])
 def test_windows_line_ends_change_nothing(tmp_path: Path, name: str) -> None:
     odd = [text for text in ODD if "\n" not in text]
@@ -155,7 +163,7 @@ def test_duplicates_are_dropped_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"d\.txt: dropped 2 prompts equal to an earlier one \(rows 2, 4\)$"):
         assert texts(path) == ["Make a cake!", "Bake it", "???", "!!!"]
     path = write(tmp_path / "d.csv", "text,y\nHi,good\nhi!,bad\n")
-    with pytest.warns(UserWarning, match=r"dropped 1 prompt .*\(rows 2\), 1 of them under another label"):
+    with pytest.warns(UserWarning, match=r"dropped 1 prompt .*\(row 2\), 1 of them under another label"):
         load_prompts(path, label_column="y")
 
 

@@ -18,7 +18,7 @@ def write(path: Path, content: str | bytes) -> Path:
 BROKEN = [
     ("a.json", '[{"prompt": "x"}, {"prompt": null}]', r"a\.json row 2, column 'prompt', has no value"),
     ("a.json", '[{"prompt": "x"}, {"other": "y"}]', r"a\.json row 2, column 'prompt', has no value"),
-    ("a.json", '[{"prompt": "x"}, {"prompt": 7}]', r"a\.json row 2, column 'prompt', holds a int \(7\)"),
+    ("a.json", '[{"prompt": "x"}, {"prompt": 7}]', r"a\.json row 2, column 'prompt', holds an int \(7\)"),
     ("a.json", '[{"prompt": NaN}]', r"row 1, column 'prompt', has no value"),
     ("a.json", '[{"prompt": ["x"]}]', r"row 1, column 'prompt', holds a list of other things than chat turns"),
     ("a.json", '["x", " \\n"]', r"a\.json row 2, column 'text', is empty"),

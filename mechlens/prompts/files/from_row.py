@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, an
 from mechlens.files import is_whole
 from mechlens.prompts.files.parquet import Unreadable
 from mechlens.prompts.files.rows import Record
@@ -102,7 +102,7 @@ class RowReader:
         if isinstance(value, (str, int, float)) and word.strip():
             return word
         where = f"{self._at(row)}, column {column!r},"
-        what = f"holds a {type(value).__name__}" if word.strip() else "has no value"
+        what = f"holds {an(type(value).__name__)}" if word.strip() else "has no value"
         if isinstance(value, Unreadable):
             what = f"can't be read ({value.reason})"
         raise UserError(f"{where} {what}; it needs a word or a number")
@@ -115,7 +115,7 @@ def text_of(value: object, where: str) -> str:
     if isinstance(value, Unreadable):
         raise UserError(f"{where} can't be read ({value.reason}); repair it, or leave the row out")
     if not isinstance(value, str):
-        raise UserError(f"{where} holds a {type(value).__name__} ({value!r:.40}); a prompt must be text")
+        raise UserError(f"{where} holds {an(type(value).__name__)} ({value!r:.40}); a prompt must be text")
     if not value.strip():
         raise UserError(f"{where} is empty; fill it in, or leave the row out")
     # A lone surrogate comes from a broken \\u escape; no tokenizer can encode it.

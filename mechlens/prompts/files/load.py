@@ -215,7 +215,8 @@ def _without_duplicates(prompts: list[Prompt], rows: list[Record], name: str) ->
         shown = ", ".join(map(str, dropped[:5])) + (", ..." if len(dropped) > 5 else "")
         labels = f", {relabelled} of them under another label" if relabelled else ""
         many = f"{len(dropped)} prompt{'s' if len(dropped) > 1 else ''}"
-        warnings.warn(f"{name}: dropped {many} equal to an earlier one (rows {shown}){labels}", stacklevel=4)
+        rows_of = "rows" if len(dropped) > 1 else "row"
+        warnings.warn(f"{name}: dropped {many} equal to an earlier one ({rows_of} {shown}){labels}", stacklevel=4)
     return list(first.values())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, an
 from mechlens.files import read_whole, user_path
 from mechlens.prompts.files.parquet import parquet_rows
 
@@ -139,7 +139,7 @@ def _nested(path: Path, document: dict[str, dict[str, Any]]) -> list[Record]:
         for subcategory, questions in subcategories.items():
             if not isinstance(questions, list):
                 raise UserError(
-                    f"{path} has a {type(questions).__name__} under {category!r} / {subcategory!r}; "
+                    f"{path} has {an(type(questions).__name__)} under {category!r} / {subcategory!r}; "
                     "it needs a list of questions there"
                 )
             for question in questions:
@@ -149,7 +149,9 @@ def _nested(path: Path, document: dict[str, dict[str, Any]]) -> list[Record]:
 
 
 def _csv(path: Path, content: bytes) -> list[Record]:
-    return _delimited(path, content, ",")
+    header = _decoded(path, content).lstrip().partition("\n")[0]
+    # Excel writes ; where a comma is the decimal sign.
+    return _delimited(path, content, next((d for d in ";\t" if d in header and "," not in header), ","))
 
 
 def _tsv(path: Path, content: bytes) -> list[Record]:

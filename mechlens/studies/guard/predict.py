@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mechlens.checked_json import parse_json
-from mechlens.errors import UserError
+from mechlens.errors import UserError, an
 from mechlens.files import require_regular, user_path
 from mechlens.methods.guard.fitted import FittedGuard, GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
@@ -117,7 +117,7 @@ def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
     if isinstance(values, str):
         values = {"text": values}
     if not isinstance(values, dict):
-        return Line(number, None, f"holds a {type(values).__name__}; a record is an object with a prompt, or a text")
+        return Line(number, None, f"holds {an(type(values).__name__)}; a record is an object with a prompt, or a text")
     identity = values.get("id")
     if not _can_be_written(identity):
         return Line(number, None, "the id can't be written as JSON; give a text or a finite number")

@@ -29,7 +29,7 @@ from mechlens.studies.guard.evaluation import EvaluationPrompts, GuardEvaluation
 from mechlens.studies.guard.fitting import fit_guard, fits, other_rules, read_positions
 from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
 from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared, require_sampling
-from mechlens.studies.shared.sources import Source, SourcePrompts, load_source, read_sources
+from mechlens.studies.shared.sources import Source, SourcePrompts, load_source, read_sources, require_files
 from mechlens.studies.shared.training_data import text_sha256
 
 
@@ -52,7 +52,9 @@ def prepare_eval(config: GuardEval) -> Preparation[GuardTest]:
     guard = load_artifact(path, FittedGuard)
     train = _training_prompts(guard, path.parent)
     folder = None if config.folder is None else user_path(config.folder)
-    found = [load_source(source, folder, config.seed, config.n) for source in read_sources(config.sources)]
+    sources = read_sources(config.sources)
+    require_files(sources, config.sources, folder)
+    found = [load_source(source, folder, config.seed, config.n) for source in sources]
     data = data_inputs({f"source {one.source.name}": (one.source.data, one.prompts) for one in found})
     chosen = chosen_model(config, fits(guard, other_weights=config.other_weights))
     checkpoint = loaded(chosen.model).checkpoint

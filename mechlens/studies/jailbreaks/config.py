@@ -24,7 +24,9 @@ class Jailbreaks(JailbreakPlan, Columns, ModelChoice, RunChoice):
     """
 
     sources: str = "published"
-    """published (files below --folder), or a JSON list of sources with templates or a goal_column."""
+    """published (files below --folder), or FILE.json, a list of objects, one for each file of attacks:
+    [{"name": "mine", "data": "attacks.csv", "goal_column": "goal", "kind": "suffix", "label": "harmful"}]
+    where each row of attacks.csv has an attack (column prompt) and the plain request behind it (column goal)."""
     folder: str | None = None
     """Folder that holds the files of the sources; None is where you are."""
     n: int | None = None

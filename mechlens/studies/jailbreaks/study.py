@@ -29,7 +29,7 @@ from mechlens.studies.jailbreaks.pairs import (
 from mechlens.studies.jailbreaks.restored import RestoredComponents, restore
 from mechlens.studies.shared.harm_sets import read_harm_sets
 from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared, read_prompts, require_sampling
-from mechlens.studies.shared.sources import SourcePrompts, load_source, read_sources
+from mechlens.studies.shared.sources import SourcePrompts, load_source, read_sources, require_files
 from mechlens.studies.shared.training_data import leave_out_trained
 
 
@@ -165,6 +165,7 @@ def _attacks(config: Jailbreaks) -> tuple[SourcePrompts, ...]:
             f"{config.sources} has no attacks: a source of attacks has templates, or a goal_column with the plain "
             "request behind each prompt"
         )
+    require_files(paired, config.sources, folder)
     found = [load_source(source, folder, config.seed, config.n) for source in paired]
     if config.system is None:
         return tuple(found)

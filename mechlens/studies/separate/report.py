@@ -1,11 +1,14 @@
 """The separation study as a record: metrics, tables, figures, artefacts and a report."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from mechlens.methods.directions.token_view import project_tokens
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.separate.contrasts import Question
 from mechlens.studies.separate.figures import draw
 from mechlens.studies.separate.study import Separation
 from mechlens.studies.separate.verdict import Verdict, separation_verdict
@@ -123,9 +126,17 @@ def _erasures(result: Separation) -> pd.DataFrame:
     ]
 
 
+def _there_were(question: Question, quadrants: Sequence[str]) -> str:
+    """How many prompts of each class there were, and whether the extra ones were left out."""
+    counts = question.counts()
+    said = ", ".join(f"{n} {label}" for label, n in counts.items())
+    fewer = any(n < quadrants.count(label) for label, n in counts.items())
+    return f"{said}; extra prompts don't count here" if fewer else said
+
+
 def _detection(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
     skipped = [
-        f"{_named(name)} ({', '.join(f'{n} {label}' for label, n in contrast.question.counts().items())})"
+        f"{_named(name)} ({_there_were(contrast.question, result.analysis.places.quadrants)})"
         for name, contrast in result.contrasts.items()
         if contrast.scores is None
     ]

@@ -16,6 +16,7 @@ from mechlens.errors import UserError
 from mechlens.files import AnyPath, read_whole, user_path
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import load_prompts
+from mechlens.prompts.files.rows import FILE_ENDINGS
 from mechlens.prompts.prompt import Prompt
 from mechlens.studies.shared.training_data import text_sha256
 
@@ -25,6 +26,8 @@ ATTACKS: tuple[Kind, ...] = ("suffix", "persuasion", "template")
 PLACEHOLDER = "[INSERT PROMPT HERE]"
 PRESETS = {"builtin": "builtin_sources.json", "published": "published_sources.json"}
 """Lists that come with mechlens: its own prompt sets, and the names of published sets' files."""
+OWN = '[{"name": "mine", "data": "attacks.csv", "goal_column": "goal", "kind": "suffix", "label": "harmful"}]'
+"""A list with one source of attacks in rows, each beside the plain request behind it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,22 @@ def read_sources(given: AnyPath) -> tuple[Source, ...]:
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{where} has two sources called {twice!r:.60}; give each a name of its own")
     return sources
+
+
+def require_files(sources: Sequence[Source], given: str, folder: Path | None) -> None:
+    """UserError, with what is needed and how to give one's own, where files of these sources aren't there."""
+    named = [file for source in sources for file in (source.data, source.templates) if file is not None]
+    files = [file for file in dict.fromkeys(named) if Path(file).suffix.lower() in FILE_ENDINGS]
+    where = Path(".") if folder is None else folder
+    missing = [file for file in files if not user_path(where / file).exists()]
+    if not missing:
+        return
+    what = "there is no folder" if not where.is_dir() else f"{len(missing)} of {len(files)} files aren't in the folder"
+    shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    raise UserError(
+        f"{what} {str(where)!r}: {given} needs {shown}; give the folder that holds them with --folder, or "
+        f"sources of your own as --sources FILE.json, such as {OWN}"
+    )
 
 
 def load_source(source: Source, folder: AnyPath | None, seed: int, most: int | None = None) -> SourcePrompts:
