@@ -26,7 +26,11 @@ __all__ = list(_HOME)
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
-        raise AttributeError(f"module 'mechlens' has no attribute {name!r}")
+        import difflib
+
+        near = difflib.get_close_matches(name, _HOME, 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module 'mechlens' has no attribute {name!r}{meant}")
     found = import_module(_HOME[name])
     globals()[name] = getattr(found, name)
     return globals()[name]

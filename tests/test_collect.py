@@ -386,6 +386,8 @@ def test_what_is_not_there_is_named() -> None:
         collect(model, prompts(1), positions=["post[99]"])
     with pytest.raises(UserError, match="no site 'mlp'"):
         collect(model, prompts(1), site="mlp")
+    with pytest.raises(UserError, match=r"load it first: model = ml\.load"):
+        collect("smollm2", ["the"])
     with pytest.raises(UserError, match="no prompts"):
         collect(model, [])
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from tiny import words
@@ -199,6 +200,18 @@ def test_directions_that_point_nowhere_are_refused(v: Direction) -> None:
     for vector in (torch.zeros_like(v.vector), v.vector / 0):
         with pytest.raises(UserError, match="it points nowhere"):
             add(replace(v, vector=vector))
+
+
+def test_other_types_are_refused_in_a_sentence(v: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for whoever uses the package
+    wrong: dict[str, tuple[Any, dict[str, Any]]] = {
+        r"give a tuple, such as layers=\(9,\)": (v, {"layers": 9}),
+        r"give a tuple, such as positions=\('last',\)": (v, {"positions": "last"}),
+        r"a Tensor was given as the direction; give the Direction": (v.vector, {}),
+    }
+    for said, (direction, options) in wrong.items():
+        with pytest.raises(UserError, match=said):
+            add(direction, **options)
 
 
 def test_values_are_frozen(v: Direction) -> None:

@@ -210,5 +210,5 @@ def test_public_names_are_what_the_type_checker_sees() -> None:
     assert [alias.asname for node in imports for alias in node.names] == mechlens.__all__
     for name in mechlens.__all__:
         assert getattr(mechlens, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+    with pytest.raises(AttributeError, match="no attribute 'lod'; did you mean 'load'"):
         mechlens.lod  # noqa: B018

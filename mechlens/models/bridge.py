@@ -3,6 +3,7 @@
 """
 
 import copy
+import os
 import warnings
 import weakref
 from dataclasses import dataclass, replace
@@ -178,13 +179,22 @@ def loaded(model: LanguageModel) -> Loaded:
     known = getattr(model, "mechlens", None)
     if isinstance(known, Loaded):
         return known
-    name = str(getattr(model.cfg, "model_name", None) or "unnamed")
+    name = str(getattr(_cfg(model), "model_name", None) or "unnamed")
     checkpoint = _named_as_it_is(Checkpoint(name.split("/")[-1], name), model)
     if is_bridge(model):
         mend_attention(model)
     found = Loaded(checkpoint, model.tokenizer, "eager", None, weights_now(model), settings=_settings_now(model))
     model.mechlens = found
     return found
+
+
+def _cfg(model: LanguageModel) -> Any:
+    """TransformerLens' configuration of a model; UserError where something else was given, such as a model's name."""
+    if isinstance(model, str | os.PathLike):
+        raise UserError(f"the model was given by name; load it first: model = ml.load({os.fspath(model)!r})")
+    if not hasattr(model, "cfg"):
+        raise UserError(f"what was given as the model is of type {type(model).__name__}; give what ml.load returns")
+    return model.cfg
 
 
 _EDITED: "weakref.WeakKeyDictionary[Any, tuple[str, Checkpoint]]" = weakref.WeakKeyDictionary()
@@ -260,17 +270,17 @@ def whole(model: LanguageModel) -> dict[str, bool]:
 
 def n_layers(model: LanguageModel) -> int:
     """Number of blocks L; residual levels run from 0 to L."""
-    return int(model.cfg.n_layers)
+    return int(_cfg(model).n_layers)
 
 
 def d_model(model: LanguageModel) -> int:
     """Width of the residual stream."""
-    return int(model.cfg.d_model)
+    return int(_cfg(model).d_model)
 
 
 def context_length(model: LanguageModel) -> int:
     """Most tokens the model takes; very large where the config doesn't say."""
-    return int(getattr(model.cfg, "n_ctx", None) or 1 << 30)
+    return int(getattr(_cfg(model), "n_ctx", None) or 1 << 30)
 
 
 def embedding_rows(model: LanguageModel) -> int:

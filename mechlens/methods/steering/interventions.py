@@ -245,6 +245,10 @@ def replacement(acts: Activations, prompt: str, *, layers: Sequence[int], positi
 def _check(
     layers: tuple[int, ...] | Everything, positions: tuple[str, ...] | Everything, phase: Phase, sites: tuple[str, ...]
 ) -> None:
+    if isinstance(layers, int):
+        raise UserError(f"layers is {layers}; give a tuple, such as layers=({layers},), or 'all'")
+    if isinstance(positions, str) and positions != ALL:
+        raise UserError(f"positions is {positions!r}; give a tuple, such as positions=({positions!r},), or 'all'")
     if not layers or not positions or not sites:
         raise UserError("an intervention needs at least one layer, one position and one site; name them, or 'all'")
     if phase not in ("prompt", "generation", "both"):
@@ -268,6 +272,8 @@ def _check_answer(phase: Phase, answer_tokens: int | None) -> None:
 
 
 def _check_strength(direction: Direction, strength: float, unit: Unit, norms: ResidualNorms | None) -> None:
+    if not isinstance(direction, Direction):
+        raise UserError(f"a {type(direction).__name__} was given as the direction; give the Direction, not its vector")
     if unit not in ("raw", "unit", "share"):
         raise UserError(f"there is no unit {unit!r} of strength; choose raw, unit or share")
     if not math.isfinite(strength):
