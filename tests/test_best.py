@@ -28,8 +28,9 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.settings import DetectionPlan
+from mechlens.studies.direction.report import _steering_words
 from mechlens.studies.direction.study import Concept, find_concept
-from mechlens.studies.direction.verdict import direction_verdict
+from mechlens.studies.direction.verdict import direction_verdict, steering_headline
 from mechlens.studies.guard.fitting import fit_guard
 
 PLAN = DetectionPlan(resamples=100, permutations=5, random_directions=5)
@@ -188,7 +189,11 @@ def test_a_small_steering_test_finds_the_direction_that_acts(refusing: Concept) 
     assert found.table["outcome"].value_counts()["chosen"] == 1
     assert found.table["random_bound"].notna().sum() == 4
     assert refusing.artifacts()["direction"] is found.direction
-    assert refusing.artifacts()["strongest"] is refusing.detection.strongest.direction
+    assert set(refusing.artifacts()) == {"direction", "directions"}  # one is the result, and under one name
+    require_short(str(refusing.headline))
+    where = f"{found.direction.position}, level {found.direction.level}"
+    assert str(refusing.headline).startswith(f"Steers: adding the direction of {where} has an effect of ")
+    assert next(iter(_steering_words(refusing))) == "steering.effect"
 
 
 def test_the_effect_is_what_adding_it_does(refusing: Concept) -> None:
@@ -220,6 +225,7 @@ def test_of_directions_that_mean_nothing_none_steers(refusing: Concept) -> None:
     found = steering_test(planted_model(), replace(grid, vectors=noise), refusing.batch, refusing.split, PLAN)
     assert found.direction is None
     assert "and no more than chance: the effect on negative test prompts is" in found.sentence
+    require_short(str(steering_headline(found, refusing.verdict)))
 
 
 def test_a_direction_that_breaks_plain_text_is_not_taken(refusing: Concept) -> None:
@@ -227,6 +233,7 @@ def test_a_direction_that_breaks_plain_text_is_not_taken(refusing: Concept) -> N
     assert (found.direction, found.random) == (None, None)
     assert "breaks plain text" in set(found.table["outcome"])
     assert "leaves plain text whole" in found.sentence
+    require_short(str(steering_headline(found, refusing.verdict)))
 
 
 def test_the_other_studies_warn_of_what_tells_their_sides_apart(tiny_model: Callable[..., Any]) -> None:

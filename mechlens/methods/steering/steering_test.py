@@ -72,12 +72,17 @@ class SteeringTest:
     """Everything tried, on validation prompts: position, level, effect, text_loss_rise, random_bound, outcome."""
 
     @property
+    def place(self) -> str:
+        """Of the candidate taken, as `inst, level 7`, whether or not it steers; "" where none was taken."""
+        rows = self.table[self.table["outcome"] == CHOSEN].to_dict("records")
+        return f"{rows[0]['position']}, level {rows[0]['level']}" if rows else ""
+
+    @property
     def sentence(self) -> str:
         """What was found, for a report."""
-        rows = self.table[self.table["outcome"] == CHOSEN].to_dict("records")
-        if not rows or self.random is None:
+        place = self.place
+        if not place or self.random is None:
             return f"None of {len(self.table)} directions tried leaves plain text whole, so none is taken."
-        place = f"{rows[0]['position']}, level {rows[0]['level']}"
         does = (
             f"the effect on negative test prompts is {self.effect} nats, where chance reaches {self.random.bound:.2f} "
             f"(the best of {self.random.n} random directions of its length has {self.random.maximum:.2f})"

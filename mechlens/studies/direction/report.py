@@ -42,12 +42,12 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
     positive = torch.tensor([label == POSITIVE for label in result.acts.labels])
     there = result.acts.at(shown.level, shown.position)
     verdict = (
-        f"{result.verdict.headline} {_kept(result)}"
+        f"{result.headline} {_kept(result)}"
         + _confounded(result)
         + class_rounding(loaded(model).parity, {"the distance between the two classes there": (there, positive)})
     )
     nearest = result.verdict.ahead.nearest
-    words = {
+    words = _steering_words(result) | {
         "auroc.out_of_fold": f"AUROC at {result.verdict.ahead.position}, out of fold",
         f"gain.{nearest}": f"gain over {SURFACE[nearest]}",
         "effect_size": "effect size (Hedges' g)",
@@ -59,7 +59,7 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
         title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
         question=f"Where in the model does {names[0]} differ from {names[1]}, and is it more than the words?",
         verdict=verdict,
-        headline=result.verdict.headline,
+        headline=result.headline,
         numbers={name: metrics[name] for name in words if name in metrics},
         words=words,
         sections=(
@@ -96,6 +96,17 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
     )
 
 
+def _steering_words(result: Concept) -> dict[str, str]:
+    """What stands first where steering was asked for."""
+    if result.steered is None or not result.steered.place:
+        return {}
+    taken = "the direction chosen by steering" if result.steered.direction is not None else "the one that does most"
+    return {
+        "steering.effect": f"effect of adding {taken}, {result.steered.place} (nats)",
+        "steering.random_bound": "effect that chance reaches with random directions (nats)",
+    }
+
+
 def _steered(result: Concept) -> list[Section]:
     if result.steered is None:
         return []
@@ -114,7 +125,9 @@ def _kept(result: Concept) -> str:
     """What became of the direction."""
     strongest = result.detection.strongest
     if result.steered is not None:
-        return result.steered.sentence
+        read = f" As a read-out: {result.verdict.headline}"
+        kept = "" if result.direction is not None else " The strongest read-out is kept as `strongest`."
+        return result.steered.sentence + read + kept
     if result.best is not None:
         return f"The direction is that of {result.best.position}, level {result.best.level}."
     tie = f"It is told as well by {result.verdict.ties}. " if result.verdict.ties else ""

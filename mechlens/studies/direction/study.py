@@ -28,10 +28,11 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.text import match_punctuation
+from mechlens.runs.headline import Headline
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan
 from mechlens.studies.direction.config import FindDirection
-from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict
+from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict, steering_headline
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
 from mechlens.studies.shared.harm_sets import ContrastSets
@@ -91,8 +92,13 @@ class Concept:
 
     @property
     def verdict(self) -> DirectionVerdict:
-        """What the numbers allow to be said."""
+        """What the numbers allow to be said of reading it."""
         return direction_verdict(self.detection)
+
+    @property
+    def headline(self) -> Headline:
+        """The one sentence: of the direction that steers, where that was tried, else of reading it."""
+        return self.verdict.headline if self.steered is None else steering_headline(self.steered, self.verdict)
 
     @property
     def detection(self) -> Detection:
@@ -153,11 +159,11 @@ class Concept:
         return pd.DataFrame(rows, columns=["confound", "auroc", "low", "high", "n", "telling", "difference_text"])
 
     def artifacts(self) -> dict[str, object]:
-        """The direction in every cell, `direction`, the one to use, and where none is best the strongest as such."""
+        """The direction in every cell, and one more: `direction`, the one to use, or where none is, the `strongest`."""
         found: dict[str, object] = {"directions": self.detection.directions}
         if self.direction is not None:
             found["direction"] = self.direction
-        if self.best is None:
+        else:
             found["strongest"] = self.detection.strongest.direction
         return found
 
@@ -213,15 +219,21 @@ def find_concept(
         steered = steering_test(model, measured.detection.directions, batch, split, plan, cache=cache)
     found = Concept(measured, reliability, acts, batch, split, plan, confounds, steered)
     if found.best is None:
-        further = "" if causal else ", or what causal=True (--causal) chooses by steering"
-        warnings.warn(
-            f"there is no best direction. {found.verdict.headline} What can be used all the same is "
-            f"detection.strongest and detection.at(position){further}",
-            stacklevel=2,
-        )
+        warnings.warn(f"there is no best direction. {found.verdict.headline} {_usable(found)}", stacklevel=2)
     if steered is not None and steered.direction is None:
         warnings.warn(f"there is no direction that steers. {steered.sentence}", stacklevel=2)
     return found
+
+
+def _usable(found: Concept) -> str:
+    """What can be used where no direction is best, for those who type and for those who write Python."""
+    if found.direction is not None:
+        return "What can be used is the direction that steering chose"
+    further = "" if found.steered is not None else ", or what --causal (causal=True) chooses by steering"
+    return (
+        "What can be used all the same is the strongest (strongest.safetensors in the run folder, detection.strongest "
+        f"in Python){further}"
+    )
 
 
 def _require_enough(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 from mechlens.methods.probing.ahead import SURFACE, TOKEN, Ahead
 from mechlens.methods.probing.detect import Detection
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.steering.steering_test import SteeringTest
 from mechlens.runs.headline import Headline
 
 MARGIN = 0.05
@@ -63,6 +64,16 @@ class DirectionVerdict:
         """
         error = (self.gain.high - self.gain.low) / 2 / 1.96
         return math.ceil(self.gain.n / 2 * ((1.96 + 0.84) * error / max(abs(self.gain.value), MARGIN)) ** 2)
+
+
+def steering_headline(steered: SteeringTest, read: DirectionVerdict) -> Headline:
+    """What adding directions did, which was asked for, and beside it what reading them allows to be said."""
+    also = f"as a read-out, at {read.ahead.position}, level {read.level}: {read.outcome}"
+    if not steered.place or steered.random is None:
+        return Headline("none steers", f"each of {len(steered.table)} directions tried breaks plain text", settle=also)
+    word = "steers" if steered.direction is not None else "none steers"
+    done = f"adding the direction of {steered.place} has an effect of {steered.effect.brief} nats"
+    return Headline(word, done, f"where chance reaches {steered.random.bound:.2f}", also)
 
 
 def direction_verdict(found: Detection) -> DirectionVerdict:
