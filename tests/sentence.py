@@ -45,7 +45,7 @@ def require_one_sentence(folder: Path) -> Run:
     screen = Seen()
     show(ShowRun(folder=folder), screen)
     list_all(ListRuns(folder=folder), screen)
-    told, table = screen.shown
+    told, listed = screen.shown
     assert told.splitlines()[0] == sentence
-    assert [str(cell) for cell in table.columns[-1].cells] == [sentence]
+    assert listed.splitlines()[1:] == [f"    {sentence}"]
     return run

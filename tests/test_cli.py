@@ -216,11 +216,13 @@ def test_the_report_is_one_page_that_asks_the_network_for_nothing(separated: Pat
     assert "mechlens " in page
 
 
-def test_runs_are_listed_and_shown(separated: Path, run: Any) -> None:
+def test_runs_are_listed_and_shown(separated: Path, model: str, run: Any) -> None:
     assert require_one_sentence(separated).verb == "separate"
     listed = run("runs", "list", separated.parent)
     assert listed.code == 0
-    assert "success" in listed.out
+    assert f"{separated}  separate  {model}  success  " in listed.out  # the folder is never split
+    (found,) = map(json.loads, run("runs", "list", separated, "--json").out.splitlines())
+    assert (found["folder"], found["sentence"]) == (str(separated), read_run(separated).sentence)
     shown = run("runs", "show", separated)
     record = read_run(separated)
     assert f"{record.id}: separate, success" in shown.out

@@ -16,11 +16,12 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load, sha256
-from mechlens.runs.folder import FolderLock, read_prompts
+from mechlens.runs.folder import read_prompts
 from mechlens.runs.headline import Headline
+from mechlens.runs.lock import FolderLock
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report
-from mechlens.runs.results.result import list_runs
+from mechlens.runs.results.result import list_runs, open_run_folder
 from mechlens.runs.run import Inputs, Run, changed_since, largest_difference, read_run, write_run
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
@@ -54,6 +55,7 @@ def status(out: Path) -> str:
 def test_the_record_is_started_then_success_and_reads_back(tmp_path):
     with start(tmp_path) as run:
         assert status(tmp_path) == "started"
+        assert open_run_folder(tmp_path).status == "running"
         run.inputs(Inputs(model="m" * 64, template="t" * 64, data={"harmful": "d" * 64}), device="cpu", dtype="float32")
         run.metric("auroc.inst", Estimate(0.9, 0.8, 0.95, 40))
         run.metrics({"refusal": Estimate.missing(2)})
@@ -141,6 +143,7 @@ def test_a_killed_run_says_started_and_can_be_gone_on_with(tmp_path):
     )
     assert warm.python(code).returncode == -9
     assert status(tmp_path) == "started"
+    assert open_run_folder(tmp_path).status == "interrupted"
     with open_run(verb="v", config=Prompt("a", "b"), out=tmp_path, wandb=OFF):
         pass
     assert status(tmp_path) == "success"

@@ -24,6 +24,7 @@ from mechlens.methods.statistics.calibration import Calibration
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
+from mechlens.runs.lock import FolderLock
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.report.still import still
@@ -285,8 +286,11 @@ def test_a_run_that_did_not_end_well_says_so(folder: Path) -> None:
     run = ml.open(folder)
     killed = replace(run, record=replace(run.record, status="started"))
     failed = replace(run, record=replace(run.record, status="error", error=f"MemoryError: {EVIL}"))
-    assert "isn't finished" in repr(killed)
-    assert "isn't finished" in killed._repr_html_().replace("&#39;", "'")
+    assert f"interrupted: the same command goes on: {run.record.command}" in repr(killed)
+    assert "interrupted: the same command goes on: " in killed._repr_html_()
+    lock = FolderLock(folder)
+    assert (killed.status, killed.state) == ("running", "running")
+    lock.release()
     assert f"failed (MemoryError: {EVIL})" in repr(failed)
     assert "failed (MemoryError: &lt;script&gt;" in failed._repr_html_()
     (folder / "report.html").unlink()

@@ -11,9 +11,9 @@ import torch
 from sentence import Seen
 
 from mechlens.errors import UserError
-from mechlens.runs.folder import FolderLock
 from mechlens.runs.headline import Headline
 from mechlens.runs.index import write_index
+from mechlens.runs.lock import FolderLock
 from mechlens.runs.prune import prune
 from mechlens.runs.report.report import Report
 from mechlens.runs.writer import open_run

@@ -1,9 +1,6 @@
-"""A run's folder: one process at a time in it, finished pieces in its cache, and its prompts as a table."""
+"""A run's folder: what it was begun with, finished pieces in its cache, and its prompts as a table."""
 
-import contextlib
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,58 +12,14 @@ from torch import Tensor
 
 from mechlens.checked_json import parse_json
 from mechlens.errors import UserError
-from mechlens.files import disk_error, user_path
+from mechlens.files import user_path
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import open_tensors, tensor_digest, write_tensors
 from mechlens.runs.results.kept import REMEDY, require_same
 from mechlens.runs.run import RUN_FILE, Change, Run, changes, read_run
 
-LOCK_FILE = ".lock"
 CACHE = "cache"
 """Folder of the finished pieces by which a killed run goes on."""
-
-
-class FolderLock:
-    """Holds the folder, made if need be, until `release` or the end of the process."""
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / LOCK_FILE
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._new = not path.exists()
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise disk_error(error, folder) from error
-        if not self._take() or not _is_at(path, self._handle):
-            os.close(self._handle)
-            raise UserError(f"another mechlens process is writing to {folder}; wait for it or choose another --out")
-        self._path = path
-
-    def release(self) -> None:
-        """Lets others in; the file stays."""
-        os.close(self._handle)
-
-    def withdraw(self) -> None:
-        """Lets others in and leaves nothing in a folder that was refused; who was opening the file finds it gone."""
-        if self._new:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                self._path.unlink()
-        os.close(self._handle)
-
-    def _take(self) -> bool:
-        if sys.platform == "win32":
-            # No flock there: two processes in one folder are then the user's own care.
-            return True
-        import fcntl
-
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            # A file system without locks is no reason to refuse work.
-            return True
-        return True
 
 
 def run_to_go_on_with(
@@ -110,14 +63,6 @@ def _value(value: object) -> str:
     if value is None or value in ((), [], {}):
         return "left out"
     return f"{json.dumps(value, ensure_ascii=False):.80}"
-
-
-def _is_at(path: Path, handle: int) -> bool:
-    """False where the file was removed after it was opened: holding it would keep nobody out."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except OSError:
-        return False
 
 
 @dataclass(frozen=True)

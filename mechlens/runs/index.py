@@ -9,10 +9,10 @@ from markupsafe import Markup
 from mechlens.errors import UserError
 from mechlens.files import write_text
 from mechlens.runs.report.report import resource, template
+from mechlens.runs.results.result import RunResult
 from mechlens.runs.run import Run, found_runs
 
 INDEX_FILE = "index.html"
-STATUS = {"started": "not finished", "success": "success", "error": "failed"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def _entry(root: Path, folder: Path, found: Run | UserError) -> Entry:
     link = quote((below / report.name).as_posix()) if report.is_file() else ""
     if isinstance(found, UserError):
         return Entry(name, link, str(found).replace(str(folder), name))
-    said = found.error if found.status == "error" and found.error else found.sentence
+    run = RunResult(folder, found)
+    said = found.error if found.status == "error" and found.error else found.sentence or run.state
     date = found.started[:16].replace("T", " ")
     verb, model = found.verb.replace("_", " "), found.model_name
-    return Entry(name, link, said, verb, model, date, STATUS[found.status], found.status)
+    return Entry(name, link, said, verb, model, date, "failed" if run.status == "error" else run.status, found.status)

@@ -6,11 +6,19 @@ from pathlib import Path
 
 from mechlens.errors import UserError
 from mechlens.files import disk_error, is_partial
-from mechlens.runs.folder import CACHE, FolderLock
+from mechlens.runs.folder import CACHE
+from mechlens.runs.lock import FolderLock
 from mechlens.runs.results.result import list_runs
 
 SYNCED = ".synced"
 """With it `wandb sync` marks a log that it has uploaded."""
+
+LEFT = {
+    "running": "it is running",
+    "interrupted": "it was interrupted, and goes on from there",
+    "error": "it failed, and goes on from there",
+}
+"""Why nothing is removed."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +52,14 @@ def prune(root: Path, *, dry: bool) -> list[Pruned]:
     With `dry` nothing is removed. Runs that failed or were killed keep all: by that they go on.
     """
     done = []
-    for folder, run in list_runs(root):
-        paths = tuple(superfluous(folder))
+    for run in list_runs(root):
+        paths = tuple(superfluous(run.folder))
         if not paths:
             continue
         if run.status != "success":
-            why = "it failed" if run.status == "error" else "it isn't finished"
-            done.append(Pruned(folder, paths, 0, f"{why}, and goes on from there"))
+            done.append(Pruned(run.folder, paths, 0, LEFT[run.status]))
             continue
-        done.append(_pruned(folder, paths, dry=dry))
+        done.append(_pruned(run.folder, paths, dry=dry))
     return done
 
 

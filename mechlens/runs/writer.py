@@ -21,7 +21,8 @@ from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
 from mechlens.runs.environment import git_state, package_versions
-from mechlens.runs.folder import CACHE, LOCK_FILE, PROMPTS, FolderCache, FolderLock, prompt_table, run_to_go_on_with
+from mechlens.runs.folder import CACHE, PROMPTS, FolderCache, prompt_table, run_to_go_on_with
+from mechlens.runs.lock import LOCK_FILE, FolderLock
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
 from mechlens.runs.run import RUN_FILE, Artefact, Inputs, Run, changed_since, defaults, plain, read_run, write_run

@@ -5,10 +5,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mechlens.errors import UserError
 from mechlens.files import plain_name, user_path
+from mechlens.runs.lock import is_held
 from mechlens.runs.results.kept import Kept, names_in, read_figure, require_same
 from mechlens.runs.run import Run, found_runs, metric_text, read_run
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 DIRECTIONS = ("Direction", "DirectionGrid")
 STATES = {
-    "started": "This run isn't finished: the same call or command goes on where it stopped.",
-    "error": "This run failed ({error}): the same call or command goes on where it stopped.",
+    "running": "running",
+    "interrupted": "interrupted: the same {how} goes on",
+    "error": "failed ({error}): the same {how} goes on",
     "success": "",
 }
 
@@ -68,9 +70,18 @@ class RunResult:
         return self.record.verdict or ""
 
     @property
+    def status(self) -> Literal["running", "interrupted", "success", "error"]:
+        """As of now: a run that began and didn't end is running while a process holds its folder."""
+        if self.record.status != "started":
+            return self.record.status
+        return "running" if is_held(self.folder) else "interrupted"
+
+    @property
     def state(self) -> str:
-        """What is the matter with a run that didn't end well; "" where nothing is."""
-        return STATES[self.record.status].format(error=self.record.error or "killed")
+        """What is the matter with a run that didn't end well, and the command by which it goes on; "" if it did."""
+        command = self.record.command
+        said = STATES[self.status].format(error=self.record.error or "killed", how="command" if command else "call")
+        return f"{said}: {command}" if command and self.status in ("interrupted", "error") else said
 
     @property
     def model(self) -> str:
@@ -116,7 +127,7 @@ class RunResult:
         """The report, one page that any browser opens; UserError where there is none yet."""
         page = self.folder / "report.html"
         if not page.is_file():
-            raise UserError(f"there is no {page}. {self.state or 'Make the run again.'}")
+            raise UserError(f"there is no {page}; {self.state or 'make the run again'}")
         return page
 
     def _table(self, name: str) -> "pandas.DataFrame":
@@ -147,7 +158,7 @@ class RunResult:
     def __repr__(self) -> str:
         record = self.record
         of = f" of {self.model}" if self.model else ""
-        lines = [f"RunResult({str(self.folder)!r}): {record.verb.replace('_', ' ')}{of}, {record.status}"]
+        lines = [f"RunResult({str(self.folder)!r}): {record.verb.replace('_', ' ')}{of}, {self.status}"]
         lines += [line for line in (self.sentence, self.state) if line]
         for name in [name for name in record.words or record.metrics if name in record.metrics][:5]:
             lines.append(f"  {record.words.get(name, name)}: {metric_text(name, record.metrics[name])}")
@@ -194,7 +205,7 @@ class RunList(Sequence[RunResult]):
         return len(self.runs)
 
     def __repr__(self) -> str:
-        lines = [f"{run.folder}  {run.record.verb}, {run.record.status}  {run.sentence}".rstrip() for run in self]
+        lines = [f"{run.folder}  {run.record.verb}, {run.status}  {run.sentence}".rstrip() for run in self]
         return "\n".join(lines) or "no runs"
 
     def _repr_html_(self) -> str:

@@ -15,6 +15,8 @@ class ListRuns:
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
     """Folder that holds run folders."""
+    json: bool = False
+    """Print one JSON object a run, for machines."""
 
 
 @dataclass(frozen=True, kw_only=True)

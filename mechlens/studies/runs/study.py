@@ -1,11 +1,8 @@
 """`mechlens runs`: what recorded runs say, and the same numbers again."""
 
-from rich.table import Column, Table
-from rich.text import Text
-
 from mechlens.errors import UserError
-from mechlens.runs.results.result import list_runs
-from mechlens.runs.run import metric_text, read_run
+from mechlens.runs.results.result import list_runs, open_run_folder
+from mechlens.runs.run import metric_text
 from mechlens.studies.registry import Screen
 from mechlens.studies.runs.config import IndexRuns, ListRuns, PruneRuns, Rerun, ShowRun
 
@@ -14,24 +11,30 @@ SAME = 1e-6
 
 
 def list_all(config: ListRuns, screen: Screen) -> None:
-    """A table of the runs below a folder."""
-    folder_column, started = Column("folder", overflow="fold"), Column("started (UTC)", no_wrap=True)
-    table = Table(folder_column, "study", "model", "status", started, Column("in one sentence", ratio=1))
-    for folder, run in list_runs(config.folder):
-        cells = (str(folder), run.verb, run.model_name, run.status, run.started[:16].replace("T", " "), run.sentence)
-        table.add_row(*(Text(cell) for cell in cells))  # a name may look like rich's markup
-    screen.show(table)
+    """Two lines a run: which one it is, and what it found or what is the matter with it; or a JSON object each."""
+    runs = list_runs(config.folder)
+    for run in runs:
+        record = run.record
+        facts = (str(run.folder), record.verb, record.model_name, run.status, record.started[:16].replace("T", " "))
+        if config.json:
+            names = ("folder", "study", "model", "status", "started", "sentence", "state")
+            screen.show(dict(zip(names, (*facts, run.sentence, run.state), strict=True)))
+        else:
+            screen.show("\n    ".join(filter(None, ("  ".join(filter(None, facts)), run.sentence or run.state))))
+    if not (runs or config.json):
+        screen.show(f"no runs below {config.folder}")
 
 
 def show(config: ShowRun, screen: Screen) -> None:
     """One record, in words."""
-    run = read_run(config.folder)
-    lines = [
-        *filter(None, [run.sentence]),
-        f"{run.id}: {run.verb}, {run.status}, started {run.started}, finished {run.finished}",
-    ]
+    opened = open_run_folder(config.folder)
+    run = opened.record
+    ended = f", finished {run.finished}" if run.finished else ""
+    lines = [*filter(None, [run.sentence]), f"{run.id}: {run.verb}, {opened.status}, started {run.started}{ended}"]
     if run.error:
         lines.append(f"error: {run.error}")
+    if opened.status == "interrupted":
+        lines.append(opened.state)
     inputs = run.inputs.data | ({"today, as the template prints it": run.inputs.today} if run.inputs.today else {})
     for title, values in (("configuration", run.resolved), ("metrics", run.metrics), ("inputs", inputs)):
         lines += ["", title, *(f"  {name:40s} {metric_text(name, value)}" for name, value in values.items())]
