@@ -25,6 +25,7 @@ EXTRAS = {
     "finetune": ("accelerate",),
     "gguf": ("gguf", "sentencepiece"),
     "quantise": ("bitsandbytes", "torchao", "accelerate"),
+    "workspaces": ("wandb_workspaces",),
 }
 """Modules by the name of the extra in pyproject.toml."""
 

@@ -24,7 +24,9 @@ def sentence(extra: str) -> str:
 
 def test_the_extras_are_those_of_the_distribution() -> None:
     declared = PYPROJECT["optional-dependencies"]
-    assert {name: tuple(line.split(">=")[0] for line in lines) for name, lines in declared.items()} == EXTRAS
+    assert {
+        name: tuple(line.split(">=")[0].replace("-", "_") for line in lines) for name, lines in declared.items()
+    } == EXTRAS
     assert PYPROJECT["name"] == "mechlens-toolkit"
     core = {line.split(">=")[0] for line in PYPROJECT["dependencies"]}
     assert not core & {module for modules in EXTRAS.values() for module in modules}

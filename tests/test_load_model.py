@@ -205,7 +205,7 @@ def test_what_is_no_adapter(folder: Path, tmp_path: Path) -> None:
     damaged = save_adapter(tmp_path / "damaged", tiny_hf())
     (damaged / "adapter_model.safetensors").write_bytes(b"no tensors")
     assert "doesn't fit the model" in said(lambda: load(str(folder), adapter=str(damaged)))
-    assert "doesn't fit the model" in said(lambda: merge_adapter(tiny_hf(), "nobody/nothing"))
+    assert "nor to be had from the hub" in said(lambda: merge_adapter(tiny_hf(), "nobody/nothing"))
 
 
 # --- what can't be loaded ------------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_attribution_agrees_with_patching_between_prompts() -> None:
 
 def test_attribution_needs_a_metric_with_a_gradient() -> None:
     options = {"engine": ATTRIBUTION, "positions": ("inst",)}
-    with pytest.raises(ValueError, match="no gradient"):
+    with pytest.raises(ValueError, match="without a gradient"):
         sweep(tiny_bridge("llama", 0.0), "z", metric=OwnMetric(lambda rows: rows.argmax(-1).double()), **options)
     got = sweep(tiny_bridge("llama", 0.0), "z", metric=OwnMetric(lambda rows: rows[:, 40]), **options)
     same = sweep(tiny_bridge("llama", 0.0), "z", metric=replace(LogitDifference(40, 41), first=40), **options)

@@ -54,7 +54,7 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def recorded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
-    main(command(folder, out))
+    main(command(folder, out, "--keep-cache"))
     return out
 
 
@@ -137,7 +137,7 @@ def test_given_again_it_computes_nothing_and_says_the_same(
 ) -> None:
     before = read_run(recorded)
     monkeypatch.setattr("mechlens.methods.patching.sweep.edited_logits", None)
-    main(command(folder, recorded))
+    main(command(folder, recorded, "--keep-cache"))
     after = read_run(recorded)
     assert (after.id, after.verdict, after.metrics) == (before.id, before.verdict, before.metrics)
 

@@ -1,6 +1,5 @@
 """Loading: any causal language model by hub id, folder, GGUF file or packaged name, with an adapter if asked."""
 
-import contextlib
 import os
 import struct
 import sys
@@ -26,7 +25,7 @@ from mechlens.models.device_map import (
     require_one_place,
 )
 from mechlens.models.engine.probes import require_present
-from mechlens.models.offline import sealed
+from mechlens.models.offline import at_home
 from mechlens.models.packaged import ADAPTERS, adapter_folder, cache_dir
 from mechlens.models.precision import FULL, chosen_device, main_type, stored_types, warn_of_slow
 from mechlens.models.quantise import (
@@ -126,7 +125,7 @@ def load_hf(
     _bars_only_where_watched()
     spill = offload_folder(places, cache_dir())
     try:
-        with _at_home(source):
+        with at_home(source):
             hf_model = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
@@ -249,7 +248,7 @@ def load_config(model: str, *, revision: str | None = None) -> Any:
     source, gguf = _locate(ADAPTERS[model].base if _is_adapter(model) else model)
     where = {"gguf_file": gguf} if gguf else {}
     try:
-        with _at_home(source):
+        with at_home(source):
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable("model configuration", model, source, error) from error
@@ -275,7 +274,7 @@ def load_tokenizer(model: AnyPath, *, revision: str | None = None) -> Any:
     source, gguf = _locate(ADAPTERS[model].base if _is_adapter(model) else model)
     where = {"gguf_file": gguf} if gguf else {}
     try:
-        with _at_home(source):
+        with at_home(source):
             if not gguf and Path(source).is_dir() and not (Path(source) / "config.json").exists():
                 return PreTrainedTokenizerFast.from_pretrained(source)
             return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
@@ -339,11 +338,6 @@ def _folder_of(model: str) -> str:
     return str(folder)
 
 
-def _at_home(source: str) -> contextlib.AbstractContextManager[None]:
-    """Keeps the network shut while a local folder is read; a hub id may be fetched, if the hub can be reached."""
-    return sealed() if Path(source).is_dir() else hub.asked()
-
-
 def _bars_only_where_watched() -> None:
     """Shuts transformers' bars, for good, in a log or a pipe."""
     from transformers.utils import logging
@@ -383,7 +377,7 @@ def _check_causal(source: str, model: str, revision: str | None, gguf: str | Non
     if folder.is_dir() and not list(folder.glob("*.safetensors")) and (found := other_format(folder)):
         raise UserError(f"the model {model!r} can't be loaded: {found}")
     try:
-        with _at_home(source):
+        with at_home(source):
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable("model configuration", model, source, error) from error

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from mechlens import hub
 from mechlens.errors import UserError
 from mechlens.files import disk_error
 from mechlens.models.checkpoints.adapter_record import read_record
@@ -30,6 +31,11 @@ def sealed() -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE = offline
         _SEALED.reset(before)
+
+
+def at_home(source: str) -> contextlib.AbstractContextManager[None]:
+    """Keeps the network shut while a local folder is read; a hub id may be fetched, if the hub can be reached."""
+    return sealed() if Path(source).is_dir() else hub.asked()
 
 
 def _refuse(event: str, args: tuple[Any, ...]) -> None:

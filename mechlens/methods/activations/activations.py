@@ -189,17 +189,21 @@ def one_cell(acts: Activations, level: int, position: str) -> Activations:
 
 def column_of(position: str, positions: Sequence[str], last: str) -> int:
     """Column of a named position, by any of its names; UserError where it wasn't collected."""
-    name = stored_name(position, last)
+    name = stored_name(position, last, positions)
     if name not in positions:
         raise UserError(f"position {position!r} was not collected; there are {list(positions)}")
     return list(positions).index(name)
 
 
-def stored_name(position: str, last: str) -> str:
-    """The name that "last" and "post[-k]" are stored under, `last` being that of the prompt's last token."""
+def stored_name(position: str, last: str, positions: Sequence[str]) -> str:
+    """The name that "last" and "post[-k]" are stored under, `last` being that of the prompt's last token.
+
+    In raw text "inst" is stored as "last" too: of what has no column for the end of the words.
+    """
     counted, end = _FROM_THE_END.fullmatch(position), _POST.fullmatch(last)
-    if last and (position in ("last", "post[-1]") or (position == "inst" and last == "last")):
-        return last  # in raw text the last token is that of the words too
+    raw_text = last == "last" and "inst" not in positions
+    if last and (position in ("last", "post[-1]") or (position == "inst" and raw_text)):
+        return last
     if counted is None or end is None or int(counted[1]) > int(end[1]) + 1:
         return position
     return f"post[{int(end[1]) + 1 - int(counted[1])}]"

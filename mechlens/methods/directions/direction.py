@@ -88,7 +88,7 @@ class DirectionGrid:
         """The direction of one level and one named position."""
         if level not in self.levels:
             raise UserError(f"there is no direction at level {level}; there are levels {list(self.levels)}")
-        if stored_name(position, self.last) not in self.positions:
+        if stored_name(position, self.last, self.positions) not in self.positions:
             raise UserError(f"there is no direction at position {position!r}; there are {list(self.positions)}")
         column = column_of(position, self.positions, self.last)
         return Direction(

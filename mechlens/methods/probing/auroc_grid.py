@@ -34,7 +34,7 @@ class AurocGrid:
 
     def at(self, level: int, position: str) -> Estimate:
         """The AUROC of one level and one named position."""
-        name = stored_name(position, self.last)
+        name = stored_name(position, self.last, self.positions)
         if level not in self.levels or name not in self.positions:
             raise UserError(
                 f"there is no AUROC at level {level}, position {position!r}; "

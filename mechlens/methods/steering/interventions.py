@@ -45,7 +45,7 @@ class ResidualNorms:
         """The median norm at one level and one named position; pooled over positions for any other tokens."""
         if level not in self.levels:
             raise UserError(f"the residual norm of level {level} isn't known, only of levels {list(self.levels)}")
-        row, name = self.levels.index(level), stored_name(position, self.last)
+        row, name = self.levels.index(level), stored_name(position, self.last, self.positions)
         known = name in self.positions
         return float(self.medians[row, self.positions.index(name)] if known else self.pooled[row])
 

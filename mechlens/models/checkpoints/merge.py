@@ -22,6 +22,7 @@ from mechlens.models.checkpoints.adapter_record import read_record, require_whol
 from mechlens.models.checkpoints.folders import adapters_inside, other_format
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS, keeps_the_base
 from mechlens.models.device_map import require_in_memory
+from mechlens.models.offline import at_home
 from mechlens.models.precision import round_weights
 
 TOLERANCE, IN_HALF = 1e-3, 0.1
@@ -142,7 +143,7 @@ def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
 
     config = None
     try:
-        with hub.asked():
+        with at_home(source):
             config = PeftConfig.from_pretrained(source)
         if config.is_prompt_learning or config.peft_type.value == "ADAPTION_PROMPT":
             raise UserError(
@@ -151,7 +152,7 @@ def _adapted(hf_model: Any, source: str, adapter: str, name: str) -> Any:
             )
         with torch.random.fork_rng():
             torch.manual_seed(0)  # some (PiSSA with `niter`) draw while they load, and must come out the same again
-            with hub.asked(), warnings.catch_warnings():
+            with at_home(source), warnings.catch_warnings():
                 # peft's own reading of an attribute that transformers has renamed
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
                 adapted = PeftModel.from_pretrained(hf_model, source).eval()
