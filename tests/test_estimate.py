@@ -17,4 +17,8 @@ def test_missing_says_so_with_its_count() -> None:
     assert math.isnan(missing.low)
     assert math.isnan(missing.high)
     assert str(missing) == "not measurable, n=3"
+    assert (missing.of("nats"), Estimate(2.3, 1.9, 2.7, 14).of("nats")) == (
+        str(missing),
+        "2.30 nats [1.90, 2.70], n=14",
+    )
     assert Estimate(0.5, 0.4, 0.6, 10).measurable

@@ -218,10 +218,19 @@ def test_a_cosine_that_noise_has_made_is_no_angle(value, low, high, angle):
 
 def test_a_curve_keeps_its_colour_where_another_is_no_angle():
     frame = pd.DataFrame({"curve": ["a", "b"], "x": 1, "v": [8.0, 0.5], "low": [2.0, 0.4], "high": [9.0, 0.6]})
-    drawn, _ = angles(frame, "v", "low", "high")
+    drawn, noisy = angles(frame, "v", "low", "high")
     both = figures.lines(frame, x="x", y="v", group="curve", **WORDS).data
     (alone,) = figures.lines(drawn, x="x", y="v", group="curve", **WORDS).data
     assert (alone.name, alone.line.color) == ("b", both[1].line.color)
+    figure = figures.lines(drawn, x="x", y="v", group="curve", **WORDS)
+    figures.mark_missing(figure, noisy, x="x", group="curve", at=-1.0, step=0.1, why=NO_ANGLE)
+    _, cross = figure.data
+    assert (cross.name, cross.marker.color, list(cross.x)) == ("a", both[0].line.color, [1])  # only where it is noisy
+
+
+def test_a_scatter_has_the_diagonal_that_its_caption_tells_of():
+    (line,) = figures.scatter(FRAME, x="level", y="auroc", **WORDS, diagonal=True).layout.shapes
+    assert (line.x0, line.x1) == (line.y0, line.y1) == (0.4, 0.9)  # where both axes reach, so that none is stretched
 
 
 def test_bands_over_all_that_is_possible_are_drawn_once():

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.headline import after_headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.colours import ON_DARK, THINGS
 from mechlens.runs.report.parts import HEADINGS, estimate_text, heading, token_spans
@@ -225,7 +226,8 @@ def test_colours_are_symmetric_about_zero_and_white_space_is_seen():
         ("tpr_at_1pct_fpr.latent_guard", "higher: better"),
         ("fpr.latent_guard", "lower: better"),
         ("auroc.latent_guard.twins", "0.5: chance; 1: told apart"),
-        ("auroc_gain.tfidf.twins", "above 0: more than that"),
+        ("auroc_gain.tfidf.twins", "above 0: ahead of the baseline"),
+        ("dissociation.beyond_words", "above 0: more than the words tell"),
         ("auroc.tfidf.twins", "the number to beat"),
         ("dissociation.one_variable_95", "the number to beat"),
         ("n.refused_harmful", ""),
@@ -260,3 +262,20 @@ def test_a_table_stands_under_the_first_of_its_figures_only():
 )
 def test_a_number_is_said_with_its_interval(estimate, value, detail):
     assert estimate_text(estimate) == (value, detail)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "headline", "beyond"),
+    [
+        (
+            "Open. D is 1, above 0. If D stays there, 9 more would do.",
+            "Open: D is 1; 9 more would do.",
+            "D is 1, above 0.",
+        ),
+        ("It holds. More of it.", "It holds.", "More of it."),
+        ("Known: x is 3.", "Known: x is 3.", ""),
+        ("Whole.", "", "Whole."),
+    ],
+)
+def test_the_box_goes_on_from_the_sentence_above_it(verdict, headline, beyond):
+    assert after_headline(verdict, headline) == beyond

@@ -1,5 +1,6 @@
 """The one sentence of a run, which stands first wherever the run is shown."""
 
+import re
 from dataclasses import dataclass
 
 LONGEST = 250
@@ -39,3 +40,18 @@ def first_sentence(text: str) -> str:
         return verdict + end.strip()
     first, end, _ = rest.partition(". ")
     return f"{verdict}: {first}{end.strip()}"
+
+
+def after_headline(verdict: str, headline: str) -> str:
+    """What a verdict's explanation says beyond the headline that stands above it."""
+    word, end, rest = verdict.strip().partition(". ")
+    if end and word.count(" ") <= MOST_SPACES and headline.lower().startswith(word.lower()):
+        verdict, said = rest, headline[len(word) :].lstrip(": ")
+    else:
+        said = headline
+    beyond = verdict.strip().removeprefix(said).strip()
+    settle = headline.rpartition("; ")[2] if "; " in headline else ""
+    if settle:
+        again = rf"(?:^|(?<=[.] ))(?:If (?:it|D) stays there, )?{re.escape(settle)}"
+        beyond = re.sub(again, "", beyond, flags=re.IGNORECASE).strip()
+    return beyond

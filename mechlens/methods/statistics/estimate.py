@@ -69,5 +69,10 @@ class Estimate:
         low, high = f"{self.low:z.{digits}f}", f"{self.high:z.{digits}f}"  # z: no "-0.00"
         return f"{self.value:z.{digits}f} [{low}, {high}]"
 
+    def of(self, unit: str) -> str:
+        """Printed with its unit behind the number, `2.34 nats [1.93, 2.68], n=14`."""
+        value, bracket, rest = str(self).partition(" [")
+        return f"{value} {unit}{bracket}{rest}" if self.measurable else str(self)
+
     def __str__(self) -> str:
         return f"{self.brief}, n={self.n}"

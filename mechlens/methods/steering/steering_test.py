@@ -84,8 +84,9 @@ class SteeringTest:
         if not place or self.random is None:
             return f"None of {len(self.table)} directions tried leaves plain text whole, so none is taken."
         does = (
-            f"the effect on negative test prompts is {self.effect} nats, where chance reaches {self.random.bound:.2f} "
-            f"(the best of {self.random.n} random directions of its length has {self.random.maximum:.2f})"
+            f"the effect on negative test prompts is {self.effect.of('nats')}, where chance reaches "
+            f"{self.random.bound:.2f} (the best of {self.random.n} random directions of its length has "
+            f"{self.random.maximum:.2f})"
         )
         if self.direction is None:
             return f"Of {len(self.table)} directions tried that of {place} does most, and no more than chance: {does}."

@@ -1,7 +1,7 @@
 """What the figures share: an empty figure of our look, groups, bands, rules, values that plotly shows as they are."""
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -115,17 +115,31 @@ def whiskers(part: pd.DataFrame, y: str, low: str, high: str) -> dict[str, Any]:
     }
 
 
-def draw_rule(figure: go.Figure, hline: float | None, label: str = "") -> None:
-    """A dashed line across the figure, such as chance."""
+def draw_rule(figure: go.Figure, hline: float | None, label: str = "", *, outside: bool = False) -> None:
+    """A dashed line across the figure, such as chance; `outside` writes its label beside the figure, clear of bars."""
     if hline is None:
         return
     figure.add_hline(y=hline, line=DASHED)
     if label:
         # Below the rule at the right end, where curves that rise above chance are not.
         figure.add_annotation(
-            text=html.escape(label), x=1, xref="paper", xanchor="right", y=hline, yanchor="top", showarrow=False,
-            font={"size": 11, "color": QUIET},
+            text=html.escape(label), x=1, xref="paper", xanchor="left" if outside else "right", y=hline,
+            yanchor="middle" if outside else "top", showarrow=False, font={"size": 11, "color": QUIET},
         )  # fmt: skip
+        if outside:
+            figure.update_layout(margin={"r": 20 + 6 * len(label)})
+
+
+def draw_diagonal(figure: go.Figure, low: float, high: float) -> None:
+    """A dashed line where both axes have the same value, such as one variable or chance."""
+    if low < high:
+        figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=DASHED, layer="below")
+
+
+def left_out(names: Iterable[str]) -> str:
+    """What a caption says of the curves that a figure leaves out; "" for none."""
+    gone = ", ".join(dict.fromkeys(names))
+    return f" Not drawn, so that the rest can be told apart: {gone}; the table has all." if gone else ""
 
 
 def limits_about(values: "pd.Series[Any]", center: float | None) -> tuple[float | None, float | None]:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mechlens.runs.report.colours import DIVERGING, GREY, PAPER, SEQUENTIAL, faded
+from mechlens.runs.report.colours import DIVERGING, PAPER, SEQUENTIAL, faded, looks
 from mechlens.runs.report.figure_parts import (
     DASHED,
     DASHES,
@@ -19,6 +19,7 @@ from mechlens.runs.report.figure_parts import (
     SYMBOLS,
     band,
     cell_ticks,
+    draw_diagonal,
     draw_rule,
     empty,
     groups,
@@ -81,15 +82,23 @@ def lines(
     return figure
 
 
-def mark_missing(figure: go.Figure, where: Sequence[int | float | str], at: float, why: str) -> None:
-    """Grey crosses at the height `at`, over each place of the x axis where something can't be drawn, and why."""
-    if not len(where):
-        return
-    figure.add_scatter(
-        x=list(where), y=[at] * len(where), name=html.escape(why), mode="markers", hoverinfo="skip",
-        marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": GREY}}, cliponaxis=False,
-    )  # fmt: skip
-    show_legend(figure, True)
+def mark_missing(figure: go.Figure, df: pd.DataFrame, *, x: str, group: str, at: float, step: float, why: str) -> None:
+    """A cross for every row, where a curve of the group can't be drawn: in its colour, at a height of its own.
+
+    The first group's crosses stand at `at`, the next ones' each a `step` above. `df[group]` is categorical and knows
+    the groups of the whole figure; one that has crosses and no curve stands in the legend by its crosses.
+    """
+    drawn = {trace.name for trace in figure.data}
+    known = looks(map(str, df[group].cat.categories))
+    for row, (name, part) in enumerate(df.groupby(group, observed=True)):
+        colour, shown = known[str(name)].colour, readable(name)
+        figure.add_scatter(
+            x=python_values(part[x]), y=[at + row * step] * len(part), name=shown, legendgroup=shown, mode="markers",
+            showlegend=shown not in drawn, hovertemplate=html.escape(why), cliponaxis=False,
+            marker={"symbol": "x-thin", "size": 7, "color": colour, "line": {"width": 1.5, "color": colour}},
+        )  # fmt: skip
+    if len(df):
+        show_legend(figure, True)
 
 
 def heatmap(
@@ -146,6 +155,7 @@ def scatter(
     hover: Sequence[str] = (),
     hline: float | None = None,
     vline: float | None = None,
+    diagonal: bool = False,
 ) -> go.Figure:
     """One point per row; the `hover` columns are read by pointing at it."""
     columns = {"x": x, "y": y, "group": group, **{f"hover{i}": name for i, name in enumerate(hover)}}
@@ -167,6 +177,8 @@ def scatter(
     draw_rule(figure, hline)
     if vline is not None:
         figure.add_vline(x=vline, line=DASHED)
+    if diagonal and not df.empty:
+        draw_diagonal(figure, float(max(df[x].min(), df[y].min())), float(min(df[x].max(), df[y].max())))
     return figure
 
 
@@ -209,7 +221,7 @@ def bars(
     show_legend(figure, group is not None)
     figure.update_yaxes(range=with_room(limits))
     figure.update_xaxes(showgrid=False, type="category")
-    draw_rule(figure, hline, hline_label)
+    draw_rule(figure, hline, hline_label, outside=True)
     return figure
 
 

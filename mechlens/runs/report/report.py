@@ -15,7 +15,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.runs.headline import Headline
+from mechlens.runs.headline import Headline, after_headline
 from mechlens.runs.report.colours import ON_DARK
 from mechlens.runs.report.parts import TokenView, cells, estimate_text, heading, paragraphs, token_spans
 from mechlens.runs.report.signs import sign
@@ -197,6 +197,7 @@ def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "paragraphs": paragraphs,
+        "after_headline": after_headline,
         "token_spans": token_spans,
         "estimate_text": estimate_text,
         "sign": sign,

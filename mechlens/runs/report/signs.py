@@ -4,9 +4,11 @@ import re
 
 _SIGNS = (
     (r"random|one_variable_95|null\.|floor", "the number to beat"),
-    (r"gain|beyond_chance|beyond_words", "above 0: more than that"),
+    (r"beyond_words", "above 0: more than the words tell"),
+    (r"beyond_chance", "above 0: more than random ones"),
+    (r"gain", "above 0: ahead of the baseline"),
     (r"(^|_)words$|surface|tfidf|mean_embedding|token_identity|length_auroc", "the number to beat"),
-    (r"dissociation$", "0: one variable; up to 4: two"),
+    (r"dissociation$", "above the next number: more than one variable gives"),
     (r"harm_gap", "above 0: looks more harmful"),
     (r"refusal_gap", "below 0: looks less refused"),
     (r"gap_change", "above 0: tells them apart more by refusing"),

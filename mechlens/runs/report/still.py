@@ -132,6 +132,8 @@ def _rules(layout: Mapping[str, Any], across: Axis, up: Axis, y: str) -> Iterato
             line = f"M{across.ends[0]:.0f} {up(shape['y0']):.1f}H{across.ends[1]:.0f}"
         elif shape.get("x0") == shape.get("x1") and str(shape.get("yref", "")).endswith("domain"):
             line = f"M{across(shape['x0']):.1f} {up.ends[0]:.0f}V{up.ends[1]:.0f}"
+        elif shape.get("x0") == shape.get("y0") and shape.get("x1") == shape.get("y1"):
+            line = _path([(across(shape[f"x{end}"]), up(shape[f"y{end}"])) for end in "01"], stepped=False)
         else:
             continue
         yield f'<path d="{line}" stroke="{RULE}" stroke-dasharray="6 4"/>'

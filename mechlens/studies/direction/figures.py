@@ -3,6 +3,7 @@
 import pandas as pd
 
 from mechlens.runs.report import figures
+from mechlens.runs.report.figure_parts import left_out
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.study import Concept
 
@@ -13,6 +14,7 @@ def draw(writer: RunWriter, result: Concept) -> None:
     """Draws every figure."""
     table = result.table()
     main = _main_positions(table)
+    gone = left_out(name for name in table["position"] if name not in set(main["position"]))
     last = table["position"].iloc[-1]
     main = main.assign(position=main["position"].replace({last: f"last, {last}"} if last.startswith("post") else {}))
     curves = figures.lines(
@@ -22,7 +24,7 @@ def draw(writer: RunWriter, result: Concept) -> None:
     caption = (
         "Where a curve rises the model has worked the concept out; one that is high from level 0 on is in the token "
         "itself. Bands: 95% intervals over families."
-    )
+    ) + gone
     writer.figure("auroc_by_level", curves, table="auroc_by_level", caption=caption)
     grid = figures.heatmap(
         table, x="position", y="level", value="auroc", center=0.5, limits=(0.0, 1.0), label="AUROC",
@@ -37,7 +39,7 @@ def draw(writer: RunWriter, result: Concept) -> None:
         ylabel="reliability (0 noise, 1 noise-free)",
     )  # fmt: skip
     halves = "Near 0 the direction is noise, near 1 half the prompts give the same one."
-    writer.figure("reliability", reliability, table="auroc_by_level", caption=halves)
+    writer.figure("reliability", reliability, table="auroc_by_level", caption=halves + gone)
 
 
 def _main_positions(table: pd.DataFrame) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from mechlens.models.engine.generate import prompt_logits
 from mechlens.models.engine.reference import whole_logits
 from mechlens.prompts.batch import TokenBatch
 from mechlens.runs.report import figures
+from mechlens.runs.report.figure_parts import draw_diagonal, left_out
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.guard.evaluation import GuardEvaluation
@@ -158,10 +159,11 @@ def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict
         ylabel="share of harmful prompts flagged (TPR)",
     )  # fmt: skip
     roc.update_xaxes(range=[-0.02, 1.02])
+    draw_diagonal(roc, 0.0, 1.0)
     caption = (
-        "The nearer to the top left corner the better; the diagonal is chance. Where few harmless prompts may be "
-        "flagged only the left edge counts. The curves of the other detectors are in the table."
-    )
+        "The nearer to the top left corner the better; the dashed diagonal is chance. Where few harmless prompts may "
+        "be flagged only the left edge counts."
+    ) + left_out(_in_words(curves[~curves["detector"].isin(shown)])["detector"])
     writer.figure("roc", roc, table="roc", caption=caption)
     kinds = {TWINS: "twins", TOTAL: "all prompts"}
     areas = said.measures[said.measures["source"].isin(kinds) & (said.measures["measure"] == "auroc")]

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from mechlens.runs.report import figures
+from mechlens.runs.report.figure_parts import left_out
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.study import Separation
 from mechlens.studies.shared.angles import NO_ANGLE, POSSIBLE, angles
@@ -40,12 +41,13 @@ def _dissociation(writer: RunWriter, result: Separation) -> tuple[str, ...]:
     placed = found.prompts[found.prompts["quadrant"].isin(QUADRANTS)]
     scatter = figures.scatter(
         in_words(placed), x="harm", y="refusal", group="quadrant", hover=["id"], hline=0.0, vline=0.0,
-        title="Harm and refusal of every prompt, out of fold", ylabel="refusal at the last token (poles at −1 and +1)",
+        diagonal=True, title="Harm and refusal of every prompt, out of fold",
+        ylabel="refusal at the last token (poles at −1 and +1)",
         xlabel="harm at inst (accepted harmless at −1, refused harmful at +1)",
     )  # fmt: skip
     seen = (
-        "Each point is a prompt. With one variable all points lie along the diagonal; with two, accepted harmful "
-        "prompts lie to the lower right and refused harmless ones to the upper left."
+        "Each point is a prompt. With one variable all points lie along the dashed diagonal; with two, accepted "
+        "harmful prompts lie to the lower right and refused harmless ones to the upper left."
     )
     table = found.at_one_position
     words = {"harm": "harm: gap", "refusal": "refusal: gap", "D": "D: harm less refusal"}
@@ -99,6 +101,7 @@ def _curves(writer: RunWriter, result: Separation, table: pd.DataFrame) -> list[
         "The level is where a curve rises: there the model has worked it out. The curve inside one class is the one "
         "that the other question can't explain. Bands: 95% intervals by families; each level is the same in all folds."
     )
+    caption += left_out(name for name in table["position"] if name not in ("inst", last))
     names = []
     for contrast, (question, curves) in shown.items():
         named = [curves.get(key, "") for key in zip(table["contrast"], table["position"], strict=True)]
@@ -171,11 +174,11 @@ def _cosines(writer: RunWriter, table: pd.DataFrame, name: str, value: str, low:
         drawn, x="level", y=value, low=low, high=high, group="curve", hline=0.0, limits=POSSIBLE,
         title=f"Cosine of the two directions by level, {how}", xlabel="level", ylabel="cosine",
     )  # fmt: skip
-    figures.mark_missing(figure, sorted(noisy["level"].unique().tolist()), POSSIBLE[0], NO_ANGLE)
+    figures.mark_missing(figure, noisy, x="level", group="curve", at=POSSIBLE[0], step=0.07, why=NO_ANGLE)
     caption = (
         "At 0 the directions of harm and of refusal are unrelated, at 1 they are the same. Bands: 95% jackknife over "
-        "families, both directions refitted. A cross marks a level where the interval of some curve takes more than "
-        "half of what a cosine can be: too noisy for an angle. The numbers are in the table."
+        "families, both directions refitted. A cross at the bottom marks, in a curve's colour, a level where its "
+        "interval takes more than half of what a cosine can be: too noisy for an angle. The numbers are in the table."
     )
     return writer.figure(name, figure, table="cosines", caption=caption)
 

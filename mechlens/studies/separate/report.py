@@ -25,8 +25,8 @@ QUESTION = (
 )
 
 NUMBERS = {
-    "dissociation": "D: harm and refusal of the two misbehaving quadrants (one variable: 0; two: up to 4)",
-    "dissociation.one_variable_95": "D that one variable stays below in 95% of fitted worlds",
+    "dissociation": "D: how far the two misbehaving quadrants part, in harm and in refusal (at most about 4)",
+    "dissociation.one_variable_95": "D that one variable alone stays below, in 95% of fitted worlds",
     "dissociation.beyond_words": "D once the words are taken out of both readings",
     "dissociation.harm_gap": "harm of accepted harmful prompts less that of refused harmless ones",
     "dissociation.refusal_gap": "refusal of accepted harmful prompts less that of refused harmless ones",
@@ -84,8 +84,11 @@ def _quadrants(result: Separation, figures: dict[str, tuple[str, ...]]) -> Secti
 
 def _placed_nowhere(result: Separation) -> str:
     quadrants = result.judged.quadrants()
-    counts = [f"{quadrants.count(name)} {name}" for name in IN_NO_QUADRANT]
-    return f"In none of them, of {len(quadrants)} prompts: {', '.join(counts)} answers."
+    counts = {name: quadrants.count(name) for name in IN_NO_QUADRANT if name in quadrants}
+    if not counts:
+        return f"Each of the {len(quadrants)} prompts is in one of them."
+    answers = ", ".join(f"{n} {name}" for name, n in counts.items())
+    return f"{sum(counts.values())} of {len(quadrants)} prompts are in none of them, for their answers ({answers})."
 
 
 def _one_or_two(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:

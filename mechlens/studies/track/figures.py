@@ -213,12 +213,13 @@ def _cosines(writer: RunWriter, name: str, cell: pd.DataFrame, where: str, level
         drawn, x="step", y="value", low="low", high="high", group="curve", hline=0.0, limits=POSSIBLE,
         title=f"Has the direction of {where} turned? Level {level}", xlabel="training step", ylabel="cosine",
     )  # fmt: skip
-    figures.mark_missing(figure, sorted(noisy["step"].unique().tolist()), POSSIBLE[0], NO_ANGLE)
+    figures.mark_missing(figure, noisy, x="step", group="curve", at=POSSIBLE[0], step=0.07, why=NO_ANGLE)
     steps = sorted(cell["step"].unique().tolist())
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=steps, dtick=None)
     caption = (
         "Near 1 the direction is what it was; a fall says that it has turned. Where the reliability is low the "
-        "measured cosine is low too, whatever happened, and a cross marks what is no angle."
+        "measured cosine is low too, whatever happened, and a cross at the bottom, in a curve's colour, marks "
+        "what is no angle."
     )
     writer.figure(name, figure, table="angles", caption=caption)
 
