@@ -14,6 +14,7 @@ import pytest
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import after_headline
 from mechlens.runs.report import figures
+from mechlens.runs.report.cells import cells
 from mechlens.runs.report.colours import ON_DARK, THINGS
 from mechlens.runs.report.parts import HEADINGS, estimate_text, heading, token_spans
 from mechlens.runs.report.report import FigureEntry, Report, Section, TokenView, render
@@ -180,6 +181,17 @@ def test_no_two_columns_of_a_recorded_table_are_called_alike():
         headings = [heading(column) for column in pd.read_parquet(table).columns]
         assert len(set(headings)) == len(headings), table
         assert not [words for words in headings if "_" in words], table
+
+
+def test_cells_are_words_and_a_column_has_one_format():
+    frame = pd.DataFrame(
+        {"baseline": ["token_identity_auroc.inst", "tfidf"], "cut": [True, False], "auroc": [0.9, 0.98765],
+         "n": [9, 120], "p": [0.5, 1e-6], "step": [1.0, math.nan], "token": ["a_b", "tfidf"]}
+    )  # fmt: skip
+    assert cells(frame) == [
+        ["token at the position, inst", "yes", "0.900", "9", "0.5", "1", "a_b"],
+        ["words (TF-IDF)", "no", "0.988", "120", "1e−06", "–", "tfidf"],  # a prompt's words stay as they are
+    ]
 
 
 def test_no_two_headings_are_alike():

@@ -3,9 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import pandas as pd
+from typing import NamedTuple
 
 from mechlens.methods.statistics.estimate import Estimate
 
@@ -167,21 +165,10 @@ def heading(column: str) -> str:
     return column.replace("_", " ")
 
 
-def cells(frame: pd.DataFrame) -> list[list[str]]:
-    """The table's cells as text: four digits, a dash for what is missing."""
-    return [[_cell(value) for value in row] for row in frame.itertuples(index=False, name=None)]
-
-
 def paragraphs(text: str) -> list[list[tuple[bool, str]]]:
     """Paragraphs, each as pieces of (is code, text), code being what stands between backticks."""
     parts = [part.strip() for part in text.split("\n\n") if part.strip()]
     return [[(i % 2 == 1, piece) for i, piece in enumerate(part.split("`"))] for part in parts]
-
-
-def _cell(value: Any) -> str:
-    if value is None or value is pd.NaT or value is pd.NA:
-        return "–"
-    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _number(value: float) -> str:

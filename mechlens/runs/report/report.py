@@ -16,8 +16,9 @@ from markupsafe import Markup
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline, after_headline
+from mechlens.runs.report.cells import cells, numeric
 from mechlens.runs.report.colours import ON_DARK
-from mechlens.runs.report.parts import TokenView, cells, estimate_text, heading, paragraphs, token_spans
+from mechlens.runs.report.parts import TokenView, estimate_text, heading, paragraphs, token_spans
 from mechlens.runs.report.signs import sign
 from mechlens.runs.run import Run
 
@@ -171,7 +172,7 @@ def _table(frame: pd.DataFrame, file: str = "") -> _Table:
         columns=[str(column) for column in shown.columns],
         headings=[heading(str(column)) for column in shown.columns],
         rows=cells(shown),
-        numeric=[pd.api.types.is_numeric_dtype(shown[column]) for column in shown.columns],
+        numeric=[numeric(shown.iloc[:, i]) for i in range(shown.shape[1])],
         total=len(frame),
         file=file,
     )

@@ -1,0 +1,75 @@
+"""The cells of a report's tables: words for code names, yes and no, and one way of writing numbers in a column."""
+
+import math
+import re
+from typing import Any
+
+import pandas as pd
+
+from mechlens.runs.privacy import names_text
+
+NAMES = {
+    "tfidf": "words (TF-IDF)", "mean_embedding": "mean token embedding", "token_identity": "token at the position",
+}  # fmt: skip
+"""What names of code are called where taking the underscores out doesn't say it."""
+_CODE = re.compile(r"[a-z]+\d*(_[a-z\d]+)+|tfidf")
+_BASELINE = re.compile(r"(tfidf|mean_embedding|token_identity|length)_auroc(?:\.(.+))?")
+KEPT = frozenset(["id", "file", "path", "folder", "model", "parameter", "matrix", "module", "source"])
+"""Columns whose names are looked for as they are."""
+WIDE = 1e4
+"""Where a column's numbers differ by more than this, no fixed number of decimals shows them all."""
+
+
+def cells(frame: pd.DataFrame) -> list[list[str]]:
+    """The table's cells as text, each column in one format: a dash for what is missing."""
+    columns = [_column(str(name), frame.iloc[:, i]) for i, name in enumerate(frame.columns)]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def numeric(column: "pd.Series[Any]") -> bool:
+    """Whether its cells stand to the right, digit below digit; yes and no do not."""
+    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+
+
+def in_words(name: str) -> str:
+    """A name that code uses, as people write it; any other text as it is."""
+    if found := _BASELINE.fullmatch(name):
+        kind, position = found.groups()
+        return in_words(kind) if not position else f"{in_words(kind)}, {position}"
+    return NAMES.get(name, name.replace("_", " ")) if _CODE.fullmatch(name) else name
+
+
+def _column(name: str, column: "pd.Series[Any]") -> list[str]:
+    decimals = _decimals([value for value in column if isinstance(value, float) and math.isfinite(value)])
+    plain = names_text(name) or name.rpartition("_")[2] in KEPT
+    return [_cell(value, decimals, plain=plain) for value in column]
+
+
+def _cell(value: Any, decimals: int | None, *, plain: bool) -> str:
+    if value is None or value is pd.NaT or value is pd.NA:
+        return "–"
+    if isinstance(value, float):
+        return _number(value, decimals)
+    if pd.api.types.is_bool(value):
+        return "yes" if value else "no"
+    text = str(value)
+    return text if plain or not isinstance(value, str) else in_words(text)
+
+
+def _decimals(values: list[float]) -> int | None:
+    """Digits behind the point with which the largest has four or so; None where three digits of each must do."""
+    sizes = [abs(value) for value in values if value]
+    if not sizes or max(sizes) / min(sizes) > WIDE or max(sizes) < 1e-4:
+        return None
+    if all(value.is_integer() for value in values):  # counts and steps, read as floats where some are missing
+        return 0
+    digits = math.floor(math.log10(max(sizes)))
+    return 2 - digits if digits < -1 else max(0, 3 - max(0, digits))
+
+
+def _number(value: float, decimals: int | None) -> str:
+    """A dash for NaN, a real minus sign."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:.3g}" if decimals is None else f"{value:z.{decimals}f}"
+    return text.replace("-", "−")
