@@ -80,7 +80,9 @@ def _said(output: nbformat.NotebookNode) -> str:
 
 
 def _plain(output: nbformat.NotebookNode) -> str:
-    return str(output.get("text", "") or output.get("data", {}).get("text/plain", ""))
+    """Its text, where a code host has nothing better to show of it."""
+    data = output.get("data", {})
+    return "" if {*data} - {"text/plain"} else str(output.get("text", "") or data.get("text/plain", ""))
 
 
 def executed(path: Path) -> nbformat.NotebookNode:

@@ -96,9 +96,7 @@ def test_short_fresh_and_from_the_public_interface(path: Path, maker: ModuleType
         assert maker.faults(book) == []
 
 
-NOT_RUN_YET = {
-    "04_causal", "05_tracking", "06_latent_guard",
-}  # fmt: skip
+NOT_RUN_YET = {"05_tracking"}
 
 
 FAULTS = {
