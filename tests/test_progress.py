@@ -5,6 +5,7 @@ import time
 import pytest
 
 from mechlens.methods import progress
+from mechlens.methods.heartbeat import Heartbeat
 from mechlens.methods.progress import WholeBar, one_bar, phase, progress_bar, steps, timed
 
 
@@ -21,6 +22,9 @@ def test_the_outermost_phase_counts_and_the_rest_is_other() -> None:
     assert set(found) == {"answering", "collecting", "other"}
     assert found["answering"] >= 0.02 > found["collecting"] >= 0.01
     assert found["other"] >= 0.01
+    with timed() as clock, phase("report", apart=True), phase("measuring"):
+        time.sleep(0.02)
+    assert clock.seconds["measuring"] >= 0.02 > clock.seconds["report"] >= 0.0
     with phase("nobody looks"):
         pass
     assert "nobody looks" not in clock.seconds
@@ -89,6 +93,28 @@ def test_in_a_log_there_is_a_line_from_the_first_batch_on_and_then_every_half_mi
     assert lines[0] == "answering: 8 of 608 prompts, 4 s gone, about 5 min 0 s to go"
     assert lines[1] == "answering: 72 of 608 prompts, 36 s gone, about 4 min 28 s to go"
     assert len(lines) == 10
+
+
+def test_a_log_says_what_has_begun_and_that_it_goes_on(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with timed() as times:
+        beats = Heartbeat(times, "separate")
+
+        def after(seconds: float) -> list[str]:
+            for _ in range(int(seconds)):
+                clock[0] += 1.0
+                beats.log()
+            return capsys.readouterr().err.splitlines()
+
+        with phase("loading", "tiny"):
+            assert after(4) == []
+        with phase("statistics"):
+            assert after(66) == ["statistics ...", "statistics, 35 s gone", "statistics, 1 min 5 s gone"]
+        with phase("steering"), phase("candidates"):
+            bar = steps(8, "steering", "prompt", 8)
+            assert after(36) == ["steering: candidates ...", "steering: candidates: 0 of 8 prompts, 35 s gone"]
+            bar.close()
+        with phase("steering"), phase("candidates"):
+            assert after(28) == []
 
 
 def test_in_a_log_a_short_loop_says_nothing_and_a_whole_bar_its_share(

@@ -2,12 +2,14 @@
 
 A study names its phases where they begin, and loops over batches say how far they are. Who runs a study can ask for the
 seconds of each phase (`timed`); a study that knows what is ahead can have one bar over everything (`one_bar`). Without
-either, a loop has a bar of its own. Where nobody watches, in a log or a pipe, a bar is a plain line every half minute.
+either, a loop has a bar of its own. Where nobody watches, in a log or a pipe, a bar is a plain line every half minute;
+`mechlens.methods.heartbeat` adds lines of what has no steps.
 """
 
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +34,8 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
     inside: bool = False
     began: float = field(default_factory=time.perf_counter)
+    now: tuple[tuple[str, float], ...] = ()
+    """The phases that we are in, the outermost first, each as people read it and since when (`time.monotonic`)."""
 
     def by_phase(self) -> dict[str, float]:
         """The seconds so far, and as "other" those outside of all phases."""
@@ -57,7 +61,11 @@ class Lines(Generic[T]):
 
     def __init__(self, total: int | float, title: str, unit: str = "", done: int = 0, over: Iterable[T] = ()) -> None:
         self.total, self.n, self._title, self._unit, self._over = float(total), float(done), title, unit, over
+        self.over = False
         self._before, self._began, self._last = self.n, time.monotonic(), 0.0
+        clock = _CLOCK.get()
+        self._inside = () if clock is None else tuple(name for name, _ in clock.now)
+        _LOOPS.append(weakref.ref(self))
 
     def __iter__(self) -> Iterator[T]:
         for one in self._over:
@@ -78,11 +86,16 @@ class Lines(Generic[T]):
         left = gone * (self.total - self.n) / done if done > 0 else 0.0
         due = now - self._last >= EVERY if self._last else max(gone, left) >= EVERY
         if due and done > 0 and self.n < self.total:
-            self._last = now
-            units = f" {self._unit}s" if self._unit else ""
-            far = f"{self.n:.0f} of {self.total:.0f}{units}" if units else f"{self.n / self.total:.0%}"
-            # tqdm's way of writing, so that bars of other libraries stay whole.
-            tqdm.write(f"{self._title}: {far}, {_said(gone)} gone, about {_said(left)} to go", file=sys.stderr)
+            self.say()
+
+    def say(self) -> None:
+        """The line of how far it is."""
+        now = self._last = time.monotonic()
+        gone, done = now - self._began, self.n - self._before
+        units = f" {self._unit}s" if self._unit else ""
+        far = f"{self.n:.0f} of {self.total:.0f}{units}" if units else f"{self.n / self.total:.0%}"
+        left = f", about {spoken(gone * (self.total - self.n) / done)} to go" if done > 0 else ""
+        say(f"{': '.join(dict.fromkeys((*self._inside, self._title)))}: {far}, {spoken(gone)} gone{left}")
 
     def set_description_str(self, title: str) -> None:
         """Another title from now on."""
@@ -93,9 +106,32 @@ class Lines(Generic[T]):
 
     def close(self) -> None:
         """All are done."""
+        self.over = True
 
 
-def _said(seconds: float) -> str:
+_LOOPS: list[weakref.ref[Lines[Any]]] = []
+_SAID = [0.0]
+"""When the last line was written."""
+
+
+def loop_now() -> Lines[Any] | None:
+    """The innermost loop that isn't at its end, where nobody watches."""
+    _LOOPS[:] = [ref for ref in _LOOPS if (loop := ref()) is not None and not loop.over and loop.n < loop.total]
+    return _LOOPS[-1]() if _LOOPS else None
+
+
+def say(line: str) -> None:
+    """Writes a line to stderr in tqdm's way, so that bars stay whole."""
+    _SAID[0] = time.monotonic()
+    tqdm.write(line, file=sys.stderr)
+
+
+def last_said() -> float:
+    """When the last line was written, by `time.monotonic`."""
+    return _SAID[0]
+
+
+def spoken(seconds: float) -> str:
     """A time in words: seconds below ten minutes, minutes below two hours."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 1:
@@ -136,13 +172,18 @@ def timed() -> Iterator[Clock]:
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
-    """What is done inside is this phase's; the outermost name counts."""
+def phase(name: str, of: str = "", *, apart: bool = False) -> Iterator[None]:
+    """What is done inside is this phase's, `of` something for those who watch; the outermost name counts.
+
+    Phases inside one that stands `apart` count for themselves.
+    """
     clock, whole = _CLOCK.get(), _WHOLE.get()
     outermost = clock is not None and not clock.inside
-    began = time.perf_counter()
+    began, before = time.perf_counter(), 0.0 if clock is None else sum(clock.seconds.values())
+    outer = () if clock is None else clock.now
     if clock is not None:
-        clock.inside = True
+        clock.inside = clock.inside or not apart
+        clock.now = (*outer, (f"{name} {of}".strip(), time.monotonic()))
     if whole is not None:
         whole.begin(name)
     try:
@@ -150,8 +191,11 @@ def phase(name: str) -> Iterator[None]:
         if whole is not None:
             whole.end(name)
     finally:
+        if clock is not None:
+            clock.now = outer
         if clock is not None and outermost:
-            clock.seconds[name] = clock.seconds.get(name, 0.0) + time.perf_counter() - began
+            inner = sum(clock.seconds.values()) - before
+            clock.seconds[name] = clock.seconds.get(name, 0.0) + time.perf_counter() - began - inner
             clock.inside = False
 
 

@@ -14,6 +14,7 @@ from mechlens.checked_json import checked
 from mechlens.choices import require_known
 from mechlens.errors import UserError
 from mechlens.files import AnyPath, user_path
+from mechlens.methods.heartbeat import heartbeat
 from mechlens.methods.progress import Clock, phase, timed
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
@@ -77,11 +78,16 @@ def run(config: Any) -> RunResult:
     study = study_of(config)
     config = _with_paths(config)
     require_known(config)
-    with timed() as clock:
-        with phase("loading"):
+    with timed() as clock, heartbeat(clock, study.name):
+        with phase("loading", _model_of(config)):
             study = _imported(study)
             prepared = _prepared(study, config)
         return open_run_folder(_recorded(study, config, prepared, clock))
+
+
+def _model_of(config: Any) -> str:
+    """The model as it is called, for those who wait for it."""
+    return os.path.basename(os.path.normpath(str(getattr(config, "model", getattr(config, "base", "")) or "model")))
 
 
 def _with_paths(config: Any) -> Any:
@@ -125,7 +131,7 @@ def _recorded(study: Study, config: Any, prepared: Preparation[Any], clock: Cloc
         _record_inputs(writer, prepared)
         result = loaded(study.execute)(config, prepared.content, writer)
         if study.report is not None:
-            with phase("report"):
+            with phase("report", apart=True):
                 loaded(study.report)(writer, result, prepared.content)
         writer.seconds(clock.by_phase())
     return Path(config.out)
@@ -171,8 +177,8 @@ def rerun(folder: AnyPath, out: AnyPath | None = None) -> Difference:
         where = Path(scratch) / "rerun" if out is None else user_path(out)
         again = _with_paths(_rebuilt(study.config, before.config | day, where))
         require_known(again)
-        with timed() as clock:
-            with phase("loading"):
+        with timed() as clock, heartbeat(clock, study.name):
+            with phase("loading", _model_of(again)):
                 prepared = _prepared(study, again)
             changed = changed_since(before, prepared.inputs)
             if changed:

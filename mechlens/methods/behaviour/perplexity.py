@@ -11,7 +11,7 @@ from torch import Tensor
 from mechlens.methods.activations.collect import refuse_too_long
 from mechlens.methods.activations.reading import FORMAT
 from mechlens.methods.cache import Cache
-from mechlens.methods.progress import progress_bar
+from mechlens.methods.progress import phase, progress_bar
 from mechlens.models.bridge import LanguageModel, checkpoint_now, dtype_of, has_hooks, loaded, n_layers, unembed
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
@@ -23,6 +23,7 @@ PIECE = 32
 """Prompts that a cache keeps together."""
 
 
+@phase("perplexity")
 def instruction_surprise(
     model: LanguageModel, batch: TokenBatch, cache: Cache | None = None
 ) -> Float64[Tensor, " prompt"]:

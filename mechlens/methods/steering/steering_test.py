@@ -144,10 +144,11 @@ def steering_test(
     `batch` holds the prompts of the split, labelled as the grid's contrast is.
     """
     with phase("steering"):
-        contrast = _contrast(model, grid.contrast, batch, split, cache)
-        choose, report = (
-            _trial(model, grid.contrast[1], batch, rows, contrast, cache) for rows in (split.validation, split.test)
-        )
+        with phase("what to reach"):
+            contrast = _contrast(model, grid.contrast, batch, split, cache)
+            choose, report = (
+                _trial(model, grid.contrast[1], batch, rows, contrast, cache) for rows in (split.validation, split.test)
+            )
         return _chosen(choose, report, candidates_of(model, grid), plan)
 
 
@@ -191,22 +192,25 @@ def _of_side(batch: TokenBatch, rows: Sequence[int], side: str, most: int) -> li
 
 def _chosen(choose: _Trial, report: _Trial, candidates: Sequence[Direction], plan: Sampling) -> SteeringTest:
     missing = Estimate.missing(len(report.batch.prompts))
-    effects = choose.of(candidates).mean(dim=1).tolist() if candidates else []
+    with phase(f"{len(candidates)} candidates"):
+        effects = choose.of(candidates).mean(dim=1).tolist() if candidates else []
     rises: dict[int, float] = {}
     bounds: dict[int, float] = {}
-    plain = plain_loss(choose.model, None).mean()
-    for k in sorted(range(len(candidates)), key=lambda k: -effects[k]):
-        if len(bounds) == FINALISTS:
-            break
-        rises[k] = float(plain_loss(choose.model, addition(candidates[k])).mean() - plain)
-        if rises[k] <= HIGHEST_RISE:
-            drawn = random_like(candidates[k], plan.random_directions, plan.seed + 6)
-            bounds[k] = _random(choose.of(drawn), len(candidates)).bound
+    with phase("finalists beside random directions"):
+        plain = plain_loss(choose.model, None).mean()
+        for k in sorted(range(len(candidates)), key=lambda k: -effects[k]):
+            if len(bounds) == FINALISTS:
+                break
+            rises[k] = float(plain_loss(choose.model, addition(candidates[k])).mean() - plain)
+            if rises[k] <= HIGHEST_RISE:
+                drawn = random_like(candidates[k], plan.random_directions, plan.seed + 6)
+                bounds[k] = _random(choose.of(drawn), len(candidates)).bound
     if not bounds:
         return SteeringTest(None, missing, None, _table(candidates, effects, rises, bounds, None))
     taken = max(bounds, key=lambda k: effects[k] - bounds[k])
     drawn = random_like(candidates[taken], plan.random_directions, plan.seed + 7)
-    effects_there = report.of([candidates[taken], *drawn])
+    with phase("the chosen one on held-out prompts"):
+        effects_there = report.of([candidates[taken], *drawn])
     own = effects_there[0]
     random = _random(effects_there[1:], len(candidates))
     effect = mean_estimate(own, [prompt.group for prompt in report.batch.prompts], plan.seed, plan.resamples)

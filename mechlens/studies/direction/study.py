@@ -19,6 +19,7 @@ from mechlens.methods.directions.methods import MEAN_DIFFERENCE
 from mechlens.methods.directions.nulls import split_half
 from mechlens.methods.probing.confounds import Confound, find_confounds, warn_of_confounds
 from mechlens.methods.probing.detect import ChosenLevel, Detection
+from mechlens.methods.progress import phase
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.steering_test import SteeringTest, steering_test
 from mechlens.models.bridge import LanguageModel
@@ -205,15 +206,16 @@ def find_concept(
     batch = tokenize(prompts, template_of(model, template))
     acts = collect(model, batch, positions=positions, cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
-    surface = surface_of(model, batch)
     confounds = find_confounds(prompts, torch.tensor([p.label == POSITIVE for p in prompts]), plan.seed)
     warn_of_confounds(confounds, (POSITIVE, NEGATIVE))
-    measured = measure("concept", acts, acts.labels, (POSITIVE, NEGATIVE), split, surface, plan, confounds)
-    if measured.detection is None:
-        raise UserError(
-            f"some part of the split has fewer than 3 prompts of a side (in all {measured.counts}); add prompts"
-        )
-    reliability = _reliability(acts.select(split.train), measured.detection)
+    with phase("statistics"):
+        surface = surface_of(model, batch)
+        measured = measure("concept", acts, acts.labels, (POSITIVE, NEGATIVE), split, surface, plan, confounds)
+        if measured.detection is None:
+            raise UserError(
+                f"some part of the split has fewer than 3 prompts of a side (in all {measured.counts}); add prompts"
+            )
+        reliability = _reliability(acts.select(split.train), measured.detection)
     steered = None
     if causal:
         steered = steering_test(model, measured.detection.directions, batch, split, plan, cache=cache)

@@ -12,7 +12,7 @@ from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.nulls import LabelledVectors, RandomNull, random_null
 from mechlens.methods.guard.rules import score_by
 from mechlens.methods.probing.auroc import auroc, auroc_difference, auroc_estimate, tpr_at_fpr_estimate, weighted_auroc
-from mechlens.methods.progress import progress_bar
+from mechlens.methods.progress import phase, progress_bar
 from mechlens.methods.statistics.calibration import calibration_error_estimate
 from mechlens.methods.statistics.effect_size import effect_estimate
 from mechlens.methods.statistics.estimate import Estimate
@@ -71,6 +71,7 @@ class _Group:
     families: Sequence[str]
 
 
+@phase("measuring")
 @one_thread()
 def measures(result: GuardEvaluation) -> pd.DataFrame:
     """One row for each detector, source (and "total", "twins") and measure: value, low, high, n, against.
@@ -228,6 +229,7 @@ def random_directions(result: GuardEvaluation) -> RandomNull:
     return random_null(direction, test, result.plan.random_directions, result.plan.seed)
 
 
+@phase("permuted labels")
 @one_thread()
 def shuffled_labels(result: GuardEvaluation) -> ShuffledNull:
     """The guard's rule at its places, refitted to permuted training labels; see `nulls.permutation_null`."""

@@ -13,6 +13,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.guard.guard_model import GuardModelOpinion, ask_guard_model
+from mechlens.methods.progress import phase
 from mechlens.models.bridge import LanguageModel, d_model, loaded
 from mechlens.models.load import load, short_name
 from mechlens.prompts.batch import tokenize
@@ -134,7 +135,8 @@ def execute_fit(config: GuardFit, sets: ContrastSets, writer: RunWriter) -> Guar
         seed=config.seed,
     )
     prompts = (*sets.positive, *sets.negative)
-    fitting = fit_guard(sets.model, prompts, estimator, plan=config, template=sets.template, cache=writer.cache)
+    with phase("fitting", apart=True):
+        fitting = fit_guard(sets.model, prompts, estimator, plan=config, template=sets.template, cache=writer.cache)
     writer.prompts(fitting.train)
     writer.artifact("guard", fitting.guard)
     test = tuple(replace(prompt, source=HELD_OUT.name) for prompt in fitting.test)

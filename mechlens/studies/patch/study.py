@@ -18,6 +18,7 @@ from mechlens.methods.patching.metrics import Metric, RefusalLogOdds
 from mechlens.methods.patching.plan import MODES, PatchPlan, opened_positions
 from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import ATTRIBUTION, patch_sweep
+from mechlens.methods.progress import phase
 from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoints.outline import Outline
 from mechlens.models.sites import require_site
@@ -138,8 +139,12 @@ def trace(
         plans[mode] = replace(plan, mode=mode)
         plans[f"heads.{mode}"] = replace(plan, site="z", positions=("last",), mode=mode)
     plans |= {f"{name}.random": replace(changed, random_seed=seed + 1) for name, changed in plans.items()}
-    sweeps = {name: sweep(changed) for name, changed in plans.items()}
-    sweeps["attribution"] = sweep(plans["denoising"], ATTRIBUTION)
+    sweeps = {}
+    for k, (name, changed) in enumerate(plans.items(), start=1):
+        with phase("patching", f"{k} of {len(plans) + 1} ({name})"):
+            sweeps[name] = sweep(changed)
+    with phase("patching", "by attribution"):
+        sweeps["attribution"] = sweep(plans["denoising"], ATTRIBUTION)
     return RefusalPath(chosen, sweeps)
 
 
