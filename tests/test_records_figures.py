@@ -176,12 +176,12 @@ def test_a_thing_has_its_colour_whatever_stands_beside_it():
     """Quadrants, concepts and positions; names of none of these get colours that no thing has."""
     alone, beside = (
         looks(["inst"]),
-        looks(["zhao", "refused harmful", "inst", "last, post[4]", "harmful among accepted"]),
+        looks(["zhao", "refused harmful", "inst", "last, post[4]", "harmful, fitted among accepted"]),
     )
     assert alone["inst"] == beside["inst"]
     assert len({look.colour for look in beside.values()}) == 5
     assert beside["zhao"].colour not in THINGS.values()
-    assert beside["harmful among accepted"].colour == looks(["harm"])["harm"].colour
+    assert beside["harmful, fitted among accepted"].colour == looks(["harm"])["harm"].colour
     assert looks(["instruction[0]"]) != looks(["inst"])  # another word, not another beginning
     twice = looks(["refusal added", "refusal subtracted"]).values()
     assert [look.turn for look in twice] == [0, 1]

@@ -9,6 +9,9 @@ from mechlens.studies.separate.study import Separation
 from mechlens.studies.shared.angles import NO_ANGLE, POSSIBLE, angles
 from mechlens.studies.shared.quadrants import QUADRANTS, in_words
 
+INSIDE = ", fitted among "
+"""Between the two words of a contrast that is fitted and scored inside one class only."""
+
 
 def draw(writer: RunWriter, result: Separation) -> dict[str, tuple[str, ...]]:
     """Draws every figure that the study has the numbers for; their names by section of the report."""
@@ -90,16 +93,17 @@ def _curves(writer: RunWriter, result: Separation, table: pd.DataFrame) -> list[
     shown = {
         "harmful": ("Is it harmful?", {
             ("harmful", "inst"): "inst", ("harmful", last): "last",
-            ("harmful.accepted", "inst"): "harmful among accepted prompts, at inst",
+            ("harmful.accepted", "inst"): "harmful, fitted among accepted, at inst",
         }),
         "refused": ("Will it be refused?", {
             ("refused", "inst"): "inst", ("refused", last): "last",
-            ("refused.harmful", last): "refused among harmful prompts, at last",
+            ("refused.harmful", last): "refused, fitted among harmful, at last",
         }),
     }  # fmt: skip
     caption = (
-        "The level is where a curve rises: there the model has worked it out. The curve inside one class is the one "
-        "that the other question can't explain. Bands: 95% intervals by families; each level is the same in all folds."
+        "The level is where a curve rises: there the model has worked it out. The curve fitted inside one class is the "
+        "one that the other question can't explain; it is scored there too, unlike the card 'fitted on all prompts'. "
+        "Bands: 95% intervals by families; each level is the same in all folds."
     )
     caption += left_out(name for name in table["position"] if name not in ("inst", last))
     names = []
@@ -134,13 +138,17 @@ def _against_baselines(writer: RunWriter, result: Separation) -> list[str]:
     columns = ["contrast", "what", "auroc", "low", "high"]
     both = pd.concat([ours[columns], surface[columns]], ignore_index=True)
     writer.table("against_baselines", both)
-    named = both.assign(contrast=both["contrast"].str.replace(".", " among ", regex=False))
+    named = both.assign(contrast=both["contrast"].str.replace(".", INSIDE, regex=False))
     figure = figures.bars(
         named, x="contrast", y="auroc", low="low", high="high", group="what", hline=0.5, hline_label="chance",
         limits=(0.0, 1.0), title="Directions against surface baselines, on the same prompts", xlabel="contrast",
         ylabel="AUROC",
     )  # fmt: skip
-    caption = "A direction that is no higher than the words, the mean embedding or the token says no more than they do."
+    caption = (
+        "A direction that is no higher than the words, the mean embedding or the token says no more than they do. "
+        "'Fitted among' is fitted and scored in that class only; the cards 'fitted on all prompts' are another "
+        "measurement, with baselines fitted likewise, so their gain isn't the distance of two bars here."
+    )
     return [writer.figure("against_baselines", figure, table="against_baselines", caption=caption)]
 
 

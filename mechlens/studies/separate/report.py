@@ -9,7 +9,7 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.contrasts import Question
-from mechlens.studies.separate.figures import draw
+from mechlens.studies.separate.figures import INSIDE, draw
 from mechlens.studies.separate.study import Separation
 from mechlens.studies.separate.verdict import Verdict, separation_verdict
 from mechlens.studies.shared.angles import angle_text
@@ -30,10 +30,10 @@ NUMBERS = {
     "dissociation.beyond_words": "D once the words are taken out of both readings",
     "dissociation.harm_gap": "harm of accepted harmful prompts less that of refused harmless ones",
     "dissociation.refusal_gap": "refusal of accepted harmful prompts less that of refused harmless ones",
-    "harmful_auroc.inst.accepted": "harmful among accepted prompts, at inst: AUROC",
-    "harmful_gain.accepted": "harmful among accepted, beyond the best surface baseline: AUROC gained",
-    "refused_auroc.last.harmful": "refused among harmful prompts, at last: AUROC",
-    "refused_gain.harmful": "refused among harmful, beyond the best surface baseline: AUROC gained",
+    "harmful_auroc.inst.accepted": "harmfulness fitted on all prompts, scored among accepted ones, at inst: AUROC",
+    "harmful_gain.accepted": "the same, beyond the best surface baseline fitted and scored alike: AUROC gained",
+    "refused_auroc.last.harmful": "refusal fitted on all prompts, scored among harmful ones, at last: AUROC",
+    "refused_gain.harmful": "of refusal, beyond the best surface baseline fitted and scored alike: AUROC gained",
 }
 """What decides the verdict, in words."""
 
@@ -148,8 +148,10 @@ def _detection(result: Separation, figures: dict[str, tuple[str, ...]]) -> Secti
         "What can be read, and where",
         "AUROC of the mean difference, every prompt scored once by directions that never saw its family, at the level "
         "that did best inside the other folds; the lowest and the highest over other folds say how much these matter. "
-        "Contrasts inside a class (harmful among accepted: harmfulness, fitted and scored among accepted prompts) "
-        "change one factor only. A number means little unless it beats the surface baselines: the token at the "
+        "Contrasts inside a class ('harmful, fitted among accepted') are fitted and scored among its prompts only and "
+        "change one factor only. The cards above that say 'fitted on all prompts' score the contrast of all prompts "
+        "among those of the class, as the verdict does: from more prompts, so another number. "
+        "A number means little unless it beats the surface baselines: the token at the "
         "position before any block has run, the words (TF-IDF), the mean token embedding." + missing,
         figures["detection"],
         table=_chosen(result),
@@ -162,8 +164,8 @@ def _chosen(result: Separation) -> pd.DataFrame:
 
 
 def _named(contrast: str) -> str:
-    """`harmful.accepted` as the figures have it, "harmful among accepted"."""
-    return contrast.replace(".", " among ")
+    """`harmful.accepted` as the figures have it, "harmful, fitted among accepted"."""
+    return contrast.replace(".", INSIDE)
 
 
 def _angle(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
