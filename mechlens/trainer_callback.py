@@ -109,7 +109,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         values: dict[str, float] = {}
         for number, estimate in found.items():
             key = f"{self.name}.{number}"
-            self.rows.append({"step": step, "number": key, **vars(estimate)})
+            self.rows.append({"step": step, "number": key, **estimate.row()})
             if estimate.measurable:
                 values |= {key: estimate.value, f"{key}/low": estimate.low, f"{key}/high": estimate.high}
         state.log_history.append({"step": step, **{f"mechlens/{key}": value for key, value in values.items()}})

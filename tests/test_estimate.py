@@ -2,12 +2,27 @@
 
 import math
 
+import pandas as pd
+
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.runs.report.cells import cells
+from mechlens.runs.report.parts import estimate_text
+from mechlens.runs.run import plain
 
 
 def test_prints_value_interval_and_count() -> None:
     assert str(Estimate(0.931, 0.884, 0.967, 96)) == "0.93 [0.88, 0.97], n=96"
     assert str(Estimate(-0.0004, -0.3, 0.3, 96)) == "0.00 [-0.30, 0.30], n=96"
+
+
+def test_an_auroc_of_too_few_prompts_has_no_interval_and_a_share_may_have_a_wide_one() -> None:
+    auroc = Estimate(1.0, 0.0, 1.0, 14, is_auroc=True)
+    assert str(auroc) == "1.00, too few prompts for an interval, n=14"
+    assert estimate_text(auroc).detail == "too few prompts for an interval, n = 14"
+    assert plain(auroc) == {"value": 1.0, "low": 0.0, "high": 1.0, "n": 14}
+    assert str(Estimate(0.5, 0.0, 1.0, 4)) == "0.50 [0.00, 1.00], n=4"
+    assert cells(pd.DataFrame([auroc.row("auroc")]))[0][1:3] == ["too few prompts"] * 2
+    assert cells(pd.DataFrame([auroc.row("rate")]))[0][1:3] == ["0", "1"]
 
 
 def test_missing_says_so_with_its_count() -> None:

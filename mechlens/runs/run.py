@@ -36,6 +36,8 @@ def plain(value: object) -> Any:
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, Estimate):
+        return plain(value.row())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -239,7 +241,9 @@ def read_run(folder: AnyPath) -> Run:
     if found.format not in (1, FORMAT):
         raise UserError(f"{path} has format {found.format}, this mechlens reads format {FORMAT}; update mechlens")
     values = {name: value for name, value in vars(found).items() if name != "format"}
-    metrics = {name: Estimate(one.value, one.low, one.high, one.n) for name, one in found.metrics.items()}
+    metrics = {
+        name: Estimate(one.value, one.low, one.high, one.n, "auroc" in name) for name, one in found.metrics.items()
+    }
     return Run(**{**values, "metrics": metrics})
 
 

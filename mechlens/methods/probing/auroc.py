@@ -103,7 +103,7 @@ def auroc_estimate(
     if bool(value.isnan()):
         return Estimate.missing(len(positive))
     bounds = auroc_bounds(scores, positive, families)
-    return Estimate(float(value), float(bounds.low), float(bounds.high), len(positive))
+    return Estimate(float(value), float(bounds.low), float(bounds.high), len(positive), is_auroc=True)
 
 
 def auroc_bounds(

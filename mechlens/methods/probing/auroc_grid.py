@@ -43,7 +43,8 @@ class AurocGrid:
         cell = self.levels.index(level), self.positions.index(name)
         if bool(torch.isnan(self.value[cell])):
             return Estimate.missing(self.n)
-        return Estimate(float(self.value[cell]), float(self.low[cell]), float(self.high[cell]), self.n)
+        value, low, high = (float(one[cell]) for one in (self.value, self.low, self.high))
+        return Estimate(value, low, high, self.n, is_auroc=True)
 
 
 def score_grid(acts: Activations, grid: DirectionGrid) -> Float[Tensor, "level position prompt"]:

@@ -139,7 +139,7 @@ def mean_auroc(scores: Float[Tensor, "repeat prompt"], folds: Folds) -> Estimate
     if bool(value.isnan()):
         return Estimate.missing(len(folds.positive))
     low, high = (side.mean() for side in auroc_bounds(scores, folds.positive, folds.families))
-    return Estimate(float(value), float(low), float(high), len(folds.positive))
+    return Estimate(float(value), float(low), float(high), len(folds.positive), is_auroc=True)
 
 
 def auroc_gain(ours: Float[Tensor, "repeat prompt"], theirs: Float[Tensor, "other prompt"], folds: Folds) -> Estimate:

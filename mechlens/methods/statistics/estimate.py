@@ -1,8 +1,10 @@
 """A reported number with its interval: neither travels without the other."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+NO_INTERVAL = "too few prompts for an interval"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Estimate:
     high: float
     n: int
     """Prompts (not families, not resamples) behind the value."""
+    is_auroc: bool = field(default=False, compare=False, repr=False)
+    """An AUROC's interval of all from 0 to 1 says that it has none; a share's may be one. Records don't keep it: there
+    the name tells."""
 
     @classmethod
     def missing(cls, n: int) -> "Estimate":
@@ -36,7 +41,7 @@ class Estimate:
     @classmethod
     def of_row(cls, row: Any, name: str = "value") -> "Estimate":
         """What `row` made, from a row (a Series or a dict) of a table."""
-        return cls(float(row[name]), float(row["low"]), float(row["high"]), int(row["n"]))
+        return cls(float(row[name]), float(row["low"]), float(row["high"]), int(row["n"]), "auroc" in name)
 
     def row(self, name: str = "value") -> dict[str, float]:
         """Its columns in a table: the value under this name, low, high, n."""
@@ -61,13 +66,19 @@ class Estimate:
         return not math.isnan(self.value)
 
     @property
+    def has_interval(self) -> bool:
+        """False for an AUROC of too few prompts, whose interval is all that an AUROC can be."""
+        return not (self.is_auroc and self.low <= 0 and self.high >= 1)
+
+    @property
     def brief(self) -> str:
         """The number and its interval, `0.93 [0.88, 0.97]`, where how many prompts is said elsewhere."""
         if not self.measurable:
             return "not measurable"
         digits = 3 if max(abs(self.value), abs(self.low), abs(self.high)) < 0.2 else 2
         low, high = f"{self.low:z.{digits}f}", f"{self.high:z.{digits}f}"  # z: no "-0.00"
-        return f"{self.value:z.{digits}f} [{low}, {high}]"
+        value = f"{self.value:z.{digits}f}"
+        return f"{value} [{low}, {high}]" if self.has_interval else f"{value}, {NO_INTERVAL}"
 
     def of(self, unit: str) -> str:
         """Printed with its unit behind the number, `2.34 nats [1.93, 2.68], n=14`."""

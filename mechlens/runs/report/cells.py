@@ -21,8 +21,15 @@ WIDE = 1e4
 
 
 def cells(frame: pd.DataFrame) -> list[list[str]]:
-    """The table's cells as text, each column in one format: a dash for what is missing."""
-    columns = [_column(str(name), frame.iloc[:, i]) for i, name in enumerate(frame.columns)]
+    """The table's cells as text, each column in one format: a dash for what is missing, words for an AUROC of too few
+    prompts, whose bounds are 0 and 1.
+    """
+    names = [str(name) for name in frame.columns]
+    columns = [_column(name, frame.iloc[:, i]) for i, name in enumerate(names)]
+    if {"auroc", "low", "high"} <= set(names):
+        without = (frame["low"].eq(0) & frame["high"].eq(1)).tolist()
+        for side in (names.index("low"), names.index("high")):
+            columns[side] = ["too few prompts" if no else text for no, text in zip(without, columns[side], strict=True)]
     return [list(row) for row in zip(*columns, strict=True)]
 
 

@@ -87,6 +87,14 @@ def show_legend(figure: go.Figure, shown: bool) -> None:
     figure.update_layout(showlegend=shown, margin={"t": 62 + 22 * max(rows, 1) if shown else 56})
 
 
+def without_open(part: pd.DataFrame, ylabel: str, low: str | None, high: str | None) -> pd.DataFrame:
+    """Rows of AUROCs without the intervals that are all from 0 to 1: of too few prompts, they would fill the plot."""
+    if low is None or high is None or "AUROC" not in ylabel:
+        return part
+    empty_of = part[low].le(0) & part[high].ge(1)
+    return part.assign(**{side: part[side].mask(empty_of) for side in (low, high)})
+
+
 def band(part: pd.DataFrame, x: str, low: str, high: str, name: str, colour: str) -> Any:
     """The area between two columns, in a faint tone of its line."""
     there_and_back = [*python_values(part[x]), *reversed(python_values(part[x]))]

@@ -30,6 +30,7 @@ from mechlens.runs.report.figure_parts import (
     whiskers,
     whole_ticks,
     with_room,
+    without_open,
 )
 
 
@@ -55,12 +56,13 @@ def lines(
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
     said_whole = False
     for name, (colour, turn), rows in groups(df, group, y):
-        part = rows.dropna(subset=[y]).sort_values(x, kind="stable")
-        banded, alone = low is not None and high is not None, len(part) == 1
+        part = without_open(rows.dropna(subset=[y]).sort_values(x, kind="stable"), ylabel, low, high)
+        held = part.dropna(subset=[low, high]) if low is not None and high is not None else part[:0]
+        banded, alone = len(held) > 0, len(part) == 1
         whole = banded and limits is not None and bool(part[low].le(limits[0]).all() and part[high].ge(limits[1]).all())
         # Of bands over all that is possible one says it; five on each other would be mud.
         if banded and not alone and not (whole and said_whole):
-            figure.add_trace(band(part, x, str(low), str(high), name, colour))
+            figure.add_trace(band(held, x, str(low), str(high), name, colour))
         said_whole = said_whole or whole
         interval = " [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]" if banded else ""
         figure.add_scatter(
@@ -203,6 +205,7 @@ def bars(
     """
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "group": group})
     for name, (colour, turn), part in groups(df, group, y):
+        part = without_open(part, ylabel, low, high)
         interval = whiskers(part, y, low, high) if low is not None and high is not None else None
         figure.add_bar(
             x=[str(label) for label in python_values(part[x])],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.estimate import NO_INTERVAL, Estimate
 
 HEADINGS = {
     "auroc": "AUROC",
@@ -148,6 +148,8 @@ def estimate_text(estimate: Estimate) -> EstimateText:
     if estimate.low == estimate.value == estimate.high and estimate.value not in (0, 1):
         count = estimate.value > 1 and float(estimate.value).is_integer()
         return EstimateText(f"{int(estimate.value):,}" if count else _fixed(estimate.value), f"n = {estimate.n:,}")
+    if not estimate.has_interval:
+        return EstimateText(_fixed(estimate.value), f"{NO_INTERVAL}, n = {estimate.n:,}")
     low, high = _fixed(estimate.low), _fixed(estimate.high)
     return EstimateText(_fixed(estimate.value), f"[{low}, {high}], n = {estimate.n:,}")
 
