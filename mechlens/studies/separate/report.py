@@ -31,9 +31,9 @@ NUMBERS = {
     "dissociation.harm_gap": "harm of accepted harmful prompts less that of refused harmless ones",
     "dissociation.refusal_gap": "refusal of accepted harmful prompts less that of refused harmless ones",
     "harmful_auroc.inst.accepted": "harmfulness fitted on all prompts, scored among accepted ones, at inst: AUROC",
-    "harmful_gain.accepted": "harmfulness fitted on all, scored among accepted prompts, beyond the best surface baseline: AUROC gained",
+    "harmful_gain.accepted": "harmfulness fitted on all prompts, AUROC gained among accepted over the best baseline",
     "refused_auroc.last.harmful": "refusal fitted on all prompts, scored among harmful ones, at last: AUROC",
-    "refused_gain.harmful": "refusal fitted on all, scored among harmful prompts, beyond the best surface baseline: AUROC gained",
+    "refused_gain.harmful": "refusal fitted on all prompts, AUROC gained among harmful over the best baseline",
 }
 """What decides the verdict, in words."""
 
