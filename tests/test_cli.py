@@ -27,10 +27,14 @@ from sentence import require_one_sentence
 from tiny import tiny_tokenizer
 
 from mechlens.cli import main
+from mechlens.methods.directions.direction import Direction
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.outline import Outline
+from mechlens.runs import artifacts
 from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run, write_run
+from mechlens.studies.driver import summary
+from mechlens.studies.steer.study import _sides
 
 QUICK = ["--resamples", "40", "--permutations", "20", "--wandb.mode", "disabled"]
 QUADRANTS = ("refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless")
@@ -310,6 +314,9 @@ def test_direction_finds_a_concept_given_as_two_files(found: Path, run: Any) -> 
     # So no direction is best, and the strongest is kept under that name.
     assert set(record["artefacts"]) == {"strongest", "directions"}
     assert "auroc.best" not in metrics
+    assert f"--direction {out / 'strongest.safetensors'} --prompt" in summary(out)  # ready to be pasted
+    sides = _sides(out, artifacts.load(out / "strongest.safetensors", Direction))
+    assert sides == tuple(Path(record["config"][side]).name for side in ("positive", "negative"))
     assert require_one_sentence(out).headline.startswith("No more than the surface: ")
     assert re.search(r"and 1.00 \[.*\] by the .* alone\.$", record["headline"])
     assert "the words (TF-IDF) (1.00" in record["verdict"]

@@ -15,7 +15,8 @@ from test_foreign_vectors import control_vector, refusal_run
 import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
-from mechlens.methods.directions.direction import Direction, direction_grid
+from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid
+from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
@@ -78,12 +79,29 @@ def test_answers_are_heard_of_while_they_are_written(folder: Path) -> None:
 def test_a_grid_needs_its_level_and_position(folder: Path) -> None:
     found = steer(config(folder, direction=folder / "grid.safetensors", layer=1, position="last"))
     assert found.steered == "I cannot"
-    with pytest.raises(UserError, match=r"holds directions at inst, post.*name one of them as the position"):
+    with pytest.raises(
+        UserError, match=r"holds directions at inst, post.*name one of them as the position: --position inst "
+    ):
         steer(config(folder, direction=folder / "grid.safetensors", layer=1))
     with pytest.raises(UserError, match="of levels 0 to 4 which isn't said"):
         steer(config(folder, direction=folder / "grid.safetensors", position="last"))
     with pytest.raises(UserError, match="holds the direction at 'post"):
         read_direction(folder / "one.safetensors", position="inst")
+
+
+def test_a_runs_folder_stands_for_its_one_direction(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    artifacts.save(artifacts.load(folder / "grid.safetensors", DirectionGrid), tmp_path / "directions.safetensors")
+    with pytest.raises(UserError, match=r"no one direction; give one of its files .*\(it holds directions.safetensors"):
+        read_direction(tmp_path)
+    one = artifacts.load(folder / "one.safetensors", Direction)
+    artifacts.save(one, tmp_path / "strongest.safetensors")
+    with pytest.warns(UserWarning, match="has no best direction; this is its strongest"):
+        assert torch.equal(read_direction(tmp_path).vector, one.vector)
+    artifacts.save(one, tmp_path / "direction.safetensors")
+    assert torch.equal(read_direction(tmp_path).vector, one.vector)
+    with pytest.raises(UserError, match=r"holds a direction, not a guard; give the guard.safetensors that `guard fit`"):
+        artifacts.load(tmp_path / "direction.safetensors", FittedGuard)
 
 
 def test_other_tools_files_are_told_apart(tmp_path: Path) -> None:

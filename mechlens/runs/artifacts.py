@@ -149,6 +149,12 @@ class _Header2(_Header1):
 _HEADERS = {1: _Header1, 2: _Header2}
 RENAMED = {("PatchResult", "direction"): "mode"}
 """Fields, by class, that older files know by another name."""
+IN_WORDS = {"FittedGuard": "guard", "Direction": "direction", "DirectionGrid": "grid of directions"}
+"""What a class of files is called where people read it; others by their names."""
+WRITTEN_AS = {
+    "FittedGuard": "the guard.safetensors that `guard fit` writes",
+    "Direction": "the direction.safetensors that `direction` writes",
+}
 REMEDY = "make it again, or take it from where it came from"
 
 
@@ -181,8 +187,8 @@ def load(path: Path, cls: type[Result]) -> Result:
     """
     header = read_header(path)
     if header["class"] != cls.__name__:
-        wanted = cls.__name__
-        raise UserError(f"{path} holds a {header['class']}, not a {wanted}; give the path of a {wanted}")
+        found, wanted = (IN_WORDS.get(name, name) for name in (header["class"], cls.__name__))
+        raise UserError(f"{path} holds a {found}, not a {wanted}; give {WRITTEN_AS.get(cls.__name__, 'such a file')}")
     fields = {RENAMED.get((cls.__name__, name), name): value for name, value in header["fields"].items()}
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(fields.keys() - known):

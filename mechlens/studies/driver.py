@@ -4,6 +4,7 @@ The command line, `ml.run(config)` and `mechlens runs rerun` all come this way.
 """
 
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,7 +21,7 @@ from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
 from mechlens.runs.results.result import RunResult, open_run_folder
-from mechlens.runs.run import Difference, Inputs, changed_since, largest_difference, metric_text, read_run
+from mechlens.runs.run import Difference, Inputs, Run, changed_since, largest_difference, metric_text, read_run
 from mechlens.runs.writer import RunWriter, open_run, require_folder
 from mechlens.settings import WandbSettings
 from mechlens.studies.registry import COMMANDS, Study, studies, study_of
@@ -197,5 +198,21 @@ def summary(folder: Path) -> str:
     run = read_run(folder)
     lines = [f"{name:40s} {metric_text(name, estimate)}" for name, estimate in run.metrics.items()]
     lines += ["", run.verdict] if run.verdict else [""]
+    lines += _to_steer(folder, run)
     lines.append(f"report: {(folder / 'report.html').resolve()}")
     return "\n".join([*lines, *filter(None, [run.sentence])])
+
+
+def _to_steer(folder: Path, run: Run) -> list[str]:
+    """The command that tries a run's one direction on a prompt, ready to be pasted."""
+    artefact = run.artefacts.get("direction") or run.artefacts.get("strongest")
+    if artefact is None or not run.config.get("model"):
+        return []
+    loading = [
+        word
+        for name in ("model", "adapter", "revision", "dtype")
+        if run.config.get(name) not in (None, "auto")
+        for word in (f"--{name}", str(run.config[name]))
+    ]
+    words = ["mechlens", "steer", *loading, "--direction", str(folder / artefact.file)]
+    return [f'steer with it: {shlex.join(words)} --prompt "..."']

@@ -5,6 +5,7 @@ fingerprints, so that no check can find them fitting a model. Both tools hook th
 blocks; the seed paper adds the last block's output before the final norm, so its stacks have every level from 0 to L.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mechlens.methods.probing.beliefs import Centroids
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import FOREIGN
 from mechlens.runs import artifacts
+from mechlens.runs.run import RUN_FILE
 from mechlens.runs.vectors.foreign_vectors import (
     load_numbers,
     load_tensors,
@@ -135,17 +137,34 @@ _PICKLES = (".pt", ".pth", ".bin")
 def read_direction(path: AnyPath, layer: int | None = None, position: str | None = None) -> Direction:
     """The one direction of a file at a level and position; either may be left out where the file has only one.
 
-    The ending tells whose file it is, and of .pt files what lies beside it and what it holds.
+    The ending tells whose file it is, and of .pt files what lies beside it and what it holds. Of a run's folder it is
+    the direction to use, or with a warning the strongest where there is none.
     """
     path = user_path(path)
+    if (path / RUN_FILE).is_file():
+        path = _of_run(path)
     found = _own(path, position) if path.suffix == ".safetensors" else _foreign(path, position)
     if len(found) == 1:
         return found[0]
     levels = [direction.level for direction in found]
     if layer not in levels:
         asked = "which isn't said" if layer is None else f"and not of level {layer}"
-        raise UserError(f"{path} holds directions of levels {_listed(levels)} {asked}; name one of them as the layer")
+        raise UserError(
+            f"{path} holds directions of levels {_listed(levels)} {asked}; name one of them as the "
+            f"layer: --layer {levels[0]} (layer= in Python)"
+        )
     return found[levels.index(layer)]
+
+
+def _of_run(folder: Path) -> Path:
+    """The file in a run's folder that holds its one direction."""
+    if (best := folder / "direction.safetensors").is_file():
+        return best
+    if (strongest := folder / "strongest.safetensors").is_file():
+        warnings.warn(f"the run {folder} has no best direction; this is its strongest, {strongest.name}", stacklevel=3)
+        return strongest
+    held = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no .safetensors file"
+    raise UserError(f"the run {folder} has no one direction; give one of its files by its path (it holds {held})")
 
 
 def _own(path: Path, position: str | None) -> tuple[Direction, ...]:
@@ -163,7 +182,10 @@ def _own(path: Path, position: str | None) -> tuple[Direction, ...]:
 
 def _of_grid(path: Path, grid: DirectionGrid, position: str | None) -> tuple[Direction, ...]:
     if position is None and len(grid.positions) > 1:
-        raise UserError(f"{path} holds directions at {', '.join(grid.positions)}; name one of them as the position")
+        raise UserError(
+            f"{path} holds directions at {', '.join(grid.positions)}; name one of them as the position: "
+            f"--position {grid.positions[0]} (position= in Python)"
+        )
     return tuple(grid.at(level, position or grid.positions[0]) for level in grid.levels)
 
 
@@ -173,7 +195,10 @@ def _foreign(path: Path, position: str | None) -> tuple[Direction, ...]:
         return _of_grid(path, read_mean_differences(path), position)
     if numbers == STACK:
         if position is None:
-            raise UserError(f"{path} is a stack of directions and doesn't say where they were read; name the position")
+            raise UserError(
+                f"{path} is a stack of directions and doesn't say where they were read; name the position: "
+                "--position inst or --position last (position= in Python)"
+            )
         return _of_grid(path, read_stack(path, position), position)
     if position is not None:
         raise UserError(f"{path} holds one position only, so leave the position out")

@@ -18,8 +18,8 @@ class Steer(ModelChoice):
     """
 
     direction: Path
-    """A .safetensors file of a run, refusal_direction's direction.pt or mean_diffs.pt, a .pt stack (level, d_model) of
-    the seed paper, a steering-vectors .pt or repeng's .gguf."""
+    """A run's folder or its .safetensors file, refusal_direction's direction.pt or mean_diffs.pt, a .pt stack (level,
+    d_model) of the seed paper, a steering-vectors .pt or repeng's .gguf."""
     prompt: str
     """What the user says."""
     layer: int | None = None

@@ -1,8 +1,10 @@
 """`mechlens steer`: one prompt, answered with and without a direction; nothing is recorded."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +30,7 @@ from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.run import RUN_FILE, read_run
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.registry import Screen
 from mechlens.studies.shared.inputs import asks, chosen_model
@@ -148,9 +151,22 @@ def _answer(
 
 
 def _described(config: Steer, direction: Direction, layer: int) -> str:
-    origin = f"{direction.method}, {direction.contrast[0]} against {direction.contrast[1]}"
+    positive, negative = _sides(config.direction, direction)
+    origin = f"{direction.method}, {positive} against {negative}"
     where = f"level {direction.level}, {direction.position}"
     if config.operation == "ablate":
         return f"ablated everywhere: {origin} ({where})"
     unit = {"share": "of the median residual norm", "raw": "times the vector", "unit": "long"}[config.unit]
     return f"added at layer {layer}, {config.strength:g} {unit}: {origin} ({where})"
+
+
+def _sides(path: Path, direction: Direction) -> tuple[str, str]:
+    """What the direction tells apart: sides that are only called positive and negative by the sources of its run."""
+    folder = path if path.is_dir() else path.parent
+    if direction.contrast != ("positive", "negative") or not (folder / RUN_FILE).is_file():
+        return direction.contrast
+    with contextlib.suppress(UserError):  # a damaged record takes nothing from the answers
+        config = read_run(folder).config
+        if config.get("positive") and config.get("negative"):
+            return Path(config["positive"]).name, Path(config["negative"]).name
+    return direction.contrast
