@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mechlens.methods import progress
+from mechlens.methods import heartbeat, progress
 from mechlens.methods.heartbeat import Heartbeat
 from mechlens.methods.progress import WholeBar, one_bar, phase, progress_bar, steps, timed
 
@@ -95,8 +95,11 @@ def test_in_a_log_there_is_a_line_from_the_first_batch_on_and_then_every_half_mi
     assert len(lines) == 10
 
 
-def test_a_log_says_what_has_begun_and_that_it_goes_on(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_says_what_has_begun_and_that_it_goes_on(
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with timed() as times:
+        monkeypatch.setattr(heartbeat, "LASTS", 5.0)
         beats = Heartbeat(times, "separate")
 
         def after(seconds: float) -> list[str]:
