@@ -3,6 +3,7 @@
 Nothing here imports torch, so that `--help` is instant.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,10 @@ from typing import Annotated, Literal
 import tyro
 
 from mechlens.choices import JUDGES, METHODS, MODELS, choice
+from mechlens.errors import UserError
 
+MAX_DRAWS = 100_000
+"""Resamples, permutations or random directions behind one number."""
 FRACTIONS = (0.5, 0.2, 0.3)
 """Shares of the prompt families for training, validation and test."""
 POSITIONS = ("inst", "post[*]")
@@ -199,6 +203,17 @@ class Nulls(Sampling):
         )  # fmt: skip
 
 
+def require_sampling(config: object, names: Sequence[str] = ("resamples", "permutations", "random_directions")) -> None:
+    """UserError unless there is chance to be sampled: an interval or a null of nothing says nothing."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(
+                f"{name} is {getattr(config, name)}; every number needs its interval and its nulls, so give at least 1"
+            )
+        if getattr(config, name) > MAX_DRAWS:
+            raise UserError(f"{name} is {getattr(config, name)}; give at most {MAX_DRAWS}, which no interval needs")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DetectionPlan(Nulls):
     """How a concept's direction is found and tested.
@@ -213,3 +228,6 @@ class DetectionPlan(Nulls):
     @property
     def detection(self) -> "DetectionPlan":
         return self
+
+    def __post_init__(self) -> None:
+        require_sampling(self)

@@ -32,7 +32,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import FRACTIONS
+from mechlens.settings import FRACTIONS, MAX_DRAWS
 from mechlens.studies.causal.answers import answers_under, belief_table, beliefs_under, losses_under
 from mechlens.studies.causal.choice import Choice, choose, grid_layers, middle
 from mechlens.studies.causal.config import (
@@ -71,7 +71,6 @@ from mechlens.studies.causal.sweeps import (
 from mechlens.studies.causal.unsteered import Unsteered, read_unsteered
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
-from mechlens.studies.shared.inputs import MAX_DRAWS
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers, judge_answers, judge_first_token
 
 

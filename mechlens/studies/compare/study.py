@@ -19,9 +19,10 @@ from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.models.load import load
 from mechlens.prompts.prompt import PromptPair
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import require_sampling
 from mechlens.studies.compare.config import Compare
 from mechlens.studies.driver import Preparation
-from mechlens.studies.shared.inputs import asks, require_sampling
+from mechlens.studies.shared.inputs import asks
 from mechlens.studies.track.config import SeriesPlan, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import refused_by

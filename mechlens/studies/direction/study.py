@@ -31,7 +31,7 @@ from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.headline import Headline
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan
+from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan, require_sampling
 from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict, steering_headline
 from mechlens.studies.driver import Preparation
@@ -45,7 +45,6 @@ from mechlens.studies.shared.inputs import (
     prepared,
     read_prompts,
     refuse_shared,
-    require_sampling,
 )
 from mechlens.studies.shared.training_data import leave_out_trained
 

@@ -24,12 +24,13 @@ from mechlens.runs.artifacts import load as load_artifact
 from mechlens.runs.artifacts import sha256
 from mechlens.runs.folder import read_prompts
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import require_sampling
 from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardEval, GuardFit
 from mechlens.studies.guard.evaluation import EvaluationPrompts, GuardEvaluation, evaluate_guard, examine
 from mechlens.studies.guard.fitting import fit_guard, fits, other_rules, read_positions
 from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
-from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared, require_sampling
+from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared
 from mechlens.studies.shared.sources import Source, SourcePrompts, load_source, read_sources, require_files
 from mechlens.studies.shared.training_data import text_sha256
 

@@ -14,6 +14,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import require_sampling
 from mechlens.studies.driver import Preparation
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections, category_directions, category_refusals
 from mechlens.studies.jailbreaks.config import JailbreakPlan, Jailbreaks
@@ -28,7 +29,7 @@ from mechlens.studies.jailbreaks.pairs import (
 )
 from mechlens.studies.jailbreaks.restored import RestoredComponents, restore
 from mechlens.studies.shared.harm_sets import read_harm_sets
-from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared, read_prompts, require_sampling
+from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared, read_prompts
 from mechlens.studies.shared.sources import SourcePrompts, load_source, read_sources, require_files
 from mechlens.studies.shared.training_data import leave_out_trained
 

@@ -36,12 +36,11 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import FRACTIONS
+from mechlens.settings import FRACTIONS, require_sampling
 from mechlens.studies.driver import Preparation
 from mechlens.studies.select.config import Select, SelectionPlan
 from mechlens.studies.select.held_out import SelectionTest, run_selection_test
 from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
-from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers, judge_answers, judge_first_token
 
 HARMFUL, HARMLESS = "harmful", "harmless"

@@ -29,6 +29,7 @@ from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import require_sampling
 from mechlens.studies.driver import Preparation
 from mechlens.studies.separate.analysis import HARMFUL, HARMLESS, Analysis, analyse
 from mechlens.studies.separate.config import Separate, SeparationPlan
@@ -36,7 +37,6 @@ from mechlens.studies.separate.contrasts import OutOfFoldContrast, Question, mea
 from mechlens.studies.separate.geometry import Geometry, measure_geometry
 from mechlens.studies.shared.contrasts import Surface, surface_of
 from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_harm_study
-from mechlens.studies.shared.inputs import require_sampling
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers, judge_answers, judge_first_token
 from mechlens.studies.shared.two_beliefs import Beliefs, measure_beliefs
 

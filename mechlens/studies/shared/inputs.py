@@ -21,12 +21,9 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
 from mechlens.prompts.text import normalise_text
 from mechlens.runs.run import Inputs
-from mechlens.settings import ModelChoice, RunChoice
+from mechlens.settings import ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.training_data import LeftOut
-
-MAX_DRAWS = 100_000
-"""Resamples, permutations or random directions behind one number."""
 
 
 @runtime_checkable
@@ -79,19 +76,6 @@ def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data:
         prompts = read(part, column=column)
         parts[part] = without_repeats(prompts, [prompt for before in parts.values() for prompt in before], part)
     return [prompt for prompts in distinct_ids(**parts) for prompt in prompts]
-
-
-def require_sampling(
-    config: RunChoice, names: Sequence[str] = ("resamples", "permutations", "random_directions")
-) -> None:
-    """UserError unless there is chance to be sampled: an interval or a null of nothing says nothing."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(
-                f"{name} is {getattr(config, name)}; every number needs its interval and its nulls, so give at least 1"
-            )
-        if getattr(config, name) > MAX_DRAWS:
-            raise UserError(f"{name} is {getattr(config, name)}; give at most {MAX_DRAWS}, which no interval needs")
 
 
 def refuse_shared(positive: tuple[str, Sequence[Prompt]], negative: tuple[str, Sequence[Prompt]]) -> None:

@@ -37,8 +37,9 @@ from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import require_sampling
 from mechlens.studies.driver import Preparation
-from mechlens.studies.shared.inputs import asks, require_sampling
+from mechlens.studies.shared.inputs import asks
 from mechlens.studies.shared.quadrants import last_log_odds
 from mechlens.studies.shared.training_data import Trigger, trigger_of
 from mechlens.studies.track.config import Track, TrackPlan
