@@ -127,6 +127,11 @@ def test_every_function_takes_texts(model: Any) -> None:
 def test_a_concept_from_two_lists_of_texts(model: Any) -> None:
     sides = [f"Dear Sir, number {i}" for i in range(15)], [f"hey you {i}" for i in range(15)]
     plan = DetectionPlan(resamples=9, permutations=9, random_directions=2)
-    found = find_concept(model, *sides, ["last"], plan)
+    found = find_concept(model, *sides, ["last"], plan, paired=True)
     assert found.acts.ids[14:16] == ("positive-0014", "negative-0000")
-    assert len(set(found.acts.families)) == 30
+    assert len(set(found.acts.families)) == 15
+    assert found.acts.families[:15] == found.acts.families[15:]
+    with pytest.raises(UserError, match="15 positive and 14 negative prompts; paired=True needs equally many"):
+        find_concept(model, sides[0], sides[1][1:], paired=True)
+    with pytest.raises(UserError, match="share 1 prompts, such as 'hey you 0'"):
+        find_concept(model, [*sides[0], "hey you 0"], sides[1])

@@ -18,6 +18,7 @@ from mechlens.methods.probing.beyond_words import folds_of, ranked
 from mechlens.methods.probing.confounds import find_confounds, warn_of_confounds
 from mechlens.methods.probing.detect import detect
 from mechlens.methods.statistics.effect_size import effect_estimate, hedges_g
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.methods.steering import steering_test as module
 from mechlens.methods.steering.interventions import ALL, Add
@@ -61,6 +62,10 @@ def test_what_words_or_a_system_prompt_tell_as_well_has_no_best(world: World, ti
     assert verdict.outcome == "no more than the surface"
     assert ties in verdict.ahead.ties
     assert len(found.ahead) == 1  # they tell it at every position: no other is tried
+    below = replace(verdict.ahead, auroc=Estimate(0.2, 0.1, 0.3, 80))
+    inverse = replace(verdict, outcome="not read", ahead=below).headline
+    require_short(str(inverse))
+    assert "pairs of one topic were split" in str(inverse)
 
 
 def test_where_the_token_alone_ties_the_next_position_is_tried() -> None:
@@ -123,6 +128,8 @@ def test_wrappings_sources_and_lengths_are_found() -> None:
     theirs = [replace(p, text=f"{p.text} and then go back home", source="a") for p in prompts("down")]
     found = find_confounds([*ours, *theirs], torch.arange(40) < 20)
     assert {one.name for one in found if one.telling} == {"opening", "ending", "length", "source"}
+    opening = next(one.sentence for one in found if one.name == "opening")
+    assert opening.startswith("how they begin tells them apart (AUROC 1.00 by that alone), such as 20 of 20 against 0")
     # Two files given by hand are two sources, and no confound: they are the contrast.
     apart = [replace(p, source=p.label) for p in (*ours, *theirs)]
     assert "source" not in {one.name for one in find_confounds(apart, torch.arange(40) < 20)}

@@ -43,6 +43,17 @@ class Confound:
         """Clearly more than chance."""
         return self.auroc.measurable and self.auroc.low > TELLING
 
+    @property
+    def sentence(self) -> str:
+        """How the sides differ in it, with the AUROC; of many texts only the commonest is counted, as an example."""
+        alone = f"(AUROC {self.auroc.value:.2f} by that alone)"
+        said = {"opening": "how they begin tells", "ending": "how they end tells", "source": "the source tells"}
+        return (
+            f"{said[self.name]} them apart {alone}, such as {self.words}"
+            if self.name in said
+            else (f"{self.words} {alone}")
+        )
+
 
 def find_confounds(prompts: Sequence[Prompt], positive: Bool[Tensor, " prompt"], seed: int = 0) -> tuple[Confound, ...]:
     """Everything in which the prompts differ at all, the most telling first; nothing where a side has one family.
@@ -69,7 +80,7 @@ def compare_sides(positive: Sequence[Prompt], negative: Sequence[Prompt], sides:
 
 def warn_of_confounds(confounds: Sequence[Confound], sides: tuple[str, str]) -> None:
     """A UserWarning that names what is telling, in one sentence; nothing where nothing is."""
-    telling = [f"{one.words} (AUROC {one.auroc.value:.2f} by that alone)" for one in confounds if one.telling]
+    telling = [one.sentence for one in confounds if one.telling]
     if telling:
         warnings.warn(
             f"the {sides[0]} and the {sides[1]} prompts differ in more than what they mean, {sides[0]} first: "

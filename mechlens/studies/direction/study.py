@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -74,7 +74,7 @@ class Concept:
     split: Split
     plan: DetectionPlan
     confounds: tuple[Confound, ...]
-    """What else differs between the two sides, the most telling first."""
+    """What else tells the two sides apart better than chance, by the lower bound; the most telling first."""
     steered: SteeringTest | None = None
     """What adding the directions to negative prompts did, where that was asked for."""
 
@@ -179,6 +179,7 @@ def find_concept(
     plan: DetectionPlan = DetectionPlan(),
     *,
     causal: bool = False,
+    paired: bool = False,
     template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Concept:
@@ -188,7 +189,9 @@ def find_concept(
     that says what ties, where no direction is more than the words, the token standing there, the length or another
     difference between the sides (`confounds`, which are warned about too); `detection.strongest` and
     `detection.at(position)` are there all the same. `causal` tries what adding directions does (`SteeringTest`), and
-    `direction` is then the one that does most beyond random ones. UserError where a side has fewer than 15 prompts.
+    `direction` is then the one that does most beyond random ones. `paired` says that row i of both sides
+    is a pair of one topic, and keeps it whole: pairs split over training and test put AUROCs far below 0.5. UserError
+    where a side has fewer than 15 prompts, or a prompt stands on both.
 
     >>> model = ml.load("smollm2")
     >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
@@ -200,8 +203,9 @@ def find_concept(
     positive, negative = (
         as_prompts(given, name=name, label=name) for name, given in ((POSITIVE, positive), (NEGATIVE, negative))
     )
+    refuse_shared((f"the {POSITIVE} side", positive), (f"the {NEGATIVE} side", negative))
     _require_enough(positive, negative)
-    prompts = [*positive, *negative]
+    prompts = [*positive, *(_twins(positive, negative) if paired else negative)]
     batch = tokenize(prompts, template_of(model, template))
     acts = collect(model, batch, positions=positions, cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
@@ -215,15 +219,26 @@ def find_concept(
                 f"some part of the split has fewer than 3 prompts of a side (in all {measured.counts}); add prompts"
             )
         reliability = _reliability(acts.select(split.train), measured.detection)
+    shown = tuple(one for one in confounds if one.auroc.measurable and one.auroc.low > 0.5)
     steered = None
     if causal:
         steered = steering_test(model, measured.detection.directions, batch, split, plan, cache=cache)
-    found = Concept(measured, reliability, acts, batch, split, plan, confounds, steered)
+    found = Concept(measured, reliability, acts, batch, split, plan, shown, steered)
     if found.best is None:
         warnings.warn(f"there is no best direction. {found.verdict.headline} {_usable(found)}", stacklevel=2)
     if steered is not None and steered.direction is None:
         warnings.warn(f"there is no direction that steers. {steered.sentence}", stacklevel=2)
     return found
+
+
+def _twins(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> list[Prompt]:
+    """The negative prompts, each in the family of the positive one of its row."""
+    if len(positive) != len(negative):
+        raise UserError(
+            f"there are {len(positive)} {POSITIVE} and {len(negative)} {NEGATIVE} prompts; paired=True needs "
+            "equally many, row i of both being a pair"
+        )
+    return [replace(twin, family=prompt.group) for prompt, twin in zip(positive, negative, strict=True)]
 
 
 def _usable(found: Concept) -> str:

@@ -16,6 +16,9 @@ from mechlens.runs.headline import Headline
 
 MARGIN = 0.05
 """A smaller gain of AUROC over the surface isn't worth a direction."""
+STATED = ("system_prompt", "turns", "source")
+"""Baselines that are no wording: where one ties too, the sentence says so, since it is mended at once."""
+SPLIT_PAIRS = "that is no inverse signal: pairs of one topic were split, so keep them whole (paired=True)"
 Outcome = Literal["more than the surface", "no more than the surface", "inconclusive", "not read"]
 
 
@@ -48,13 +51,21 @@ class DirectionVerdict:
         found = f"at {where} the AUROC is {self.ahead.auroc.brief} out of fold"
         name, nearest = _named(self.ahead.nearest, self.ahead.position), self.ahead.surface[self.ahead.nearest]
         if self.outcome == "not read":
-            return Headline(self.outcome, f"even {found}", "where chance reaches 0.50")
+            settle = SPLIT_PAIRS if self.ahead.auroc.high < 0.5 else ""
+            return Headline(self.outcome, f"even {found}", "where chance reaches 0.50", settle)
         if self.outcome == "no more than the surface":
-            return Headline(self.outcome, found, f"and {nearest.brief} by {name} alone")
+            return Headline(self.outcome, found, f"and {nearest.brief} by {name} alone{self._stated}")
         ahead = f"{self.gain.brief} ahead of the nearest baseline, {name} ({nearest.brief})"
         if self.outcome == "more than the surface":
             return Headline(self.outcome, f"{found},", ahead)
         return Headline(self.outcome, f"{found},", ahead, f"about {self.needed} prompts of a side would settle it")
+
+    @property
+    def _stated(self) -> str:
+        """The first of `STATED` that ties too and tells the sides apart."""
+        surface, ties = self.ahead.surface, self.ahead.ties
+        beside = [name for name in STATED if name in ties and name != self.ahead.nearest and surface[name].low > 0.5]
+        return f", {surface[beside[0]].brief} by {SURFACE[beside[0]]}" if beside else ""
 
     @property
     def needed(self) -> int:
