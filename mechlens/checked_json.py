@@ -73,6 +73,23 @@ def checked(value: object, shape: Any, name: str, remedy: str, *, extra: Extra =
     return parse_json(json.dumps(value), shape, name, remedy, extra=extra)
 
 
+def require_types(given: Any, plain: object) -> None:
+    """UserError for the first value of a dataclass, here as plain JSON too, that is of another type than its field."""
+    from pydantic import PydanticUserError, ValidationError
+
+    try:
+        _adapter(type(given)).validate_json(json.dumps(plain), strict=True)
+    except PydanticUserError:  # a type of another package's that can't be checked
+        return
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        if not first["loc"]:
+            return
+        name, said = str(first["loc"][0]), str(first["msg"]).replace("Input", "it")
+        value = getattr(given, name, None)
+        raise UserError(f"{name} is {value!r:.60} (of type {type(value).__name__}); {said}") from error
+
+
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
     """The record, a plain JSON object, with the sha256 of what is in it."""
     return {**record, SEAL: _digest(json.loads(json.dumps(record)))}

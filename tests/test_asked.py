@@ -81,7 +81,10 @@ def test_equal_texts_are_one_family_and_prompts_stay_as_they_are() -> None:
         (pd.Series(["a", pd.NA], dtype="string"), "row 1 of the prompts has no value"),
         (["a", " "], "row 1 of the prompts is empty"),
         (["a", b"b"], "row 1 of the prompts holds a bytes"),
-        ([{"text": "a"}], "row 0 of the prompts holds a dict"),
+        (
+            [{"words": "a"}],
+            "row 0 of the prompts has the columns words; its text must be in one of instruction",
+        ),
         ([["a"]], "row 0 of the prompts holds a list of other things than chat turns"),
         ([[{"role": "system", "content": "a"}]], "row 0 of the prompts has no turn of the user"),
         ([[{"role": "user", "content": None}]], "row 0 of the prompts has no value"),
@@ -124,6 +127,11 @@ def test_every_function_takes_texts(model: Any) -> None:
     assert swept.pairs == ("pair-0000.clean",)
 
 
+def test_rows_of_a_table_are_read_as_those_of_files() -> None:
+    rows = pd.DataFrame({"text": ["Hi", "Bye"], "n": [1, 2]}).to_dict("records")
+    assert as_prompts(rows) == as_prompts(["Hi", "Bye"])
+
+
 def test_a_concept_from_two_lists_of_texts(model: Any) -> None:
     sides = [f"Dear Sir, number {i}" for i in range(15)], [f"hey you {i}" for i in range(15)]
     plan = DetectionPlan(resamples=9, permutations=9, random_directions=2)
@@ -131,7 +139,7 @@ def test_a_concept_from_two_lists_of_texts(model: Any) -> None:
     assert found.acts.ids[14:16] == ("positive-0014", "negative-0000")
     assert len(set(found.acts.families)) == 15
     assert found.acts.families[:15] == found.acts.families[15:]
-    with pytest.raises(UserError, match="15 positive and 14 negative prompts; paired=True needs equally many"):
-        find_concept(model, sides[0], sides[1][1:], paired=True)
+    with pytest.raises(UserError, match="16 positive and 15 negative prompts; paired=True needs equally many"):
+        find_concept(model, [*sides[0], "Dear Sir"], sides[1], paired=True)
     with pytest.raises(UserError, match="share 1 prompts, such as 'hey you 0'"):
         find_concept(model, [*sides[0], "hey you 0"], sides[1])

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from saved import save_model
 
@@ -22,6 +23,8 @@ from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
+from mechlens.studies.driver import run
+from mechlens.studies.separate.config import Separate
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +222,10 @@ def test_a_name_without_an_owner_never_goes_to_the_hub(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"did you mean 'smollm2'\?\): the hub's ids have an owner"):
         loading.load("smolm2")
     assert not hub.has_no_owner("gpt2")
+
+
+def test_a_value_of_another_type_is_named_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for whoever uses the package
+    with pytest.raises(UserError, match=r"n is '48' \(of type str\); it should be a valid integer"):
+        run(Separate(n="48", out=tmp_path / "never"))  # type: ignore[arg-type]
+    assert not (tmp_path / "never").exists()

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from mechlens.errors import UserError
-from mechlens.prompts.files.from_row import last_asked, text_of
+from mechlens.prompts.files.from_row import PROMPT_COLUMNS, RowReader, last_asked, text_of
+from mechlens.prompts.files.rows import Record
 from mechlens.prompts.prompt import Prompt, PromptPair, UnfitPrompt
 
 Message = Mapping[str, Any]
@@ -94,6 +95,20 @@ def _made(row: object, name: str, where: str) -> Prompt:
         if isinstance(row, Iterable) and not isinstance(row, str | bytes | Mapping):
             system, history, text = last_asked(list(row), where)
             return Prompt(name, text, system=system, history=history)
+        if isinstance(row, Mapping):
+            return _of_columns(row, name, where)
         return Prompt(name, text_of(row, where))
     except UnfitPrompt as error:
         raise UserError(str(error)) from error
+
+
+def _of_columns(row: Mapping[Any, Any], name: str, where: str) -> Prompt:
+    """A row of a table, whose text stands under one of the usual names, as in files."""
+    columns = tuple(str(column) for column in row)
+    if not {column.lower() for column in columns} & set(PROMPT_COLUMNS):
+        shown = ", ".join(columns[:8]) or "none"
+        raise UserError(
+            f"{where} has the columns {shown}; a prompt's text stands in one of {', '.join(PROMPT_COLUMNS)}"
+        )
+    made = RowReader(where, columns, None, None, None)(Record(0, dict(zip(columns, row.values(), strict=True))), name)
+    return replace(made, source="")

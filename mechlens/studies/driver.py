@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mechlens.checked_json import checked
+from mechlens.checked_json import checked, require_types
 from mechlens.choices import require_known
 from mechlens.errors import UserError
 from mechlens.files import AnyPath, user_path
@@ -21,7 +21,16 @@ from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
 from mechlens.runs.results.result import RunResult, open_run_folder
-from mechlens.runs.run import Difference, Inputs, Run, changed_since, largest_difference, metric_text, read_run
+from mechlens.runs.run import (
+    Difference,
+    Inputs,
+    Run,
+    changed_since,
+    largest_difference,
+    metric_text,
+    plain,
+    read_run,
+)
 from mechlens.runs.writer import RunWriter, open_run, require_folder
 from mechlens.settings import WandbSettings
 from mechlens.studies.registry import COMMANDS, Study, studies, study_of
@@ -78,6 +87,7 @@ def run(config: Any) -> RunResult:
     """
     study = study_of(config)
     config = _with_paths(config)
+    require_types(config, plain(config))
     require_known(config)
     with timed() as clock, heartbeat(clock, study.name):
         with phase("loading", _model_of(config)):

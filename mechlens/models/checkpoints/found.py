@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mechlens.choices import MODELS
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.models.checkpoints.adapter_record import read_record
@@ -42,6 +43,8 @@ def sources(source: str) -> list[Found]:
             return [Found(f"{short_name(name)}@{revision}", name, revision)]
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise UserError(f"there is no folder {source!r}; check the path")
+        if "/" not in source and source not in MODELS.names():
+            raise UserError(f"there is no folder {source!r} here (in {Path.cwd()}); check the path")
         return [Found(short_name(source), source)]
     if not path.is_dir():
         raise UserError(f"{source!r} is a file; give a checkpoint's folder")
