@@ -287,6 +287,9 @@ def metric_text(name: str, value: object) -> str:
     """A metric in words: a count is a number of prompts or checkpoints out of all, and has no interval."""
     if isinstance(value, Estimate) and name.startswith(("n.", "candidates.")):
         return f"{value.value:.0f} of {value.n}"
+    # As in a report: an AUROC or a rate of exactly 1 or 0 has an interval, if without width.
+    if isinstance(value, Estimate) and value.low == value.value == value.high and value.value not in (0, 1):
+        return f"{value.value:.{0 if float(value.value).is_integer() else 3}f}, n={value.n}"
     return str(value)
 
 

@@ -204,10 +204,14 @@ def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
 
 
 def summary(folder: Path) -> str:
-    """What a finished run found, for a terminal: metrics, verdict, where the report is, and last the one sentence."""
+    """What a finished run found, for a terminal: what decided in words, verdict, report, and last the one sentence."""
     run = read_run(folder)
-    lines = [f"{name:40s} {metric_text(name, estimate)}" for name, estimate in run.metrics.items()]
-    lines += ["", run.verdict] if run.verdict else [""]
+    names = [name for name in run.words or run.metrics if name in run.metrics]
+    lines = [f"{run.words.get(name, name)}: {metric_text(name, run.metrics[name])}" for name in names]
+    if more := len(run.metrics) - len(names):
+        lines.append(f"{more} more in the report and `mechlens runs show {shlex.quote(str(folder))}`")
+    said = (run.verdict or "").removeprefix(run.sentence).strip()
+    lines += ["", said] if said else [""]
     lines += _to_steer(folder, run)
     lines.append(f"report: {(folder / 'report.html').resolve()}")
     return "\n".join([*lines, *filter(None, [run.sentence])])
