@@ -77,8 +77,9 @@ def require_types(given: Any, plain: object) -> None:
     """UserError for the first value of a dataclass, here as plain JSON too, that is of another type than its field."""
     from pydantic import PydanticUserError, ValidationError
 
+    shape: Any = type(given)
     try:
-        _adapter(type(given)).validate_json(json.dumps(plain), strict=True)
+        _adapter(shape).validate_json(json.dumps(plain), strict=True)
     except PydanticUserError:  # a type of another package's that can't be checked
         return
     except ValidationError as error:
