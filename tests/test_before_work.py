@@ -162,7 +162,7 @@ LATE: dict[str, tuple[tuple[object, ...], str]] = {
     "a folder of others": (("separate", "--out", "{others}"), "and no run of mechlens"),
     "a file for a folder": (("separate", "--out", "{few}"), "few.txt is no folder); give another --out"),
     "no guard": (("guard predict", "--guard", "{few}"), "truncated or not a safetensors file"),
-    "a direction for a guard": (("guard predict", "--guard", "{direction}"), "holds a Direction"),
+    "a direction for a guard": (("guard predict", "--guard", "{direction}"), "holds a direction"),
     "no direction": (("steer", "--direction", "{few}"), "unknown ending"),
     "a long prompt": (("steer", "--prompt", "the thing " * 400), "tokens and the model takes 512"),
 }  # fmt: skip
