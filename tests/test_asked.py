@@ -83,7 +83,7 @@ def test_equal_texts_are_one_family_and_prompts_stay_as_they_are() -> None:
         (["a", b"b"], "row 1 of the prompts holds a bytes"),
         (
             [{"words": "a"}],
-            "row 0 of the prompts has the columns words; its text must be in one of instruction",
+            "row 0 of the prompts has the columns words; a prompt's text stands in one of instruction",
         ),
         ([["a"]], "row 0 of the prompts holds a list of other things than chat turns"),
         ([[{"role": "system", "content": "a"}]], "row 0 of the prompts has no turn of the user"),
