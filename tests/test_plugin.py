@@ -48,6 +48,11 @@ def mechlens(folder: Path, *words: object, python: tuple[str, ...] = ()) -> subp
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
 
 
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Lines on stderr other than the signs of life of a slow machine, such as "loading tiny-chat ..."."""
+    return [line for line in done.stderr.splitlines() if not line.endswith(" ...")]
+
+
 def test_help_lists_what_was_added_without_torch(installed: Path) -> None:
     assert "loudness" in mechlens(installed, "--help").stdout
     began = time.monotonic()
@@ -65,13 +70,13 @@ def test_help_lists_what_was_added_without_torch(installed: Path) -> None:
 def test_its_command_is_recorded_and_made_again(installed: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "loud"
     said = mechlens(installed, "loudness", "--model", model, "--out", out, "--n", 4, "--wandb.mode", "disabled")
-    assert (said.returncode, said.stderr) == (0, "")
+    assert (said.returncode, errors(said)) == (0, [])
     run = read_run(out)
     assert (run.verb, run.status) == ("loudness", "success")
     assert 0 <= run.metrics["loudness"].value <= 1
     assert "of the letters are capitals" in (out / "report.html").read_text()
     again = mechlens(installed, "runs", "rerun", out)
-    assert (again.returncode, again.stderr) == (0, "")
+    assert (again.returncode, errors(again)) == (0, [])
     assert again.stdout == "largest difference: 0 in loudness: the numbers are identical\n"
 
 
