@@ -230,4 +230,5 @@ class DetectionPlan(Nulls):
         return self
 
     def __post_init__(self) -> None:
-        require_sampling(self)
+        if not isinstance(self, RunChoice):  # a command says it itself, as it says every mistake
+            require_sampling(self)

@@ -161,7 +161,7 @@ SAID = {
         r"post\[0\]",
         "final punctuation removed from all 96 \\+ 96 prompts",
         rf"AUROC {NUMBER}",
-        rf"tfidf_auroc\s+{NUMBER}",
+        rf"tfidf_auroc\s+({NUMBER}|\d\.\d\d, too few prompts)",
     ),
     "02_separation": (
         *(rf"{harm}\s+{NUMBER}" for harm in ("refused_harmful", "accepted_harmful", "refused_harmless")),
