@@ -12,6 +12,7 @@ from planted import planted_activations
 from planted_surface import World, drawn
 from refusing import refusing_model, requests
 from sentence import require_short
+from shown import require_shown
 
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.probing.beyond_words import folds_of, ranked
@@ -185,6 +186,8 @@ def refusing() -> Concept:
 def test_a_small_steering_test_finds_the_direction_that_acts(refusing: Concept) -> None:
     found = refusing.steered
     assert found is not None
+    require_shown(refusing, found, *refusing.confounds)
+    assert str(refusing.verdict.headline) in repr(refusing)
     assert refusing.best is None
     assert refusing.direction is found.direction is not None
     assert found.random is not None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from saved import save_model, write_prompts
 from sentence import require_one_sentence, require_short
+from shown import require_shown
 
 from mechlens.cli import main
 from mechlens.errors import UserError
@@ -88,6 +89,8 @@ def of(battery: Battery, measure: str, direction: str, cell: Cell, at: str = "")
 
 def test_the_planted_model_dissociates(found: Battery, model: Any) -> None:
     verdict = causal_verdict(found)
+    require_shown(found)
+    assert str(verdict.headline) in repr(found)
     assert verdict.word == SHOWN
     numbers = found.unsteered.numbers
     assert numbers["inversion_parsed"].value == numbers["inversion_consistent"].value == 1.0

@@ -14,6 +14,7 @@ from refusing import FREE, LAYERS, LEVEL, REFUSE, refusing_model, requests, save
 from saved import requests as plain_requests
 from saved import write_prompts
 from sentence import require_one_sentence
+from shown import require_shown
 from torch import Tensor
 
 from mechlens.cli import main
@@ -75,6 +76,7 @@ def selected(model: Any) -> Selection:
 
 def test_the_planted_layer_and_direction_are_found(selected: Selection) -> None:
     best = selected.found.best
+    require_shown(selected)
     assert best is not None
     assert best.level == LEVEL
     assert abs(float(best.unit[REFUSE])) > 0.99

@@ -9,6 +9,7 @@ from planted import CHECKPOINT, TwoByTwo, planted_confounded, planted_two_by_two
 from planted_worlds import analysed, world
 from scipy.stats import norm
 from sentence import require_short
+from shown import require_shown
 from tiny import tiny_tokenizer
 
 from mechlens.methods.activations.activations import Activations
@@ -100,6 +101,7 @@ def two_axes() -> Separation:
 def test_two_planted_axes_are_two_variables(two_axes: Separation) -> None:
     verdict = separation_verdict(two_axes.metrics())
     assert verdict.word == "two variables"
+    require_shown(two_axes, two_axes.batch)
     assert verdict.rule == RULE
     # Independent and well read: each gap is a whole distance of the poles.
     assert verdict.deciding["dissociation"].value == pytest.approx(4, abs=0.4)

@@ -8,6 +8,7 @@ import torch
 from planted import activations
 from scipy.stats import norm
 from sentence import require_short
+from shown import require_shown
 from tiny import tiny_tokenizer
 from torch import Tensor
 
@@ -119,6 +120,7 @@ def drifted() -> Tracking:
 
 
 def test_every_planted_drift_is_named(drifted: Tracking) -> None:
+    require_shown(drifted)
     words = [verdict.word for verdict in drifted.verdicts if verdict.concept == "harmful"]
     assert words == list(SERIES)
 

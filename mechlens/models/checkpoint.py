@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """One set of weights, named so that a result made with it can never be taken for another's.
 
@@ -62,6 +62,13 @@ class Checkpoint:
             return self.fingerprint == other.fingerprint
         ours, theirs = (one.fingerprint if is_sampled(one.fingerprint) else one.sampled for one in (self, other))
         return ours == theirs != ""
+
+    def __repr__(self) -> str:
+        told = {"revision": self.revision, "adapter": self.adapter, "base": self.base, "step": self.step}
+        more = "".join(f", {name} {value}" for name, value in told.items() if value is not None)
+        where = "" if self.path == self.name else f" from {self.path}"
+        kind = ", ".join(word for word in (self.dtype, self.regime, self.fingerprint[:12]) if word)
+        return f"Checkpoint({self.name}{where}{more}; {kind})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ _INSTRUCTION = re.compile(r"instruction\[(-?\d+|\*)\]")
 _TOKEN = re.compile(r"token\[(-?\d+)\]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenBatch:
     """Tokenised prompts in one padded block; every index counts from the start of the padded row.
 
@@ -200,6 +200,12 @@ class TokenBatch:
         for name, column in reversed(list(zip(self.positions, self.index[i].tolist(), strict=True))):
             names[column - self.offset(i)] = name
         return names
+
+    def __repr__(self) -> str:
+        lengths = self.lengths.tolist()
+        size = f"{len(lengths)} prompts of {min(lengths, default=0)} to {max(lengths, default=0)} tokens"
+        ends = ", ".join(dict.fromkeys([*self.positions[:1], *self.positions[-1:]]))
+        return f"TokenBatch({size}; {len(self.positions)} named positions: {ends})"
 
 
 def joined(batches: Sequence[TokenBatch]) -> TokenBatch:

@@ -12,7 +12,7 @@ from mechlens.settings import FRACTIONS, SEED
 PARTS = ("train", "validation", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Split:
     """Indices of the prompts in each part, ascending, with what made them.
 
@@ -48,6 +48,9 @@ class Split:
     def sizes(self) -> str:
         """How many prompts are in each part, in words."""
         return f"{len(self.train)} training, {len(self.validation)} validation, {len(self.test)} test"
+
+    def __repr__(self) -> str:
+        return f"Split({self.sizes} prompts; seed {self.seed})"
 
 
 def families_by_classes(labels: Sequence[str], families: Sequence[str]) -> dict[tuple[str, ...], list[str]]:

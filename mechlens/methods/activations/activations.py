@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.streamed import StreamedTensor
+from mechlens.methods.shown import counts, few, lines
 from mechlens.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Activations:
     """Values of many prompts at named levels and positions (float32, on the CPU, or on disk: `StreamedTensor`).
 
@@ -177,6 +178,18 @@ class Activations:
                 f"prompt {self.ids[row]!r} has no {self.positions[column]}; collect the span with reduce='mean', or "
                 "select prompts and positions that all have"
             )
+
+    def __repr__(self) -> str:
+        sizes = zip(self.dims, self.values.shape, strict=True)
+        facts = {
+            "sizes": ", ".join(f"{name} {size}" for name, size in sizes),
+            "levels": few(self.levels),
+            "positions": few(self.positions),
+            "last": self.last,
+            "labels": counts(self.labels),
+            "on disk": repr(self.values) if isinstance(self.values, StreamedTensor) else "",
+        }
+        return lines(f"Activations of {self.checkpoint.name} at {self.site}", facts)
 
 
 def one_cell(acts: Activations, level: int, position: str) -> Activations:

@@ -17,6 +17,7 @@ from mechlens.methods.behaviour.judges import OnceSettled
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import phase, steps
+from mechlens.methods.shown import cut, html_with, lines
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
@@ -34,7 +35,7 @@ NO_TOKEN = -1
 FAST = "fast"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Answers:
     """Answers of one checkpoint, greedy ones, one per prompt, unless `drawn` says how they were drawn.
 
@@ -90,6 +91,18 @@ class Answers:
         if self.draw:
             frame = frame.assign(prompt=[name.rpartition("#")[0] for name in self.ids], draw=self.draw)
         return frame
+
+    def __repr__(self) -> str:
+        title = f"{type(self).__name__} of {self.checkpoint.name}: {len(self.texts)}, {self.drawn or 'greedy'}"
+        asked = list(zip(self.ids, self.texts, strict=True))
+        first = enumerate(asked[:3])
+        facts = {f"{i} ({cut(name, 40)})": repr(cut(text, 80)) for i, (name, text) in first}
+        if len(asked) > len(facts):
+            facts["and"] = f"{len(asked) - len(facts)} more"
+        return lines(f"{title}, of up to {self.max_new_tokens} tokens", facts)
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self).partition("\n")[0], self.table())
 
 
 def answer(

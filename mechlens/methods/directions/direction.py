@@ -8,10 +8,11 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of, one_cell, stored_name
+from mechlens.methods.shown import few, lines
 from mechlens.models.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Direction:
     """A residual-stream vector at one level and position, in the model's own units (never normalised).
 
@@ -54,8 +55,15 @@ class Direction:
         """The same direction with length 1; a zero direction stays zero."""
         return self.vector / self.norm if self.norm > 0 else self.vector
 
+    def __repr__(self) -> str:
+        made = f"{self.method} of {len(self.train_ids)} prompts" if self.train_ids else self.method
+        return (
+            f"Direction({' - '.join(self.contrast)} at level {self.level}, {self.position}; norm {self.norm:.4g}, "
+            f"d_model {len(self.vector)}; {made}; {self.checkpoint.name}, {self.site})"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class DirectionGrid:
     """One direction for every level and position of a set of activations; fields as in `Direction`.
 
@@ -102,6 +110,15 @@ class DirectionGrid:
             template=self.template,
             train_ids=self.train_ids,
         )
+
+    def __repr__(self) -> str:
+        facts = {
+            "levels": few(self.levels),
+            "positions": few(self.positions),
+            "d_model": self.vectors.shape[-1],
+            "made by": f"{self.method} of {len(self.train_ids)} prompts",
+        }
+        return lines(f"DirectionGrid {' - '.join(self.contrast)} of {self.checkpoint.name} at {self.site}", facts)
 
 
 def require_real(values: Tensor, what: str) -> None:

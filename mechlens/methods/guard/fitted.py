@@ -10,6 +10,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.guard.rules import CosineScore, LinearScore
+from mechlens.methods.shown import few, lines
 from mechlens.methods.statistics.calibration import Calibration
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.models.checkpoint import Checkpoint
@@ -62,7 +63,7 @@ class GuardVerdict:
     """That the prompt is harmful, where harmful and harmless prompts are equally common."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FittedGuard:
     """The mean score over places, with its threshold, for one checkpoint and one chat template.
 
@@ -167,6 +168,16 @@ class FittedGuard:
         if not other_weights or made.regime != checkpoint.regime:
             require_same_weights("guard", made, checkpoint, TRANSFER if made.regime == checkpoint.regime else ANEW)
         require_same_template("guard", self.template, template, ANEW)
+
+    def __repr__(self) -> str:
+        asked = self.settings
+        facts = {
+            "reads": f"levels {few(self.levels)} at {few(self.positions)}",
+            "threshold": f"{self.calibration.threshold:.4g}",
+            "fitted on": f"{len(self.train_ids)} prompts",
+        }
+        sides = f"{asked.positive} against {asked.negative}"
+        return lines(f"FittedGuard by {asked.rule}, {sides}, of {self.checkpoint.name}", facts)
 
 
 ANEW = "fit a guard for this model"

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechlens.methods.shown import MOST, few, html_with, lines
 from mechlens.methods.statistics.resample import Interval, family_weights, interval
 from mechlens.settings import RESAMPLES
 
@@ -19,7 +20,7 @@ MIN_SHARE = 0.1
 """A pair has nothing to recover where its clean and corrupt runs differ by less than this share of the median pair."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PatchResult:
     """The metric after patching each site of each pair, beside the two unpatched runs.
 
@@ -128,3 +129,29 @@ class PatchResult:
         null = (signs[:, codes] @ standard.T / standard.shape[1]).abs().max(dim=1).values
         reached = (null[None, :] >= observed[:, None] - 1e-12).sum(dim=1)
         return torch.where(size.squeeze(1).isnan(), torch.nan, (1 + reached) / (1 + n_flips))
+
+    def __repr__(self) -> str:
+        top = self.largest()
+        facts = {
+            "pairs": f"{len(self.pairs)}, {int(self.has_gap.sum())} with a gap to recover",
+            "layers": few(self.layers),
+            "positions": few(self.positions),
+            "heads": few(self.heads),
+            "largest recovery": ", ".join(f"{name} {value}" for name, value in top.iloc[0].items()) if len(top) else "",
+        }
+        return lines(f"PatchResult at {self.site}, {self.mode} from {self.source}, by {self.metric}", facts)
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.largest())
+
+    def largest(self, n: int = MOST) -> "pandas.DataFrame":
+        """The sites of the largest recovery: layer, position (and head), recovery as in `table`, without intervals."""
+        import pandas as pd
+
+        gap = torch.where(self.has_gap, self.target - self.start, 0.0).double()
+        towards = (torch.where(gap != 0, self.effect().flatten(1).T.double() * gap.sign(), 0.0)).sum(dim=1)
+        axes = [self.layers, self.positions, self.heads or (-1,)]
+        frame = pd.MultiIndex.from_product(axes, names=["layer", "position", "head"]).to_frame(index=False)
+        frame["recovery"] = (towards / gap.abs().sum()).numpy().round(3)
+        frame = frame if self.heads else frame.drop(columns="head")
+        return frame.dropna().nlargest(n, "recovery")

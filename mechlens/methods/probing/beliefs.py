@@ -12,10 +12,11 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.directions.direction import members, require_real
+from mechlens.methods.shown import few, lines
 from mechlens.models.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Centroids:
     """Mean activations of two classes of prompts at one position, for every level.
 
@@ -47,6 +48,12 @@ class Centroids:
     def grand_mean(self) -> Float[Tensor, "level d_model"]:
         """Midpoint of the two centroids: unequal class sizes don't move it."""
         return (self.positive + self.negative) / 2
+
+    def __repr__(self) -> str:
+        made = f"{len(self.train_ids)} prompts"
+        facts = {"levels": few(self.levels), "d_model": self.positive.shape[-1], "made of": made}
+        title = f"Centroids of {' and '.join(self.contrast)} at {self.position}, {self.checkpoint.name} at {self.site}"
+        return lines(title, facts)
 
 
 def centroids(acts: Activations, positive: str, negative: str, position: str) -> Centroids:

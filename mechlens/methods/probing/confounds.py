@@ -7,7 +7,7 @@ apart no better than one of these may be a direction of that.
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -36,7 +36,7 @@ class Confound:
     """How the sides differ in it, as a part of a sentence."""
     auroc: Estimate
     """Of telling the sides apart by it alone, out of fold."""
-    scores: Float[Tensor, "repeat prompt"]
+    scores: Float[Tensor, "repeat prompt"] = field(repr=False)
 
     @property
     def telling(self) -> bool:

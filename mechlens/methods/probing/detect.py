@@ -36,6 +36,7 @@ from mechlens.methods.probing.auroc_grid import (
     refitted_auroc,
     score_grid,
 )
+from mechlens.methods.shown import first, html_with, lines
 from mechlens.methods.statistics.effect_size import effect_estimate, hedges_g
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
@@ -47,7 +48,7 @@ MAX_REFITS = 50
 """Enough for p < 0.02."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ChosenLevel:
     """What is reported for one position: its level chosen on validation, scored once on test."""
 
@@ -65,8 +66,17 @@ class ChosenLevel:
     permutation: PermutationNull
     random: RandomNull
 
+    def __repr__(self) -> str:
+        return f"ChosenLevel({self.position}, {self.in_words})"
 
-@dataclass(frozen=True)
+    @property
+    def in_words(self) -> str:
+        """The level and what is reported there, on a line."""
+        chance = f"permutation p {self.permutation.p:.2g}"
+        return f"level {self.level}, AUROC {self.auroc}, Hedges' g {self.effect.brief}, {chance}"
+
+
+@dataclass(frozen=True, repr=False)
 class Detection:
     """How well a concept is detected everywhere, and at the level chosen on validation for each position.
 
@@ -133,6 +143,38 @@ class Detection:
                 "validation_auroc": self.validation_auroc.flatten().numpy(),
             }
         )
+
+    def __repr__(self) -> str:
+        grid = self.directions
+        sizes = [
+            f"{' and '.join(f'{n} {label}' for label, n in by_label.items())} in {part}"
+            for part, by_label in self.sizes.items()
+        ]
+        title = f"Detection of {' against '.join(grid.contrast)} in {grid.checkpoint.name} at {grid.site}"
+        return lines(title, {"prompts": ", ".join(sizes), **self.in_words})
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.by_position())
+
+    @property
+    def in_words(self) -> dict[str, object]:
+        """What is reported for each position, and which is best; where none is, the strongest."""
+        found, best = first({choice.position: choice.in_words for choice in self.chosen}), self.best
+        if not self.ahead:
+            return found
+        if best is not None:
+            return {**found, "best": f"{best.position}, level {best.level}"}
+        top = self.strongest
+        return {**found, "best": "none is more than the surface", "strongest": f"{top.position}, level {top.level}"}
+
+    def by_position(self) -> pd.DataFrame:
+        """One row for each position, at its chosen level: position, level, auroc, low, high, n, effect_size, p."""
+        rows = [
+            {"position": one.position, "level": one.level, **one.auroc.row("auroc"), "effect_size": one.effect.value,
+             "p": one.permutation.p}
+            for one in self.chosen
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
 
 
 @one_thread()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -30,12 +30,12 @@ EVERYWHERE = ("resid_pre", "attn_out", "mlp_out")
 class ResidualNorms:
     """Median length of the residual stream over training prompts: what strengths in shares are shares of."""
 
-    medians: Float[Tensor, "level position"]
-    pooled: Float[Tensor, " level"]
+    medians: Float[Tensor, "level position"] = field(repr=False)
+    pooled: Float[Tensor, " level"] = field(repr=False)
     """Over all positions that were collected, the first token left out: for interventions on every token."""
     levels: tuple[int, ...]
     positions: tuple[str, ...]
-    ids: tuple[str, ...]
+    ids: tuple[str, ...] = field(repr=False)
     checkpoint: Checkpoint
     template: str
     last: str = ""
@@ -88,7 +88,12 @@ def residual_norms(acts: Activations) -> ResidualNorms:
 
 @dataclass(frozen=True)
 class Add:
-    """Adds a direction to the residual stream.
+    """Adds strength times a direction to the residual stream, at some layers and tokens.
+
+    Layers are counted in blocks from 0, and the input of block l is level l: a direction of level l belongs at
+    `layers=(direction.level,)`, unless `site` is another. That of the last level belongs at the last layer with
+    `site="resid_post"`. By default every token is changed, those of the prompt and those of the answer; for named
+    positions choose `phase="prompt"`.
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
@@ -105,11 +110,13 @@ class Add:
     _: KW_ONLY
     strength: float
     unit: Unit
-    """Strength 1 is "raw": the vector as it is; "unit": length 1; "share": the median residual norm there."""
+    """What strength 1 is. "raw": the vector as it is, the whole difference between the classes' means; "unit": the
+    vector with length 1; "share": with the median length of the residual stream there, which needs `norms`."""
     layers: tuple[int, ...] | Everything
-    positions: tuple[str, ...] | Everything
+    positions: tuple[str, ...] | Everything = ALL
     """Names such as inst, last, post[*], instruction[*], token[3], token[5:20] (cut at the prompt's end), or all."""
-    phase: Phase
+    phase: Phase = "both"
+    """Which tokens are changed: "prompt": those of the prompt; "generation": those of the answer; "both"."""
     site: str = "resid_pre"
     """resid_pre (the level of the layer's number), attn_out, mlp_out, or resid_post (the level above it)."""
     norms: ResidualNorms | None = None
@@ -125,7 +132,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Ablate:
-    """Removes the component along a direction.
+    """Removes the component along a direction; by default everywhere, as Arditi et al. (2024) do.
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
@@ -139,10 +146,11 @@ class Ablate:
 
     direction: Direction
     _: KW_ONLY
-    layers: tuple[int, ...] | Everything
-    positions: tuple[str, ...] | Everything
-    phase: Phase
-    sites: tuple[str, ...]
+    layers: tuple[int, ...] | Everything = ALL
+    positions: tuple[str, ...] | Everything = ALL
+    phase: Phase = "both"
+    """As in `Add`."""
+    sites: tuple[str, ...] = EVERYWHERE
     """Some of resid_pre, attn_out, mlp_out, resid_post; EVERYWHERE is the first three."""
     answer_tokens: int | None = None
     """As in `Add`."""
@@ -197,7 +205,7 @@ class Replace:
     2
     """
 
-    values: Float[Tensor, "layer position d_model"]
+    values: Float[Tensor, "layer position d_model"] = field(repr=False)
     _: KW_ONLY
     layers: tuple[int, ...]
     positions: tuple[str, ...]

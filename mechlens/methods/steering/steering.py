@@ -96,7 +96,7 @@ MAX_TOKENS = 12288
 """Prompt tokens in a batch. On a CPU products of 32 rows run at less than half the speed of products of 256."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeredAnswers(Answers):
     """Answers under interventions, which are kept with them; `ids` repeat where a prompt was asked repeatedly."""
 

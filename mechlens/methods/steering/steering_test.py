@@ -19,6 +19,7 @@ from mechlens.methods.behaviour.damage import plain_loss
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, DirectionGrid, random_like
 from mechlens.methods.progress import phase
+from mechlens.methods.shown import html_with
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.methods.steering.candidates import SelectionRule, addition
@@ -52,7 +53,7 @@ class RandomEffects:
     n: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeringTest:
     """What adding each candidate did to negative prompts, and the one that did most beyond random directions.
 
@@ -91,6 +92,12 @@ class SteeringTest:
         if self.direction is None:
             return f"Of {len(self.table)} directions tried that of {place} does most, and no more than chance: {does}."
         return f"Of {len(self.table)} directions tried that of {place} steers the model: {does}."
+
+    def __repr__(self) -> str:
+        return f"SteeringTest: {self.sentence}"
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.table.sort_values("effect", ascending=False))
 
 
 @dataclass(frozen=True)

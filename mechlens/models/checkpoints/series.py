@@ -55,7 +55,7 @@ class UnusableCheckpoint:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckpointSeries:
     """The base at step 0, then its checkpoints by step.
 
@@ -80,6 +80,12 @@ class CheckpointSeries:
     def kind(self) -> str:
         """ "adapter", "full", or both."""
         return " and ".join(dict.fromkeys(member.kind for member in self.members[1:])) or "base only"
+
+    def __repr__(self) -> str:
+        steps = [member.step for member in self.members]
+        more = f", {len(self.left_out)} left out" if self.left_out else ""
+        ends = f"steps {steps[0]} to {steps[-1]} from {self.steps_from}"
+        return f"CheckpointSeries({self.base.name} and {len(steps) - 1} checkpoints, {self.kind}, {ends}{more})"
 
 
 def checkpoint_series(

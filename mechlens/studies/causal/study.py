@@ -20,6 +20,7 @@ from mechlens.methods.behaviour.inversion import telling_words
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import one_bar, phase
+from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
@@ -74,7 +75,7 @@ from mechlens.studies.shared.harm_sets import ContrastSets, labelled, prepare_ha
 from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers, judge_answers, judge_first_token
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Battery:
     """What the battery found, and everything its numbers were made from.
 
@@ -144,6 +145,15 @@ class Battery:
     def artifacts(self) -> dict[str, object]:
         """Both directions, where they can be measured."""
         return {f"direction_{name}": direction for name, direction in self.directions.items()}
+
+    def __repr__(self) -> str:
+        from mechlens.studies.causal.verdict import causal_verdict
+
+        told = f"Battery in {self.judged.answers.checkpoint.name}: {causal_verdict(self).headline}"
+        return lines(told, {"prompts": self.split.sizes, **self.directions})
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), effect_table(self.effects, self.choice.chosen))
 
 
 def work_ahead(model: LanguageModel, plan: CausalPlan, test: Subjects, *, believes: bool = True) -> dict[str, float]:

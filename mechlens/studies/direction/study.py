@@ -20,6 +20,7 @@ from mechlens.methods.directions.nulls import split_half
 from mechlens.methods.probing.confounds import Confound, find_confounds, warn_of_confounds
 from mechlens.methods.probing.detect import ChosenLevel, Detection
 from mechlens.methods.progress import phase
+from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.steering_test import SteeringTest, steering_test
 from mechlens.models.bridge import LanguageModel
@@ -55,9 +56,15 @@ MIN_OF_A_SIDE = 15
 """So that a fifth of them, the validation part, is three."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Concept:
     """A concept's direction in every cell, tested on held-out prompts.
+
+    `verdict` says what the numbers allow, `verdict.headline` in one sentence. `direction` is the one to use, or None;
+    `best` is the strongest position that is more than the prompts' surface, or None, and `detection.strongest` and
+    `detection.at(position)` are there in any case. `steered` is what adding directions did (`causal=True`),
+    `confounds` what else differs between the sides. `table()` has every level and position, `baselines()` what the
+    surface reaches, `differences()` the confounds, `tables()` everything, `metrics()` the numbers by name.
 
     >>> model = ml.load("smollm2")
     >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
@@ -169,6 +176,17 @@ class Concept:
 
     def _column(self, position: str) -> int:
         return column_of(position, self.acts.positions, self.acts.last)
+
+    def __repr__(self) -> str:
+        facts = {
+            **self.detection.in_words,
+            "steering effect": "" if self.steered is None else self.steered.effect,
+            "direction": "none to use" if self.direction is None else repr(self.direction),
+        }
+        return lines(f"Concept in {self.acts.checkpoint.name}: {self.verdict.headline}", facts)
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.detection.by_position())
 
 
 def find_concept(

@@ -22,6 +22,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard_model import GuardModelOpinion
+from mechlens.methods.shown import counts, few, lines
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.asked import Prompts, as_prompts
@@ -70,7 +71,7 @@ class EvaluationPrompts:
         return surface_twins(self.prompts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GuardEvaluation:
     """Detectors on test prompts; the first is the guard.
 
@@ -114,6 +115,16 @@ class GuardEvaluation:
         scores = self.detectors[0].scores
         assert scores is not None
         return scores
+
+    def __repr__(self) -> str:
+        prompts = self.examined.prompts
+        facts = {
+            "detectors": few([one.name for one in self.detectors]),
+            "prompts": counts([prompt.label for prompt in prompts]),
+            "sources": counts([prompt.source or "unnamed" for prompt in prompts]),
+            "numbers": "see ml.guard_report of this",
+        }
+        return lines(f"GuardEvaluation in {self.test.checkpoint.name}", facts)
 
 
 def examine(

@@ -15,6 +15,7 @@ from mechlens.methods.guard.fitted import ANEW, TRANSFER, FittedGuard, GuardSett
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.guard.rules import needs_refusals
 from mechlens.methods.probing.confounds import compare_sides
+from mechlens.methods.shown import few, lines
 from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoints.difference import require_same_template
 from mechlens.models.checkpoints.outline import Outline
@@ -72,7 +73,7 @@ PAPER = "paper_rule"
 """Name of the rule as published: cosines at `inst`, averaged over all levels, threshold 0."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GuardFitting:
     """A fitted guard, the other rules fitted in the same way, and what was held out."""
 
@@ -83,6 +84,11 @@ class GuardFitting:
     test: tuple[Prompt, ...]
     split: Split
     """Row numbers of the prompts that were given."""
+
+    def __repr__(self) -> str:
+        others = few(list(self.others))
+        facts = {"others": others, "prompts": f"{len(self.train)} fitted on, {len(self.test)} held out"}
+        return lines(f"GuardFitting: {self.guard!r}", facts)
 
 
 def fit_guard(

@@ -19,6 +19,7 @@ from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.chosen_judge import judges_of, verdicts_by
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, direction_grid, random_like
+from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.candidates import (
     KEPT,
@@ -95,7 +96,7 @@ class Ranking:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """What was found, and everything its numbers were made from.
 
@@ -191,6 +192,15 @@ class Selection:
                 for label in (HARMFUL, HARMLESS)
             ]
         )
+
+    def __repr__(self) -> str:
+        from mechlens.studies.select.verdict import selection_verdict
+
+        facts = {"prompts": self.split.sizes, "chosen": "none" if self.test is None else self.test.chosen}
+        return lines(f"Selection in {self.judged.answers.checkpoint.name}: {selection_verdict(self).headline}", facts)
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.found.table().sort_values("status"))
 
 
 def select_direction(

@@ -20,6 +20,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.probing.confounds import compare_sides
 from mechlens.methods.progress import phase
+from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
@@ -56,7 +57,7 @@ class WithoutTemplate:
         return rates | {"harmful_auroc.inst.accepted_without_template": self.accepted_auroc}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Separation:
     """What the study found, and everything its numbers were made from.
 
@@ -153,6 +154,15 @@ class Separation:
         made |= {f"directions_{name}": grid for name, grid in grids.items() if grid is not None}
         centroids = {"centroids_harm": self.beliefs.harm, "centroids_refusal": self.beliefs.refusal}
         return made | {name: centroid for name, centroid in centroids.items() if centroid is not None}
+
+    def __repr__(self) -> str:
+        from mechlens.studies.separate.verdict import separation_verdict
+
+        verdict = separation_verdict(self.metrics())
+        return lines(f"Separation in {self.acts.checkpoint.name}: {verdict.headline}", verdict.deciding)
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.chosen())
 
 
 def separate(

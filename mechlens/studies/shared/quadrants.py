@@ -26,6 +26,7 @@ from mechlens.methods.behaviour.judges import (
 )
 from mechlens.methods.behaviour.thought import after_thought
 from mechlens.methods.probing.auroc import auroc_estimate
+from mechlens.methods.shown import counts, html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded, unembed
 from mechlens.prompts.asked import Prompts, as_prompts
@@ -51,7 +52,7 @@ def quadrants_of(prompts: Sequence[Prompt], verdicts: Sequence[str]) -> tuple[st
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JudgedAnswers:
     """Prompts with their answers, each judge's verdicts and the quadrant by the first judge.
 
@@ -120,6 +121,13 @@ class JudgedAnswers:
         for judge, verdicts in self.verdicts.items():
             frame[f"verdict_{judge}"] = verdicts
         return frame
+
+    def __repr__(self) -> str:
+        facts = {judge: counts(self.quadrants(judge)).replace("_", " ") for judge in self.verdicts}
+        return lines(f"JudgedAnswers of {self.answers.checkpoint.name}: {len(self.prompts)} prompts", facts)
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.table())
 
 
 def judge_answers(prompts: Prompts, answers: Answers, judges: Sequence[Judge] | str = "phrases") -> JudgedAnswers:

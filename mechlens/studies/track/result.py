@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mechlens.methods.progress import progress_bar
+from mechlens.methods.shown import few, html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoints.series import UnusableCheckpoint
 from mechlens.prompts.batch import TokenBatch
@@ -54,7 +55,7 @@ class Questions:
     """Prompts with a trigger, with decoys, and without either, labelled so."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tracking:
     """What was found over the series, and everything that it was worked out from.
 
@@ -156,6 +157,13 @@ class Tracking:
             for verdict in self.verdicts
         ]  # fmt: skip
         return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        facts = {verdict.concept: str(verdict.headline) for verdict in self.last_verdicts}
+        return lines(f"Tracking of {self.snapshots[0].acts.checkpoint.name} at steps {few(self.steps)}", facts)
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.verdict_table())
 
 
 def steered_rows(questions: Questions, plan: TrackPlan) -> list[int]:

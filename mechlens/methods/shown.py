@@ -1,0 +1,51 @@
+"""How results show themselves: a few lines where they are printed, and with a small table in a notebook."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+WIDTH = 120
+"""Characters of a fact, or of a table's cell, before it is cut."""
+MOST = 8
+"""Lines of one kind, or rows of a table, that are shown."""
+
+
+def lines(title: str, facts: Mapping[str, object]) -> str:
+    """The title, and below it a line for each fact; one that is an empty text is left out."""
+    told = [(name, cut(str(value))) for name, value in facts.items()]
+    return "\n".join([title, *(f"  {name}: {text}" for name, text in told if text)])
+
+
+def cut(text: str, width: int = WIDTH) -> str:
+    """The text on one line, its end left out where it is too long."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
+def few(names: Sequence[object]) -> str:
+    """The names, of many the first ones and the last: "0, 1, 2, 3 ... 30 (31)"."""
+    if len(names) <= MOST:
+        return ", ".join(map(str, names))
+    return f"{', '.join(map(str, names[: MOST // 2]))} ... {names[-1]} ({len(names)})"
+
+
+def first(facts: Mapping[str, object]) -> dict[str, object]:
+    """The first facts of many, and how many more there are."""
+    more = len(facts) - MOST
+    return {**dict(list(facts.items())[:MOST]), **({"and": f"{more} more"} if more > 0 else {})}
+
+
+def counts(values: Sequence[str]) -> str:
+    """How often each value is there: "250 harmful, 250 harmless"."""
+    return few([f"{values.count(name)} {name}" for name in dict.fromkeys(values)])
+
+
+def html_with(told: str, table: "pandas.DataFrame") -> str:
+    """What is printed, and the first rows of a table below it, for a notebook; every text is cut and escaped."""
+    rows = table.head(MOST)
+    rows = rows.apply(lambda column: column.map(lambda cell: cut(cell) if isinstance(cell, str) else cell))
+    more = f"<p>{len(rows)} of {len(table)} rows</p>" if len(table) > len(rows) else ""
+    return f"<pre>{html.escape(told)}</pre>{rows.to_html(escape=True, index=False, float_format='%.3g')}{more}"
