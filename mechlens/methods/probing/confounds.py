@@ -75,17 +75,20 @@ def find_confounds(prompts: Sequence[Prompt], positive: Bool[Tensor, " prompt"],
 def compare_sides(positive: Sequence[Prompt], negative: Sequence[Prompt], sides: tuple[str, str]) -> None:
     """Warns of what tells two sides apart besides the concept (see `warn_of_confounds`)."""
     both = [*positive, *negative]
-    warn_of_confounds(find_confounds(both, torch.arange(len(both)) < len(positive)), sides)
+    warn_of_confounds(find_confounds(both, torch.arange(len(both)) < len(positive)), sides, stacklevel=4)
 
 
-def warn_of_confounds(confounds: Sequence[Confound], sides: tuple[str, str]) -> None:
-    """A UserWarning that names what is telling, in one sentence; nothing where nothing is."""
+def warn_of_confounds(confounds: Sequence[Confound], sides: tuple[str, str], *, stacklevel: int = 3) -> None:
+    """A UserWarning that names what is telling, in one sentence; nothing where nothing is.
+
+    It is addressed to who called the function that looks at the sides.
+    """
     telling = [one.sentence for one in confounds if one.telling]
     if telling:
         warnings.warn(
             f"the {sides[0]} and the {sides[1]} prompts differ in more than what they mean, {sides[0]} first: "
             f"{'; '.join(telling)}; what is found may be that, so make the sides alike in it",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
