@@ -32,7 +32,7 @@ PUBLIC = public()
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder in which the packaged model is a tiny one, loaded once; and a folder with a checkpoint of it."""
+    """A folder to work in, with a checkpoint and a run; the packaged model is a tiny one there, loaded once."""
     from mechlens.models import packaged
 
     root = tmp_path_factory.mktemp("cache")
@@ -47,8 +47,14 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("WANDB_MODE", "disabled")
         patch.setitem(vars(mechlens), "load", cache(mechlens.load))
         patch.setattr("plotly.graph_objects.Figure.show", lambda figure, config: None)  # it would open a browser
-        shutil.copytree(folder, root / "tuned" / "checkpoint-10")
-        yield root / "tuned"
+        place = tmp_path_factory.mktemp("work")
+        patch.chdir(place)
+        shutil.copytree(folder, place / "runs" / "tuned" / "checkpoint-10")
+        few = {"n": 20, "positions": ("last",), "resamples": 50, "permutations": 10, "random_directions": 2}
+        mechlens.run(
+            mechlens.FindDirection(positive="harmful", negative="harmless", out=place / "runs" / "first", **few)
+        )
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +65,9 @@ def seen() -> set[str]:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_has_an_example_that_runs(
-    name: str, small_world: Path, seen: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, small_world: Path, seen: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "tuned").symlink_to(small_world)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(small_world)
     thing = PUBLIC[name]
     finder = doctest.DocTestFinder(recurse=False)
     (found,) = finder.find(thing, name, globs={"ml": mechlens, "views": mechlens.views})

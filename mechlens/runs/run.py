@@ -106,22 +106,11 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Run:
-    r"""Everything needed to trust a run's numbers, and to get them again.
+    """Everything needed to trust a run's numbers, and to get them again.
 
-    >>> from pathlib import Path
-    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
-    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
-    >>> study = ml.FindDirection(
-    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
-    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
-    ... )
-    >>> run = ml.run(study)
-    >>> run.record.status, list(run.metrics.columns[:3])
-    ('success', ['name', 'words', 'value'])
-    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
-    True
-    >>> len(ml.list_runs("runs"))
-    1
+    >>> run = ml.read_run("runs/first")
+    >>> run.verb, run.config["model"]
+    ('direction', 'smollm2')
     """
 
     id: str
@@ -216,22 +205,10 @@ def write_run(run: Run, folder: Path) -> None:
 
 
 def read_run(folder: AnyPath) -> Run:
-    r"""The record in a run's folder.
+    """The record in a run's folder.
 
-    >>> from pathlib import Path
-    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
-    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
-    >>> study = ml.FindDirection(
-    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
-    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
-    ... )
-    >>> run = ml.run(study)
-    >>> run.record.status, list(run.metrics.columns[:3])
-    ('success', ['name', 'words', 'value'])
-    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
-    True
-    >>> len(ml.list_runs("runs"))
-    1
+    >>> ml.read_run("runs/first").status
+    'success'
     """
     path = user_path(folder) / RUN_FILE
     try:

@@ -65,25 +65,20 @@ class Preparation(Generic[Content]):
 
 
 def run(config: Any) -> RunResult:
-    r"""Does the study that this configuration is of, recorded in its run folder, and gives what was found.
+    """Does the study that this configuration is of, recorded in its run folder, and gives what was found.
 
     A killed run goes on where it stopped when it is called again with the same configuration. UserError, before
     anything slow, for whatever can't be had.
 
-    >>> from pathlib import Path
-    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
-    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
     >>> study = ml.FindDirection(
-    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
-    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
+    ...     positive="harmful", negative="harmless", n=20, model="smollm2", out="runs/harm", positions=("last",),
+    ...     resamples=50, permutations=10, random_directions=2,
     ... )
     >>> run = ml.run(study)
     >>> run.record.status, list(run.metrics.columns[:3])
     ('success', ['name', 'words', 'value'])
-    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
+    >>> run.sentence == ml.open("runs/harm").sentence == ml.read_run("runs/harm").sentence
     True
-    >>> len(ml.list_runs("runs"))
-    1
     """
     study = study_of(config)
     config = _with_paths(config)
@@ -158,25 +153,13 @@ def _record_inputs(writer: RunWriter, prepared: Preparation[Any]) -> None:
 
 
 def rerun(folder: AnyPath, out: AnyPath | None = None) -> Difference:
-    r"""Makes a recorded run again, computing everything anew; the metric that differs most.
+    """Makes a recorded run again, computing everything anew; the metric that differs most.
 
     It goes to `out`, or to a temporary folder. A chat template that prints the date prints the day of the first run.
     UserError, before anything is computed, naming each input that isn't what it was.
 
-    >>> from pathlib import Path
-    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
-    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
-    >>> study = ml.FindDirection(
-    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
-    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
-    ... )
-    >>> run = ml.run(study)
-    >>> run.record.status, list(run.metrics.columns[:3])
-    ('success', ['name', 'words', 'value'])
-    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
-    True
-    >>> len(ml.list_runs("runs"))
-    1
+    >>> ml.rerun("runs/first").difference
+    0.0
     """
     before = read_run(folder)
     known = studies()

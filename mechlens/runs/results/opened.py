@@ -12,24 +12,13 @@ from mechlens.runs.vectors.foreign_vectors import read_refusal_direction
 
 
 def open(path: str | os.PathLike[str]) -> Any:
-    r"""A run folder as its `RunResult`; a file that `save` or a run wrote as the object; others' directions as ours.
+    """A run folder as its `RunResult`; a file that `save` or a run wrote as the object; others' directions as ours.
 
     UserError, in one sentence, for anything else.
 
-    >>> from pathlib import Path
-    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
-    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
-    >>> study = ml.FindDirection(
-    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
-    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
-    ... )
-    >>> run = ml.run(study)
-    >>> run.record.status, list(run.metrics.columns[:3])
-    ('success', ['name', 'words', 'value'])
-    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
+    >>> run = ml.open("runs/first")
+    >>> run.sentence == run.record.sentence
     True
-    >>> len(ml.list_runs("runs"))
-    1
     """
     place = user_path(os.fspath(path))
     if not place.is_dir():

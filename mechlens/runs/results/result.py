@@ -30,22 +30,11 @@ STATES = {
 
 @dataclass(frozen=True)
 class RunResult:
-    r"""A recorded run, from `ml.run(config)` or `ml.open(folder)`; any function that takes a path takes it as one.
+    """A recorded run, from `ml.run(config)` or `ml.open(folder)`; any function that takes a path takes it as one.
 
-    >>> from pathlib import Path
-    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
-    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
-    >>> study = ml.FindDirection(
-    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
-    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
-    ... )
-    >>> run = ml.run(study)
-    >>> run.record.status, list(run.metrics.columns[:3])
-    ('success', ['name', 'words', 'value'])
-    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
-    True
-    >>> len(ml.list_runs("runs"))
-    1
+    >>> run = ml.open("runs/first")
+    >>> list(run.metrics.columns[:3]), "auroc_by_level" in run.tables
+    (['name', 'words', 'value'], True)
     """
 
     folder: Path
@@ -174,22 +163,11 @@ class RunResult:
 
 @dataclass(frozen=True)
 class RunList(Sequence[RunResult]):
-    r"""Runs, oldest first, which a notebook shows as a table with what each found.
+    """Runs, oldest first, which a notebook shows as a table with what each found.
 
-    >>> from pathlib import Path
-    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
-    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
-    >>> study = ml.FindDirection(
-    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
-    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
-    ... )
-    >>> run = ml.run(study)
-    >>> run.record.status, list(run.metrics.columns[:3])
-    ('success', ['name', 'words', 'value'])
-    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
-    True
-    >>> len(ml.list_runs("runs"))
-    1
+    >>> runs = ml.list_runs("runs/first")
+    >>> len(runs), runs[0].record.verb
+    (1, 'direction')
     """
 
     runs: tuple[RunResult, ...]
@@ -221,24 +199,12 @@ def open_run_folder(folder: str | os.PathLike[str]) -> RunResult:
 
 
 def list_runs(root: str | os.PathLike[str] = "runs") -> RunList:
-    r"""Every run at or below `root`, oldest first; damaged ones become warnings.
+    """Every run at or below `root`, oldest first; damaged ones become warnings.
 
     A run unpacks into its folder and its record: `for folder, record in list_runs("runs")`.
 
-    >>> from pathlib import Path
-    >>> _ = Path("formal.txt").write_text("\n".join(f"Would you kindly describe item {i}?" for i in range(20)))
-    >>> _ = Path("casual.txt").write_text("\n".join(f"yo tell me about item {i}?" for i in range(20)))
-    >>> study = ml.FindDirection(
-    ...     positive="formal.txt", negative="casual.txt", model="smollm2", out="runs/tone", positions=("last",),
-    ...     resamples=50, permutations=10, random_directions=2, wandb=ml.WandbSettings(mode="disabled"),
-    ... )
-    >>> run = ml.run(study)
-    >>> run.record.status, list(run.metrics.columns[:3])
-    ('success', ['name', 'words', 'value'])
-    >>> run.sentence == ml.open("runs/tone").sentence == ml.read_run("runs/tone").sentence
-    True
-    >>> len(ml.list_runs("runs"))
-    1
+    >>> [run.record.status for run in ml.list_runs("runs/first")]
+    ['success']
     """
     runs = []
     for folder, found in found_runs(user_path(os.fspath(root))):
