@@ -185,7 +185,7 @@ def test_the_numbers_are_those_of_the_saved_checkpoints(trained: tuple[Trainer, 
             offline = held_out_auroc(grid, test, (POSITIVE, NEGATIVE))
             live = table.loc[(4, f"mood.auroc.{asked}.{name}")]
             wanted = offline.at(direction.level, offline.positions[0])
-            assert live[["value", "low", "high", "n"]].tolist() == pytest.approx(list(vars(wanted).values()), abs=1e-3)
+            assert live[["value", "low", "high", "n"]].tolist() == pytest.approx(list(wanted.row().values()), abs=1e-3)
         offline_cosine = float(cosine(refitted.vectors[0, 0], direction.vector))
         assert table.loc[(4, f"mood.cosine.{asked}")]["value"] == pytest.approx(offline_cosine, abs=1e-3)
 
