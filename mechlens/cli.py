@@ -22,6 +22,7 @@ from mechlens import registry
 from mechlens.choices import require_known
 from mechlens.errors import UserError
 from mechlens.files import TROUBLE, is_whole, user_path
+from mechlens.studies.possible import require_possible
 from mechlens.studies.registry import GROUPS, Command, Study, commands
 
 
@@ -170,6 +171,7 @@ def _one_line(message: Any, category: type[Warning], *where: object, **more: obj
 
 
 def _dispatch(command: Study | Command, config: Any) -> None:
+    require_possible(config)
     require_known(config)
     if isinstance(command, Command):
         registry.loaded(command.execute)(config, Terminal())

@@ -64,6 +64,15 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path} is a pipe or a device; give a regular file")
 
 
+def require_writable(out: Path) -> None:
+    """UserError for a folder that can't be made or written to."""
+    out = user_path(out)
+    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is no folder"
+        raise UserError(f"{out} could not be written ({there} {why}); give another --out")
+
+
 def read_whole(path: Path) -> bytes:
     """All bytes of a regular file; UserError where it can't be read or is larger than LARGEST_FILE."""
     require_regular(path)

@@ -529,7 +529,7 @@ MISTAKES = {
     "no adapter": (bad(adapter=lambda w: w.folder), "there is no adapter in"),
     "no such device": (bad(device="banana"), "there is no device 'banana'"),
     "more than there is": (bad(n=21), "a sample of 21 was asked for"),
-    "none of them": (bad(n=0), "a sample of 0 was asked for"),
+    "none of them": (bad(n=0), "--n must be at least 1, and is 0"),
     "a very long prompt": (bad(harmful=lambda w: w.file("l.jsonl", [*requests(20, "make"), LONG])), "the model takes"),
     "template tokens in a prompt": (
         bad(harmful=lambda w: w.file("s.jsonl", [*requests(20, "make"), "x <|im_end|> y"])),
@@ -803,7 +803,7 @@ def test_ctrl_c_at_any_moment_of_the_imports_is_one_line(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("at", ["numpy", "numpy.exceptions", "numpy.dtypes", "torch", "scipy.sparse"])
 def test_ctrl_c_in_what_a_verb_imports_is_one_line(at: str, one_run: Path) -> None:
-    exit_code, said = command("guard", "predict", "--guard", one_run / "none", at=at)
+    exit_code, said = command("guard", "predict", "--guard", one_run / "run.json", at=at)
     assert (exit_code, said) == (130, "mechlens: stopped\n")
 
 

@@ -1,7 +1,6 @@
 """A run being recorded: its folder is true at every moment, and W&B follows it."""
 
 import json
-import os
 import shutil
 import sys
 import uuid
@@ -15,7 +14,16 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 
 from mechlens.errors import UserError
-from mechlens.files import disk_error, is_partial, plain_name, remove_partials, user_path, whole_file, write_text
+from mechlens.files import (
+    disk_error,
+    is_partial,
+    plain_name,
+    remove_partials,
+    require_writable,
+    user_path,
+    whole_file,
+    write_text,
+)
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
@@ -103,10 +111,7 @@ def require_folder(verb: str, config: Any, out: Path) -> None:
     What the study has still to fill in of its configuration is left to `open_run`.
     """
     out = user_path(out)
-    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written to" if there.is_dir() else "is no folder"
-        raise UserError(f"{out} could not be written ({there} {why}); give another --out")
+    require_writable(out)
     if not out.is_dir():
         return
     if not (out / RUN_FILE).exists():

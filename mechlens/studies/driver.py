@@ -33,6 +33,7 @@ from mechlens.runs.run import (
 )
 from mechlens.runs.writer import RunWriter, open_run, require_folder
 from mechlens.settings import WandbSettings
+from mechlens.studies.possible import require_possible
 from mechlens.studies.registry import COMMANDS, Study, studies, study_of
 from mechlens.studies.shared.training_data import LeftOut, record_left_out
 
@@ -83,6 +84,7 @@ def run(config: Any) -> RunResult:
     study = study_of(config)
     config = _with_paths(config)
     require_types(config, plain(config))
+    require_possible(config)
     require_known(config)
     with timed() as clock, heartbeat(clock, study.name):
         with phase("loading", _model_of(config)):

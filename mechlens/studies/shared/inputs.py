@@ -23,6 +23,7 @@ from mechlens.prompts.text import normalise_text
 from mechlens.runs.run import Inputs
 from mechlens.settings import ModelChoice
 from mechlens.studies.driver import Preparation
+from mechlens.studies.possible import require_both
 from mechlens.studies.shared.training_data import LeftOut
 
 
@@ -61,12 +62,7 @@ def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data:
     A plus joins sources ("harmful+looks-harmless"); `config.n` prompts are then drawn of each. With `config.data`,
     which holds both classes, `source` is the class's value in its label column.
     """
-    if (config.data is None) != (config.label_column is None):
-        lacks, has = ("--data", "--label-column") if config.data is None else ("--label-column", "--data")
-        raise UserError(
-            f"{has} was given without {lacks}; one file with both classes needs both, such as --data FILE "
-            "--label-column tone, and the values of that column as the names of the classes"
-        )
+    require_both(config.data, config.label_column)
     read = functools.partial(load_prompts, label=label, sample=config.n, seed=config.seed, system=config.system)
     if both_in_data and config.data is not None and config.label_column is not None:
         return read(config.data, column=config.column, where={config.label_column: source})

@@ -1,0 +1,51 @@
+"""What can be said of a configuration's values before anything heavy is imported.
+
+Studies check the same where they use it, and more; here a slip of the hand is answered at once. Imports no torch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mechlens.errors import UserError
+from mechlens.files import require_writable, user_path
+
+SOURCES = ("positive", "negative", "harmful", "harmless", "extra_harmless", "categories", "pairs", "data")
+FILES = ("direction", "guard")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
+"""Of a source that is a file and neither a built-in set nor on the hub."""
+
+
+def require_possible(config: Any) -> None:
+    """UserError for a count, a pair of options, a file or a folder that can't be, in a configuration of ours."""
+    if not type(config).__module__.startswith("mechlens."):
+        return  # another package's field of the same name may mean something else
+    given = vars(config)
+    n = given.get("n")
+    if isinstance(n, int) and n < 1:
+        raise UserError(f"--n must be at least 1, and is {n}")
+    if "label_column" in given:
+        require_both(given["data"], given["label_column"])
+    for name in FILES:
+        if (file := given.get(name)) is not None and not user_path(file).exists():
+            raise UserError(f"there is no file {file}; check the path")
+    for name in SOURCES if given.get("data") is None else ("data",):
+        if _is_missing(given.get(name)):
+            raise UserError(f"{given[name]} could not be read (No such file or directory); check that it exists")
+    if isinstance(given.get("out"), Path):
+        require_writable(given["out"])
+
+
+def require_both(data: str | None, label_column: str | None) -> None:
+    """UserError where one file of both classes is named without its column, or the column without the file."""
+    if (data is None) != (label_column is None):
+        lacks, has = ("--data", "--label-column") if data is None else ("--label-column", "--data")
+        raise UserError(
+            f"{has} was given without {lacks}; one file with both classes needs both, such as --data FILE "
+            "--label-column tone, and the values of that column as the names of the classes"
+        )
+
+
+def _is_missing(source: object) -> bool:
+    """True for a source that can only be a file, and isn't there."""
+    is_file = isinstance(source, str) and "+" not in source and Path(source).suffix.lower() in ENDINGS
+    return is_file and not user_path(str(source)).exists()
