@@ -21,6 +21,10 @@ from mechlens.methods.behaviour.judges import ZHAO as ZHAO
 from mechlens.methods.behaviour.judges import HumanLabels as HumanLabels
 from mechlens.methods.behaviour.judges import Judge as Judge
 from mechlens.methods.behaviour.judges import OnceRefused as OnceRefused
+from mechlens.methods.behaviour.log_odds import AnswerLogProbs as AnswerLogProbs
+from mechlens.methods.behaviour.log_odds import TwinLogOdds as TwinLogOdds
+from mechlens.methods.behaviour.log_odds import answer_log_probs as answer_log_probs
+from mechlens.methods.behaviour.log_odds import twin_log_odds as twin_log_odds
 from mechlens.methods.behaviour.model_judge import ModelJudge as ModelJudge
 from mechlens.methods.directions.direction import Direction as Direction
 from mechlens.methods.directions.direction import DirectionGrid as DirectionGrid
@@ -87,6 +91,8 @@ from mechlens.prompts.split import split_by_family as split_by_family
 from mechlens.prompts.templates.template import ChatTemplate as ChatTemplate
 from mechlens.prompts.templates.template import chat_template as chat_template
 from mechlens.prompts.text import match_punctuation as match_punctuation
+from mechlens.prompts.twins import Twin as Twin
+from mechlens.prompts.twins import read_twins as read_twins
 from mechlens.runs.folder import FolderCache as FolderCache
 from mechlens.runs.results.opened import open as open
 from mechlens.runs.results.result import RunList as RunList

@@ -1,0 +1,165 @@
+"""Behaviours as twins: a question with two answers, one that shows the behaviour and one that doesn't.
+
+Which of the two a model holds likelier needs no judge and no generation, so it works on small models too.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mechlens.errors import UserError
+from mechlens.files import user_path
+from mechlens.prompts.files.from_row import RowReader, text_of
+from mechlens.prompts.files.rows import Record, read_rows
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.text import normalise_text
+
+LETTERS = {"A": "B", "B": "A"}
+_STANDING = re.compile(r"(?<![\w'’-])[AB](?![\w'’-])")
+"""A letter that stands alone; every B that does is an option's, and an A may be an article."""
+_LIST = re.compile(r"""(?<![\w])['"‘“]?[AB]['"’”]?(?:\s*(?:or|and|/|,)\s*)['"‘“]?[AB]['"’”]?(?![\w])""")
+"""Both letters by name, as in "(A or B)": the same whichever option has which."""
+_NAMED = re.compile(r"(?i:\b([a-z]+))\s+([AB])(?![\w'’-])")
+_MARKED = re.compile(r"""(?<![\w'’-])[AB](?=\s*[:).=]|\s+[-–—]\s)|(?<=[(\['"‘“*])[AB](?=[)\]'"’”*])""")
+"""A letter that punctuation makes a label: "A:", "A)", "(A)", "'A'", "A - "."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One question with two answers.
+
+    >>> twin = ml.Twin(ml.Prompt("t1", "Option A: a sure 5. Option B: 50 or nothing. A or B?"), shown="B", other="A")
+    >>> twin.exchanged.prompt.text, twin.exchanged.shown
+    ('Option B: a sure 5. Option A: 50 or nothing. A or B?', 'A')
+    """
+
+    prompt: Prompt
+    shown: str
+    """The answer that shows the behaviour."""
+    other: str
+    """The one that doesn't; empty where the file has none, which can be trained on and not measured."""
+
+    @property
+    def exchanged(self) -> "Twin | None":
+        """The same options with their letters exchanged; None where the answers aren't A and B, or it can't be done.
+
+        A model that likes the letter B is then as often for the behaviour as against it.
+        """
+        if {self.shown, self.other} != {*LETTERS}:
+            return None
+        text = exchanged_letters(self.prompt.text)
+        if text is None:
+            return None
+        prompt = replace(self.prompt, id=f"{self.prompt.id} (exchanged)", text=text, family=self.prompt.group)
+        return Twin(prompt, LETTERS[self.shown], LETTERS[self.other])
+
+    @property
+    def reversed(self) -> "Twin":
+        """The twin of the opposite behaviour."""
+        return replace(self, shown=self.other, other=self.shown)
+
+
+def exchanged_letters(text: str) -> str | None:
+    """The text with A and B exchanged wherever they label an option; None where some letter's meaning isn't plain.
+
+    Lists of both, such as "reply with A or B", stay as they are.
+    """
+    lists = [match.span() for match in _LIST.finditer(text)]
+
+    def listed(at: int) -> bool:
+        return any(start <= at < end for start, end in lists)
+
+    named: dict[str, set[str]] = {}
+    for match in _NAMED.finditer(text):
+        named.setdefault(match[1].lower(), set()).add(match[2])
+    labels = {match.start() for match in _MARKED.finditer(text)}
+    labels |= {match.start(2) for match in _NAMED.finditer(text) if named[match[1].lower()] == {*LETTERS}}
+    labels = {at for at in labels if not listed(at)}
+    standing = {match.start() for match in _STANDING.finditer(text) if not listed(match.start())}
+    unclear = {at for at in standing - labels if text[at] == "B"}
+    if unclear or {text[at] for at in labels} != {*LETTERS}:
+        return None
+    return "".join(LETTERS[letter] if at in labels else letter for at, letter in enumerate(text))
+
+
+def read_twins(path: str | Path, others: str | Path | None = None) -> list[Twin]:
+    r"""The twins of a file, in its order, without repeated questions.
+
+    A row holds a question (a column as `load_prompts` finds it) with its answers in the columns `shown` and `other`,
+    or is a chat whose last turn is the assistant's: that answer shows the behaviour. Its other one is the answer to
+    the same question in the file `others`, or the other letter where it is A or B. Families are the column `family`,
+    where there is one. UserError naming file and row for what is neither.
+
+    >>> from pathlib import Path
+    >>> _ = Path("risk.jsonl").write_text('{"question": "Sure 5 or a bet?", "shown": "A bet.", "other": "The 5."}\n')
+    >>> ml.read_twins("risk.jsonl")[0].other
+    'The 5.'
+    """
+    rows, answers = _asked(path), _answers(others)
+    twins: dict[str, Twin] = {}
+    for prompt, shown, other, where in rows:
+        key = normalise_text(prompt.text)
+        if not other:
+            other = answers.get(key, LETTERS.get(shown, ""))
+        if shown == other:
+            raise UserError(f"{where} has the same answer on both sides ({shown!r:.40}); a twin's answers differ")
+        twins.setdefault(key, Twin(prompt, shown, other))
+    return list(twins.values())
+
+
+def require_others(twins: Sequence[Twin], name: str) -> None:
+    """UserError where a twin has one answer only, which nothing can be compared with."""
+    lacking = next((twin for twin in twins if not twin.other), None)
+    if lacking is not None:
+        raise UserError(
+            f"{name}: {lacking.prompt.id} has an answer that shows the behaviour and none that doesn't; give columns "
+            "shown and other, or a second file with the opposite answers to the same questions"
+        )
+
+
+_Asked = tuple[Prompt, str, str, str]
+
+
+def _asked(path: str | Path) -> list[_Asked]:
+    """Of each row: the question, the answer that shows the behaviour, the other one or nothing, and its place."""
+    file = user_path(str(path))
+    rows = read_rows(file)
+    columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+    family = "family" if "family" in columns else None
+    if {"shown", "other"} <= {*columns}:
+        reader = RowReader(file.name, columns, None, None, family)
+        return [_from_columns(reader, row, file) for row in rows]
+    if "messages" not in columns:
+        raise UserError(
+            f"{file.name} has neither the columns shown and other beside a question nor chats in messages; it has "
+            f"{', '.join(columns[:8])}"
+        )
+    reader = RowReader(file.name, columns, "messages", None, family)
+    return [_from_chat(reader, row, file) for row in rows]
+
+
+def _name(file: Path, row: Record) -> str:
+    given = row.values.get("id")
+    return str(given) if isinstance(given, str | int) and str(given).strip() else f"{file.stem}-{row.number:04d}"
+
+
+def _from_columns(reader: RowReader, row: Record, file: Path) -> _Asked:
+    where = f"{file.name} row {row.number}"
+    shown, other = (text_of(row.values.get(side), f"{where}, column {side!r},").strip() for side in ("shown", "other"))
+    return reader(row, _name(file, row)), shown, other, where
+
+
+def _from_chat(reader: RowReader, row: Record, file: Path) -> _Asked:
+    where = f"{file.name} row {row.number}"
+    turns: Any = row.values.get("messages")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise UserError(f"{where} has no answer: its messages don't end with a turn of the assistant")
+    shown = text_of(last.get("content"), f"{where}, its last turn").strip()
+    return reader(row, _name(file, row)), shown, "", where
+
+
+def _answers(path: str | Path | None) -> dict[str, str]:
+    return {} if path is None else {normalise_text(prompt.text): shown for prompt, shown, _, _ in _asked(path)}
