@@ -121,7 +121,7 @@ def _packed_prompts(
     packing, paths = pack_prompts([row.ids for row in rows], skip)
     cache = DynamicCache([(layer.keys, layer.values) for layer in prefix.layers] if prefix is not None else None)
     ends = torch.tensor([path[-1] for path in paths])
-    with _head_shown(hf_model, torch.zeros_like(ends), ends) as cut:
+    with head_shown(hf_model, torch.zeros_like(ends), ends) as cut:
         logits = cut(packed_pass(model, hf_model, packing, cache).logits)
     width = max(map(len, paths))
     keys = torch.tensor([[0] * (width - len(path)) + [*range(skip), *(skip + k for k in path)] for path in paths])
@@ -135,7 +135,7 @@ def _packed_prompts(
 
 
 @contextlib.contextmanager
-def _head_shown(
+def head_shown(
     hf_model: Any, row: Int[Tensor, " row"], ends: Int[Tensor, " row"]
 ) -> Iterator[Callable[[Tensor], Float[Tensor, "row vocab"]]]:
     """The head is shown some tokens only; gives what takes their logits out of the output."""
@@ -157,7 +157,7 @@ def _last_logits(
     hf_model: Any, tokens: Tensor, cache: DynamicCache, row: Int[Tensor, " row"], ends: Int[Tensor, " row"]
 ) -> Float[Tensor, "row vocab"]:
     """Logits of the first answer token of every row."""
-    with _head_shown(hf_model, row, ends) as cut:
+    with head_shown(hf_model, row, ends) as cut:
         return cut(hf_model(tokens, **with_cache(hf_model, cache)).logits)
 
 
