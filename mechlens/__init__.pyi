@@ -80,6 +80,8 @@ from mechlens.methods.steering.interventions import Replace as Replace
 from mechlens.methods.steering.interventions import ReplaceComponent as ReplaceComponent
 from mechlens.methods.steering.interventions import replacement as replacement
 from mechlens.methods.steering.interventions import residual_norms as residual_norms
+from mechlens.methods.steering.side_by_side import SideBySide as SideBySide
+from mechlens.methods.steering.side_by_side import steer as steer
 from mechlens.methods.steering.steering import answer_under as answer_under
 from mechlens.methods.steering.steering import applied as applied
 from mechlens.methods.steering.steering import logits_under as logits_under

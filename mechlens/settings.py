@@ -25,6 +25,8 @@ PERMUTATIONS = 200
 RANDOM_DIRECTIONS = 20
 RANDOM_NETWORKS = 3
 ANSWER_TOKENS = 24
+STEERED_TOKENS = 64
+"""Length of answers that are looked at side by side."""
 SOURCE = "A hub id, local folder, GGUF file or packaged name."
 ModelName = Annotated[str, choice(MODELS, SOURCE, or_else="|ID|PATH")]
 BaseName = Annotated[

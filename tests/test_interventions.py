@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jaxtyping
@@ -12,7 +14,8 @@ from tiny import words
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.directions.direction import Direction, mean_difference
+from mechlens.methods.directions.direction import Direction, direction_grid, mean_difference
+from mechlens.methods.directions.methods import grid_by
 from mechlens.methods.steering.interventions import (
     ALL,
     EVERYWHERE,
@@ -29,6 +32,8 @@ from mechlens.models.engine.intervene import AddAlong, Change, SetVector
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.runs.results.opened import open as open_saved
+from mechlens.runs.results.saved import save
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,9 @@ def test_a_replacement_holds_another_prompts_residuals(acts: Activations, batch:
         ({"layers": ()}, "at least one layer"),
         ({"positions": ()}, "at least one layer, one position"),
         ({"strength": float("nan")}, "the strength is nan"),
-        ({"unit": "share"}, "needs norms=residual_norms"),
+        ({"unit": "share", "layers": (2,)}, "needs norms=residual_norms.*carries that of level 1 only"),
+        ({"unit": "share", "layers": (1,), "site": "resid_post"}, "carries that of level 1 only"),
+        ({"unit": "share", "layers": ALL}, "carries that of level 1 only"),
         ({"site": "z"}, "there is no site 'z'; choose from resid_pre, resid_post, attn_out, mlp_out"),
         ({"positions": ("inst",), "phase": "both"}, "inst lie in the prompt, and the phase is 'both'"),
         ({"positions": ("inst",), "phase": "generation"}, "lie in the prompt"),
@@ -194,6 +201,35 @@ def test_a_replacement_holds_another_prompts_residuals(acts: Activations, batch:
 def test_values_that_mean_nothing_are_refused(v: Direction, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         add(v, **options)
+
+
+def test_a_direction_carries_the_norm_that_its_shares_are_shares_of(
+    acts: Activations, batch: TokenBatch, v: Direction, tmp_path: Path
+) -> None:
+    """A file of it is enough to steer by shares, also in another process; one from before that needs the norms."""
+    assert v.residual_norm == pytest.approx(float(acts.at(1, "inst").norm(dim=-1).quantile(0.5)))
+    grid = direction_grid(acts, "a", "b")
+    assert grid.at(1, "inst").residual_norm == v.residual_norm
+    assert grid_by(acts, "a", "b", "lda").at(1, "inst").residual_norm == v.residual_norm
+    assert direction_grid(replace(acts, labels=("a", "b", *"cccc")), "a", "b").at(1, "inst").residual_norm == (
+        pytest.approx(float(acts.at(1, "inst")[:2].norm(dim=-1).quantile(0.5)))
+    )
+
+    def changes(direction: Direction, **norms: Any) -> list[Change]:
+        return Placement(3, batch).changes(0, [add(direction, unit="share", **norms)])
+
+    save(v, tmp_path / "v.safetensors")
+    save(grid, tmp_path / "grid.safetensors")
+    again = (open_saved(tmp_path / "v.safetensors"), open_saved(tmp_path / "grid.safetensors").at(1, "inst"))
+    own = only(changes(v)).what
+    assert isinstance(own, AddAlong)
+    assert own.amount == pytest.approx(2 * v.residual_norm)
+    assert [only(changes(one)).what.amount for one in again] == [own.amount] * 2  # type: ignore[union-attr]
+    assert torch.equal(again[0].vector, v.vector)
+    old = replace(v, residual_norm=None)
+    assert only(changes(old, norms=residual_norms(acts))).what.amount > 0  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"needs norms=residual_norms.*the direction doesn't carry any"):
+        changes(old)
 
 
 def test_directions_that_point_nowhere_are_refused(v: Direction) -> None:
@@ -207,7 +243,9 @@ def test_other_types_are_refused_in_a_sentence(v: Direction, monkeypatch: pytest
     wrong: dict[str, tuple[Any, dict[str, Any]]] = {
         r"give a tuple, such as layers=\(9,\)": (v, {"layers": 9}),
         r"give a tuple, such as positions=\('last',\)": (v, {"positions": "last"}),
-        r"a Tensor was given as the direction; give the Direction": (v.vector, {}),
+        r"a Tensor was given as the direction; give the Direction, not its vector": (v.vector, {}),
+        r"a SimpleNamespace was given as the direction; give its .direction": (SimpleNamespace(direction=v), {}),
+        r"a NoneType was given as the direction; give one; where a concept's best is None": (None, {}),
     }
     for said, (direction, options) in wrong.items():
         with pytest.raises(UserError, match=said):

@@ -10,6 +10,7 @@ from typing import Any
 import planted_causal as planted
 import pytest
 import torch
+from shown import require_shown
 from test_foreign_vectors import control_vector, refusal_run
 
 import mechlens as ml
@@ -18,6 +19,7 @@ from mechlens.errors import UserError
 from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.statistics.resample import one_thread
+from mechlens.methods.steering.interventions import require_is_direction
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.steer.config import Steer
@@ -66,6 +68,30 @@ def test_adding_refusal_refuses_and_taking_it_away_answers(folder: Path) -> None
     raw = steer(config(folder, unit="raw", strength=2.0))
     assert raw.steered == "I cannot"
     assert "2 times the vector" in raw.what
+
+
+def test_the_call_shows_answers_side_by_side(folder: Path) -> None:
+    """The same answers as the command's, for many prompts and strengths at once."""
+    model = ml.load(str(folder / "model"))
+    direction = ml.open(folder / "one.safetensors")
+    seen = ml.steer(model, direction, [CALM, STERN], [-0.5, 0.5], max_new_tokens=3)
+    assert seen.strengths == (0.0, -0.5, 0.5)
+    assert [seen.at(one) for one in seen.strengths] == [("Sure", "I cannot"), ("Sure", "Sure"), ("I cannot",) * 2]
+    assert seen.table()["answer"].tolist() == ["Sure", "Sure", "I cannot", "I cannot", "Sure", "I cannot"]
+    require_shown(seen)
+    assert seen._repr_html_().count("I cannot") == 3
+    assert "strengths of the median residual norm: Direction(refused - accepted at level 1" in repr(seen)
+    assert "'gladly flower abc', +0.5: 'I cannot'" in repr(seen)
+    evil = ml.steer(model, direction, "<script>alert(1)</script>", 0.0, max_new_tokens=1)
+    assert evil.strengths == (0.0,)
+    require_shown(evil)
+    # A file from before norms were saved with directions, and another layer: both take the norm of benign prompts.
+    for old, layer in ((replace(direction, residual_norm=None), None), (direction, 2)):
+        assert ml.steer(model, old, STERN, -0.5, layer=layer, max_new_tokens=3).at(-0.5) == ("Sure",)
+    with pytest.raises(UserError, match="no layer 9 to intervene at, only 0 to 3"):
+        ml.steer(model, direction, CALM, layer=9)
+    with pytest.raises(UserError, match=r"concept's best is None, its detection.strongest.direction is there"):
+        require_is_direction(None)
 
 
 def test_answers_are_heard_of_while_they_are_written(folder: Path) -> None:

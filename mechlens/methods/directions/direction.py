@@ -16,6 +16,8 @@ from mechlens.models.checkpoint import Checkpoint
 class Direction:
     """A residual-stream vector at one level and position, in the model's own units (never normalised).
 
+    `ml.steer(model, direction, "Hello")` shows what it does to answers.
+
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
     >>> acts = ml.collect(model, prompts)
@@ -39,6 +41,8 @@ class Direction:
     """Fingerprint of the chat template that placed the positions."""
     train_ids: tuple[str, ...]
     """Prompts it was fitted on; no number reported with it may come from these."""
+    residual_norm: float | None = None
+    """Median length of those prompts' vectors, there: what a strength in shares is a share of. None isn't known."""
 
     def __post_init__(self) -> None:
         require_real(self.vector, f"level {self.level}, position {self.position!r}")
@@ -86,6 +90,7 @@ class DirectionGrid:
     train_ids: tuple[str, ...]
     last: str = ""
     """Name under which the last token of the prompt is stored."""
+    residual_norms: Float[Tensor, "level position"] | None = None
 
     def __post_init__(self) -> None:
         for level, row in zip(self.levels, self.vectors, strict=True):
@@ -98,9 +103,9 @@ class DirectionGrid:
             raise UserError(f"there is no direction at level {level}; there are levels {list(self.levels)}")
         if stored_name(position, self.last, self.positions) not in self.positions:
             raise UserError(f"there is no direction at position {position!r}; there are {list(self.positions)}")
-        column = column_of(position, self.positions, self.last)
+        row, column = self.levels.index(level), column_of(position, self.positions, self.last)
         return Direction(
-            vector=self.vectors[self.levels.index(level), column],
+            vector=self.vectors[row, column],
             level=level,
             position=self.positions[column],
             site=self.site,
@@ -109,6 +114,7 @@ class DirectionGrid:
             checkpoint=self.checkpoint,
             template=self.template,
             train_ids=self.train_ids,
+            residual_norm=None if self.residual_norms is None else float(self.residual_norms[row, column]),
         )
 
     def __repr__(self) -> str:
@@ -169,7 +175,15 @@ def direction_grid(acts: Activations, positive: str, negative: str) -> Direction
         train_ids=tuple(
             prompt for prompt, label in zip(acts.ids, acts.labels, strict=True) if label in (positive, negative)
         ),
+        residual_norms=_median_norms(acts, members(acts, positive) | members(acts, negative)),
     )
+
+
+def _median_norms(acts: Activations, kept: Bool[Tensor, " prompt"]) -> Float[Tensor, "level position"]:
+    norms = torch.empty(acts.values.shape[1:3])
+    for row, column, values in acts.cells():
+        norms[row, column] = values[kept].double().norm(dim=-1).quantile(0.5)
+    return norms
 
 
 def mean_differences(acts: Activations, positive: str, negative: str) -> Float[Tensor, "level position d_model"]:

@@ -111,7 +111,8 @@ class Add:
     strength: float
     unit: Unit
     """What strength 1 is. "raw": the vector as it is, the whole difference between the classes' means; "unit": the
-    vector with length 1; "share": with the median length of the residual stream there, which needs `norms`."""
+    vector with length 1; "share": with the median length of the residual stream there. The direction carries that of
+    its own level and position, as a file of it does; for others give `norms`."""
     layers: tuple[int, ...] | Everything
     positions: tuple[str, ...] | Everything = ALL
     """Names such as inst, last, post[*], instruction[*], token[3], token[5:20] (cut at the prompt's end), or all."""
@@ -127,7 +128,8 @@ class Add:
     def __post_init__(self) -> None:
         _check(self.layers, self.positions, self.phase, (self.site,))
         _check_answer(self.phase, self.answer_tokens)
-        _check_strength(self.direction, self.strength, self.unit, self.norms)
+        _check_strength(self.direction, self.strength, self.unit)
+        _check_share(self)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Ablate:
     def __post_init__(self) -> None:
         _check(self.layers, self.positions, self.phase, self.sites)
         _check_answer(self.phase, self.answer_tokens)
-        _check_strength(self.direction, 0.0, "raw", None)
+        _check_strength(self.direction, 0.0, "raw")
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ class ReplaceComponent:
     def __post_init__(self) -> None:
         _check(self.layers, self.positions, self.phase, (self.site,))
         _check_answer(self.phase, self.answer_tokens)
-        _check_strength(self.direction, self.value, self.unit, self.norms)
+        _check_strength(self.direction, self.value, self.unit)
+        _check_share(self)
 
 
 @dataclass(frozen=True)
@@ -279,17 +282,42 @@ def _check_answer(phase: Phase, answer_tokens: int | None) -> None:
         raise UserError(f"answer_tokens={answer_tokens} with phase='prompt' changes no answer; choose phase='both'")
 
 
-def _check_strength(direction: Direction, strength: float, unit: Unit, norms: ResidualNorms | None) -> None:
-    if not isinstance(direction, Direction):
-        raise UserError(f"a {type(direction).__name__} was given as the direction; give the Direction, not its vector")
+def _check_strength(direction: Direction, strength: float, unit: Unit) -> None:
+    require_is_direction(direction)
     if unit not in ("raw", "unit", "share"):
         raise UserError(f"there is no unit {unit!r} of strength; choose raw, unit or share")
     if not math.isfinite(strength):
         raise UserError(f"the strength is {strength}; give a finite number")
     if not math.isfinite(direction.norm) or direction.norm == 0:
         raise UserError(f"the direction has length {direction.norm}, so it points nowhere; make it from other prompts")
-    if unit == "share" and norms is None:
-        raise UserError("a strength in shares of the residual norm needs norms=residual_norms(training activations)")
+
+
+def require_is_direction(given: object) -> None:
+    """UserError for what is given in the place of a direction, such as its vector, or what holds it."""
+    if isinstance(given, Direction):
+        return
+    holds = isinstance(getattr(given, "direction", None), Direction)
+    there = "its .direction" if holds else "the Direction, not its vector"
+    if given is None:
+        there = "one; where a concept's best is None, its detection.strongest.direction is there all the same"
+    raise UserError(f"a {type(given).__name__} was given as the direction; give {there}")
+
+
+def _check_share(one: Add | ReplaceComponent) -> None:
+    """UserError where it is a share of a length that nobody gave."""
+    if one.unit != "share" or one.norms is not None:
+        return
+    needs = "a strength in shares of the residual norm needs norms=residual_norms(training activations)"
+    if one.direction.residual_norm is None:
+        raise UserError(f"{needs}: the direction doesn't carry any")
+    levels = ALL if one.layers == ALL else tuple(layer + level_above(one.site) for layer in one.layers)
+    if levels != (one.direction.level,):
+        raise UserError(f"{needs}: the direction carries that of level {one.direction.level} only")
+
+
+def level_above(site: str) -> int:
+    """How many levels above a block's number the level lies that the site changes: a block's output is the next."""
+    return int(site == "resid_post")
 
 
 def changes_nothing(intervention: Intervention) -> bool:

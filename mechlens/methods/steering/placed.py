@@ -7,7 +7,15 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.directions.direction import Direction
-from mechlens.methods.steering.interventions import ALL, Ablate, Add, Intervention, Replace, ReplaceComponent
+from mechlens.methods.steering.interventions import (
+    ALL,
+    Ablate,
+    Add,
+    Intervention,
+    Replace,
+    ReplaceComponent,
+    level_above,
+)
 from mechlens.models.engine.intervene import AddAlong, Change, SetVector
 from mechlens.prompts.batch import TokenBatch
 
@@ -41,10 +49,8 @@ class Placement:
             tokens = None if places[0][1] is None else tuple(t for _, found in places for t in found or ())
             what = AddAlong(unit, _amount(one), not isinstance(one, Add))
             return [Change(what, sites, layers, tokens, answers, one.answer_tokens)]
-        assert one.norms is not None
-        after = int(one.site == "resid_post")  # a block's output is the next level
         return [
-            Change(AddAlong(unit, _amount(one, one.norms.at(layer + after, name)), not isinstance(one, Add)), sites,
+            Change(AddAlong(unit, _amount(one, _norm(one, layer, name)), not isinstance(one, Add)), sites,
                    (layer,), tokens, answers, one.answer_tokens)
             for layer in layers
             for name, tokens in places
@@ -111,6 +117,14 @@ class Placement:
         if key not in self._units:
             self._units[key] = (direction.vector.double() / direction.norm).float()
         return self._units[key]
+
+
+def _norm(one: Add | ReplaceComponent, layer: int, position: str) -> float:
+    """The length that a strength in shares is a share of."""
+    if one.norms is not None:
+        return one.norms.at(layer + level_above(one.site), position)
+    assert one.direction.residual_norm is not None
+    return one.direction.residual_norm
 
 
 def _amount(one: Add | Ablate | ReplaceComponent, norm: float = 1.0) -> float:

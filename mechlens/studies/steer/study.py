@@ -10,24 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.direction import Direction
-from mechlens.methods.steering.interventions import (
-    ALL,
-    ANEW,
-    EVERYWHERE,
-    Ablate,
-    Add,
-    ResidualNorms,
-    residual_norms,
-)
+from mechlens.methods.steering.interventions import ALL, ANEW, EVERYWHERE, Ablate, Add
+from mechlens.methods.steering.side_by_side import IN_WORDS, addition_at
 from mechlens.methods.steering.steering import answer_under
-from mechlens.models.bridge import LanguageModel, loaded, n_layers
+from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.models.checkpoints.difference import require_same_template
 from mechlens.models.checkpoints.outline import Outline
 from mechlens.models.sites import require_everywhere
-from mechlens.prompts.batch import tokenize
-from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.run import RUN_FILE, read_run
@@ -37,14 +27,12 @@ from mechlens.studies.shared.inputs import asks, chosen_model
 from mechlens.studies.steer.config import Steer
 
 UNSTEERED, STEERED = "unsteered", "steered"
-NORM_PROMPTS = 16
-"""Built-in benign prompts behind the residual norm that strengths are shares of."""
 Told = Callable[[str, str], None]
 """Is called with "unsteered" or "steered" and that answer so far, after each token."""
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class BothAnswers:
     """The two answers and what was done for the second."""
 
     unsteered: str
@@ -75,7 +63,7 @@ def execute(config: Steer, screen: Screen) -> None:
     screen.show(found.what)
 
 
-def steer(config: Steer, told: Told | None = None) -> SideBySide:
+def steer(config: Steer, told: Told | None = None) -> BothAnswers:
     """Both answers, one after the other; `told` hears of them while they are written."""
     if config.operation == "ablate" and config.strength != Steer.strength:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
@@ -100,7 +88,7 @@ def steer(config: Steer, told: Told | None = None) -> SideBySide:
         name: _answer(model, template, prompt, given, config, name, told)
         for name, given in ((UNSTEERED, ()), (STEERED, (one,)))
     }
-    return SideBySide(said[UNSTEERED], said[STEERED], _described(config, direction, layer))
+    return BothAnswers(said[UNSTEERED], said[STEERED], _described(config, direction, layer))
 
 
 def _intervention(
@@ -109,21 +97,7 @@ def _intervention(
     if config.operation == "ablate":
         require_everywhere(model)
         return Ablate(direction, layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)
-    last = n_layers(model)
-    if not 0 <= layer <= last:
-        raise UserError(f"there is no layer {layer} to intervene at, only 0 to {last - 1}; choose one")
-    # The last level is no block's input, but the last block's output.
-    block, site = (layer, "resid_pre") if layer < last else (last - 1, "resid_post")
-    norms = _norms(model, template, layer) if config.unit == "share" else None
-    return Add(
-        direction, strength=config.strength, unit=config.unit, layers=(block,), positions=ALL, phase="both",
-        site=site, norms=norms,
-    )  # fmt: skip
-
-
-def _norms(model: LanguageModel, template: ChatTemplate, layer: int) -> ResidualNorms:
-    batch = tokenize(builtin_prompts("benign")[:NORM_PROMPTS], template)
-    return residual_norms(collect(model, batch, positions=["inst", "post[*]"], levels=[layer]))
+    return addition_at(model, direction, config.strength, config.unit, layer, template)
 
 
 def _answer(
@@ -156,8 +130,7 @@ def _described(config: Steer, direction: Direction, layer: int) -> str:
     where = f"level {direction.level}, {direction.position}"
     if config.operation == "ablate":
         return f"ablated everywhere: {origin} ({where})"
-    unit = {"share": "of the median residual norm", "raw": "times the vector", "unit": "long"}[config.unit]
-    return f"added at layer {layer}, {config.strength:g} {unit}: {origin} ({where})"
+    return f"added at layer {layer}, {config.strength:g} {IN_WORDS[config.unit]}: {origin} ({where})"
 
 
 def _sides(path: Path, direction: Direction) -> tuple[str, str]:
