@@ -17,7 +17,8 @@ from mechlens.runs.privacy import (
     unpacked,
 )
 from mechlens.runs.report import figures
-from mechlens.runs.report.colours import THINGS, looks
+from mechlens.runs.report.colours import GREY, THINGS, looks
+from mechlens.runs.report.still import still
 from mechlens.studies.shared.angles import NO_ANGLE, angle_text, angles
 
 FRAME = pd.DataFrame(
@@ -106,6 +107,20 @@ def test_a_diverging_heatmap_is_symmetric_and_keeps_holes():
     assert trace.zmax - 0.5 == pytest.approx(0.5 - trace.zmin)
     assert [list(row) for row in trace.z] == [[0.9, 0.5, None], [0.7, 0.4, 0.6]]
     assert list(trace.x) == [2, 0, 1]
+
+
+def test_cells_without_a_value_are_grey_where_it_is_said_why():
+    given = {"x": "level", "y": "position", "value": "auroc", "center": 0.5, **WORDS}
+    _, holes = figures.heatmap(FRAME, **given, missing="no angle").data
+    assert [list(row) for row in holes.z] == [[None, None, 0.0], [None, None, None]]
+    assert {colour for _, colour in holes.colorscale} == {GREY}
+    assert "<b>no angle</b>" in holes.hovertemplate
+    assert len(figures.heatmap(FRAME.dropna(), **given, missing="no angle").data) == 2  # a pair that isn't there is one
+    whole = FRAME[FRAME["position"] == FRAME["position"].iloc[-1]].dropna()
+    assert len(figures.heatmap(whole, **given, missing="no angle").data) == 1
+    still_picture = still(figures.heatmap(FRAME, **given, missing="no angle"))
+    assert GREY in still_picture
+    assert still_picture.count('width="10"') == still(figures.heatmap(FRAME, **given)).count('width="10"')  # one scale
 
 
 def test_a_heatmap_refuses_two_values_for_one_cell():

@@ -13,14 +13,15 @@ MOST_SPACES = 4
 class Headline:
     """What was found, on which number, beside what, and what would settle it where it is open.
 
-    Printed as "Inconclusive: D is 0.81 [0.65, 0.99] where one variable reaches 0.34; 12 more accepted harmful prompts
-    (now 19) would settle it." It holds words of ours, names and numbers, and never a prompt's or an answer's words.
+    Printed as "Inconclusive: harm and refusal come apart by 0.81 [0.65, 0.99] where one variable reaches 0.34; 12 more
+    accepted harmful prompts (now 19) would settle it." It holds words of ours, names and numbers, and never a prompt's
+    or an answer's words.
     """
 
     verdict: str
     """In words, such as "two variables"."""
     number: str = ""
-    """What decided, with its interval, such as "D is 0.81 [0.65, 0.99]"."""
+    """What decided, with its interval, such as "harm and refusal come apart by 0.81 [0.65, 0.99]"."""
     against: str = ""
     """What the number is compared with, such as "where one variable reaches 0.34"."""
     settle: str = ""

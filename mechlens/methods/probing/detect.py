@@ -73,7 +73,7 @@ class ChosenLevel:
     def in_words(self) -> str:
         """The level and what is reported there, on a line."""
         chance = f"permutation p {self.permutation.p:.2g}"
-        return f"level {self.level}, AUROC {self.auroc}, Hedges' g {self.effect.brief}, {chance}"
+        return f"level {self.level}, on test prompts AUROC {self.auroc}, Hedges' g {self.effect.brief}, {chance}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mechlens.runs.report.colours import DIVERGING, PAPER, SEQUENTIAL, faded, looks
+from mechlens.runs.report.colours import DIVERGING, GREY, PAPER, SEQUENTIAL, faded, looks
 from mechlens.runs.report.figure_parts import (
     DASHED,
     DASHES,
@@ -115,16 +115,23 @@ def heatmap(
     label: str = "",
     center: float | None = None,
     limits: tuple[float, float] | None = None,
+    missing: str = "",
 ) -> go.Figure:
-    """One cell per (x, y), in order of appearance; `center` makes the colours diverge from that value."""
+    """One cell per (x, y), in order of appearance; `center` makes the colours diverge from that value.
+
+    Cells without a value are grey where `missing` says why, which is then read by pointing at them: left empty, they
+    would look like the middle of a scale.
+    """
     if df.duplicated([x, y]).any():
         raise ValueError(f"a heatmap needs one row per ({x}, {y}); give repeated labels a number first")
     grid = df.pivot(index=y, columns=x, values=value).reindex(index=df[y].unique(), columns=df[x].unique())
     figure = empty(title, xlabel, ylabel, {"x": x, "y": y, "value": value})
     low, high = limits or limits_about(df[value], center)
+    where: dict[str, Any] = {"x": python_values(grid.columns), "y": python_values(grid.index)}
+    where |= {"xgap": 1 if len(grid.columns) <= 60 else 0, "ygap": 1 if len(grid.index) <= 60 else 0}
+    told = f"{html.escape(xlabel)} %{{x}}<br>{html.escape(ylabel)} %{{y}}<br><b>"
     figure.add_heatmap(
-        x=python_values(grid.columns),
-        y=python_values(grid.index),
+        **where,
         z=[[None if pd.isna(cell) else float(cell) for cell in row] for row in grid.to_numpy()],
         zmin=low,
         zmax=high,
@@ -135,11 +142,14 @@ def heatmap(
             "outlinewidth": 0,
             "tickfont": {"size": 12},
         },
-        xgap=1 if len(grid.columns) <= 60 else 0,
-        ygap=1 if len(grid.index) <= 60 else 0,
-        hovertemplate=f"{html.escape(xlabel)} %{{x}}<br>{html.escape(ylabel)} %{{y}}<br><b>%{{z:.3~g}}</b>"
-        "<extra></extra>",
+        hovertemplate=f"{told}%{{z:.3~g}}</b><extra></extra>",
     )
+    if missing and grid.isna().to_numpy().any():
+        figure.add_heatmap(
+            **where, z=[[0.0 if pd.isna(cell) else None for cell in row] for row in grid.to_numpy()],
+            colorscale=[(0.0, GREY), (1.0, GREY)], showscale=False,
+            hovertemplate=f"{told}{html.escape(missing)}</b><extra></extra>",
+        )  # fmt: skip
     figure.update_xaxes(showgrid=False, ticks="", **cell_ticks(df[x]))
     figure.update_yaxes(showgrid=False, ticks="", **cell_ticks(df[y]))
     return figure

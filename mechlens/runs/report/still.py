@@ -211,6 +211,8 @@ def _heatmap(trace: Mapping[str, Any], across: Axis, up: Axis) -> Iterator[str]:
     scale = trace.get("colorscale") or SEQUENTIAL
     for shade, paths in sorted(by_shade.items()):
         yield f'<path d="{"".join(paths)}" fill="{_shade(scale, shade / SHADES)}"/>'
+    if trace.get("showscale") is False:
+        return
     left, bottom, height = across.ends[1] + 12, up.ends[0], (up.ends[0] - up.ends[1]) / SHADES
     for shade in range(SHADES):
         y = bottom - (shade + 1) * height

@@ -48,12 +48,12 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
     )
     nearest = result.verdict.ahead.nearest
     words = _steering_words(result) | {
-        "auroc.out_of_fold": f"AUROC at {result.verdict.ahead.position}, out of fold",
+        "auroc.out_of_fold": f"AUROC at {result.verdict.ahead.position}, every prompt out of fold",
         f"gain.{nearest}": f"gain over {SURFACE[nearest]}",
         "effect_size": "effect size (Hedges' g)",
         "surface_auroc.tfidf": "AUROC of the words (TF-IDF)",
         "surface_auroc.mean_embedding": "AUROC of the mean embedding",
-        "reliability": "split-half reliability of the direction",
+        "reliability": "split-half reliability of the direction, on training prompts",
     }
     return Report(
         title=f"A direction in {loaded(model).checkpoint.name}: {names[0]} against {names[1]}",
@@ -74,8 +74,9 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
                 "More than the surface?",
                 "The same test prompts told apart without the model's help: by the token at the position before any "
                 "block has run, by the words (TF-IDF), by the mean token embedding, by length. In the table every "
-                "prompt is scored by a fit to others, and the gain of the direction over each baseline is paired by "
-                "prompt; the verdict stands on it. A direction is best only where every gain is above 0 by its lower "
+                "prompt is scored by a fit to others (n is all prompts, elsewhere those of the test part), at a level "
+                "chosen inside each fold, and the gain of the direction over each baseline is paired by prompt; the "
+                "verdict stands on it. A direction is best only where every gain is above 0 by its lower "
                 "bound, and never at level 0, which holds the token alone.",
                 ("against_baselines",),
                 table=result.tables()["surface"],

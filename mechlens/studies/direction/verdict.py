@@ -47,7 +47,7 @@ class DirectionVerdict:
     @property
     def headline(self) -> Headline:
         """The verdict in one sentence, with the number that decided and what would settle it."""
-        where = f"{self.ahead.position}, level {self.level}"
+        where = f"{self.ahead.position}, level {self.level} (in each fold its own),"
         found = f"at {where} the AUROC is {self.ahead.auroc.brief} out of fold"
         name, nearest = _named(self.ahead.nearest, self.ahead.position), self.ahead.surface[self.ahead.nearest]
         if self.outcome == "not read":

@@ -53,13 +53,15 @@ def _dissociation(writer: RunWriter, result: Separation) -> tuple[str, ...]:
         "harmful prompts lie to the lower right and refused harmless ones to the upper left."
     )
     table = found.at_one_position
-    words = {"harm": "harm: gap", "refusal": "refusal: gap", "D": "D: harm less refusal"}
+    words = {"harm": "harm: gap", "refusal": "refusal: gap", "D": "harm less refusal"}
     bars = figures.bars(
         table.assign(number=table["number"].map(words)), x="position", y="value", low="low", high="high",
         group="number", hline=0.0, title="Accepted harmful less refused harmless, both read at one position",
         xlabel="position", ylabel="gap (1 = half the distance of the poles)",
     )  # fmt: skip
-    caption = "Two variables at one position: a gap in harm above 0 and one in refusal below it, so D above 0."
+    caption = (
+        "Two variables at one position: a gap in harm above 0 and one in refusal below it, so a difference above 0."
+    )
     return (
         writer.figure("harm_and_refusal", scatter, table="dissociation", caption=seen),
         writer.figure("dissociation_by_position", bars, table="dissociation_by_position", caption=caption),

@@ -25,9 +25,9 @@ QUESTION = (
 )
 
 NUMBERS = {
-    "dissociation": "D: how far the two misbehaving quadrants part, in harm and in refusal (at most about 4)",
-    "dissociation.one_variable_95": "D that one variable alone stays below, in 95% of fitted worlds",
-    "dissociation.beyond_words": "D once the words are taken out of both readings",
+    "dissociation": "how far harm and refusal come apart (one variable: 0, two: up to 4)",
+    "dissociation.one_variable_95": "what one variable alone stays below, in 95% of fitted worlds",
+    "dissociation.beyond_words": "how far they come apart once the words are taken out of both readings",
     "dissociation.harm_gap": "harm of accepted harmful prompts less that of refused harmless ones",
     "dissociation.refusal_gap": "refusal of accepted harmful prompts less that of refused harmless ones",
     "harmful_auroc.inst.accepted": "harmfulness fitted on all prompts, scored among accepted ones, at inst: AUROC",
@@ -106,8 +106,8 @@ def _one_or_two(result: Separation, figures: dict[str, tuple[str, ...]]) -> Sect
         "Harm is read at `inst` and refusal at the last token, each prompt by directions that never saw its family, "
         "and both are scaled so that refused harmful prompts lie at +1 and accepted harmless ones at -1. One variable, "
         "read along whatever axes, puts every prompt on the diagonal; two put accepted harmful prompts to the lower "
-        "right and refused harmless ones to the upper left. D is the distance between these two, across the "
-        "diagonal.\n\n"
+        "right and refused harmless ones to the upper left. Harm and refusal come apart by the distance between these "
+        "two, across the diagonal (D).\n\n"
         f"D is {metrics['dissociation']} (by fold seed {min(seeds):.2f} to {max(seeds):.2f}); with topics left in, "
         f"{metrics['dissociation.over_topics']}. Accepted harmful less refused harmless: "
         f"{metrics['dissociation.harm_gap']} "

@@ -6,6 +6,7 @@ collected at every level; every prompt is scored once, by directions whose famil
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -106,6 +107,10 @@ class Separation:
 
     def baselines(self) -> pd.DataFrame:
         """Surface baselines of every contrast."""
+        return self._baselines
+
+    @cached_property
+    def _baselines(self) -> pd.DataFrame:
         return pd.concat([contrast.baselines() for contrast in self.contrasts.values()], ignore_index=True)
 
     def agreement(self) -> pd.DataFrame:

@@ -16,6 +16,8 @@ MIN_EFFECT = 0.5
 MAX_GAIN = 0.02
 """An AUROC that can't be more than this above the best surface baseline is explained by it."""
 CHANCE = 0.5
+APART = "harm and refusal come apart by"
+"""D in words, followed by its value."""
 Z_ONE_SIDED, Z_80 = 1.64, 0.84
 Z_POWER = 1.96 + Z_80
 """An effect this many standard errors from a bound clears it in 80% of draws."""
@@ -129,20 +131,21 @@ _Said = tuple[Headline, str]
 def _two(metrics: dict[str, Estimate]) -> _Said:
     contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"]
     against = f"where one variable stays below {null.value:.2f} in 95% of fitted worlds"
-    return Headline("two variables", f"D is {contrast.brief}", against), (
+    return Headline("two variables", f"{APART} {contrast.brief}", against), (
         "Harmfulness and refusal are two variables in this model on these prompts: beside harmless prompts that it "
         "refuses, harmful ones that it accepts look both more harmful at the end of the instruction (by "
         f"{metrics['dissociation.harm_gap']}) and less refused at the last token (by "
-        f"{metrics['dissociation.refusal_gap']}). D, the difference, is {contrast}, where one variable gives 0 and "
-        f"stays below {null.value:.2f} in 95% of worlds fitted to the data. Both are read beyond what the words tell."
+        f"{metrics['dissociation.refusal_gap']}). They come apart by the difference, {contrast}, where one variable "
+        f"gives 0 and stays below {null.value:.2f} in 95% of worlds fitted to the data. Both are read beyond what the "
+        "words tell."
     )
 
 
 def _one(contrast: Estimate) -> _Said:
     against = f"where two would give at least {MIN_EFFECT}"
-    return Headline("one variable suffices", f"D is {contrast.brief}", against), (
-        f"One variable suffices for harmfulness and refusal on these prompts: D is {contrast}, and its upper bound is "
-        f"below {MIN_EFFECT}, the smallest that would count as two."
+    return Headline("one variable suffices", f"{APART} {contrast.brief}", against), (
+        f"One variable suffices for harmfulness and refusal on these prompts: {APART} {contrast}, and the upper bound "
+        f"is below {MIN_EFFECT}, the smallest that would count as two."
     )
 
 
@@ -165,12 +168,14 @@ def _not_measurable(metrics: dict[str, Estimate]) -> _Said:
             needs.append((n, f"{n} of {total} {side} prompts are {verdict}", _more(n, total, side, verdict)))
     if not needs:
         number, settle = f"a quadrant has fewer than {MIN_FAMILIES} prompt families", "add unrelated prompts"
-        sentence = f"A quadrant has fewer than {MIN_FAMILIES} prompt families, so D has no interval; {settle}."
+        sentence = (
+            f"A quadrant has fewer than {MIN_FAMILIES} prompt families, and a smaller one gives no interval; {settle}."
+        )
         return Headline(word, number, "", settle), sentence
     _, fewest, settle = min(needs)
     said = "; ".join(f"{counted}: {more}" for _, counted, more in needs).capitalize()
     sentence = f"There must be {MIN_FAMILIES} prompt families in each quadrant. {said}."
-    return Headline(word, fewest, f"where D needs {MIN_FAMILIES}", settle), sentence
+    return Headline(word, fewest, f"where {MIN_FAMILIES} are needed", settle), sentence
 
 
 def _more(n: int, total: int, side: str, verdict: str) -> str:
@@ -192,24 +197,24 @@ def _inconclusive(metrics: dict[str, Estimate], failed: list[str], *, readable: 
         return _one_sided(metrics)
     if name == "dissociation" and contrast.high < 0:
         return _open(contrast, "clearly below 0, where one variable gives 0 and two give more"), (
-            f"D is {contrast}, clearly below 0: harm is read at the end of the instruction as one would expect of "
+            f"{_APART} {contrast}, clearly below 0: harm is read at the end of the instruction as one would expect of "
             "refusal, and refusal at the last token as of harm. One variable would give 0, two in their places more."
         )
     if name == "dissociation":
         settled, against = _settled_d(metrics), f"neither clearly above 0 nor below {MIN_EFFECT}"
-        return _open(contrast, against, settled), f"D is {contrast}: {against}. {settled}"
+        return _open(contrast, against, settled), f"{_APART} {contrast}: {against}. {settled}"
     bound = CHANCE if "auroc" in name else 0.0
     settled = _settled(metrics[name], metrics[name].value - bound)
     return _open(contrast, f"but {_WANTING[name]} {metrics[name].brief}", settled), (
-        f"D is {contrast}, but {_WANTING[name]} {metrics[name]}. {settled}"
+        f"{_APART} {contrast}, but {_WANTING[name]} {metrics[name]}. {settled}"
     )
 
 
 def _open(contrast: Estimate, against: str, settled: str = "") -> Headline:
     """The headline of an open verdict; what would settle it is a sentence in the explanation."""
-    settle = settled.removesuffix(".").removeprefix("If it stays there, ").removeprefix("If D stays there, ")
+    settle = settled.removesuffix(".").removeprefix("If it stays there, ")
     joint = "" if against.startswith("where") else ","
-    return Headline("inconclusive", f"D is {contrast.brief}{joint}", against, settle[:1].lower() + settle[1:])
+    return Headline("inconclusive", f"{APART} {contrast.brief}{joint}", against, settle[:1].lower() + settle[1:])
 
 
 def _unread(metrics: dict[str, Estimate]) -> _Said:
@@ -239,13 +244,13 @@ def _one_sided(metrics: dict[str, Estimate]) -> _Said:
     looks = words.partition(" at ")[0]
     against = f"but accepted harmful prompts look not clearly {looks} than refused harmless ones ({gap.brief})"
     return _open(metrics["dissociation"], against, settled), (
-        f"Refusal and harmfulness aren't read alike (D is {metrics['dissociation']}), but a decision made from one "
-        f"variable would do that too: beside refused harmless prompts, accepted harmful ones look {shown}{wanting}. "
-        f"{settled}"
+        f"{_APART} {metrics['dissociation']}, but a decision made from one variable would do that too: beside refused "
+        f"harmless prompts, accepted harmful ones look {shown}{wanting}. {settled}"
     )
 
 
-HARDLY = "More prompts of this kind would hardly change that; others, matched in form, might."
+HARDLY = "More prompts of this kind would hardly help; others, matched in form, might."
+_APART = APART.capitalize()
 _READ = {"harmful_auroc.inst": "harmfulness at inst", "refused_auroc.last": "refusal at the last token"}
 _WANTING = {
     "dissociation.beyond_words": "once the words are taken out of both readings it isn't clearly above 0:",
@@ -266,9 +271,9 @@ def _within_one_variable(metrics: dict[str, Estimate]) -> _Said:
     """D is above 0, and one variable in such data reaches it too; its spread shrinks as prompts grow in number."""
     contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"].value
     times = ((Z_ONE_SIDED + Z_80) / Z_ONE_SIDED * null / contrast.value) ** 2
-    settled = f"If D stays there, about {max(times, 1.2):.1f} times as many prompts would settle it."
+    settled = f"If it stays there, about {max(times, 1.2):.1f} times as many prompts would settle it."
     return _open(contrast, f"where one variable reaches {null:.2f} (95% of fitted worlds)", settled), (
-        f"D is {contrast}, above 0, but one variable fitted to these data reaches it in "
+        f"{_APART} {contrast}, above 0, but one variable fitted to these data reaches it in "
         f"{metrics['dissociation.p'].value:.0%} of worlds (95% of them stay below {null:.2f}). {settled}"
     )
 

@@ -185,13 +185,14 @@ def _angles(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> tup
     names = (f"cosine_{concept.name}", f"cosines_{concept.name}")
     where = f"{concept.name} at {concept.home}"
     _cosines(writer, names[0], rows[rows["level"] == concept.level(concept.home)], where, concept.level(concept.home))
-    drawn, _ = angles(rows[rows["other"] == "reference"], "corrected", "corrected_low", "corrected_high")
+    drawn, noisy = angles(rows[rows["other"] == "reference"], "corrected", "corrected_low", "corrected_high")
     if drawn.empty:
         return names[:1]
     _by_steps(
-        writer, names[1], drawn, "corrected", table="angles", center=0.0, limits=POSSIBLE, label="cosine",
+        writer, names[1], pd.concat([drawn, noisy.assign(corrected=float("nan"))]), "corrected", table="angles",
+        center=0.0, limits=POSSIBLE, label="cosine", missing=NO_ANGLE,
         title=f"Cosine with the base's direction, corrected: {where}",
-        caption=f"Full red: the direction has stayed. Empty: {NO_ANGLE}; the numbers are in the table.",
+        caption=f"Full red: the direction has stayed. Grey: {NO_ANGLE}; the numbers are in the table.",
     )  # fmt: skip
     return names
 
