@@ -6,6 +6,7 @@ kept on the machine.
 
 import html
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
