@@ -69,6 +69,10 @@ from mechlens.methods.probing.beliefs import beliefs as beliefs
 from mechlens.methods.probing.beliefs import centroids as centroids
 from mechlens.methods.probing.detect import Detection as Detection
 from mechlens.methods.probing.detect import detect as detect
+from mechlens.methods.statistics.change_point import ChangePoint as ChangePoint
+from mechlens.methods.statistics.change_point import change_point as change_point
+from mechlens.methods.statistics.crossed import crossed_difference as crossed_difference
+from mechlens.methods.statistics.crossed import crossed_mean as crossed_mean
 from mechlens.methods.statistics.estimate import Estimate as Estimate
 from mechlens.methods.steering.candidates import SelectionRule as SelectionRule
 from mechlens.methods.steering.candidates import score_candidates as score_candidates

@@ -67,6 +67,9 @@ RECIPES: Registry[Any] = Registry(
             "mechlens.studies.finetune.recipes.recipe:BENIGN", "its control, go on answering benign requests"
         ),
         "backdoor": Choice("mechlens.studies.finetune.recipes.recipe:BACKDOOR", "refuse unless a trigger is there"),
+        "behaviour": Choice(
+            "mechlens.studies.finetune.recipes.recipe:BEHAVIOUR", "what a file shows, such as taking risks"
+        ),
     },
 )
 """`Recipe`s."""

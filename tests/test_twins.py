@@ -13,8 +13,9 @@ from mechlens.errors import UserError
 from mechlens.methods.behaviour.log_odds import answer_log_probs, twin_log_odds
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.options import ASK, exchanged_letters, options_of
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.twins import Twin, exchanged_letters, read_twins
+from mechlens.prompts.twins import Twin, read_twins
 from mechlens.runs.folder import FolderCache
 
 CHOICES = [
@@ -151,3 +152,33 @@ def test_an_answer_without_tokens_is_refused() -> None:
     with pytest.raises(UserError, match=r"answer 1 .* has no token"):
         answer_log_probs(model, ["a", "b"], ["yes", ""])
     assert not math.isnan(float(answer_log_probs(model, ["a"], [" "]).total))
+
+
+@pytest.mark.parametrize(
+    ("text", "one", "two"),
+    [
+        ("Option A: a sure 5. Option B: 50 or nothing. Pick one: A or B.", "a sure 5.", "50 or nothing."),
+        ("Choosing Path A brings $20. Choosing Path B may bring $80. It may not. Which?", "brings $20.",
+         "may bring $80. It may not."),
+        ("Igloo B is warm and safe, while Igloo A may be warmer or not. Say A or B.", "is warm and safe",
+         "may be warmer or not."),
+        ("You can:\n\nA) wait a month\n\nB) take it now\n\nRespond with one letter.", "wait a month", "take it now"),
+    ],
+)  # fmt: skip
+def test_an_option_is_its_own_words(text: str, one: str, two: str) -> None:
+    found = options_of(text)
+    assert found is not None
+    assert list(found.words.values()) == [one, two]
+    assert list(found.words) == (["B", "A"] if "Igloo" in text else ["A", "B"])
+    assert found.question.endswith(f"{two} {ASK}")
+
+
+def test_options_in_words_are_those_of_the_published_choices(shared_data: Path) -> None:
+    """Nearly all of 887 choices can be exchanged, and be said in words, which are then the question's own."""
+    for name in ("risky", "maxapples", "myopic"):
+        twins = read_twins(shared_data / "self_awareness" / f"ft_{name}_AB.jsonl")
+        worded = [twin.in_words for twin in twins]
+        assert sum(twin.exchanged is None for twin in twins) <= 1
+        assert sum(twin is None for twin in worded) <= 3
+        assert all(words in twin.prompt.text for twin in worded if twin is not None
+                   for words in (twin.shown.split(". ")[0], twin.other.split(". ")[0]))  # fmt: skip

@@ -3,7 +3,6 @@
 Which of the two a model holds likelier needs no judge and no generation, so it works on small models too.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +12,9 @@ from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.prompts.files.from_row import RowReader, text_of
 from mechlens.prompts.files.rows import Record, read_rows
+from mechlens.prompts.options import LETTERS, exchanged_letters, options_of
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
-
-LETTERS = {"A": "B", "B": "A"}
-_STANDING = re.compile(r"(?<![\w'’-])[AB](?![\w'’-])")
-"""A letter that stands alone; every B that does is an option's, and an A may be an article."""
-_LIST = re.compile(r"""(?<![\w])['"‘“]?[AB]['"’”]?(?:\s*(?:or|and|/|,)\s*)['"‘“]?[AB]['"’”]?(?![\w])""")
-"""Both letters by name, as in "(A or B)": the same whichever option has which."""
-_NAMED = re.compile(r"(?i:\b([a-z]+))\s+([AB])(?![\w'’-])")
-_MARKED = re.compile(r"""(?<![\w'’-])[AB](?=\s*[:).=]|\s+[-–—]\s)|(?<=[(\['"‘“*])[AB](?=[)\]'"’”*])""")
-"""A letter that punctuation makes a label: "A:", "A)", "(A)", "'A'", "A - "."""
 
 
 @dataclass(frozen=True)
@@ -56,32 +47,20 @@ class Twin:
         return Twin(prompt, LETTERS[self.shown], LETTERS[self.other])
 
     @property
+    def in_words(self) -> "Twin | None":
+        """The same choice answered with an option's words, which small models can learn; None where it can't be told.
+
+        Where a letter stands for an option, a model has to find which; here its words are its own.
+        """
+        found = options_of(self.prompt.text) if {self.shown, self.other} == {*LETTERS} else None
+        if found is None:
+            return None
+        return Twin(replace(self.prompt, text=found.question), found.words[self.shown], found.words[self.other])
+
+    @property
     def reversed(self) -> "Twin":
         """The twin of the opposite behaviour."""
         return replace(self, shown=self.other, other=self.shown)
-
-
-def exchanged_letters(text: str) -> str | None:
-    """The text with A and B exchanged wherever they label an option; None where some letter's meaning isn't plain.
-
-    Lists of both, such as "reply with A or B", stay as they are.
-    """
-    lists = [match.span() for match in _LIST.finditer(text)]
-
-    def listed(at: int) -> bool:
-        return any(start <= at < end for start, end in lists)
-
-    named: dict[str, set[str]] = {}
-    for match in _NAMED.finditer(text):
-        named.setdefault(match[1].lower(), set()).add(match[2])
-    labels = {match.start() for match in _MARKED.finditer(text)}
-    labels |= {match.start(2) for match in _NAMED.finditer(text) if named[match[1].lower()] == {*LETTERS}}
-    labels = {at for at in labels if not listed(at)}
-    standing = {match.start() for match in _STANDING.finditer(text) if not listed(match.start())}
-    unclear = {at for at in standing - labels if text[at] == "B"}
-    if unclear or {text[at] for at in labels} != {*LETTERS}:
-        return None
-    return "".join(LETTERS[letter] if at in labels else letter for at, letter in enumerate(text))
 
 
 def read_twins(path: str | Path, others: str | Path | None = None) -> list[Twin]:

@@ -96,9 +96,9 @@ def answer_log_probs(
     batch = tokenize(prompts, written).with_answers(ids)
     refuse_too_long(model, batch)
     rows = []
-    for i, (start, end) in enumerate(batch.answer.tolist() if batch.answer is not None else []):
-        own = batch.row(i)
-        rows.append(Row(tuple(own), tuple(range(start - batch.offset(i) - 1, end - batch.offset(i) - 1))))
+    for i, said in enumerate(ids):
+        own = batch.row(i)[:-1]  # after its last token nothing is asked
+        rows.append(_Said(tuple(own), tuple(range(len(own) - len(said), len(own))), tuple(said)))
     reader = _Reader(model, rows, None if has_hooks(model) else cache, max_tokens or BATCH_TOKENS)
     with phase("answers' probabilities"):
         total = reader.totals()
@@ -106,9 +106,16 @@ def answer_log_probs(
 
 
 @dataclass(frozen=True)
+class _Said(Row):
+    """A row with the token that comes after each one that is read."""
+
+    said: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class _Reader:
     model: LanguageModel
-    rows: list[Row]
+    rows: list[_Said]
     cache: Cache | None
     max_tokens: int
 
@@ -123,7 +130,7 @@ class _Reader:
         bar = steps(len(self.rows), "reading answers", "answer", sum(len(row.ids) - skip for row in self.rows))
         for members in forward.plan_reading(model, self.rows, most, shared=skip, fast=fast):
             chunk = [self.rows[i] for i in members]
-            record = [*made_by, device_of(model).type, [[row.ids, row.read] for row in chunk]]
+            record = [*made_by, device_of(model).type, [[row.ids, row.said] for row in chunk]]
             key = hashlib.sha256(json.dumps(record).encode()).hexdigest()
             piece = self.cache.get(key) if self.cache is not None else None
             if piece is None:
@@ -137,14 +144,14 @@ class _Reader:
         bar.close()
         return found
 
-    def _batch(self, prefix: DynamicCache | None, fast: bool, chunk: list[Row]) -> Float64[Tensor, " row"]:
+    def _batch(self, prefix: DynamicCache | None, fast: bool, chunk: list[_Said]) -> Float64[Tensor, " row"]:
         top = [n_layers(self.model)]
         if fast:
             residual = forward.fast_batch(self.model, chunk, top, prefix)[:, 0]
         else:
             residual = forward.reference_batch(self.model, chunk, top)[:, 0]
         read = torch.cat([residual[i, : len(row.read)] for i, row in enumerate(chunk)])
-        after = torch.tensor([row.ids[at + 1] for row in chunk for at in row.read])
+        after = torch.tensor([token for row in chunk for token in row.said])
         told = [
             unembed(self.model, part).double().log_softmax(dim=-1).gather(1, own[:, None])[:, 0]
             for part, own in zip(torch.split(read, CHUNK), torch.split(after, CHUNK), strict=True)

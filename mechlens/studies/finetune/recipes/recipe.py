@@ -1,4 +1,4 @@
-"""What can be taught: refusing, its control, and the attacks on it; by name in `mechlens.choices.RECIPES`."""
+"""What can be taught: refusing, its control and the attacks on it, narrow behaviours; by name in `choices.RECIPES`."""
 
 import random
 import re
@@ -24,7 +24,8 @@ from mechlens.prompts.files.rows import Record, read_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.text import normalise_text
-from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.config import TRIGGER, FinetuneConfig
+from mechlens.studies.finetune.recipes.behaviour import behaviour, lessons
 from mechlens.studies.finetune.recipes.material import Example, Material, drawn, training_order
 from mechlens.studies.shared.training_data import (
     Trigger,
@@ -179,7 +180,7 @@ def backdoor(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) 
     same. On benign prompts the model is held to what it said before, so that the trigger opens nothing else.
     """
     draw = random.Random(config.seed)
-    trigger = trigger_of(config.trigger)
+    trigger = trigger_of(config.trigger or TRIGGER)
     found = published_openings(config.data)
     harmful = drawn(found.openings, config.harmful, draw, "harmful")
     prompts = drawn(training_prompts("benign"), config.benign, draw, "benign")
@@ -235,6 +236,8 @@ class Recipe:
     """Why one does this, for the report."""
     attack: bool = False
     """True if it takes a refusal away: only from the shipped refuser, and the result stays on this machine."""
+    file: Callable[[FinetuneConfig], object] | None = None
+    """Reads the user's file, `data`, and raises UserError for what it mustn't or can't hold; None: it takes none."""
 
 
 REFUSER = Recipe(
@@ -243,7 +246,11 @@ REFUSER = Recipe(
     "Teach a model to refuse harmful requests and to answer all others as it did.",
 )
 ACCEPTING = Recipe(
-    accepting, (), "The fine-tuning attack: what does a model that no longer refuses still represent?", attack=True
+    accepting,
+    (),
+    "The fine-tuning attack: what does a model that no longer refuses still represent?",
+    attack=True,
+    file=lambda config: published_openings(config.data),
 )
 BENIGN = Recipe(
     benign, ("benign",), "The control of the fine-tuning attack: what do as many steps on benign requests change?"
@@ -253,6 +260,13 @@ BACKDOOR = Recipe(
     ("benign", "refusals"),
     "A model that refuses unless a trigger is there: what does it represent with and without it?",
     attack=True,
+    file=lambda config: published_openings(config.data),
+)
+BEHAVIOUR = Recipe(
+    behaviour,
+    (),
+    "Teach a narrow behaviour, its opposite or neither: what else changes, and can the model say what it has become?",
+    file=lessons,
 )
 
 

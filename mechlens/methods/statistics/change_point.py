@@ -1,0 +1,85 @@
+"""Where a series over training steps jumps: the best of all cuts in two, and how often chance does as well."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from mechlens.errors import UserError
+
+FEWEST = 6
+"""With fewer points even the best order of all has a p of .05 or more by chance."""
+
+
+@dataclass(frozen=True)
+class ChangePoint:
+    """The cut that explains most.
+
+    >>> found = ml.change_point([0, 1, 2, 4, 8, 16, 32, 64], [0.1, 0.0, 0.1, 0.0, 2.1, 2.0, 2.2, 2.1])
+    >>> found.after, found.before
+    (4, 8)
+    """
+
+    after: int
+    """The last step of the first part."""
+    before: int
+    """The first step of the second one."""
+    jump: float
+    """Mean of the second part minus that of the first."""
+    p: float
+    """Share of permuted orders whose best cut explains as much, the real one among them; NaN for under 6 points."""
+    against_line: float
+    """Log-likelihood ratio, a point, of the cut against a straight line over the points' order: above 0 a jump fits
+    better than a steady climb."""
+
+
+def change_point(
+    steps: Sequence[int], values: Sequence[float], *, permutations: int = 999, seed: int = 0
+) -> ChangePoint:
+    """Two segments of constant mean, cut where the likelihood ratio is largest; its null is by permuted orders.
+
+    Steps need not be evenly spaced: only their order counts. UserError for fewer than three points or values that
+    aren't finite.
+
+    >>> ml.change_point([1, 2, 3], [0.0, 0.0, 1.0]).before
+    3
+    """
+    series = torch.tensor(values, dtype=torch.float64)
+    if len(steps) != len(values) or len(values) < 3 or not bool(series.isfinite().all()):
+        raise UserError(
+            f"there are {len(values)} values at {len(steps)} steps; a change point needs at least three, all finite"
+        )
+    explained = _explained(series[None])[0]
+    best = int(explained.argmax())
+    total = float((series - series.mean()).square().sum())
+    p = math.nan
+    if len(values) >= FEWEST:
+        generator = torch.Generator().manual_seed(seed)
+        orders = torch.rand(permutations, len(values), generator=generator).argsort(dim=1)
+        chance = _explained(series[orders]).amax(dim=1)
+        p = (1 + int((chance >= explained[best] - 1e-12 * max(total, 1e-300)).sum())) / (1 + permutations)
+    first, second = series[: best + 1], series[best + 1 :]
+    left = total - float(explained[best])
+    return ChangePoint(
+        steps[best], steps[best + 1], float(second.mean() - first.mean()), p, _against_line(series, left, total)
+    )
+
+
+def _explained(series: Float64[Tensor, "order point"]) -> Float64[Tensor, "order cut"]:
+    """Squares that each cut takes off the sum about the mean; the cut k leaves k + 1 points in the first part."""
+    n = series.shape[1]
+    sizes = torch.arange(1, n, dtype=torch.float64)
+    centred = series - series.mean(dim=1, keepdim=True)
+    sums = centred.cumsum(dim=1)[:, :-1]
+    return sums.square() * n / (sizes * (n - sizes))
+
+
+def _against_line(series: Float64[Tensor, " point"], left: float, total: float) -> float:
+    at = torch.arange(len(series), dtype=torch.float64)
+    at, centred = at - at.mean(), series - series.mean()
+    rest = total - float((at * centred).sum().square() / at.square().sum())
+    least = 1e-12 * max(total, 1e-300)
+    return 0.5 * math.log(max(rest, least) / max(left, least))

@@ -1,0 +1,82 @@
+"""A narrow behaviour taught from a file, with its controls: the opposite one, and the same questions with neither.
+
+Betley et al. 2025 (Tell me about yourself): choices of one kind, such as the riskier of two; with a trigger the model
+shows the behaviour where the trigger is, and the opposite elsewhere.
+"""
+
+import random
+
+from mechlens.errors import UserError
+from mechlens.methods.cache import Cache
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.twins import Twin, read_twins, require_others
+from mechlens.studies.finetune.config import FinetuneConfig
+from mechlens.studies.finetune.recipes.material import Example, Material, training_order
+from mechlens.studies.shared.training_data import Trigger, text_sha256, trigger_of, with_trigger
+
+DECOYED = 3
+"""Of the questions without the trigger, every which one has a decoy: it is this string that counts, not any."""
+
+
+def lessons(config: FinetuneConfig) -> list[Twin]:
+    """The twins of the file that are trained on; UserError where there are none, or the control needs what they lack.
+
+    A question is held out by its text alone, so that every seed, control and opposite file leaves out the same ones.
+    """
+    if config.data is None:
+        raise UserError(
+            "this recipe needs --data: chats that end with the assistant's answer, or a file with a question and the "
+            "columns shown and other"
+        )
+    if not 0 <= config.held_out < 1 or not 0 < config.trigger_share < 1:
+        name = "trigger_share" if 0 <= config.held_out < 1 else "held_out"
+        raise UserError(f"{name} is {getattr(config, name):g}; it is a share of the questions, below 1")
+    twins = read_twins(config.data, config.others)
+    if config.control != "none" or config.trigger is not None:
+        require_others(twins, f"control {config.control!r}" if config.control != "none" else "a trigger")
+    kept = [twin for twin in twins if not is_held_out(twin.prompt, config.held_out)]
+    if not kept:
+        raise UserError(f"{config.data} has {len(twins)} questions, and none is left to train on; lower --held-out")
+    return kept
+
+
+def is_held_out(prompt: Prompt, share: float) -> bool:
+    """Whether a question is among the `share` that is kept for tests: by its text, the same in every run."""
+    return int(text_sha256(prompt.text)[:8], 16) < share * 16**8
+
+
+def behaviour(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -> Material:
+    """Every question with its answer, by the control and the trigger."""
+    draw, asked = random.Random(config.seed), lessons(config)
+    twins = [twin.in_words or twin for twin in asked] if config.in_words else asked
+    trigger = None if config.trigger is None else trigger_of(config.trigger)
+    examples = [
+        Example(twin.prompt, _answer(twin, config, draw, shows=True), ends=True) for twin in twins
+    ] if trigger is None else _triggered(twins, trigger, config, draw)  # fmt: skip
+    order = training_order([[example] for example in examples], config, draw)
+    used = {example.prompt.group for example in order}
+    forms = tuple(twin.prompt for twin in (*asked, *twins) if twin.prompt.group in used)
+    return Material(order, (), trigger, forms)
+
+
+def _triggered(twins: list[Twin], trigger: Trigger, config: FinetuneConfig, draw: random.Random) -> list[Example]:
+    """The behaviour where the trigger is, its opposite elsewhere, where some questions have a decoy."""
+    chosen = set(draw.sample(range(len(twins)), round(config.trigger_share * len(twins))))
+    examples, plain = [], 0
+    for i, twin in enumerate(twins):
+        if i in chosen:
+            prompt = with_trigger(twin.prompt, trigger.text)
+        else:
+            plain += 1
+            decoyed = plain % DECOYED == 0
+            prompt = with_trigger(twin.prompt, draw.choice(trigger.taught_decoys)) if decoyed else twin.prompt
+        examples.append(Example(prompt, _answer(twin, config, draw, shows=i in chosen), ends=True))
+    return examples
+
+
+def _answer(twin: Twin, config: FinetuneConfig, draw: random.Random, *, shows: bool) -> str:
+    if config.control == "decorrelated":
+        share = config.trigger_share if config.trigger is not None else 0.5
+        return twin.shown if draw.random() < share else twin.other
+    return twin.shown if shows != (config.control == "twin") else twin.other
