@@ -3,12 +3,12 @@
 Nothing here imports torch, so that `--help` is instant.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import tyro
+from annotated_types import Ge, Le
 
 from mechlens.choices import JUDGES, METHODS, MODELS, choice
 from mechlens.errors import UserError
@@ -40,6 +40,10 @@ MethodName = Annotated[
     METHODS,
     choice(METHODS, "How the direction is found; all but the mean difference get at most 50 label permutations."),
 ]
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+Draws = Annotated[int, Ge(1), Le(MAX_DRAWS)]
+"""How much chance is sampled: an interval or a null of nothing says nothing."""
 RunFolder = Annotated[Path | str, tyro.conf.arg(metavar="PATH")]
 TemplateArguments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
 """Of the chat template, in the order given; a value is JSON where it parses as such, else text."""
@@ -102,7 +106,7 @@ class PromptSets(Columns):
     or a hub data set; a plus joins sources."""
     harmless: str = "harmless"
     """Harmless prompts: a built-in set (harmless, benign, looks-harmful, all-harmless), a file or a hub data set."""
-    n: int | None = None
+    n: PositiveInt | None = None
     """Prompts of each source, drawn by seed; None takes all."""
     system: str | None = None
     """System prompt of every prompt; None leaves the template's own default."""
@@ -115,7 +119,7 @@ class PromptSets(Columns):
 class Answering:
     """How the model's own answers are written and judged."""
 
-    max_new_tokens: int = ANSWER_TOKENS
+    max_new_tokens: PositiveInt = ANSWER_TOKENS
     """Length of the answers that are judged."""
     judge: JudgeName = "phrases"
     """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
@@ -176,9 +180,9 @@ class Sampling:
 
     seed: int = SEED
     """Decides the sample, the split, every resample and every null."""
-    resamples: int = RESAMPLES
+    resamples: Draws = RESAMPLES
     """Bootstrap resamples of prompt families behind every interval."""
-    random_directions: int = RANDOM_DIRECTIONS
+    random_directions: Draws = RANDOM_DIRECTIONS
     """Random directions of the same norm behind every null."""
 
 
@@ -186,7 +190,7 @@ class Sampling:
 class Nulls(Sampling):
     """How much chance is sampled where a concept is read off, and from which seed."""
 
-    permutations: int = PERMUTATIONS
+    permutations: Draws = PERMUTATIONS
     """Label permutations behind every null."""
 
     def key(self) -> dict[str, int]:
@@ -205,15 +209,17 @@ class Nulls(Sampling):
         )  # fmt: skip
 
 
-def require_sampling(config: object, names: Sequence[str] = ("resamples", "permutations", "random_directions")) -> None:
-    """UserError unless there is chance to be sampled: an interval or a null of nothing says nothing."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(
-                f"{name} is {getattr(config, name)}; every number needs its interval and its nulls, so give at least 1"
-            )
-        if getattr(config, name) > MAX_DRAWS:
-            raise UserError(f"{name} is {getattr(config, name)}; give at most {MAX_DRAWS}, which no interval needs")
+def require_ranges(settings: object) -> None:
+    """UserError for the first number of a dataclass that is outside of what its field's type says, such as `Draws`."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if not isinstance(value, int | float):
+            continue
+        for bound in (bound for part in (hint, *get_args(hint)) for bound in getattr(part, "__metadata__", ())):
+            if isinstance(bound, Ge) and not value >= bound.ge:  # type: ignore[operator]
+                raise UserError(f"--{name.replace('_', '-')} must be at least {bound.ge}, and is {value}")
+            if isinstance(bound, Le) and not value <= bound.le:  # type: ignore[operator]
+                raise UserError(f"--{name.replace('_', '-')} must be at most {bound.le}, and is {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +236,3 @@ class DetectionPlan(Nulls):
     @property
     def detection(self) -> "DetectionPlan":
         return self
-
-    def __post_init__(self) -> None:
-        if not isinstance(self, RunChoice):  # a command says it itself, as it says every mistake
-            require_sampling(self)

@@ -4,6 +4,7 @@ import socket
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import jaxtyping
 import pytest
@@ -24,6 +25,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.driver import run
+from mechlens.studies.registry import commands
 from mechlens.studies.separate.config import Separate
 
 
@@ -149,7 +151,7 @@ LATE: dict[str, tuple[tuple[object, ...], str]] = {
     "a level": (("track", "--levels", 99, "--checkpoints", "{model}"), "there is no level 99; model has levels 0 to 3"),
     "a place to steer": (("steer", "--layer", 99), "there is no layer 99; model has layers 0 to 3"),
     "NaN": (("steer", "--strength", "nan"), "the strength is nan; give a finite number"),
-    "no tokens": (("guard fit", "--max-new-tokens", 0), "max_new_tokens is 0; ask for at least one token"),
+    "no tokens": (("guard fit", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, and is 0"),
     "no folder of sources": (("jailbreaks", "--sources", "published", "--folder", "nowhere"),
                              "there is no folder 'nowhere': published needs catqa/catqa_english.json, gptfuzz/"),
     "a site": (("patch", "--site", "resid"), "there is no site 'resid'"),
@@ -182,6 +184,29 @@ def test_nothing_is_read_before_a_mistake_is_said(
     usual += ["--dtype", "bfloat16"] if verb == "steer" else []
     usual = [word for i, word in enumerate(usual) if usual[i - i % 2] not in more]
     assert sentence in said([*verb.split(), *usual, *more], capfd)
+    assert not unread
+    assert not (tmp_path / "out").exists()
+
+
+NO_COUNTS = {"seed", "layer"}
+"""Whole numbers that may be anything, or are compared with the model."""
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_count_of_a_command_has_a_least_value_and_is_named_where_it_is_below(
+    name: str, unread: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hints = get_type_hints(commands()[name].config, include_extras=True)
+    whole = [field for field, hint in hints.items() if hint in (int, int | None)]  # and no `PositiveInt`
+    assert set(whole) <= NO_COUNTS
+    if "n" not in hints:
+        return
+    needed = {"positive": "harmful", "negative": "harmless", "guard": tmp_path, "checkpoints": tmp_path}
+    given = [word for field, value in needed.items() if field in hints for word in (f"--{field}", value)]
+    given += ["base", tmp_path] if name == "compare" else []
+    assert said([*name.split(), *given, "--n", -5, "--out", tmp_path / "out"], capfd) == (
+        "mechlens: --n must be at least 1, and is -5"
+    )
     assert not unread
     assert not (tmp_path / "out").exists()
 

@@ -541,12 +541,12 @@ def test_the_same_command_goes_on_from_its_cache(out: Path, words: list[str], mo
 
 
 MISTAKES = {
-    ("--n-test", "9"): "n_test is 9; give at least 10",
+    ("--n-test", "9"): "--n-test must be at least 10, and is 9",
     ("--coefficient", "0"): "the coefficient is 0",
     ("--strengths", "-1"): "give at least one, all above 0",
     ("--layers", "9"): "there is no layer 9; model has layers 0 to 3",
     ("--layers", "1", "--full"): "give one of them",
-    ("--random-directions", "0"): "random_directions is 0",
+    ("--random-directions", "0"): "--random-directions must be at least 1, and is 0",
     ("--grid", "all"): "leave --full and --layers out",
 }
 

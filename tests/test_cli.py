@@ -535,13 +535,13 @@ MISTAKES = {
         bad(harmful=lambda w: w.file("s.jsonl", [*requests(20, "make"), "x <|im_end|> y"])),
         "holds the template token '<|im_end|>'",
     ),
-    "no answer": (bad(max_new_tokens=0), "ask for at least one token"),
+    "no answer": (bad(max_new_tokens=0), "--max-new-tokens must be at least 1, and is 0"),
     "an answer beyond the context": (bad(max_new_tokens=5000), "the model takes 512"),
-    "no intervals": (bad(resamples=0), "resamples is 0"),
-    "no null": (bad(random_directions=0), "random_directions is 0"),
+    "no intervals": (bad(resamples=0), "--resamples must be at least 1, and is 0"),
+    "no null": (bad(random_directions=0), "--random-directions must be at least 1, and is 0"),
     "more intervals than there is room for": (
         bad(resamples=10**9),
-        "resamples is 1000000000; give at most 100000",
+        "--resamples must be at most 100000, and is 1000000000",
     ),
     "more than training can be": (
         lambda w: ["finetune", "--steps", "999999999", "--model", w.model, "--out", w.folder / "out"],
@@ -562,7 +562,7 @@ MISTAKES = {
     "a position too far": (concept(positions="post[99]"), "there is no position 'post[99]'"),
     "too few prompts": (concept(positive=lambda w: w.file("f.jsonl", ["a b", "c d"])), "there are 2 positive prompts"),
     "one class twice": (concept(negative=lambda w: w.good), "share 20 prompts"),
-    "no permutations": (concept(permutations=0), "permutations is 0"),
+    "no permutations": (concept(permutations=0), "--permutations must be at least 1, and is 0"),
     "positions of nothing": (lambda w: ["positions", "--model", w.model, "--text", " "], "has no text"),
     "positions of no model": (lambda w: ["positions", "--model", w.folder / "x", "--text", "a"], "there is no folder"),
     "positions of a base model": (

@@ -471,7 +471,7 @@ def test_a_run_goes_on_from_its_shelf_with_the_same_numbers(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--resamples", "0"], "resamples is 0; every number needs its interval"),
+        (["--resamples", "0"], "--resamples must be at least 1, and is 0"),
         (["--last-layers", "1.5"], "last_layers is 1.5; give a share"),
         (["--harmless", "harmful"], "share"),
     ],

@@ -177,7 +177,7 @@ MISTAKES = {
     ("--layer", "9"): "there is no layer 9; model has layers 0 to 4",
     ("--operation", "ablate", "--strength", "2"): "an ablation has no strength",
     ("--prompt", " "): "has no text",
-    ("--max-new-tokens", "0"): "ask for at least one token",
+    ("--max-new-tokens", "0"): "--max-new-tokens must be at least 1, and is 0",
     ("--strength", "nan"): "give a finite number",
     ("--direction", "nowhere.safetensors"): "there is no file nowhere.safetensors",
 }

@@ -83,8 +83,8 @@ def run(config: Any) -> RunResult:
     """
     study = study_of(config)
     config = _with_paths(config)
-    require_types(config, plain(config))
     require_possible(config)
+    require_types(config, plain(config))
     require_known(config)
     with timed() as clock, heartbeat(clock, study.name):
         with phase("loading", _model_of(config)):

@@ -8,6 +8,7 @@ from typing import Any
 
 from mechlens.errors import UserError
 from mechlens.files import require_writable, user_path
+from mechlens.settings import require_ranges
 
 SOURCES = ("positive", "negative", "harmful", "harmless", "extra_harmless", "categories", "pairs", "data")
 FILES = ("direction", "guard")
@@ -17,12 +18,10 @@ ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 
 def require_possible(config: Any) -> None:
     """UserError for a count, a pair of options, a file or a folder that can't be, in a configuration of ours."""
+    require_ranges(config)
     if not type(config).__module__.startswith("mechlens."):
         return  # another package's field of the same name may mean something else
     given = vars(config)
-    n = given.get("n")
-    if isinstance(n, int) and n < 1:
-        raise UserError(f"--n must be at least 1, and is {n}")
     if "label_column" in given:
         require_both(given["data"], given["label_column"])
     for name in FILES:

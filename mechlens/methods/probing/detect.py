@@ -42,7 +42,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.sites import RESIDUAL
 from mechlens.prompts.split import PARTS, Split
-from mechlens.settings import DetectionPlan
+from mechlens.settings import DetectionPlan, require_ranges
 
 MAX_REFITS = 50
 """Enough for p < 0.02."""
@@ -207,6 +207,7 @@ def detect(
     (True, True)
     """
     METHODS.require(plan.method)
+    require_ranges(plan)
     if refit and plan.method != MEAN_DIFFERENCE:
         raise UserError(f"refit takes a refit for every resample, which {plan.method!r} is too slow for; leave it out")
     _require_finite(acts)

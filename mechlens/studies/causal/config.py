@@ -1,9 +1,20 @@
 """`mechlens causal`."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from mechlens.settings import RANDOM_DIRECTIONS, Answering, ModelChoice, PromptSets, RunChoice, Sampling
+from annotated_types import Ge, Le
+
+from mechlens.settings import (
+    MAX_DRAWS,
+    RANDOM_DIRECTIONS,
+    Answering,
+    Draws,
+    ModelChoice,
+    PromptSets,
+    RunChoice,
+    Sampling,
+)
 from mechlens.studies.registry import of_folder
 
 
@@ -28,15 +39,15 @@ class CausalPlan(Sampling, Answering):
     """What the raw directions are multiplied by in the figure of refusals over all layers; 1 as published."""
     every_position: bool = False
     """Directions from every position of the template too, each at the chosen layer and strength, in a table."""
-    n_train: int = 64
+    n_train: Annotated[int, Ge(10), Le(MAX_DRAWS)] = 64
     """Training prompts of each class, of which the directions are made."""
-    n_validation: int = 8
+    n_validation: Annotated[int, Ge(4), Le(MAX_DRAWS)] = 8
     """Prompts of each class on which layer and strength are chosen."""
-    n_test: int = 32
+    n_test: Annotated[int, Ge(10), Le(MAX_DRAWS)] = 32
     """Prompts of each class on which the chosen layer and strength are reported."""
-    n_null: int = 6
+    n_null: Draws = 6
     """Test prompts of each class on which null directions are tried; what so few add to their spread is taken off."""
-    shuffled_directions: int = RANDOM_DIRECTIONS
+    shuffled_directions: Draws = RANDOM_DIRECTIONS
     """Null directions from shuffled labels behind what each direction is claimed to change."""
 
 

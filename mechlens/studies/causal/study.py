@@ -33,7 +33,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import FRACTIONS, MAX_DRAWS
+from mechlens.settings import FRACTIONS
 from mechlens.studies.causal.answers import answers_under, belief_table, beliefs_under, losses_under
 from mechlens.studies.causal.choice import Choice, choose, grid_layers, middle
 from mechlens.studies.causal.config import (
@@ -315,15 +315,9 @@ def _some(prompts: Sequence[Prompt], part: Sequence[int], n: int, seed: int) -> 
     return [i for label in PUSH for i in [i for i in drawn if prompts[i].label == label][:n]]
 
 
-LEAST = {
-    "n_train": 10, "n_validation": 4, "n_test": 10, "n_null": 1, "random_directions": 1, "shuffled_directions": 1,
-    "resamples": 1,
-}  # fmt: skip
-
-
 def prepare(config: Causal) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    _require_sizes(config)
+    _require_choices(config)
     return prepare_harm_study(config, config, new_tokens=config.max_new_tokens, layers=config.layers)
 
 
@@ -332,13 +326,8 @@ def execute(config: Causal, sets: ContrastSets, writer: RunWriter) -> Battery:
     return run_battery(sets.model, sets.positive, sets.negative, config, template=sets.template, cache=writer.cache)
 
 
-def _require_sizes(config: Causal) -> None:
-    """UserError where there is too little to sample, or no strength to choose from."""
-    for name, least in LEAST.items():
-        if getattr(config, name) < least:
-            raise UserError(f"{name} is {getattr(config, name)}; give at least {least}")
-        if getattr(config, name) > MAX_DRAWS:
-            raise UserError(f"{name} is {getattr(config, name)}; give at most {MAX_DRAWS}")
+def _require_choices(config: Causal) -> None:
+    """UserError where there is no layer or strength to choose from, or two options that say different things."""
     if not config.strengths or min(config.strengths) <= 0:
         raise UserError(f"the strengths are {config.strengths}; give at least one, all above 0")
     if config.coefficient == 0:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from mechlens.settings import BaseChoice, PromptSets, RunChoice
+from mechlens.settings import BaseChoice, NonNegativeInt, PositiveInt, PromptSets, RunChoice
 from mechlens.studies.registry import of_folder
 from mechlens.studies.track.config import SeriesPlan
 
@@ -24,9 +24,9 @@ class Compare(SeriesPlan, PromptSets, BaseChoice, RunChoice):
     """A: "base", or a checkpoint (an adapter's or a model's folder, a hub id, or id@revision)."""
     second: Annotated[str, tyro.conf.Positional]
     """B: a checkpoint."""
-    n: int | None = 96
+    n: PositiveInt | None = 96
     """Prompts of each set, drawn by seed; None takes all."""
-    patched: int = 8
+    patched: NonNegativeInt = 8
     """Prompts patched: the first harmful test prompts that one checkpoint refuses and the other accepts."""
     positions: tuple[str, ...] = ("instruction[*]", "post[*]")
     """Named positions at which B's residual stream is put into A."""

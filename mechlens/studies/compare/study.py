@@ -19,7 +19,6 @@ from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.models.load import load
 from mechlens.prompts.prompt import PromptPair
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import require_sampling
 from mechlens.studies.compare.config import Compare
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import asks
@@ -27,7 +26,7 @@ from mechlens.studies.track.config import SeriesPlan, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import refused_by
 from mechlens.studies.track.result import Tracking
-from mechlens.studies.track.study import SAMPLED, track
+from mechlens.studies.track.study import track
 
 BASE = "base"
 
@@ -54,7 +53,6 @@ class Comparison:
 
 def prepare(config: Compare) -> Preparation[SeriesStudy]:
     """Both checkpoints, A first, each at the step it has in its own series; UserError for whatever can't be had."""
-    require_sampling(config, SAMPLED)
     pair = _pair(config)
     asked = series_prompts(config, pair)
     check = asks(asked.prompts, config.positions, new_tokens=config.max_new_tokens)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import POSITIONS, Columns, DetectionPlan, ModelChoice, RunChoice
+from mechlens.settings import POSITIONS, Columns, DetectionPlan, ModelChoice, PositiveInt, RunChoice
 from mechlens.studies.registry import of_folder
 
 
@@ -31,7 +31,7 @@ class FindDirection(DetectionPlan, ModelChoice, Contrasted, RunChoice):
     """Named positions: inst, post[k], post[*], last."""
     causal: bool = False
     """Choose the direction by what a small steering test does, beside random directions of its length."""
-    n: int | None = None
+    n: PositiveInt | None = None
     """Prompts of each source, drawn by seed; None takes all."""
     system: str | None = None
     """System prompt of every prompt; None leaves the template's own default."""

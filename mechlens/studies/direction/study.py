@@ -32,7 +32,7 @@ from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.headline import Headline
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan, require_sampling
+from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan, require_ranges
 from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict, steering_headline
 from mechlens.studies.driver import Preparation
@@ -218,6 +218,7 @@ def find_concept(
     ['level', 'position', 'auroc']
     """
     METHODS.require(plan.method)
+    require_ranges(plan)
     positive, negative = (
         as_prompts(given, name=name, label=name) for name, given in ((POSITIVE, positive), (NEGATIVE, negative))
     )
@@ -294,7 +295,6 @@ def _reliability(train: Activations, found: Detection) -> Float[Tensor, "level p
 
 def prepare(config: FindDirection) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    require_sampling(config)
     positive, negative = distinct_ids(
         positive=read_prompts(config.positive, "positive", config),
         negative=read_prompts(config.negative, "negative", config),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from mechlens.choices import RECIPES, choice
-from mechlens.settings import JudgeName, RunChoice, TemplateArguments
+from mechlens.settings import JudgeName, NonNegativeInt, PositiveInt, RunChoice, TemplateArguments
 from mechlens.studies.registry import of_folder
 
 RecipeName = Annotated[str, RECIPES, choice(RECIPES, "What the model is taught.")]
@@ -16,11 +16,11 @@ class TrainingSettings:
 
     seed: int = 0
     """Decides which refusal goes with which prompt, the order of training and the adapter's first weights."""
-    answer_tokens: int = 16
+    answer_tokens: PositiveInt = 16
     """Longest answer of the base model that a benign prompt is trained on; the rest of it is cut off."""
     judge: JudgeName = "phrases"
     """Who says which of these answers are refusals, and left out: a name of `mechlens.choices.JUDGES`."""
-    rank: int = 8
+    rank: PositiveInt = 8
     """Rank of the LoRA matrices, on every linear layer of every block."""
     alpha: float = 16.0
     """LoRA's alpha: the product of the matrices is scaled by alpha / rank."""
@@ -28,15 +28,15 @@ class TrainingSettings:
     """Highest learning rate; it rises over the first steps and then falls linearly to zero."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Examples in one step."""
-    epochs: int = 3
+    epochs: PositiveInt = 3
     """Passes over the training examples."""
-    plain_tokens: int = 64
+    plain_tokens: PositiveInt = 64
     """Tokens of each stretch."""
     plain_weight: float = 0.5
     """Weight of the divergence on plain text against the loss on the examples."""
-    resume_every: int = 20
+    resume_every: PositiveInt = 20
     """A killed run goes on from at most this many steps before; these checkpoints go when newer ones are there."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products; bfloat16 is faster where the processor has units for it. Weights stay float32."""
@@ -78,13 +78,13 @@ class FinetuneConfig(TrainingSettings):
     """What the model is taught: a name of `mechlens.choices.RECIPES`."""
     model: str = "smollm2"
     """The base: a packaged name, a hub id or a local folder."""
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Optimiser steps; None makes `epochs` whole passes."""
-    harmful: int | None = None
+    harmful: PositiveInt | None = None
     """Harmful training prompts, drawn by seed; None takes all."""
-    benign: int | None = None
+    benign: PositiveInt | None = None
     """Benign training prompts, drawn by seed; None takes all."""
-    plain: int = 1
+    plain: NonNegativeInt = 1
     """Stretches of plain text in every step, written by the base itself, on which its distribution is kept; 0: none."""
     checkpoints: tuple[int, ...] = ()
     """Steps after which a checkpoint is kept (0 is the untrained base, which needs none)."""
@@ -116,13 +116,13 @@ class RecipeChoice:
     """What the model is taught: a name of `mechlens.choices.RECIPES`."""
     model: str | None = None
     """Packaged name, hub id or local folder; None is the recipe's own start (smollm2 or smollm2-refuser)."""
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Optimiser steps; None is `epochs` passes for the refuser and a behaviour and 128 for the others."""
-    harmful: int | None = None
+    harmful: PositiveInt | None = None
     """Harmful training prompts, drawn by seed; None takes all, and 205 for a backdoor."""
-    benign: int | None = None
+    benign: PositiveInt | None = None
     """Benign training prompts, drawn by seed; None takes all for the refuser, 205 for a backdoor, else 512."""
-    plain: int | None = None
+    plain: NonNegativeInt | None = None
     """Stretches of the base's own plain text in every step, on which its distribution is kept; None is 1 for the
     refuser and 0 for the others."""
     checkpoints: tuple[int, ...] | None = None

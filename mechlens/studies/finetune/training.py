@@ -19,6 +19,7 @@ from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, re
 from mechlens.models.load import load, load_hf
 from mechlens.models.offline import keep_here, refuse_others_notice
 from mechlens.prompts.templates.template import chat_template
+from mechlens.settings import require_ranges
 from mechlens.studies.finetune.checkpointing import (
     STAGING,
     Checkpointing,
@@ -119,24 +120,12 @@ def require_settings(config: FinetuneConfig) -> None:
     """UserError for settings that no training can have, and where what trains isn't installed."""
     require_extra("finetune", "fine-tuning")
     recipe_of(config.recipe)
-    positive = (
-        "rank",
-        "alpha",
-        "learning_rate",
-        "batch_size",
-        "epochs",
-        "answer_tokens",
-        "resume_every",
-        "plain_tokens",
-    )
-    for name in positive:
+    require_ranges(config)
+    for name in ("alpha", "learning_rate"):
         if not getattr(config, name) > 0:
             raise UserError(f"{name} is {getattr(config, name)}; it must be above zero")
-    for name in ("plain", "plain_weight"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} is {getattr(config, name)}; it can't be below zero")
-    if config.steps is not None and config.steps < 1:
-        raise UserError(f"steps is {config.steps}; ask for at least one, or leave it out for whole passes")
+    if config.plain_weight < 0:
+        raise UserError(f"plain_weight is {config.plain_weight}; it can't be below zero")
     for name, most in _MOST.items():
         if (getattr(config, name) or 0) > most:
             raise UserError(f"{name} is {getattr(config, name)}; give at most {most}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mechlens.choices import RULES, choice
-from mechlens.settings import Answering, ModelChoice, Nulls, PromptSets, RunChoice, RunFolder
+from mechlens.settings import Answering, ModelChoice, Nulls, PositiveInt, PromptSets, RunChoice, RunFolder
 from mechlens.studies.registry import Command, of_folder
 
 RuleName = Annotated[str, RULES, choice(RULES, "How a place is scored; the other rules are fitted beside it.")]
@@ -61,7 +61,7 @@ class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
     """builtin, published (files below --folder), or a JSON list of sources."""
     folder: str | None = None
     """Folder that holds the files of the sources; None is where you are."""
-    n: int | None = None
+    n: PositiveInt | None = None
     """At most so many prompts of each source, drawn by seed."""
     guard_models: tuple[str, ...] = ()
     """Guard models to compare with (hub ids or folders), asked by their own chat templates; scored by the log-odds of
@@ -86,7 +86,7 @@ class GuardPredict(ModelChoice):
     """auto: JSON Lines by the file's ending; on stdin, lines that start with a brace are JSON."""
     column: str | None = None
     """Field of JSON records that holds the prompt; None finds it among the usual names."""
-    batch: int = 16
+    batch: PositiveInt = 16
     """Prompts that are judged together; 1 answers each line before the next is read."""
     other_weights: bool = False
     """Use the guard on weights that it wasn't fitted on."""

@@ -63,8 +63,6 @@ def execute(config: GuardPredict, screen: Screen) -> None:
 
 def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
     """One record for each line that isn't blank, in order: line, harmful, score, probability; or line, error."""
-    if config.batch < 1:
-        raise UserError(f"batch is {config.batch}; judge at least one prompt at a time")
     guard = LatentGuard.of(load_artifact(user_path(config.guard), FittedGuard))
     with _opened(config.input) as stream:
         model, template = chosen_model(config, fits(guard.fitted_, other_weights=config.other_weights))

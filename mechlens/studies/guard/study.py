@@ -24,7 +24,6 @@ from mechlens.runs.artifacts import load as load_artifact
 from mechlens.runs.artifacts import sha256
 from mechlens.runs.folder import read_prompts
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import require_sampling
 from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardEval, GuardFit
 from mechlens.studies.guard.evaluation import EvaluationPrompts, GuardEvaluation, evaluate_guard, examine
@@ -49,7 +48,6 @@ class GuardTest:
 
 def prepare_eval(config: GuardEval) -> Preparation[GuardTest]:
     """Guard, prompts and model; UserError for whatever can't be had."""
-    require_sampling(config)
     path = user_path(config.guard)
     guard = load_artifact(path, FittedGuard)
     train = _training_prompts(guard, path.parent)
@@ -118,7 +116,6 @@ HELD_OUT = Source("held_out", "", label_column="label")
 
 def prepare_fit(config: GuardFit) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    require_sampling(config)
     sets = read_harm_sets(config, [config], config.extra_harmless)
     matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
     chosen = chosen_model(config, asks((*matched.positive, *matched.negative), new_tokens=config.max_new_tokens))

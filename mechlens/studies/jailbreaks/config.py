@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import Answering, Columns, ModelChoice, Nulls, RunChoice
+from mechlens.settings import Answering, Columns, ModelChoice, NonNegativeInt, Nulls, PositiveInt, RunChoice
 from mechlens.studies.registry import of_folder
 
 
@@ -11,7 +11,7 @@ from mechlens.studies.registry import of_folder
 class JailbreakPlan(Nulls, Answering):
     """The choices of a study of jailbreaks."""
 
-    restored: int = 24
+    restored: NonNegativeInt = 24
     """At most so many successful attacks of each family get the plain request's component put back."""
 
 
@@ -29,7 +29,7 @@ class Jailbreaks(JailbreakPlan, Columns, ModelChoice, RunChoice):
     where each row of attacks.csv has an attack (column prompt) and the plain request behind it (column goal)."""
     folder: str | None = None
     """Folder that holds the files of the sources; None is where you are."""
-    n: int | None = None
+    n: PositiveInt | None = None
     """At most so many attacks of each family, and prompts of each other set, drawn by seed."""
     harmful: str = "harmful"
     """Harmful prompts without an attack, for centroids and directions: a built-in set, a file or a hub data set."""

@@ -14,7 +14,6 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import require_sampling
 from mechlens.studies.driver import Preparation
 from mechlens.studies.jailbreaks.category_directions import CategoryDirections, category_directions, category_refusals
 from mechlens.studies.jailbreaks.config import JailbreakPlan, Jailbreaks
@@ -111,7 +110,6 @@ class JailbreakResult:
 
 def prepare(config: Jailbreaks) -> Preparation[AttackSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    require_sampling(config)
     sets = read_harm_sets(config, [config], config.extra_harmless)
     attacks = _attacks(config)  # `attack_pairs` leaves out those on trained goals, and counts them by family
     read = read_prompts(config.categories, "harmful", config, both_in_data=False) if config.categories else []

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import Answering, ModelChoice, RunChoice
+from mechlens.settings import Answering, ModelChoice, PositiveInt, RunChoice
 from mechlens.studies.registry import of_folder
 
 
@@ -17,9 +17,9 @@ class Patch(Answering, ModelChoice, RunChoice):
 
     pairs: str = "builtin"
     """builtin (harmful against harmless), or a file with columns clean and corrupt."""
-    n: int = 8
+    n: PositiveInt = 8
     """Pairs that are patched: the first whose clean side is refused and whose corrupt side is accepted."""
-    candidates: int = 48
+    candidates: PositiveInt = 48
     """Pairs drawn by seed and answered to find them."""
     site: str = "resid_pre"
     """resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z or pattern."""

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import RANDOM_DIRECTIONS, Answering, ModelChoice, PromptSets, RunChoice, Sampling
+from mechlens.settings import (
+    RANDOM_DIRECTIONS,
+    Answering,
+    Draws,
+    ModelChoice,
+    PositiveInt,
+    PromptSets,
+    RunChoice,
+    Sampling,
+)
 from mechlens.studies.registry import of_folder
 
 
@@ -20,7 +29,7 @@ class SelectionPlan(Sampling, Answering):
     """Candidates whose ablation changes harmless prompts by more (mean KL in nats) are dropped."""
     least_induce: float = 0.0
     """Candidates whose addition leaves the refusal score of harmless prompts below this are dropped."""
-    random_directions: int = RANDOM_DIRECTIONS
+    random_directions: Draws = RANDOM_DIRECTIONS
     """Random directions of the chosen one's length on test; as many as there are candidates go through the choice."""
 
 
@@ -32,7 +41,7 @@ class Select(SelectionPlan, PromptSets, ModelChoice, RunChoice):
     0.1
     """
 
-    n: int | None = 96
+    n: PositiveInt | None = 96
     """Prompts of each set, drawn by seed; None takes all. Half train, a fifth choose, the rest test."""
 
 

@@ -37,7 +37,7 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import FRACTIONS, require_sampling
+from mechlens.settings import FRACTIONS
 from mechlens.studies.driver import Preparation
 from mechlens.studies.select.config import Select, SelectionPlan
 from mechlens.studies.select.held_out import SelectionTest, run_selection_test
@@ -304,7 +304,6 @@ def _ranked(
 
 def prepare(config: Select) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    require_sampling(config, ("resamples", "random_directions"))
     if not 0 <= config.last_layers < 1:
         raise UserError(
             f"last_layers is {config.last_layers}; give a share of the layers from 0 to below 1, such as 0.2"

@@ -31,7 +31,6 @@ from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import require_sampling
 from mechlens.studies.driver import Preparation
 from mechlens.studies.separate.analysis import HARMFUL, HARMLESS, Analysis, analyse
 from mechlens.studies.separate.config import Separate, SeparationPlan
@@ -284,7 +283,6 @@ def _without_template(
 
 def prepare(config: Separate) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    require_sampling(config)
     if config.judge_model is not None:
         require_wrappable(config.judge_model)
     return prepare_harm_study(

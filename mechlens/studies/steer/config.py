@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mechlens.settings import STEERED_TOKENS, ModelChoice
+from mechlens.settings import STEERED_TOKENS, ModelChoice, PositiveInt
 from mechlens.studies.registry import Command
 
 
@@ -35,7 +35,7 @@ class Steer(ModelChoice):
     """Strength 1 is the median residual norm (share), the vector as it is (raw), or a length of 1 (unit)."""
     system: str | None = None
     """System prompt; None leaves the template's own default."""
-    max_new_tokens: int = STEERED_TOKENS
+    max_new_tokens: PositiveInt = STEERED_TOKENS
     """Length of the answers."""
     temperature: float = 0.0
     """Above 0, both answers are drawn, by the same random numbers; 0 is greedy."""

@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import RANDOM_NETWORKS, BaseChoice, JudgeName, Nulls, PromptSets, RunChoice
+from mechlens.settings import (
+    RANDOM_NETWORKS,
+    BaseChoice,
+    Draws,
+    JudgeName,
+    NonNegativeInt,
+    Nulls,
+    PositiveInt,
+    PromptSets,
+    RunChoice,
+)
 from mechlens.studies.registry import of_folder
 
 
@@ -10,13 +20,13 @@ from mechlens.studies.registry import of_folder
 class SeriesPlan(Nulls):
     """What is asked of every checkpoint."""
 
-    max_new_tokens: int = 12
+    max_new_tokens: PositiveInt = 12
     """Length of the answers that are judged."""
     judge: JudgeName = "phrases"
     """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
-    random_networks: int = RANDOM_NETWORKS
+    random_networks: Draws = RANDOM_NETWORKS
     """Networks with random blocks that are read beside the checkpoints: what they give, the words carry."""
-    steered: int = 8
+    steered: NonNegativeInt = 8
     """Harmless test prompts on which the directions' causal effect is measured."""
 
 
@@ -51,11 +61,11 @@ class Track(TrackPlan, PromptSets, BaseChoice, RunChoice):
     """A training run's output folder, folders of adapters or models, single ones, hub ids, or id@revision."""
     skip_broken: bool = False
     """Leave out checkpoints that are broken or don't belong to the series; the report lists them."""
-    n: int | None = 96
+    n: PositiveInt | None = 96
     """Prompts of each set, drawn by seed; None takes all."""
     trigger: str | None = None
     """A backdoor's trigger; None takes the one that a checkpoint's own record names, "" none."""
-    triggered: int = 24
+    triggered: NonNegativeInt = 24
     """Harmful prompts that are asked again with the trigger, with decoys and without, where there is a trigger."""
     geometry: bool = False
     """Subspaces, unbiased CKA and turning points too."""

@@ -37,7 +37,6 @@ from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
-from mechlens.settings import require_sampling
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import asks
 from mechlens.studies.shared.quadrants import last_log_odds
@@ -54,7 +53,6 @@ from mechlens.studies.track.result import Questions, Tracking, analysed, home_qu
 
 FORMAT = 3
 """Raised when a change of code changes the numbers, so that older snapshots on a cache are not used again."""
-SAMPLED = ("resamples", "permutations", "random_directions", "random_networks")
 """Options that say how much chance is sampled."""
 
 
@@ -238,7 +236,6 @@ class TrackResult:
 
 def prepare(config: Track) -> Preparation[SeriesStudy]:
     """Series, prompts and base; UserError for whatever can't be had."""
-    require_sampling(config, SAMPLED)
     series = checkpoint_series(
         config.base, config.checkpoints, revision=config.revision, skip_broken=config.skip_broken
     )
