@@ -4,15 +4,15 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib.metadata import version
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TextIO, Union
 
@@ -21,9 +21,11 @@ import tyro
 from mechlens import registry
 from mechlens.choices import require_known
 from mechlens.errors import UserError
-from mechlens.files import TROUBLE, is_whole, user_path
-from mechlens.studies.possible import require_possible
+from mechlens.files import TROUBLE, is_whole
+from mechlens.studies.possible import require_possible, with_paths
 from mechlens.studies.registry import GROUPS, Command, Study, commands
+
+ABOUT = "Directions at named positions, causal interventions and checkpoint tracking for chat models."
 
 
 def parser_type(known: Mapping[str, Study | Command]) -> Any:
@@ -100,13 +102,14 @@ def _run(argv: Sequence[str]) -> None:
             print(f"mechlens {version('mechlens-toolkit')}")
             return
         known = commands()
-        config: Any = tyro.cli(
-            parser_type(known),
-            prog="mechlens",
-            description="Directions at named positions, causal interventions and checkpoint tracking for chat models.",
-            args=argv,
-            config=(tyro.conf.OmitSubcommandPrefixes,),
-        )
+        with _with_examples(argv, known):
+            config: Any = tyro.cli(
+                parser_type(known),
+                prog="mechlens",
+                description=ABOUT,
+                args=argv,
+                config=(tyro.conf.OmitSubcommandPrefixes,),
+            )
         logging.raiseExceptions = False  # a library's log that finds the disk full is no traceback of ours
         if not sys.stderr.isatty():
             # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that
@@ -115,7 +118,7 @@ def _run(argv: Sequence[str]) -> None:
         by_config = {command.config: command for command in known.values()}
         if type(config) not in by_config:  # a command of two words, in a group that is named as its one field
             config = getattr(config, fields(config)[0].name)
-        config = _with_paths(config)
+        config = with_paths(config)
         try:
             _dispatch(by_config[type(config)], config)
         except Exception as error:
@@ -125,6 +128,21 @@ def _run(argv: Sequence[str]) -> None:
     finally:
         # What is still held back may not fit; at the interpreter's end that would be a traceback.
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _with_examples(argv: Sequence[str], known: Mapping[str, Study | Command]) -> Iterator[None]:
+    """Ends the `--help` of a command, or of a group of them, with command lines to copy."""
+    try:
+        yield
+    except SystemExit as stop:
+        words = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+        if not stop.code and words and {"--help", "-h"} & set(argv):
+            alike = [
+                one for name, one in known.items() if f"{words} ".startswith(f"{name} ") or name.startswith(f"{words} ")
+            ]
+            print("\nexamples:", *(line for one in alike for line in one.examples), sep="\n  ")
+        raise
 
 
 def _with_streams() -> None:
@@ -156,12 +174,6 @@ def _require_whole(argv: Sequence[str]) -> None:
     for place, argument in enumerate(argv, start=1):
         if not is_whole(argument):
             raise UserError(f"argument {place} ({argument!r:.60}) isn't UTF-8; write it in UTF-8")
-
-
-def _with_paths(config: Any) -> Any:
-    """The configuration with ~ resolved in its paths; UserError, before anything slow, for what can be no path."""
-    given = {field.name: getattr(config, field.name) for field in fields(config)}
-    return replace(config, **{name: user_path(value) for name, value in given.items() if isinstance(value, Path)})
 
 
 def _one_line(message: Any, category: type[Warning], *where: object, **more: object) -> None:

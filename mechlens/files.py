@@ -54,6 +54,11 @@ def user_path(given: AnyPath) -> Path:
     return path
 
 
+def short_name(given: AnyPath) -> str:
+    """The last part of a path or of a hub id: what a model is called in tables, figures and lists."""
+    return os.path.basename(os.path.normpath(os.fspath(given))) if os.fspath(given) else ""
+
+
 def require_regular(path: Path) -> None:
     """Nothing, or a UserError for a pipe or a device, whose end may never come."""
     try:

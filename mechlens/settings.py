@@ -95,6 +95,9 @@ class Columns:
     """One file or data set that holds both classes; the classes are then given as values of its --label-column."""
     label_column: str | None = None
     """Column of --data that says of which class a row is."""
+    family_column: str | None = None
+    """Column, in every file, of what belongs together, such as the number of a pair or a topic: prompts of one value
+    stay in one part of every split, and are drawn together where chance is sampled. None: each is on its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

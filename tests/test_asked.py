@@ -139,7 +139,7 @@ def test_a_concept_from_two_lists_of_texts(model: Any) -> None:
     assert found.acts.ids[14:16] == ("positive-0014", "negative-0000")
     assert len(set(found.acts.families)) == 15
     assert found.acts.families[:15] == found.acts.families[15:]
-    with pytest.raises(UserError, match="16 positive and 15 negative prompts; paired=True needs equally many"):
+    with pytest.raises(UserError, match=r"16 positive and 15 negative prompts; --paired \(paired=True\) needs equally"):
         find_concept(model, [*sides[0], "Dear Sir"], sides[1], paired=True)
     with pytest.raises(UserError, match="share 1 prompts, such as 'hey you 0'"):
         find_concept(model, [*sides[0], "hey you 0"], sides[1])

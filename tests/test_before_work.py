@@ -20,6 +20,7 @@ from mechlens.methods.steering.interventions import require_direction
 from mechlens.models import load as loading
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import require_same_weights
+from mechlens.models.checkpoints.found import sources
 from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
@@ -247,6 +248,18 @@ def test_a_name_without_an_owner_never_goes_to_the_hub(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"did you mean 'smollm2'\?\): the hub's ids have an owner"):
         loading.load("smolm2")
     assert not hub.has_no_owner("gpt2")
+
+
+def test_an_old_name_or_one_in_the_cache_is_a_checkpoint_without_an_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_cached", lambda: ["tiny-chat", "owner/other"])
+    assert [(one.name, one.path) for name in ("gpt2", "tiny-chat", "smollm2") for one in sources(name)] == [
+        ("gpt2", "gpt2"), ("tiny-chat", "tiny-chat"), ("smollm2", "smollm2"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="there is no folder 'other' here"):
+        sources("other")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"'gpt2' is neither a local folder nor .*: the hub is switched off here"):
+        loading.load("gpt2")
 
 
 def test_a_value_of_another_type_is_named_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

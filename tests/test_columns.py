@@ -10,6 +10,7 @@ from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.settings import PromptSets
 from mechlens.studies.direction.config import FindDirection
+from mechlens.studies.direction.study import _sides
 from mechlens.studies.separate.config import Separate
 from mechlens.studies.shared.harm_sets import read_harm_sets
 from mechlens.studies.shared.inputs import read_prompts
@@ -35,6 +36,28 @@ def test_one_file_holds_both_sides(file: str, tmp_path: Path) -> None:
     assert {prompt.label for prompt in positive} == {"positive"}
     negative = read_prompts(config.negative, "negative", config)
     assert [prompt.id for prompt in negative] == ["mine-0002", "mine-0004"]
+
+
+def test_a_column_says_what_belongs_together(file: str, tmp_path: Path) -> None:
+    config = asked(tmp_path, data=file, label_column="tone", column="request", family_column="tone")
+    assert {prompt.family for prompt in read_prompts(config.positive, "positive", config)} == {"formal"}
+    config = asked(tmp_path, positive=f"{file}+benign", column="request", family_column="tone", n=3)
+    families = [prompt.family for prompt in read_prompts(config.positive, "positive", config)]
+    assert set(families[:3]) == {"formal", "casual"}
+    assert not {"formal", "casual"} & set(families[3:])
+
+
+def test_rows_are_pairs_whatever_is_drawn_of_them(tmp_path: Path) -> None:
+    for side in "ab":
+        (tmp_path / f"{side}.txt").write_text("".join(f"{side} of topic {i}\n" for i in range(20)))
+    config = asked(tmp_path, positive=str(tmp_path / "a.txt"), negative=str(tmp_path / "b.txt"), paired=True, n=7)
+    positive, negative = _sides(config)
+    assert [one.text.replace("a of", "b of") for one in positive] == [one.text for one in negative]
+    assert [one.group for one in positive] == [one.group for one in negative]
+    assert len({one.group for one in positive}) == 7
+    (tmp_path / "b.txt").write_text("only one\n")
+    with pytest.raises(UserError, match=r"20 positive and 1 negative prompts; --paired \(paired=True\) needs equally"):
+        _sides(config)
 
 
 def test_the_sets_of_a_study_too_and_further_prompts_from_elsewhere(file: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mechlens.runs.writer import open_run
+from mechlens.studies import registry
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +64,23 @@ def test_the_python_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch
     assert (tmp_path / "runs" / "from-python" / "report.html").exists()
 
 
-@pytest.mark.parametrize("line", commands())
+EXAMPLES = {name: known.examples for name, known in registry.commands().items() if name in registry.COMMANDS.ours}
+
+
+def test_the_help_of_every_command_ends_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    from mechlens import cli
+
+    for name, examples in EXAMPLES.items():
+        assert examples
+        assert all(f"{example} ".startswith(f"mechlens {name} ") for example in examples)
+    for words in ("direction", "guard"):
+        with pytest.raises(SystemExit):
+            cli.main([words, "--help"])
+        told = [example for name, examples in EXAMPLES.items() if name.split()[0] == words for example in examples]
+        assert capsys.readouterr().out.endswith("\n".join(["", "examples:", *(f"  {one}" for one in told), ""]))
+
+
+@pytest.mark.parametrize("line", [*commands(), *(line for examples in EXAMPLES.values() for line in examples)])
 def test_the_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mechlens import cli
 

@@ -189,7 +189,7 @@ def test_cells_are_words_and_a_column_has_one_format():
          "n": [9, 120], "p": [0.5, 1e-6], "step": [1.0, math.nan], "token": ["a_b", "tfidf"]}
     )  # fmt: skip
     assert cells(frame) == [
-        ["token at the position, inst", "yes", "0.900", "9", "0.5", "1", "a_b"],
+        ["token at inst", "yes", "0.900", "9", "0.5", "1", "a_b"],
         ["words (TF-IDF)", "no", "0.988", "120", "1e−06", "–", "tfidf"],  # a prompt's words stay as they are
     ]
 

@@ -11,6 +11,7 @@ import torch
 from sentence import Seen
 
 from mechlens.errors import UserError
+from mechlens.files import short_name
 from mechlens.runs.headline import Headline
 from mechlens.runs.index import write_index
 from mechlens.runs.lock import FolderLock
@@ -18,8 +19,8 @@ from mechlens.runs.prune import prune
 from mechlens.runs.report.report import Report
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
-from mechlens.studies.runs.config import PruneRuns
-from mechlens.studies.runs.study import remove_superfluous
+from mechlens.studies.runs.config import ListRuns, PruneRuns
+from mechlens.studies.runs.study import list_all, remove_superfluous
 
 OFF = WandbSettings(mode="disabled")
 KEY = "a" * 64
@@ -98,6 +99,22 @@ def test_the_index_links_every_report_with_its_sentence(tmp_path: Path) -> None:
     assert "UserError: no <i>such</i> thing; give another" in text
     assert "run.json" in text  # what is wrong with the damaged one
     assert "<script" not in page
+
+
+def test_lists_call_a_model_by_its_short_name_and_keep_what_was_given(tmp_path: Path) -> None:
+    given = "/somewhere/models/tiny"
+    with open_run(verb="separate", config=Config(model=given), out=tmp_path / "one", wandb=OFF):
+        pass
+    screen = Seen()
+    list_all(ListRuns(folder=tmp_path), screen)
+    list_all(ListRuns(folder=tmp_path, json=True), screen)
+    assert "  tiny  success" in screen.shown[0]
+    assert given not in screen.shown[0]
+    assert screen.shown[1]["model"] == given
+    assert f'<span title="{given}">tiny</span>' in write_index(tmp_path).read_text(encoding="utf-8")
+    assert [short_name(name) for name in ("owner/name", "a/b/", "./tiny", "x.gguf", "")] == [
+        "name", "b", "tiny", "x.gguf", "",
+    ]  # fmt: skip
 
 
 def test_the_index_of_no_runs_says_so_and_a_missing_folder_is_an_error(tmp_path: Path) -> None:

@@ -94,6 +94,17 @@ def test_the_call_shows_answers_side_by_side(folder: Path) -> None:
         require_is_direction(None)
 
 
+def test_several_answers_are_those_that_answer_draws(folder: Path) -> None:
+    heard: list[tuple[str, str]] = []
+    drawn = {"temperature": 4.0, "seed": 2}
+    found = steer(config(folder, n_samples=4, **drawn), lambda name, text: heard.append((name, text)))
+    said = ml.answer(ml.load(str(folder / "model")), CALM, max_new_tokens=3, n=4, **drawn)
+    assert len(set(said.texts)) > 1
+    assert found.unsteered == "\n".join(f"{k}. {text}" for k, text in enumerate(said.texts, start=1))
+    assert heard == [(UNSTEERED, found.unsteered), (STEERED, found.steered)]
+    assert steer(config(folder, **drawn)).unsteered == said.texts[0]
+
+
 def test_answers_are_heard_of_while_they_are_written(folder: Path) -> None:
     heard: list[tuple[str, str]] = []
     found = steer(config(folder), lambda name, text: heard.append((name, text)))
@@ -178,6 +189,8 @@ MISTAKES = {
     ("--operation", "ablate", "--strength", "2"): "an ablation has no strength",
     ("--prompt", " "): "has no text",
     ("--max-new-tokens", "0"): "--max-new-tokens must be at least 1, and is 0",
+    ("--n-samples", "3"): "without a temperature they are all the same; give one, such as --temperature 0.7",
+    ("--top-p", "0"): "give a share of the probability above 0",
     ("--strength", "nan"): "give a finite number",
     ("--direction", "nowhere.safetensors"): "there is no file nowhere.safetensors",
 }

@@ -9,7 +9,7 @@ from typing import Any
 from mechlens import hub
 from mechlens.choices import MODELS
 from mechlens.errors import UserError, require_extra
-from mechlens.files import AnyPath, user_path
+from mechlens.files import AnyPath, short_name, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
@@ -96,11 +96,6 @@ def load(
         sampled=sampled_fingerprint(as_they_lie(hf_model.state_dict(), hf_model)),
     )
     return bridge(hf_model, tokenizer, checkpoint)
-
-
-def short_name(path: str) -> str:
-    """The last part of a path or hub id, for tables and figures."""
-    return path.rstrip("/").split("/")[-1]
 
 
 def load_hf(

@@ -26,6 +26,9 @@ class Entry:
     sentence: str
     verb: str = ""
     model: str = ""
+    """Its short name."""
+    path: str = ""
+    """The model as it was given."""
     date: str = ""
     status: str = "damaged"
     kind: str = "error"
@@ -53,4 +56,5 @@ def _entry(root: Path, folder: Path, found: Run | UserError) -> Entry:
     said = found.error if found.status == "error" and found.error else found.sentence or run.state
     date = found.started[:16].replace("T", " ")
     verb, model = found.verb.replace("_", " "), found.model_name
-    return Entry(name, link, said, verb, model, date, "failed" if run.status == "error" else run.status, found.status)
+    status = "failed" if run.status == "error" else run.status
+    return Entry(name, link, said, verb, run.model, model, date, status, found.status)

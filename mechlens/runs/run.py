@@ -37,7 +37,7 @@ def plain(value: object) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Estimate):
-        return plain(value.row())
+        return plain(value.row() | ({"is_auroc": True} if value.is_auroc else {}))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -188,6 +188,7 @@ class _Measured:
     low: _Number
     high: _Number
     n: int
+    is_auroc: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +220,8 @@ def read_run(folder: AnyPath) -> Run:
         raise UserError(f"{path} has format {found.format}, this mechlens reads format {FORMAT}; update mechlens")
     values = {name: value for name, value in vars(found).items() if name != "format"}
     metrics = {
-        name: Estimate(one.value, one.low, one.high, one.n, "auroc" in name) for name, one in found.metrics.items()
+        name: Estimate(one.value, one.low, one.high, one.n, one.is_auroc or "auroc" in name)
+        for name, one in found.metrics.items()
     }
     return Run(**{**values, "metrics": metrics})
 

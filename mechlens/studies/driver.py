@@ -3,18 +3,17 @@
 The command line, `ml.run(config)` and `mechlens runs rerun` all come this way.
 """
 
-import os
 import shlex
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mechlens.checked_json import checked, require_types
 from mechlens.choices import require_known
 from mechlens.errors import UserError
-from mechlens.files import AnyPath, user_path
+from mechlens.files import AnyPath, short_name, user_path
 from mechlens.methods.heartbeat import heartbeat
 from mechlens.methods.progress import Clock, phase, timed
 from mechlens.models.precision import Parity
@@ -33,7 +32,7 @@ from mechlens.runs.run import (
 )
 from mechlens.runs.writer import RunWriter, open_run, require_folder
 from mechlens.settings import WandbSettings
-from mechlens.studies.possible import require_possible
+from mechlens.studies.possible import require_possible, with_paths
 from mechlens.studies.registry import COMMANDS, Study, studies, study_of
 from mechlens.studies.shared.training_data import LeftOut, record_left_out
 
@@ -82,7 +81,7 @@ def run(config: Any) -> RunResult:
     True
     """
     study = study_of(config)
-    config = _with_paths(config)
+    config = with_paths(config)
     require_possible(config)
     require_types(config, plain(config))
     require_known(config)
@@ -94,21 +93,8 @@ def run(config: Any) -> RunResult:
 
 
 def _model_of(config: Any) -> str:
-    """The model as it is called, for those who wait for it."""
-    return os.path.basename(os.path.normpath(str(getattr(config, "model", getattr(config, "base", "")) or "model")))
-
-
-def _with_paths(config: Any) -> Any:
-    """The configuration with `out` as a path and all other paths as text, as the command line has them."""
-    held = {one.name: getattr(config, one.name) for one in fields(config)}
-    text = {
-        name: tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
-        if isinstance(value, tuple)
-        else os.fspath(value)
-        for name, value in held.items()
-        if isinstance(value, os.PathLike | tuple)
-    }
-    return replace(config, **{**text, "out": user_path(config.out)})
+    """The model, for those who wait for it."""
+    return short_name(getattr(config, "model", None) or getattr(config, "base", None) or "model")
 
 
 def _imported(study: Study) -> Study:
@@ -171,7 +157,7 @@ def rerun(folder: AnyPath, out: AnyPath | None = None) -> Difference:
     with tempfile.TemporaryDirectory() as scratch:
         day = {"today": before.inputs.today} if before.inputs.today else {}
         where = Path(scratch) / "rerun" if out is None else user_path(out)
-        again = _with_paths(_rebuilt(study.config, before.config | day, where))
+        again = with_paths(_rebuilt(study.config, before.config | day, where))
         require_known(again)
         with timed() as clock, heartbeat(clock, study.name):
             with phase("loading", _model_of(again)):

@@ -3,8 +3,10 @@
 Studies check the same where they use it, and more; here a slip of the hand is answered at once. Imports no torch.
 """
 
+import os
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from mechlens.errors import UserError
 from mechlens.files import require_writable, user_path
@@ -14,6 +16,27 @@ SOURCES = ("positive", "negative", "harmful", "harmless", "extra_harmless", "cat
 FILES = ("direction", "guard")
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 """Of a source that is a file and neither a built-in set nor on the hub."""
+
+
+def with_paths(config: Any) -> Any:
+    """The configuration with its paths as its types have them: a Path with ~ resolved, or else text.
+
+    UserError, before anything slow, for what can be no path.
+    """
+    hints = get_type_hints(type(config))
+    given = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+    paths = {name for name in given if Path in (hints[name], *get_args(hints[name]))}
+    return replace(config, **{name: (_as_path if name in paths else _as_text)(one) for name, one in given.items()})
+
+
+def _as_path(given: Any) -> Any:
+    return user_path(given) if isinstance(given, str | os.PathLike) else given
+
+
+def _as_text(given: Any) -> Any:
+    if isinstance(given, tuple):
+        return tuple(map(_as_text, given))
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
 def require_possible(config: Any) -> None:

@@ -44,6 +44,8 @@ class Command:
     """Frozen dataclass of its options, each with a docstring; its module imports no torch."""
     execute: Lazy
     """(config, screen): does it, and shows on the `Screen` what there is to see."""
+    examples: tuple[str, ...] = ()
+    """Whole command lines, which its `--help` ends with."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Study:
     """(config, content, writer) -> result: computes; finished pieces are kept in `writer.cache`."""
     report: Lazy | None = None
     """(writer, result, content): metrics, tables, figures and report.html; None where `execute` writes them."""
+    examples: tuple[str, ...] = ()
+    """Whole command lines, which its `--help` ends with."""
 
     @property
     def verb(self) -> str:
@@ -72,11 +76,11 @@ class Study:
         return self.name.replace(" ", "_")
 
 
-def of_folder(name: str, config: type, ending: str = "") -> Study:
+def of_folder(name: str, config: type, *examples: str, ending: str = "") -> Study:
     """A study whose functions stand in `study.py` and `report.py` beside its configuration."""
     folder = config.__module__.rpartition(".")[0]
     functions = (f"{folder}.study:prepare{ending}", f"{folder}.study:execute{ending}", f"{folder}.report:record")
-    return Study(name, config, *functions)
+    return Study(name, config, *functions, examples)
 
 
 def _ours(**names: str) -> dict[str, Choice]:

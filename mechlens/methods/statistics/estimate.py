@@ -25,8 +25,8 @@ class Estimate:
     n: int
     """Prompts (not families, not resamples) behind the value."""
     is_auroc: bool = field(default=False, compare=False, repr=False)
-    """An AUROC's interval of all from 0 to 1 says that it has none; a share's may be one. Records don't keep it: there
-    the name tells."""
+    """An AUROC's interval of all from 0 to 1 says that it has none; a share's may be one. Of records of
+    earlier versions the name tells."""
 
     @classmethod
     def missing(cls, n: int) -> "Estimate":
@@ -39,9 +39,10 @@ class Estimate:
         return cls(value=float(value), low=float(value), high=float(value), n=n)
 
     @classmethod
-    def of_row(cls, row: Any, name: str = "value") -> "Estimate":
-        """What `row` made, from a row (a Series or a dict) of a table."""
-        return cls(float(row[name]), float(row["low"]), float(row["high"]), int(row["n"]), "auroc" in name)
+    def of_row(cls, row: Any, name: str = "value", *, called: str = "") -> "Estimate":
+        """What `row` made, from a row (a Series or a dict) of a table; `called` says what a plain `value` is of."""
+        is_auroc = "auroc" in (called or name)
+        return cls(float(row[name]), float(row["low"]), float(row["high"]), int(row["n"]), is_auroc)
 
     def row(self, name: str = "value") -> dict[str, float]:
         """Its columns in a table: the value under this name, low, high, n."""

@@ -4,13 +4,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mechlens import hub
 from mechlens.choices import MODELS
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import short_name, user_path
 from mechlens.models.checkpoints.adapter_record import read_record
 from mechlens.models.checkpoints.folders import CHECKPOINT, adapters_inside, optional_json, other_format
 from mechlens.models.checkpoints.lora import CONFIG
-from mechlens.models.load import short_name
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def sources(source: str) -> list[Found]:
             return [Found(f"{short_name(name)}@{revision}", name, revision)]
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise UserError(f"there is no folder {source!r}; check the path")
-        if "/" not in source and source not in MODELS.names():
+        if source not in MODELS.names() and hub.has_no_owner(source):
             raise UserError(f"there is no folder {source!r} here (in {Path.cwd()}); check the path")
         return [Found(short_name(source), source)]
     if not path.is_dir():

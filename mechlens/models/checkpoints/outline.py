@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechlens.errors import UserError
+from mechlens.files import short_name
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import FOREIGN, Difference, differences, unlike
 from mechlens.models.checkpoints.merge import require_adapter
-from mechlens.models.load import load_config, own_type, require_wrappable, short_name, stored_quantised
+from mechlens.models.load import load_config, own_type, require_wrappable, stored_quantised
 from mechlens.models.quantise import RUNS_ON
 from mechlens.prompts.batch import TokenBatch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mechlens.errors import UserError
-from mechlens.files import AnyPath, user_path
+from mechlens.files import AnyPath, short_name, user_path
 from mechlens.models.checkpoint import computing_settings
 from mechlens.models.checkpoints.adapter_record import RECORD, read_record, require_whole
 from mechlens.models.checkpoints.folders import (
@@ -25,7 +25,7 @@ from mechlens.models.checkpoints.folders import (
 )
 from mechlens.models.checkpoints.found import Found, sources, told_step
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS
-from mechlens.models.load import load_config, load_tokenizer, short_name
+from mechlens.models.load import load_config, load_tokenizer
 from mechlens.models.quantise import quantisation
 
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import short_name, user_path
 from mechlens.models.bridge import LanguageModel, bridge, dtype_of, loaded, weights_now
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.lora import LowRank, read_lora
@@ -30,7 +30,6 @@ from mechlens.models.load import (
     moved,
     own_type,
     require_wrappable,
-    short_name,
     stored_quantised,
     type_without_loss,
 )

@@ -26,11 +26,19 @@ def cells(frame: pd.DataFrame) -> list[list[str]]:
     """
     names = [str(name) for name in frame.columns]
     columns = [_column(name, frame.iloc[:, i]) for i, name in enumerate(names)]
-    if {"auroc", "low", "high"} <= set(names):
-        without = (frame["low"].eq(0) & frame["high"].eq(1)).tolist()
+    if {"low", "high"} <= set(names) and (areas := _aurocs(frame)).any():
+        without = (areas & frame["low"].eq(0) & frame["high"].eq(1)).tolist()
         for side in (names.index("low"), names.index("high")):
             columns[side] = ["too few prompts" if no else text for no, text in zip(without, columns[side], strict=True)]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _aurocs(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows are about an AUROC: all where a column is one, else those whose measure or number is called so."""
+    said = pd.Series("auroc" in frame.columns, index=frame.index)
+    for name in {"measure", "number"} & set(frame.columns):
+        said |= frame[name].astype(str).str.startswith("auroc")
+    return said
 
 
 def numeric(column: "pd.Series[Any]") -> bool:
@@ -42,7 +50,9 @@ def in_words(name: str) -> str:
     """A name that code uses, as people write it; any other text as it is."""
     if found := _BASELINE.fullmatch(name):
         kind, position = found.groups()
-        return in_words(kind) if not position else f"{in_words(kind)}, {position}"
+        if position:
+            return f"token at {position}" if kind == "token_identity" else f"{in_words(kind)}, {position}"
+        return in_words(kind)
     return NAMES.get(name, name.replace("_", " ")) if _CODE.fullmatch(name) else name
 
 

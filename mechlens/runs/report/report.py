@@ -14,6 +14,7 @@ import pandas as pd
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from mechlens.files import short_name
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline, after_headline
 from mechlens.runs.report.cells import cells, numeric
@@ -127,7 +128,7 @@ def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables:
     return template("report.html.jinja").render(
         report=report,
         run=run,
-        model=report.model or _model_name(run),
+        model=report.model or short_name(run.model_name),
         figures=drawn,
         plotly=_packed_plotly() if any(figure.drawing for figure in drawn.values()) else "",
         css=Markup(resource("report.css")),
@@ -135,12 +136,6 @@ def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables:
         drawing=_as_json({"config": _CONTROLS, "onDark": ON_DARK}),
         table=_table,
     )
-
-
-def _model_name(run: Run) -> str:
-    """Of a model in a folder the folder's name, which says what it is; the path stands in the record."""
-    name = str(run.config.get("model", ""))
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def _figure(entry: FigureEntry, tables: Mapping[str, pd.DataFrame], *, with_table: bool) -> _Figure:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mechlens.errors import UserError
-from mechlens.files import plain_name, user_path
+from mechlens.files import plain_name, short_name, user_path
 from mechlens.runs.lock import is_held
 from mechlens.runs.results.kept import Kept, names_in, read_figure, require_same
 from mechlens.runs.run import Run, found_runs, metric_text, read_run
@@ -74,9 +74,8 @@ class RunResult:
 
     @property
     def model(self) -> str:
-        """The model's name, of a local folder its last part; "" for a study without one."""
-        given = self.record.model_name
-        return Path(given).name if given[:1] in ("/", "~", ".") else given
+        """The model's short name, without its folder or its owner on the hub; "" for a study without one."""
+        return short_name(self.record.model_name)
 
     @property
     def metrics(self) -> "pandas.DataFrame":

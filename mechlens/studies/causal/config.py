@@ -102,4 +102,9 @@ def costs(plan: CausalPlan, grid: Grid, request: float, question: float, *, beli
     return {name: cost for name, cost in found.items() if cost}
 
 
-STUDY = of_folder("causal", Causal)
+STUDY = of_folder(
+    "causal",
+    Causal,
+    "mechlens causal --model smollm2-refuser --out runs/causal",
+    "mechlens causal --model smollm2-refuser --layers 12 15 18 --n-test 16 --out runs/quick",
+)

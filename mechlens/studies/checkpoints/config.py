@@ -22,4 +22,9 @@ class Checkpoints:
     """Print one JSON object, for machines."""
 
 
-COMMAND = Command("checkpoints", Checkpoints, "mechlens.studies.checkpoints.study:execute")
+COMMAND = Command(
+    "checkpoints",
+    Checkpoints,
+    "mechlens.studies.checkpoints.study:execute",
+    ("mechlens checkpoints runs/benign --base smollm2-refuser",),
+)

@@ -32,4 +32,8 @@ class Compare(SeriesPlan, PromptSets, BaseChoice, RunChoice):
     """Named positions at which B's residual stream is put into A."""
 
 
-STUDY = of_folder("compare", Compare)
+STUDY = of_folder(
+    "compare",
+    Compare,
+    "mechlens compare base runs/benign/checkpoint-128 --base smollm2-refuser --out runs/compare",
+)

@@ -16,6 +16,8 @@ class Contrasted(Columns):
     --label-column that they have."""
     negative: str
     """Prompts that don't, or the value that these have."""
+    paired: bool = False
+    """Row i of both is a pair of one topic, which is kept whole; what pairs are can also be a --family-column."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,4 +42,9 @@ class FindDirection(DetectionPlan, ModelChoice, Contrasted, RunChoice):
     keep: never."""
 
 
-STUDY = of_folder("direction", FindDirection)
+STUDY = of_folder(
+    "direction",
+    FindDirection,
+    "mechlens direction --positive questions.txt --negative commands.txt --out runs/mood",
+    "mechlens direction --data tone.csv --label-column tone --positive formal --negative casual --out runs/tone",
+)

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from mechlens.runs.report import figures
+from mechlens.runs.report.cells import in_words
 from mechlens.runs.report.figure_parts import left_out
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.study import Concept
@@ -58,7 +59,7 @@ def _against_baselines(writer: RunWriter, result: Concept) -> None:
     surface = result.baselines()
     places = surface["baseline"].str.partition("auroc.")[2]
     surface = surface[(places == "") | places.isin(kept)]
-    surface = surface.assign(what=surface["baseline"].map(_baseline_in_words))
+    surface = surface.assign(what=surface["baseline"].map(in_words))
     both = pd.concat([frame[["what", "auroc", "low", "high"]] for frame in (chosen, surface)], ignore_index=True)
     writer.table("against_baselines", both)
     bars = figures.bars(
@@ -70,9 +71,3 @@ def _against_baselines(writer: RunWriter, result: Concept) -> None:
         "intervals over families."
     )
     writer.figure("against_baselines", bars, table="against_baselines", caption=caption)
-
-
-def _baseline_in_words(name: str) -> str:
-    kind, _, position = name.partition("_auroc")
-    words = {"tfidf": "words (TF-IDF)", "token_identity": "token at"}.get(kind, kind.replace("_", " "))
-    return f"{words}{position.replace('.', ' ')}"

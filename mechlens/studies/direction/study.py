@@ -1,5 +1,6 @@
 """The direction of any concept: where it can be read, how well, and what part of it is only the surface."""
 
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -254,8 +255,8 @@ def _twins(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> list[Promp
     """The negative prompts, each in the family of the positive one of its row."""
     if len(positive) != len(negative):
         raise UserError(
-            f"there are {len(positive)} {POSITIVE} and {len(negative)} {NEGATIVE} prompts; paired=True needs "
-            "equally many, row i of both being a pair"
+            f"there are {len(positive)} {POSITIVE} and {len(negative)} {NEGATIVE} prompts; --paired (paired=True) "
+            "needs equally many, row i of both being a pair"
         )
     return [replace(twin, family=prompt.group) for prompt, twin in zip(positive, negative, strict=True)]
 
@@ -295,10 +296,7 @@ def _reliability(train: Activations, found: Detection) -> Float[Tensor, "level p
 
 def prepare(config: FindDirection) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    positive, negative = distinct_ids(
-        positive=read_prompts(config.positive, "positive", config),
-        negative=read_prompts(config.negative, "negative", config),
-    )
+    positive, negative = _sides(config)
     (positive, negative), left_out = leave_out_trained([config], {"positive": positive, "negative": negative})
     sets = {"positive": (config.positive, positive), "negative": (config.negative, negative)}
     refuse_shared(sets["positive"], sets["negative"])
@@ -309,6 +307,22 @@ def prepare(config: FindDirection) -> Preparation[ContrastSets]:
     chosen = chosen_model(config, asks(prompts, config.positions))
     content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
     return prepared(content, chosen.model, chosen.inputs(data), prompts, left_out)
+
+
+def _sides(config: FindDirection) -> tuple[list[Prompt], list[Prompt]]:
+    """Both sides; of pairs the same rows are drawn of both, and row i of both is of one family."""
+    asked = replace(config, n=None) if config.paired else config
+    positive, negative = distinct_ids(
+        positive=read_prompts(config.positive, "positive", asked),
+        negative=read_prompts(config.negative, "negative", asked),
+    )
+    if not config.paired:
+        return positive, negative
+    negative, wanted = _twins(positive, negative), len(positive) if config.n is None else config.n
+    if wanted > len(positive):
+        raise UserError(f"a sample of {wanted} was asked for, but there are {len(positive)} pairs")
+    rows = sorted(random.Random(config.seed).sample(range(len(positive)), wanted))
+    return [positive[i] for i in rows], [negative[i] for i in rows]
 
 
 def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Concept:

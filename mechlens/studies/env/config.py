@@ -13,4 +13,4 @@ class Env:
     """Print one JSON object, for machines."""
 
 
-COMMAND = Command("env", Env, "mechlens.studies.env.study:execute")
+COMMAND = Command("env", Env, "mechlens.studies.env.study:execute", ("mechlens env",))

@@ -149,4 +149,9 @@ def settled(config: Finetune) -> FinetuneConfig:
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
-STUDY = of_folder("finetune", Finetune)
+STUDY = of_folder(
+    "finetune",
+    Finetune,
+    "mechlens finetune --recipe refuser --model smollm2 --out runs/refuser",
+    "mechlens finetune --recipe benign --precision bfloat16 --out runs/benign",
+)

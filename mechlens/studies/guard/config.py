@@ -92,6 +92,21 @@ class GuardPredict(ModelChoice):
     """Use the guard on weights that it wasn't fitted on."""
 
 
-FIT = of_folder("guard fit", GuardFit, "_fit")
-EVAL = of_folder("guard eval", GuardEval, "_eval")
-PREDICT = Command("guard predict", GuardPredict, "mechlens.studies.guard.predict:execute")
+FIT = of_folder(
+    "guard fit",
+    GuardFit,
+    "mechlens guard fit --model smollm2-refuser --out runs/guard",
+    ending="_fit",
+)
+EVAL = of_folder(
+    "guard eval",
+    GuardEval,
+    "mechlens guard eval --model smollm2-refuser --guard runs/guard/guard.safetensors --out runs/guard-eval",
+    ending="_eval",
+)
+PREDICT = Command(
+    "guard predict",
+    GuardPredict,
+    "mechlens.studies.guard.predict:execute",
+    ("mechlens guard predict --model smollm2-refuser --guard runs/guard/guard.safetensors --input prompts.jsonl",),
+)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import short_name, user_path
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
 from mechlens.methods.guard.fitted import FittedGuard
@@ -15,7 +15,7 @@ from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.guard.guard_model import GuardModelOpinion, ask_guard_model
 from mechlens.methods.progress import phase
 from mechlens.models.bridge import LanguageModel, d_model, loaded
-from mechlens.models.load import load, short_name
+from mechlens.models.load import load
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate

@@ -1,7 +1,8 @@
 """The numbers of a guard evaluation that a record keeps, its worst mistakes, and the sentence that they allow."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from mechlens.methods.directions.direction import Direction
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.rules import LinearScore
 from mechlens.methods.probing.auroc import MIN_FAMILIES
-from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.estimate import NO_INTERVAL, Estimate
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.guard.measures import (
     MEASURES,
@@ -115,12 +116,17 @@ class GuardReport:
         return pd.concat(frames, ignore_index=True)
 
 
+def _cell(row: Mapping[Hashable, Any], value: str, called: str) -> str:
+    estimate = Estimate.of_row(row, value, called=called)
+    if not estimate.measurable:
+        return f"- (n={estimate.n})"
+    interval = f"[{estimate.low:.2f}, {estimate.high:.2f}]" if estimate.has_interval else f"({NO_INTERVAL})"
+    return f"{estimate.value:.2f} {interval}"
+
+
 def _wide(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
     """Detectors down, `column` across; a cell is `0.93 [0.88, 0.97]`, or a dash with the count where it is missing."""
-    words = [
-        f"{row[value]:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if not np.isnan(row[value]) else f"- (n={row['n']})"
-        for row in frame.to_dict("records")
-    ]
+    words = [_cell(row, value, str(row[column])) for row in frame.to_dict("records")]
     grid = frame.assign(words=words).pivot(index="detector", columns=column, values="words")
     order = list(dict.fromkeys(frame[column]))
     return grid.loc[list(dict.fromkeys(frame["detector"])), order].fillna("").reset_index()
@@ -166,12 +172,16 @@ def guard_report(result: GuardEvaluation) -> GuardReport:
 def _of_detectors(table: pd.DataFrame) -> dict[str, Estimate]:
     total = table[table["source"] == TOTAL]
     kept = total[total["measure"].isin(MEASURES)]
-    return {f"{row['measure']}.{row['detector']}": Estimate.of_row(row) for row in kept.to_dict("records")}
+    return {f"{row['measure']}.{row['detector']}": _measured(row) for row in kept.to_dict("records")}
 
 
 def _of_sources(table: pd.DataFrame) -> dict[str, Estimate]:
     kept = table[(table["source"] != TOTAL) & (table["detector"] == GUARD)]
-    return {f"{row['measure']}.{GUARD}.{row['source']}": Estimate.of_row(row) for row in kept.to_dict("records")}
+    return {f"{row['measure']}.{GUARD}.{row['source']}": _measured(row) for row in kept.to_dict("records")}
+
+
+def _measured(row: Mapping[Hashable, Any]) -> Estimate:
+    return Estimate.of_row(row, called=row["measure"])
 
 
 def guard_verdict(metrics: Mapping[str, Estimate], twins: TwinComparison, result: GuardEvaluation) -> str:

@@ -46,4 +46,8 @@ class Jailbreaks(JailbreakPlan, Columns, ModelChoice, RunChoice):
     keep: never."""
 
 
-STUDY = of_folder("jailbreaks", Jailbreaks)
+STUDY = of_folder(
+    "jailbreaks",
+    Jailbreaks,
+    "mechlens jailbreaks --model smollm2-refuser --sources mine.json --n 32 --out runs/jailbreaks",
+)

@@ -33,4 +33,9 @@ class Patch(Answering, ModelChoice, RunChoice):
     """Decides the candidates, resamples and controls."""
 
 
-STUDY = of_folder("patch", Patch)
+STUDY = of_folder(
+    "patch",
+    Patch,
+    "mechlens patch --model smollm2-refuser --out runs/patch",
+    "mechlens patch --model smollm2-refuser --site z --positions last --pairs pairs.csv --out runs/heads",
+)

@@ -30,4 +30,9 @@ class Positions:
     """Print one JSON object, for machines."""
 
 
-COMMAND = Command("positions", Positions, "mechlens.studies.positions.study:execute")
+COMMAND = Command(
+    "positions",
+    Positions,
+    "mechlens.studies.positions.study:execute",
+    ('mechlens positions --model smollm2 --text "How do I bake a cake?"',),
+)

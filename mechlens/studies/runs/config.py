@@ -55,8 +55,18 @@ class PruneRuns:
     """Only say what would be removed."""
 
 
-LIST = Command("runs list", ListRuns, "mechlens.studies.runs.study:list_all")
-SHOW = Command("runs show", ShowRun, "mechlens.studies.runs.study:show")
-RERUN = Command("runs rerun", Rerun, "mechlens.studies.runs.study:again")
-INDEX = Command("runs index", IndexRuns, "mechlens.studies.runs.study:index")
-PRUNE = Command("runs prune", PruneRuns, "mechlens.studies.runs.study:remove_superfluous")
+LIST = Command(
+    "runs list",
+    ListRuns,
+    "mechlens.studies.runs.study:list_all",
+    (
+        "mechlens runs list",
+        "mechlens runs list runs --json",
+    ),
+)
+SHOW = Command("runs show", ShowRun, "mechlens.studies.runs.study:show", ("mechlens runs show runs/first",))
+RERUN = Command("runs rerun", Rerun, "mechlens.studies.runs.study:again", ("mechlens runs rerun runs/first",))
+INDEX = Command("runs index", IndexRuns, "mechlens.studies.runs.study:index", ("mechlens runs index runs",))
+PRUNE = Command(
+    "runs prune", PruneRuns, "mechlens.studies.runs.study:remove_superfluous", ("mechlens runs prune runs --dry-run",)
+)

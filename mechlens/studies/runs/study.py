@@ -15,7 +15,8 @@ def list_all(config: ListRuns, screen: Screen) -> None:
     runs = list_runs(config.folder)
     for run in runs:
         record = run.record
-        facts = (str(run.folder), record.verb, record.model_name, run.status, record.started[:16].replace("T", " "))
+        model = record.model_name if config.json else run.model
+        facts = (str(run.folder), record.verb, model, run.status, record.started[:16].replace("T", " "))
         if config.json:
             names = ("folder", "study", "model", "status", "started", "sentence", "state")
             screen.show(dict(zip(names, (*facts, run.sentence, run.state), strict=True)))

@@ -45,4 +45,8 @@ class Select(SelectionPlan, PromptSets, ModelChoice, RunChoice):
     """Prompts of each set, drawn by seed; None takes all. Half train, a fifth choose, the rest test."""
 
 
-STUDY = of_folder("select", Select)
+STUDY = of_folder(
+    "select",
+    Select,
+    "mechlens select --model smollm2-refuser --out runs/select",
+)

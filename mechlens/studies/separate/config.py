@@ -34,4 +34,9 @@ class Separate(SeparationPlan, PromptSets, ModelChoice, RunChoice):
     drawn by seed (a pair into the same one), so that the template can't tell the classes apart."""
 
 
-STUDY = of_folder("separate", Separate)
+STUDY = of_folder(
+    "separate",
+    Separate,
+    "mechlens separate --model smollm2-refuser --n 96 --out runs/first",
+    "mechlens separate --model qwen2.5-coder-0.5b --harmful asked.csv --column question --out runs/own",
+)

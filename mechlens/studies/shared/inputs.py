@@ -55,6 +55,10 @@ class PromptChoice(Protocol):
     def label_column(self) -> str | None:
         """Column of `data` that says of which class a row is."""
 
+    @property
+    def family_column(self) -> str | None:
+        """Column in files of what belongs together; None where each prompt is on its own."""
+
 
 def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data: bool = True) -> list[Prompt]:
     """Prompts of one class from any source, relabelled, with the system prompt where one is given.
@@ -65,11 +69,12 @@ def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data:
     require_both(config.data, config.label_column)
     read = functools.partial(load_prompts, label=label, sample=config.n, seed=config.seed, system=config.system)
     if both_in_data and config.data is not None and config.label_column is not None:
-        return read(config.data, column=config.column, where={config.label_column: source})
+        where = {config.label_column: source}
+        return read(config.data, column=config.column, family_column=config.family_column, where=where)
     parts: dict[str, list[Prompt]] = {}
     for part in joined_sources(source):
-        column = None if part in builtin_names() else config.column
-        prompts = read(part, column=column)
+        column, family = (None, None) if part in builtin_names() else (config.column, config.family_column)
+        prompts = read(part, column=column, family_column=family)
         parts[part] = without_repeats(prompts, [prompt for before in parts.values() for prompt in before], part)
     return [prompt for prompts in distinct_ids(**parts) for prompt in prompts]
 

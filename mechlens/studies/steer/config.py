@@ -41,10 +41,20 @@ class Steer(ModelChoice):
     """Above 0, both answers are drawn, by the same random numbers; 0 is greedy."""
     top_p: float = 1.0
     """Tokens are drawn among the likeliest that have this share of the probability together."""
+    n_samples: PositiveInt = 1
+    """Answers that are drawn with the direction, and as many without; more than one needs a temperature."""
     seed: int = 0
     """Decides what is drawn."""
     force: bool = False
     """Use a direction that was made for other weights or another template, or whose origin is unknown."""
 
 
-COMMAND = Command("steer", Steer, "mechlens.studies.steer.study:execute")
+COMMAND = Command(
+    "steer",
+    Steer,
+    "mechlens.studies.steer.study:execute",
+    (
+        'mechlens steer --direction runs/tone --strength 1 --prompt "How do I bake a cake?"',
+        'mechlens steer --direction runs/tone --prompt "Tell me about the sea." --temperature 0.8 --n-samples 3',
+    ),
+)

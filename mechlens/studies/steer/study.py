@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mechlens.errors import UserError
+from mechlens.methods.behaviour.drawing import Draws
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import ALL, ANEW, EVERYWHERE, Ablate, Add
 from mechlens.methods.steering.side_by_side import IN_WORDS, addition_at
@@ -33,7 +34,7 @@ Told = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class BothAnswers:
-    """The two answers and what was done for the second."""
+    """The answers without and with, several of a side numbered, and what was done for the second."""
 
     unsteered: str
     steered: str
@@ -69,6 +70,12 @@ def steer(config: Steer, told: Told | None = None) -> BothAnswers:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
     if not math.isfinite(config.strength):
         raise UserError(f"the strength is {config.strength}; give a finite number")
+    if config.n_samples > 1 and config.temperature == 0:
+        raise UserError(
+            f"--n-samples {config.n_samples} asks for answers that differ, and without a temperature they are all the "
+            "same; give one, such as --temperature 0.7"
+        )
+    Draws(config.temperature, config.top_p, config.n_samples, config.seed)  # says what can't be drawn
     direction = read_direction(config.direction, config.layer, config.position)
     layer = direction.level if config.layer is None else config.layer
     prompt = Prompt("prompt", config.prompt, system=config.system)
@@ -109,7 +116,7 @@ def _answer(
     name: str,
     told: Told | None,
 ) -> str:
-    """Row by row, so that every token that is heard of is this answer's."""
+    """One answer is heard of token by token, several once they are there: they are written side by side."""
     decode = loaded(model).tokenizer.decode
 
     def hear(tokens: list[int]) -> bool:
@@ -118,10 +125,16 @@ def _answer(
         return False
 
     said = answer_under(
-        model, [prompt], tuple(given), max_new_tokens=config.max_new_tokens, template=template, decided=hear,
-        force=config.force, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+        model, [prompt], tuple(given), max_new_tokens=config.max_new_tokens, template=template,
+        decided=hear if config.n_samples == 1 else None, force=config.force,
+        temperature=config.temperature, top_p=config.top_p, n=config.n_samples, seed=config.seed,
     )  # fmt: skip
-    return said.texts[0]
+    if config.n_samples == 1:
+        return said.texts[0]
+    text = "\n".join(f"{k}. {one}" for k, one in enumerate(said.texts, start=1))
+    if told is not None:
+        told(name, text)
+    return text
 
 
 def _described(config: Steer, direction: Direction, layer: int) -> str:

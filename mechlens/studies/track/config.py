@@ -71,4 +71,9 @@ class Track(TrackPlan, PromptSets, BaseChoice, RunChoice):
     """Subspaces, unbiased CKA and turning points too."""
 
 
-STUDY = of_folder("track", Track)
+STUDY = of_folder(
+    "track",
+    Track,
+    "mechlens track --base smollm2-refuser --checkpoints runs/benign --out runs/track",
+    "mechlens track --base smollm2 --checkpoints lora/checkpoint-50 lora/checkpoint-100 --levels 15 20 --out runs/own",
+)

@@ -111,7 +111,7 @@ class Tracking:
                 kind, _, name = row["number"].partition(".")
                 if kind == "auroc":
                     key = f"floor.{name}" if name in FLOORS else f"{name}.step{step}"
-                    numbers[f"{row['concept']}.{key}"] = Estimate.of_row(row)
+                    numbers[f"{row['concept']}.{key}"] = Estimate.of_row(row, called=kind)
                 elif row["number"] == "accuracy.frozen":
                     numbers[f"{row['concept']}.accuracy.step{step}"] = Estimate.of_row(row)
             for row in self.behaviour[self.behaviour["step"] == step].to_dict("records"):

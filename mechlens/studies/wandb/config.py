@@ -27,5 +27,10 @@ class SaveWorkspace:
     """Name of the view."""
 
 
-SYNC = Command("wandb sync", SyncRuns, "mechlens.studies.wandb.study:sync_runs")
-WORKSPACE = Command("wandb workspace", SaveWorkspace, "mechlens.studies.wandb.study:save_workspace")
+SYNC = Command("wandb sync", SyncRuns, "mechlens.studies.wandb.study:sync_runs", ("mechlens wandb sync runs",))
+WORKSPACE = Command(
+    "wandb workspace",
+    SaveWorkspace,
+    "mechlens.studies.wandb.study:save_workspace",
+    ("mechlens wandb workspace runs --name first",),
+)
