@@ -6,12 +6,21 @@ made by `mechlens.views`.
 """
 
 import ast
+import logging
 import warnings
 from importlib import import_module
 from pathlib import Path
 
 # A notebook without ipywidgets shows bars of characters; tqdm says so the first time that a library imports it.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# transformers and peft import these where they are installed (extra [quantise]), and they tell everybody of GPU kernels
+# that aren't there, and of each other.
+for _logger, _line in {
+    "torchao": "Failed to load ",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "torch.utils._pytree": "%s is an Enum subclass and is now natively supported",
+}.items():
+    logging.getLogger(_logger).addFilter(lambda record, line=_line: not str(record.msg).startswith(line))
 
 
 def _homes() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Against TransformerLens' `run_with_cache` with a names filter and against plain Hugging Face with forward hooks (a
 copy of the model that was never bridged), both in batches of 32 in file order. The three take turns in one process,
-from the same tokens. The last line is one JSON object with the speed-ups and the largest relative difference.
+from the same tokens. The last line is one JSON object with the seconds, the speed-ups and the largest relative
+difference; two calls with another `--dtype` say how types compare.
 """
 
 import argparse
@@ -131,6 +132,7 @@ def report(model: str, batch: TokenBatch, seconds: dict[str, list[float]], value
         print(f"{name:<32}{median[name]:>8.3f}s{min(times):>8.3f}s{max(times):>8.3f}s{factor:>14}{apart:>11}")
     lens, plain = others
     result = {
+        "seconds": round(median[mine], 3),
         "vs_transformerlens": round(median[lens] / median[mine], 2),
         "vs_huggingface": round(median[plain] / median[mine], 2),
         "max_rel_diff": float(f"{max(relative(values[mine], values[name]) for name in others):.2g}"),

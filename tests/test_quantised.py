@@ -1,7 +1,9 @@
 """Quantised weights: run as plain Hugging Face runs them, exactly; told apart everywhere; never edited."""
 
+import logging
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,27 @@ def test_other_architectures_are_exact_or_refused(kind: str, architecture: str, 
     model = load(folder, dtype=kind)
     assert loaded(model).parity_gap < 1e-4
     assert bool(torch.isfinite(collect(model, prompts(), positions=["last"]).values).all())
+
+
+CHATTER = {
+    "torchao": "Failed to load ",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "torch.utils._pytree": "%s is an Enum subclass and is now natively supported",
+}
+
+
+@pytest.mark.parametrize("name", CHATTER)
+def test_what_libraries_say_of_missing_kernels_is_left_out_and_all_else_is_heard(name: str) -> None:
+    """The logger and the line are the library's own, as they stand in its source."""
+    line, logger = CHATTER[name], logging.getLogger(name)
+    assert logger.getEffectiveLevel() <= logging.WARNING
+    assert not logger.filter(logging.makeLogRecord({"name": name, "msg": f"{line} and more"}))
+    assert logger.filter(logging.makeLogRecord({"name": name, "msg": "something that matters"}))
+    package, *inside = name.split(".")
+    folder = Path(str(find_spec(package).origin)).parent.joinpath(*inside)  # type: ignore[union-attr]
+    source = (folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text(encoding="utf-8")
+    assert line in source
+    assert "logging.getLogger(__name__)" in source
 
 
 @pytest.mark.parametrize("module", ["bitsandbytes", "torchao", "accelerate"])

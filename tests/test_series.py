@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from adapters import save_adapter
 from tiny import tiny_hf, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
+from mechlens.models.checkpoints.adapter_base import Base
 from mechlens.models.checkpoints.series import checkpoint_series, content_of
 from mechlens.models.checkpoints.swap import checkpoint_swapper
-from mechlens.models.load import load
+from mechlens.models.load import load, load_config
 from mechlens.prompts.prompt import Prompt
 
 
@@ -55,6 +57,34 @@ def test_adapters_by_any_name_single_ones_and_the_order_given(root: Path, tmp_pa
     given = checkpoint_series(str(root / "base"), [str(tmp_path / "two"), str(tmp_path / "one")])
     assert [(member.step, member.name) for member in given.members[1:]] == [(1, "two"), (2, "one")]
     assert given.steps_from == "the order given"
+
+
+def test_an_adapter_of_another_base_is_named_before_any_weights_are_read(root: Path, tmp_path: Path) -> None:
+    tiny = tiny_hf().config
+    config = type(tiny)(**{**tiny.to_dict(), "intermediate_size": tiny.intermediate_size + 8})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    save_adapter(str(tmp_path / "other"), tmp_path / "foreign", seed=1)
+    shutil.copytree(root / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"no weights at all")
+    with pytest.raises(UserError, match=r"it changes model.layers.0.mlp.down_proj of shape .*, which has shape .* in"):
+        checkpoint_series(str(tmp_path / "base"), [str(tmp_path / "foreign")])
+    assert checkpoint_series(str(tmp_path / "base"), [str(root / "adapter")]).members[1].kind == "adapter"
+
+
+def test_names_on_the_hub_tell_bases_of_one_shape_apart(root: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(root / "adapter", tmp_path / "adapter"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "owner/Tiny-Chat"
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    config = load_config(str(root / "base"))
+    said = Base("owner/tiny", config).problem(adapter)
+    assert (
+        said
+        == "it was trained on 'owner/Tiny-Chat', and the base is 'owner/tiny'; give the base that it was trained on"
+    )
+    for same in ("owner/Tiny-Chat", "others/tiny-chat", str(root / "base"), "smollm2"):
+        assert Base(same, config).problem(adapter) is None
 
 
 def test_steps_come_from_records_before_names(root: Path, tmp_path: Path) -> None:
@@ -163,6 +193,7 @@ def test_the_verb_shows_the_series(root: Path, tmp_path: Path, capsys: pytest.Ca
 REVISIONS = """
 import json, sys, torch
 from mechlens.models.native import native
+from mechlens.models.checkpoints.adapter_base import Base
 from mechlens.models.checkpoints.series import checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 series = checkpoint_series("org/tiny", ["org/tiny@step20", "org/tiny@step3"])

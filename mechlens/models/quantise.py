@@ -5,7 +5,6 @@ type. bitsandbytes' int8 is none of them. It rounds activations as well, all but
 batch, so a prompt's numbers would depend on which others it is run beside.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -13,10 +12,6 @@ from torch import nn
 
 from mechlens.errors import UserError, require_extra
 from mechlens.models.checkpoint import is_packed
-
-for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-    # transformers imports them where they are installed, and they tell every user of GPU kernels that aren't there.
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 RUNS_ON = {"int8": ("cpu", "cuda", "mps"), "nf4": ("cpu", "cuda"), "fp8": ("cpu", "cuda")}
 """Kinds, with the devices that can hold and compute with each."""

@@ -18,7 +18,8 @@ from mechlens.errors import UserError
 from mechlens.files import require_regular
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+"""Names of the tensors of a low-rank product."""
 CHOICES = frozenset({
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "peft_type", "task_type",
@@ -63,7 +64,7 @@ def read_lora(folder: Path) -> dict[str, LowRank] | None:
         return None
     sides: dict[str, dict[str, Tensor]] = {}
     for key, value in _tensors(folder).items():
-        match = _KEY.fullmatch(key)
+        match = KEY.fullmatch(key)
         if match is None:
             return None
         # peft computes in float32 whatever the file's type.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mechlens.errors import UserError
 from mechlens.files import AnyPath, short_name, user_path
 from mechlens.models.checkpoint import computing_settings
+from mechlens.models.checkpoints.adapter_base import Base
 from mechlens.models.checkpoints.adapter_record import RECORD, read_record, require_whole
 from mechlens.models.checkpoints.folders import (
     adapters_inside,
@@ -159,6 +160,7 @@ class _Judge:
 
     def __init__(self, base: str, revision: str | None, own_records: bool) -> None:
         self._config = load_config(base, revision=revision)
+        self._base = Base(base, self._config)
         self._tokenizer = load_tokenizer(base, revision=revision)
         self._own_records = own_records
         self._template = self._tokenizer.chat_template
@@ -192,7 +194,7 @@ class _Judge:
                 require_whole(one.folder, record, WEIGHTS)
             if not found and self._own_records and not (one.folder / RECORD).exists():
                 found = f"it has no {RECORD}, which is written last, so it is half-written"
-            return found
+            return found or self._base.problem(one.folder)
         if (one.folder / "config.json").exists():
             return model_problem(one.folder) or self._config_problem(one)
         return self._unknown(one.folder)
