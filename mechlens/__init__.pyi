@@ -95,6 +95,7 @@ from mechlens.models.checkpoints.series import CheckpointSeries as CheckpointSer
 from mechlens.models.checkpoints.series import checkpoint_series as checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper as checkpoint_swapper
 from mechlens.models.load import load as load
+from mechlens.models.load import load_hf as load_hf
 from mechlens.models.load import load_tokenizer as load_tokenizer
 from mechlens.prompts.asked import as_pairs as as_pairs
 from mechlens.prompts.asked import as_prompts as as_prompts

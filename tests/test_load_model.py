@@ -19,6 +19,7 @@ from mechlens.methods.activations.collect import collect
 from mechlens.models.bridge import dtype_of, loaded
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.checkpoints.merge import merge_adapter
+from mechlens.models.checkpoints.series import checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_hf, load_tokenizer
 from mechlens.models.native import native
@@ -84,6 +85,27 @@ def test_a_folder(folder: Path) -> None:
     assert known.tokenizer.chat_template == tiny_tokenizer().chat_template
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.hook_dict["blocks.0.hook_resid_pre"] is not None
+
+
+def test_a_training_of_ones_own_starts_from_plain_hugging_face_and_comes_back(folder: Path, tmp_path: Path) -> None:
+    hf_model, tokenizer = load_hf(folder)
+    assert type(hf_model) is type(tiny_hf())
+    before = logits(hf_model)
+    run = tmp_path / "run"
+    tuned: Any = get_peft_model(hf_model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # of a LoRA only one factor moves in the first step
+        tuned(TOKENS, labels=TOKENS).loss.backward()
+        optimiser.step()
+    tuned.save_pretrained(run / "checkpoint-2")
+    after = logits(tuned)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.allclose(logits(load(folder, adapter=run / "checkpoint-2")), after, atol=1e-4)
+    tuned.merge_and_unload().save_pretrained(run / "checkpoint-3")
+    tokenizer.save_pretrained(run / "checkpoint-3")
+    assert torch.allclose(logits(load(run / "checkpoint-3")), after, atol=1e-4)
+    members = checkpoint_series(str(folder), [str(run)]).members
+    assert [(one.step, one.kind) for one in members] == [(0, "base"), (2, "adapter"), (3, "full")]
 
 
 def test_a_relative_path_and_a_trailing_slash(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

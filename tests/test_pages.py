@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+
+from mechlens.prompts.prompt import Prompt
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Report, Section
+from mechlens.runs.writer import open_run
+from mechlens.settings import WandbSettings
 
 REPORTS = "MECHLENS_TEST_REPORTS"
 """The environment variable that names the folder (pytest's --basetemp) in which the other tests have left reports."""
@@ -70,12 +77,54 @@ def test_a_report_is_whole_on_a_phone_on_a_desk_and_in_the_dark(verb: str, page:
     page.emulate_media(color_scheme="light")
     page.goto(report.as_uri())
     page.wait_for_selector("html[data-drawn=light]", state="attached")
+    page.evaluate("drawAgain(plots, false)")  # all, where a reader has those that are near the screen
     faults = {"phone": page.evaluate(CHECKS)}
     page.set_viewport_size(DESK)
     page.emulate_media(color_scheme="dark")
     page.wait_for_selector("html[data-drawn=dark]", state="attached")
     faults["desk, dark"] = page.evaluate(CHECKS)
     assert {where: found for where, found in faults.items() if found} == {}
+    assert page.said == []
+
+
+FIGURES = 12
+
+
+@pytest.fixture(scope="module")
+def long_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with many figures, of which a few fit on a screen; the last is a heatmap with a cell that is no angle."""
+    frame = pd.DataFrame({"x": [0, 1, 2], "y": [0.2, 0.5, 0.9]})
+    words = {"title": "t", "xlabel": "x", "ylabel": "y"}
+    cells = pd.DataFrame({"x": [0, 1], "y": [0, 0], "v": [0.5, float("nan")]})
+    grid = figures.heatmap(cells, x="x", y="y", value="v", center=0.0, limits=(-1.0, 1.0), missing="no angle", **words)
+    drawn = {f"line{i}": figures.lines(frame, x="x", y="y", **words) for i in range(FIGURES - 1)} | {"grid": grid}
+    out = tmp_path_factory.mktemp("long") / "run"
+    with open_run(verb="v", config=Prompt("a", "b"), out=out, wandb=WandbSettings(mode="disabled"), argv=["v"]) as run:
+        names = tuple(run.figure(name, figure, caption="c") for name, figure in drawn.items())
+        return run.report(Report("A long report", "Is it?", "It is.", sections=(Section("All", figures=names),)))
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_figures_are_drawn_when_they_come_near_and_all_of_them_on_paper(
+    long_report: Path, page: Any, size: dict[str, int]
+) -> None:
+    page.said.clear()
+    page.set_viewport_size(size)
+    page.emulate_media(color_scheme="light")
+    page.goto(long_report.as_uri())
+    page.wait_for_selector("html[data-drawn=light]", state="attached")
+    shown = page.evaluate("performance.now()")
+    print(f"figures near the screen of {size['width']} pixels after {shown:.0f} ms")  # noqa: T201
+    count = "document.querySelectorAll('.plot .main-svg:first-child').length"
+    assert 0 < page.evaluate(count) < FIGURES
+    page.evaluate("plots.at(-1).scrollIntoView()")
+    page.wait_for_selector("#figure-grid .heatmaplayer image", state="attached")
+    assert page.locator("#figure-grid .heatmaplayer image").count() == 2  # the values, and the grey cell
+    assert page.evaluate(count) < FIGURES
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(count) == FIGURES
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(CHECKS) == []
     assert page.said == []
 
 

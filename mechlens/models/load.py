@@ -99,13 +99,23 @@ def load(
 
 
 def load_hf(
-    model: str, *, revision: str | None = None, dtype: str = "float32", device_map: DeviceMap | None = None
+    model: AnyPath, *, revision: str | None = None, dtype: str = "float32", device_map: DeviceMap | None = None
 ) -> tuple[Any, Any]:
-    """The plain Hugging Face model and its tokenizer; `dtype` as in `load`, and quantised where `device_map` says."""
+    """The plain Hugging Face model and its tokenizer, such as for a training of your own.
+
+    `model` and `dtype` as in `load`, float32 by default, and quantised where `device_map` says. What is trained comes
+    back by its folder: `load(folder)` of a whole model, `load(model, adapter=folder)` of a PEFT adapter.
+
+    >>> hf_model, tokenizer = ml.load_hf("smollm2")
+    >>> logits = hf_model(**tokenizer("bake a cake", return_tensors="pt")).logits
+    >>> logits.shape[-1] == hf_model.config.vocab_size
+    True
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    model = os.fspath(model)
     if _is_adapter(model):
         return load_merged(ADAPTERS[model].base, str(adapter_folder(model)), dtype=dtype, device_map=device_map)
     kind, dtype = _split(model, dtype, revision)

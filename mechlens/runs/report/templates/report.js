@@ -1,11 +1,14 @@
-// Unpacks plotly and draws the figures one after the other, in the colours of the screen; on paper they are light.
+// Unpacks plotly and draws each figure when it comes near the screen, in its colours; on paper all are drawn, light.
 const {config, onDark} = JSON.parse(document.getElementById("drawing").textContent);
 const dark = matchMedia("screen and (prefers-color-scheme: dark)");
 const paperWidth = 640;  // pixels that the narrower of the usual sheets leaves to a figure
 const plots = [...document.querySelectorAll(".plot")];
+const drawn = new Set();
 
 async function unpack(packed) {
-  const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+  const letters = atob(packed);
+  const bytes = new Uint8Array(letters.length);  // a loop: Uint8Array.from takes ten times as long
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
   const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const script = document.createElement("script");
   script.textContent = await new Response(plain).text();
@@ -24,6 +27,7 @@ function wrapped(text, pixels) {
 }
 
 function draw(plot, isDark, onPaper = false) {
+  drawn.add(plot);
   const written = plot.nextElementSibling.textContent;
   const seen = isDark ? written.replace(/#[0-9a-f]{6}/g, (colour) => onDark[colour] ?? colour) : written;
   const {data, layout} = JSON.parse(seen);
@@ -42,21 +46,26 @@ function draw(plot, isDark, onPaper = false) {
   return Plotly.react(plot, data, layout, config);
 }
 
-function drawAgain(isDark, onPaper = false) {
-  for (const plot of plots) draw(plot, isDark, onPaper);
+function drawAgain(some, isDark, onPaper = false) {
+  for (const plot of some) draw(plot, isDark, onPaper);
   document.documentElement.dataset.drawn = isDark ? "dark" : "light";
 }
 
-async function drawAll() {
-  await unpack(document.getElementById("plotly").textContent);
-  for (const plot of plots) {
-    draw(plot, dark.matches);
-    await new Promise((done) => setTimeout(done));  // so that the page can be read and scrolled meanwhile
-  }
-  document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
-  dark.addEventListener("change", () => drawAgain(dark.matches));
-  addEventListener("beforeprint", () => drawAgain(false, true));
-  addEventListener("afterprint", () => drawAgain(dark.matches));
+function drawNear(entries) {
+  const near = entries.filter((entry) => entry.isIntersecting && !drawn.has(entry.target));
+  drawAgain(near.map((entry) => entry.target), dark.matches);
 }
 
-drawAll();
+async function start() {
+  await unpack(document.getElementById("plotly").textContent);
+  const observer = new IntersectionObserver(drawNear, {rootMargin: "50% 0px"});
+  for (const plot of plots) observer.observe(plot);
+  dark.addEventListener("change", () => drawAgain(drawn, dark.matches));
+  addEventListener("beforeprint", () => drawAgain(plots, false, true));
+  addEventListener("afterprint", () => {
+    for (const plot of plots) Plotly.purge(plot);  // as wide as paper, they would keep a phone's page so wide
+    drawAgain(plots, dark.matches);
+  });
+}
+
+start();
