@@ -111,7 +111,9 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
             key = f"{self.name}.{number}"
             self.rows.append({"step": step, "number": key, **estimate.row()})
             if estimate.measurable:
-                values |= {key: estimate.value, f"{key}/low": estimate.low, f"{key}/high": estimate.high}
+                values[key] = estimate.value
+            if estimate.measurable and estimate.has_interval:
+                values |= {f"{key}/low": estimate.low, f"{key}/high": estimate.high}
         state.log_history.append({"step": step, **{f"mechlens/{key}": value for key, value in values.items()}})
         self._log(step, values)
 

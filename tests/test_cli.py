@@ -169,7 +169,8 @@ def test_separate_records_every_number_with_its_interval(separated: Path) -> Non
     missing = [name for name in METRICS if name not in record["metrics"]]
     assert missing == []
     for name, estimate in record["metrics"].items():
-        assert set(estimate) == {"value", "low", "high", "n"}, name
+        assert set(estimate) - {"is_auroc"} == {"value", "low", "high", "n"}, name
+        assert estimate.get("is_auroc", True), name  # said only of those that are
         value, low, high = estimate["value"], estimate["low"], estimate["high"]
         assert (value is None) == (low is None) == (high is None), name
         assert value is None or low - 1e-9 <= value <= high + 1e-9, (name, estimate)

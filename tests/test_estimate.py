@@ -21,6 +21,8 @@ def test_an_auroc_of_too_few_prompts_has_no_interval_and_a_share_may_have_a_wide
     assert str(auroc) == "1.00, too few prompts for an interval, n=14"
     assert estimate_text(auroc).detail == "too few prompts for an interval, n = 14"
     assert plain(auroc) == {"value": 1.0, "low": 0.0, "high": 1.0, "n": 14, "is_auroc": True}
+    assert all(map(math.isnan, auroc.interval))
+    assert Estimate(1.0, 0.0, 1.0, 14).interval == (0.0, 1.0)
     assert plain(Estimate(1.0, 0.0, 1.0, 14)) == {"value": 1.0, "low": 0.0, "high": 1.0, "n": 14}
     assert str(Estimate(0.5, 0.0, 1.0, 4)) == "0.50 [0.00, 1.00], n=4"
     assert cells(pd.DataFrame([auroc.row("auroc")]))[0][1:3] == ["too few prompts"] * 2

@@ -72,6 +72,11 @@ class Estimate:
         return not (self.is_auroc and self.low <= 0 and self.high >= 1)
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Low and high, for frames and logs; NaN where there is none to show."""
+        return (self.low, self.high) if self.has_interval else (math.nan, math.nan)
+
+    @property
     def brief(self) -> str:
         """The number and its interval, `0.93 [0.88, 0.97]`, where how many prompts is said elsewhere."""
         if not self.measurable:

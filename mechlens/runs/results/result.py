@@ -79,12 +79,18 @@ class RunResult:
 
     @property
     def metrics(self) -> "pandas.DataFrame":
-        """A row a number: name, words, value, low, high, n; those that decide the verdict first, which have words."""
+        """A row a number: name, words, value, low, high, n; those that decide the verdict first, which have words.
+
+        Low and high are NaN for an AUROC of too few prompts, which has no interval.
+        """
         import pandas as pd
 
         found, words = self.record.metrics, self.record.words
         order = [*(name for name in words if name in found), *(name for name in found if name not in words)]
-        rows = [{"name": name, "words": words.get(name, ""), **vars(found[name])} for name in order]
+        rows = [
+            {"name": name, "words": words.get(name, ""), **one.row(), "low": one.interval[0], "high": one.interval[1]}
+            for name, one in ((name, found[name]) for name in order)
+        ]
         return pd.DataFrame(rows, columns=["name", "words", "value", "low", "high", "n"])
 
     @property

@@ -70,9 +70,9 @@ class WandbMirror:
         """Puts value, interval and count of each number in the summary."""
         summary: dict[str, Any] = {}
         for name, estimate in metrics.items():
-            record = plain(estimate)
-            summary |= {name: record["value"], f"{name}/low": record["low"]}
-            summary |= {f"{name}/high": record["high"], f"{name}/n": record["n"]}
+            low, high = estimate.interval
+            summary |= {name: plain(estimate.value), f"{name}/low": plain(low)}
+            summary |= {f"{name}/high": plain(high), f"{name}/n": estimate.n}
         self._attempt(lambda run: run.summary.update(summary))
 
     def begins_with(self, sentence: str, figures: Sequence[str]) -> None:
