@@ -219,7 +219,7 @@ class _Likely:
 
 @dataclass(frozen=True)
 class _Written(_Likely):
-    top_logprobs: list[_Likely] = field(default_factory=list)
+    top_logprobs: list[_Likely] | None = None
 
 
 @dataclass(frozen=True)

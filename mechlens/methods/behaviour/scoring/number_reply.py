@@ -26,7 +26,7 @@ from mechlens.prompts.batch import TokenBatch, token_text, tokenize
 from mechlens.prompts.templates.template import TemplateChoice
 
 LARGEST = 100
-NEGLIGIBLE = 1e-7
+NEGLIGIBLE = 1e-6
 """Beginnings of replies that are less probable aren't followed: what they hold counts as no number."""
 LONGEST = 5
 """Tokens of a number at most: two of white space, three digits."""

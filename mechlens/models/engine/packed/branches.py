@@ -1,6 +1,8 @@
 """Logits after continuations of prompts that branch: every prompt is run once, and then one token for each branch."""
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,7 +14,7 @@ from mechlens.models.bridge import LanguageModel, n_layers, unembed
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import head_shown
-from mechlens.models.engine.packed.packing import Packing, pack, pack_prompts, packed_pass, packs, plan_packed
+from mechlens.models.engine.packed.packing import PIECE, Packing, pack, pack_prompts, packed_pass, packs, plan_packed
 from mechlens.models.engine.probes import finite_on_cpu
 from mechlens.models.native import native
 
@@ -59,25 +61,57 @@ class _InOneLine:
     def __init__(self, model: LanguageModel, prompts: Sequence[Prompt]) -> None:
         self.model, self.prompts = model, prompts
         self.cache = DynamicCache()
-        self.keys: dict[Node, list[int]] = {}
-        """Where in the line a node's path stands."""
+        self.trees: list[_Tree] = []
 
     @torch.inference_mode()
     def logits(self, nodes: Sequence[Node]) -> Float[Tensor, "node vocab"]:
-        if not self.keys:
+        if not self.trees:
             packing, paths = pack_prompts(self.prompts, 0)
-            self.keys = {(i, ()): path for i, path in enumerate(paths)}
-            return self._run(packing, [self.keys[node][-1] for node in nodes])
+            self.trees = [_Tree(path, len(path), {}) for path in paths]
+            return self._run(packing, [self.trees[i].keys[-1] for i, _ in nodes])
+        return self._run(self._packed(nodes), range(len(nodes)))
+
+    def _packed(self, nodes: Sequence[Node]) -> Packing:
+        """New tokens of a prompt side by side in one row, so that its keys are fetched once for all of them."""
         skip = self.cache.get_seq_length()
-        rows = [(self.keys[i, path[:-1]], path[-1:]) for i, path in nodes]
-        for k, (node, (before, _)) in enumerate(zip(nodes, rows, strict=True)):
-            self.keys[node] = [*before, skip + k]
-        return self._run(pack(rows, skip), range(len(nodes)))
+        new = [(self.trees[i], [path for _, path in own]) for i, own in itertools.groupby(nodes, lambda node: node[0])]
+        packing = pack([(tree.keys, [path[-1] for path in paths]) for tree, paths in new], skip)
+        hidden = torch.ones(*packing.own.shape, packing.keys.shape[1], dtype=torch.bool)
+        positions: list[int] = []
+        piece = 0
+        for tree, paths in new:
+            tree.grow(paths, skip + len(positions))
+            positions += [tree.size + len(path) - 1 for path in paths]
+            for at in range(0, len(paths), PIECE):
+                for k, path in enumerate(paths[at : at + PIECE]):
+                    hidden[piece, k, tree.seen(path)] = False
+                piece += 1
+        return replace(packing, positions=torch.tensor(positions), hidden=hidden)
 
     def _run(self, packing: Packing, ends: Sequence[int]) -> Float[Tensor, "node vocab"]:
         places = torch.tensor(ends)
         with native(self.model) as hf_model, head_shown(hf_model, torch.zeros_like(places), places) as cut:
             return finite_on_cpu(cut(packed_pass(self.model, hf_model, packing, self.cache).logits))
+
+
+@dataclass
+class _Tree:
+    """A prompt and its branches: where in the line each of its tokens stands."""
+
+    keys: list[int]
+    size: int
+    """Tokens of the prompt, which come first."""
+    column: dict[tuple[int, ...], int]
+    """Which of the keys is the last token of a path."""
+
+    def grow(self, paths: Sequence[tuple[int, ...]], first: int) -> None:
+        """The last tokens of these paths stand in the line from `first` on."""
+        self.column |= {path: len(self.keys) + k for k, path in enumerate(paths)}
+        self.keys = [*self.keys, *range(first, first + len(paths))]
+
+    def seen(self, path: tuple[int, ...]) -> list[int]:
+        """The keys of a path: the prompt, and what was said after it so far."""
+        return [*range(self.size), *(self.column[path[:n]] for n in range(1, len(path) + 1))]
 
 
 class _RowByRow:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -62,6 +62,8 @@ class Packing:
     """How many tokens there are up to each piece."""
     ends: tuple[int, ...]
     """How many tokens there are up to each row."""
+    hidden: Bool[Tensor, "piece own key"] | None = None
+    """Keys that a token of a piece doesn't see, where these aren't just those after it."""
 
 
 def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]], skip: int) -> Packing:
@@ -229,8 +231,13 @@ class PackedAttention:
         kept = ("mask", like.device, like.dtype, groups)
         if kept in self._made:
             return self._made[kept]
-        own = self._on(like.device, "positions")[self._on(like.device, "own")[part.begin : part.end, : part.own]]
-        hidden = torch.arange(part.keys, device=like.device) > own.repeat_interleave(groups, dim=1).unsqueeze(-1)
+        some = slice(part.begin, part.end)
+        if self.packing.hidden is None:
+            own = self._on(like.device, "positions")[self._on(like.device, "own")[some, : part.own]].unsqueeze(-1)
+            hidden = torch.arange(part.keys, device=like.device) > own
+        else:
+            hidden = self._on(like.device, "hidden")[some, : part.own, : part.keys]
+        hidden = hidden.repeat_interleave(groups, dim=1)
         mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
         if len(self.packing.parts) == 1:
             self._made[kept] = mask.unsqueeze(1)
