@@ -49,7 +49,9 @@ def test_what_activations_hold_beyond_the_words_is_best() -> None:
     assert verdict.outcome == "more than the surface"
     assert min(gain.low for gain in verdict.ahead.gains.values()) > 0
     require_short(str(verdict.headline))
-    assert str(verdict.headline).startswith(f"More than the surface: at {found.best.position}, level 2 the AUROC is ")
+    assert str(verdict.headline).startswith(
+        f"More than the surface: at {found.best.position}, level 2 (in each fold its own), the AUROC is "
+    )
 
 
 @pytest.mark.parametrize(("world", "ties"), [(WORDS_ONLY, "tfidf"), (World(system=True), "system_prompt")])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pandas as pd
 import plotly.io as pio
@@ -17,8 +18,8 @@ from mechlens.runs.privacy import (
     unpacked,
 )
 from mechlens.runs.report import figures
-from mechlens.runs.report.colours import GREY, THINGS, looks
-from mechlens.runs.report.still import still
+from mechlens.runs.report.colours import GREY, RULE, THINGS, looks
+from mechlens.runs.report.still import BOTTOM, HEIGHT, still
 from mechlens.studies.shared.angles import NO_ANGLE, angle_text, angles
 
 FRAME = pd.DataFrame(
@@ -115,12 +116,20 @@ def test_cells_without_a_value_are_grey_where_it_is_said_why():
     assert [list(row) for row in holes.z] == [[None, None, 0.0], [None, None, None]]
     assert {colour for _, colour in holes.colorscale} == {GREY}
     assert "<b>no angle</b>" in holes.hovertemplate
+    assert holes.hoverongaps is False  # cells that have a value are left to the other trace
     assert len(figures.heatmap(FRAME.dropna(), **given, missing="no angle").data) == 2  # a pair that isn't there is one
     whole = FRAME[FRAME["position"] == FRAME["position"].iloc[-1]].dropna()
     assert len(figures.heatmap(whole, **given, missing="no angle").data) == 1
     still_picture = still(figures.heatmap(FRAME, **given, missing="no angle"))
     assert GREY in still_picture
     assert still_picture.count('width="10"') == still(figures.heatmap(FRAME, **given)).count('width="10"')  # one scale
+
+
+def test_a_still_picture_has_room_for_its_rule():
+    high = FRAME[FRAME["auroc"] > 0.65]
+    picture = still(figures.lines(high, x="level", y="auroc", group="position", hline=0.5, **WORDS))
+    (at,) = re.findall(rf'd="M\d+ ([\d.]+)H\d+" stroke="{RULE}"', picture)
+    assert float(at) < HEIGHT - BOTTOM
 
 
 def test_a_heatmap_refuses_two_values_for_one_cell():

@@ -82,10 +82,9 @@ class SideBySide:
     def _repr_html_(self) -> str:
         head = ["prompt", *map(_named, self.strengths)]
         body = zip([prompt.text for prompt in self.prompts], *map(self.at, self.strengths), strict=True)
-        rows = [head, *(list(row) for _, row in zip(range(MOST), body, strict=False))]
-        cells = ["".join(f'<td style="{_CELL}">{html.escape(_shortened(text))}</td>' for text in row) for row in rows]
+        rows = [("th", head), *(("td", row) for _, row in zip(range(MOST), body, strict=False))]
         more = f"<p>{MOST} of {len(self.prompts)} prompts</p>" if len(self.prompts) > MOST else ""
-        table = "".join(f"<tr>{row}</tr>" for row in cells)
+        table = "".join(f"<tr>{''.join(_cell(kind, text) for text in row)}</tr>" for kind, row in rows)
         return f"<p>{html.escape(self.what)}</p><table>{table}</table>{more}"
 
 
@@ -162,5 +161,6 @@ def _named(strength: float) -> str:
     return f"{strength:+g}" if strength else "unsteered"
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+def _cell(kind: str, text: str) -> str:
+    shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+    return f'<{kind} style="{_CELL}">{html.escape(shown)}</{kind}>'

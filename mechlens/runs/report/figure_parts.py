@@ -44,7 +44,7 @@ def template() -> dict[str, Any]:
             "height": 420,
             "margin": {"l": 60, "r": 20, "t": 56, "b": 50},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
-            "hoverlabel": {"bgcolor": PAPER, "bordercolor": EDGE, "align": "left", "font": {"size": 12}},
+            "hoverlabel": {"bgcolor": PAPER, "bordercolor": EDGE, "align": "left", "font": {"size": 12, "color": INK}},
         }
     }  # fmt: skip
 

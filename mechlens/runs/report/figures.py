@@ -130,6 +130,7 @@ def heatmap(
     low, high = limits or limits_about(df[value], center)
     where: dict[str, Any] = {"x": python_values(grid.columns), "y": python_values(grid.index)}
     where |= {"xgap": 1 if len(grid.columns) <= 60 else 0, "ygap": 1 if len(grid.index) <= 60 else 0}
+    where["hoverongaps"] = False
     told = f"{html.escape(xlabel)} %{{x}}<br>{html.escape(ylabel)} %{{y}}<br><b>"
     figure.add_heatmap(
         **where,

@@ -98,7 +98,8 @@ def _panel(x: str, y: str, traces: Sequence[dict[str, Any]], layout: Mapping[str
     right = WIDTH - RIGHT - (COLOUR_BAR if mapped else 0)
     names = f"xaxis{x[1:]}", f"yaxis{y[1:]}"
     across = axis_of(layout.get(names[0]) or {}, traces, "x", (LEFT, right))
-    up = axis_of(layout.get(names[1]) or {}, traces, "y", (HEIGHT - BOTTOM, top))
+    rules = [shape["y0"] for shape in layout.get("shapes") or () if _lies_flat(shape, y)]
+    up = axis_of(layout.get(names[1]) or {}, traces, "y", (HEIGHT - BOTTOM, top), rules)
     drawn = [*_frame(across, up), *_rules(layout, across, up, y)]
     bars = [trace for trace in traces if trace["type"] == "bar"]
     for trace in traces:
@@ -128,7 +129,7 @@ def _rules(layout: Mapping[str, Any], across: Axis, up: Axis, y: str) -> Iterato
     for shape in layout.get("shapes") or ():
         if shape.get("type") != "line":
             continue
-        if shape.get("y0") == shape.get("y1") and str(shape.get("yref", "y")) == y:
+        if _lies_flat(shape, y):
             line = f"M{across.ends[0]:.0f} {up(shape['y0']):.1f}H{across.ends[1]:.0f}"
         elif shape.get("x0") == shape.get("x1") and str(shape.get("yref", "")).endswith("domain"):
             line = f"M{across(shape['x0']):.1f} {up.ends[0]:.0f}V{up.ends[1]:.0f}"
@@ -137,6 +138,12 @@ def _rules(layout: Mapping[str, Any], across: Axis, up: Axis, y: str) -> Iterato
         else:
             continue
         yield f'<path d="{line}" stroke="{RULE}" stroke-dasharray="6 4"/>'
+
+
+def _lies_flat(shape: Mapping[str, Any], y: str) -> bool:
+    """Whether it is a line at one value of this y axis."""
+    flat = shape.get("type") == "line" and shape.get("y0") == shape.get("y1")
+    return flat and str(shape.get("yref", "y")) == y
 
 
 def _scatter(trace: Mapping[str, Any], across: Axis, up: Axis) -> Iterator[str]:

@@ -52,8 +52,14 @@ class Axis:
         return [(self(value), f"{value:.6g}".replace("-", "−")) for value in values]
 
 
-def axis_of(layout: Mapping[str, Any], traces: Sequence[Mapping[str, Any]], letter: str, ends: Any) -> Axis:
-    """The axis that plotly would draw for these traces: its part of the figure, its kind, its range."""
+def axis_of(
+    layout: Mapping[str, Any],
+    traces: Sequence[Mapping[str, Any]],
+    letter: str,
+    ends: Any,
+    rules: Sequence[float] = (),
+) -> Axis:
+    """The axis that plotly would draw for these traces and rules: its part of the figure, its kind, its range."""
     first, last = (float(end) for end in layout.get("domain") or (0.0, 1.0))
     own = ends[0] + first * (ends[1] - ends[0]), ends[0] + last * (ends[1] - ends[0])
     title = str((layout.get("title") or {}).get("text") or "")
@@ -67,7 +73,7 @@ def axis_of(layout: Mapping[str, Any], traces: Sequence[Mapping[str, Any]], lett
     if layout.get("range"):
         low, high = (float(end) for end in layout["range"])
         return Axis(own, low, high, title, logarithmic=logarithmic)
-    return Axis(own, *_reach(values, traces, letter, logarithmic), title, logarithmic=logarithmic)
+    return Axis(own, *_reach([*values, *rules], traces, letter, logarithmic), title, logarithmic=logarithmic)
 
 
 def _reach(
