@@ -225,9 +225,10 @@ def test_runs_are_listed_and_shown(separated: Path, model: str, run: Any) -> Non
     assert require_one_sentence(separated).verb == "separate"
     listed = run("runs", "list", separated.parent)
     assert listed.code == 0
-    assert f"{separated}  separate  {model}  success  " in listed.out  # the folder is never split
+    assert f"{separated}  separate  {Path(model).name}  success  " in listed.out  # the folder is never split
     (found,) = map(json.loads, run("runs", "list", separated, "--json").out.splitlines())
     assert (found["folder"], found["sentence"]) == (str(separated), read_run(separated).sentence)
+    assert found["model"] == model
     shown = run("runs", "show", separated)
     record = read_run(separated)
     assert f"{record.id}: separate, success" in shown.out
