@@ -1,10 +1,11 @@
 """How often the verdict of `mechlens direction` is right on contrasts whose truth is planted.
 
-    python scripts/error_rates_direction.py [--draws 20] [--jobs 2] [--confounds] [--effects] [--write]
+    python scripts/error_rates_direction.py [--draws 20] [--jobs 2] [--confounds] [--effects] [--folds] [--write]
 
 Prompts and activations are drawn (`tests/planted_surface.py`), no model is run: everything from the activations on is
 the study's own. `--confounds` counts false alarms about sides that are alike, `--effects` how often the interval of an
-effect size holds the truth. `--write` puts the tables into mechlens/studies/direction/README.md.
+effect size holds the truth, `--folds` how far AUROCs out of fold are from those of fresh prompts. `--write` puts the
+tables into mechlens/studies/direction/README.md.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import readme_table
 
@@ -22,6 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 if TYPE_CHECKING:
     from planted_surface import World
+    from torch import Generator, Tensor
+
+    from mechlens.methods.probing.within_folds import Folds
 
 OUTCOMES = ("more than the surface", "no more than the surface", "inconclusive", "not read")
 SIZES = (20, 40, 80)
@@ -95,6 +99,92 @@ def held(task: tuple[int, float, bool, int]) -> list[bool]:
     return found
 
 
+FRESH = 2000
+"""Prompts of a side that nothing is fitted to."""
+READINGS = ("two tokens", "a token and words", "words", "512 dimensions", "512 dimensions, in pairs")
+
+
+def readings(name: str, n: int, generator: "Generator") -> list[Any]:
+    """Two things to read of all prompts, vectors or texts: a token that tells as much as .80, alone or among words."""
+    import torch
+
+    positive = torch.arange(2 * (n + FRESH)) % 2 == 0
+    if name.startswith("512"):
+        drawn = torch.randn(2, len(positive), 512, generator=generator)
+        if name.endswith("in pairs"):
+            shared = torch.randn(2, len(positive) // 2, 512, generator=generator).repeat_interleave(2, dim=1)
+            drawn = 0.5**0.5 * (drawn + shared)
+        drawn[:, positive, 0] += 6.0
+        return list(drawn)
+    marks = torch.rand(2, len(positive), generator=generator) < torch.where(positive, 0.8, 0.2)
+    others = torch.randint(100, (2, len(positive), 10), generator=generator)
+    vectors = torch.randn(2, 24, generator=generator)[marks.long()]
+    texts = [
+        [" ".join([f"m{int(mark)}", *(f"w{word}" for word in row)]) for mark, row in zip(own, words, strict=True)]
+        for own, words in zip(marks, others.tolist(), strict=True)
+    ]
+    return {"two tokens": list(vectors), "a token and words": [vectors[0], texts[1]], "words": texts}[name]
+
+
+def fold_errors(task: tuple[str, int, int]) -> list[float]:
+    """The AUROC on fresh prompts of fits in the study's folds; then five numbers inside these, and pooled over ten.
+
+    The error of the AUROC and whether its interval holds that on fresh prompts; the same of the gain over the other
+    reading, and whether all of its interval is above.
+    """
+    import torch
+
+    from mechlens.methods.probing.within_folds import Folds, auroc_gain, folds_of, mean_auroc
+    from mechlens.methods.statistics.resample import Fold, folds_of_both, one_thread
+
+    name, n, seed = task
+    generator = torch.Generator().manual_seed(seed)
+    positive, families = torch.arange(2 * n) % 2 == 0, [str(i) for i in range(2 * n)]
+    if name.endswith("in pairs"):
+        families = [str(i // 2) for i in range(2 * n)]
+    both, found = readings(name, n, generator), []
+    inside = folds_of(positive, families, seed)
+    ten = Folds(positive, tuple(families), tuple(folds_of_both(positive, families, 10, seed + k) for k in range(3)))
+    pooled = Folds(positive, tuple(families), ((Fold((), tuple(range(2 * n))),),))
+    with one_thread():
+        for folds, counted in ((inside, inside), (ten, pooled)):
+            (one, truth), (other, another) = (read_out_of_fold(own, folds) for own in both)
+            area, gain = mean_auroc(one, counted), auroc_gain(one, other, counted)
+            found += [truth] if folds is inside else []
+            beyond = truth - another
+            found += [area.value - truth, area.low <= truth <= area.high]
+            found += [gain.value - beyond, gain.low <= beyond <= gain.high, gain.low > beyond]
+    return [float(value) for value in found]
+
+
+def read_out_of_fold(values: Any, folds: "Folds") -> tuple["Tensor", float]:
+    """Scores out of fold, from half way between the classes, and the fits' mean AUROC on fresh prompts.
+
+    The fits of the first division into folds will do: those of the others are of the same prompts.
+    """
+    import torch
+
+    from mechlens.methods.directions.methods import logistic_line
+    from mechlens.methods.probing.auroc import auroc
+    from mechlens.methods.probing.baselines import tfidf_scores
+    from mechlens.methods.probing.beyond_words import PENALTY
+
+    n, areas = len(folds.positive), []
+    fresh = torch.arange(len(values) - n) % 2 == 0
+
+    def read(fit: list[int], _: int) -> "Tensor":
+        own = values if len(areas) < len(folds.parts[0]) else values[:n]
+        if isinstance(values, list):
+            scores = tfidf_scores([values[i] for i in fit], folds.positive[fit], own)
+        else:
+            scores = own.double() @ logistic_line(values[fit], folds.positive[fit], penalty=PENALTY)[0]
+        if len(scores) > n:
+            areas.append(float(auroc(scores[n:], fresh)))
+        return scores[:n] - folds.middle(scores[:n], fit)
+
+    return folds.scored(read), sum(areas) / len(areas)
+
+
 def verdict_table(pool: ProcessPoolExecutor, draws: int) -> str:
     """How often each outcome is reached; the right one in bold."""
     tasks = [(case, n, seed) for case in CASES for n in SIZES for seed in range(draws)]
@@ -131,6 +221,20 @@ def effect_table(pool: ProcessPoolExecutor, draws: int) -> str:
     return "\n".join(lines)
 
 
+def fold_table(pool: ProcessPoolExecutor, draws: int) -> str:
+    """Inside folds and pooled over them: how far from the truth, how often its interval holds it, and who is ahead."""
+    each = ["error", "held", "error of the gain", "held", "above"]
+    lines = [readme_table.head(["what is read", "prompts a side", "AUROC", *each, *each])]
+    for name in READINGS:
+        for n in SIZES:
+            found = list(pool.map(fold_errors, [(name, n, seed) for seed in range(draws)]))
+            truth, *means = [sum(values) / draws for values in zip(*found, strict=True)]
+            said = [f"{mean:+.3f}" if k % 5 in (0, 2) else f"{mean:.1%}" for k, mean in enumerate(means)]
+            lines.append(readme_table.row([name, n, f"{truth:.2f}", *said]))
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,6 +242,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--confounds", action="store_true")
     parser.add_argument("--effects", action="store_true")
+    parser.add_argument("--folds", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -145,6 +250,8 @@ def main() -> None:
             label, table = "confounds", alarm_table(pool, 10 * args.draws)
         elif args.effects:
             label, table = "effects", effect_table(pool, 25 * args.draws)
+        elif args.folds:
+            label, table = "folds", fold_table(pool, 10 * args.draws)
         else:
             label, table = "verdicts", verdict_table(pool, args.draws)
     print(table)

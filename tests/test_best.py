@@ -15,9 +15,9 @@ from sentence import require_short
 from shown import require_shown
 
 from mechlens.methods.guard.guard import GuardEstimator
-from mechlens.methods.probing.beyond_words import folds_of, ranked
 from mechlens.methods.probing.confounds import find_confounds, warn_of_confounds
 from mechlens.methods.probing.detect import detect
+from mechlens.methods.probing.within_folds import auroc_gain, folds_of
 from mechlens.methods.statistics.effect_size import effect_estimate, hedges_g
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
@@ -78,12 +78,12 @@ def test_where_the_token_alone_ties_the_next_position_is_tried() -> None:
     assert "token" in next(one for one in found.ahead if one.position == "inst").ties
 
 
-def test_prompts_that_nothing_tells_apart_tie_over_all_folds() -> None:
+def test_what_tells_as_much_ties_though_a_fit_shifts_with_the_prompts_it_holds_out() -> None:
     contrast = drawn(TOKEN_ONLY)
     marks = contrast.acts.at(0, "inst")[:, 0].double()
     folds = folds_of(contrast.positive, contrast.acts.families, 0)
-    shifted = folds.scored(lambda fit, _: ranked(marks + folds.positive[fit].double().mean() * 1e-3))
-    assert len(shifted.unique()) == 2
+    shifted = folds.scored(lambda fit, _: marks + folds.positive[fit].double().mean() * 1e-3)
+    assert auroc_gain(marks[None].expand(6, -1), shifted, folds).value == 0.0
 
 
 def test_detection_alone_knows_the_token_and_never_takes_it() -> None:

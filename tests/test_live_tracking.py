@@ -221,7 +221,7 @@ def test_what_is_read_stands_beside_the_words_and_an_untrained_network(
         assert table.loc[(step, "mood.gain.inst")]["low"] <= 0
     reference = load(Path(run.args.output_dir) / REFERENCE_FILE, LiveReference)
     assert len(reference.floors) == 2
-    assert reference.floors[0].of("tfidf").shape == (3, 48)
+    assert reference.floors[0].of("tfidf").shape == (6, 48)
 
 
 def test_a_reference_of_an_earlier_version_has_no_floor(
@@ -229,11 +229,12 @@ def test_a_reference_of_an_earlier_version_has_no_floor(
 ) -> None:
     run, watching = trained
     assert watching.reference is not None
-    old = replace(watching.reference, floors=())
-    save(old, tmp_path / REFERENCE_FILE)
-    found = live_numbers(run.model, watching.watched, load(tmp_path / REFERENCE_FILE, LiveReference), 4)
-    assert "auroc.inst.frozen" in found
-    assert "gain.inst" not in found
+    three = [replace(floor, names=floor.names[::2], scores=floor.scores[::2]) for floor in watching.reference.floors]
+    for floors in ((), tuple(three)):  # none, or of three divisions into folds, where pairs of one fold are of several
+        save(replace(watching.reference, floors=floors), tmp_path / REFERENCE_FILE)
+        found = live_numbers(run.model, watching.watched, load(tmp_path / REFERENCE_FILE, LiveReference), 4)
+        assert "auroc.inst.frozen" in found
+        assert "gain.inst" not in found
 
 
 def test_blocks_that_can_t_be_drawn_leave_the_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,10 +30,11 @@ from mechlens.methods.directions.methods import grid_by
 from mechlens.methods.directions.nulls import shuffled_like, split_half
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.methods.probing.beliefs import beliefs, centroids
-from mechlens.methods.probing.beyond_words import folds_of, levels_of, read_vectors
+from mechlens.methods.probing.beyond_words import levels_of, read_vectors
 from mechlens.methods.probing.detect import detect
 from mechlens.methods.probing.out_of_fold import out_of_fold_scores
 from mechlens.methods.probing.readouts import fit_readouts
+from mechlens.methods.probing.within_folds import folds_of
 from mechlens.methods.statistics.effects import Effect, cosine_curve
 from mechlens.methods.statistics.resample import family_folds, one_thread
 from mechlens.methods.steering.interventions import residual_norms

@@ -14,18 +14,9 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations, column_of, one_cell
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
-from mechlens.methods.probing.beyond_words import (
-    Folds,
-    auroc_gain,
-    folds_of,
-    levels_of,
-    mean_auroc,
-    ranked,
-    read_tokens,
-    read_vectors,
-    read_words,
-)
+from mechlens.methods.probing.beyond_words import levels_of, read_vectors, read_words
 from mechlens.methods.probing.confounds import Confound
+from mechlens.methods.probing.within_folds import Folds, auroc_gain, folds_of, mean_auroc
 from mechlens.methods.statistics.effect_size import mean_effect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
@@ -110,7 +101,7 @@ def surface_scores(
     def length(fit: list[int], _: int) -> Tensor:
         numbers, own = n_tokens.double(), folds.positive[fit]
         longer = numbers[fit][own].mean() >= numbers[fit][~own].mean()
-        return ranked(numbers if longer else -numbers)
+        return numbers if longer else -numbers
 
     found = {
         "tfidf": read_words(texts, folds),
@@ -139,12 +130,13 @@ def ahead_at(acts: Activations, contrast: tuple[str, str], position: str, surfac
         else:
             cell = one_cell(acts, levels[row], name).select(fit)
             line = grid_by(cell, *contrast, method).vectors[0, 0].double()
-        return folds.centred(values @ line, fit)
+        scores = values @ line
+        return scores - folds.middle(scores, fit)
 
     ours = folds.scored(read, levels_of(column, folds))
     others = dict(surface.scores)
     if token_read(acts):
-        others[TOKEN] = read_tokens(acts.at(0, name), folds)
+        others[TOKEN] = read_vectors(acts.at(0, name)[:, None], folds)
     return Ahead(
         position=name,
         auroc=mean_auroc(ours, folds),

@@ -109,23 +109,38 @@ def auroc_estimate(
 def auroc_bounds(
     scores: Float[Tensor, "*cell prompt"], positive: Bool[Tensor, " prompt"], families: Sequence[str]
 ) -> Interval:
-    """95% interval of the AUROC of every cell, by prompt families; from 0 to 1 below `MIN_FAMILIES` of a class.
+    """95% interval of the AUROC of every cell, the scores frozen; see `bounds_of`.
 
-    All areas that are no farther from the measured one than their own standard error times Student's t (Newcombe
-    2006, method 5, on Hanley & McNeil's variance), that variance scaled by how much more, or less, the families'
-    placement values vary than independent prompts' would (Obuchowski 1997). It has a width at an area of 1 too. Of
-    intervals for 10 to 50 prompts a class, alone, in pairs or in families of one class, 95% to 98.5% hold the
+    Of intervals for 10 to 50 prompts a class, alone, in pairs or in families of one class, 95% to 98.5% hold the
     truth (`scripts/error_rates_separate.py --coverage`), where a percentile bootstrap of few prompts holds too little.
     """
     cells = scores.double().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
     value = auroc(cells, positive)
+    parts = (placements(cells, positive) - value[:, None]) / _class_sizes(positive)
+    low, high = bounds_of(value, parts, positive, families, pairs=float(positive.sum() * (~positive).sum()))
+    return Interval(low=low.reshape(scores.shape[:-1]), high=high.reshape(scores.shape[:-1]))
+
+
+def bounds_of(
+    value: Float[Tensor, " cell"],
+    parts: Float[Tensor, "cell prompt"],
+    positive: Bool[Tensor, " prompt"],
+    families: Sequence[str],
+    pairs: float,
+) -> Interval:
+    """95% interval of AUROCs, by prompt families; from 0 to 1 below `MIN_FAMILIES` of a class.
+
+    All areas that are no farther from the measured one than their own standard error times Student's t (Newcombe
+    2006, method 5, on Hanley & McNeil's variance), that variance scaled by how much more, or less, `parts` vary by
+    family than by prompt: what each prompt adds to the error of the area (of its placement value, over the prompts of
+    its class: DeLong et al. 1988, Obuchowski 1997). It has a width at an area of 1 too. `pairs` are how many pairs of
+    prompts were compared.
+    """
     least = fewest_families(positive, families)
     if least < MIN_FAMILIES:
-        low, high = torch.where(value.isnan(), value, 0.0), torch.where(value.isnan(), value, 1.0)
-    else:
-        reach = float(stats.t.ppf(0.975, least - 1)) * _family_effect(cells, positive, families, value).sqrt()
-        low, high = _farthest(value, reach, positive)
-    return Interval(low=low.reshape(scores.shape[:-1]), high=high.reshape(scores.shape[:-1]))
+        return Interval(*(torch.where(value.isnan(), value, bound) for bound in (0.0, 1.0)))
+    reach = float(stats.t.ppf(0.975, least - 1)) * _family_effect(parts, positive, families).sqrt()
+    return Interval(*_farthest(value, reach, positive, pairs))
 
 
 def auroc_difference(
@@ -145,35 +160,32 @@ def auroc_difference(
     if bool(areas.isnan().any()) or least < MIN_FAMILIES:
         return Estimate.missing(len(positive))
     shares = placements(both, positive)
-    sums = family_sums(((shares[0] - shares[1]) - (areas[0] - areas[1]))[None], positive, families)[0]
+    parts = ((shares[0] - shares[1]) - (areas[0] - areas[1])) / _class_sizes(positive)
+    sums = family_sums(parts[None], families)[0]
     error = max(math.sqrt(float(sums.square().sum()) * len(sums) / (len(sums) - 1)), 0.5 / len(positive))
     value, reach = float(areas[0] - areas[1]), float(stats.t.ppf(0.975, least - 1)) * error
     return Estimate(value, value - reach, value + reach, len(positive))
 
 
-def family_sums(
-    deviations: Float[Tensor, "cell prompt"], positive: Bool[Tensor, " prompt"], families: Sequence[str]
-) -> Float[Tensor, "cell family"]:
-    """What each family adds to the mean over its prompts' classes."""
+def family_sums(parts: Float[Tensor, "cell prompt"], families: Sequence[str]) -> Float[Tensor, "cell family"]:
+    """Sum over the prompts of each family."""
     codes, n_families = family_codes(families)
-    counts = torch.where(positive, positive.sum(), (~positive).sum()).double()
-    empty = torch.zeros(len(deviations), n_families, dtype=torch.float64)
-    return empty.index_add_(1, codes, deviations / counts)
+    return torch.zeros(len(parts), n_families, dtype=torch.float64).index_add_(1, codes, parts)
 
 
 def _family_effect(
-    scores: Float[Tensor, "cell prompt"],
-    positive: Bool[Tensor, " prompt"],
-    families: Sequence[str],
-    value: Float[Tensor, " cell"],
+    parts: Float[Tensor, "cell prompt"], positive: Bool[Tensor, " prompt"], families: Sequence[str]
 ) -> Float[Tensor, " cell"]:
     """Variance of the AUROC by families over that of independent prompts; 1 where neither varies."""
-    deviation = placements(scores, positive) - value[:, None]
-    sums = family_sums(deviation, positive, families)
+    sums, n = family_sums(parts, families), _class_sizes(positive)
     clustered = sums.square().sum(dim=1) * sums.shape[1] / (sums.shape[1] - 1)
-    counts = torch.where(positive, positive.sum(), (~positive).sum()).double()
-    independent = (deviation.square() / (counts * (counts - 1))).sum(dim=1)
+    independent = (parts.square() * n / (n - 1)).sum(dim=1)
     return torch.where(independent > 0, clustered / independent, 1.0)
+
+
+def _class_sizes(positive: Bool[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
+    """How many prompts are of each prompt's class."""
+    return torch.where(positive, positive.sum(), (~positive).sum()).double()
 
 
 def placements(scores: Float[Tensor, "cell prompt"], positive: Bool[Tensor, " prompt"]) -> Float[Tensor, "cell prompt"]:
@@ -188,16 +200,16 @@ def placements(scores: Float[Tensor, "cell prompt"], positive: Bool[Tensor, " pr
 
 
 def _farthest(
-    value: Float[Tensor, " cell"], reach: Float[Tensor, " cell"], positive: Bool[Tensor, " prompt"]
+    value: Float[Tensor, " cell"], reach: Float[Tensor, " cell"], positive: Bool[Tensor, " prompt"], pairs: float
 ) -> Float[Tensor, "2 cell"]:
     """The areas nearest to 0 and to 1 that lie within `reach` of their own standard errors of `value`, by bisection."""
-    m, n = int(positive.sum()), int((~positive).sum())
+    prompts = (1 / int(positive.sum()) + 1 / int((~positive).sum())) / 2
     inside = value.expand(2, -1)
     outside = torch.tensor([[0.0], [1.0]], dtype=value.dtype).expand_as(inside)
     for _ in range(40):
         area = (inside + outside) / 2
-        spread = 1 + ((m + n) / 2 - 1) * ((1 - area) / (2 - area) + area / (1 + area))
-        error = (area * (1 - area) * spread / (m * n)).sqrt()
+        spread = 1 / pairs + (prompts - 1 / pairs) * ((1 - area) / (2 - area) + area / (1 + area))
+        error = (area * (1 - area) * spread).sqrt()
         holds = (area - value).abs() <= reach * error
         inside, outside = torch.where(holds, area, inside), torch.where(holds, outside, area)
     return inside

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.methods.probing.beyond_words import Folds, folds_of, mean_auroc, ranked
+from mechlens.methods.probing.within_folds import Folds, folds_of, mean_auroc
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import fewest_families
 from mechlens.prompts.prompt import Prompt
@@ -118,14 +118,14 @@ def _reader(values: Values, folds: Folds) -> Callable[[list[int], int], Float[Te
         numbers = torch.tensor(values, dtype=torch.float64)
         own = folds.positive[fit]
         longer = float(numbers[fit][own].mean()) >= float(numbers[fit][~own].mean())
-        return ranked(numbers if longer else -numbers)
+        return numbers if longer else -numbers
 
     def by_text(fit: list[int], _: int) -> Tensor:
         counts: dict[object, list[int]] = {}
         for i in fit:
             counts.setdefault(values[i], [0, 0])[int(folds.positive[i])] += 1
         odds = {text: math.log((up + 0.5) / (down + 0.5)) for text, (down, up) in counts.items()}
-        return ranked(torch.tensor([odds.get(text, 0.0) for text in values], dtype=torch.float64))
+        return torch.tensor([odds.get(text, 0.0) for text in values], dtype=torch.float64)
 
     return by_text if isinstance(values[0], str) else by_size
 

@@ -19,8 +19,9 @@ from mechlens.methods.directions.methods import grid_by
 from mechlens.methods.directions.nulls import split_half
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
-from mechlens.methods.probing.beyond_words import auroc_gain, mean_auroc, read_vectors
+from mechlens.methods.probing.beyond_words import read_vectors
 from mechlens.methods.probing.detect import detect
+from mechlens.methods.probing.within_folds import auroc_gain, mean_auroc
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
@@ -85,7 +86,7 @@ class LiveReference:
     watched: str
     """Fingerprint of the prompts that it was made from."""
     floors: tuple[LiveFloor, ...] = ()
-    """One for each position; none in references of earlier versions."""
+    """One for each position; none in references of earlier versions, or rows of other folds, which aren't read."""
 
 
 def watch(
@@ -176,7 +177,9 @@ def live_numbers(module: Any, watched: LivePrompts, reference: LiveReference, st
     for asked, direction, threshold in zip(watched.positions, reference.directions, reference.thresholds, strict=True):
         numbers |= _at_position(asked, direction, threshold, train, test, watched.plan)
     for asked, direction, floor in zip(watched.positions, reference.directions, reference.floors, strict=False):
-        numbers |= _beyond_words(asked, _question(watched, direction.position), acts, direction.level, floor)
+        question = _question(watched, direction.position)
+        if len(floor.of("tfidf")) == len(question.folds.parts):
+            numbers |= _beyond_words(asked, question, acts, direction.level, floor)
     if watched.refusal_tokens:
         odds = refusal_log_odds(logits, watched.refusal_tokens)[list(watched.split.test)]
         for label in contrast:

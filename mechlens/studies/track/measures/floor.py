@@ -75,7 +75,7 @@ def measured_floor(
     that is asked; what is kept depends on the concepts' labels too.
     """
     labels = [question.concept.labels for question in asked]
-    key = hashlib.sha256(f"floor, tokens by rank {key} {labels} {networks} {seed}".encode()).hexdigest()
+    key = hashlib.sha256(f"floor inside folds {key} {labels} {networks} {seed}".encode()).hexdigest()
     piece = cache.get(key) if cache is not None and key else None
     if piece is not None:
         return Floor.from_piece(piece)

@@ -13,16 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.probing.beyond_words import (
-    Folds,
-    auroc_gain,
-    folds_of,
-    levels_of,
-    mean_auroc,
-    read_tokens,
-    read_vectors,
-    read_words,
-)
+from mechlens.methods.probing.beyond_words import levels_of, read_vectors, read_words
+from mechlens.methods.probing.within_folds import Folds, auroc_gain, folds_of, mean_auroc
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import of_sample, one_thread, sample_and_resamples
 from mechlens.studies.track.measures.reference import TrackedConcept
@@ -69,7 +61,7 @@ def surface_floor(
     return {
         "tfidf": read_words([texts[i] for i in asked.rows], asked.folds),
         "mean_embedding": read_vectors(mean_embeddings[asked.rows, None], asked.folds),
-        "token": read_tokens(tokens[asked.rows], asked.folds),
+        "token": read_vectors(tokens[asked.rows, None], asked.folds),
     }
 
 
