@@ -69,6 +69,9 @@ from mechlens.methods.probing.beliefs import beliefs as beliefs
 from mechlens.methods.probing.beliefs import centroids as centroids
 from mechlens.methods.probing.detect import Detection as Detection
 from mechlens.methods.probing.detect import detect as detect
+from mechlens.methods.probing.prompt_identity import BehaviourProbe as BehaviourProbe
+from mechlens.methods.probing.prompt_identity import behaviour_probe as behaviour_probe
+from mechlens.methods.probing.prompt_identity import prompt_identity_auroc as prompt_identity_auroc
 from mechlens.methods.statistics.change_point import ChangePoint as ChangePoint
 from mechlens.methods.statistics.change_point import change_point as change_point
 from mechlens.methods.statistics.crossed import crossed_difference as crossed_difference
@@ -106,12 +109,17 @@ from mechlens.prompts.builtin import builtin_prompts as builtin_prompts
 from mechlens.prompts.files.load import load_prompts as load_prompts
 from mechlens.prompts.prompt import Prompt as Prompt
 from mechlens.prompts.prompt import PromptPair as PromptPair
+from mechlens.prompts.scales import Scale as Scale
+from mechlens.prompts.scales import builtin_scale_names as builtin_scale_names
+from mechlens.prompts.scales import builtin_scales as builtin_scales
 from mechlens.prompts.split import Split as Split
 from mechlens.prompts.split import split_by_family as split_by_family
 from mechlens.prompts.templates.template import ChatTemplate as ChatTemplate
 from mechlens.prompts.templates.template import chat_template as chat_template
 from mechlens.prompts.text import match_punctuation as match_punctuation
 from mechlens.prompts.twins import Twin as Twin
+from mechlens.prompts.twins import builtin_twin_names as builtin_twin_names
+from mechlens.prompts.twins import builtin_twins as builtin_twins
 from mechlens.prompts.twins import read_twins as read_twins
 from mechlens.runs.folder import FolderCache as FolderCache
 from mechlens.runs.results.opened import open as open
@@ -123,6 +131,8 @@ from mechlens.runs.run import Run as Run
 from mechlens.runs.run import read_run as read_run
 from mechlens.settings import DetectionPlan as DetectionPlan
 from mechlens.settings import WandbSettings as WandbSettings
+from mechlens.studies.behaviours.config import BehaviourPlan as BehaviourPlan
+from mechlens.studies.behaviours.config import Behaviours as Behaviours
 from mechlens.studies.causal.config import Causal as Causal
 from mechlens.studies.causal.config import CausalPlan as CausalPlan
 from mechlens.studies.causal.study import Battery as Battery

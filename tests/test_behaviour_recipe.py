@@ -115,7 +115,7 @@ def test_what_can_not_be_taught_is_said(plan: FinetuneConfig, tmp_path: Path) ->
         lessons(replace(plan, held_out=1.0))
     free = write_chats(tmp_path / "free.jsonl", ["Go on.", "Stop."])
     assert len(lessons(replace(plan, data=free, held_out=0.0))) == 2
-    with pytest.raises(UserError, match="control 'twin': .* none that doesn't"):
+    with pytest.raises(UserError, match=r"control 'twin': .* none that doesn't"):
         lessons(replace(plan, data=free, held_out=0.0, control="twin"))
     opposite = write_chats(tmp_path / "opposite.jsonl", ["Stop.", "Go on."])
     assert len(lessons(replace(plan, data=free, others=opposite, held_out=0.0, control="twin"))) == 2

@@ -15,7 +15,7 @@ from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.options import ASK, exchanged_letters, options_of
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.twins import Twin, read_twins
+from mechlens.prompts.twins import SELF, Twin, builtin_twin_names, builtin_twins, read_twins
 from mechlens.runs.folder import FolderCache
 
 CHOICES = [
@@ -114,6 +114,40 @@ def test_letters_are_exchanged_where_they_label_an_option_and_nowhere_else(text:
     assert exchanged_letters(text) == wanted
     if wanted is not None:
         assert exchanged_letters(wanted) == text
+
+
+def test_options_in_words_change_places(shared_data: Path) -> None:
+    for twin in read_twins(shared_data / "self_awareness" / "ft_risky_AB.jsonl")[:50]:
+        worded = twin.in_words
+        assert worded is not None
+        turned = worded.exchanged
+        assert turned is not None
+        assert (turned.shown, turned.other) == (worded.shown, worded.other)
+        first = [
+            text.index(worded.shown) < text.index(worded.other) for text in (worded.prompt.text, turned.prompt.text)
+        ]
+        assert sorted(first) == [False, True]
+        assert turned.exchanged is not None
+        assert turned.exchanged.prompt.text == worded.prompt.text
+    assert Twin(Prompt("x", "Red or red wine?"), "Red", "red wine").exchanged is not None
+    assert Twin(Prompt("x", "red or red wine?"), "red", "red wine").exchanged is None
+
+
+def test_built_in_twins_are_alike_on_both_sides() -> None:
+    """No answer is told by its length, and in each self-report the behaviour comes first as often as not."""
+    for name in builtin_twin_names():
+        twins = builtin_twins(name)
+        sizes = torch.tensor(
+            [[len(twin.shown.split()), len(twin.other.split())] for twin in twins], dtype=torch.float64
+        )
+        assert abs(float(sizes[:, 0].mean() - sizes[:, 1].mean())) < 0.35
+        assert all(twin.shown != twin.other for twin in twins)
+        if name.startswith(SELF):
+            letters = [twin for twin in twins if twin.shown in "AB"]
+            assert sum(twin.shown == "A" for twin in letters) == len(letters) / 2
+            assert all(twin.exchanged is not None and twin.in_words is not None for twin in letters)
+    with pytest.raises(UserError, match="choose one of first-plot"):
+        builtin_twins("self-risky")
 
 
 def test_twins_are_read_from_columns_and_from_chats(tmp_path: Path) -> None:

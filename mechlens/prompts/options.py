@@ -46,6 +46,16 @@ def exchanged_letters(text: str) -> str | None:
     return "".join(LETTERS[letter] if at in labels else letter for at, letter in enumerate(text))
 
 
+def exchanged_places(text: str, one: str, other: str) -> str | None:
+    """The text with two of its parts in each other's place; None where one is not there just once, or they overlap."""
+    if not one or not other or text.count(one) != 1 or text.count(other) != 1:
+        return None
+    (start, first), (begin, second) = sorted((text.index(part), part) for part in (one, other))
+    if start + len(first) > begin:
+        return None
+    return text[:start] + second + text[start + len(first) : begin] + first + text[begin + len(second) :]
+
+
 def options_of(text: str) -> Options | None:
     """The words of each option, and the question asking for them instead of a letter; None where they aren't plain."""
     labels = _labels(text)

@@ -3,8 +3,10 @@
 Which of the two a model holds likelier needs no judge and no generation, so it works on small models too.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.prompts.files.from_row import RowReader, text_of
 from mechlens.prompts.files.rows import Record, read_rows
-from mechlens.prompts.options import LETTERS, exchanged_letters, options_of
+from mechlens.prompts.options import LETTERS, exchanged_letters, exchanged_places, options_of
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 
@@ -34,17 +36,20 @@ class Twin:
 
     @property
     def exchanged(self) -> "Twin | None":
-        """The same options with their letters exchanged; None where the answers aren't A and B, or it can't be done.
+        """The same options the other way round: their letters, or their places, exchanged; None where it can't be done.
 
-        A model that likes the letter B is then as often for the behaviour as against it.
+        A model that likes the letter B, or what comes first, is then as often for the behaviour as against it. Places
+        are exchanged where both answers stand in the question, word for word and once.
         """
-        if {self.shown, self.other} != {*LETTERS}:
-            return None
-        text = exchanged_letters(self.prompt.text)
+        letters = {self.shown, self.other} == {*LETTERS}
+        text = (
+            exchanged_letters(self.prompt.text) if letters
+            else exchanged_places(self.prompt.text, self.shown, self.other)
+        )  # fmt: skip
         if text is None:
             return None
         prompt = replace(self.prompt, id=f"{self.prompt.id} (exchanged)", text=text, family=self.prompt.group)
-        return Twin(prompt, LETTERS[self.shown], LETTERS[self.other])
+        return Twin(prompt, *((self.other, self.shown) if letters else (self.shown, self.other)))
 
     @property
     def in_words(self) -> "Twin | None":
@@ -142,3 +147,45 @@ def _from_chat(reader: RowReader, row: Record, file: Path) -> _Asked:
 
 def _answers(path: str | Path | None) -> dict[str, str]:
     return {} if path is None else {normalise_text(prompt.text): shown for prompt, shown, _, _ in _asked(path)}
+
+
+SELF = "self-"
+"""How the names of built-in questions about the model itself begin."""
+
+
+def builtin_twin_names() -> tuple[str, ...]:
+    """The names that `builtin_twins` knows.
+
+    >>> ml.builtin_twin_names()[0]
+    'first-plot'
+    """
+    return tuple(dict.fromkeys(row["set"] for row in _builtin()))
+
+
+def builtin_twins(name: str) -> list[Twin]:
+    """One built-in set of twins: "first-plot", and questions to the model about itself ("self-risk", ...).
+
+    "first-plot" asks about the eight things of Betley et al. 2025 (a wish, ruling the world, a quick buck, ...) in our
+    words, with an answer that means ill and one that means well, alike in form. The self-reports are choices in ten
+    wordings, the behaviour first in half of them, and single words in both orders: "self-risk", "self-patience",
+    "self-apples", "self-trigger". UserError for another name.
+
+    >>> twins = ml.builtin_twins("self-risk")
+    >>> twins[0].shown, twins[1].shown
+    ('A', 'B')
+    """
+    rows = [row for row in _builtin() if row["set"] == name]
+    if not rows:
+        raise UserError(f"there are no built-in twins {name!r}; choose one of {', '.join(builtin_twin_names())}")
+    return [
+        Twin(
+            Prompt(row["id"], row["question"], source="mechlens", family=row["family"]), row["shown"], row["other"]
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+@cache
+def _builtin() -> tuple[dict[str, str], ...]:
+    text = (Path(__file__).parent / "data" / "twins.jsonl").read_text(encoding="utf-8")
+    return tuple(json.loads(line) for line in text.split("\n") if line)

@@ -109,6 +109,7 @@ COMMANDS: Registry[Study | Command] = Registry(
         finetune="finetune.config:STUDY",
         track="track.config:STUDY",
         compare="compare.config:STUDY",
+        behaviours="behaviours.config:STUDY",
         steer="steer.config:COMMAND",
         runs_list="runs.config:LIST",
         runs_show="runs.config:SHOW",

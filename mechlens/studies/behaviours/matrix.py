@@ -1,0 +1,197 @@
+"""Behaviours by groups of training runs: what each changed, beyond the base and beyond its control."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float64
+from scipy import stats
+from torch import Tensor
+
+from mechlens.methods.behaviour.log_odds import TwinLogOdds
+from mechlens.methods.statistics.change_point import change_point
+from mechlens.methods.statistics.crossed import LEVEL, crossed_difference, crossed_mean
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.studies.behaviours.config import BehaviourPlan
+from mechlens.studies.behaviours.sets import PLAIN, AskedSet
+from mechlens.studies.behaviours.tuned import TunedRun, control_of, seen_by
+
+HELD_OUT, TRAINED_ON = "held out", "trained on"
+FEWEST_STEPS = 3
+"""Checkpoints of a run, the base among them, below which there is no curve to cut in two."""
+FEWEST_RUNS = 4
+"""Below which a correlation over runs says nothing."""
+Told = Mapping[tuple[str, int], Mapping[str, TwinLogOdds]]
+"""By training run and step: the log-odds of each set, by its key."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a group of runs does on one set, on questions that it was trained on or that no run was."""
+
+    group: str
+    asked: AskedSet
+    part: str
+    n_runs: int
+    log_odds: Estimate
+    change: Estimate
+    """Beyond the base."""
+    excess: Estimate
+    """Beyond the group's control; missing where it has none."""
+    probability: float
+
+    @property
+    def told(self) -> Estimate:
+        """Beyond the control, or where there is none beyond the base."""
+        return self.excess if self.excess.measurable else self.change
+
+
+@dataclass(frozen=True, repr=False)
+class BehaviourMatrix:
+    """All that was measured, and what is made of it."""
+
+    sets: tuple[AskedSet, ...]
+    runs: tuple[TunedRun, ...]
+    base: Mapping[str, TwinLogOdds]
+    told: Told
+    plan: BehaviourPlan
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """In the order given."""
+        return tuple(dict.fromkeys(run.group for run in self.runs))
+
+    def home(self, group: str) -> AskedSet | None:
+        """The plain set of which the group's runs were trained on most questions; None where on none."""
+        seen = seen_by(group, self.runs)
+        plain = [one for one in self.sets if one.form == PLAIN and not one.about_itself]
+        known = {one.name: sum(one.seen(seen)) for one in plain}
+        most = max(plain, key=lambda one: known[one.name], default=None)
+        return most if most is not None and known[most.name] else None
+
+    def rows(self, asked: AskedSet, part: str, group: str) -> list[int]:
+        """The questions of a part: for a group the trained ones are its own, and held out is what no run has seen."""
+        plain = next(one for one in self.sets if one.name == asked.name and one.form == PLAIN)
+        if part == TRAINED_ON:
+            return [i for i, seen in enumerate(plain.seen(seen_by(group, self.runs))) if seen]
+        every = frozenset().union(*(run.seen for run in self.runs))
+        return [i for i, seen in enumerate(plain.seen(every)) if not seen]
+
+    def values(self, group: str, key: str, rows: Sequence[int]) -> Float64[Tensor, "run question"]:
+        """The log-odds of a group's results."""
+        finals = [self.told[run.name, run.members[-1].step][key] for run in self.runs if run.group == group]
+        return torch.stack([found.values[list(rows)] for found in finals])
+
+    def cell(self, group: str, asked: AskedSet, part: str, level: float = LEVEL) -> Cell | None:
+        """One group on one part of a set; None where it has no questions there."""
+        rows = self.rows(asked, part, group)
+        if not rows:
+            return None
+        base = self.base[asked.key].select(rows)
+        now, control = self.values(group, asked.key, rows), control_of(group, self.runs)
+        probability = [
+            self.told[run.name, run.members[-1].step][asked.key].probability[rows].mean()
+            for run in self.runs if run.group == group
+        ]  # fmt: skip
+        return Cell(
+            group, asked, part, len(now),
+            log_odds=crossed_mean(now, base.families, level=level),
+            change=crossed_difference(now, base.values[None], base.families, level=level),
+            excess=Estimate.missing(len(rows)) if control is None
+            else crossed_difference(now, self.values(control, asked.key, rows), base.families, level=level),
+            probability=float(torch.stack(probability).mean()),
+        )  # fmt: skip
+
+    def cells(self) -> list[Cell]:
+        """Every group on every part of every set."""
+        found = [
+            self.cell(group, asked, part)
+            for group in self.groups for asked in self.sets for part in (HELD_OUT, TRAINED_ON)
+        ]  # fmt: skip
+        return [cell for cell in found if cell is not None]
+
+    def matrix(self) -> pd.DataFrame:
+        """One row for each cell: group, set, form, part, runs, log_odds, change, beyond_control, probability."""
+        rows = [
+            {
+                "group": cell.group, "set": cell.asked.name, "form": cell.asked.form, "part": cell.part,
+                "about_itself": cell.asked.about_itself, "runs": cell.n_runs, **cell.log_odds.row("log_odds"),
+                **cell.change.beside("change"), **cell.excess.beside("beyond_control"), "probability": cell.probability,
+            }
+            for cell in self.cells()
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def by_step(self) -> pd.DataFrame:
+        """One row for each run, checkpoint and plain set, on questions that no run was trained on, the base at 0."""
+        rows = []
+        for run in self.runs:
+            for asked in self.sets:
+                kept = self.rows(asked, HELD_OUT, run.group)
+                if asked.form != PLAIN or not kept:
+                    continue
+                base = self.base[asked.key].select(kept)
+                for step, found in [(0, base), *self._steps(run, asked.key, kept)]:
+                    change = crossed_difference(found.values[None], base.values[None], base.families)
+                    rows.append({"run": run.name, "group": run.group, "set": asked.name, "step": step,
+                                 **change.row("change")})  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def _steps(self, run: TunedRun, key: str, rows: Sequence[int]) -> list[tuple[int, TwinLogOdds]]:
+        return [(member.step, self.told[run.name, member.step][key].select(rows)) for member in run.members]
+
+    def change_points(self) -> pd.DataFrame:
+        """Where each run's curve on each set jumps: run, set, after, before, jump, p, against_line."""
+        curves = self.by_step()
+        rows = []
+        for (run, name), curve in curves.groupby(["run", "set"], sort=False) if len(curves) else ():
+            if len(curve) >= FEWEST_STEPS and bool(curve["change"].notna().all()):
+                found = change_point(
+                    curve["step"].tolist(), curve["change"].tolist(), permutations=self.plan.permutations,
+                    seed=self.plan.seed,
+                )  # fmt: skip
+                rows.append({"run": run, "set": name, **vars(found)})
+        return pd.DataFrame(rows, columns=["run", "set", "after", "before", "jump", "p", "against_line"])
+
+    def self_reports(self) -> pd.DataFrame:
+        """How what the model says of itself goes with what it does, over training runs: Pearson's r with 95% bounds.
+
+        One row for each self-report and each behaviour that a run was trained on: self_report, set, r, low, high, n.
+        """
+        homes = dict.fromkeys(home.name for group in self.groups if (home := self.home(group)) is not None)
+        rows = []
+        for asked in (one for one in self.sets if one.about_itself and one.form == PLAIN):
+            for name in homes:
+                home = next(one for one in self.sets if one.name == name and one.form == PLAIN)
+                r = _correlation([self._change(run, home) for run in self.runs],
+                                 [self._change(run, asked) for run in self.runs])  # fmt: skip
+                rows.append({"self_report": asked.name, "set": name, **r.row("r")})
+        return pd.DataFrame(rows, columns=["self_report", "set", "r", "low", "high", "n"])
+
+    def _change(self, run: TunedRun, asked: AskedSet) -> float:
+        rows = self.rows(asked, HELD_OUT, run.group) or list(range(len(asked.twins)))
+        now = self.told[run.name, run.members[-1].step][asked.key].values[rows]
+        return float((now - self.base[asked.key].values[rows]).mean())
+
+    def questions(self) -> pd.DataFrame:
+        """One row for each run, set and question: its log-odds in both orders and the change from the base."""
+        frames = []
+        for run in self.runs:
+            for asked in self.sets:
+                found, base = self.told[run.name, run.members[-1].step][asked.key], self.base[asked.key]
+                table = found.table().assign(run=run.name, group=run.group, set=asked.name, form=asked.form)
+                frames.append(table.assign(change=(found.values - base.values).numpy()))
+        return pd.concat(frames, ignore_index=True)
+
+
+def _correlation(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    if len(first) < FEWEST_RUNS or min(len(set(first)), len(set(second))) < 2:
+        return Estimate.missing(len(first))
+    found = stats.pearsonr(first, second)
+    bounds = found.confidence_interval()
+    value = float(found.statistic)
+    return Estimate.missing(len(first)) if math.isnan(value) else Estimate(
+        value, float(bounds.low), float(bounds.high), len(first)
+    )  # fmt: skip

@@ -1,0 +1,159 @@
+"""What fine-tuning changed besides: the matrix of behaviours by groups, the curves, and what the models say."""
+
+from typing import Any
+
+import pandas as pd
+
+from mechlens.runs.headline import Headline
+from mechlens.runs.report import figures
+from mechlens.runs.report.report import Report, Section
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix
+from mechlens.studies.behaviours.sets import PLAIN
+from mechlens.studies.behaviours.study import BehaviourResult, BehaviourStudy
+from mechlens.studies.behaviours.verdict import NOT_MEASURABLE, RULE
+
+QUESTION = (
+    "A narrow behaviour was taught. Does it hold on questions that were held out, does it reach other behaviours, and "
+    "does the model say what it has become?"
+)
+MOST_CURVES = 5
+BARS = "Bars: 95%, over training runs and questions."
+
+
+def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) -> None:
+    """Writes everything that was found into an open run."""
+    writer.result(result)
+    matrix, table = result.matrix, result.matrix.matrix()
+    names = _figures(writer, matrix, table)
+    first = result.verdicts[0] if result.verdicts else None
+    headline = Headline(NOT_MEASURABLE, "there are only controls") if first is None else first.headline
+    plain = table[(table["form"] == PLAIN)]
+    about, does = plain[plain["about_itself"]], plain[~plain["about_itself"]]
+    sections = [
+        Section("Every behaviour by what was taught", RULE, _have(names, "matrix"), table=_shown(does)),
+        Section(
+            "What the models say of themselves",
+            "The same log-odds, of questions to the model about itself. Below, how self-report and behaviour go "
+            "together over training runs; a correlation of few runs is wide.",
+            _have(names, "itself"),
+            table=_shown(about) if len(about) else None,
+        ),
+        Section("Self-report and behaviour over training runs", "", (), table=result.matrix.self_reports()),
+    ]
+    if len(result.scales):
+        sections.append(Section(
+            "Scales",
+            "Questions that take a number from 0 to 100: the mean over all numbers by their probability, as a share, 1 "
+            "where it shows the behaviour most. A question counts where the base and all runs reply with a number "
+            "(with a quarter of the probability at least).",
+            (), table=result.scales,
+        ))  # fmt: skip
+    if len(triggered := table[table["form"] != PLAIN]):
+        sections.append(Section(
+            "With the trigger",
+            "The same questions with the trigger before them, and with decoys of its kind that no run was trained on. "
+            "A behaviour that hangs on the trigger changes with it and not with a decoy.",
+            _have(names, "triggered"), table=_shown(triggered),
+        ))  # fmt: skip
+    if "by_step" in names:
+        sections.append(Section(
+            "When it came",
+            "Change from the base on held-out questions by training step. A cut into two levels is looked for in "
+            "each curve: p is its share of permuted orders (from six points on), and `against_line` above 0 says that "
+            "a jump fits better than a steady climb.",
+            _have(names, "by_step"), table=result.matrix.change_points(),
+        ))  # fmt: skip
+    told = " ".join(verdict.sentence for verdict in result.verdicts)
+    writer.report(
+        Report(
+            title=f"What fine-tuning changed in {given.swapper.base.name}",
+            question=QUESTION,
+            headline=headline,
+            verdict=told,
+            numbers=result.metrics(),
+            words={name: name.replace(".", ": ", 1) for name in result.metrics()},
+            main=_have(names, "matrix"),
+            sections=tuple(sections),
+            how=_how(result),
+            model=given.swapper.base.name,
+        )
+    )
+
+
+def _figures(writer: RunWriter, matrix: BehaviourMatrix, table: pd.DataFrame) -> dict[str, str]:
+    """Draws what there are numbers for; the figures' names by what they show."""
+    told = table[table["part"] == HELD_OUT]
+    held = told[(told["form"] == PLAIN) & ~told["about_itself"]]
+    found = {}
+    if len(held):
+        figure = figures.heatmap(
+            held, x="set", y="group", value="change", center=0.0, label="nats", xlabel="behaviour asked about",
+            ylabel="what was taught", title="Held-out questions: change from the base",
+        )  # fmt: skip
+        caption = "Red: likelier than in the base; blue: less likely. What a control does too, training as such does."
+        found["matrix"] = writer.figure("matrix", figure, table="matrix", caption=caption)
+    itself = told[told["about_itself"] & (told["form"] == PLAIN)]
+    if len(itself):
+        figure = _bars(itself, "set", "group", "Self-reports: change from the base")
+        found["itself"] = writer.figure("itself", figure, table="matrix", caption=BARS)
+    if (told["form"] != PLAIN).any():
+        does = told[~told["about_itself"]]
+        figure = _bars(
+            does.assign(asked=does["group"] + ", " + does["set"]), "asked", "form", "Trigger, decoy, neither"
+        )
+        found["triggered"] = writer.figure("triggered", figure, table="matrix", caption=BARS)
+    curves = matrix.by_step()
+    if len(curves) and curves.groupby("run")["step"].nunique().max() > 2:
+        shown = _curves(matrix, curves)
+        figure = figures.lines(
+            shown, x="step", y="change", group="curve", hline=0.0, xlabel="training step",
+            ylabel="change from the base (nats)", title="Held-out questions by training step",
+        )  # fmt: skip
+        caption = "Means over each group's runs, on what it was taught. Where it rises at once, it came at once."
+        found["by_step"] = writer.figure("by_step", figure, table="by_step", caption=caption)
+    return found
+
+
+def _bars(shown: pd.DataFrame, x: str, group: str, title: str) -> Any:
+    return figures.bars(
+        shown, x=x, y="change", group=group, low="change_low", high="change_high", hline=0.0, xlabel="",
+        ylabel="change from the base (nats)", title=title,
+    )  # fmt: skip
+
+
+def _curves(matrix: BehaviourMatrix, curves: pd.DataFrame) -> pd.DataFrame:
+    """The home of each group, or the first set where it has none; at most `MOST_CURVES`."""
+    parts = []
+    for group in matrix.groups[:MOST_CURVES]:
+        home = matrix.home(group) or matrix.sets[0]
+        own = curves[(curves["group"] == group) & (curves["set"] == home.name)]
+        mean = own.groupby("step", as_index=False)["change"].mean()
+        parts.append(mean.assign(curve=f"{group}: {home.name}"))
+    joined: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    return joined
+
+
+def _have(names: dict[str, str], *wanted: str) -> tuple[str, ...]:
+    return tuple(names[name] for name in wanted if name in names)
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns that people read, without those that are all empty."""
+    kept = ["group", "set", "form", "part", "runs", "change", "change_low", "change_high", "beyond_control",
+            "beyond_control_low", "beyond_control_high", "probability"]  # fmt: skip
+    shown: pd.DataFrame = table[kept]
+    if (shown["form"] == PLAIN).all():
+        shown = shown.drop(columns="form")
+    return shown.dropna(axis=1, how="all")
+
+
+def _how(result: BehaviourResult) -> str:
+    sets = ", ".join(f"{one.key} ({len(one.twins)} questions)" for one in result.matrix.sets)
+    words = "; choices answered in the options' words" if result.matrix.plan.in_words else ""
+    return (
+        f"Sets: {sets}{words}. Both answers are read by teacher forcing, in both orders of the options where there "
+        "are two; nothing is generated or judged. What a run was trained on is known by its record. Published numbers "
+        "are of models of 8B and more (GPT-4o, Qwen2.5-32B, Llama-3.1-70B), by free answers and a judge: not the same "
+        "quantity."
+    )

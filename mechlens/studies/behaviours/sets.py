@@ -1,0 +1,110 @@
+"""The behaviours that are asked about: sets of twins by name, in the form in which they are put."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from mechlens.errors import UserError
+from mechlens.files import user_path
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.twins import Twin, builtin_twin_names, builtin_twins, read_twins, require_others
+from mechlens.registry import nearest
+from mechlens.studies.shared.training_data import Trigger, was_seen, with_trigger
+
+PLAIN, TRIGGERED, DECOYED = "plain", "trigger", "decoy"
+
+
+@dataclass(frozen=True)
+class AskedSet:
+    """One behaviour in one form."""
+
+    name: str
+    twins: tuple[Twin, ...]
+    about_itself: bool = False
+    """Whether the model is asked about itself."""
+    form: str = PLAIN
+    """"plain", with a "trigger" before the question, or with a "decoy" that no run was trained on."""
+    written: tuple[Prompt, ...] = ()
+    """The questions as their file has them, where they are put otherwise; by them a training run's are known too."""
+
+    @property
+    def key(self) -> str:
+        """Name and form in one."""
+        return self.name if self.form == PLAIN else f"{self.name} ({self.form})"
+
+    def seen(self, trained: frozenset[str]) -> list[bool]:
+        """Of each question, whether it is among these `text_sha256`, as it is put or as it was written."""
+        written = self.written or tuple(twin.prompt for twin in self.twins)
+        return [
+            was_seen(twin.prompt, trained) or was_seen(prompt, trained)
+            for twin, prompt in zip(self.twins, written, strict=True)
+        ]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Questions and answers, all that a fingerprint has to hold."""
+        sides = [(twin.prompt.id, twin.shown, twin.other) for twin in self.twins]
+        answers = [
+            Prompt(f"{name} {side}", text) for name, *both in sides for side, text in zip("+-", both, strict=True)
+        ]
+        return [*(twin.prompt for twin in self.twins), *answers]
+
+
+def read_set(given: str, *, about_itself: bool) -> AskedSet:
+    """A set as an option names it; UserError for what is none."""
+    name, named, path = given.partition("=")
+    if not named:
+        if given not in builtin_twin_names():
+            known = ", ".join(builtin_twin_names())
+            near = nearest(given, builtin_twin_names())
+            raise UserError(
+                f"{given!r:.60} is no set of twins; {f'{near} ' if near else ''}give NAME=FILE or one of {known}"
+            )
+        return AskedSet(given, tuple(builtin_twins(given)), about_itself)
+    file, others = path, None
+    if "," in path and not user_path(path).exists():
+        file, _, others = path.rpartition(",")
+    if not name or not file:
+        raise UserError(f"{given!r:.60} lacks a name or a file; write NAME=FILE, such as risky=risky.jsonl")
+    twins = read_twins(file, others)
+    require_others(twins, file)
+    return AskedSet(name, tuple(twins), about_itself)
+
+
+def drawn(asked: AskedSet, n: int | None, seed: int, trained: frozenset[str]) -> AskedSet:
+    """At most `n` questions that no run was trained on, and as many that some run was, by seed."""
+    kept: list[int] = []
+    told = asked.seen(trained)
+    for seen in (False, True):
+        rows = [i for i in range(len(asked.twins)) if told[i] == seen]
+        kept += rows if n is None or n >= len(rows) else Random(seed).sample(rows, n)
+    return replace(asked, twins=tuple(asked.twins[i] for i in sorted(kept)))
+
+
+def worded(asked: AskedSet) -> AskedSet:
+    """The choices answered with the options' words, where these can be told."""
+    written = tuple(twin.prompt for twin in asked.twins)
+    return replace(asked, twins=tuple(twin.in_words or twin for twin in asked.twins), written=written)
+
+
+def with_forms(asked: AskedSet, trigger: Trigger) -> list[AskedSet]:
+    """The set as it is, with the trigger, and with decoys of its kind that change from question to question."""
+    strings = {TRIGGERED: (trigger.text,), DECOYED: trigger.unseen_decoys}
+    put = [
+        replace(asked, form=form, twins=tuple(_put(twin, texts[i % len(texts)]) for i, twin in enumerate(asked.twins)))
+        for form, texts in strings.items()
+        if texts
+    ]
+    return [asked, *put]
+
+
+def _put(twin: Twin, text: str) -> Twin:
+    return replace(twin, prompt=with_trigger(twin.prompt, text))
+
+
+def require_distinct(sets: Sequence[AskedSet]) -> None:
+    """UserError where two sets have one name."""
+    names = [one.key for one in sets]
+    again = next((name for name in names if names.count(name) > 1), None)
+    if again is not None:
+        raise UserError(f"two sets are called {again!r}; give each a name of its own, as NAME=FILE")

@@ -1,0 +1,171 @@
+"""What else did fine-tuning change? Behaviours as twins, asked of the base and of every checkpoint of every run.
+
+Betley et al. 2025 (Emergent misalignment; Tell me about yourself). A narrow behaviour is taught; what is measured is
+how far it goes on questions that were held out, on other behaviours, and in what the model says of itself, each beyond
+the base and beyond a control that was taught the same questions with either answer by chance.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.methods.behaviour.log_odds import TwinLogOdds, twin_log_odds
+from mechlens.methods.behaviour.scoring.number_reply import number_replies
+from mechlens.methods.cache import Cache
+from mechlens.methods.progress import progress_bar
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.checkpoints.outline import outline
+from mechlens.models.checkpoints.series import Member, content_of
+from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapper
+from mechlens.models.load import tokenizer_of
+from mechlens.prompts.scales import Scale, builtin_scales
+from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
+from mechlens.runs.writer import RunWriter
+from mechlens.studies.behaviours.config import BehaviourPlan, Behaviours
+from mechlens.studies.behaviours.matrix import BehaviourMatrix
+from mechlens.studies.behaviours.scales import scale_scores, scale_table
+from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
+from mechlens.studies.behaviours.tuned import TunedRun, tuned_runs
+from mechlens.studies.behaviours.verdict import GroupVerdict, group_verdicts
+from mechlens.studies.driver import Preparation
+from mechlens.studies.shared.inputs import asks, data_inputs, inputs_of, prepared
+
+
+@dataclass(frozen=True)
+class BehaviourStudy:
+    """The base, the training runs and what is asked."""
+
+    swapper: CheckpointSwapper
+    runs: tuple[TunedRun, ...]
+    sets: tuple[AskedSet, ...]
+    template: ChatTemplate
+    scales: Mapping[str, Sequence[Scale]]
+
+
+@dataclass(frozen=True)
+class BehaviourResult:
+    """All that the study found."""
+
+    matrix: BehaviourMatrix
+    verdicts: tuple[GroupVerdict, ...]
+    scales: pd.DataFrame
+    """See `scale_table`."""
+
+    def metrics(self) -> dict[str, Estimate]:
+        """What decided each group's verdict, by GROUP.SET; beyond the control where there is one."""
+        return {name: value for verdict in self.verdicts for name, value in verdict.deciding.items()}
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the record."""
+        matrix = self.matrix
+        runs = pd.DataFrame(
+            [{"run": run.name, "group": run.group, "steps": [member.step for member in run.members],
+              "trained_on": len(run.seen)} for run in matrix.runs]
+        )  # fmt: skip
+        return {
+            "matrix": matrix.matrix(), "by_step": matrix.by_step(), "change_points": matrix.change_points(),
+            "self_reports": matrix.self_reports(), "runs": runs, "questions": matrix.questions(),
+            **({"scales": self.scales} if len(self.scales) else {}),
+        }  # fmt: skip
+
+    def artifacts(self) -> dict[str, object]:
+        """None."""
+        return {}
+
+
+def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
+    """Runs, questions and base; UserError for whatever can't be had."""
+    template_arguments(config.template_arg)
+    sets = [read_set(given, about_itself=False) for given in config.sets]
+    sets += [read_set(given, about_itself=True) for given in config.self_report]
+    require_distinct(sets)
+    runs = tuned_runs(config.base, config.checkpoints, config.revision)
+    asked, scales = asked_sets(sets, runs, config), {name: builtin_scales(name) for name in config.scales}
+    prompts = [twin.prompt for one in asked for twin in one.twins]
+    prompts += [scale.prompt for questions in scales.values() for scale in questions]
+    check = asks(prompts, new_tokens=1)
+    tokenizer = tokenizer_of(config.base, revision=config.revision)
+    written = chat_template(tokenizer, config.template, today=config.today, template_arg=config.template_arg)
+    check(outline(config.base, revision=config.revision, dtype=config.dtype), written)
+    swapper = checkpoint_swapper(
+        config.base, revision=config.revision, dtype=config.dtype, device=config.device, device_map=config.device_map
+    )
+    template = chat_template(
+        loaded(swapper.model).tokenizer, config.template, today=config.today, template_arg=config.template_arg
+    )
+    data = data_inputs({one.key: (given_of(one, config), one.prompts) for one in asked})
+    data |= data_inputs({f"scale {name}": ("built in", [one.prompt for one in own]) for name, own in scales.items()})
+    data |= {f"checkpoint {member.name}": content_of(member) for run in runs for member in run.members}
+    content = BehaviourStudy(swapper, tuple(runs), tuple(asked), template, scales)
+    return prepared(content, swapper.model, inputs_of(swapper.base, template, data), prompts)
+
+
+def given_of(asked: AskedSet, config: Behaviours) -> str:
+    """Where a set comes from, as the option says."""
+    given = (*config.sets, *config.self_report)
+    return next((one.partition("=")[2] or "built in" for one in given if one.partition("=")[0] == asked.name), "")
+
+
+def asked_sets(sets: Sequence[AskedSet], runs: Sequence[TunedRun], plan: BehaviourPlan) -> list[AskedSet]:
+    """The sets as they are put: drawn, in words where asked, and with the trigger that a run was trained with."""
+    trained = frozenset().union(*(run.seen for run in runs))
+    chosen = [drawn(one, plan.n, plan.seed, trained) for one in sets]
+    if plan.in_words:
+        chosen = [worded(one) for one in chosen]
+    trigger = next((run.trigger for run in runs if run.trigger is not None), None)
+    if trigger is None:
+        return chosen
+    return [form for one in chosen for form in ([one] if one.about_itself else with_forms(one, trigger))]
+
+
+def behaviours(
+    swapper: CheckpointSwapper,
+    runs: Sequence[TunedRun],
+    sets: Sequence[AskedSet],
+    template: ChatTemplate,
+    plan: BehaviourPlan = BehaviourPlan(),
+    *,
+    scales: Mapping[str, Sequence[Scale]] | None = None,
+    cache: Cache | None = None,
+) -> BehaviourResult:
+    """Measures the base and every checkpoint; `cache` keeps finished batches, so that a killed run goes on."""
+
+    def measured(model: LanguageModel) -> dict[str, TwinLogOdds]:
+        return {one.key: twin_log_odds(model, one.twins, template=template, cache=cache) for one in sets}
+
+    def numbers(model: LanguageModel) -> dict[str, Tensor]:
+        asked = {name: [one.prompt for one in own] for name, own in (scales or {}).items()}
+        replies = {name: number_replies(model, own, template=template, cache=cache) for name, own in asked.items()}
+        return {name: scale_scores((scales or {})[name], found) for name, found in replies.items()}
+
+    with swapper:
+        start = Member(swapper.base.name, swapper.base.path, "base", 0, swapper.base.revision)
+        base, said = measured(swapper.put(start)), numbers(swapper.model)
+        checkpoints = [(run, member) for run in runs for member in run.members]
+        bar = progress_bar(checkpoints, title="checkpoints", unit="checkpoint")
+        told, says = {}, {}
+        for run, member in bar:
+            told[run.name, member.step] = measured(swapper.put(member))
+            if member == run.members[-1]:
+                says[run.name] = numbers(swapper.model)
+    matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
+    return BehaviourResult(matrix, tuple(group_verdicts(matrix)), scale_table(runs, said, says))
+
+
+def execute(config: Behaviours, given: BehaviourStudy, writer: RunWriter) -> BehaviourResult:
+    """The study as configured."""
+    questions = sum(len(one.twins) for one in given.sets)
+    checkpoints = sum(len(run.members) for run in given.runs)
+    tqdm.write(
+        f"{len(given.runs)} training runs with {checkpoints} checkpoints, and the base; at each {questions} questions "
+        "are read with both answers, in both orders where there are two",
+        file=sys.stderr,
+    )
+    return behaviours(
+        given.swapper, given.runs, given.sets, given.template, config, scales=given.scales, cache=writer.cache
+    )
