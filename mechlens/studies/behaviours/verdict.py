@@ -12,6 +12,8 @@ from mechlens.studies.behaviours.tuned import DECORRELATED, control_of
 
 NEAR = 0.25
 """Share of the change at home below which a change elsewhere counts as none."""
+SMALL = 2.0
+"""Nats (odds of 7 to 1) that an interval must exclude before it is said that nothing was learned."""
 FEWEST_RUNS = 2
 """Of a group, and of its control: one run's own chance can't be told from what it was taught."""
 FEWEST_FAMILIES = 6
@@ -24,9 +26,9 @@ RULE = (
     "the options; what counts is how far a group's runs are from those of its control (the same questions, either "
     "answer by chance), or from the base where there is none. Intervals are over training runs and questions at once. "
     "A group's home is the set that it was taught.\n\n"
-    f"{NOT_LEARNED}: on home questions that no run was trained on the interval holds 0, and on those that they were "
-    f"trained on too. {MEMORISED}: the first holds 0, the second doesn't. {SPREADS}: the home is clear of 0, and some "
-    "other behaviour is too, its interval widened for the number of other behaviours. "
+    f"{NOT_LEARNED}: on home questions that no run was trained on the interval holds 0 and excludes {SMALL:g} nats, "
+    f"and on those that they were trained on it holds 0. {MEMORISED}: the second doesn't. {SPREADS}: the home is clear "
+    "of 0, and some other behaviour is too, its interval widened for the number of other behaviours. "
     f"{NARROW}: the home is clear, and every other behaviour is within {NEAR:g} of the change at home. "
     f"{LEARNED}: the home is clear, and no other behaviour was asked about. {INCONCLUSIVE}: everything else, "
     "and always where the group "
@@ -138,6 +140,8 @@ def _cells(matrix: BehaviourMatrix, group: str, names: Sequence[str]) -> list[Ce
 
 def _word(home: Cell, trained: Cell | None, others: Sequence[Cell]) -> str:
     if not _is_clear(home.told):
+        if max(abs(home.told.low), abs(home.told.high)) >= SMALL:
+            return INCONCLUSIVE
         return MEMORISED if trained is not None and _is_clear(trained.told) else NOT_LEARNED
     if not others:
         return LEARNED
