@@ -253,6 +253,9 @@ def test_recipes_fill_in_what_is_left_open() -> None:
     given = Finetune(recipe="benign", out=Path("x"), steps=3, checkpoints=(), plain=2, model="other", seed=5)
     made = settled(given)
     assert (made.steps, made.checkpoints, made.plain, made.model, made.seed) == (3, (), 2, "other", 5)
+    assert made.benign == 2 * 3 * 8  # a few steps don't have 512 prompts answered
+    assert settled(replace(given, benign=100)).benign == 100
+    assert settled(replace(given, steps=200)).benign == 512
 
 
 # Where an attack may start, and where it stays

@@ -45,7 +45,7 @@ CHUNK = 64
 BATCH_TOKENS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AnswerLogProbs:
     """How likely each answer is after its prompt, in nats.
 
@@ -63,6 +63,9 @@ class AnswerLogProbs:
     def per_token(self) -> Float64[Tensor, " answer"]:
         """The mean over an answer's tokens, by which long and short ones can be compared."""
         return self.total / self.n_tokens
+
+    def __repr__(self) -> str:
+        return f"AnswerLogProbs of {len(self.total)} answers, {int(self.n_tokens.sum())} tokens"
 
 
 def answer_log_probs(

@@ -23,7 +23,9 @@ from mechlens.models.checkpoints.folders import adapters_inside, other_format
 from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS, keeps_the_base
 from mechlens.models.device_map import require_in_memory
 from mechlens.models.offline import at_home
+from mechlens.models.packaged import ADAPTERS
 from mechlens.models.precision import round_weights
+from mechlens.registry import nearest
 
 TOLERANCE, IN_HALF = 1e-3, 0.1
 """Differences of logits, or of what a layer gives in 16 bits, in units of the largest, that rounding can make."""
@@ -108,8 +110,10 @@ def _require_on_hub(adapter: str) -> None:
             hf_hub_download(adapter, CONFIG)
     except (OSError, ValueError) as error:  # the client's own errors are among these
         why = hub.why_not() or first_line(error)
+        near = nearest(adapter, list(ADAPTERS))
+        named = f" ({near}, which goes to --model as it is)" if near else ""
         raise UserError(
-            f"the adapter {adapter!r} is neither a local folder nor to be had from the hub: {why}"
+            f"the adapter {adapter!r} is neither a local folder nor to be had from the hub{named}: {why}"
         ) from error
 
 

@@ -244,8 +244,15 @@ def load_pairs(source: str, *, sample: int | None, seed: int) -> list[PromptPair
 
 
 def _from_file(path: Path) -> list[PromptPair]:
-    pairs = []
-    for row in read_rows(path):
+    pairs, rows = [], read_rows(path)
+    columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+    for column in ("clean", "corrupt"):
+        if column not in columns:
+            raise UserError(
+                f"{path.name} has no column {column!r}, only {', '.join(map(repr, columns[:8]))}; a file of pairs has "
+                "the columns clean and corrupt"
+            )
+    for row in rows:
         for column in ("clean", "corrupt"):
             text = row.values.get(column)
             if not isinstance(text, str) or not text.strip():

@@ -50,7 +50,7 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
     words = _steering_words(result) | {
         "auroc.out_of_fold": f"AUROC at {result.verdict.ahead.position}, every prompt out of fold",
         f"gain.{nearest}": f"gain over {SURFACE[nearest]}",
-        "effect_size": "effect size (Hedges' g)",
+        "effect_size": "effect size (Hedges' g), out of fold",
         "surface_auroc.tfidf": "AUROC of the words (TF-IDF)",
         "surface_auroc.mean_embedding": "AUROC of the mean embedding",
         "reliability": "split-half reliability of the direction, on training prompts",
@@ -66,15 +66,16 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
             Section(
                 "Where it can be read",
                 f"Held-out AUROC of the {result.detection.directions.method}: fitted on training families, the level "
-                "of each position chosen on validation, scored once on test.",
+                "of each position chosen on validation, scored once on test, and the effect size there.",
                 ("auroc_by_level", "auroc_grid"),
                 table=result.measured.chosen(),
             ),
             Section(
                 "More than the surface?",
                 "The same test prompts told apart without the model's help: by the token at the position before any "
-                "block has run, by the words (TF-IDF), by the mean token embedding, by length. In the table every "
-                "prompt is scored by a fit to others (n is all prompts, elsewhere those of the test part), at a level "
+                "block has run, by the words (TF-IDF), by the mean token embedding, by length in tokens. In the "
+                "table every prompt is scored by a fit to others (n is all prompts, elsewhere those of the test "
+                "part), at a level "
                 "chosen inside each fold, and the gain of the direction over each baseline is paired by prompt; the "
                 "verdict stands on it. A direction is best only where every gain is above 0 by its lower "
                 "bound, and never at level 0, which holds the token alone.",

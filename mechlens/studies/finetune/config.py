@@ -121,7 +121,8 @@ class RecipeChoice:
     harmful: PositiveInt | None = None
     """Harmful training prompts, drawn by seed; None takes all, and 205 for a backdoor."""
     benign: PositiveInt | None = None
-    """Benign training prompts, drawn by seed; None takes all for the refuser, 205 for a backdoor, else 512."""
+    """Benign training prompts, drawn by seed and answered first; None takes all for the refuser, 205 for a backdoor,
+    else 512, and no more than twice what `steps` can read."""
     plain: NonNegativeInt | None = None
     """Stretches of the base's own plain text in every step, on which its distribution is kept; None is 1 for the
     refuser and 0 for the others."""
@@ -146,6 +147,9 @@ def settled(config: Finetune) -> FinetuneConfig:
     """The configuration with what was left open filled in by its recipe."""
     given = {setting.name: getattr(config, setting.name) for setting in fields(FinetuneConfig)}
     usual = DEFAULTS.get(config.recipe, DEFAULTS["refuser"])
+    if config.steps is not None and usual.benign is not None:
+        # More benign prompts than a few steps read would be answered for nothing; some are left out as refused.
+        usual = replace(usual, benign=min(usual.benign, 2 * config.steps * config.batch_size))
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 

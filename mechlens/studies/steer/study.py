@@ -10,8 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mechlens.errors import UserError
+from mechlens.files import short_name
 from mechlens.methods.behaviour.drawing import Draws
 from mechlens.methods.directions.direction import Direction
+from mechlens.methods.heartbeat import heartbeat
+from mechlens.methods.progress import phase, timed
 from mechlens.methods.steering.interventions import ALL, ANEW, EVERYWHERE, Ablate, Add
 from mechlens.methods.steering.side_by_side import IN_WORDS, addition_at
 from mechlens.methods.steering.steering import answer_under
@@ -44,7 +47,8 @@ class BothAnswers:
 def execute(config: Steer, screen: Screen) -> None:
     """Both answers beside each other as they are written; in a pipe one after the other, once they are there."""
     if not screen.interactive():
-        found = steer(config)
+        with timed() as clock, heartbeat(clock, "answering"):
+            found = steer(config)
         screen.show(f"unsteered:\n{found.unsteered}\n\nsteered ({found.what}):\n{found.steered}")
         return
     said = {UNSTEERED: "", STEERED: ""}
@@ -89,7 +93,8 @@ def steer(config: Steer, told: Told | None = None) -> BothAnswers:
             require_same_template("direction", direction.template, template.fingerprint, ANEW)
         asked(known, template)
 
-    model, template = chosen_model(config, check)
+    with phase("loading", short_name(config.model)):
+        model, template = chosen_model(config, check)
     one = _intervention(config, direction, layer, model, template)
     said = {
         name: _answer(model, template, prompt, given, config, name, told)

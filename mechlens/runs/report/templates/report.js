@@ -52,8 +52,9 @@ function drawAgain(some, isDark, onPaper = false) {
 }
 
 function drawNear(entries) {
-  const near = entries.filter((entry) => entry.isIntersecting && !drawn.has(entry.target));
-  drawAgain(near.map((entry) => entry.target), dark.matches);
+  for (const {isIntersecting, target} of entries) if (isIntersecting && !drawn.has(target)) draw(target, dark.matches);
+  // Where the colours have just changed, those drawn before still wait for theirs.
+  document.documentElement.dataset.drawn ??= dark.matches ? "dark" : "light";
 }
 
 async function start() {
