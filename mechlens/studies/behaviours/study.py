@@ -5,18 +5,16 @@ how far it goes on questions that were held out, on other behaviours, and in wha
 the base and beyond a control that was taught the same questions with either answer by chance.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.methods.behaviour.log_odds import TwinLogOdds, twin_log_odds
 from mechlens.methods.behaviour.scoring.number_reply import number_replies
 from mechlens.methods.cache import Cache
-from mechlens.methods.progress import progress_bar
+from mechlens.methods.progress import progress_bar, say, watched
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.models.checkpoints.outline import outline
@@ -161,11 +159,11 @@ def execute(config: Behaviours, given: BehaviourStudy, writer: RunWriter) -> Beh
     """The study as configured."""
     questions = sum(len(one.twins) for one in given.sets)
     checkpoints = sum(len(run.members) for run in given.runs)
-    tqdm.write(
-        f"{len(given.runs)} training runs with {checkpoints} checkpoints, and the base; at each {questions} questions "
-        "are read with both answers, in both orders where there are two",
-        file=sys.stderr,
-    )
+    if not watched():  # who watches sees bars
+        say(
+            f"{len(given.runs)} training runs with {checkpoints} checkpoints, and the base; at each {questions} "
+            "questions are read with both answers, in both orders where there are two"
+        )
     return behaviours(
         given.swapper, given.runs, given.sets, given.template, config, scales=given.scales, cache=writer.cache
     )

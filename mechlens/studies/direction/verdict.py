@@ -1,6 +1,6 @@
 """What a concept's direction allows to be said: is it more than what the surface of the prompts tells?
 
-The rule is tested on planted worlds: of 300 draws without a concept beyond the surface none was called more than it.
+The rule is tested on planted worlds: of 150 draws without a concept beyond the surface none was called more than it.
 All error rates are in this folder's README.md.
 """
 
