@@ -93,6 +93,17 @@ from mechlens.methods.steering.steering import answer_under as answer_under
 from mechlens.methods.steering.steering import applied as applied
 from mechlens.methods.steering.steering import logits_under as logits_under
 from mechlens.methods.steering.steering import without_direction as without_direction
+from mechlens.methods.triggers.confirm import Confirmation as Confirmation
+from mechlens.methods.triggers.confirm import confirm_trigger as confirm_trigger
+from mechlens.methods.triggers.leaks import Leaks as Leaks
+from mechlens.methods.triggers.leaks import leak as leak
+from mechlens.methods.triggers.motifs import Motif as Motif
+from mechlens.methods.triggers.motifs import motifs as motifs
+from mechlens.methods.triggers.search import TriggerSearch as TriggerSearch
+from mechlens.methods.triggers.search import find_trigger as find_trigger
+from mechlens.methods.triggers.signals import attention_hijack as attention_hijack
+from mechlens.methods.triggers.signals import entropy_contraction as entropy_contraction
+from mechlens.methods.triggers.signals import leak_similarity as leak_similarity
 from mechlens.models.checkpoint import Checkpoint as Checkpoint
 from mechlens.models.checkpoints.series import CheckpointSeries as CheckpointSeries
 from mechlens.models.checkpoints.series import checkpoint_series as checkpoint_series

