@@ -11,6 +11,7 @@ without candidates: by counted runs of words, and as published by TF-IDF of char
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -85,10 +86,10 @@ def recalls(args: argparse.Namespace) -> None:
     print(readme_table.head(["model, signs", "by", *(f"recall at {k}" for k in KS), "median place", "confirmed"]))
     for (kind, name), rows in found.items():
         for sign in ("hijack", "contraction", "similarity", "mean rank", "together"):
-            at = sorted(row[sign] for row in rows)
+            at = [row[sign] for row in rows]
             shares = [f"{sum(place <= k for place in at) / len(at):.2f}" for k in KS]
             confirmed = f"{sum(row['confirmed'] for row in rows):.0f} of {len(rows)}"
-            print(readme_table.row([f"{kind}, {name}", sign, *shares, f"{at[len(at) // 2]:g}", confirmed]))
+            print(readme_table.row([f"{kind}, {name}", sign, *shares, f"{statistics.median(at):g}", confirmed]))
 
 
 def published(texts: Sequence[str], radius: float) -> list[str]:

