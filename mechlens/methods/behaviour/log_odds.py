@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -153,13 +153,20 @@ class _Reader:
             residual = forward.fast_batch(self.model, chunk, top, prefix)[:, 0]
         else:
             residual = forward.reference_batch(self.model, chunk, top)[:, 0]
-        read = torch.cat([residual[i, : len(row.read)] for i, row in enumerate(chunk)])
-        after = torch.tensor([token for row in chunk for token in row.said])
-        told = [
-            unembed(self.model, part).double().log_softmax(dim=-1).gather(1, own[:, None])[:, 0]
-            for part, own in zip(torch.split(read, CHUNK), torch.split(after, CHUNK), strict=True)
-        ]
-        return torch.stack([own.sum() for own in torch.split(torch.cat(told), [len(row.read) for row in chunk])])
+        return said_log_probs(self.model, residual, [row.said for row in chunk])
+
+
+def said_log_probs(
+    model: LanguageModel, residual: Float[Tensor, "row read d_model"], said: Sequence[Sequence[int]]
+) -> Float64[Tensor, " row"]:
+    """What each row's tokens come to, from the last level's residuals at the tokens before them."""
+    read = torch.cat([residual[i, : len(own)] for i, own in enumerate(said)])
+    after = torch.tensor([token for own in said for token in own])
+    told = [
+        unembed(model, part).double().log_softmax(dim=-1).gather(1, own[:, None])[:, 0]
+        for part, own in zip(torch.split(read, CHUNK), torch.split(after, CHUNK), strict=True)
+    ]
+    return torch.stack([own.sum() for own in torch.split(torch.cat(told), [len(own) for own in said])])
 
 
 @dataclass(frozen=True, repr=False)
@@ -237,20 +244,29 @@ def twin_log_odds(
     >>> bool(told.exchanged.isnan().all()), bool((told.values == told.as_asked).all())
     (True, True)
     """
-    if not twins:
-        raise UserError("there are no twins to measure; give at least one")
-    require_others(twins, "twin_log_odds")
-    turned = [twin.exchanged for twin in twins]
-    asked = [*twins, *(twin for twin in turned if twin is not None)]
+    asked = asked_twins(twins)
     prompts = [twin.prompt for twin in asked for _ in range(2)]
     told = answer_log_probs(
         model, prompts, [answer for twin in asked for answer in (twin.shown, twin.other)],
         template=template, cache=cache, max_tokens=max_tokens,
     )  # fmt: skip
-    total, each = (values.reshape(len(asked), 2) for values in (told.total, told.per_token))
+    return twins_told(twins, told)
+
+
+def asked_twins(twins: Sequence[Twin]) -> list[Twin]:
+    """The twins, and after them those whose options can be exchanged the other way round; UserError for one answer."""
+    if not twins:
+        raise UserError("there are no twins to measure; give at least one")
+    require_others(twins, "twin_log_odds")
+    return [*twins, *(turned for twin in twins if (turned := twin.exchanged) is not None)]
+
+
+def twins_told(twins: Sequence[Twin], told: AnswerLogProbs) -> TwinLogOdds:
+    """The log-odds from those of both answers to each of `asked_twins`, the one that shows the behaviour first."""
+    total, each = (values.reshape(-1, 2) for values in (told.total, told.per_token))
     n, difference = len(twins), total[:, 0] - total[:, 1]
     exchanged = torch.full((n,), torch.nan, dtype=torch.float64)
-    exchanged[torch.tensor([twin is not None for twin in turned])] = difference[n:]
+    exchanged[torch.tensor([twin.exchanged is not None for twin in twins])] = difference[n:]
     return TwinLogOdds(
         ids=tuple(twin.prompt.id for twin in twins),
         families=tuple(twin.prompt.group for twin in twins),

@@ -31,11 +31,17 @@ class SteeredRow(Row):
     """The same of what all rows begin with: the number of what is done to it."""
 
 
-def rows_with_starts(ids: Sequence[tuple[int, ...]], done: Done, *, fast: bool) -> tuple[int, list[SteeredRow]]:
-    """How many tokens all rows begin with, and the rows, with what they share."""
+def rows_with_starts(
+    ids: Sequence[tuple[int, ...]], done: Done, *, fast: bool, read: Sequence[int] | None = None
+) -> tuple[int, list[SteeredRow]]:
+    """How many tokens all rows begin with, and the rows, with what they share.
+
+    `read` is the first token of each row at which something is read, which no start may hold; by default the last.
+    """
+    ends = [len(own) - 1 for own in ids] if read is None else read
     plain = [
-        Row(own, (min([len(own) - 1, *(_first(change, len(own)) for change in changes)]),))
-        for own, changes in zip(ids, done, strict=True)
+        Row(own, (min([end, *(_first(change, len(own)) for change in changes)]),))
+        for own, end, changes in zip(ids, ends, done, strict=True)
     ]
     common = forward.shared_prefix(plain) if fast else 0
     skips = _own_starts(plain, done, common) if fast else [0] * len(ids)

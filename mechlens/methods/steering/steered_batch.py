@@ -156,7 +156,10 @@ class SteeredBatch:
     def run(self, work: Engine, max_tokens: int, cache: Cache | None) -> Tensor:
         """One row of values for each prompt, batch by batch; finished batches are kept on the cache."""
         ids = [tuple(self.batch.row(i)) for i in range(len(self.batch.prompts))]
-        common, rows = rows_with_starts(ids, self.changes, fast=self.fast)
+        answer = self.batch.answer
+        # Where answers are given, what is said first is read at the prompt's last token.
+        read = None if answer is None else (answer[:, 0] - 1 - self.batch.offsets).tolist()
+        common, rows = rows_with_starts(ids, self.changes, fast=self.fast, read=read)
         if work.key is None or has_hooks(self.model):
             cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
         prints, checkpoint = Fingerprints(), checkpoint_now(self.model)

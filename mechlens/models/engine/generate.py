@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
 from mechlens.models.engine.caches import roomy, with_cache
-from mechlens.models.engine.forward import Row, right_padded
+from mechlens.models.engine.forward import Reader, Row, Stop, right_padded
 from mechlens.models.engine.intervene import TokenMask
 from mechlens.models.engine.packed.packing import pack_prompts, packed_pass, packs
 from mechlens.models.engine.probes import finite_on_cpu, not_finite
@@ -71,6 +71,29 @@ def prompt_logits(
     shared_rows = shared_rows or SharedRows.apart(len(rows), n_layers(model))
     with native(model) as hf_model:
         return finite_on_cpu(_prompt_pass(model, hf_model, rows, prefix, token_mask, shared_rows)[0])
+
+
+@torch.inference_mode()
+def steered_residuals(
+    model: LanguageModel,
+    rows: list[Row],
+    read: Int[Tensor, "row read"],
+    prefix: DynamicCache | None,
+    token_mask: TokenMask,
+    shared_rows: SharedRows,
+) -> Float[Tensor, "row read d_model"]:
+    """The last level's residuals at places of every row, none of which the shared start holds."""
+    skip = prefix.get_seq_length() if prefix is not None else 0
+    cache, last = shared_rows.cache(prefix), n_layers(model)
+    reader = Reader([last], last, read[shared_rows.first[-1]] - skip, stops=True)
+    tokens = right_padded([rows[i] for i in shared_rows.entry.tolist()], skip).to(device_of(model))
+    with native(model):
+        blocks, body = native_blocks(model), model.original_model.base_model
+        # The reader comes after the changes of the last block; no head is run.
+        running, reading = shared_rows.running(blocks, token_mask, skip), reader.attached(blocks)
+        with running, reading, contextlib.suppress(Stop):
+            body(tokens, **with_cache(body, cache))
+    return reader.stacked()[shared_rows.of_row[-1], 0]  # rows that are alike to the end were one
 
 
 @torch.inference_mode()
