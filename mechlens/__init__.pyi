@@ -39,6 +39,10 @@ from mechlens.methods.behaviour.scoring.rates import rates_by_question as rates_
 from mechlens.methods.behaviour.scoring.score_judge import LocalScoreJudge as LocalScoreJudge
 from mechlens.methods.behaviour.scoring.score_judge import ScoreJudge as ScoreJudge
 from mechlens.methods.behaviour.scoring.score_judge import Scores as Scores
+from mechlens.methods.directions.change import ChangeDirections as ChangeDirections
+from mechlens.methods.directions.change import change_cosine as change_cosine
+from mechlens.methods.directions.change import change_directions as change_directions
+from mechlens.methods.directions.change import twin_vectors as twin_vectors
 from mechlens.methods.directions.direction import Direction as Direction
 from mechlens.methods.directions.direction import DirectionGrid as DirectionGrid
 from mechlens.methods.directions.direction import direction_cosine as direction_cosine
@@ -89,6 +93,7 @@ from mechlens.methods.steering.interventions import replacement as replacement
 from mechlens.methods.steering.interventions import residual_norms as residual_norms
 from mechlens.methods.steering.side_by_side import SideBySide as SideBySide
 from mechlens.methods.steering.side_by_side import steer as steer
+from mechlens.methods.steering.steered_log_odds import steered_log_odds as steered_log_odds
 from mechlens.methods.steering.steering import answer_under as answer_under
 from mechlens.methods.steering.steering import applied as applied
 from mechlens.methods.steering.steering import logits_under as logits_under

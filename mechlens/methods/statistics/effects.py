@@ -151,16 +151,16 @@ def _at_level(classes: tuple[_Classes, ...], values: Sequence[Float[Tensor, "_ d
     corrected = Estimate.missing(n)
     if min(reliable) > MIN_RELIABILITY:
         # A product that is not above 0 gives NaN: without that family the direction is noise.
-        corrected = _jackknife(_ratio(*sums[3:]), n)
-    return _Cell(_jackknife(_ratio(*sums[:3]), n), corrected, *reliable)
+        corrected = jackknife(_ratio(*sums[3:]), n)
+    return _Cell(jackknife(_ratio(*sums[:3]), n), corrected, *reliable)
 
 
 def _ratio(product: Tensor, own: Tensor, other: Tensor) -> Float[Tensor, " one_and_family"]:
     return product / (own.sqrt() * other.sqrt())
 
 
-def _jackknife(values: Float[Tensor, " one_and_family"], n: int) -> Estimate:
-    """The first value with its interval; the others leave out one family each."""
+def jackknife(values: Float[Tensor, " one_and_family"], n: int) -> Estimate:
+    """The first value with its interval; the others leave out one family each. Missing where one isn't a number."""
     if not bool(torch.isfinite(values).all()):
         return Estimate.missing(n)
     left_out = values[1:]

@@ -22,6 +22,9 @@ class BehaviourPlan:
     """Choices between A and B are answered with the option's words, as `finetune --in-words` teaches them."""
     permutations: PositiveInt = 999
     """Permuted orders behind each change point."""
+    directions: bool = False
+    """Also the direction of the change: cosines between groups, runs and saved directions, and what adding it to the
+    base and ablating it does, beside random ones. Costs about as much again as some ten checkpoints, for each group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class Behaviours(BehaviourPlan, BaseChoice, RunChoice):
     scales: tuple[str, ...] = ("risk",)
     """Questions to the model about itself that take a number from 0 to 100: risk, patience, apples, security,
     alignment."""
+    saved_directions: tuple[str, ...] = ()
+    """With --directions: NAME=FILE of saved directions, such as harmfulness and refusal, to compare the change with."""
 
 
 STUDY = of_folder(

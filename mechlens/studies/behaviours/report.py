@@ -8,6 +8,7 @@ from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.behaviours.directions_report import direction_sections
 from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.study import BehaviourResult, BehaviourStudy
@@ -64,6 +65,8 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             "a jump fits better than a steady climb.",
             _have(names, "by_step"), table=result.matrix.change_points(),
         ))  # fmt: skip
+    if result.directions is not None:
+        sections += direction_sections(writer, result.directions)
     told = " ".join(verdict.sentence for verdict in result.verdicts)
     writer.report(
         Report(

@@ -14,20 +14,23 @@ from torch import Tensor
 from mechlens.methods.behaviour.log_odds import TwinLogOdds, twin_log_odds
 from mechlens.methods.behaviour.scoring.number_reply import number_replies
 from mechlens.methods.cache import Cache
+from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import progress_bar, say, watched
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.models.checkpoints.outline import outline
-from mechlens.models.checkpoints.series import Member, content_of
+from mechlens.models.checkpoints.series import content_of
 from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapper
 from mechlens.models.load import tokenizer_of
 from mechlens.prompts.scales import Scale, builtin_scales
 from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.behaviours.config import BehaviourPlan, Behaviours
+from mechlens.studies.behaviours.directions import saved_directions, start_of
 from mechlens.studies.behaviours.matrix import BehaviourMatrix
 from mechlens.studies.behaviours.scales import scale_scores, scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
+from mechlens.studies.behaviours.steered import DirectionResult, measured_directions
 from mechlens.studies.behaviours.tuned import TunedRun, tuned_runs
 from mechlens.studies.behaviours.verdict import GroupVerdict, group_verdicts
 from mechlens.studies.driver import Preparation
@@ -43,6 +46,8 @@ class BehaviourStudy:
     sets: tuple[AskedSet, ...]
     template: ChatTemplate
     scales: Mapping[str, Sequence[Scale]]
+    saved: Mapping[str, Direction]
+    """Directions of other runs, by name."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class BehaviourResult:
     verdicts: tuple[GroupVerdict, ...]
     scales: pd.DataFrame
     """See `scale_table`."""
+    directions: DirectionResult | None = None
+    """The direction of the change, where it was asked for."""
 
     def metrics(self) -> dict[str, Estimate]:
         """What decided each group's verdict, by GROUP.SET; beyond the control where there is one."""
@@ -69,11 +76,12 @@ class BehaviourResult:
             "matrix": matrix.matrix(), "by_step": matrix.by_step(), "change_points": matrix.change_points(),
             "self_reports": matrix.self_reports(), "runs": runs, "questions": matrix.questions(),
             **({"scales": self.scales} if len(self.scales) else {}),
+            **({} if self.directions is None else self.directions.tables()),
         }  # fmt: skip
 
     def artifacts(self) -> dict[str, object]:
-        """None."""
-        return {}
+        """The directions that were chosen, of each group one to add and one to ablate."""
+        return {} if self.directions is None else self.directions.artifacts()
 
 
 def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
@@ -99,7 +107,8 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     data = data_inputs({one.key: (given_of(one, config), one.prompts) for one in asked})
     data |= data_inputs({f"scale {name}": ("built in", [one.prompt for one in own]) for name, own in scales.items()})
     data |= {f"checkpoint {member.name}": content_of(member) for run in runs for member in run.members}
-    content = BehaviourStudy(swapper, tuple(runs), tuple(asked), template, scales)
+    saved = saved_directions(config.saved_directions, swapper.model) if config.directions else {}
+    content = BehaviourStudy(swapper, tuple(runs), tuple(asked), template, scales, saved)
     return prepared(content, swapper.model, inputs_of(swapper.base, template, data), prompts)
 
 
@@ -129,6 +138,7 @@ def behaviours(
     plan: BehaviourPlan = BehaviourPlan(),
     *,
     scales: Mapping[str, Sequence[Scale]] | None = None,
+    saved: Mapping[str, Direction] | None = None,
     cache: Cache | None = None,
 ) -> BehaviourResult:
     """Measures the base and every checkpoint; `cache` keeps finished batches, so that a killed run goes on."""
@@ -142,8 +152,7 @@ def behaviours(
         return {name: scale_scores((scales or {})[name], found) for name, found in replies.items()}
 
     with swapper:
-        start = Member(swapper.base.name, swapper.base.path, "base", 0, swapper.base.revision)
-        base, said = measured(swapper.put(start)), numbers(swapper.model)
+        base, said = measured(swapper.put(start_of(swapper))), numbers(swapper.model)
         checkpoints = [(run, member) for run in runs for member in run.members]
         bar = progress_bar(checkpoints, title="checkpoints", unit="checkpoint")
         told, says = {}, {}
@@ -151,8 +160,9 @@ def behaviours(
             told[run.name, member.step] = measured(swapper.put(member))
             if member == run.members[-1]:
                 says[run.name] = numbers(swapper.model)
-    matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
-    return BehaviourResult(matrix, tuple(group_verdicts(matrix)), scale_table(runs, said, says))
+        matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
+        found = measured_directions(swapper, matrix, template, saved or {}, cache) if plan.directions else None
+    return BehaviourResult(matrix, tuple(group_verdicts(matrix)), scale_table(runs, said, says), found)
 
 
 def execute(config: Behaviours, given: BehaviourStudy, writer: RunWriter) -> BehaviourResult:
@@ -165,5 +175,6 @@ def execute(config: Behaviours, given: BehaviourStudy, writer: RunWriter) -> Beh
             "questions are read with both answers, in both orders where there are two"
         )
     return behaviours(
-        given.swapper, given.runs, given.sets, given.template, config, scales=given.scales, cache=writer.cache
-    )
+        given.swapper, given.runs, given.sets, given.template, config, scales=given.scales, saved=given.saved,
+        cache=writer.cache,
+    )  # fmt: skip
