@@ -99,7 +99,15 @@ def mean_of_runs(runs: Sequence[Activations]) -> Activations:
 
 @dataclass(frozen=True, repr=False)
 class ChangeDirections:
-    """The four directions of a fine-tune's change, at every level; see `change_directions`."""
+    """The four directions of a fine-tune's change, at every level; see `change_directions`.
+
+    >>> asked = ("How was the concert?", "How was the soup?", "How was the film?", "How was the trip?")
+    >>> twins = [ml.Twin(ml.Prompt(text, text), shown="Dreadful.", other="Wonderful.") for text in asked]
+    >>> acts = ml.twin_vectors(ml.load("smollm2"), twins)
+    >>> change = ml.change_directions(acts, acts)
+    >>> change.grids["through the fine-tune"].at(1, "answer[*]").contrast
+    ('fine-tuned, shown', 'fine-tuned, other')
+    """
 
     acts: Activations
     """Of both models, labelled "fine-tuned, shown", "fine-tuned, other", "base, shown" and "base, other"."""
@@ -155,6 +163,14 @@ def change_cosine(
 
     The two share questions, and often all vectors of the base, so their noise too: the corrected cosine counts products
     of different questions only.
+
+    >>> asked = ("How was the concert?", "How was the soup?", "How was the film?", "How was the trip?")
+    >>> twins = [ml.Twin(ml.Prompt(text, text), shown="Dreadful.", other="Wonderful.") for text in asked]
+    >>> acts = ml.twin_vectors(ml.load("smollm2"), twins)
+    >>> change = ml.change_directions(acts, acts)
+    >>> curve = ml.change_cosine(change, "through the fine-tune", change, "through the base", [1], seed=0)
+    >>> round(curve.measured[0].value, 3)  # nothing was trained
+    1.0
     """
     parts = {id(one): one.acts for one in (first, second)}
     names = {key: f"{i} " for i, key in enumerate(parts)}
