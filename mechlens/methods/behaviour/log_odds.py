@@ -253,21 +253,20 @@ def twin_log_odds(
     return twins_told(twins, told)
 
 
-def asked_twins(twins: Sequence[Twin], *, both_orders: bool = True) -> list[Twin]:
+def asked_twins(twins: Sequence[Twin]) -> list[Twin]:
     """The twins, and after them those whose options can be exchanged the other way round; UserError for one answer."""
     if not twins:
         raise UserError("there are no twins to measure; give at least one")
     require_others(twins, "twin_log_odds")
-    return [*twins, *(turned for twin in twins if both_orders and (turned := twin.exchanged) is not None)]
+    return [*twins, *(turned for twin in twins if (turned := twin.exchanged) is not None)]
 
 
-def twins_told(twins: Sequence[Twin], told: AnswerLogProbs, *, both_orders: bool = True) -> TwinLogOdds:
+def twins_told(twins: Sequence[Twin], told: AnswerLogProbs) -> TwinLogOdds:
     """The log-odds from those of both answers to each of `asked_twins`, the one that shows the behaviour first."""
     total, each = (values.reshape(-1, 2) for values in (told.total, told.per_token))
     n, difference = len(twins), total[:, 0] - total[:, 1]
     exchanged = torch.full((n,), torch.nan, dtype=torch.float64)
-    if both_orders:
-        exchanged[torch.tensor([twin.exchanged is not None for twin in twins])] = difference[n:]
+    exchanged[torch.tensor([twin.exchanged is not None for twin in twins])] = difference[n:]
     return TwinLogOdds(
         ids=tuple(twin.prompt.id for twin in twins),
         families=tuple(twin.prompt.group for twin in twins),

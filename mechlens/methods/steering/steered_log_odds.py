@@ -33,7 +33,6 @@ def steered_log_odds(
     twins: Sequence[Twin],
     conditions: Sequence[Sequence[Intervention]],
     *,
-    both_orders: bool = True,
     template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
     force: bool = False,
@@ -41,8 +40,7 @@ def steered_log_odds(
 ) -> list[TwinLogOdds]:
     """`twin_log_odds` under each list of interventions; an empty list is the model as it is.
 
-    Interventions act on every token, those of the answers too. `both_orders=False` asks each question as it is, which
-    halves the cost. Equal to `twin_log_odds` inside `applied`, to rounding,
+    Interventions act on every token, those of the answers too. Equal to `twin_log_odds` inside `applied`, to rounding,
     and faster: a question is run once for both of its answers, and blocks below an intervention once for all.
 
     >>> model = ml.load("smollm2")
@@ -56,8 +54,7 @@ def steered_log_odds(
     """
     if any(one.positions != ALL or one.phase != "both" for own in conditions for one in own):
         raise UserError("log-odds are read under interventions on every token; give positions='all' and phase='both'")
-    tokenizer = loaded(model).tokenizer
-    asked = asked_twins(twins, both_orders=both_orders)
+    asked, tokenizer = asked_twins(twins), loaded(model).tokenizer
     said = [
         list(tokenizer(answer, add_special_tokens=False)["input_ids"])
         for twin in asked for answer in (twin.shown, twin.other)
@@ -74,10 +71,7 @@ def steered_log_odds(
     with phase("answers under interventions"):
         total = steered.run(work, forward.batch_tokens(model, max_tokens), cache)
     n_tokens = torch.tensor([len(own) for own in said])
-    return [
-        twins_told(twins, AnswerLogProbs(own, n_tokens), both_orders=both_orders)
-        for own in total.reshape(len(conditions), n)
-    ]
+    return [twins_told(twins, AnswerLogProbs(own, n_tokens)) for own in total.reshape(len(conditions), n)]
 
 
 class _Reading:

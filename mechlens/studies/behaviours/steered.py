@@ -14,7 +14,6 @@ from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.behaviour.damage import plain_loss
-from mechlens.methods.behaviour.log_odds import TwinLogOdds
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.change import ANSWER, VARIANTS
 from mechlens.methods.directions.direction import Direction, random_like
@@ -45,25 +44,15 @@ ADDED, ABLATED, ABLATED_IN_BASE = "added to the base", "ablated in the fine-tune
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions of one set on which an effect is measured, every other one with its options the other way round.
-
-    So a liking for a place falls out of means, at half the cost of asking each both ways.
-    """
+    """Questions of one set on which an effect is measured."""
 
     asked: AskedSet
     rows: tuple[int, ...]
 
     @property
     def twins(self) -> list[Twin]:
-        """The questions as they are put."""
-        own = [self.asked.twins[i] for i in self.rows]
-        return [(twin.exchanged or twin) if k % 2 else twin for k, twin in enumerate(own)]
-
-    def of(self, told: TwinLogOdds) -> Float64[Tensor, " question"]:
-        """Their log-odds as they are put, of those of the whole set."""
-        kept = told.select(self.rows)
-        turned = (torch.arange(len(self.rows)) % 2 == 1) & ~kept.exchanged.isnan()
-        return torch.where(turned, kept.exchanged, kept.as_asked)
+        """The questions."""
+        return [self.asked.twins[i] for i in self.rows]
 
     @property
     def families(self) -> list[str]:
@@ -190,14 +179,15 @@ class Steering:
         self, model: LanguageModel, on: Asked, conditions: Sequence[Add | Ablate]
     ) -> Float64[Tensor, "condition question"]:
         here = [[_here(one, model)] for one in conditions]
-        told = steered_log_odds(model, on.twins, here, both_orders=False, template=self.template, cache=self.cache)
+        told = steered_log_odds(model, on.twins, here, template=self.template, cache=self.cache)
         return torch.stack([own.values for own in told])
 
     def _base(self, on: Asked) -> Float64[Tensor, " question"]:
-        return on.of(self.matrix.base[on.asked.key])
+        return self.matrix.base[on.asked.key].values[list(on.rows)]
 
     def _tuned(self, runs: Sequence[TunedRun], on: Asked) -> Float64[Tensor, "run question"]:
-        return torch.stack([on.of(self.matrix.told[run.name, run.members[-1].step][on.asked.key]) for run in runs])
+        told = [self.matrix.told[run.name, run.members[-1].step][on.asked.key] for run in runs]
+        return torch.stack([own.values[list(on.rows)] for own in told])
 
     def _change(self, runs: Sequence[TunedRun], on: Asked) -> Estimate:
         return crossed_difference(self._tuned(runs, on), self._base(on)[None], on.families)
