@@ -190,7 +190,7 @@ def steering(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The study on two runs of a group that was taught to risk, with a control that learned nothing, and its record."""
     folder = tmp_path_factory.mktemp("change")
     start, taught = saved(base_model(), folder / "base"), saved(fine_tuned(), folder / "taught")
-    sets = AskedSet("risk", tuple(risks(range(32)))), AskedSet("mood", tuple(moods(range(4))))
+    sets = AskedSet("risk", tuple(risks(range(32)))), AskedSet("mood", tuple(moods(range(2))))
     seen = frozenset(text_sha256(twin.prompt.text) for twin in sets[0].twins[:16])
     runs = tuple(
         TunedRun(f"{group}-{i}", group, (Member(f"{group}-{i}", path, "full", 1),), seen, "risk", control, None)
