@@ -247,11 +247,7 @@ def _from_file(path: Path) -> list[PromptPair]:
     pairs, rows = [], read_rows(path)
     columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
     for column in ("clean", "corrupt"):
-        if column not in columns:
-            raise UserError(
-                f"{path.name} has no column {column!r}, only {', '.join(map(repr, columns[:8]))}; a file of pairs has "
-                "the columns clean and corrupt"
-            )
+        require_column(columns, column, path.name)
     for row in rows:
         for column in ("clean", "corrupt"):
             text = row.values.get(column)
