@@ -90,6 +90,9 @@ def mean_auroc(scores: Float[Tensor, "row prompt"], folds: Folds) -> Estimate:
     Rows are the repeats, or several times these; a pair counts once for every row that compares it. The interval is
     that of `bounds_of`, by what each family adds to the error of this share. Missing where there is no pair, or a score
     isn't finite.
+
+    It takes the fits as they are. Where these vary much with the prompts, as of a weak signal in many dimensions, it is
+    too narrow, and that of a gain is too (`scripts/error_rates_direction.py --folds`).
     """
     return _estimated(scores, folds)[0]
 
