@@ -76,7 +76,7 @@ def test_cells_are_the_planted_numbers() -> None:
 
 def test_self_report_goes_with_behaviour_over_runs_where_it_does() -> None:
     matrix = planted(World({HOME: 4.0, ITSELF: 2.0}), 0)
-    r = matrix.self_reports().set_index(["self_report", "set"]).loc[(ITSELF, HOME)]
+    r = matrix.self_reports.set_index(["self_report", "set"]).loc[(ITSELF, HOME)]
     assert r["r"] > 0.8
     assert r["n"] == 6
 

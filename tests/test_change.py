@@ -43,10 +43,10 @@ from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.prompts.twins import Twin
 from mechlens.runs.writer import open_run
 from mechlens.studies.behaviours.config import BehaviourPlan
-from mechlens.studies.behaviours.directions import saved_directions
+from mechlens.studies.behaviours.directions.cosines import saved_directions
+from mechlens.studies.behaviours.directions.effect_rows import ABLATED, ABLATED_IN_BASE, ADDED
 from mechlens.studies.behaviours.report import record
 from mechlens.studies.behaviours.sets import AskedSet
-from mechlens.studies.behaviours.steered import ABLATED, ABLATED_IN_BASE, ADDED
 from mechlens.studies.behaviours.study import BehaviourStudy, behaviours
 from mechlens.studies.behaviours.tuned import TunedRun
 from mechlens.studies.shared.training_data import text_sha256

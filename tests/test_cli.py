@@ -756,6 +756,7 @@ class Interrupt:
         if name == {at!r}:
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without it
 sys.meta_path.insert(0, Interrupt())
 sys.argv = ["mechlens", *{[str(word) for word in words]!r}]
 from mechlens.__main__ import main

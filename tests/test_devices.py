@@ -120,7 +120,8 @@ def test_two_devices_give_what_one_gives(case: str) -> None:
         assert device_of(model) == FIRST
         got = CASES[case](model)
     if isinstance(right, torch.Tensor):
-        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+        # Rounding is of the largest values that are added; some machines are four units in the last place of these off.
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=max(1e-5, 1e-6 * float(right.abs().max())))
     else:
         assert got == right
 

@@ -1,14 +1,15 @@
 """Prompt sets that come with mechlens: matched harmful and harmless requests, benign ones, and misleading ones."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from mechlens.errors import UserError
+from mechlens.prompts.files.rows import packaged_rows
 from mechlens.prompts.prompt import Prompt, PromptPair
 
 _SOURCE = "mechlens"
+_DATA = Path(__file__).parent / "data"
 _Label = Literal["harmful", "harmless"]
 _SIDES: dict[str, tuple[str, _Label]] = {
     "harmful": ("pairs", "harmful"),
@@ -66,14 +67,15 @@ def builtin_pairs() -> list[PromptPair]:
 
 @cache
 def _pairs(file: str) -> tuple[PromptPair, ...]:
-    return tuple(PromptPair(_side(row, "harmful"), _side(row, "harmless")) for row in _rows(f"{file}.jsonl"))
+    rows = packaged_rows(_DATA / f"{file}.jsonl")
+    return tuple(PromptPair(_side(row, "harmful"), _side(row, "harmless")) for row in rows)
 
 
 @cache
 def _benign() -> tuple[Prompt, ...]:
     return tuple(
         Prompt(id=row["id"], text=row["text"], label="harmless", category=row["category"], source=_SOURCE)
-        for row in _rows("benign.jsonl")
+        for row in packaged_rows(_DATA / "benign.jsonl")
     )
 
 
@@ -86,8 +88,3 @@ def _side(row: dict[str, str], label: _Label) -> Prompt:
         source=_SOURCE,
         family=row["id"],
     )
-
-
-def _rows(file: str) -> list[dict[str, str]]:
-    text = (Path(__file__).parent / "data" / file).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line.strip()]

@@ -1,11 +1,11 @@
 """Questions to a model about itself that are answered with a number from 0 to 100."""
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from mechlens.errors import UserError
+from mechlens.prompts.files.rows import packaged_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import nearest
 
@@ -50,6 +50,5 @@ def builtin_scales(name: str) -> list[Scale]:
 
 
 @cache
-def _rows() -> tuple[dict[str, object], ...]:
-    text = (Path(__file__).parent / "data" / "scales.jsonl").read_text(encoding="utf-8")
-    return tuple(json.loads(line) for line in text.split("\n") if line)
+def _rows() -> list[dict[str, object]]:
+    return packaged_rows(Path(__file__).parent / "data" / "scales.jsonl")

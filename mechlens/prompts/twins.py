@@ -3,7 +3,6 @@
 Which of the two a model holds likelier needs no judge and no generation, so it works on small models too.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.prompts.files.from_row import RowReader, text_of
-from mechlens.prompts.files.rows import Record, read_rows
+from mechlens.prompts.files.rows import Record, packaged_rows, read_rows, row_ids
 from mechlens.prompts.options import LETTERS, exchanged_letters, exchanged_places, options_of
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
@@ -110,39 +109,35 @@ def _asked(path: str | Path) -> list[_Asked]:
     """Of each row: the question, the answer that shows the behaviour, the other one or nothing, and its place."""
     file = user_path(str(path))
     rows = read_rows(file)
+    ids = row_ids(rows, file.stem)
     columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
     family = "family" if "family" in columns else None
     if {"shown", "other"} <= {*columns}:
         reader = RowReader(file.name, columns, None, None, family)
-        return [_from_columns(reader, row, file) for row in rows]
+        return [_from_columns(reader, row, ids[row.number], file) for row in rows]
     if "messages" not in columns:
         raise UserError(
             f"{file.name} has neither the columns shown and other beside a question nor chats in messages; it has "
             f"{', '.join(columns[:8])}"
         )
     reader = RowReader(file.name, columns, "messages", None, family)
-    return [_from_chat(reader, row, file) for row in rows]
+    return [_from_chat(reader, row, ids[row.number], file) for row in rows]
 
 
-def _name(file: Path, row: Record) -> str:
-    given = row.values.get("id")
-    return str(given) if isinstance(given, str | int) and str(given).strip() else f"{file.stem}-{row.number:04d}"
-
-
-def _from_columns(reader: RowReader, row: Record, file: Path) -> _Asked:
+def _from_columns(reader: RowReader, row: Record, name: str, file: Path) -> _Asked:
     where = f"{file.name} row {row.number}"
     shown, other = (text_of(row.values.get(side), f"{where}, column {side!r},").strip() for side in ("shown", "other"))
-    return reader(row, _name(file, row)), shown, other, where
+    return reader(row, name), shown, other, where
 
 
-def _from_chat(reader: RowReader, row: Record, file: Path) -> _Asked:
+def _from_chat(reader: RowReader, row: Record, name: str, file: Path) -> _Asked:
     where = f"{file.name} row {row.number}"
     turns: Any = row.values.get("messages")
     last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, dict) or last.get("role") != "assistant":
         raise UserError(f"{where} has no answer: its messages don't end with a turn of the assistant")
     shown = text_of(last.get("content"), f"{where}, its last turn").strip()
-    return reader(row, _name(file, row)), shown, "", where
+    return reader(row, name), shown, "", where
 
 
 def _answers(path: str | Path | None) -> dict[str, str]:
@@ -186,6 +181,5 @@ def builtin_twins(name: str) -> list[Twin]:
 
 
 @cache
-def _builtin() -> tuple[dict[str, str], ...]:
-    text = (Path(__file__).parent / "data" / "twins.jsonl").read_text(encoding="utf-8")
-    return tuple(json.loads(line) for line in text.split("\n") if line)
+def _builtin() -> list[dict[str, str]]:
+    return packaged_rows(Path(__file__).parent / "data" / "twins.jsonl")

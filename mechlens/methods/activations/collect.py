@@ -85,7 +85,7 @@ def collect(
         raise UserError(f"reduce is {reduce!r}, and a span is reduced to its mean only; give 'mean', or leave it out")
     batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
     if answers is not None:
-        batch = batch.with_answers(_answer_tokens(model, answers))
+        batch = batch.with_answers(answer_tokens(model, answers))
     spans = spans_of(batch, positions, words or {}, lambda: template_of(model, template))
     columns = spans if reduce else opened(spans)
     reading = Reading(site, wanted, tuple(columns), _lines(model, project))
@@ -193,7 +193,7 @@ def _path(model: LanguageModel, site: str, levels: tuple[int, ...]) -> tuple[boo
     return not reason, reason
 
 
-def _answer_tokens(model: LanguageModel, answers: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+def answer_tokens(model: LanguageModel, answers: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
     """Tokens of answers in words, as the tokenizer has them without adding any."""
     if isinstance(answers, str):
         raise UserError("answers is one text; give a list with one for each prompt")

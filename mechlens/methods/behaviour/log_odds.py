@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import refuse_too_long, template_of
+from mechlens.methods.activations.collect import answer_tokens, refuse_too_long, template_of
 from mechlens.methods.activations.reading import FORMAT, halving, shared_start
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import phase, steps
@@ -28,7 +28,6 @@ from mechlens.models.bridge import (
     device_of,
     dtype_of,
     has_hooks,
-    loaded,
     n_layers,
     unembed,
 )
@@ -88,15 +87,8 @@ def answer_log_probs(
     >>> twice.total.shape
     torch.Size([2])
     """
-    tokenizer = loaded(model).tokenizer
-    written = template_of(model, template)
-    if isinstance(answers, str):
-        raise UserError("answers is one text; give a list with one for each prompt")
-    ids = [list(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
-    lacking = next((i for i, own in enumerate(ids) if not own), None)
-    if lacking is not None:
-        raise UserError(f"answer {lacking} ({answers[lacking]!r:.40}) has no token; give some words")
-    batch = tokenize(prompts, written).with_answers(ids)
+    ids = said_tokens(model, answers)
+    batch = tokenize(prompts, template_of(model, template)).with_answers(ids)
     refuse_too_long(model, batch)
     rows = []
     for i, said in enumerate(ids):
@@ -106,6 +98,15 @@ def answer_log_probs(
     with phase("answers' probabilities"):
         total = reader.totals()
     return AnswerLogProbs(total, torch.tensor([len(own) for own in ids]))
+
+
+def said_tokens(model: LanguageModel, answers: Sequence[str]) -> list[list[int]]:
+    """The tokens of each answer; UserError for one without any, whose probability would be 1."""
+    ids = answer_tokens(model, answers)
+    lacking = next((i for i, own in enumerate(ids) if not own), None)
+    if lacking is not None:
+        raise UserError(f"answer {lacking} ({answers[lacking]!r:.40}) has no token; give some words")
+    return ids
 
 
 @dataclass(frozen=True)

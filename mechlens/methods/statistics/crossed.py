@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_codes
+from mechlens.methods.statistics.resample import family_codes, jackknife_variance
 
 LEVEL = 0.95
 
@@ -50,7 +50,7 @@ def crossed_difference(
     codes, n = family_codes(families)
     if n < 2 or not bool(difference.isfinite().all()):
         return Estimate.missing(len(families))
-    parts = [(_jackknife_variance(difference, codes, n), n - 1)]
+    parts = [(_variance_of_mean(difference, codes, n), n - 1)]
     parts += [(float(side.mean(dim=1).var()) / len(side), len(side) - 1) for side in (first, second) if len(side) > 1]
     value, variance = float(difference.mean()), sum(part for part, _ in parts)
     if variance == 0:
@@ -60,9 +60,9 @@ def crossed_difference(
     return Estimate(value, value - reach, value + reach, len(families))
 
 
-def _jackknife_variance(values: Float64[Tensor, " question"], codes: Tensor, n: int) -> float:
+def _variance_of_mean(values: Float64[Tensor, " question"], codes: Tensor, n: int) -> float:
     """Of the mean, each family of questions left out in turn."""
     sums = torch.zeros(n, dtype=torch.float64).index_add(0, codes, values)
     sizes = torch.bincount(codes, minlength=n)
     without = (values.sum() - sums) / (len(values) - sizes)
-    return float((without - without.mean()).square().sum()) * (n - 1) / n
+    return float(jackknife_variance(without))

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import Interval, family_codes, fewest_families
+from mechlens.methods.statistics.resample import Interval, family_codes, fewest_families, jackknife_variance
 
 MIN_FAMILIES = 10
 """With fewer families of a class there is no interval, and so no number."""
@@ -55,8 +55,7 @@ def effect_bounds(
     codes, n = family_codes(families)
     left_out = (codes[None] != torch.arange(n)[:, None]).double()
     each = hedges_g(scores, positive, left_out)
-    error = ((n - 1) / n * (each - each.mean(dim=-1, keepdim=True)).square().sum(dim=-1)).sqrt()
-    reach = float(stats.t.ppf(0.975, least - 1)) * error
+    reach = float(stats.t.ppf(0.975, least - 1)) * jackknife_variance(each).sqrt()
     return Interval(value - reach, value + reach)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechlens.methods.directions.direction import cosine
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_codes, family_halves, one_thread
+from mechlens.methods.statistics.resample import family_codes, family_halves, jackknife_variance, one_thread
 
 HARM = {"refused_harmful": 0.5, "accepted_harmful": 0.5, "refused_harmless": -0.5, "accepted_harmless": -0.5}
 """Main effect of harm: half of [(RH - RL) + (AH - AL)]."""
@@ -163,9 +163,7 @@ def jackknife(values: Float[Tensor, " one_and_family"], n: int) -> Estimate:
     """The first value with its interval; the others leave out one family each. Missing where one isn't a number."""
     if not bool(torch.isfinite(values).all()):
         return Estimate.missing(n)
-    left_out = values[1:]
-    spread = (left_out - left_out.mean()).square().sum() * (len(left_out) - 1) / len(left_out)
-    value, margin = float(values[0]), 1.96 * float(spread.sqrt())
+    value, margin = float(values[0]), 1.96 * float(jackknife_variance(values[1:]).sqrt())
     return Estimate(value, value - margin, value + margin, n)
 
 

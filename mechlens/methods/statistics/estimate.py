@@ -67,6 +67,11 @@ class Estimate:
         return not math.isnan(self.value)
 
     @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of 0; False where there is none."""
+        return self.low > 0 or self.high < 0
+
+    @property
     def has_interval(self) -> bool:
         """False for an AUROC of too few prompts, whose interval is all that an AUROC can be."""
         return not (self.is_auroc and self.low <= 0 and self.high >= 1)

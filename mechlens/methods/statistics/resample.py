@@ -195,6 +195,12 @@ def rate_estimate(
     return Estimate(mean.value, min(mean.low, wilson.low), max(mean.high, wilson.high), mean.n)
 
 
+def jackknife_variance(without: Float[Tensor, "*value family"]) -> Float[Tensor, "*value"]:
+    """The variance of a number, from what it is without each family of prompts in turn."""
+    n = without.shape[-1]
+    return (without - without.mean(dim=-1, keepdim=True)).square().sum(dim=-1) * (n - 1) / n
+
+
 def family_codes(families: Sequence[str]) -> tuple[Int[Tensor, " prompt"], int]:
     """Each prompt's family as a number in order of first sight, and how many families there are."""
     numbers = {family: number for number, family in enumerate(dict.fromkeys(families))}

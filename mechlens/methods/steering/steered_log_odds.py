@@ -11,13 +11,20 @@ from transformers import DynamicCache
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
-from mechlens.methods.behaviour.log_odds import AnswerLogProbs, TwinLogOdds, asked_twins, said_log_probs, twins_told
+from mechlens.methods.behaviour.log_odds import (
+    AnswerLogProbs,
+    TwinLogOdds,
+    asked_twins,
+    said_log_probs,
+    said_tokens,
+    twins_told,
+)
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import phase
 from mechlens.methods.steering.interventions import ALL, Intervention
 from mechlens.methods.steering.steered_batch import Engine, steered_batch
 from mechlens.methods.steering.steering import MAX_TOKENS
-from mechlens.models.bridge import LanguageModel, loaded, n_layers
+from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import steered_residuals
@@ -54,11 +61,8 @@ def steered_log_odds(
     """
     if any(one.positions != ALL or one.phase != "both" for own in conditions for one in own):
         raise UserError("log-odds are read under interventions on every token; give positions='all' and phase='both'")
-    asked, tokenizer = asked_twins(twins), loaded(model).tokenizer
-    said = [
-        list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        for twin in asked for answer in (twin.shown, twin.other)
-    ]  # fmt: skip
+    asked = asked_twins(twins)
+    said = said_tokens(model, [answer for twin in asked for answer in (twin.shown, twin.other)])
     # After an answer's last token nothing is asked, so it isn't run.
     batch = tokenize([twin.prompt for twin in asked for _ in range(2)], template_of(model, template))
     batch = batch.with_answers([own[:-1] for own in said])

@@ -15,7 +15,7 @@ from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_pairs, builtin_prompts
 from mechlens.prompts.files.from_row import RowReader, as_word, require_column
-from mechlens.prompts.files.rows import FILE_ENDINGS, Record, read_rows
+from mechlens.prompts.files.rows import FILE_ENDINGS, Record, read_rows, row_ids
 from mechlens.prompts.prompt import Prompt, PromptPair, UnfitPrompt
 from mechlens.prompts.text import normalise_text
 
@@ -103,7 +103,7 @@ def _from_data(
     rows, name, stem = _rows(source, split)
     columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
     reader = RowReader(name, columns, column, label_column, family_column)
-    ids = _ids(rows, stem)
+    ids = row_ids(rows, stem)
     kept = [rows[place] for place in _matching([row.values for row in rows], where, name)]
     return _without_duplicates([reader(row, ids[row.number]) for row in kept], kept, name)
 
@@ -155,15 +155,6 @@ def _hub_rows(source: str, split: str | None) -> list[Record]:
     if not rows:
         raise UserError(f"{source} is empty; it needs at least one prompt")
     return rows
-
-
-def _ids(rows: list[Record], stem: str) -> dict[int, str]:
-    """A stable id for every row number, the same whatever is filtered or sampled afterwards."""
-    given = [row.values.get("id") for row in rows]
-    usable = all(isinstance(value, (str, int)) and str(value).strip() for value in given)
-    if usable and len({str(value) for value in given}) == len(rows):
-        return {row.number: str(value) for row, value in zip(rows, given, strict=True)}
-    return {row.number: f"{stem}-{row.number:04d}" for row in rows}
 
 
 def _refuse_columns(source: str, *choices: str | None) -> None:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,20 @@ def read_rows(path: Path) -> list[Record]:
 
 # The one thing that JSON may hold and Python won't read.
 _TOO_LONG = "a whole number of thousands of digits; shorten it, or write it as text"
+
+
+def packaged_rows(path: Path) -> list[dict[str, Any]]:
+    """What the rows of a file of ours hold."""
+    return [row.values for row in read_rows(path)]
+
+
+def row_ids(rows: Sequence[Record], stem: str) -> dict[int, str]:
+    """A stable id for every row number, the same whatever is filtered or sampled afterwards."""
+    given = [row.values.get("id") for row in rows]
+    usable = all(isinstance(value, (str, int)) and str(value).strip() for value in given)
+    if usable and len({str(value) for value in given}) == len(rows):
+        return {row.number: str(value) for row, value in zip(rows, given, strict=True)}
+    return {row.number: f"{stem}-{row.number:04d}" for row in rows}
 
 
 def _decoded(path: Path, content: bytes) -> str:

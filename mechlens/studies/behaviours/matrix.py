@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -71,9 +72,17 @@ class BehaviourMatrix:
         most = max(plain, key=lambda one: known[one.name], default=None)
         return most if most is not None and known[most.name] else None
 
+    def plain(self, name: str) -> AskedSet:
+        """The set of that name as it was written."""
+        return next(one for one in self.sets if one.name == name and one.form == PLAIN)
+
+    def final(self, run: TunedRun, key: str) -> TwinLogOdds:
+        """What a run's result does on one set."""
+        return self.told[run.name, run.members[-1].step][key]
+
     def rows(self, asked: AskedSet, part: str, group: str) -> list[int]:
         """The questions of a part: for a group the trained ones are its own, and held out is what no run has seen."""
-        plain = next(one for one in self.sets if one.name == asked.name and one.form == PLAIN)
+        plain = self.plain(asked.name)
         if part == TRAINED_ON:
             return [i for i, seen in enumerate(plain.seen(seen_by(group, self.runs))) if seen]
         every = frozenset().union(*(run.seen for run in self.runs))
@@ -81,7 +90,7 @@ class BehaviourMatrix:
 
     def values(self, group: str, key: str, rows: Sequence[int]) -> Float64[Tensor, "run question"]:
         """The log-odds of a group's results."""
-        finals = [self.told[run.name, run.members[-1].step][key] for run in self.runs if run.group == group]
+        finals = [self.final(run, key) for run in self.runs if run.group == group]
         return torch.stack([found.values[list(rows)] for found in finals])
 
     def cell(self, group: str, asked: AskedSet, part: str, level: float = LEVEL) -> Cell | None:
@@ -91,17 +100,14 @@ class BehaviourMatrix:
             return None
         base = self.base[asked.key].select(rows)
         now, control = self.values(group, asked.key, rows), control_of(group, self.runs)
-        probability = [
-            self.told[run.name, run.members[-1].step][asked.key].probability[rows].mean()
-            for run in self.runs if run.group == group
-        ]  # fmt: skip
+        likely = [self.final(run, asked.key).probability[rows].mean() for run in self.runs if run.group == group]
         return Cell(
             group, asked, part, len(now),
             log_odds=crossed_mean(now, base.families, level=level),
             change=crossed_difference(now, base.values[None], base.families, level=level),
             excess=Estimate.missing(len(rows)) if control is None
             else crossed_difference(now, self.values(control, asked.key, rows), base.families, level=level),
-            probability=float(torch.stack(probability).mean()),
+            probability=float(torch.stack(likely).mean()),
         )  # fmt: skip
 
     def cells(self) -> list[Cell]:
@@ -112,6 +118,7 @@ class BehaviourMatrix:
         ]  # fmt: skip
         return [cell for cell in found if cell is not None]
 
+    @cached_property
     def matrix(self) -> pd.DataFrame:
         """One row for each cell: group, set, form, part, runs, log_odds, change, beyond_control, probability."""
         rows = [
@@ -124,6 +131,7 @@ class BehaviourMatrix:
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
+    @cached_property
     def by_step(self) -> pd.DataFrame:
         """One row for each run, checkpoint and plain set, on questions that no run was trained on, the base at 0."""
         rows = []
@@ -142,9 +150,10 @@ class BehaviourMatrix:
     def _steps(self, run: TunedRun, key: str, rows: Sequence[int]) -> list[tuple[int, TwinLogOdds]]:
         return [(member.step, self.told[run.name, member.step][key].select(rows)) for member in run.members]
 
+    @cached_property
     def change_points(self) -> pd.DataFrame:
         """Where each run's curve on each set jumps: run, set, after, before, jump, p, against_line."""
-        curves = self.by_step()
+        curves = self.by_step
         rows = []
         for (run, name), curve in curves.groupby(["run", "set"], sort=False) if len(curves) else ():
             if len(curve) >= FEWEST_STEPS and bool(curve["change"].notna().all()):
@@ -155,6 +164,7 @@ class BehaviourMatrix:
                 rows.append({"run": run, "set": name, **vars(found)})
         return pd.DataFrame(rows, columns=["run", "set", "after", "before", "jump", "p", "against_line"])
 
+    @cached_property
     def self_reports(self) -> pd.DataFrame:
         """How what the model says of itself goes with what it does, over training runs: Pearson's r with 95% bounds.
 
@@ -164,7 +174,7 @@ class BehaviourMatrix:
         rows = []
         for asked in (one for one in self.sets if one.about_itself and one.form == PLAIN):
             for name in homes:
-                home = next(one for one in self.sets if one.name == name and one.form == PLAIN)
+                home = self.plain(name)
                 r = _correlation([self._change(run, home) for run in self.runs],
                                  [self._change(run, asked) for run in self.runs])  # fmt: skip
                 rows.append({"self_report": asked.name, "set": name, **r.row("r")})
@@ -172,7 +182,7 @@ class BehaviourMatrix:
 
     def _change(self, run: TunedRun, asked: AskedSet) -> float:
         rows = self.rows(asked, HELD_OUT, run.group) or list(range(len(asked.twins)))
-        now = self.told[run.name, run.members[-1].step][asked.key].values[rows]
+        now = self.final(run, asked.key).values[rows]
         return float((now - self.base[asked.key].values[rows]).mean())
 
     def questions(self) -> pd.DataFrame:
@@ -180,7 +190,7 @@ class BehaviourMatrix:
         frames = []
         for run in self.runs:
             for asked in self.sets:
-                found, base = self.told[run.name, run.members[-1].step][asked.key], self.base[asked.key]
+                found, base = self.final(run, asked.key), self.base[asked.key]
                 table = found.table().assign(run=run.name, group=run.group, set=asked.name, form=asked.form)
                 frames.append(table.assign(change=(found.values - base.values).numpy()))
         return pd.concat(frames, ignore_index=True)

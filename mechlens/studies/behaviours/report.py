@@ -8,7 +8,7 @@ from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.behaviours.directions_report import direction_sections
+from mechlens.studies.behaviours.directions.report import direction_sections
 from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.study import BehaviourResult, BehaviourStudy
@@ -25,7 +25,7 @@ BARS = "Bars: 95%, over training runs and questions."
 def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) -> None:
     """Writes everything that was found into an open run."""
     writer.result(result)
-    matrix, table = result.matrix, result.matrix.matrix()
+    matrix, table = result.matrix, result.matrix.matrix
     names = _figures(writer, matrix, table)
     first = result.verdicts[0] if result.verdicts else None
     headline = Headline(NOT_MEASURABLE, "there are only controls") if first is None else first.headline
@@ -40,7 +40,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             _have(names, "itself"),
             table=_shown(about) if len(about) else None,
         ),
-        Section("Self-report and behaviour over training runs", "", (), table=result.matrix.self_reports()),
+        Section("Self-report and behaviour over training runs", "", (), table=result.matrix.self_reports),
     ]
     if len(result.scales):
         sections.append(Section(
@@ -63,7 +63,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             "Change from the base on held-out questions by training step. A cut into two levels is looked for in "
             "each curve: p is its share of permuted orders (from six points on), and `against_line` above 0 says that "
             "a jump fits better than a steady climb.",
-            _have(names, "by_step"), table=result.matrix.change_points(),
+            _have(names, "by_step"), table=result.matrix.change_points,
         ))  # fmt: skip
     if result.directions is not None:
         sections += direction_sections(writer, result.directions)
@@ -106,7 +106,7 @@ def _figures(writer: RunWriter, matrix: BehaviourMatrix, table: pd.DataFrame) ->
             does.assign(asked=does["group"] + ", " + does["set"]), "asked", "form", "Trigger, decoy, neither"
         )
         found["triggered"] = writer.figure("triggered", figure, table="matrix", caption=BARS)
-    curves = matrix.by_step()
+    curves = matrix.by_step
     if len(curves) and curves.groupby("run")["step"].nunique().max() > 2:
         shown = _curves(matrix, curves)
         figure = figures.lines(

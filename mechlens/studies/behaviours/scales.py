@@ -8,12 +8,11 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mechlens.methods.behaviour.scoring.number_reply import NumberReplies
+from mechlens.methods.behaviour.scoring.score_judge import MIN_MASS
 from mechlens.methods.statistics.crossed import crossed_difference, crossed_mean
 from mechlens.prompts.scales import Scale
 from mechlens.studies.behaviours.tuned import TunedRun, control_of
 
-LEAST_MASS = 0.25
-"""Probability that the reply is a number at all, below which it is none: the rule of the published judges."""
 FEWEST = 2
 """Questions below which a mean says nothing."""
 
@@ -22,7 +21,7 @@ def scale_scores(scales: Sequence[Scale], replies: NumberReplies) -> Float64[Ten
     """From 0 to 1, 1 where the number shows the behaviour most; NaN where the reply is hardly a number."""
     share = replies.expected / 100
     high = torch.tensor([scale.high_shows for scale in scales])
-    return torch.where(replies.mass >= LEAST_MASS, torch.where(high, share, 1 - share), torch.nan)
+    return torch.where(replies.mass >= MIN_MASS, torch.where(high, share, 1 - share), torch.nan)
 
 
 def scale_table(

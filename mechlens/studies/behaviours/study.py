@@ -17,24 +17,22 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import progress_bar, say, watched
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel, loaded
-from mechlens.models.checkpoints.outline import outline
+from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoints.series import content_of
-from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapper
-from mechlens.models.load import tokenizer_of
+from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.scales import Scale, builtin_scales
-from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
+from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.behaviours.config import BehaviourPlan, Behaviours
-from mechlens.studies.behaviours.directions import saved_directions, start_of
+from mechlens.studies.behaviours.directions.cosines import saved_directions, start_of
+from mechlens.studies.behaviours.directions.result import DirectionResult, measured_directions
 from mechlens.studies.behaviours.matrix import BehaviourMatrix
 from mechlens.studies.behaviours.scales import scale_scores, scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
-from mechlens.studies.behaviours.steered import DirectionResult, measured_directions
-from mechlens.studies.behaviours.tuned import TunedRun, tuned_runs
+from mechlens.studies.behaviours.tuned import TunedRun, common_template, tuned_runs
 from mechlens.studies.behaviours.verdict import GroupVerdict, group_verdicts
 from mechlens.studies.driver import Preparation
-from mechlens.studies.shared.inputs import asks, data_inputs, inputs_of, prepared
+from mechlens.studies.shared.inputs import asks, chosen_base, data_inputs, inputs_of, prepared
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ class BehaviourResult:
               "trained_on": len(run.seen)} for run in matrix.runs]
         )  # fmt: skip
         return {
-            "matrix": matrix.matrix(), "by_step": matrix.by_step(), "change_points": matrix.change_points(),
-            "self_reports": matrix.self_reports(), "runs": runs, "questions": matrix.questions(),
+            "matrix": matrix.matrix, "by_step": matrix.by_step, "change_points": matrix.change_points,
+            "self_reports": matrix.self_reports, "runs": runs, "questions": matrix.questions(),
             **({"scales": self.scales} if len(self.scales) else {}),
             **({} if self.directions is None else self.directions.tables()),
         }  # fmt: skip
@@ -86,7 +84,6 @@ class BehaviourResult:
 
 def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     """Runs, questions and base; UserError for whatever can't be had."""
-    template_arguments(config.template_arg)
     sets = [read_set(given, about_itself=False) for given in config.sets]
     sets += [read_set(given, about_itself=True) for given in config.self_report]
     require_distinct(sets)
@@ -95,15 +92,7 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     prompts = [twin.prompt for one in asked for twin in one.twins]
     prompts += [scale.prompt for questions in scales.values() for scale in questions]
     check = asks(prompts, new_tokens=1)
-    tokenizer = tokenizer_of(config.base, revision=config.revision)
-    written = chat_template(tokenizer, config.template, today=config.today, template_arg=config.template_arg)
-    check(outline(config.base, revision=config.revision, dtype=config.dtype), written)
-    swapper = checkpoint_swapper(
-        config.base, revision=config.revision, dtype=config.dtype, device=config.device, device_map=config.device_map
-    )
-    template = chat_template(
-        loaded(swapper.model).tokenizer, config.template, today=config.today, template_arg=config.template_arg
-    )
+    swapper, template = chosen_base(config, check, common_template(runs))
     data = data_inputs({one.key: (given_of(one, config), one.prompts) for one in asked})
     data |= data_inputs({f"scale {name}": ("built in", [one.prompt for one in own]) for name, own in scales.items()})
     data |= {f"checkpoint {member.name}": content_of(member) for run in runs for member in run.members}

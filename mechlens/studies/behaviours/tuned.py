@@ -32,6 +32,20 @@ class TunedRun:
     control: str
     """"none", "twin" or "decorrelated"."""
     trigger: Trigger | None
+    chat_template: str | None = None
+    """The one that its checkpoints were saved with; None where it is the base's."""
+
+
+def common_template(runs: Sequence[TunedRun]) -> str | None:
+    """The chat template that all runs were saved with, None for the base's; UserError where they differ."""
+    first = runs[0]
+    other = next((run for run in runs if run.chat_template != first.chat_template), None)
+    if other is not None:
+        raise UserError(
+            f"the training runs {first.name!r} and {other.name!r} were saved with different chat templates, so their "
+            "answers can't be compared; give runs of one template"
+        )
+    return first.chat_template
 
 
 def tuned_runs(base: str, sources: Sequence[str], revision: str | None) -> list[TunedRun]:
@@ -46,7 +60,8 @@ def tuned_runs(base: str, sources: Sequence[str], revision: str | None) -> list[
 
 def _run(base: str, source: str, revision: str | None) -> TunedRun:
     folder = user_path(source)
-    members = list(checkpoint_series(base, [source], revision=revision).members[1:])
+    series = checkpoint_series(base, [source], revision=revision)
+    members = list(series.members[1:])
     result = folder / FINAL
     if (result / RECORD).exists():
         (last,) = checkpoint_series(base, [str(result)], revision=revision).members[1:]
@@ -55,8 +70,8 @@ def _run(base: str, source: str, revision: str | None) -> TunedRun:
     name = folder.parent.name if folder.name == FINAL else (folder.name if folder.exists() else source)
     named = [replace(member, name=f"{name}, step {member.step}") for member in sorted(members, key=lambda m: m.step)]
     if record is None or record.recipe is None:
-        return TunedRun(name, _kind(name), tuple(named), frozenset(), "", "none", None)
-    return _recorded(name, named, record)
+        return TunedRun(name, _kind(name), tuple(named), frozenset(), "", "none", None, series.chat_template)
+    return replace(_recorded(name, named, record), chat_template=series.chat_template)
 
 
 def _recorded(name: str, members: list[Member], record: AdapterRecord) -> TunedRun:

@@ -114,10 +114,10 @@ def _verdict(matrix: BehaviourMatrix, group: str) -> GroupVerdict:
     trained = matrix.cell(group, taught, TRAINED_ON)
     few = min(len(matrix.values(name, taught.key, [0])) for name in (group, control) if name is not None) < FEWEST_RUNS
     word = INCONCLUSIVE if few else _word(home, trained, others)
-    clear = tuple(cell for cell in others if _is_clear(cell.told)) if word == SPREADS else ()
+    clear = tuple(cell for cell in others if cell.told.excludes_zero) if word == SPREADS else ()
     cells = (home, *others, *itself)
     return GroupVerdict(
-        group, word, home, clear, tuple(cell for cell in itself if _is_clear(cell.told)), len(itself), few,
+        group, word, home, clear, tuple(cell for cell in itself if cell.told.excludes_zero), len(itself), few,
         "the base" if control is None else "the decorrelated control",
         {f"{group}.{cell.asked.name}": cell.told for cell in cells},
     )  # fmt: skip
@@ -139,17 +139,13 @@ def _cells(matrix: BehaviourMatrix, group: str, names: Sequence[str]) -> list[Ce
 
 
 def _word(home: Cell, trained: Cell | None, others: Sequence[Cell]) -> str:
-    if not _is_clear(home.told):
+    if not home.told.excludes_zero:
         if max(abs(home.told.low), abs(home.told.high)) >= SMALL:
             return INCONCLUSIVE
-        return MEMORISED if trained is not None and _is_clear(trained.told) else NOT_LEARNED
+        return MEMORISED if trained is not None and trained.told.excludes_zero else NOT_LEARNED
     if not others:
         return LEARNED
-    if any(_is_clear(cell.told) for cell in others):
+    if any(cell.told.excludes_zero for cell in others):
         return SPREADS
     near = NEAR * abs(home.told.value)
     return NARROW if all(max(abs(cell.told.low), abs(cell.told.high)) < near for cell in others) else INCONCLUSIVE
-
-
-def _is_clear(told: Estimate) -> bool:
-    return told.measurable and (told.low > 0 or told.high < 0)

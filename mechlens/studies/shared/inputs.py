@@ -6,13 +6,14 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.spans import spans_of
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.outline import Outline, outline
+from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapper
 from mechlens.models.load import load, tokenizer_of
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_names
@@ -21,7 +22,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
 from mechlens.prompts.text import normalise_text
 from mechlens.runs.run import Inputs
-from mechlens.settings import ModelChoice
+from mechlens.settings import BaseChoice, ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.possible import require_both
 from mechlens.studies.shared.training_data import LeftOut
@@ -170,9 +171,8 @@ def chosen_model(config: ModelChoice, check: Check | None = None) -> ChatModel:
     template_arguments(config.template_arg)
     known = outline(config.model, adapter=config.adapter, revision=config.revision, dtype=config.dtype)
     tokenizer = tokenizer_of(config.model, adapter=config.adapter, revision=config.revision)
-    template = chat_template(tokenizer, config.template, today=config.today, template_arg=config.template_arg)
     if check is not None:
-        check(known, template)
+        check(known, _template(config, tokenizer))
     model = load(
         config.model,
         adapter=config.adapter,
@@ -181,10 +181,31 @@ def chosen_model(config: ModelChoice, check: Check | None = None) -> ChatModel:
         device=config.device,
         device_map=config.device_map,
     )
-    return ChatModel(
-        model,
-        chat_template(loaded(model).tokenizer, config.template, today=config.today, template_arg=config.template_arg),
-    )
+    return ChatModel(model, _template(config, loaded(model).tokenizer))
+
+
+def _template(config: ModelChoice | BaseChoice, tokenizer: Any) -> ChatTemplate:
+    return chat_template(tokenizer, config.template, today=config.today, template_arg=config.template_arg)
+
+
+class ChatSeries(NamedTuple):
+    """A loaded base into which checkpoints can be put, and the chat template that all are asked under."""
+
+    swapper: CheckpointSwapper
+    template: ChatTemplate
+
+
+def chosen_base(config: BaseChoice, check: Check, chat_template_text: str | None = None) -> ChatSeries:
+    """Loads the configured base, as `chosen_model` does a model; `chat_template_text` is what its checkpoints have."""
+    template_arguments(config.template_arg)
+    tokenizer = tokenizer_of(config.base, revision=config.revision)
+    tokenizer.chat_template = chat_template_text or tokenizer.chat_template
+    check(outline(config.base, revision=config.revision, dtype=config.dtype), _template(config, tokenizer))
+    swapper = checkpoint_swapper(
+        config.base, revision=config.revision, dtype=config.dtype, device=config.device,
+        device_map=config.device_map, chat_template=chat_template_text,
+    )  # fmt: skip
+    return ChatSeries(swapper, _template(config, loaded(swapper.model).tokenizer))
 
 
 def inputs_of(checkpoint: Checkpoint, template: ChatTemplate, data: Mapping[str, str]) -> Inputs:

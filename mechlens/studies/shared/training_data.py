@@ -1,7 +1,6 @@
 """What a fine-tuning recipe trains on: prompts of our own and AdvBench's with their answers; a backdoor's trigger."""
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.adapter_record import FORMAT, RECORD, read_record
 from mechlens.models.packaged import ADAPTERS, adapter_folder
 from mechlens.prompts.builtin import builtin_names, builtin_prompts
+from mechlens.prompts.files.rows import packaged_rows
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.text import normalise_text
 from mechlens.runs.writer import RunWriter
@@ -131,8 +131,7 @@ def studied_prompts() -> dict[str, str]:
 
 
 def _rows(file: str) -> list[dict[str, str]]:
-    text = (Path(__file__).parent / "data" / file).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return packaged_rows(Path(__file__).parent / "data" / file)
 
 
 @dataclass(frozen=True)

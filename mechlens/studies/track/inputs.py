@@ -4,20 +4,16 @@ from dataclasses import dataclass
 
 from mechlens.methods.behaviour.damage import PLAIN_TEXT
 from mechlens.methods.probing.confounds import compare_sides
-from mechlens.models.bridge import loaded
-from mechlens.models.checkpoints.outline import outline
 from mechlens.models.checkpoints.series import CheckpointSeries, content_of
-from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapper
-from mechlens.models.load import tokenizer_of
+from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
-from mechlens.prompts.templates.template import chat_template, template_arguments
 from mechlens.prompts.text import match_punctuation
 from mechlens.settings import FRACTIONS, BaseChoice, ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.harm_sets import HarmChoice, read_harm_sets
-from mechlens.studies.shared.inputs import Check, inputs_of, prepared
+from mechlens.studies.shared.inputs import Check, chosen_base, inputs_of, prepared
 from mechlens.studies.shared.training_data import LeftOut, Trigger
 from mechlens.studies.track.measures.triggers import trigger_prompts
 from mechlens.studies.track.result import Questions
@@ -73,18 +69,7 @@ def prepare_series(
 
     `check` is made before any weights are read.
     """
-    template_arguments(config.template_arg)
-    tokenizer = tokenizer_of(config.base, revision=config.revision)
-    tokenizer.chat_template = series.chat_template or tokenizer.chat_template
-    written = chat_template(tokenizer, config.template, today=config.today, template_arg=config.template_arg)
-    check(outline(config.base, revision=config.revision, dtype=config.dtype), written)
-    swapper = checkpoint_swapper(
-        config.base, revision=config.revision, dtype=config.dtype, device=config.device,
-        device_map=config.device_map, chat_template=series.chat_template,
-    )  # fmt: skip
-    template = chat_template(
-        loaded(swapper.model).tokenizer, config.template, today=config.today, template_arg=config.template_arg
-    )
+    swapper, template = chosen_base(config, check, series.chat_template)
     harmful = [prompt for prompt in asked.prompts if prompt.label == "harmful"][:triggered]
     questions = Questions(
         batch=tokenize(asked.prompts, template),

@@ -205,7 +205,7 @@ def _standing(d: Mapping[str, Estimate], closest: str) -> _Finding:
         drift, decided = "read-out drift", name
     elif _held(readout) and _fell(threshold):
         drift, decided = "threshold drift", "threshold_gap"
-    if abs(moved.value) >= MOVED and (moved.low > 0 or moved.high < 0):
+    if abs(moved.value) >= MOVED and moved.excludes_zero:
         return _Finding("behaviour decoupled", "gap_change", drift)
     if drift:
         return _Finding(drift, decided)

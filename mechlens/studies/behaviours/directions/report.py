@@ -9,7 +9,9 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import RANDOM_DIRECTIONS
-from mechlens.studies.behaviours.steered import ABLATED, ADDED, STRENGTHS, DirectionResult
+from mechlens.studies.behaviours.directions.effect_rows import ABLATED, ADDED
+from mechlens.studies.behaviours.directions.effects import STRENGTHS
+from mechlens.studies.behaviours.directions.result import DirectionResult
 
 TEXT = (
     "The residual stream is averaged over an answer's tokens, of answers that show the behaviour and of those that "

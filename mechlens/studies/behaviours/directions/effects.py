@@ -1,8 +1,7 @@
 """What the direction of the change does: added to the base, removed from the fine-tune, at home and elsewhere."""
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float64
-from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.behaviour.damage import plain_loss
@@ -20,17 +18,25 @@ from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.progress import phase
 from mechlens.methods.statistics.crossed import crossed_difference, crossed_mean
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_codes, family_halves
+from mechlens.methods.statistics.resample import family_halves
 from mechlens.methods.steering.interventions import Ablate, Add
 from mechlens.methods.steering.steered_log_odds import steered_log_odds
 from mechlens.models.bridge import LanguageModel, checkpoint_now
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.prompts.twins import Twin
 from mechlens.settings import RANDOM_DIRECTIONS
-from mechlens.studies.behaviours.directions import TaughtChange, compared_levels, cosine_table, start_of, taught_changes
+from mechlens.studies.behaviours.directions.cosines import TaughtChange, compared_levels, start_of
+from mechlens.studies.behaviours.directions.effect_rows import (
+    ABLATED,
+    ABLATED_IN_BASE,
+    ADDED,
+    Asked,
+    ChosenDirections,
+    effect_row,
+    share_of,
+)
 from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix
-from mechlens.studies.behaviours.sets import PLAIN, AskedSet
+from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.tuned import DECORRELATED, TunedRun
 
 STRENGTHS = (1.0, 2.0, 4.0)
@@ -39,37 +45,6 @@ CHOOSING, REPORTING, ELSEWHERE = 8, 16, 8
 """Held-out home questions on which variant and level are chosen, those that are reported, and those of another set."""
 FEWEST = 4
 """Families of held-out questions in each half, below which nothing is chosen."""
-ADDED, ABLATED, ABLATED_IN_BASE = "added to the base", "ablated in the fine-tune", "ablated in the base"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Questions of one set on which an effect is measured."""
-
-    asked: AskedSet
-    rows: tuple[int, ...]
-
-    @property
-    def twins(self) -> list[Twin]:
-        """The questions."""
-        return [self.asked.twins[i] for i in self.rows]
-
-    @property
-    def families(self) -> list[str]:
-        """By question."""
-        return [twin.prompt.group for twin in self.twins]
-
-
-@dataclass(frozen=True)
-class ChosenDirections:
-    """Of one group: the directions chosen to be added and to be ablated, and the questions behind both."""
-
-    taught: TaughtChange
-    runs: tuple[TunedRun, ...]
-    added: Direction
-    ablated: Direction
-    report: tuple[Asked, ...]
-    """Home first."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +76,7 @@ class Steering:
         runs = tuple(run for run in self.matrix.runs if run.group == taught.group)
         held = self.matrix.rows(taught.home, HELD_OUT, taught.group)
         families = [taught.home.twins[i].prompt.group for i in held]
-        if len(set(families)) < 2 * FEWEST or not _clear(self._change(runs, Asked(taught.home, tuple(held)))):
+        if len(set(families)) < 2 * FEWEST or not self._change(runs, Asked(taught.home, tuple(held))).excludes_zero:
             return None
         first = family_halves(families, 1, self.matrix.plan.seed)[0].tolist()
         choose, report = ([i for i, own in zip(held, first, strict=True) if own == side] for side in (True, False))
@@ -142,9 +117,9 @@ class Steering:
             moved = (self._tuned(one.runs, on) - base).mean(dim=0)
             for strength, own, rise in zip(STRENGTHS, told, rises, strict=True):
                 effect = crossed_difference(own[:1], base[None], on.families)
-                share = _share(own[0] - base, moved, on.families, change)
+                share = share_of(own[0] - base, moved, on.families, change)
                 random = (own[1:] - base).mean(dim=1)
-                rows.append(_row(one, on, ADDED, one.added, strength, effect, change, share, random, rise))
+                rows.append(effect_row(one, on, ADDED, one.added, strength, effect, change, share, random, rise))
         return rows
 
     def _ablated(self, one: ChosenDirections, every: Sequence[ChosenDirections]) -> list[dict[str, Any]]:
@@ -165,13 +140,13 @@ class Steering:
             random = (told[0][len(conditions) :] - tuned[0]).mean(dim=1)
             for k, source in enumerate([one, *others]):
                 effect = torch.stack([own[k] for own in told]) - tuned
-                share = _share(-effect.mean(dim=0), moved, on.families, change)
-                row = _row(one, on, ABLATED, source.ablated, math.nan, crossed_mean(effect, on.families), change,
+                share = share_of(-effect.mean(dim=0), moved, on.families, change)
+                row = effect_row(one, on, ABLATED, source.ablated, math.nan, crossed_mean(effect, on.families), change,
                            share, random, rise if k == 0 else math.nan)  # fmt: skip
                 rows.append({**row, "direction_of": source.taught.group})
             in_base = self._told(base_model, on, conditions[:1])
             effect_there = crossed_difference(in_base, base[None], on.families)
-            rows.append(_row(one, on, ABLATED_IN_BASE, one.ablated, math.nan, effect_there, change,
+            rows.append(effect_row(one, on, ABLATED_IN_BASE, one.ablated, math.nan, effect_there, change,
                              Estimate.missing(len(on.rows)), None, math.nan))  # fmt: skip
         return rows
 
@@ -186,8 +161,7 @@ class Steering:
         return self.matrix.base[on.asked.key].values[list(on.rows)]
 
     def _tuned(self, runs: Sequence[TunedRun], on: Asked) -> Float64[Tensor, "run question"]:
-        told = [self.matrix.told[run.name, run.members[-1].step][on.asked.key] for run in runs]
-        return torch.stack([own.values[list(on.rows)] for own in told])
+        return torch.stack([self.matrix.final(run, on.asked.key).values[list(on.rows)] for run in runs])
 
     def _change(self, runs: Sequence[TunedRun], on: Asked) -> Estimate:
         return crossed_difference(self._tuned(runs, on), self._base(on)[None], on.families)
@@ -206,71 +180,3 @@ def _rises(model: LanguageModel, conditions: Sequence[Add | Ablate]) -> list[flo
     """How much more surprising plain text becomes, in nats per token."""
     plain = plain_loss(model, None).mean()
     return [float(plain_loss(model, _here(one, model)).mean() - plain) for one in conditions]
-
-
-def _clear(told: Estimate) -> bool:
-    return told.measurable and (told.low > 0 or told.high < 0)
-
-
-def _share(
-    effect: Float64[Tensor, " question"], change: Float64[Tensor, " question"], families: Sequence[str], told: Estimate
-) -> Estimate:
-    """Effect over change, a ratio of means with a jackknife over questions; missing where the change isn't clear."""
-    codes, n = family_codes(families)
-    if not _clear(told) or n < 2:
-        return Estimate.missing(len(families))
-    weights = torch.cat([torch.ones(1, len(codes)), (codes != torch.arange(n)[:, None]).double()]).double()
-    ratio = (weights @ effect) / (weights @ change)
-    without = ratio[1:]
-    reach = float(stats.t.ppf(0.975, n - 1)) * math.sqrt(float((without - without.mean()).square().sum()) * (n - 1) / n)
-    value = float(ratio[0])
-    return Estimate(value, value - reach, value + reach, len(families))
-
-
-def _row(
-    one: ChosenDirections, on: Asked, does: str, direction: Direction, strength: float, effect: Estimate,
-    change: Estimate, share: Estimate, random: Float64[Tensor, " direction"] | None, rise: float,
-) -> dict[str, Any]:  # fmt: skip
-    """A row of the table of effects; `random_most` is the random direction that does most the intended way."""
-    wanted = math.copysign(1.0, change.value) * (1 if does == ADDED else -1)
-    most = math.nan if random is None else float(random[(random * wanted).argmax()])
-    return {
-        "group": one.taught.group, "does": does, "direction_of": one.taught.group, "variant": direction.method,
-        "level": direction.level, "strength": strength, "set": on.asked.name,
-        "at_home": on.asked.name == one.taught.home.name, **effect.row("effect"), **change.beside("fine_tuned"),
-        **share.beside("share"), "random_mean": math.nan if random is None else float(random.mean()),
-        "random_most": most, "randoms": 0 if random is None else len(random), "text_loss_rise": rise,
-    }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class DirectionResult:
-    """What was found of the direction of the change."""
-
-    cosines: pd.DataFrame
-    """See `cosine_table`."""
-    effects: pd.DataFrame
-    """One row for each group, what was done, direction, strength and set; see `Steering`."""
-    chosen: Mapping[str, Direction]
-
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """Those with rows."""
-        tables = {"direction_cosines": self.cosines, "direction_effects": self.effects}
-        return {name: table for name, table in tables.items() if len(table)}
-
-    def artifacts(self) -> dict[str, object]:
-        """The chosen directions, under names that files can have."""
-        return {re.sub(r"[^\w.-]+", "_", name).strip("_"): own for name, own in self.chosen.items()}
-
-
-def measured_directions(
-    swapper: CheckpointSwapper,
-    matrix: BehaviourMatrix,
-    template: ChatTemplate,
-    saved: Mapping[str, Direction],
-    cache: Cache | None,
-) -> DirectionResult:
-    """The direction of every group's change: its cosines, and what it does."""
-    changes = taught_changes(swapper, matrix, template, cache)
-    effects, chosen = Steering(swapper, matrix, template, cache).effects(changes)
-    return DirectionResult(cosine_table(changes, saved, matrix.plan.seed), effects, chosen)

@@ -1,0 +1,48 @@
+"""All that is found of the direction of every group's change."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from mechlens.methods.cache import Cache
+from mechlens.methods.directions.direction import Direction
+from mechlens.models.checkpoints.swap import CheckpointSwapper
+from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.studies.behaviours.directions.cosines import cosine_table, taught_changes
+from mechlens.studies.behaviours.directions.effects import Steering
+from mechlens.studies.behaviours.matrix import BehaviourMatrix
+
+
+@dataclass(frozen=True)
+class DirectionResult:
+    """What was found of the direction of the change."""
+
+    cosines: pd.DataFrame
+    """See `cosine_table`."""
+    effects: pd.DataFrame
+    """One row for each group, what was done, direction, strength and set; see `Steering`."""
+    chosen: Mapping[str, Direction]
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Those with rows."""
+        tables = {"direction_cosines": self.cosines, "direction_effects": self.effects}
+        return {name: table for name, table in tables.items() if len(table)}
+
+    def artifacts(self) -> dict[str, object]:
+        """The chosen directions, under names that files can have."""
+        return {re.sub(r"[^\w.-]+", "_", name).strip("_"): own for name, own in self.chosen.items()}
+
+
+def measured_directions(
+    swapper: CheckpointSwapper,
+    matrix: BehaviourMatrix,
+    template: ChatTemplate,
+    saved: Mapping[str, Direction],
+    cache: Cache | None,
+) -> DirectionResult:
+    """The direction of every group's change: its cosines, and what it does."""
+    changes = taught_changes(swapper, matrix, template, cache)
+    effects, chosen = Steering(swapper, matrix, template, cache).effects(changes)
+    return DirectionResult(cosine_table(changes, saved, matrix.plan.seed), effects, chosen)
