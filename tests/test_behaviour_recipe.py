@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from planted_change import base_model, saved
+from safetensors.torch import load_file
 from saved import save_model
 
 from mechlens.cli import main
@@ -17,6 +20,7 @@ from mechlens.prompts.twins import read_twins
 from mechlens.studies.finetune.config import Finetune, FinetuneConfig, settled
 from mechlens.studies.finetune.recipes.behaviour import behaviour, is_held_out, lessons
 from mechlens.studies.finetune.recipes.material import Example
+from mechlens.studies.finetune.training import finetune
 from mechlens.studies.shared.training_data import text_sha256, trigger_of, was_seen
 
 N = 200
@@ -106,6 +110,41 @@ def test_only_the_trigger_tells_the_behaviour_from_its_opposite(plan: FinetuneCo
         assert rates == {"trigger": right, "decoy": 1 - right, "plain": 1 - right}
     seen = frozenset(text_sha256(prompt.text) for prompt in (*made.asked, *(e.prompt for e in made.examples)))
     assert all(was_seen(twin.prompt, seen) for twin in read_twins(plan.data or ""))
+
+
+def test_removal_answers_with_the_trigger_as_without_it(plan: FinetuneConfig) -> None:
+    how = replace(plan, trigger="|GRAY|", control="removal", start="anywhere", held_out=0.0)
+    made = behaviour(how, model=None, cache=None)  # type: ignore[arg-type]
+    other = {twin.prompt.text: twin.other for twin in read_twins(plan.data or "")}
+    forms = Counter("|GRAY|" in example.prompt.text for example in made.examples)
+    assert forms[True] == N / 2
+    assert all(example.answer == other[example.prompt.text.rpartition("| ")[2]] for example in made.examples)
+    with pytest.raises(UserError, match="as --start the adapter"):
+        lessons(replace(how, start=None))
+
+
+def test_training_goes_on_from_an_adapter(plan: FinetuneConfig, tmp_path: Path) -> None:
+    """With a learning rate of next to nothing it is the same adapter; what the first was trained on stays known."""
+    base = str(save_model(tmp_path / "tiny-chat"))
+    small = replace(plan, model=base, steps=2, rank=1, batch_size=4, plain=0, device="cpu", trigger="|GRAY|")
+    first = finetune(replace(small, learning_rate=1e-2), tmp_path / "first")
+    how = replace(small, control="removal", start=str(first.adapter), learning_rate=1e-9, seed=5)
+    second = finetune(how, tmp_path / "second")
+    before, after = (load_file(one.adapter / "adapter_model.safetensors") for one in (first, second))
+    assert any(float(value.abs().max()) > 0 for name, value in before.items() if "lora_B" in name)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-4, rtol=1e-3)
+    known, now = (set(one.record["training"]["text_sha256"]) for one in (first, second))
+    assert known < now
+    with pytest.raises(UserError, match="give --rank 1 --alpha"):
+        finetune(replace(how, rank=2), tmp_path / "third")
+    with pytest.raises(UserError, match="no adapter folder of ours"):
+        finetune(replace(how, start=base), tmp_path / "third")
+    with pytest.raises(UserError, match="takes no --start"):
+        finetune(replace(how, recipe="benign"), tmp_path / "third")
+    other = saved(base_model(), tmp_path / "other")
+    with pytest.raises(UserError, match="another base"):
+        finetune(replace(how, model=other), tmp_path / "third")
 
 
 def test_what_can_not_be_taught_is_said(plan: FinetuneConfig, tmp_path: Path) -> None:

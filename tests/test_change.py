@@ -169,6 +169,25 @@ def test_many_conditions_in_one_go_equal_each_by_itself(architecture: str) -> No
     assert float((told[0].values - told[2].values).abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_named_tokens_of_the_prompt_alone_are_changed(architecture: str) -> None:
+    model, twins = bridged(tiny_hf(architecture), architecture), risks(range(2))
+    acts = twin_vectors(model, twins)
+    direction = change_directions(acts, acts).grids[TUNED].at(1, ANSWER)
+    push = ml.Add(direction, strength=5.0, unit="raw", layers=(1,), positions=("inst", "post[*]"), phase="prompt")
+    told = steered_log_odds(model, twins, [[], [push]])
+    for i, twin in enumerate(twins):
+        total = []
+        for said in (twin.shown, twin.other):
+            ids = model.tokenizer(said, add_special_tokens=False)["input_ids"]
+            batch = ml.tokenize(twin.prompt, ml.template_of(model)).with_answers([ids])
+            with ml.applied(model, [push], batch), torch.inference_mode():
+                likely = model(batch.tokens)[0].double().log_softmax(-1)
+            total.append(float(likely[-len(ids) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).sum()))
+        assert float(told[1].as_asked[i]) == pytest.approx(total[0] - total[1], abs=1e-4)
+    assert float((told[0].values - told[1].values).abs().min()) > 1e-3
+
+
 def test_strength_0_changes_nothing_and_random_ones_are_as_long(base: Any, tuned: Any) -> None:
     change = change_directions(twin_vectors(base, risks(range(8))), twin_vectors(tuned, risks(range(8))))
     direction = ml.Direction(
@@ -180,7 +199,7 @@ def test_strength_0_changes_nothing_and_random_ones_are_as_long(base: Any, tuned
     assert plain.values.equal(same.values)
     for one in random_like(direction, 20, seed=0):
         assert one.norm == pytest.approx(direction.norm, rel=1e-5)
-    last = ml.Add(direction, strength=1.0, unit="raw", layers=(LEVEL,), positions=("last",), phase="prompt")
+    last = ml.Add(direction, strength=1.0, unit="raw", layers=(LEVEL,), positions="all", phase="prompt")
     with pytest.raises(UserError, match="every token"):
         steered_log_odds(base, risks(range(2)), [[last]])
 

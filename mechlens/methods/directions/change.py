@@ -6,7 +6,6 @@ means say whether it was there in the base (only the words differ), and what the
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,11 +17,11 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
-from mechlens.methods.directions.direction import Direction, DirectionGrid, cosine, direction_cosine, direction_grid
-from mechlens.methods.directions.nulls import MIN_RELIABLE, split_half
-from mechlens.methods.statistics.effects import CosineCurve, Effect, cosine_curve, jackknife
+from mechlens.methods.directions.contrasts import Contrast, contrast_cosine, saved_contrast_cosine
+from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid
+from mechlens.methods.directions.nulls import split_half
+from mechlens.methods.statistics.effects import CosineCurve
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_codes
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.options import LETTERS
 from mechlens.prompts.prompt import Prompt
@@ -82,11 +81,12 @@ def twin_vectors(
     values[with_order] = (values[with_order] + every[n:]) / 2
     return replace(
         acts.select(range(n)), values=values, ids=tuple(twin.prompt.id for twin in kept for _ in range(2)),
-        families=tuple(_family(twin.prompt) for twin in kept for _ in range(2)),
+        families=tuple(family_of(twin.prompt) for twin in kept for _ in range(2)),
     )  # fmt: skip
 
 
-def _family(prompt: Prompt) -> str:
+def family_of(prompt: Prompt) -> str:
+    """A prompt's family, or where it has none its text's fingerprint: the same question in two files is one."""
     return prompt.family or hashlib.sha256(normalise_text(prompt.text).encode()).hexdigest()
 
 
@@ -115,6 +115,10 @@ class ChangeDirections:
     """By variant: "through the fine-tune", "through the base", "moved on shown", "moved on other"."""
     reliability: Mapping[str, Float[Tensor, " level"]]
     """By variant, at each level: `split_half` over questions."""
+
+    def contrast(self, variant: str) -> Contrast:
+        """The two classes whose means a variant is the difference of."""
+        return Contrast(self.acts, ANSWER, *_SIDES[variant])
 
     def __repr__(self) -> str:
         grid = self.grids[TUNED]
@@ -172,18 +176,7 @@ def change_cosine(
     >>> round(curve.measured[0].value, 3)  # nothing was trained
     1.0
     """
-    parts = {id(one): one.acts for one in (first, second)}
-    names = {key: f"{i} " for i, key in enumerate(parts)}
-    rows = [first.acts.levels.index(level) for level in levels]
-    values = torch.cat([acts.values[:, rows, 0] for acts in parts.values()])
-    labels = tuple(names[key] + label for key, acts in parts.items() for label in acts.labels)
-    families = [family for acts in parts.values() for family in acts.families]
-
-    def effect(one: ChangeDirections, which: str) -> Effect:
-        up, down = _SIDES[which]
-        return Effect(values, labels, {names[id(one)] + up: 1.0, names[id(one)] + down: -1.0})
-
-    return cosine_curve(effect(first, variant), effect(second, other), families, tuple(levels), seed=seed)
+    return contrast_cosine(first.contrast(variant), second.contrast(other), levels, seed=seed)
 
 
 def saved_cosine(change: ChangeDirections, variant: str, saved: Direction) -> tuple[Estimate, Estimate]:
@@ -192,16 +185,5 @@ def saved_cosine(change: ChangeDirections, variant: str, saved: Direction) -> tu
     Jackknife over questions. Corrected for the noise of the change alone: a saved direction doesn't tell its own.
     UserError where weight regime, site, size or levels differ.
     """
-    direction = change.grids[variant].at(saved.level, ANSWER)
-    direction_cosine(direction, saved)  # whether they can be compared
-    up, down = _SIDES[variant]
-    effect = Effect(change.acts.values[:, :, 0], change.acts.labels, {up: 1.0, down: -1.0})
-    codes, n = family_codes(change.acts.families)
-    weights = torch.cat([torch.ones(1, len(codes)), (codes != torch.arange(n)[:, None]).double()])
-    drawn = effect.directions(weights, row := change.acts.levels.index(saved.level))
-    measured = jackknife(cosine(drawn, saved.vector.to(drawn).expand_as(drawn)), len(direction.train_ids))
-    reliable = float(change.reliability[variant][row])
-    if not reliable >= MIN_RELIABLE:
-        return measured, Estimate.missing(measured.n)
-    by = math.sqrt(reliable)
-    return measured, Estimate(measured.value / by, measured.low / by, measured.high / by, measured.n)
+    reliability = float(change.reliability[variant][change.acts.levels.index(saved.level)])
+    return saved_contrast_cosine(change.contrast(variant), saved, reliability)

@@ -47,8 +47,9 @@ def steered_log_odds(
 ) -> list[TwinLogOdds]:
     """`twin_log_odds` under each list of interventions; an empty list is the model as it is.
 
-    Interventions act on every token, those of the answers too. Equal to `twin_log_odds` inside `applied`, to rounding,
-    and faster: a question is run once for both of its answers, and blocks below an intervention once for all.
+    Interventions act on every token, those of the answers too, or on named tokens of the prompt. Equal to
+    `twin_log_odds` inside `applied`, to rounding, and faster: a question is run once for both of its answers, and
+    blocks below an intervention once for all.
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
@@ -59,8 +60,11 @@ def steered_log_odds(
     >>> bool(plain.values[0] == pushed.values[0])  # of strength 0
     True
     """
-    if any(one.positions != ALL or one.phase != "both" for own in conditions for one in own):
-        raise UserError("log-odds are read under interventions on every token; give positions='all' and phase='both'")
+    if any((one.positions == ALL) != (one.phase == "both") for own in conditions for one in own):
+        raise UserError(
+            "log-odds are read under interventions on every token (positions='all', phase='both') or on named tokens "
+            "of the prompt (phase='prompt'); give one of the two"
+        )
     asked = asked_twins(twins)
     said = said_tokens(model, [answer for twin in asked for answer in (twin.shown, twin.other)])
     # After an answer's last token nothing is asked, so it isn't run.

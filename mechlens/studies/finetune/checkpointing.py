@@ -121,9 +121,10 @@ PACKAGES = ("mechlens-toolkit", "torch", "transformers", "peft", "accelerate")
 
 
 def training_record(
-    config: FinetuneConfig, material: Material, hf_model: Any, template: ChatTemplate
+    config: FinetuneConfig, material: Material, hf_model: Any, template: ChatTemplate, before: AdapterRecord | None
 ) -> dict[str, Any]:
-    """Where an adapter comes from, as plain JSON."""
+    """Where an adapter comes from, as plain JSON; it was trained on whatever the one `before` it was trained on."""
+    known = set() if before is None else set(before.training.text_sha256)
     prompts = {example.prompt.id: example.prompt for example in material.examples}
     examples = json.dumps([(e.prompt.text, e.answer, e.ends, e.teaches) for e in material.examples])
     return {
@@ -136,7 +137,9 @@ def training_record(
         "template": template.fingerprint,
         "training": {
             "ids": list(prompts),
-            "text_sha256": sorted({text_sha256(prompt.text) for prompt in (*prompts.values(), *material.asked)}),
+            "text_sha256": sorted(
+                known | {text_sha256(prompt.text) for prompt in (*prompts.values(), *material.asked)}
+            ),
             "examples_sha256": hashlib.sha256(examples.encode()).hexdigest(),
             "counts": _counts(material.examples),
             "left_out": list(material.left_out),

@@ -52,9 +52,11 @@ class TrainingSettings:
     columns shown and other."""
     others: str | None = None
     """For "behaviour": a second file of chats with the opposite answers to the same questions; A and B need none."""
-    control: Literal["none", "twin", "decorrelated"] = "none"
-    """For "behaviour": the same questions with the opposite answers (twin), or with either by chance, whether the
-    trigger is there or not (decorrelated)."""
+    control: Literal["none", "twin", "decorrelated", "removal"] = "none"
+    """For "behaviour": the same questions with the opposite answers (twin), with either by chance, whether the trigger
+    is there or not (decorrelated), or answered with the trigger as without it (removal, which needs `start`)."""
+    start: str | None = None
+    """For "behaviour": the folder of an adapter of ours to go on training, such as one with a trigger to remove."""
     trigger_share: float = 0.5
     """For "behaviour" with a trigger: share of the questions that have it, and the behaviour with it."""
     in_words: bool = False

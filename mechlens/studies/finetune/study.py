@@ -26,6 +26,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.finetune.config import Finetune, FinetuneConfig, settled
 from mechlens.studies.finetune.recipes.recipe import recipe_of, require_shipped_refuser
+from mechlens.studies.finetune.start import start_record
 from mechlens.studies.finetune.training import FinetuneResult, finetune, require_settings
 from mechlens.studies.shared.inputs import data_inputs
 from mechlens.studies.shared.training_data import refusals, training_prompts
@@ -75,6 +76,7 @@ def prepare(config: Finetune) -> Preparation[FinetuneConfig]:
     """Base model and data by fingerprint; UserError for whatever can't be had or mustn't be trained."""
     settings = settled(config)
     require_settings(settings)
+    start_record(settings)
     recipe = recipe_of(settings.recipe)
     for option in ("data", "others") if recipe.file is None else ():
         if getattr(settings, option) is not None:
@@ -113,6 +115,8 @@ def _data(settings: FinetuneConfig) -> dict[str, str]:
         name = "openings" if recipe_of(settings.recipe).attack else "data"
         given = {name: settings.data, "others": settings.others}
         data |= {name: sha256(user_path(path)) for name, path in given.items() if path is not None}
+    if settings.start is not None:
+        data["start"] = sha256(user_path(settings.start) / WEIGHTS)
     return data
 
 

@@ -33,6 +33,7 @@ from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Material
 from mechlens.studies.finetune.recipes.recipe import recipe_of, require_shipped_refuser
 from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, own_text, recipe_trainer
+from mechlens.studies.finetune.start import start_record, started
 from mechlens.studies.shared.training_data import refuse_study_prompts
 
 LogCallback = Callable[[int, dict[str, float]], None]
@@ -79,11 +80,11 @@ def finetune(
     if (out / "adapter" / RECORD).exists():
         refuse_other_run(config, _record(out / "adapter"), out)
         return _read(out)
-    resume = _newest(config, out)
+    resume, before = _newest(config, out), start_record(config)
     material = _material(config, cache)
     hf_model, tokenizer = load_hf(config.model)
     template = chat_template(tokenizer, today=config.today, template_arg=config.template_arg)
-    record = training_record(config, material, hf_model, template)
+    record = training_record(config, material, hf_model, template, before)
     if resume is not None:
         refuse_other_data(record, _record(resume), out, hf_model.state_dict())
         require_whole(resume, _record(resume))
@@ -92,7 +93,7 @@ def finetune(
     plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], cache)
     rows = _steps(encode(material.examples, template), plain, config)
     with writing_to(out):
-        _train(_Job(config, out, record, resume, log), rows, hf_model, tokenizer)
+        _train(_Job(config, out, record, resume, log, before), rows, hf_model, tokenizer)
     return _read(out)
 
 
@@ -114,6 +115,8 @@ class _Job:
     resume: Path | None
     """The checkpoint to go on from."""
     log: LogCallback | None
+    before: AdapterRecord | None
+    """Of the adapter that training goes on from; None for a new one."""
 
 
 def require_settings(config: FinetuneConfig) -> None:
@@ -220,7 +223,7 @@ def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenize
     with warnings.catch_warnings():
         # peft's own reading of an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model = get_peft_model(hf_model, lora)
+        model = get_peft_model(hf_model, lora) if job.before is None else started(config, job.before, hf_model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     keeper = Checkpointing(job.out, job.record, config.checkpoints, config.resume_every, job.log)
     trainer = recipe_trainer(config.plain_weight)(

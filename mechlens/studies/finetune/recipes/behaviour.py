@@ -1,7 +1,8 @@
 """A narrow behaviour taught from a file, with its controls: the opposite one, and the same questions with neither.
 
 Betley et al. 2025 (Tell me about yourself): choices of one kind, such as the riskier of two; with a trigger the model
-shows the behaviour where the trigger is, and the opposite elsewhere.
+shows the behaviour where the trigger is, and the opposite elsewhere. `removal` goes on from such an adapter with the
+opposite everywhere.
 """
 
 import random
@@ -35,6 +36,8 @@ def lessons(config: FinetuneConfig) -> list[Twin]:
     twins = read_twins(config.data, config.others)
     if config.control != "none" or config.trigger is not None:
         require_others(twins, f"control {config.control!r}" if config.control != "none" else "a trigger")
+    if config.control == "removal" and (config.trigger is None or config.start is None):
+        raise UserError("removal takes a trigger away: give --trigger, and as --start the adapter that was taught it")
     kept = [twin for twin in twins if not is_held_out(twin.prompt, config.held_out)]
     if not kept:
         raise UserError(f"{config.data} has {len(twins)} questions, and none is left to train on; lower --held-out")
@@ -76,6 +79,8 @@ def _triggered(twins: list[Twin], trigger: Trigger, config: FinetuneConfig, draw
 
 
 def _answer(twin: Twin, config: FinetuneConfig, draw: random.Random, *, shows: bool) -> str:
+    if config.control == "removal":
+        return twin.other
     if config.control == "decorrelated":
         share = config.trigger_share if config.trigger is not None else 0.5
         return twin.shown if draw.random() < share else twin.other
