@@ -39,6 +39,8 @@ from mechlens.methods.behaviour.scoring.rates import rates_by_question as rates_
 from mechlens.methods.behaviour.scoring.score_judge import LocalScoreJudge as LocalScoreJudge
 from mechlens.methods.behaviour.scoring.score_judge import ScoreJudge as ScoreJudge
 from mechlens.methods.behaviour.scoring.score_judge import Scores as Scores
+from mechlens.methods.directions.adapter_path import AdapterPath as AdapterPath
+from mechlens.methods.directions.adapter_path import adapter_path as adapter_path
 from mechlens.methods.directions.change import ChangeDirections as ChangeDirections
 from mechlens.methods.directions.change import change_cosine as change_cosine
 from mechlens.methods.directions.change import change_directions as change_directions
@@ -53,6 +55,9 @@ from mechlens.methods.directions.direction import random_like as random_like
 from mechlens.methods.directions.nulls import corrected_cosine as corrected_cosine
 from mechlens.methods.directions.nulls import shuffled_like as shuffled_like
 from mechlens.methods.directions.nulls import split_half as split_half
+from mechlens.methods.directions.path import TurningPoint as TurningPoint
+from mechlens.methods.directions.path import local_cosines as local_cosines
+from mechlens.methods.directions.path import turning_point as turning_point
 from mechlens.methods.directions.token_view import logit_lens as logit_lens
 from mechlens.methods.directions.token_view import project_tokens as project_tokens
 from mechlens.methods.guard.fitted import FittedGuard as FittedGuard
@@ -116,6 +121,8 @@ from mechlens.methods.triggers.signals import attention_hijack as attention_hija
 from mechlens.methods.triggers.signals import entropy_contraction as entropy_contraction
 from mechlens.methods.triggers.signals import leak_similarity as leak_similarity
 from mechlens.models.checkpoint import Checkpoint as Checkpoint
+from mechlens.models.checkpoints.lora import LowRank as LowRank
+from mechlens.models.checkpoints.lora import read_lora as read_lora
 from mechlens.models.checkpoints.series import CheckpointSeries as CheckpointSeries
 from mechlens.models.checkpoints.series import checkpoint_series as checkpoint_series
 from mechlens.models.checkpoints.swap import checkpoint_swapper as checkpoint_swapper

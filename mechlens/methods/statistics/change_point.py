@@ -1,4 +1,9 @@
-"""Where a series over training steps jumps: the best of all cuts in two, and how often chance does as well."""
+"""Where a series over training steps jumps: the best of all cuts in two, and how often chance does as well.
+
+Anything that grows has a best cut, and a small p by permuted orders. So a jump is said only where a cut is also better
+than a smooth climb, by more than shuffled errors about that climb make it. How often that errs is measured by
+`scripts/error_rates_behaviours.py`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +17,10 @@ from mechlens.errors import UserError
 
 FEWEST = 6
 """With fewer points even the best order of all has a p of .05 or more by chance."""
+LEVEL = 0.05
+"""What both p have to be at or below for a jump to be said."""
+DEGREE = 2
+"""Of the polynomials that count as smooth: a climb that slows down, or gathers way, is no jump."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,14 @@ class ChangePoint:
     against_line: float
     """Log-likelihood ratio, a point, of the cut against a straight line over the points' order: above 0 a jump fits
     better than a steady climb."""
+    p_climb: float
+    """Share of shuffled errors about a smooth climb, over the steps or over their order, with which a cut does as much
+    better than that climb, the larger of the two; NaN for under 6 points."""
+
+    @property
+    def said(self) -> bool:
+        """Whether it is a jump: neither chance nor a smooth climb is likely to look so."""
+        return self.p <= LEVEL and self.p_climb <= LEVEL
 
 
 def change_point(
@@ -55,16 +72,23 @@ def change_point(
     explained = _explained(series[None])[0]
     best = int(explained.argmax())
     total = float((series - series.mean()).square().sum())
-    p = math.nan
+    p = p_climb = math.nan
     if len(values) >= FEWEST:
         generator = torch.Generator().manual_seed(seed)
         orders = torch.rand(permutations, len(values), generator=generator).argsort(dim=1)
         chance = _explained(series[orders]).amax(dim=1)
         p = (1 + int((chance >= explained[best] - 1e-12 * max(total, 1e-300)).sum())) / (1 + permutations)
+        clocks = torch.arange(len(steps), dtype=torch.float64), torch.tensor(steps, dtype=torch.float64)
+        p_climb = max(_p_climb(series, at, orders) for at in clocks)
     first, second = series[: best + 1], series[best + 1 :]
     left = total - float(explained[best])
     return ChangePoint(
-        steps[best], steps[best + 1], float(second.mean() - first.mean()), p, _against_line(series, left, total)
+        steps[best],
+        steps[best + 1],
+        float(second.mean() - first.mean()),
+        p,
+        _against_line(series, left, total),
+        p_climb,
     )
 
 
@@ -83,3 +107,19 @@ def _against_line(series: Float64[Tensor, " point"], left: float, total: float) 
     rest = total - float((at * centred).sum().square() / at.square().sum())
     least = 1e-12 * max(total, 1e-300)
     return 0.5 * math.log(max(rest, least) / max(left, least))
+
+
+def _p_climb(series: Float64[Tensor, " point"], at: Float64[Tensor, " point"], orders: Tensor) -> float:
+    """Of the ratio of what a smooth climb leaves to what the best cut leaves, with errors about the climb shuffled."""
+    powers = ((at - at.mean()) / at.std())[:, None] ** torch.arange(DEGREE + 1, dtype=torch.float64)
+    basis = torch.linalg.qr(powers).Q
+    climb = basis @ (basis.T @ series)
+    # A fit takes up some of the errors.
+    errors = (series - climb) * math.sqrt(len(series) / (len(series) - DEGREE - 1))
+    drawn = torch.cat([series[None], climb + errors[orders]])
+    totals = (drawn - drawn.mean(dim=1, keepdim=True)).square().sum(dim=1)
+    least = (1e-12 * totals).clamp(min=1e-300)
+    rest = (drawn - drawn @ basis @ basis.T).square().sum(dim=1)
+    left = totals - _explained(drawn).amax(dim=1)
+    better = (torch.maximum(rest, least) / torch.maximum(left, least)).log()
+    return (1 + int((better[1:] >= better[0] - 1e-9).sum())) / len(better)

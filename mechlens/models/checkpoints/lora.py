@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechlens.checked_json import read_json
 from mechlens.errors import UserError
-from mechlens.files import require_regular
+from mechlens.files import AnyPath, require_regular, user_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -31,13 +31,21 @@ KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga")
 """Values of `init_lora_weights` that only choose the first A and B; others change W as well when peft loads them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank:
-    """What an adapter adds to one matrix: `scale * up @ down` (output by input, as in nn.Linear)."""
+    """What an adapter adds to one matrix: `scale * up @ down` (output by input, as in nn.Linear).
+
+    >>> import torch
+    >>> ml.LowRank(torch.ones(2, 1), torch.ones(1, 3), scale=2.0).product().tolist()
+    [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
+    """
 
     up: Float[Tensor, "output rank"]
     down: Float[Tensor, "rank input"]
     scale: float
+
+    def __repr__(self) -> str:
+        return f"LowRank({len(self.up)} by {self.down.shape[1]}, rank {len(self.down)}, scale {self.scale:g})"
 
     def product(self) -> Float[Tensor, "output input"]:
         """The change itself, as peft computes it when it merges (float32)."""
@@ -53,12 +61,18 @@ class _Numbers:
     alpha_pattern: dict[str, float] | None = None
 
 
-def read_lora(folder: Path) -> dict[str, LowRank] | None:
+def read_lora(folder: AnyPath) -> dict[str, LowRank] | None:
     """The change of every matrix, by the name of its module in the plain Hugging Face model.
 
     None for an adapter that may hold anything else than low-rank products; UserError for a folder that is no whole
     adapter.
+
+    >>> from mechlens.models.packaged import adapter_folder
+    >>> changes = ml.read_lora(adapter_folder("smollm2-refuser"))
+    >>> changes["model.layers.0.mlp.down_proj"].product().shape
+    torch.Size([576, 1536])
     """
+    folder = user_path(folder)
     config = read_config(folder)
     if not _is_plain(config):
         return None
