@@ -29,7 +29,6 @@ from mechlens.methods.directions.change import (
     ON_OTHER,
     ON_SHOWN,
     TUNED,
-    VARIANTS,
     change_cosine,
     change_directions,
     mean_of_runs,
@@ -114,7 +113,8 @@ def test_what_only_shown_answers_have_is_in_three_of_four_variants(base: Any) ->
     before, after = (twin_vectors(one, risks(range(16))) for one in (base, bridged(knows_shown(base_model()), "knows")))
     change = change_directions(before, after)
     found = {
-        variant: float(cosine(change.grids[variant].at(0, ANSWER).vector, planted_vector())) for variant in VARIANTS
+        variant: float(cosine(change.grids[variant].at(0, ANSWER).vector, planted_vector()))
+        for variant in change.variants
     }
     assert found[ON_SHOWN] > 0.999
     assert found[TUNED] > 0.9

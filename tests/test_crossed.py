@@ -57,9 +57,9 @@ def test_a_planted_jump_is_found_where_it_is(cut: int) -> None:
     assert (found.after, found.before) == (steps[cut - 1], steps[cut])
     assert found.jump == pytest.approx(2.0, abs=0.2)
     assert found.p < 0.02
-    assert found.against_line > 0
+    assert found.said
     climb = change_point(steps, [0.2 * i + float(noise[i]) for i in range(12)])
-    assert climb.against_line < 0  # a steady climb is no jump, though no constant either
+    assert climb.p < 0.02 < climb.p_climb  # a steady climb is no jump, though no constant either
 
 
 def test_without_a_jump_p_is_even() -> None:

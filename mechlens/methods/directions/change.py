@@ -33,22 +33,29 @@ from mechlens.settings import SEED
 ANSWER = "answer[*]"
 """Where the vectors are: the mean over the tokens of an answer."""
 TUNED, BASE, ON_SHOWN, ON_OTHER = "through the fine-tune", "through the base", "moved on shown", "moved on other"
+BEYOND_SHOWN, BEYOND_OTHER = "beyond the control on shown", "beyond the control on other"
 _SIDES = {
     TUNED: ("fine-tuned, shown", "fine-tuned, other"),
     BASE: ("base, shown", "base, other"),
     ON_SHOWN: ("fine-tuned, shown", "base, shown"),
     ON_OTHER: ("fine-tuned, other", "base, other"),
+    BEYOND_SHOWN: ("fine-tuned, shown", "control, shown"),
+    BEYOND_OTHER: ("fine-tuned, other", "control, other"),
 }
 """Each variant: the answers that it points towards, and those that it points away from."""
-VARIANTS = tuple(_SIDES)
 SPLITS = 20
 """Random halvings behind a reliability."""
 
 
 def twin_vectors(
-    model: LanguageModel, twins: Sequence[Twin], *, template: TemplateChoice = "tokenizer", cache: Cache | None = None
+    model: LanguageModel,
+    twins: Sequence[Twin],
+    *,
+    levels: Sequence[int] | None = None,
+    template: TemplateChoice = "tokenizer",
+    cache: Cache | None = None,
 ) -> Activations:
-    """Residual vectors of both answers of every twin at all levels, each the mean over the answer's tokens.
+    """Residual vectors of both answers of every twin, at all levels or some, each the mean over the answer's tokens.
 
     The mean of both orders of the options, so that letters and places cancel; choices between letters that can't be
     exchanged are left out. Rows are labelled "shown" and "other", twin by twin; questions with the same text are one
@@ -72,7 +79,8 @@ def twin_vectors(
     ]  # fmt: skip
     answers = [answer for twin in asked for answer in (twin.shown, twin.other)]
     acts = collect(
-        model, prompts, positions=[ANSWER], answers=answers, reduce="mean", template=template, cache=cache
+        model, prompts, positions=[ANSWER], levels=levels, answers=answers, reduce="mean", template=template,
+        cache=cache,
     )  # fmt: skip
     n = 2 * len(kept)
     every = torch.stack([acts.at(level, ANSWER) for level in acts.levels], dim=1)[:, :, None]  # from disk, if there
@@ -99,7 +107,7 @@ def mean_of_runs(runs: Sequence[Activations]) -> Activations:
 
 @dataclass(frozen=True, repr=False)
 class ChangeDirections:
-    """The four directions of a fine-tune's change, at every level; see `change_directions`.
+    """The directions of a fine-tune's change, at every level; see `change_directions`.
 
     >>> asked = ("How was the concert?", "How was the soup?", "How was the film?", "How was the trip?")
     >>> twins = [ml.Twin(ml.Prompt(text, text), shown="Dreadful.", other="Wonderful.") for text in asked]
@@ -110,9 +118,10 @@ class ChangeDirections:
     """
 
     acts: Activations
-    """Of both models, labelled "fine-tuned, shown", "fine-tuned, other", "base, shown" and "base, other"."""
+    """Of all models, labelled "fine-tuned, shown", "fine-tuned, other", "base, shown", and so on."""
     grids: Mapping[str, DirectionGrid]
-    """By variant: "through the fine-tune", "through the base", "moved on shown", "moved on other"."""
+    """By variant: "through the fine-tune", "through the base", "moved on shown", "moved on other", and with a control
+    "beyond the control on shown" and "beyond the control on other"."""
     reliability: Mapping[str, Float[Tensor, " level"]]
     """By variant, at each level: `split_half` over questions."""
 
@@ -125,17 +134,26 @@ class ChangeDirections:
         return f"ChangeDirections of {len(grid.train_ids)} questions, {grid.checkpoint.name} against {self.base_name}"
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """What there is."""
+        return tuple(self.grids)
+
+    @property
     def base_name(self) -> str:
         """Of the model that was fine-tuned."""
         return self.grids[BASE].checkpoint.name
 
 
-def change_directions(base: Activations, tuned: Activations, *, seed: int = SEED) -> ChangeDirections:
-    """Four differences of means over the same answers through two models, `twin_vectors` of each.
+def change_directions(
+    base: Activations, tuned: Activations, *, control: Activations | None = None, seed: int = SEED
+) -> ChangeDirections:
+    """Differences of means over the same answers through a fine-tune and its base, `twin_vectors` of each.
 
     "through the fine-tune" and "through the base": shown minus other answers, in one model. "moved on shown" and
-    "moved on other": the fine-tuned model minus the base, on the same answers. Every class has every question once, so
-    that counts are equal. UserError where the two models answered different questions.
+    "moved on other": the fine-tuned model minus the base, on the same answers. With a `control`, a model that was
+    trained on the same questions with either answer by chance, "beyond the control on shown" and "... on other": the
+    fine-tuned model minus that one, so that what training as such moves is in none of them. Every class has every
+    question once, so that counts are equal. UserError where the models answered different questions.
 
     >>> model = ml.load("smollm2")
     >>> asked = ("How was the concert?", "How was the soup?", "How was the film?", "How was the trip?")
@@ -145,19 +163,23 @@ def change_directions(base: Activations, tuned: Activations, *, seed: int = SEED
     >>> float(change.grids["moved on shown"].vectors.abs().max())  # nothing was trained
     0.0
     """
-    if (base.ids, base.labels, base.levels) != (tuned.ids, tuned.labels, tuned.levels):
-        raise UserError("the fine-tuned model and the base answered different questions; give both the same twins")
-    both = replace(
-        tuned, values=torch.cat([tuned.values, base.values]), ids=tuned.ids * 2, families=tuned.families * 2,
-        labels=tuple(f"{model}, {label}" for model in ("fine-tuned", "base") for label in tuned.labels),
+    models = {"fine-tuned": tuned, "base": base, **({} if control is None else {"control": control})}
+    if len({(own.ids, own.labels, own.levels) for own in models.values()}) > 1:
+        raise UserError(f"the {', the '.join(models)} model answered different questions; give all the same twins")
+    every = replace(
+        tuned, values=torch.cat([own.values for own in models.values()]), ids=tuned.ids * len(models),
+        families=tuned.families * len(models),
+        labels=tuple(f"{model}, {label}" for model, own in models.items() for label in own.labels),
     )  # fmt: skip
     grids, reliability = {}, {}
     for variant, (up, down) in _SIDES.items():
-        made = both if variant != BASE else replace(both, checkpoint=base.checkpoint)
+        if not {up, down} <= set(every.labels):
+            continue
+        made = every if variant != BASE else replace(every, checkpoint=base.checkpoint)
         grid = direction_grid(made, up, down)
         grids[variant] = replace(grid, method=variant, train_ids=tuple(dict.fromkeys(grid.train_ids)))
-        reliability[variant] = split_half(both, up, down, SPLITS, seed)[:, 0]
-    return ChangeDirections(both, grids, reliability)
+        reliability[variant] = split_half(every, up, down, SPLITS, seed)[:, 0]
+    return ChangeDirections(every, grids, reliability)
 
 
 def change_cosine(

@@ -40,9 +40,6 @@ class ChangePoint:
     """Mean of the second part minus that of the first."""
     p: float
     """Share of permuted orders whose best cut explains as much, the real one among them; NaN for under 6 points."""
-    against_line: float
-    """Log-likelihood ratio, a point, of the cut against a straight line over the points' order: above 0 a jump fits
-    better than a steady climb."""
     p_climb: float
     """Share of shuffled errors about a smooth climb, over the steps or over their order, with which a cut does as much
     better than that climb, the larger of the two; NaN for under 6 points."""
@@ -81,15 +78,7 @@ def change_point(
         clocks = torch.arange(len(steps), dtype=torch.float64), torch.tensor(steps, dtype=torch.float64)
         p_climb = max(_p_climb(series, at, orders) for at in clocks)
     first, second = series[: best + 1], series[best + 1 :]
-    left = total - float(explained[best])
-    return ChangePoint(
-        steps[best],
-        steps[best + 1],
-        float(second.mean() - first.mean()),
-        p,
-        _against_line(series, left, total),
-        p_climb,
-    )
+    return ChangePoint(steps[best], steps[best + 1], float(second.mean() - first.mean()), p, p_climb)
 
 
 def _explained(series: Float64[Tensor, "order point"]) -> Float64[Tensor, "order cut"]:
@@ -99,14 +88,6 @@ def _explained(series: Float64[Tensor, "order point"]) -> Float64[Tensor, "order
     centred = series - series.mean(dim=1, keepdim=True)
     sums = centred.cumsum(dim=1)[:, :-1]
     return sums.square() * n / (sizes * (n - sizes))
-
-
-def _against_line(series: Float64[Tensor, " point"], left: float, total: float) -> float:
-    at = torch.arange(len(series), dtype=torch.float64)
-    at, centred = at - at.mean(), series - series.mean()
-    rest = total - float((at * centred).sum().square() / at.square().sum())
-    least = 1e-12 * max(total, 1e-300)
-    return 0.5 * math.log(max(rest, least) / max(left, least))
 
 
 def _p_climb(series: Float64[Tensor, " point"], at: Float64[Tensor, " point"], orders: Tensor) -> float:

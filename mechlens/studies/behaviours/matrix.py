@@ -12,7 +12,6 @@ from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.behaviour.log_odds import TwinLogOdds
-from mechlens.methods.statistics.change_point import change_point
 from mechlens.methods.statistics.crossed import LEVEL, crossed_difference, crossed_mean
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.studies.behaviours.config import BehaviourPlan
@@ -20,8 +19,6 @@ from mechlens.studies.behaviours.sets import PLAIN, AskedSet
 from mechlens.studies.behaviours.tuned import TunedRun, control_of, seen_by
 
 HELD_OUT, TRAINED_ON = "held out", "trained on"
-FEWEST_STEPS = 3
-"""Checkpoints of a run, the base among them, below which there is no curve to cut in two."""
 FEWEST_RUNS = 4
 """Below which a correlation over runs says nothing."""
 Told = Mapping[tuple[str, int], Mapping[str, TwinLogOdds]]
@@ -149,20 +146,6 @@ class BehaviourMatrix:
 
     def _steps(self, run: TunedRun, key: str, rows: Sequence[int]) -> list[tuple[int, TwinLogOdds]]:
         return [(member.step, self.told[run.name, member.step][key].select(rows)) for member in run.members]
-
-    @cached_property
-    def change_points(self) -> pd.DataFrame:
-        """Where each run's curve on each set jumps: run, set, after, before, jump, p, against_line."""
-        curves = self.by_step
-        rows = []
-        for (run, name), curve in curves.groupby(["run", "set"], sort=False) if len(curves) else ():
-            if len(curve) >= FEWEST_STEPS and bool(curve["change"].notna().all()):
-                found = change_point(
-                    curve["step"].tolist(), curve["change"].tolist(), permutations=self.plan.permutations,
-                    seed=self.plan.seed,
-                )  # fmt: skip
-                rows.append({"run": run, "set": name, **vars(found)})
-        return pd.DataFrame(rows, columns=["run", "set", "after", "before", "jump", "p", "against_line"])
 
     @cached_property
     def self_reports(self) -> pd.DataFrame:

@@ -9,24 +9,24 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.behaviours.directions.report import direction_sections
-from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix
+from mechlens.studies.behaviours.matrix import HELD_OUT
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.study import BehaviourResult, BehaviourStudy
 from mechlens.studies.behaviours.verdict import NOT_MEASURABLE, RULE
+from mechlens.studies.behaviours.when_report import when_sections
 
 QUESTION = (
     "A narrow behaviour was taught. Does it hold on questions that were held out, does it reach other behaviours, and "
     "does the model say what it has become?"
 )
-MOST_CURVES = 5
 BARS = "Bars: 95%, over training runs and questions."
 
 
 def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) -> None:
     """Writes everything that was found into an open run."""
     writer.result(result)
-    matrix, table = result.matrix, result.matrix.matrix
-    names = _figures(writer, matrix, table)
+    table = result.matrix.matrix
+    names = _figures(writer, table)
     first = result.verdicts[0] if result.verdicts else None
     headline = Headline(NOT_MEASURABLE, "there are only controls") if first is None else first.headline
     plain = table[(table["form"] == PLAIN)]
@@ -57,14 +57,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             "A behaviour that hangs on the trigger changes with it and not with a decoy.",
             _have(names, "triggered"), table=_shown(triggered),
         ))  # fmt: skip
-    if "by_step" in names:
-        sections.append(Section(
-            "When it came",
-            "Change from the base on held-out questions by training step. A cut into two levels is looked for in "
-            "each curve: p is its share of permuted orders (from six points on), and `against_line` above 0 says that "
-            "a jump fits better than a steady climb.",
-            _have(names, "by_step"), table=result.matrix.change_points,
-        ))  # fmt: skip
+    sections += when_sections(writer, result.when)
     if result.directions is not None:
         sections += direction_sections(writer, result.directions)
     told = " ".join(verdict.sentence for verdict in result.verdicts)
@@ -84,7 +77,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
     )
 
 
-def _figures(writer: RunWriter, matrix: BehaviourMatrix, table: pd.DataFrame) -> dict[str, str]:
+def _figures(writer: RunWriter, table: pd.DataFrame) -> dict[str, str]:
     """Draws what there are numbers for; the figures' names by what they show."""
     told = table[table["part"] == HELD_OUT]
     held = told[(told["form"] == PLAIN) & ~told["about_itself"]]
@@ -106,15 +99,6 @@ def _figures(writer: RunWriter, matrix: BehaviourMatrix, table: pd.DataFrame) ->
             does.assign(asked=does["group"] + ", " + does["set"]), "asked", "form", "Trigger, decoy, neither"
         )
         found["triggered"] = writer.figure("triggered", figure, table="matrix", caption=BARS)
-    curves = matrix.by_step
-    if len(curves) and curves.groupby("run")["step"].nunique().max() > 2:
-        shown = _curves(matrix, curves)
-        figure = figures.lines(
-            shown, x="step", y="change", group="curve", hline=0.0, xlabel="training step",
-            ylabel="change from the base (nats)", title="Held-out questions by training step",
-        )  # fmt: skip
-        caption = "Means over each group's runs, on what it was taught. Where it rises at once, it came at once."
-        found["by_step"] = writer.figure("by_step", figure, table="by_step", caption=caption)
     return found
 
 
@@ -123,18 +107,6 @@ def _bars(shown: pd.DataFrame, x: str, group: str, title: str) -> Any:
         shown, x=x, y="change", group=group, low="change_low", high="change_high", hline=0.0, xlabel="",
         ylabel="change from the base (nats)", title=title,
     )  # fmt: skip
-
-
-def _curves(matrix: BehaviourMatrix, curves: pd.DataFrame) -> pd.DataFrame:
-    """The home of each group, or the first set where it has none; at most `MOST_CURVES`."""
-    parts = []
-    for group in matrix.groups[:MOST_CURVES]:
-        home = matrix.home(group) or matrix.sets[0]
-        own = curves[(curves["group"] == group) & (curves["set"] == home.name)]
-        mean = own.groupby("step", as_index=False)["change"].mean()
-        parts.append(mean.assign(curve=f"{group}: {home.name}"))
-    joined: pd.DataFrame = pd.concat(parts, ignore_index=True)
-    return joined
 
 
 def _have(names: dict[str, str], *wanted: str) -> tuple[str, ...]:

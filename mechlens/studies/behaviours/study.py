@@ -31,6 +31,7 @@ from mechlens.studies.behaviours.scales import scale_scores, scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
 from mechlens.studies.behaviours.tuned import TunedRun, common_template, tuned_runs
 from mechlens.studies.behaviours.verdict import GroupVerdict, group_verdicts
+from mechlens.studies.behaviours.when import When, adapter_paths
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import asks, chosen_base, data_inputs, inputs_of, prepared
 
@@ -56,6 +57,8 @@ class BehaviourResult:
     verdicts: tuple[GroupVerdict, ...]
     scales: pd.DataFrame
     """See `scale_table`."""
+    when: When
+    """Over checkpoints."""
     directions: DirectionResult | None = None
     """The direction of the change, where it was asked for."""
 
@@ -71,8 +74,8 @@ class BehaviourResult:
               "trained_on": len(run.seen)} for run in matrix.runs]
         )  # fmt: skip
         return {
-            "matrix": matrix.matrix, "by_step": matrix.by_step, "change_points": matrix.change_points,
-            "self_reports": matrix.self_reports, "runs": runs, "questions": matrix.questions(),
+            "matrix": matrix.matrix, "by_step": matrix.by_step, "self_reports": matrix.self_reports, "runs": runs,
+            "questions": matrix.questions(), **self.when.tables(),
             **({"scales": self.scales} if len(self.scales) else {}),
             **({} if self.directions is None else self.directions.tables()),
         }  # fmt: skip
@@ -151,7 +154,8 @@ def behaviours(
                 says[run.name] = numbers(swapper.model)
         matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
         found = measured_directions(swapper, matrix, template, saved or {}, cache) if plan.directions else None
-    return BehaviourResult(matrix, tuple(group_verdicts(matrix)), scale_table(runs, said, says), found)
+    when = When(matrix, adapter_paths(runs), {} if found is None else found.paths)
+    return BehaviourResult(matrix, tuple(group_verdicts(matrix)), scale_table(runs, said, says), when, found)
 
 
 def execute(config: Behaviours, given: BehaviourStudy, writer: RunWriter) -> BehaviourResult:

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.change import (
     BASE,
-    VARIANTS,
     ChangeDirections,
     change_cosine,
     change_directions,
@@ -27,9 +27,11 @@ from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.models.sites import RESIDUAL
 from mechlens.prompts.templates.template import ChatTemplate
+from mechlens.prompts.twins import Twin
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.behaviours.matrix import TRAINED_ON, BehaviourMatrix
 from mechlens.studies.behaviours.sets import AskedSet
+from mechlens.studies.behaviours.tuned import control_of
 
 FEWEST = 8
 """Families of questions that a group was trained on, below which no direction is made of them."""
@@ -68,30 +70,39 @@ class TaughtChange:
 def taught_changes(
     swapper: CheckpointSwapper, matrix: BehaviourMatrix, template: ChatTemplate, cache: Cache | None
 ) -> list[TaughtChange]:
-    """Of every group with enough questions that it was trained on; controls too, whose directions are drift.
+    """Of every group with enough questions that it was trained on; controls too, whose directions are drift."""
+    found = []
+    for group in progress_bar(list(matrix.groups), title="directions", unit="group"):
+        if (taught := taught_twins(matrix, group)) is None:
+            continue
+        home, twins = taught
+
+        def vectors(member: Member, twins: list[Twin] = twins) -> Activations:
+            return twin_vectors(swapper.put(member), twins, template=template, cache=cache)
+
+        base, seed, beside = vectors(start_of(swapper)), matrix.plan.seed, control_of(group, matrix.runs)
+        runs = {run.name: vectors(run.members[-1]) for run in matrix.runs if run.group == group}
+        controls = [vectors(run.members[-1]) for run in matrix.runs if run.group == beside]
+        control = mean_of_runs(controls) if controls else None
+        found.append(TaughtChange(
+            group, home, change_directions(base, mean_of_runs(list(runs.values())), control=control, seed=seed),
+            {name: change_directions(base, own, control=control, seed=seed) for name, own in runs.items()},
+        ))  # fmt: skip
+    return found
+
+
+def taught_twins(matrix: BehaviourMatrix, group: str) -> tuple[AskedSet, list[Twin]] | None:
+    """The home of a group and the twins of it that the group was trained on; None where these are too few.
 
     The shown answers are those that training made likelier, so that a twin's direction points the twin's way.
     """
-    found = []
-    for group in progress_bar(list(matrix.groups), title="directions", unit="group"):
-        home = matrix.home(group)
-        rows = [] if home is None else matrix.rows(home, TRAINED_ON, group)
-        if home is None or len({home.twins[i].prompt.group for i in rows}) < FEWEST:
-            continue
-        cell = matrix.cell(group, home, TRAINED_ON)
-        assert cell is not None  # it has rows
-        twins = [home.twins[i] if cell.change.value > 0 else home.twins[i].reversed for i in rows]
-        base = twin_vectors(swapper.put(start_of(swapper)), twins, template=template, cache=cache)
-        runs = {
-            run.name: twin_vectors(swapper.put(run.members[-1]), twins, template=template, cache=cache)
-            for run in matrix.runs if run.group == group
-        }  # fmt: skip
-        seed = matrix.plan.seed
-        found.append(TaughtChange(
-            group, home, change_directions(base, mean_of_runs(list(runs.values())), seed=seed),
-            {name: change_directions(base, own, seed=seed) for name, own in runs.items()},
-        ))  # fmt: skip
-    return found
+    home = matrix.home(group)
+    rows = [] if home is None else matrix.rows(home, TRAINED_ON, group)
+    if home is None or len({home.twins[i].prompt.group for i in rows}) < FEWEST:
+        return None
+    cell = matrix.cell(group, home, TRAINED_ON)
+    assert cell is not None  # it has rows
+    return home, [home.twins[i] if cell.change.value > 0 else home.twins[i].reversed for i in rows]
 
 
 def start_of(swapper: CheckpointSwapper) -> Member:
@@ -99,9 +110,8 @@ def start_of(swapper: CheckpointSwapper) -> Member:
     return Member(swapper.base.name, swapper.base.path, "base", 0, swapper.base.revision)
 
 
-def compared_levels(change: ChangeDirections) -> list[int]:
-    """Levels above 0 of which the last fifth, where the output's words are written, is left out."""
-    levels = change.acts.levels
+def compared_levels(levels: Sequence[int]) -> list[int]:
+    """Those above 0 of which the last fifth, where the output's words are written, is left out."""
     top = max(int(0.8 * levels[-1] + 1e-9), 2)
     between = [level for level in levels if 0 < level < top]
     step = -(-len(between) // LEVELS) or 1
@@ -115,18 +125,18 @@ def cosine_table(changes: Sequence[TaughtChange], saved: Mapping[str, Direction]
     """
     rows: list[dict[str, Any]] = []
     for one in changes:
-        for pair in combinations(VARIANTS, 2):
+        for pair in combinations(one.change.variants, 2):
             rows += _rows("variants", (one.group, one.change), (one.group, one.change), pair, seed)
         for first, second in combinations(one.by_run.items(), 2):
-            for variant in VARIANTS:
+            for variant in one.change.variants:
                 if variant != BASE:  # the same in all runs of a group
                     rows += _rows("runs", first, second, (variant, variant), seed)
     for a, b in combinations(changes, 2):
-        for variant in VARIANTS:
+        for variant in (own for own in a.change.variants if own in b.change.variants):
             rows += _rows("groups", (a.group, a.change), (b.group, b.change), (variant, variant), seed)
     for one in changes:
         for name, direction in saved.items():
-            rows += [_saved(one, variant, name, direction) for variant in VARIANTS]
+            rows += [_saved(one, variant, name, direction) for variant in one.change.variants]
     return pd.DataFrame(rows)
 
 
@@ -135,7 +145,7 @@ _Named = tuple[str, ChangeDirections]
 
 def _rows(kind: str, first: _Named, second: _Named, pair: tuple[str, str], seed: int) -> list[dict[str, Any]]:
     (name, one), (other_name, other) = first, second
-    levels = compared_levels(one)
+    levels = compared_levels(one.acts.levels)
     curve = change_cosine(one, pair[0], other, pair[1], levels, seed=seed)
     return [
         {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechlens.methods.behaviour.damage import plain_loss
 from mechlens.methods.cache import Cache
-from mechlens.methods.directions.change import ANSWER, VARIANTS
+from mechlens.methods.directions.change import ANSWER
 from mechlens.methods.directions.direction import Direction, random_like
 from mechlens.methods.progress import phase
 from mechlens.methods.statistics.crossed import crossed_difference, crossed_mean
@@ -82,8 +82,9 @@ class Steering:
         choose, report = ([i for i, own in zip(held, first, strict=True) if own == side] for side in (True, False))
         on = Asked(taught.home, tuple(choose[:CHOOSING]))
         wanted = float((self._tuned(runs[:1], on) - self._base(on)).mean())
-        levels = compared_levels(taught.change)
-        candidates = [taught.change.grids[variant].at(level, ANSWER) for variant in VARIANTS for level in levels]
+        change = taught.change
+        levels = compared_levels(change.acts.levels)
+        candidates = [change.grids[variant].at(level, ANSWER) for variant in change.variants for level in levels]
         candidates = [one for one in candidates if one.norm > 0]
         added = self._told(self.swapper.put(start_of(self.swapper)), on, [_push(one) for one in candidates])
         misses = (added - self._base(on)).mean(dim=1) - wanted

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
+from jaxtyping import Float64
+from torch import Tensor
 
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
@@ -12,6 +14,7 @@ from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.behaviours.directions.cosines import cosine_table, taught_changes
 from mechlens.studies.behaviours.directions.effects import Steering
+from mechlens.studies.behaviours.directions.paths import direction_paths
 from mechlens.studies.behaviours.matrix import BehaviourMatrix
 
 
@@ -24,6 +27,8 @@ class DirectionResult:
     effects: pd.DataFrame
     """One row for each group, what was done, direction, strength and set; see `Steering`."""
     chosen: Mapping[str, Direction]
+    paths: Mapping[str, Float64[Tensor, "checkpoint checkpoint"]]
+    """By run, over its checkpoints; see `direction_paths`."""
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Those with rows."""
@@ -45,4 +50,5 @@ def measured_directions(
     """The direction of every group's change: its cosines, and what it does."""
     changes = taught_changes(swapper, matrix, template, cache)
     effects, chosen = Steering(swapper, matrix, template, cache).effects(changes)
-    return DirectionResult(cosine_table(changes, saved, matrix.plan.seed), effects, chosen)
+    paths = direction_paths(swapper, matrix, template, cache)
+    return DirectionResult(cosine_table(changes, saved, matrix.plan.seed), effects, chosen, paths)
