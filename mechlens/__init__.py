@@ -40,10 +40,14 @@ def __getattr__(name: str) -> object:
         near = difflib.get_close_matches(name, _HOME, 1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise AttributeError(f"module 'mechlens' has no attribute {name!r}{meant}")
-    found = import_module(_HOME[name])
-    globals()[name] = getattr(found, name)
-    return globals()[name]
+    found = getattr(import_module(_HOME[name]), name)
+    if isinstance(found, type) and (_HOME[name].endswith(".config") or _HOME[name] == "mechlens.settings"):
+        from mechlens.studies.explained import explained
+
+        found = explained(found)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*(name for name in globals() if name.startswith("__")), *_HOME})
