@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from refusing import refusing_model, requests
 from sentence import require_short
 from shown import require_shown
 
+import mechlens as ml
 from mechlens.methods.guard.guard import GuardEstimator
+from mechlens.methods.probing.ahead import SURFACE, Ahead
 from mechlens.methods.probing.confounds import find_confounds, warn_of_confounds
 from mechlens.methods.probing.detect import detect
 from mechlens.methods.probing.within_folds import auroc_gain, folds_of
@@ -31,8 +34,8 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.settings import DetectionPlan
 from mechlens.studies.direction.report import _steering_words
-from mechlens.studies.direction.study import Concept, find_concept
-from mechlens.studies.direction.verdict import direction_verdict, steering_headline
+from mechlens.studies.direction.study import Concept, _called, find_concept
+from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict, steering_headline
 from mechlens.studies.guard.fitting import fit_guard
 
 PLAN = DetectionPlan(resamples=100, permutations=5, random_directions=5)
@@ -188,7 +191,13 @@ def refusing() -> Concept:
 def test_a_small_steering_test_finds_the_direction_that_acts(refusing: Concept) -> None:
     found = refusing.steered
     assert found is not None
-    require_shown(refusing, found, *refusing.confounds)
+    require_shown(refusing, found, *refusing.confounds, refusing.verdict, refusing.measured, refusing.verdict.ahead)
+    assert repr(refusing.verdict).startswith(str(refusing.verdict.headline))
+    assert "Estimate(" in repr(refusing.measured.baselines)
+    assert len(repr(refusing.measured.baselines)) < 400  # five numbers, as people write them
+    for one in refusing.confounds:
+        assert repr(one).startswith(f"Confound({one.name}: ")
+        assert len(repr(one)) < 200
     assert str(refusing.verdict.headline) in repr(refusing)
     assert refusing.best is None
     assert refusing.direction is found.direction is not None
@@ -206,6 +215,71 @@ def test_a_small_steering_test_finds_the_direction_that_acts(refusing: Concept) 
     where = f"{found.direction.position}, level {found.direction.level}"
     assert str(refusing.headline).startswith(f"Steers: adding the direction of {where} has an effect of ")
     assert next(iter(_steering_words(refusing))) == "steering.effect"
+
+
+def test_what_is_shown_of_a_position_has_its_p(refusing: Concept) -> None:
+    # However many numbers there are before it, and where the AUROC has no interval.
+    wide = replace(
+        refusing.detection.chosen[0],
+        auroc=Estimate(1.0, 0.0, 1.0, 10, is_auroc=True), effect=Estimate(-12.16, -192.41, 192.29, 10),
+    )  # fmt: skip
+    shown = replace(refusing.detection, chosen=(wide, *refusing.detection.chosen[1:]))
+    measured = replace(refusing.measured, detection=shown)
+    for told in (repr(refusing), repr(replace(refusing, measured=measured)), repr(shown)):
+        assert told.count(f"permutation p {wide.permutation.p:.2g}") >= 1
+        for line in told.splitlines():
+            assert "..." not in line or "permutation p" in line
+
+
+def test_a_saved_direction_knows_its_sides(refusing: Concept, tmp_path: Path) -> None:
+    assert refusing.direction is not None
+    for one in (refusing.direction, refusing.detection.directions, refusing.detection.chosen[0].direction):
+        assert one.contrast == ("harmful", "harmless")
+    again = ml.open(ml.save(refusing.direction, tmp_path / "harm.safetensors"))
+    assert repr(again).startswith("Direction(harmful - harmless at level ")
+
+
+class Column(list):
+    """A column of a table, which has a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(["a", "b"])
+        self.name = name
+
+
+@pytest.mark.parametrize(
+    ("given", "sides"),
+    [
+        ((["a"], ["b"]), ("positive", "negative")),
+        ((Column("formal"), Column("casual")), ("formal", "casual")),
+        ((Column("text"), Column("text")), ("positive", "negative")),
+        (([Prompt("a", "A", "kind")], [Prompt("b", "B", "rude")]), ("kind", "rude")),
+        (([Prompt("a", "A", "kind"), Prompt("c", "C", "")], [Prompt("b", "B", "rude")]), ("positive", "negative")),
+        (([Prompt("a", "A", "kind"), "C"], [Prompt("b", "B", "rude")]), ("positive", "negative")),
+    ],
+)
+def test_sides_are_called_what_they_are_called(given: tuple[Any, Any], sides: tuple[str, str]) -> None:
+    assert _called(*given) == sides
+
+
+@pytest.mark.parametrize("name", sorted(SURFACE))
+@pytest.mark.parametrize("also", ["", "system_prompt", "turns", "source"])
+def test_where_the_surface_leaves_no_room_the_verdict_says_so(name: str, also: str) -> None:
+    full, none = Estimate(1.0, 0.99, 1.0, 80), Estimate(-0.01, -0.02, 0.01, 80)
+    names = list(dict.fromkeys(["tfidf", name, *([also] if also else [])]))
+    gains = {one: replace(none, value=-0.02 if one == name else -0.01) for one in names}
+    ahead = Ahead("post[-12]", full, full, dict.fromkeys(names, full), gains)
+    verdict = DirectionVerdict("no more than the surface", ahead, 120)
+    said = str(verdict.headline)
+    require_short(said)
+    assert (
+        "alone already tells the sides apart (1.00 [0.99, 1.00]), so this set can't show more; sides alike in" in said
+    )
+    assert said.endswith("would settle it.")
+    if also not in ("", name):
+        assert SURFACE[also] in said
+    room = replace(ahead, surface={**ahead.surface, name: Estimate(0.94, 0.9, 0.97, 80)})
+    assert "can't show more" not in str(replace(verdict, ahead=room).headline)
 
 
 def test_the_effect_is_what_adding_it_does(refusing: Concept) -> None:
@@ -231,7 +305,7 @@ def test_the_effect_is_what_adding_it_does(refusing: Concept) -> None:
 
 
 def test_of_directions_that_mean_nothing_none_steers(refusing: Concept) -> None:
-    grid = refusing.detection.directions
+    grid = replace(refusing.detection.directions, contrast=("positive", "negative"))  # labels of its prompts
     drawn = torch.randn(grid.vectors.shape, generator=torch.Generator().manual_seed(5))
     noise = drawn * (grid.vectors.norm(dim=-1) / drawn.norm(dim=-1))[..., None]
     found = steering_test(planted_model(), replace(grid, vectors=noise), refusing.batch, refusing.split, PLAN)
@@ -241,7 +315,8 @@ def test_of_directions_that_mean_nothing_none_steers(refusing: Concept) -> None:
 
 
 def test_a_direction_that_breaks_plain_text_is_not_taken(refusing: Concept) -> None:
-    found = steering_test(planted_model(), refusing.detection.directions, refusing.batch, refusing.split, PLAN)
+    grid = replace(refusing.detection.directions, contrast=("positive", "negative"))
+    found = steering_test(planted_model(), grid, refusing.batch, refusing.split, PLAN)
     assert (found.direction, found.random) == (None, None)
     assert "breaks plain text" in set(found.table["outcome"])
     assert "leaves plain text whole" in found.sentence

@@ -1,6 +1,7 @@
 """Phases and bars: where the time goes, and how far along the whole is."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -134,6 +135,70 @@ def test_in_a_log_a_short_loop_says_nothing_and_a_whole_bar_its_share(
         clock[0] += 3600.0
         part.update(1)
     assert capsys.readouterr().err == "causal: answering: 12%, 60 min gone, about 7 h 0 min to go\n"
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What a notebook without ipywidgets shows, which is no terminal; bars are shown at once there."""
+    monkeypatch.setattr(progress, "watched", lambda: True)
+    monkeypatch.setattr(progress, "DELAY", 0)
+    return lambda: capsys.readouterr().err
+
+
+def test_in_a_notebook_bars_within_bars_move_no_cursor(page: Callable[[], str]) -> None:
+    for _ in progress_bar(range(2), title="outer", unit="checkpoint"):
+        inner = steps(2, "inner", "prompt", 2.0)
+        for _ in range(2):
+            inner.update(1)
+            time.sleep(0.11)
+        inner.close()
+    said = page()
+    assert "outer:" in said
+    assert "inner:" in said
+    assert "\x1b" not in said
+    assert "\n" not in said
+
+
+def test_one_batch_moves_its_bar_token_by_token(page: Callable[[], str]) -> None:
+    bar = steps(2, "answering", "prompt", 2.0)
+    with progress.batch_of(bar, 2, 10):
+        decided = progress.told(None)
+        for k in range(8):
+            assert not decided([k])
+            time.sleep(0.11)
+        assert bar.n == pytest.approx(0.8)
+    assert bar.n == pytest.approx(2.0)
+    bar.close()
+    assert "| 1/2 [" in page()
+    assert progress.told(lambda answer: len(answer) > 1)([1, 2])
+
+
+def test_what_was_done_before_says_nothing_of_the_rest(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    bar = steps(100, "steering", "prompt", 100.0)
+    clock[0] += 1.0
+    bar.found(80)
+    clock[0] += 9.0
+    bar.update(1)
+    clock[0] += 30.0
+    bar.update(3)
+    assert capsys.readouterr().err.splitlines() == [
+        "steering: 81 of 100 prompts, 10 s gone, about 3 min 10 s to go",
+        "steering: 84 of 100 prompts, 40 s gone, about 2 min 40 s to go",
+    ]
+
+
+def test_a_resumed_bar_begins_where_the_run_was_killed(page: Callable[[], str]) -> None:
+    with one_bar("causal", {"steering": 100.0}) as whole, phase("steering"):
+        part = steps(10, "loop", "prompt", 100.0)
+        part.found(8)
+        assert (whole._bar.n, whole._bar.initial) == (80.0, 80.0)
+    bar = steps(10, "steering", "prompt", 10.0)
+    bar.found(8)
+    time.sleep(0.2)
+    bar.update(1)
+    assert (bar.n, bar.initial) == (9, 8)
+    assert "| 9/10 [" in page()
+    assert bar.format_dict["rate"] is None or bar.format_dict["rate"] < 6
 
 
 def test_at_a_terminal_there_are_bars(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ def test_large_results_are_a_few_lines() -> None:
     assert "prompt 500, level 31, position 13, d_model 4" in repr(acts)
     assert "250 harmful, 250 harmless" in repr(acts)
     assert repr(grid.at(3, "inst")).startswith("Direction(harmful - harmless at level 3, inst; norm ")
-    assert f"inst: level {found.at('inst').level}, on test prompts AUROC {found.at('inst').auroc}" in repr(found)
+    best = found.at("inst")
+    told = f"inst: level {best.level}, permutation p {best.permutation.p:.2g}, test AUROC {best.auroc}"
+    assert told in repr(found)
     assert "and: 5 more" in repr(found)
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -46,8 +46,11 @@ class Clock:
 class Steps(Protocol):
     """A loop's bar."""
 
-    def update(self, n: int, /) -> object:
+    def update(self, n: int | float, /) -> object:
         """So many more are done."""
+
+    def found(self, n: int, /) -> None:
+        """So many more were done before, by a run that was killed: they say nothing of how long the rest takes."""
 
     def close(self) -> None:
         """All are done."""
@@ -87,6 +90,10 @@ class Lines(Generic[T]):
         due = now - self._last >= EVERY if self._last else max(gone, left) >= EVERY
         if due and done > 0 and self.n < self.total:
             self.say()
+
+    def found(self, n: int | float, /) -> None:
+        """So many more were done before."""
+        self.n, self._before = self.n + n, self._before + n
 
     def say(self) -> None:
         """The line of how far it is."""
@@ -141,6 +148,29 @@ def spoken(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class Bar(tqdm):  # type: ignore[misc]
+    """tqdm's bar, which counts in whole steps while a batch of them is under way.
+
+    Where cells of characters can't be addressed, as in a notebook without ipywidgets, bars inside others take their
+    line in turn: tqdm would move the cursor, which such a page prints as "[A".
+    """
+
+    def __init__(self, **what: Any) -> None:
+        here = {} if sys.stderr is not None and sys.stderr.isatty() else {"position": 0}
+        super().__init__(**{"bar_format": COUNTED, "delay": DELAY, "leave": False} | here | what)
+
+    def found(self, n: int | float, /) -> None:
+        """So many more were done before."""
+        self.initial += n
+        self.last_print_n += n
+        self.n += n
+
+
+DELAY = 2
+"""Seconds before a bar is shown: what is over sooner needs none."""
+COUNTED = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+
+
 def watched() -> bool:
     """Whether somebody may look at a bar: at a terminal or in a notebook."""
     return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
@@ -153,7 +183,7 @@ def progress_bar(over: Iterable[T] = (), *, title: str, unit: str = "", total: i
     if not watched():
         return Lines(in_all, title, unit, done, items)
     what: dict[str, Any] = {"iterable": items} if total is None else {}
-    return tqdm(**what, total=in_all, desc=title, unit=unit or "it", initial=done, delay=2, leave=False)
+    return Bar(**what, total=in_all, desc=title, unit=unit or "it", initial=done)
 
 
 _CLOCK: ContextVar[Clock | None] = ContextVar("clock", default=None)
@@ -205,8 +235,8 @@ class WholeBar:
     def __init__(self, title: str, costs: Mapping[str, float]) -> None:
         self._title, self._ahead, self._within, self._done = title, dict(costs), 0.0, 0.0
         self._now: str | None = None
-        self._bar: Any = Lines[None](sum(costs.values()), title) if not watched() else tqdm(
-            total=sum(costs.values()), delay=2, smoothing=0.1, dynamic_ncols=True, desc=title,
+        self._bar: Any = Lines[None](sum(costs.values()), title) if not watched() else Bar(
+            total=sum(costs.values()), smoothing=0.1, dynamic_ncols=True, desc=title, leave=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} to go",
         )  # fmt: skip
 
@@ -227,6 +257,13 @@ class WholeBar:
         if self._now is not None:
             self._within = min(self._within + cost, self._ahead[self._now])
             self._show()
+
+    def found(self, cost: int | float) -> None:
+        """So much of the phase was done before."""
+        if self._now is not None:
+            before = self._within
+            self._within = min(self._within + cost, self._ahead[self._now])
+            self._bar.found(self._within - before)
 
     def end(self, name: str) -> None:
         """The phase is done, whatever it cost."""
@@ -267,8 +304,11 @@ class _Part:
     cost: float
     """Of one step."""
 
-    def update(self, n: int, /) -> None:
+    def update(self, n: int | float, /) -> None:
         self.whole.advance(n * self.cost)
+
+    def found(self, n: int, /) -> None:
+        self.whole.found(n * self.cost)
 
     def close(self) -> None:
         """The phase goes on."""
@@ -281,3 +321,47 @@ def steps(total: int, title: str, unit: str, cost: int | float) -> Steps:
         return _Part(whole, cost / max(total, 1))
     own: Steps = progress_bar(title=title, unit=unit, total=total)
     return own
+
+
+class Batch:
+    """A batch of a loop, which moves the loop's bar with every token that is written in it."""
+
+    def __init__(self, bar: Steps, rows: int, tokens: int) -> None:
+        self._bar, self._rows, self._share, self._done = bar, rows, 1 / max(tokens, 1), 0.0
+
+    def token(self) -> None:
+        """One row has one more token."""
+        if self._done + self._share <= self._rows:  # a batch that didn't fit into memory is written anew, in halves
+            self._done += self._share
+            self._bar.update(self._share)
+
+    def close(self) -> None:
+        """All its rows are done, however short."""
+        self._bar.update(self._rows - self._done)
+
+
+_BATCH: ContextVar[Batch | None] = ContextVar("batch", default=None)
+
+
+@contextmanager
+def batch_of(bar: Steps, rows: int, tokens: int) -> Iterator[None]:
+    """What is written inside are so many rows of at most so many tokens; `told` tells of each."""
+    batch = Batch(bar, rows, tokens)
+    token = _BATCH.set(batch)
+    try:
+        yield
+        batch.close()
+    finally:
+        _BATCH.reset(token)
+
+
+def told(decided: Callable[[list[int]], bool] | None) -> Callable[[list[int]], bool]:
+    """The same, or what never decides; it moves the bar, as it is asked of every answer after each token."""
+    batch = _BATCH.get()
+
+    def moved(answer: list[int]) -> bool:
+        if batch is not None:
+            batch.token()
+        return decided is not None and decided(answer)
+
+    return moved

@@ -144,8 +144,10 @@ class BatchReader:
                     self.cache.put(key, packed(found))
                 if streams and (kept := self._kept(key)) is not None:
                     found = kept  # from disk, where it takes no memory
+                bar.update(len(members))
+            else:
+                bar.found(len(members))
             finite[members] = self._finite(found, lengths[members])
-            bar.update(len(members))
             if streams:
                 pieces.append(found)
                 keys.append(key)

@@ -16,7 +16,7 @@ from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
 from mechlens.methods.behaviour.judges import OnceSettled
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
-from mechlens.methods.progress import phase, steps
+from mechlens.methods.progress import batch_of, phase, steps, told
 from mechlens.methods.shown import cut, html_with, lines
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, loaded
 from mechlens.models.checkpoint import Checkpoint
@@ -172,11 +172,13 @@ def answer(
             if piece is None:
                 if fast and skip and prefix is None:
                     prefix = shared_start(model, rows[0].ids[:skip])
-                piece = {"tokens": halving(functools.partial(run, prefix), list(chunk))}
+                with batch_of(bar, len(members), max_new_tokens):
+                    piece = {"tokens": halving(functools.partial(run, prefix), list(chunk))}
                 if cache is not None:
                     cache.put(key, piece)
+            else:
+                bar.found(len(members))
             found.update(zip(members, piece["tokens"].tolist(), strict=True))
-            bar.update(len(members))
     bar.close()
     tokens = tuple(tuple(t for t in found[i] if t != NO_TOKEN) for i in range(len(rows)))
     return Answers(
@@ -214,7 +216,7 @@ class _Runner:
     def __call__(self, prefix: Any, chunk: list[Row]) -> torch.Tensor:
         pick = self.draws.pick([row.stream for row in cast(list[_AnsweredRow], chunk)])
         if self.fast:
-            rows = greedy_batch(self.model, chunk, self.max_new_tokens, prefix, None, self.decided, None, pick)
+            rows = greedy_batch(self.model, chunk, self.max_new_tokens, prefix, None, told(self.decided), None, pick)
         else:
             rows = [self._cut(row) for row in reference_greedy(self.model, chunk, self.max_new_tokens, pick)]
         padded = [row + [NO_TOKEN] * (self.max_new_tokens - len(row)) for row in rows]

@@ -143,8 +143,10 @@ class _Reader:
                 piece = {"total": halving(functools.partial(self._batch, prefix, fast), chunk)}
                 if self.cache is not None:
                     self.cache.put(key, piece)
+                bar.update(len(members))
+            else:
+                bar.found(len(members))
             found[members] = piece["total"]
-            bar.update(len(members))
         bar.close()
         return found
 

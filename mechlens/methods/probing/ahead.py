@@ -17,6 +17,7 @@ from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
 from mechlens.methods.probing.beyond_words import levels_of, read_vectors, read_words
 from mechlens.methods.probing.confounds import Confound
 from mechlens.methods.probing.within_folds import Folds, auroc_gain, folds_of, mean_auroc
+from mechlens.methods.shown import html_with
 from mechlens.methods.statistics.effect_size import mean_effect
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
@@ -37,7 +38,7 @@ SURFACE = {
 TOKEN = "token"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ahead:
     """The direction at one position, its level chosen inside the folds, beside everything that the surface tells."""
 
@@ -66,6 +67,13 @@ class Ahead:
     def nearest(self) -> str:
         """The baseline that it is least ahead of."""
         return (*self.ties, *sorted(self.gains, key=lambda name: self.gains[name].low))[0]
+
+    def __repr__(self) -> str:
+        gain, beside = self.gains[self.nearest].brief, self.surface[self.nearest].brief
+        return f"Ahead({self.position}: AUROC {self.auroc}, {gain} ahead of {SURFACE[self.nearest]}, {beside})"
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.table())
 
     def table(self) -> pd.DataFrame:
         """One row for each baseline: position, baseline, its AUROC and the gain over it, both with their interval."""

@@ -7,7 +7,7 @@ apart no better than one of these may be a direction of that.
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.methods.probing.within_folds import Folds, folds_of, mean_auroc
+from mechlens.methods.shown import cut
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import fewest_families
 from mechlens.prompts.prompt import Prompt
@@ -26,7 +27,7 @@ EDGE = 2
 """Words that an opening or an ending is made of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Confound:
     """Something that the prompts show and that isn't meant to be the concept."""
 
@@ -36,12 +37,15 @@ class Confound:
     """How the sides differ in it, as a part of a sentence."""
     auroc: Estimate
     """Of telling the sides apart by it alone, out of fold."""
-    scores: Float[Tensor, "repeat prompt"] = field(repr=False)
+    scores: Float[Tensor, "repeat prompt"]
 
     @property
     def telling(self) -> bool:
         """Clearly more than chance."""
         return self.auroc.measurable and self.auroc.low > TELLING
+
+    def __repr__(self) -> str:
+        return f"Confound({self.name}: {cut(self.words)}; AUROC {self.auroc} by that alone)"
 
     @property
     def sentence(self) -> str:

@@ -73,7 +73,7 @@ class ChosenLevel:
     def in_words(self) -> str:
         """The level and what is reported there, on a line."""
         chance = f"permutation p {self.permutation.p:.2g}"
-        return f"level {self.level}, on test prompts AUROC {self.auroc}, Hedges' g {self.effect.brief}, {chance}"
+        return f"level {self.level}, {chance}, test AUROC {self.auroc}, Hedges' g {self.effect.brief}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,6 +102,11 @@ class Detection:
     """Prompts by part of the split and by label."""
     ahead: tuple[Ahead, ...]
     """Beside what the surface tells, at the positions for which that was looked at, the strongest first."""
+
+    def called(self, sides: tuple[str, str]) -> "Detection":
+        """The same, its directions pointing from one side to the other by these names, as their files will say."""
+        chosen = tuple(replace(one, direction=replace(one.direction, contrast=sides)) for one in self.chosen)
+        return replace(self, directions=replace(self.directions, contrast=sides), chosen=chosen)
 
     def at(self, position: str) -> ChosenLevel:
         """The chosen level of one named position."""

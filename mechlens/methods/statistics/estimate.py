@@ -7,7 +7,7 @@ from typing import Any
 NO_INTERVAL = "too few prompts for an interval"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """One number, its 95% interval, and how many prompts it stands on.
 
@@ -24,7 +24,7 @@ class Estimate:
     high: float
     n: int
     """Prompts (not families, not resamples) behind the value."""
-    is_auroc: bool = field(default=False, compare=False, repr=False)
+    is_auroc: bool = field(default=False, compare=False)
     """An AUROC's interval of all from 0 to 1 says that it has none; a share's may be one. Of records of
     earlier versions the name tells."""
 
@@ -98,3 +98,6 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.brief}, n={self.n}"
+
+    def __repr__(self) -> str:
+        return f"Estimate({self})"

@@ -16,7 +16,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, template_of
 from mechlens.methods.activations.reading import FORMAT, halving, out_of_memory
 from mechlens.methods.cache import Cache
-from mechlens.methods.progress import steps
+from mechlens.methods.progress import batch_of, steps
 from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.starts import SteeredRow, by_layer, grouped, rows_with_starts
@@ -175,13 +175,15 @@ class SteeredBatch:
                 key = "" if cache is None else self._piece_key(work, chunk, skip, prints, checkpoint)
                 piece = None if cache is None else cache.get(key)
                 if piece is None:
-                    piece = {"values": work.keep(halving(self._runner(work, start), list(chunk)), numbers)}
+                    with batch_of(bar, len(members), self.new_tokens):
+                        piece = {"values": work.keep(halving(self._runner(work, start), list(chunk)), numbers)}
                     if cache is not None:
                         cache.put(key, piece)
+                else:
+                    bar.found(len(members))
                 if not len(values):
                     values = piece["values"].new_empty(len(rows), *piece["values"].shape[1:])
                 values[numbers] = piece["values"]
-                bar.update(len(members))
         bar.close()
         return values
 

@@ -18,6 +18,7 @@ from mechlens.methods.behaviour.judges import refusal_log_odds
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
+from mechlens.methods.progress import told
 from mechlens.methods.steering.interventions import ALL, Intervention, require_direction, require_fits
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.starts import SteeredRow
@@ -152,11 +153,12 @@ def answer_under(
         return draws.pick([streams[row.number] for row in cast(list[SteeredRow], rows)])
 
     def fast(rows: list[Row], prefix: DynamicCache | None, token_mask: TokenMask, shared_rows: SharedRows) -> Tensor:
-        said = greedy_batch(model, rows, max_new_tokens, prefix, token_mask, decided, shared_rows, pick(rows))
+        said = greedy_batch(model, rows, max_new_tokens, prefix, token_mask, told(decided), shared_rows, pick(rows))
         return _padded(said, max_new_tokens)
 
     def plain(rows: list[Row], token_mask: TokenMask) -> Tensor:
-        return _padded(recomputed_greedy(model, rows, max_new_tokens, token_mask, decided, pick(rows)), max_new_tokens)
+        said = recomputed_greedy(model, rows, max_new_tokens, token_mask, told(decided), pick(rows))
+        return _padded(said, max_new_tokens)
 
     key = _key("answers" if draws.greedy else f"answers {draws.key}", decided)
     work = Engine(fast, plain, lambda values, rows: values, key, () if draws.greedy else streams)

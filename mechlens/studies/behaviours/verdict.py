@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from mechlens.methods.statistics.crossed import LEVEL
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline
+from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.studies.behaviours.matrix import HELD_OUT, TRAINED_ON, BehaviourMatrix, Cell
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.tuned import DECORRELATED, control_of
@@ -39,8 +40,8 @@ RULE = (
 )
 
 
-@dataclass(frozen=True)
-class GroupVerdict:
+@dataclass(frozen=True, repr=False)
+class GroupVerdict(ShownVerdict):
     """One group's word, with what decided it."""
 
     group: str

@@ -11,6 +11,7 @@ from typing import Literal
 from mechlens.methods.behaviour.inversion import SCOPES
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline
+from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.studies.causal.choice import CLAIMS
 from mechlens.studies.causal.directions import CELLS, HARMFULNESS, NAMES, PUSH, PUSHES, REFUSAL, Cell
 from mechlens.studies.causal.held_out import CellEffect, EffectKey
@@ -63,8 +64,8 @@ class Condition:
     sentence: str
 
 
-@dataclass(frozen=True)
-class CausalVerdict:
+@dataclass(frozen=True, repr=False)
+class CausalVerdict(ShownVerdict):
     """Dissociation shown, not shown, inconclusive or not measurable; with its reasons."""
 
     headline: Headline

@@ -23,6 +23,7 @@ from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import of_sample, sample_and_resamples
 from mechlens.runs.headline import Headline
+from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.settings import RESAMPLES
 from mechlens.studies.compare.study import MovedActivations
 
@@ -49,8 +50,8 @@ RULE = (
 )
 
 
-@dataclass(frozen=True)
-class MovedVerdict:
+@dataclass(frozen=True, repr=False)
+class MovedVerdict(ShownVerdict):
     """The word, the sentence, and the numbers that decided, by the keys of `TITLES`."""
 
     headline: Headline

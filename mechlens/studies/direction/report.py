@@ -1,7 +1,5 @@
 """A concept's direction as a record: metrics, tables, figures, artefacts and a report."""
 
-from pathlib import Path
-
 import pandas as pd
 import torch
 
@@ -30,14 +28,8 @@ def record(writer: RunWriter, result: Concept, sets: ContrastSets) -> None:
     writer.report(_report(writer, result, sets.model, sets.punctuation))
 
 
-def _short(positive: str, negative: str) -> tuple[str, str]:
-    """What two sources are called: a file's name without its folder, unless both then look the same."""
-    first, second = (Path(source).name if Path(source).is_file() else source for source in (positive, negative))
-    return (positive, negative) if first == second else (first, second)
-
-
 def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuation: str) -> Report:
-    names = _short(writer.run.config["positive"], writer.run.config["negative"])
+    names = result.detection.directions.contrast
     shown, metrics = result.best or result.detection.strongest, result.metrics()
     positive = torch.tensor([label == POSITIVE for label in result.acts.labels])
     there = result.acts.at(shown.level, shown.position)

@@ -4,6 +4,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -116,7 +117,7 @@ class Concept:
 
     def metrics(self) -> dict[str, Estimate]:
         """AUROC of each position and of the strongest, its gains over the surface, and the baselines."""
-        strongest, best, decided = self.detection.strongest, self.best, self.verdict.ahead
+        strongest, best = self.detection.strongest, self.best
         numbers = {f"auroc.{choice.position}": choice.auroc for choice in self.detection.chosen}
         numbers["auroc.strongest"] = strongest.auroc
         if best is not None:
@@ -126,9 +127,7 @@ class Concept:
         numbers["random_maximum"] = Estimate.exact(shown.random.maximum, n)
         reliable = float(self.reliability[self.acts.levels.index(shown.level), self._column(shown.position)])
         numbers["reliability"] = Estimate.exact(reliable, len(self.split.train))
-        numbers |= {"auroc.out_of_fold": decided.auroc, "effect_size": decided.effect}
-        for name, gain in decided.gains.items():
-            numbers[f"surface_auroc.{name}"], numbers[f"gain.{name}"] = decided.surface[name], gain
+        numbers |= self.verdict.deciding
         if self.steered is not None:
             numbers["steering.effect"] = self.steered.effect
             if self.steered.random is not None:
@@ -199,6 +198,7 @@ def find_concept(
     *,
     causal: bool = False,
     paired: bool = False,
+    sides: tuple[str, str] | None = None,
     template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Concept:
@@ -209,8 +209,9 @@ def find_concept(
     difference between the sides (`confounds`, which are warned about too); `detection.strongest` and
     `detection.at(position)` are there all the same. `causal` tries what adding directions does (`SteeringTest`), and
     `direction` is then the one that does most beyond random ones. `paired` says that row i of both sides
-    is a pair of one topic, and keeps it whole: pairs split over training and test put AUROCs far below 0.5. UserError
-    where a side has fewer than 15 prompts, or a prompt stands on both.
+    is a pair of one topic, and keeps it whole: pairs split over training and test put AUROCs far below 0.5. `sides` are
+    their names, which the directions keep in their files: without it labels that all prompts of a side carry, or the
+    names of columns. UserError where a side has fewer than 15 prompts, or a prompt stands on both.
 
     >>> model = ml.load("smollm2")
     >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
@@ -220,6 +221,7 @@ def find_concept(
     """
     METHODS.require(plan.method)
     require_ranges(plan)
+    sides = sides or _called(positive, negative)
     positive, negative = (
         as_prompts(given, name=name, label=name) for name, given in ((POSITIVE, positive), (NEGATIVE, negative))
     )
@@ -243,12 +245,31 @@ def find_concept(
     steered = None
     if causal:
         steered = steering_test(model, measured.detection.directions, batch, split, plan, cache=cache)
+    measured = replace(measured, detection=measured.detection.called(sides))
+    if steered is not None and steered.direction is not None:
+        steered = replace(steered, direction=replace(steered.direction, contrast=sides))
     found = Concept(measured, reliability, acts, batch, split, plan, shown, steered)
     if found.best is None:
         warnings.warn(f"there is no best direction. {found.verdict.headline} {_usable(found)}", stacklevel=2)
     if steered is not None and steered.direction is None:
         warnings.warn(f"there is no direction that steers. {steered.sentence}", stacklevel=2)
     return found
+
+
+def _called(positive: Prompts, negative: Prompts) -> tuple[str, str]:
+    """What the two sides are called by whoever gives them, where that tells them apart."""
+    first, second = (_name(given) for given in (positive, negative))
+    return (first, second) if first and second and first != second else (POSITIVE, NEGATIVE)
+
+
+def _name(given: Prompts) -> str:
+    """A column's name, or the label of every prompt."""
+    name = getattr(given, "name", "")
+    if isinstance(name, str) and name:
+        return name
+    rows = given if isinstance(given, list | tuple) else []
+    labels = {row.label if isinstance(row, Prompt) else "" for row in rows}
+    return labels.pop() if len(labels) == 1 else ""
 
 
 def _twins(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> list[Prompt]:
@@ -329,5 +350,11 @@ def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Con
     """Finds and tests the direction."""
     return find_concept(
         sets.model, sets.positive, sets.negative, config.positions, config, causal=config.causal,
-        template=sets.template, cache=writer.cache,
+        sides=short_sides(config.positive, config.negative), template=sets.template, cache=writer.cache,
     )  # fmt: skip
+
+
+def short_sides(positive: str, negative: str) -> tuple[str, str]:
+    """What two sources are called: a file's name without its folder, unless both then look the same."""
+    first, second = (Path(source).name if Path(source).is_file() else source for source in (positive, negative))
+    return (positive, negative) if first == second else (first, second)

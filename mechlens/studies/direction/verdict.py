@@ -13,6 +13,7 @@ from mechlens.methods.probing.detect import Detection
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.steering_test import SteeringTest
 from mechlens.runs.headline import Headline
+from mechlens.runs.shown_verdict import ShownVerdict
 
 MARGIN = 0.05
 """A smaller gain of AUROC over the surface isn't worth a direction."""
@@ -22,8 +23,8 @@ SPLIT_PAIRS = "that is no inverse signal: pairs of one topic were split, so keep
 Outcome = Literal["more than the surface", "no more than the surface", "inconclusive", "not read"]
 
 
-@dataclass(frozen=True)
-class DirectionVerdict:
+@dataclass(frozen=True, repr=False)
+class DirectionVerdict(ShownVerdict):
     """The outcome, and the comparison that decided."""
 
     outcome: Outcome
@@ -36,6 +37,14 @@ class DirectionVerdict:
     def gain(self) -> Estimate:
         """AUROC of the direction minus that of the nearest baseline."""
         return self.ahead.gains[self.ahead.nearest]
+
+    @property
+    def deciding(self) -> dict[str, Estimate]:
+        """Every number that the rule looks at, by its name in run.json."""
+        numbers = {"auroc.out_of_fold": self.ahead.auroc, "effect_size": self.ahead.effect}
+        for name, gain in self.ahead.gains.items():
+            numbers |= {f"surface_auroc.{name}": self.ahead.surface[name], f"gain.{name}": gain}
+        return numbers
 
     @property
     def ties(self) -> str:
@@ -54,7 +63,10 @@ class DirectionVerdict:
             settle = SPLIT_PAIRS if self.ahead.auroc.high < 0.5 else ""
             return Headline(self.outcome, f"even {found}", "where chance reaches 0.50", settle)
         if self.outcome == "no more than the surface":
-            return Headline(self.outcome, found, f"and {nearest.brief} by {name} alone{self._stated}")
+            if self.at_the_ceiling:
+                return self._used_up
+            beside = f", {self.ahead.surface[self._stated].brief} by {SURFACE[self._stated]}" if self._stated else ""
+            return Headline(self.outcome, found, f"and {nearest.brief} by {name} alone{beside}")
         ahead = f"{self.gain.brief} ahead of the nearest baseline, {name} ({nearest.brief})"
         if self.outcome == "more than the surface":
             return Headline(self.outcome, f"{found},", ahead)
@@ -62,10 +74,24 @@ class DirectionVerdict:
 
     @property
     def _stated(self) -> str:
-        """The first of `STATED` that ties too and tells the sides apart."""
+        """The first of `STATED` that ties too and tells the sides apart; "" where there is none."""
         surface, ties = self.ahead.surface, self.ahead.ties
         beside = [name for name in STATED if name in ties and name != self.ahead.nearest and surface[name].low > 0.5]
-        return f", {surface[beside[0]].brief} by {SURFACE[beside[0]]}" if beside else ""
+        return beside[0] if beside else ""
+
+    @property
+    def at_the_ceiling(self) -> bool:
+        """The nearest baseline leaves no room for `MARGIN`: such prompts can't show more, whatever is represented."""
+        return self.ahead.surface[self.ahead.nearest].value > 1 - MARGIN
+
+    @property
+    def _used_up(self) -> Headline:
+        """What such prompts allow to be said, without the level, which made no difference."""
+        name, nearest = _named(self.ahead.nearest, self.ahead.position), self.ahead.surface[self.ahead.nearest]
+        found = f"at {self.ahead.position} the AUROC is {self.ahead.auroc.brief}"
+        already = f"but {name} alone already tells the sides apart ({nearest.brief}), so this set can't show more"
+        also = f" and {SURFACE[self._stated]}" if self._stated else ""
+        return Headline(self.outcome, f"{found},", already, f"sides alike in that{also} would settle it")
 
     @property
     def needed(self) -> int:

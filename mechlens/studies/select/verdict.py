@@ -7,12 +7,13 @@ from typing import Literal
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.candidates import KEPT
 from mechlens.runs.headline import Headline
+from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.settings import FRACTIONS
 from mechlens.studies.select.study import Selection
 
 
-@dataclass(frozen=True)
-class SelectionVerdict:
+@dataclass(frozen=True, repr=False)
+class SelectionVerdict(ShownVerdict):
     """The word, a sentence with the numbers, the numbers that decide, and the rule.
 
     >>> model = ml.load("smollm2")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline
+from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.studies.shared.quadrants import QUADRANTS
 
 MIN_EFFECT = 0.5
@@ -42,8 +43,8 @@ RULE = (
 )
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(ShownVerdict):
     """One of two variables, one variable suffices, explained by the words, inconclusive, not measurable.
 
     >>> model = ml.load("smollm2")

@@ -22,6 +22,7 @@ from mechlens.methods.probing.baselines import (
 )
 from mechlens.methods.probing.confounds import Confound
 from mechlens.methods.probing.detect import Detection, detect
+from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, token_embeddings
 from mechlens.prompts.batch import TokenBatch
@@ -71,7 +72,7 @@ class Surface:
     n_tokens: Int[Tensor, " prompt"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ContrastMeasurement:
     """One contrast: its detection at every cell with baselines, or the counts that were too small for it."""
 
@@ -82,6 +83,14 @@ class ContrastMeasurement:
     detection: Detection | None
     baselines: dict[str, Estimate]
     """Surface baselines on the same split, by name."""
+
+    def __repr__(self) -> str:
+        sizes = " and ".join(f"{n} {label}" for label, n in self.counts.items())
+        found = self.detection.in_words if self.detection else {"not measurable": f"{sizes} prompts are too few"}
+        return lines(f"{self.name}: {self.positive} against {self.negative}", {**found, **self.baselines})
+
+    def _repr_html_(self) -> str:
+        return html_with(repr(self), self.chosen())
 
     def auroc(self, position: str) -> Estimate:
         """Test AUROC at the level chosen on validation, missing where the contrast can't be measured."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline
+from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.studies.track.measures.home import FLOORS
 
 READABLE = 0.6
@@ -14,12 +15,13 @@ HELD = 0.2
 MOVED = 0.3
 SMALLEST = 0.05
 
+_COUNTS = f"(a fall of {FELL} counts)"
 CHANGES = {
-    "own_change": "direction fitted here, change from the base",
-    "frozen_change": "base's direction, change from the base",
-    "probe_change": "probe fitted here, change from the base",
-    "readout_gap": "base's direction behind the one fitted here",
-    "threshold_gap": "frozen threshold behind a new one",
+    "own_change": f"direction fitted here, change from the base {_COUNTS}",
+    "frozen_change": f"base's direction, change from the base {_COUNTS}",
+    "probe_change": f"probe fitted here, change from the base {_COUNTS}",
+    "readout_gap": f"base's direction behind the one fitted here {_COUNTS}",
+    "threshold_gap": f"frozen threshold behind a new one {_COUNTS}",
 }
 """What is compared, in words: changes of AUROC, then two gaps at the checkpoint (AUROC, balanced accuracy)."""
 GAINS = {f"gain.{name}": f"probe fitted here ahead of the {words}" for name, words in FLOORS.items()}
@@ -29,7 +31,7 @@ TITLES = {
     **CHANGES,
     **GAINS,
     "gap": "refusal gap",
-    "gap_change": "refusal gap, change from the base",
+    "gap_change": f"refusal gap, change from the base ({MOVED} counts)",
 }
 """Every deciding number in words."""
 CARDS = ("base_auroc", "probe_change", "frozen_change", "readout_gap", "threshold_gap", "gap_change")
@@ -72,8 +74,11 @@ DECIDED = {
 }
 """Every number that can decide, as the one sentence has it, and what it is compared with."""
 UNSAID = ("inconclusive", "not measurable")
+TOLERATED = f"a fall of less than {FELL} counts as none"
+"""Said beside "kept": the interval of a change that small may leave 0 out."""
 SENTENCES = {
-    "kept": "The base's own direction still reads the concept, at the same threshold, and more of it than the words.",
+    "kept": "The base's own direction still reads the concept, at the same threshold, and more of it than the words; "
+    f"{TOLERATED}.",
     "read-out drift": "The concept is still there and the base's frozen direction no longer reads it as well.",
     "threshold drift": "The base's direction still orders the prompts and its threshold is in the wrong place.",
     "representation weakened": "Nothing reads the concept as well as in the base; what is left is more than the words.",
@@ -86,8 +91,8 @@ SENTENCES = {
 }
 
 
-@dataclass(frozen=True)
-class TrackVerdict:
+@dataclass(frozen=True, repr=False)
+class TrackVerdict(ShownVerdict):
     """What became of one concept at one checkpoint."""
 
     concept: str
@@ -117,7 +122,8 @@ class TrackVerdict:
         found = f"{number} {self.deciding[self.decided].brief}"
         if not self.deciding[self.decided].measurable:
             found, against = f"there are too few prompts for what decides, {TITLES[self.decided]}", ""
-        return Headline(f"{self.concept} {self.word} at step {self.step}", found, against, in_brief(self.settle))
+        rest = TOLERATED if self.word == "kept" else in_brief(self.settle)
+        return Headline(f"{self.concept} {self.word} at step {self.step}", found, against, rest)
 
     def cards(self) -> dict[str, Estimate]:
         """What a report shows first; where the base can't be read, that and what the model does."""
