@@ -207,6 +207,15 @@ def test_a_thing_has_its_colour_whatever_stands_beside_it():
     assert beside["zhao"].colour not in THINGS.values()
     assert beside["harmful, fitted among accepted"].colour == looks(["harm"])["harm"].colour
     assert looks(["instruction[0]"]) != looks(["inst"])  # another word, not another beginning
+    tokens = [f"post[{k}]" for k in range(6)]
+    drawn = looks(["inst", "last", "some", "more", *tokens])
+    assert [drawn[name] for name in tokens] == [looks([name])[name] for name in tokens]
+    assert len({drawn[name].colour for name in tokens}) == 6
+    channels = {name: [int(look.colour[i : i + 2], 16) for i in (1, 3, 5)] for name, look in drawn.items()}
+    for name in tokens:
+        for mark in ("inst", "last"):
+            assert drawn[name].turn != drawn[mark].turn == 0  # their lines are solid, its isn't
+            assert math.dist(channels[name], channels[mark]) > 75
     twice = looks(["refusal added", "refusal subtracted"]).values()
     assert [look.turn for look in twice] == [0, 1]
 

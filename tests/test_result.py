@@ -183,11 +183,13 @@ def test_it_has_the_record_in_frames_and_words(made: Path) -> None:
     metrics = run.metrics
     assert list(metrics.columns) == ["name", "words", "value", "low", "high", "n"]
     assert metrics["name"].tolist() == ["lost", "auroc", "n.prompts"]  # those that decide come first
-    assert metrics["words"].tolist() == ["lost", EVIL, ""]
+    assert metrics["words"].tolist() == ["lost", EVIL, "number of prompts"]
+    assert metrics["low"].isna().tolist() == [True, False, True]  # a count has no interval
     on_disk = json.loads((made / "run.json").read_text())["metrics"]
     for row in metrics.to_dict("records"):
         for part, value in on_disk[row["name"]].items():
-            assert row[part] == value or (value is None and math.isnan(row[part]))
+            assert row[part] == value or math.isnan(row[part])
+            assert part in ("low", "high") or row[part] == value or value is None
     assert set(run.tables) == {"prompts", "auroc_by_level"}
     for name in run.tables:
         pd.testing.assert_frame_equal(run.tables[name], pd.read_parquet(made / "tables" / f"{name}.parquet"))

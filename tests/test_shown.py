@@ -12,6 +12,7 @@ from shown import require_shown
 import mechlens as ml
 from mechlens.methods.shown import cut, few, lines
 from mechlens.methods.steering.steering import SteeredAnswers
+from mechlens.models.bridge import Loaded
 
 PACKAGE = Path(ml.__file__).parent
 EVIL = "<script>alert(1)</script> & more\n" * 20
@@ -79,6 +80,17 @@ def test_no_public_class_prints_its_tensors() -> None:
     own = {name for name, defined in methods.items() if "__repr__" in defined}
     assert len(own) > 20
     assert {name: fields for name, fields in large.items() if fields and name not in own} == {}
+
+
+def test_what_is_kept_on_a_model_is_a_line() -> None:
+    class Tokenizer:
+        def __repr__(self) -> str:
+            return "every token there is" * 1000
+
+    told = repr(Loaded(CHECKPOINT, Tokenizer(), "sdpa", None, "w"))
+    assert "every" not in told
+    assert len(told) < 200
+    assert CHECKPOINT.name in told
 
 
 def test_lines_are_cut_and_lists_have_an_end() -> None:

@@ -92,7 +92,13 @@ def test_logs_are_uploaded_by_wandb_itself_and_linked(tmp_path: Path, monkeypatc
     monkeypatch.setattr(study, "has_login", lambda environ: True)
     monkeypatch.setattr(study, "public_api", lambda: server)
     screen = Seen()
+    staged = [tmp_path / name / "wandb" / "data" / "artifacts" / "staging" / "x" for name in ("a", "b")]
+    for file in staged:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
     sync_runs(SyncRuns(folder=tmp_path), screen)
+    assert [file.exists() for file in staged] == [False, False]  # an offline log needs them only until then
+    assert all(log.exists() for log in logs)
     assert asked == [[sys.executable, "-m", "wandb", "sync", *(str(log.parent) for log in logs)]]
     assert screen.shown == ["2 of 2 uploaded, with 0 links to their inputs"]
     offline(tmp_path / "c")

@@ -422,6 +422,9 @@ def test_online_inputs_are_linked_and_unknown_ones_get_a_stub(tmp_path, monkeypa
     with open_run(verb="v", config=Config("a"), out=tmp_path, wandb=WandbSettings(mode="online")) as run:
         inputs = {"model": "m" * 64, "direction": "d" * 64}
         run.artifact("result", Checkpoint("tiny", "/tiny"), inputs=inputs)
+        staged = tmp_path / "wandb" / "data" / "artifacts" / "staging"
+        assert staged.exists()
+    assert not staged.parents[1].exists()  # all is uploaded by then
     stub = ("input-model", {"sha256": "m" * 64})
     expected = [f"model:sha256-{'m' * 16}", stub, f"direction:sha256-{'d' * 16}", "logged result", 0]
     assert used == expected

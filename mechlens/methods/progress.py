@@ -87,7 +87,8 @@ class Lines(Generic[T]):
         now = time.monotonic()
         gone, done = now - self._began, self.n - self._before
         left = gone * (self.total - self.n) / done if done > 0 else 0.0
-        due = now - self._last >= EVERY if self._last else max(gone, left) >= EVERY
+        # What its first tokens took says little of a batch.
+        due = now - self._last >= EVERY if self._last else gone >= EVERY or (left >= EVERY and done >= 1)
         if due and done > 0 and self.n < self.total:
             self.say()
 

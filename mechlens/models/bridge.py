@@ -48,7 +48,7 @@ LanguageModel = Any
 """A TransformerBridge or a HookedTransformer; neither library types its members well enough to say more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loaded:
     """What mechlens remembers about a model, kept on the model as `model.mechlens`."""
 
@@ -70,6 +70,13 @@ class Loaded:
     """The same of `unembed` and the model's own logits."""
     settings: str = ""
     """Stamp of the modules' plain attributes at load, such as the epsilons of norms."""
+
+    def __repr__(self) -> str:
+        gap = "not compared with" if self.parity is None else f"logits within {self.parity_gap:.1g} of"
+        return (
+            f"Loaded({self.checkpoint.name}, {self.checkpoint.regime} weights; {type(self.tokenizer).__name__}; "
+            f"{self.attention} attention; {gap} plain Hugging Face)"
+        )
 
     @property
     def parity_gap(self) -> float:

@@ -262,14 +262,24 @@ def changed_since(run: Run, now_inputs: Inputs) -> list[str]:
     return changed
 
 
+COUNTS = ("n.", "candidates.")
+"""How the names of metrics begin that are numbers of prompts or checkpoints."""
+
+
 def metric_text(name: str, value: object) -> str:
     """A metric in words: a count is a number of prompts or checkpoints out of all, and has no interval."""
-    if isinstance(value, Estimate) and name.startswith(("n.", "candidates.")):
+    if isinstance(value, Estimate) and name.startswith(COUNTS):
         return f"{value.value:.0f} of {value.n}"
     # As in a report: an AUROC or a rate of exactly 1 or 0 has an interval, if without width.
     if isinstance(value, Estimate) and value.low == value.value == value.high and value.value not in (0, 1):
         return f"{value.value:.{0 if float(value.value).is_integer() else 3}f}, n={value.n}"
     return str(value)
+
+
+def interval_of(name: str, value: Estimate) -> tuple[float, float]:
+    """Low and high, for frames; NaN for a count, and for any other number that has no interval."""
+    exact = value.low == value.value == value.high and value.value not in (0, 1)
+    return (math.nan, math.nan) if exact or name.startswith(COUNTS) else value.interval
 
 
 RENAMED = {"auroc.best": "auroc.strongest"}

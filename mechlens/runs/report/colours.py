@@ -13,6 +13,9 @@ GREY = "#7d8590"
 # Tol's muted colours, the strong ones first: those of Okabe and Ito are kept for the things below.
 PALETTE = ("#332288", "#cc6677", "#999933", "#882255", "#44aa99", "#aa4499")
 
+AFTER = ("#332288", "#cc6677", "#44aa99", "#882255", "#117733", "#aa4499")
+"""Of post[0], post[1], ...: none is near to the colour of `inst`, and none of their lines is solid, as its is."""
+
 THINGS = {
     # Harm is one colour and refusal another; a prompt with both is a mixture of them, one with neither is green.
     "harm": "#d55e00", "harmful": "#d55e00", "harmfulness": "#d55e00", "refusal": "#0072b2", "refused": "#0072b2",
@@ -34,7 +37,7 @@ ON_DARK = {
     "#0072b2": "#4da6e8", "#d55e00": "#f0803c", "#009e73": "#2cc295", "#cc79a7": "#e59bc6", "#e69f00": "#f2b632",
     "#56b4e9": "#a5d8f7", "#4d4d4d": "#c3c9d1", BOTH: "#b28bdb", GREY: "#97a0ac",
     "#332288": "#9c8cf0", "#cc6677": "#e8909d", "#999933": "#c9c95e", "#882255": "#d06a9a", "#44aa99": "#6fd3c2",
-    "#aa4499": "#d580cf",
+    "#aa4499": "#d580cf", "#117733": "#5fbf7f",
     "#2166ac": "#58a9fb", "#92c5de": "#3c6e9e", "#f4a582": "#a3523f", "#b2182b": "#ff6450",
     "#f7fbff": "#18202a", "#c6dbef": "#1c3a5a", "#6baed6": "#27608f", "#2171b5": "#3b8bcc", "#08306b": "#58b2ff",
 }  # fmt: skip
@@ -53,15 +56,21 @@ class Look(NamedTuple):
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """The look of every group of a figure: a thing's own colour, or the next of those that no thing has."""
+    """The look of every group of a figure: a thing's own colour, or the next of those that no thing has.
+
+    A template's token has the look of its number, whatever stands beside it.
+    """
     used: dict[str, int] = {}
     found, others = {}, 0
     for name in names:
-        colour = _of_thing(name)
+        after = re.match(r"post\[(-?\d+)\]", name)
+        colour = AFTER[int(after[1]) % len(AFTER)] if after else _of_thing(name)
         if colour is None:
             colour, others = PALETTE[others % len(PALETTE)], others + 1
-        found[name] = Look(colour, used.get(colour, 0))
-        used[colour] = used.get(colour, 0) + 1
+        turn = 1 + int(after[1]) % 2 if after else 0
+        own = after[0] if after else colour
+        found[name] = Look(colour, turn + used.get(own, 0))
+        used[own] = used.get(own, 0) + 1
     return found
 
 

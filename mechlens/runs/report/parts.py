@@ -167,6 +167,14 @@ def heading(column: str) -> str:
     return column.replace("_", " ")
 
 
+def in_words(metric: str) -> str:
+    """A metric's name in words, where a report gives it none: "n.checkpoints" is "number of checkpoints"."""
+    first, *rest = metric.split(".")
+    if first in ("n", "candidates"):
+        return " ".join(["number of", *(["candidates"] if first != "n" else []), *map(heading, rest)])
+    return ", ".join(map(heading, (first, *rest)))
+
+
 def paragraphs(text: str) -> list[list[tuple[bool, str]]]:
     """Paragraphs, each as pieces of (is code, text), code being what stands between backticks."""
     parts = [part.strip() for part in text.split("\n\n") if part.strip()]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from mechlens.errors import UserError
 from mechlens.files import plain_name, short_name, user_path
 from mechlens.runs.lock import is_held
+from mechlens.runs.report.parts import in_words
 from mechlens.runs.results.kept import Kept, names_in, read_figure, require_same
-from mechlens.runs.run import Run, found_runs, metric_text, read_run
+from mechlens.runs.run import Run, found_runs, interval_of, metric_text, read_run
 
 if TYPE_CHECKING:
     import pandas
@@ -79,16 +80,17 @@ class RunResult:
 
     @property
     def metrics(self) -> "pandas.DataFrame":
-        """A row a number: name, words, value, low, high, n; those that decide the verdict first, which have words.
+        """A row a number: name, words, value, low, high, n; those that decide the verdict first.
 
-        Low and high are NaN for an AUROC of too few prompts, which has no interval.
+        Low and high are NaN for what has no interval: a count, an AUROC of too few prompts.
         """
         import pandas as pd
 
         found, words = self.record.metrics, self.record.words
         order = [*(name for name in words if name in found), *(name for name in found if name not in words)]
         rows = [
-            {"name": name, "words": words.get(name, ""), **one.row(), "low": one.interval[0], "high": one.interval[1]}
+            {"name": name, "words": words.get(name) or in_words(name), **one.row()}
+            | dict(zip(("low", "high"), interval_of(name, one), strict=True))
             for name, one in ((name, found[name]) for name in order)
         ]
         return pd.DataFrame(rows, columns=["name", "words", "value", "low", "high", "n"])

@@ -11,7 +11,7 @@ from mechlens.models.precision import Parity
 from mechlens.runs.artifacts import read_header
 from mechlens.runs.privacy import PrivateTexts, figure_without_text, frame_without_text, header_has_text, unpacked
 from mechlens.runs.run import Artefact, Inputs, Run, plain
-from mechlens.runs.wandb.start import start_wandb, wandb_files_in, warn_wandb
+from mechlens.runs.wandb.start import remove_staged, start_wandb, wandb_files_in, warn_wandb
 from mechlens.settings import WandbSettings
 
 # W&B shows no more rows of a table; all of them are in the run folder.
@@ -156,6 +156,8 @@ class WandbMirror:
             told = error if self._upload_text or error is None else error.split(":", 1)[0]
             run.summary.update({"status": status, "error": told})
             run.finish(exit_code=0 if status == "success" else 1)
+            if self._online:
+                remove_staged(self._folder)
 
         self._attempt(send)
         self._run = None

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -102,6 +103,11 @@ def wandb_files_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.environ.pop("WANDB_DATA_DIR", None)
+
+
+def remove_staged(folder: Path) -> None:
+    """Takes away what W&B staged in the run folder, once it is uploaded; until then an offline log points there."""
+    shutil.rmtree(folder / "wandb" / "data", ignore_errors=True)
 
 
 def _init(settings: WandbSettings, folder: Path, run: Run, mode: Mode) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mechlens.errors import UserError
 from mechlens.runs.results.result import list_runs
-from mechlens.runs.wandb.start import has_login
+from mechlens.runs.wandb.start import has_login, remove_staged
 from mechlens.runs.wandb.sync import is_synced, link_inputs, offline_logs, public_api, upload
 from mechlens.runs.wandb.workspace import workspace_of
 from mechlens.studies.registry import Screen
@@ -23,6 +23,9 @@ def sync_runs(config: SyncRuns, screen: Screen) -> None:
     _require_login()
     upload([log for _, log in logs])
     done = [run for run, log in logs if is_synced(log)]
+    for folder in {log.parents[1] for _, log in logs}:
+        if all(is_synced(log) for log in folder.glob("wandb/offline-run-*")):
+            remove_staged(folder)
     if not done:
         raise UserError("`wandb sync` uploaded nothing; what it said stands above")
     try:
