@@ -201,6 +201,13 @@ def test_a_resumed_bar_begins_where_the_run_was_killed(page: Callable[[], str]) 
     assert bar.format_dict["rate"] is None or bar.format_dict["rate"] < 6
 
 
+def test_a_bar_that_is_switched_off_is_told_all_the_same() -> None:
+    off = progress.Bar(total=3, disable=True)
+    off.found(2)
+    off.update(1)
+    off.close()
+
+
 def test_at_a_terminal_there_are_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "watched", lambda: True)
     with progress_bar(title="loop", total=3) as bar:

@@ -162,9 +162,10 @@ class Bar(tqdm):  # type: ignore[misc]
 
     def found(self, n: int | float, /) -> None:
         """So many more were done before."""
-        self.initial += n
-        self.last_print_n += n
-        self.n += n
+        if not self.disable:  # as TQDM_DISABLE has it, which leaves a bar without these
+            self.initial += n
+            self.last_print_n += n
+            self.n += n
 
 
 DELAY = 2
