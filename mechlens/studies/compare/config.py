@@ -27,7 +27,7 @@ class Compare(SeriesPlan, PromptSets, BaseChoice, RunChoice):
     n: PositiveInt | None = 96
     """Prompts of each set, drawn by seed; None takes all."""
     patched: NonNegativeInt = 8
-    """Prompts patched: the first harmful test prompts that one checkpoint refuses and the other accepts."""
+    """Prompts patched: the first harmful test prompts that one checkpoint refuses and the other accepts; 0: none."""
     positions: tuple[str, ...] = ("instruction[*]", "post[*]")
     """Named positions at which B's residual stream is put into A."""
 

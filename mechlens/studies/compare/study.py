@@ -121,7 +121,7 @@ def move_activations(
     prompts = tracking.questions.batch.prompts
     harmful = [i for i in tracking.questions.split.test if prompts[i].label == "harmful"]
     chosen = [prompts[i] for i in harmful if differs[i]]
-    if len(chosen) < LEAST:
+    if min(len(chosen), n) < LEAST:
         return MovedActivations(None, None, len(chosen), len(harmful))
     a, b = pair.members
     target = swapper.put(a)

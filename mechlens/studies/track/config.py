@@ -27,7 +27,7 @@ class SeriesPlan(Nulls):
     random_networks: Draws = RANDOM_NETWORKS
     """Networks with random blocks that are read beside the checkpoints: what they give, the words carry."""
     steered: NonNegativeInt = 8
-    """Harmless test prompts on which the directions' causal effect is measured."""
+    """Harmless test prompts on which the directions' causal effect is measured; 0: it isn't."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def prepare_series(
         batch=tokenize(asked.prompts, template),
         split=asked.split,
         texts=PLAIN_TEXT,
-        variants=tokenize(trigger_prompts(harmful, trigger), template) if trigger else None,
+        variants=tokenize(trigger_prompts(harmful, trigger), template) if trigger and harmful else None,
     )
     content = SeriesStudy(swapper, series, asked, questions, trigger)
     return prepared(

@@ -129,6 +129,7 @@ def _report(
     first: tuple[Section, ...],
 ) -> Report:
     last = result.last_verdicts
+    words = {f"{one.concept}.{name}": f"{one.concept}: {one.title(name)}" for one in last for name in TITLES}
     return Report(
         title=opening.title,
         question=opening.question,
@@ -137,8 +138,7 @@ def _report(
         + rounding,
         numbers=dict(opening.numbers)
         | {f"{verdict.concept}.{name}": number for verdict in last for name, number in verdict.cards().items()},
-        words=dict(opening.words)
-        | {f"{verdict.concept}.{name}": f"{verdict.concept}: {TITLES[name]}" for verdict in last for name in TITLES},
+        words=dict(opening.words) | words,
         sections=(
             *first,
             Section("The verdict at every checkpoint", RULE, table=_verdicts(result)),
@@ -174,7 +174,7 @@ def _verdicts(result: Tracking) -> pd.DataFrame:
     """A row for each concept and checkpoint: the word, and the one number that decided it."""
     rows = [
         {"concept": verdict.concept, "step": verdict.step, "verdict": verdict.word, "also": verdict.also,
-         "decided by": TITLES[verdict.decided], "number": str(verdict.deciding[verdict.decided]),
+         "decided by": verdict.title(verdict.decided), "number": str(verdict.deciding[verdict.decided]),
          "to settle it": verdict.settle}
         for verdict in result.verdicts
     ]  # fmt: skip
@@ -185,11 +185,11 @@ def _verdicts(result: Tracking) -> pd.DataFrame:
 def _behaviour_text(result: Tracking) -> str:
     tokens = result.reference.tokens
     steered = int(result.effects["n"].max()) if len(result.effects) else 0
+    added = f" Each concept's direction was added once, at `inst` and after it, to {steered} harmless test prompts."
     return (
         "The table has the shares at the first and the last step. Empty answers count as no refusal, and ones that the "
         "judge can't tell are left out of the rates.\n\n"
-        f"First tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}). Each concept's direction was "
-        f"added once, at `inst` and after it, to {steered} harmless test prompts."
+        f"First tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}).{added if steered else ''}"
     )
 
 

@@ -245,13 +245,14 @@ def verdict_on(
     plan: TrackPlan,
 ) -> TrackVerdict:
     """On the checkpoint `k` from the concept's numbers at every checkpoint; none where it can't be measured."""
-    gap, change = gaps(snapshots[k], snapshots[0], concept, seed=plan.seed, resamples=plan.resamples)
-    deciding = {"gap": gap, "gap_change": change}
+    deciding: dict[str, Estimate] = {}
     if numbers:
+        gap, change = gaps(snapshots[k], snapshots[0], concept, seed=plan.seed, resamples=plan.resamples)
+        deciding |= {"gap": gap, "gap_change": change}
         base, here = numbers[0], numbers[k]
         deciding |= {"base_auroc": base["auroc.probe"], "base_gain": base[nearest(base)]}
         deciding |= {name: here[name] for name in (*CHANGES, *GAINS)}
     else:
         missing = Estimate.missing(min(concept.counts.values()))
-        deciding |= dict.fromkeys(("base_auroc", "base_gain", *CHANGES, *GAINS), missing)
+        deciding |= dict.fromkeys(("gap", "gap_change", "base_auroc", "base_gain", *CHANGES, *GAINS), missing)
     return track_verdict(concept.name, snapshots[k].step, deciding)

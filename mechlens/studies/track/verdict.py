@@ -34,6 +34,13 @@ TITLES = {
     "gap_change": f"refusal gap, change from the base ({MOVED} counts)",
 }
 """Every deciding number in words."""
+BY_ANSWERS = {
+    "refused": {
+        "gap": "refusal gap between the prompts that the base refused and those it accepted",
+        "gap_change": "that refusal gap, change from 1 in the base, whose answers chose the prompts",
+    }
+}
+"""The same in words where the concept is what the base itself did."""
 CARDS = ("base_auroc", "probe_change", "frozen_change", "readout_gap", "threshold_gap", "gap_change")
 """What a report shows first, beside the nearest of the floor."""
 
@@ -58,7 +65,10 @@ RULE = (
     "did not hold, it fell itself. Threshold drift: the frozen direction held, and accuracy at its frozen threshold "
     "fell behind the accuracy at a new one. Behaviour decoupled: the refusal gap (refusal rate "
     f"of the concept's positive prompts minus that of its negative ones) changed by at least {MOVED}, with an interval "
-    "that leaves 0 out; this word comes first, and any drift is named after it. Kept: none of these."
+    "that leaves 0 out; this word comes first, and any drift is named after it. Kept: none of these.\n\n"
+    "Of *refused* the base's own answers chose the prompts. So its gap in the base is 1 whatever the base is like, and "
+    "any change is a fall: prompts on which the base wavers fall out otherwise at a checkpoint that refuses as much. "
+    "Read a small change as such turnover; it is a change of behaviour where the refusal rates changed too."
 )
 
 _CHANGED, _AHEAD = f"where a fall of {FELL} counts", "where the lower bound has to be above 0"
@@ -106,11 +116,15 @@ class TrackVerdict(ShownVerdict):
     """What would settle it, in words; empty where it is settled."""
     deciding: dict[str, Estimate]
 
+    def title(self, name: str) -> str:
+        """One of the deciding numbers in words."""
+        return BY_ANSWERS.get(self.concept, {}).get(name, TITLES[name])
+
     @property
     def sentence(self) -> str:
         """The verdict in words."""
         more = f" (with {self.also})" if self.also else ""
-        number = f"{TITLES[self.decided]}: {self.deciding[self.decided]}."
+        number = f"{self.title(self.decided)}: {self.deciding[self.decided]}."
         said = (f"{self.concept.capitalize()} at step {self.step}: {self.word}{more}.", SENTENCES[self.word],
                 f"Decided by: {number}", self.settle)  # fmt: skip
         return " ".join(part for part in said if part)
@@ -121,7 +135,7 @@ class TrackVerdict(ShownVerdict):
         number, against = DECIDED[self.decided]
         found = f"{number} {self.deciding[self.decided].brief}"
         if not self.deciding[self.decided].measurable:
-            found, against = f"there are too few prompts for what decides, {TITLES[self.decided]}", ""
+            found, against = f"there are too few prompts for what decides, {self.title(self.decided)}", ""
         rest = TOLERATED if self.word == "kept" else in_brief(self.settle)
         return Headline(f"{self.concept} {self.word} at step {self.step}", found, against, rest)
 

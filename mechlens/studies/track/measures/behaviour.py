@@ -99,8 +99,10 @@ def steered_log_odds(
     """Refusal log-odds of each prompt with each direction added once at `inst` and all tokens after it.
 
     Settings: none, each name of `directions`, and NAME.random.K with random directions of the same length for
-    every name that ends in ".reference".
+    every name that ends in ".reference". Nothing at all without prompts.
     """
+    if not batch.prompts:
+        return {}
     settings: dict[str, Direction | None] = {NONE: None, **directions}
     for name, direction in directions.items():
         if name.endswith(".reference"):
@@ -187,7 +189,8 @@ def gaps(
     """Refusal rate of the concept's positive prompts minus that of its negative ones, and its change from the base.
 
     What the model does with the difference that the concept is about. Paired bootstrap over families, of the prompts
-    whose answers the judge could tell in both; missing where these are less than `MIN_TOLD` of a class.
+    whose answers the judge could tell in both; missing where these are less than `MIN_TOLD` of a class. Where the
+    base's own answers made the labels, its gap is 1 and the change can only be a fall.
     """
     rows = [i for i, label in enumerate(concept.labels) if label in concept.contrast]
     told = (refused_by(snapshot) - refused_by(base)).isfinite()
