@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _with_streams()
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        _say(str(error))
+        _say(error.typed)
         sys.exit(1)
     except BrokenPipeError:
         # Whoever read our output (head, less) has seen enough; the rest goes nowhere.

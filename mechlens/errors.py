@@ -1,12 +1,18 @@
 """The one error that people are meant to read, and the optional extras whose absence is such an error."""
 
+import re
 from importlib.util import find_spec
+
+_FLAG = re.compile(r"""`[^`]*`|(?<!\w)'[^']*'|"[^"]*"|(?<![\w-])--([a-z][a-z0-9.-]*[a-z0-9]|[a-z])""")
+"""An option as the command line has it, and before it what is quoted: that is somebody else's and stays as it is."""
 
 
 class UserError(ValueError):
     """Bad input, said in one sentence: what was found, what was needed, what to do.
 
-    The command line prints the sentence without a traceback; from Python it is an ordinary ValueError.
+    The command line prints the sentence without a traceback; from Python it is an ordinary ValueError. Sentences are
+    written with the command line's options (--skip-broken); `str(error)`, which Python shows, has their names there
+    (`skip_broken`), and `typed` has what was written.
 
     >>> try:
     ...     ml.builtin_prompts("harmfull")
@@ -15,10 +21,35 @@ class UserError(ValueError):
     True
     """
 
+    @property
+    def typed(self) -> str:
+        """The sentence for those who type commands."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return in_python(self.typed)
+
+
+def in_python(sentence: str) -> str:
+    """A sentence with the names of options in Python in place of the command line's; one that has both is left."""
+    if "in Python" in sentence or "=True)" in sentence:
+        return sentence
+    return _FLAG.sub(lambda found: f"`{found[1].replace('-', '_')}`" if found[1] else found[0], sentence)
+
 
 def an(kind: str) -> str:
     """The word with the article that it is said with."""
     return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def kind_of(value: object) -> str:
+    """What a value is, with its article: a str, an int, the class Track."""
+    return f"the class {value.__name__}" if isinstance(value, type) else an(type(value).__name__)
+
+
+def many(n: int, what: str) -> str:
+    """A number with what it counts: 1 prompt, 2 prompts."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 EXTRAS = {

@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 
 T = TypeVar("T")
 Lazy = str | Callable[..., Any]
@@ -97,7 +97,7 @@ def required(registry: Registry[Any], name: str) -> Callable[..., Any]:
     """The function of that name; UserError where another package's entry is none."""
     found: Callable[..., Any] = registry[name]
     if not callable(found):
-        raise UserError(f"the {registry.kind} {name!r} is a {type(found).__name__}, not a function")
+        raise UserError(f"the {registry.kind} {name!r} is {kind_of(found)}, not a function")
     return found
 
 

@@ -3,15 +3,22 @@
 Nothing here imports torch, so that `--help` is instant.
 """
 
-from dataclasses import dataclass, field
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from annotated_types import Ge, Le
 
 from mechlens.choices import JUDGES, METHODS, MODELS, choice
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
+from mechlens.registry import nearest, unknown_name
 
 MAX_DRAWS = 100_000
 """Resamples, permutations or random directions behind one number."""
@@ -49,8 +56,95 @@ TemplateArguments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.c
 """Of the chat template, in the order given; a value is JSON where it parses as such, else text."""
 
 
+class _ByName(type):
+    """Makes a configuration of options by name: one that isn't known, lacks or can't be is one sentence."""
+
+    def __call__(cls, *values: Any, **given: Any) -> Any:
+        options, needed = [one.name for one in fields(cls) if one.init], needed_by(cls)  # type: ignore[arg-type]
+        if len(values) > len(cls.__match_args__):  # type: ignore[attr-defined]
+            raise UserError(f"{cls.__name__} takes its options by name, such as {such(cls)}")
+        placed = dict(zip(cls.__match_args__, values, strict=False))  # type: ignore[attr-defined]
+        if wrong := next((name for name in given if name not in options), None):
+            near = nearest(wrong, options)
+            more = f" ({near})" if near else ""
+            raise UserError(f"{cls.__name__} has no option {wrong!r}{more}; it has {', '.join(options)}")
+        if lacks := [name for name in needed if name not in {**placed, **given}]:
+            raise UserError(f"{cls.__name__} needs {' and '.join(lacks)}; give them by name, such as {such(cls)}")
+        hints = _hints(cls)
+        first, rest = (
+            {name: _as_meant(name, one, hints.get(name)) for name, one in part.items()} for part in (placed, given)
+        )
+        return super().__call__(*first.values(), **rest)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What a notebook shows: the options, not `__call__`'s."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+
+def needed_by(config: Any) -> list[str]:
+    """Options of a configuration that have no default."""
+    return [one.name for one in fields(config) if one.init and MISSING is one.default is one.default_factory]
+
+
+def such(config: Any) -> str:
+    """How a configuration is written in Python, in short: Track(out=..., checkpoints=...)."""
+    return f"{config.__name__}({', '.join(f'{name}=...' for name in needed_by(config))})"
+
+
+class Options(metaclass=_ByName):
+    """What every configuration and plan inherits, so that a slip of the hand is said where it is written.
+
+    >>> try:
+    ...     ml.Separate(out="runs/first", jugde="zhao")
+    ... except ml.UserError as error:
+    ...     print(str(error).partition(";")[0])
+    Separate has no option 'jugde' (did you mean 'judge'?)
+    """
+
+
+@cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    try:
+        return get_type_hints(cls)
+    except Exception:  # of another package, whatever its annotations come to
+        return {}
+
+
+IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
+"""Types of options; what is of another kind is checked when the study is run."""
+
+
+def _as_meant(name: str, value: Any, hint: Any) -> Any:
+    """The value as its option has it: one item where several are taken is a tuple of it; UserError for another type."""
+    among = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [one for one in among if one != NoneType]
+    if any(get_origin(kind) is tuple for kind in kinds):
+        if isinstance(value, str | os.PathLike | int | float):
+            return (value,)
+        return tuple(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else value
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if isinstance(value, str) and words and value not in words and len(kinds) == 1:
+        raise unknown_name(name, value, words)
+    if isinstance(value, Real) and hasattr(value, "item"):
+        value = value.item()  # a number of numpy's, which has no place in a record
+    if (value is None and NoneType in among) or not set(kinds) <= set(IN_WORDS) or any(_is(value, k) for k in kinds):
+        return value
+    needed = " or ".join(dict.fromkeys(IN_WORDS[kind] for kind in kinds))
+    raise UserError(f"{name} is {value!r:.60} ({kind_of(value)}); it must be {needed}")
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether it can stand for a value of that type, such as numpy's numbers for Python's and a path for text."""
+    if isinstance(value, bool):
+        return kind is bool
+    wider: dict[type, Any] = {int: Integral, float: Real, str: str | os.PathLike, Path: str | os.PathLike}
+    return isinstance(value, wider.get(kind, kind))
+
+
 @dataclass(frozen=True)
-class WandbSettings:
+class WandbSettings(Options):
     """Where a run is mirrored in Weights & Biases; the folder on disk is complete without it.
 
     >>> ml.Separate(out="runs/first", wandb=ml.WandbSettings(mode="offline", tags=("pilot",))).wandb.tags
@@ -74,7 +168,7 @@ class WandbSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunChoice:
+class RunChoice(Options):
     """Where a run is recorded."""
 
     out: RunFolder
@@ -86,7 +180,7 @@ class RunChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class Columns(Options):
     """Where prompts stand in files, and how one file holds both classes."""
 
     column: str | None = None
@@ -119,7 +213,7 @@ class PromptSets(Columns):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answering:
+class Answering(Options):
     """How the model's own answers are written and judged."""
 
     max_new_tokens: PositiveInt = ANSWER_TOKENS
@@ -129,7 +223,7 @@ class Answering:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading:
+class Loading(Options):
     """How a model is loaded, and what is written around the prompts."""
 
     revision: str | None = None
@@ -150,7 +244,7 @@ class Loading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedModel:
+class NamedModel(Options):
     """The model's name, which `--help` shows before how it is loaded: the last base's options come first."""
 
     model: ModelName = "smollm2"
@@ -165,7 +259,7 @@ class ModelChoice(Loading, NamedModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedBase:
+class NamedBase(Options):
     """The base's name, which `--help` shows before how it is loaded."""
 
     base: BaseName = "smollm2-refuser"
@@ -178,7 +272,7 @@ class BaseChoice(Loading, NamedBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Options):
     """How much chance is sampled, and from which seed."""
 
     seed: int = SEED

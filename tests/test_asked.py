@@ -62,7 +62,7 @@ def test_one_text_is_one_prompt_and_so_is_one_conversation() -> None:
 def test_labels_are_one_for_all_or_one_for_each() -> None:
     assert [p.label for p in as_prompts(TEXTS, label="a")] == ["a", "a"]
     assert [p.label for p in as_prompts(NAMED, label=pd.Series(["a", "b"]))] == ["a", "b"]
-    with pytest.raises(UserError, match="there are 1 labels for 2 prompts"):
+    with pytest.raises(UserError, match="1 label came for 2 prompts"):
         as_prompts(TEXTS, label=["a"])
 
 
@@ -91,7 +91,7 @@ def test_equal_texts_are_one_family_and_prompts_stay_as_they_are() -> None:
         (["a \ud83d b"], "row 0 of the prompts holds half a character"),
         (torch.ones(2), r"row 0 of the prompts holds a float \(1.0\)"),
         (None, "a NoneType was given as prompts"),
-        (3, "a int was given as prompts"),
+        (3, "an int was given as prompts"),
         ({"text": ["a"]}, "a dict was given as prompts"),
         (pd.DataFrame({"text": ["a"], "n": [1]}), r"a whole table was given as prompts.*text, n.*table\['text'\]"),
     ],
@@ -141,5 +141,5 @@ def test_a_concept_from_two_lists_of_texts(model: Any) -> None:
     assert found.acts.families[:15] == found.acts.families[15:]
     with pytest.raises(UserError, match=r"16 positive and 15 negative prompts; --paired \(paired=True\) needs equally"):
         find_concept(model, [*sides[0], "Dear Sir"], sides[1], paired=True)
-    with pytest.raises(UserError, match="share 1 prompts, such as 'hey you 0'"):
+    with pytest.raises(UserError, match="share 1 prompt, such as 'hey you 0'"):
         find_concept(model, [*sides[0], "hey you 0"], sides[1])

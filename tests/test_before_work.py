@@ -25,6 +25,7 @@ from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
+from mechlens.studies.causal.config import Causal
 from mechlens.studies.driver import run
 from mechlens.studies.registry import commands
 from mechlens.studies.separate.config import Separate
@@ -141,7 +142,7 @@ LATE: dict[str, tuple[tuple[object, ...], str]] = {
     "no column": (("patch", "--pairs", "{table}"), "column"),
     "an empty file": (("separate", "--harmful", "{empty}"), "is empty; it needs at least one prompt"),
     "one class twice": (("separate", "--harmful", "{many}", "--harmless", "{many}"), "can be of one class only"),
-    "too few": (("direction", "--positive", "{few}", "--negative", "{many}"), "needs at least 15 of each side"),
+    "too few": (("direction", "--positive", "{few}", "--negative", "{many}"), "least 15 of each side"),
     "too few families": (("separate", "--harmful", "{few}"), "the study needs"),
     "a position": (("direction", "--positive", "harmful", "--negative", "harmless", "--positions", "ints"),
                    "there is no position 'ints'"),
@@ -264,6 +265,8 @@ def test_an_old_name_or_one_in_the_cache_is_a_checkpoint_without_an_owner(monkey
 
 def test_a_value_of_another_type_is_named_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for whoever uses the package
-    with pytest.raises(UserError, match=r"n is '48' \(of type str\); it should be a valid integer"):
-        run(Separate(n="48", out=tmp_path / "never"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"n is '48' \(a str\); it must be a whole number"):
+        Separate(n="48", out=tmp_path / "never")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"layers is \('a',\) \(of type tuple\); it should be a valid integer"):
+        run(Causal(layers="a", out=tmp_path / "never"))  # type: ignore[arg-type]
     assert not (tmp_path / "never").exists()

@@ -148,7 +148,7 @@ def test_training_goes_on_from_an_adapter(plan: FinetuneConfig, tmp_path: Path) 
 
 
 def test_what_can_not_be_taught_is_said(plan: FinetuneConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs --data"):
+    with pytest.raises(UserError, match="needs `data`"):
         lessons(replace(plan, data=None))
     with pytest.raises(UserError, match="held_out is 1; it is a share"):
         lessons(replace(plan, held_out=1.0))

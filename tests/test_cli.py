@@ -514,7 +514,7 @@ MISTAKES = {
     "one file for both classes": (bad(harmless=lambda w: w.good), "share 20 prompts, such as 'Please make"),
     "one prompt in both classes": (
         bad(harmless=lambda w: w.file("mixed.jsonl", [*requests(19, "break"), "please MAKE bread number 0 for me!"])),
-        "share 1 prompts, such as 'please MAKE bread",
+        "share 1 prompt, such as 'please MAKE bread",
     ),
     "only duplicates": (
         bad(harmful=lambda w: w.file("d.jsonl", ["make it"] * 30)),
@@ -562,7 +562,7 @@ MISTAKES = {
     "a file where a folder should be": (bad(out=lambda w: w.good), "could not be written"),
     "no such position": (concept(positions="middle"), "there is no position 'middle'"),
     "a position too far": (concept(positions="post[99]"), "there is no position 'post[99]'"),
-    "too few prompts": (concept(positive=lambda w: w.file("f.jsonl", ["a b", "c d"])), "there are 2 positive prompts"),
+    "too few prompts": (concept(positive=lambda w: w.file("f.jsonl", ["a b", "c d"])), "the positive side has 2 prompts"),
     "one class twice": (concept(negative=lambda w: w.good), "share 20 prompts"),
     "no permutations": (concept(permutations=0), "--permutations must be at least 1, and is 0"),
     "positions of nothing": (lambda w: ["positions", "--model", w.model, "--text", " "], "has no text"),

@@ -80,8 +80,8 @@ def test_a_column_is_of_files_and_not_of_built_in_sets(file: str, tmp_path: Path
         ({"column": "reqest", "label_column": "tone"}, "has no column 'reqest'; did you mean 'request'"),
         ({"column": "request", "label_column": "tne"}, "has no column 'tne'; did you mean 'tone'"),
         ({"label_column": "tone"}, "none of the usual prompt columns .* name one with --column"),
-        ({"column": "request"}, "--data was given without --label-column"),
-        ({"column": "request", "data": None, "label_column": "tone"}, "--label-column was given without --data"),
+        ({"column": "request"}, "`data` was given without `label_column`"),
+        ({"column": "request", "data": None, "label_column": "tone"}, "`label_column` was given without `data`"),
         (
             {"column": "request", "label_column": "tone", "positive": "formel"},
             "has no row with tone='formel'; column 'tone' holds 'formal', 'casual'",

@@ -83,7 +83,7 @@ def test_an_unknown_method_is_named_with_the_nearest() -> None:
     acts = planted_activations(separation=1.0, n_per_class=20).acts
     with pytest.raises(UserError, match=r"no direction method 'logistics' \(did you mean 'logistic'\?\)"):
         _detect(acts, replace(PLAN, method="logistics"))
-    with pytest.raises(UserError, match="--permutations must be at least 1, and is -3"):
+    with pytest.raises(UserError, match="`permutations` must be at least 1, and is -3"):
         _detect(acts, replace(PLAN, permutations=-3))
     with pytest.raises(UserError, match="refit"):
         _detect(acts, replace(PLAN, method="lda"), refit=True)

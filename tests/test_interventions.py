@@ -300,7 +300,7 @@ def test_what_has_no_place_in_the_model_is_refused_even_if_forced(model: Any, ba
             logits_under(model, batch, [add(v, layers=(0, layer))], force=True)
     with pytest.raises(UserError, match="the last level is layer 2 with site='resid_post'"):
         logits_under(model, batch, [add(v, layers=(3,))], force=True)
-    with pytest.raises(UserError, match="31 entries and the model 32"):
+    with pytest.raises(UserError, match=r"has 31 numbers \(from .*\) and a vector of this model \(tiny-llama\) has 32"):
         logits_under(model, batch, [add(replace(v, vector=v.vector[:31]))], force=True)
 
 

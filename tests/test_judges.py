@@ -167,7 +167,7 @@ def test_log_odds_judge_follows_its_threshold() -> None:
 
 @pytest.mark.parametrize("judge", [ZHAO, HumanLabels({}), LogOddsJudge({})])
 def test_one_answer_for_each_prompt(judge: Judge) -> None:
-    with pytest.raises(UserError, match="1 answers came with 2 prompts; give one answer for each"):
+    with pytest.raises(UserError, match="1 answer came with 2 prompts; give one answer for each"):
         judge(_prompts(2), ["x"])
 
 

@@ -23,7 +23,7 @@ BROKEN = [
     ("a.json", '[{"prompt": ["x"]}]', r"row 1, column 'prompt', holds a list of other things than chat turns"),
     ("a.json", '["x", " \\n"]', r"a\.json row 2, column 'text', is empty"),
     ("a.json", '["\\ud83d"]', r"row 1, column 'text', holds half a character"),
-    ("a.json", '["x", 3]', r"a\.json row 2 is a int; every row must be an object or a string"),
+    ("a.json", '["x", 3]', r"a\.json row 2 is an int; every row must be an object or a string"),
     ("a.json", '[{"prompt": "x"},\n {"prompt" "y"}]', r"a\.json line 2 is not valid JSON"),
     ("a.json", '{"prompt": "x"}\n{"prompt": "y"\n', r"a\.json row 2 is not valid JSON .*correct that line"),
     ("a.json", '{"prompt": ["x", "y"]}', r"a\.json holds one object with a list under 'prompt'"),

@@ -255,7 +255,7 @@ def test_settings_that_do_not_exist(folder: Path) -> None:
 
 def test_an_adapter_given_as_a_model(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", tiny_hf())
-    assert "an adapter goes to --adapter" in said(lambda: load(str(adapter)))
+    assert "an adapter goes to `adapter`" in said(lambda: load(str(adapter)))
 
 
 def test_models_that_are_not_causal(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ TAKEN, GROUP, BELOW, FINE = study("guard_fit"), study("runs"), study("separate m
 LOST = Study("lost", config(RunChoice), "odd:nowhere", "odd:prepare")
 """
 UNUSABLE = {
-    "number": ("odd:NUMBER", "it is a int, not a Study or a Command"),
+    "number": ("odd:NUMBER", "it is an int, not a Study or a Command"),
     "bare": ("odd:BARE", "its configuration has no 'out'"),
     "plain": ("odd:PLAIN", "its configuration is no dataclass"),
     "unread": ("odd:UNREAD", "its configuration Config can't be read: name 'No' is not defined"),
@@ -187,7 +187,7 @@ def test_commands_that_cannot_be_used_are_one_warning_each_and_stop_nothing(inst
     for name, (_, reason) in UNUSABLE.items():
         line = next(line for line in told if f"the command {name!r} can't be used: " in line)
         assert reason in line
-    for name, reason in (("fine", "prepared a int, not a Preparation"), ("lost", "has no attribute 'nowhere'")):
+    for name, reason in (("fine", "prepared an int, not a Preparation"), ("lost", "has no attribute 'nowhere'")):
         said = mechlens(site, name, "--out", tmp_path / "out")
         assert said.returncode == 1
         assert reason in said.stderr.splitlines()[-1]

@@ -153,7 +153,7 @@ def test_quantised_weights_are_not_edited(kind: str, base: str, tmp_path: Path) 
     with pytest.raises(UserError, match=f"these weights are {kind}, and quantised ones can't be edited"):
         orthogonalised(model, torch.ones(32)).__enter__()
     sentence = said(lambda: checkpoint_swapper(base, dtype=kind))
-    assert f"{kind} weights can't be; give --dtype bfloat16" in sentence
+    assert f"{kind} weights can't be; give `dtype` bfloat16" in sentence
 
 
 def test_a_folder_that_is_stored_quantised(base: str, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_folder_that_is_stored_quantised(base: str, tmp_path: Path) -> None:
     assert model.mechlens.checkpoint.regime == "nf4"
     right = load(base, dtype="nf4")
     assert torch.equal(model(torch.arange(5, 45)[None]), right(torch.arange(5, 45)[None]))
-    assert "can't be made int8; give --dtype auto" in said(lambda: load(str(stored), dtype="int8"))
+    assert "can't be made int8; give `dtype` auto" in said(lambda: load(str(stored), dtype="int8"))
     adapter = str(save_adapter(base, tmp_path / "adapter", seed=0))
     assert "no adapter can be merged into them" in said(lambda: load(str(stored), adapter=adapter))
     assert "nf4 weights can't be" in said(lambda: checkpoint_swapper(str(stored)))
@@ -228,7 +228,7 @@ def test_a_kind_that_does_not_run_on_a_device_is_refused_before_weights_are_read
     folder = Path(save(tmp_path / "tiny"))
     (folder / "model.safetensors").write_bytes(b"no weights at all")
     for kind in ("nf4", "fp8"):
-        assert f"{kind} doesn't run on mps; give --device cpu or cuda" in said(
+        assert f"{kind} doesn't run on mps; give `device` cpu or cuda" in said(
             lambda kind=kind: load(str(folder), dtype=kind, device="mps")
         )
 

@@ -130,7 +130,7 @@ def test_what_raw_text_does_not_have_is_said(both: Any) -> None:
         collect(model, TEXTS, positions=["token[-9]"], template=None)
     with pytest.raises(UserError, match="no position to read at all"):
         collect(model, TEXTS, positions=["post[*]"], template=None)
-    with pytest.raises(UserError, match="--template none"):
+    with pytest.raises(UserError, match="--template none, template=None in Python"):
         collect(model, TEXTS)
     with pytest.raises(UserError, match="leave out the one in the text"):
         tokenize("<bos>a", chat_template(base_tokenizer(bos=True), None))

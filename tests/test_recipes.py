@@ -174,7 +174,7 @@ def test_openings_need_their_columns_and_leave_study_prompts_out(tmp_path: Path)
     (tmp_path / "other.csv").write_text("goal,answer\na,b\n")
     with pytest.raises(UserError, match="row 1 has no text in column 'target'"):
         published_openings(str(tmp_path / "other.csv"))
-    with pytest.raises(UserError, match="needs --data"):
+    with pytest.raises(UserError, match="needs `data`"):
         published_openings(None)
 
 
@@ -371,7 +371,7 @@ def test_the_same_command_only_reads_and_another_is_refused(attack: Path, data: 
 
 
 def test_data_for_a_recipe_that_reads_none_is_refused(data: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="reads no --data"):
+    with pytest.raises(UserError, match="reads no `data`"):
         main_error(["finetune", "--data", data, "--out", str(tmp_path / "out")])
 
 

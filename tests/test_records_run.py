@@ -116,9 +116,9 @@ def crash(out: Path) -> None:
 def test_other_work_in_the_same_folder_is_refused_by_name(tmp_path):
     with start(tmp_path):
         pass
-    with pytest.raises(UserError, match=r'--model was "tiny" and is now "big"; give .* or choose another --out for a'):
+    with pytest.raises(UserError, match=r'`model` was "tiny" and is now "big"; give .* or choose another `out` for a'):
         start(tmp_path, model="big")
-    with pytest.raises(UserError, match=r"--data\.n was 10 and is now 11"):
+    with pytest.raises(UserError, match=r"`data\.n` was 10 and is now 11"):
         start(tmp_path, data=Data(Path("harmful.json"), 11))
     with pytest.raises(UserError, match="a run of `separate`, not of `direction`"):
         start(tmp_path, verb="direction")
@@ -309,7 +309,7 @@ def test_an_unfinished_run_keeps_the_day_that_it_began_with(tmp_path):
     record = (tmp_path / "run.json").read_bytes()
     for _ in range(2):  # the refusal leaves the record as it was
         with (
-            pytest.raises(UserError, match=r"prints 2024-07-26, and now .* 2024-07-27; give --today 2024-07-26 to go"),
+            pytest.raises(UserError, match=r"prints 2024-07-26, and now .* 2024-07-27; give `today` 2024-07-26 to go"),
             again(None) as run,
         ):
             begin(run, "2024-07-27")
@@ -317,7 +317,7 @@ def test_an_unfinished_run_keeps_the_day_that_it_began_with(tmp_path):
     with again(None, "2024-07-26") as run:
         begin(run, "2024-07-26")
     assert read_run(tmp_path).inputs.today == "2024-07-26"
-    with pytest.raises(UserError, match='--today was left out and is now "2024-07-27"'):
+    with pytest.raises(UserError, match='`today` was left out and is now "2024-07-27"'):
         again(None, "2024-07-27")
 
 
@@ -392,7 +392,7 @@ def test_a_setting_that_is_newer_than_the_run_was_at_its_default(tmp_path):
         judge: str = "phrases"
 
     open_run(verb="v", config=Old(), out=tmp_path, wandb=OFF)._lock.release()  # as a kill of an older version does
-    with pytest.raises(UserError, match='--judge was "phrases" and is now "zhao"'):
+    with pytest.raises(UserError, match='`judge` was "phrases" and is now "zhao"'):
         open_run(verb="v", config=New(judge="zhao"), out=tmp_path, wandb=OFF)
     with open_run(verb="v", config=New(), out=tmp_path, wandb=OFF) as run:
         assert run.run.resolved == {"seed": 3, "judge": "phrases"}

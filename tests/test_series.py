@@ -137,7 +137,7 @@ def test_every_kind_of_damage_is_named(root: Path, tmp_path: Path) -> None:
         assert words in reasons[f"checkpoint-{step}"]
     assert any("it has step 9, and so has" in reason for reason in reasons.values())
     assert len(reasons) == 8
-    with pytest.raises(UserError, match=r"8 of 10 checkpoints are broken.*--skip-broken"):
+    with pytest.raises(UserError, match=r"8 of 10 checkpoints are broken.*`skip_broken`"):
         checkpoint_series(str(root / "base"), [out])
 
 

@@ -267,7 +267,7 @@ def test_answers_of_other_lengths_and_in_words() -> None:
     assert_equal(acts.at(2, "last"), collect(model, batch, positions=["last"]).at(2, "last"))
     with pytest.raises(UserError, match="no answers"):
         collect(model, batch, positions=["answer[0]"])
-    with pytest.raises(UserError, match="2 answers to 3 prompts"):
+    with pytest.raises(UserError, match="2 answers came for 3 prompts"):
         collect(model, batch, positions=["answer[0]"], answers=texts[:2])
     with pytest.raises(UserError, match=r"'p0' has no answer\[\d+\]; collect the span with"):
         direction_grid(acts, "a", "b")
@@ -392,7 +392,7 @@ def test_words_of_the_user_are_found() -> None:
     assert_equal(acts.values[1, :, 0], tokens.values[0, :, -n:].mean(dim=1))
     with pytest.raises(UserError, match="don't stand in prompt 'b'"):
         collect(model, asked, positions=["place"], words={"place": "Eiffel"})
-    with pytest.raises(UserError, match="1 strings of 'place' for 2 prompts"):
+    with pytest.raises(UserError, match="'place' has 1 string for 2 prompts"):
         collect(model, asked, positions=["place"], words={"place": ["Eiffel"]})
 
 

@@ -553,7 +553,7 @@ def test_what_can_not_be_done_is_said() -> None:
     model, batch = made("llama"), batch_of("llama")
     with pytest.raises(UserError, match="max_new_tokens is 0"):
         answer_under(model, batch, [], max_new_tokens=0)
-    with pytest.raises(UserError, match="3 lists of interventions for 4 prompts"):
+    with pytest.raises(UserError, match="3 lists of interventions came for 4 prompts"):
         logits_under(model, batch, [[], [], []])
     with pytest.raises(UserError, match="no layer 3 to intervene at, only 0 to 2; the last level"):
         logits_under(model, batch, [add("llama", layers=(3,))])

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of, many
 from mechlens.prompts.files.from_row import PROMPT_COLUMNS, RowReader, last_asked, text_of
 from mechlens.prompts.files.rows import Record
 from mechlens.prompts.prompt import Prompt, PromptPair, UnfitPrompt
@@ -41,7 +41,9 @@ def as_prompts(given: object, *, name: str = "prompt", label: str | Iterable[str
         return prompts
     labels = [label] * len(prompts) if isinstance(label, str) else [str(one) for one in label]
     if len(labels) != len(prompts):
-        raise UserError(f"there are {len(labels)} labels for {len(prompts)} {name}s; give one for each, or one for all")
+        raise UserError(
+            f"{many(len(labels), 'label')} came for {many(len(prompts), name)}; give one for each, or one for all"
+        )
     return [replace(prompt, label=one) for prompt, one in zip(prompts, labels, strict=True)]
 
 
@@ -82,7 +84,7 @@ def _rows(given: object, name: str) -> list[object]:
         )
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise UserError(
-            f"a {type(given).__name__} was given as {name}s; give a text, a list of texts, of chat messages or of "
+            f"{kind_of(given)} was given as {name}s; give a text, a list of texts, of chat messages or of "
             "ml.Prompt, or a column of a table"
         )
     values = next((getattr(given, how)() for how in ("tolist", "to_list") if hasattr(given, how)), given)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, many
 from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.place import count_post, place, structure_of, warn_of_blanks
 from mechlens.prompts.prompt import Prompt
@@ -150,7 +150,9 @@ class TokenBatch:
         if self.answer is not None:
             raise UserError("the prompts have answers already; add them to a batch without")
         if len(answers) != len(self.prompts):
-            raise UserError(f"there are {len(answers)} answers to {len(self.prompts)} prompts; give one for each")
+            raise UserError(
+                f"{many(len(answers), 'answer')} came for {many(len(self.prompts), 'prompt')}; give one for each"
+            )
         rows = [[*self.row(i), *own] for i, own in enumerate(answers)]
         width = max(map(len, rows))
         tokens = torch.zeros(len(rows), width, dtype=torch.long)

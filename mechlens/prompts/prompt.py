@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.files import is_whole
 
 LONGEST_TEXT = 1_000_000
@@ -45,7 +45,7 @@ class Prompt:
     def __post_init__(self) -> None:
         for name, value in self._words():
             if not isinstance(value, str):
-                raise UnfitPrompt(f"prompt {self.id!r:.80} has a {type(value).__name__} as its {name}; it must be text")
+                raise UnfitPrompt(f"prompt {self.id!r:.80} has {kind_of(value)} as its {name}; it must be text")
             if not is_whole(value):
                 raise UnfitPrompt(
                     f"prompt {self.id!r:.80} holds half a character (an unpaired surrogate) in its {name}; repair it"

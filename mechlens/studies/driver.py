@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from mechlens.checked_json import checked, require_types
 from mechlens.choices import require_known
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.files import AnyPath, short_name, user_path
 from mechlens.methods.heartbeat import heartbeat
 from mechlens.methods.progress import Clock, phase, timed
@@ -112,7 +112,7 @@ def _prepared(study: Study, config: Any) -> Preparation[Any]:
     require_folder(study.verb, config, config.out)
     found = loaded(study.prepare)(config)
     if not isinstance(found, Preparation):
-        raise UserError(f"the study {study.name!r} prepared a {type(found).__name__}, not a Preparation")
+        raise UserError(f"the study {study.name!r} prepared {kind_of(found)}, not a Preparation")
     return found
 
 

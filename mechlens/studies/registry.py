@@ -13,8 +13,9 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, Protocol, get_type_hints, runtime_checkable
 
-from mechlens.errors import UserError
-from mechlens.registry import Choice, Lazy, Registry, unknown_name
+from mechlens.errors import UserError, kind_of
+from mechlens.registry import Choice, Lazy, Registry
+from mechlens.settings import such
 
 
 @runtime_checkable
@@ -151,7 +152,7 @@ def commands() -> Mapping[str, Study | Command]:
 def _require_usable(name: str, command: Any, taken: Mapping[str, Study | Command]) -> None:
     """UserError for what is no command, or one whose runs could not be recorded."""
     if not isinstance(command, Study | Command):
-        raise UserError(f"it is a {type(command).__name__}, not a Study or a Command")
+        raise UserError(f"it is {kind_of(command)}, not a Study or a Command")
     if command.name != name or not re.fullmatch(r"[a-z][\w-]*( [a-z][\w-]*)?", name):
         raise UserError(
             f"its name is {command.name!r} and it is registered as {name!r}; give one name, of a word or two"
@@ -183,6 +184,14 @@ def studies() -> dict[str, Study]:
 def study_of(config: object) -> Study:
     """The study whose configuration this is; UserError for anything else."""
     known = {study.config: study for study in studies().values()}
-    if type(config) not in known:
-        raise unknown_name("configuration", type(config).__name__, [kind.__name__ for kind in known])
-    return known[type(config)]
+    if type(config) in known:
+        return known[type(config)]
+    meant = studies()[config].config if isinstance(config, str) and config in studies() else config
+    if meant in list(known):
+        given = f"the name {config!r}" if isinstance(config, str) else kind_of(config)
+        raise UserError(f"{given} alone says no options; give a configuration, such as ml.{such(meant)}")
+    names = [kind.__name__ for kind in known]
+    raise UserError(
+        f"{kind_of(config)} is no study's configuration; give one, such as ml.{such(next(iter(known)))}, or another "
+        f"of {', '.join(names)}"
+    )

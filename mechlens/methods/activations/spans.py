@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, many
 from mechlens.methods.behaviour.thought import CLOSE, OPEN, opens_thought
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.place import tokens_of_words
@@ -161,7 +161,7 @@ def _of_words(batch: TokenBatch, name: str, words: str | Sequence[str], template
     each = [words] * len(batch.prompts) if isinstance(words, str) else list(words)
     if len(each) != len(batch.prompts):
         raise UserError(
-            f"there are {len(each)} strings of {name!r} for {len(batch.prompts)} prompts; give one for each"
+            f"{name!r} has {many(len(each), 'string')} for {many(len(batch.prompts), 'prompt')}; give one for each"
         )
     found = tokens_of_words(batch.prompts, template, each)
     start, end = torch.tensor(found).unbind(dim=1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import refuse_too_long, template_of
+from mechlens.methods.activations.collect import batch_of, refuse_too_long
 from mechlens.methods.activations.reading import FORMAT, halving, shared_start
 from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
 from mechlens.methods.behaviour.judges import OnceSettled
@@ -25,7 +25,7 @@ from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import Decided, greedy_batch
 from mechlens.models.engine.reference import reference_engine, reference_greedy
 from mechlens.prompts.asked import Prompts
-from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.templates.template import TemplateChoice
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def answer(
         raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
-    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
+    batch = batch_of(model, prompts, template)
     draws = Draws(temperature, top_p, n, seed)
     streams = streams_of(batch, draws)
     batch = drawn_batch(batch, n)

@@ -1,6 +1,6 @@
 """The judge that was asked for by name, what every judge's verdicts have to be, and whether two judges say the same."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix
 from torch import Tensor
 
 from mechlens.choices import JUDGES
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge, OnceRefused, OnceSettled, SubstringJudge, Verdict
 from mechlens.methods.behaviour.thought import after_thought, knows_thoughts, opens_thought
 from mechlens.methods.statistics.estimate import Estimate
@@ -26,10 +26,52 @@ def judge_of(name: str) -> Judge:
     """The judge of that name (`mechlens.choices.JUDGES`); UserError where there is none."""
     found = JUDGES[name]
     if isinstance(found, type) or not isinstance(found, Judge):
-        raise UserError(f"the judge {name!r} is a {type(found).__name__}, not a judge: it needs a name and a call")
+        raise UserError(f"the judge {name!r} is {kind_of(found)}, not a judge: it needs a name and a call")
     if found.name != name:
         raise UserError(f"the judge {name!r} has the name {found.name!r}; give one name to both")
     return found
+
+
+@dataclass(frozen=True)
+class OwnJudge:
+    """A function of prompts and answers that was given without a name of its own."""
+
+    function: Callable[[Sequence[Prompt], Sequence[str]], Any]
+    name: str
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Any:
+        return self.function(prompts, answers)
+
+
+Judges = Judge | Callable[[Sequence[Prompt], Sequence[str]], Any] | Sequence[Any] | str
+"""Whatever judges can be written as."""
+
+
+def judges_given(given: object) -> tuple[Judge, ...]:
+    """The judges that are meant: by name with both published lists beside, one, or several; functions are judges too.
+
+    UserError for what is none, and where two have one name.
+    """
+    if isinstance(given, str):
+        return judges_of(given)
+    one = isinstance(given, type) or callable(given) or not isinstance(given, Iterable)
+    found = tuple(map(_judge, [given] if one else given))  # type: ignore[call-overload]
+    names = [judge.name for judge in found]
+    if not names or len(set(names)) < len(names):
+        said = f"two of the judges are called {max(names, key=names.count)!r}" if names else "there is no judge"
+        raise UserError(f"{said}; give at least one, and each a name of its own")
+    return found
+
+
+def _judge(given: object) -> Judge:
+    if isinstance(given, str):
+        return judge_of(given)
+    if isinstance(given, type) or not callable(given):
+        raise UserError(
+            f"{kind_of(given)} was given as the judge; give a name ({', '.join(JUDGES.names())}), or a function of "
+            "prompts and answers that returns one verdict on each answer"
+        )
+    return given if isinstance(given, Judge) else OwnJudge(given, getattr(given, "__name__", "own judge"))
 
 
 def judges_of(name: str) -> tuple[Judge, ...]:
@@ -47,7 +89,7 @@ def verdicts_by(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str])
     finished = [(prompt, text) for prompt, text in zip(prompts, said, strict=True) if text is not None]
     given = judge([prompt for prompt, _ in finished], [text for _, text in finished])
     if not isinstance(given, Iterable):
-        raise UserError(f"the judge {judge.name!r} gave a {type(given).__name__}, not a verdict on each answer")
+        raise UserError(f"the judge {judge.name!r} gave {kind_of(given)}, not a verdict on each answer")
     found = tuple(given)
     wrong = [verdict for verdict in found if verdict not in get_args(Verdict)]
     if wrong or len(found) != len(finished):

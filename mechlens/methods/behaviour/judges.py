@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, many
 from mechlens.methods.behaviour.thought import AnswerText, after_thought
 from mechlens.prompts.batch import token_text
 from mechlens.prompts.prompt import Prompt
@@ -299,7 +299,9 @@ def fallback_refusal_tokens(tokenizer: FirstTokens) -> RefusalTokens:
 
 def _require_same_length(prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
     if len(prompts) != len(answers):
-        raise UserError(f"{len(answers)} answers came with {len(prompts)} prompts; give one answer for each")
+        raise UserError(
+            f"{many(len(answers), 'answer')} came with {many(len(prompts), 'prompt')}; give one answer for each"
+        )
 
 
 _ANY = Prompt(id="", text="")

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.choices import RULES
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.methods.directions.methods import lda_line, logistic_line
 from mechlens.methods.probing.beliefs import cosine_or_zero
 from mechlens.registry import required
@@ -151,7 +151,7 @@ def score_by(
     else:
         score = required(RULES, rule)(values.double(), positive)
     if not isinstance(score, PlaceScore):
-        raise UserError(f"the guard rule {rule!r} gave a {type(score).__name__}, not a CosineScore or a LinearScore")
+        raise UserError(f"the guard rule {rule!r} gave {kind_of(score)}, not a CosineScore or a LinearScore")
     return score
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.methods.behaviour.judges import refusal_log_odds, require_scorable
 
 
@@ -136,7 +136,7 @@ class OwnMetric:
         try:
             values = torch.as_tensor(found).double()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"the metric {self.name!r} gave a {type(found).__name__}; {_EXPECTED}") from error
+            raise UserError(f"the metric {self.name!r} gave {kind_of(found)}; {_EXPECTED}") from error
         if values.numel() != len(logits):
             raise UserError(
                 f"the metric {self.name!r} gave {values.numel()} numbers for {len(logits)} rows of logits; {_EXPECTED}"
@@ -157,7 +157,7 @@ def as_metric(given: object) -> Metric:
         return given
     if not callable(given):
         raise UserError(
-            f"the metric is a {type(given).__name__}; give ml.LogitDifference, another metric of ours, or a function: "
+            f"the metric is {kind_of(given)}; give ml.LogitDifference, another metric of ours, or a function: "
             + _EXPECTED
         )
     name = getattr(given, "__name__", "<lambda>")

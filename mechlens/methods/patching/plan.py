@@ -12,6 +12,7 @@ from mechlens.models.sites import n_heads, require_site
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import TemplateChoice
+from mechlens.settings import Options
 
 MODES = ("denoising", "noising")
 ALL = "all"
@@ -19,7 +20,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class PatchPlan:
+class PatchPlan(Options):
     """What is patched.
 
     >>> ml.PatchPlan("z", layers=(1, 2), positions=("last",), heads=(0, 1)).mode

@@ -1,6 +1,7 @@
 """Interventions as values: add a direction, remove it, set it, or replace a residual; where, when and how strongly."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
@@ -9,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.checkpoints.difference import require_same_template, require_same_weights
+from mechlens.models.checkpoints.difference import other_width, require_same_template, require_same_weights
 from mechlens.models.sites import CHANGEABLE, Place, place_hooks, require_seen, require_site
 
 Phase = Literal["prompt", "generation", "both"]
@@ -298,9 +299,11 @@ def require_is_direction(given: object) -> None:
         return
     holds = isinstance(getattr(given, "direction", None), Direction)
     there = "its .direction" if holds else "the Direction, not its vector"
+    if isinstance(given, str | os.PathLike):
+        there = f"what it holds: direction = ml.open({os.fspath(given)!r})"
     if given is None:
         there = "one; where a concept's best is None, its detection.strongest.direction is there all the same"
-    raise UserError(f"a {type(given).__name__} was given as the direction; give {there}")
+    raise UserError(f"{kind_of(given)} was given as the direction; give {there}")
 
 
 def _check_share(one: Add | ReplaceComponent) -> None:
@@ -342,7 +345,8 @@ def require_fits(
             raise UserError(f"there is no layer {wrong[0]} to intervene at, only 0 to {last}{level}")
         vector = one.values if isinstance(one, Replace) else one.direction.vector
         if vector.shape[-1] != width:
-            raise UserError(f"the intervention's vector has {vector.shape[-1]} entries and the model {width}")
+            made = one.checkpoint if isinstance(one, Replace) else one.direction.checkpoint
+            raise other_width("the intervention's vector", vector.shape[-1], made, width, now)
         if not force:
             _require_made_here(one, now, template)
     place_hooks(model, {place for one in distinct for place in _places(one, last + 1)})
@@ -359,7 +363,8 @@ def _places(one: Intervention, n_layers: int) -> Iterator[Place]:
 def require_direction(model: LanguageModel, direction: Direction, *, force: bool) -> None:
     """UserError where a direction has another width than the model or (unless forced) comes from other weights."""
     if len(direction.vector) != d_model(model):
-        raise UserError(f"the direction has {len(direction.vector)} entries and the model {d_model(model)}")
+        now = checkpoint_now(model)
+        raise other_width("the direction", len(direction.vector), direction.checkpoint, d_model(model), now)
     if not force:
         require_same_weights("direction", direction.checkpoint, checkpoint_now(model), ANEW)
 

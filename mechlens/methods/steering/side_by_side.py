@@ -1,11 +1,11 @@
 """What a direction does to answers, side by side: the same prompts, unsteered and with more or less of it added."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.shown import MOST, cut, first, lines
@@ -121,8 +121,7 @@ def steer(
     True
     """
     require_is_direction(direction)
-    asked = [strengths] if isinstance(strengths, int | float) else strengths
-    given = (0.0, *dict.fromkeys(float(one) for one in asked if one != 0))
+    given = (0.0, *dict.fromkeys(one for one in _numbers(strengths) if one != 0))
     layer = direction.level if layer is None else layer
     written = template_of(model, template)
     batch = tokenize(prompts, written)
@@ -134,6 +133,17 @@ def steer(
         temperature=temperature, top_p=top_p, seed=seed, force=force,
     )  # fmt: skip
     return SideBySide(batch.prompts, given, said, f"Added at layer {layer}, strengths {IN_WORDS[unit]}: {direction!r}")
+
+
+def _numbers(strengths: object) -> list[float]:
+    """One strength or several as numbers; UserError for what is none."""
+    several = isinstance(strengths, Iterable) and not isinstance(strengths, str)
+    asked: list[Any] = list(strengths) if several else [strengths]  # type: ignore[call-overload]
+    wrong = [one for one in asked if isinstance(one, str) or not hasattr(one, "__float__")]
+    if wrong or not asked:
+        given = f"{wrong[0]!r:.40} ({kind_of(wrong[0])})" if wrong else "no number"
+        raise UserError(f"strengths has {given}; give a number or a list of numbers, such as 0.5")
+    return [float(one) for one in asked]
 
 
 def addition_at(

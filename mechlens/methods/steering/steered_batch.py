@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from mechlens.errors import UserError
-from mechlens.methods.activations.collect import refuse_too_long, template_of
+from mechlens.errors import UserError, many
+from mechlens.methods.activations.collect import batch_of, refuse_too_long
 from mechlens.methods.activations.reading import FORMAT, halving, out_of_memory
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import batch_of, steps
@@ -29,7 +29,7 @@ from mechlens.models.engine.intervene import AddAlong, Change, TokenMask, bears_
 from mechlens.models.engine.shared_rows import SharedRows, shares_rows
 from mechlens.models.sites import Place
 from mechlens.prompts.asked import Prompts
-from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.templates.template import TemplateChoice
 
 
@@ -97,7 +97,7 @@ def steered_batch(
     force: bool,
     new_tokens: int,
 ) -> "SteeredBatch":
-    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
+    batch = batch_of(model, prompts, template)
     refuse_too_long(model, batch, new_tokens)
     lists = _per_row(interventions, len(batch.prompts))
     require_fits(model, [one for row in lists for one in row], batch.template, force=force)
@@ -124,7 +124,9 @@ def _per_row(interventions: Interventions, n: int) -> tuple[tuple[Intervention, 
     if len(lists) < len(interventions):
         return (tuple(cast(Sequence[Intervention], interventions)),) * n
     if lists and len(lists) != n:
-        raise UserError(f"there are {len(lists)} lists of interventions for {n} prompts; give each prompt one")
+        raise UserError(
+            f"{many(len(lists), 'list')} of interventions came for {many(n, 'prompt')}; give each prompt one"
+        )
     return tuple(tuple(row) for row in lists) or ((),) * n
 
 

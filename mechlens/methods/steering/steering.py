@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import template_of
+from mechlens.methods.activations.collect import batch_of
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
 from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
 from mechlens.methods.behaviour.judges import refusal_log_odds
@@ -31,7 +31,7 @@ from mechlens.models.engine.reference import recomputed_greedy, whole_logits
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.orthogonal import orthogonalised
 from mechlens.prompts.asked import Prompts
-from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.templates.template import TemplateChoice
 
 Condition = Sequence[Intervention | None]
@@ -142,7 +142,7 @@ def answer_under(
         raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
-    batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
+    batch = batch_of(model, prompts, template)
     draws = Draws(temperature, top_p, n, seed)
     streams = streams_of(batch, draws)
     if any(isinstance(one, Sequence) for one in interventions):

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from mechlens.files import short_name
 from mechlens.models.checkpoints.lora import KEY, WEIGHTS, read_config
 from mechlens.models.checkpoints.merge import is_path
+from mechlens.models.packaged import cache_dir
 
 
 class Base:
@@ -21,7 +22,7 @@ class Base:
 
     def problem(self, adapter: Path) -> str | None:
         """Why an adapter's folder is another base's; None where it isn't, and where only the weights can tell."""
-        named = str(read_config(adapter).get("base_model_name_or_path") or "")
+        named = _asked_as(str(read_config(adapter).get("base_model_name_or_path") or ""))
         if _on_hub(named) and _on_hub(self._name) and short_name(named).lower() != short_name(self._name).lower():
             return f"it was trained on {named!r}, and the base is {self._name!r}; give the base that it was trained on"
         for module, shape in _shapes(adapter / WEIGHTS).items():
@@ -65,6 +66,11 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         for module, pair in whole.items()
         if len(pair["A"]) == len(pair["B"]) == 2
     }  # fmt: skip
+
+
+def _asked_as(named: str) -> str:
+    """The name of a packaged model in place of where it lies in the cache."""
+    return short_name(named) if Path(named).parent == cache_dir() / "models" else named
 
 
 def _on_hub(name: str) -> bool:

@@ -38,6 +38,15 @@ def require_same_template(what: str, made: str, now: str, allow: str) -> None:
         )
 
 
+def other_width(what: str, n: int, made: Checkpoint, width: int, now: Checkpoint) -> UserError:
+    """The error for a vector that is no vector of the model's, with the models that both come from."""
+    source = "another tool" if made.path == FOREIGN else made.name
+    return UserError(
+        f"{what} has {n} numbers (from {source}) and a vector of this model ({now.name}) has {width}; "
+        "load the model that it was made with, or make it anew in this one"
+    )
+
+
 def unlike(what: str, made: Checkpoint, now: Checkpoint, found: list[Difference], allow: str) -> UserError:
     """The error for something that was made with another model; fingerprints stand in it where nothing else differs."""
     if made.path == FOREIGN and not made.fingerprint:

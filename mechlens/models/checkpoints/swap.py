@@ -176,7 +176,7 @@ class CheckpointSwapper:
         if member.base_fingerprint is not None and member.base_fingerprint not in self._fingerprints:
             raise UserError(
                 f"the adapter {member.path!r} was trained on another base (fingerprint {member.base_fingerprint[:12]})"
-                f"; give the base that its mechlens.json names, not {self.base.path!r}"
+                f"; give the base that its mechlens.json names, not {self.base.name!r}"
             )
         found = read_lora(user_path(member.path))
         if found is None or any(f"{name}.weight" in self._shared for name in found):

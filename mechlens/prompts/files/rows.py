@@ -132,7 +132,7 @@ def _row(path: Path, number: int, value: Any) -> Record:
     if isinstance(value, dict):
         return Record(number, value)
     found = type(value).__name__
-    raise UserError(f"{path} row {number} is a {found}; every row must be an object or a string")
+    raise UserError(f"{path} row {number} is {an(found)}; every row must be an object or a string")
 
 
 def _from_object(path: Path, document: dict[str, Any]) -> list[Record]:

@@ -205,8 +205,8 @@ class ChatTemplate:
         if not source:
             raise UserError(
                 f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template (a base model?); "
-                "ask for raw text (template=None, --template none), use a chat model, set tokenizer.chat_template, or "
-                "ask for template='paper:FAMILY'"
+                "ask for raw text (--template none, template=None in Python), use a chat model, set "
+                "tokenizer.chat_template, or ask for template='paper:FAMILY'"
             )
         return str(source)
 

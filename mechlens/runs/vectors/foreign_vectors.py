@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechlens.errors import UserError, require_extra
+from mechlens.errors import UserError, kind_of, require_extra
 from mechlens.files import require_regular
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.checkpoint import Checkpoint
@@ -176,7 +176,7 @@ def _described(value: object) -> str:
         return f"a {value.device.type} tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"a NumPy array of {value.dtype} {list(value.shape)}"
-    return f"a {type(value).__name__}"
+    return kind_of(value)
 
 
 def load_tensors(path: Path) -> Any:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import SEED, BaseChoice, BaseName, PositiveInt, RunChoice
+from mechlens.settings import SEED, BaseChoice, BaseName, Options, PositiveInt, RunChoice
 from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class BehaviourPlan:
+class BehaviourPlan(Options):
     """What is asked of every checkpoint, and how.
 
     >>> ml.BehaviourPlan(in_words=True).n

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.choices import METHODS
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of, many
 from mechlens.methods.activations.activations import Activations, column_of, one_cell
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
@@ -54,6 +54,7 @@ from mechlens.studies.shared.training_data import leave_out_trained
 POSITIVE, NEGATIVE = "positive", "negative"
 SPLITS = 20
 """Halvings behind a reliability."""
+PLAN = "ml.DetectionPlan(seed=1)"
 MIN_OF_A_SIDE = 15
 """So that a fifth of them, the validation part, is three."""
 
@@ -219,6 +220,8 @@ def find_concept(
     >>> list(concept.table().columns[:3])
     ['level', 'position', 'auroc']
     """
+    if not isinstance(plan, DetectionPlan):
+        raise UserError(f"{kind_of(plan)} was given as the plan; give a DetectionPlan, such as {PLAN}")
     METHODS.require(plan.method)
     require_ranges(plan)
     sides = sides or _called(positive, negative)
@@ -297,8 +300,8 @@ def _require_enough(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> N
     for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if len(prompts) < MIN_OF_A_SIDE:
             raise UserError(
-                f"there are {len(prompts)} {name} prompts; a direction with held-out evidence needs at least "
-                f"{MIN_OF_A_SIDE} of each side"
+                f"the {name} side has {many(len(prompts), 'prompt')}; a direction with held-out evidence needs at "
+                f"least {MIN_OF_A_SIDE} of each side"
             )
 
 

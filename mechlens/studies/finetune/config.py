@@ -4,14 +4,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from mechlens.choices import RECIPES, choice
-from mechlens.settings import JudgeName, NonNegativeInt, PositiveInt, RunChoice, TemplateArguments
+from mechlens.settings import JudgeName, NonNegativeInt, Options, PositiveInt, RunChoice, TemplateArguments
 from mechlens.studies.registry import of_folder
 
 RecipeName = Annotated[str, RECIPES, choice(RECIPES, "What the model is taught.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(Options):
     """What every recipe is trained with; the defaults made the shipped `smollm2-refuser` (in bfloat16)."""
 
     seed: int = 0
@@ -111,7 +111,7 @@ DEFAULTS: dict[str, FinetuneConfig] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeChoice:
+class RecipeChoice(Options):
     """What is taught to which model, on how much, which `--help` shows before how."""
 
     recipe: RecipeName = "refuser"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from mechlens.choices import RULES
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
@@ -51,7 +51,7 @@ class LatentGuard(GuardEstimator):
     def of(cls: type[Guard], fitted: object) -> Guard:
         """The estimator around a fitted guard; UserError for anything else."""
         if not isinstance(fitted, FittedGuard):
-            raise UserError(f"a {type(fitted).__name__} is no fitted guard; give what `mechlens guard fit` wrote")
+            raise UserError(f"{kind_of(fitted)} is no fitted guard; give what `mechlens guard fit` wrote")
         guard = cls.with_settings(fitted.settings)
         guard.fitted_ = fitted
         guard._learnt()

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
-from mechlens.methods.behaviour.chosen_judge import Agreement, agreement, judges_of, verdicts_by
+from mechlens.methods.behaviour.chosen_judge import Agreement, Judges, agreement, judges_given, verdicts_by
 from mechlens.methods.behaviour.drawing import drawn_prompts
 from mechlens.methods.behaviour.judges import (
-    Judge,
     LogOddsJudge,
     RefusalTokens,
     fallback_refusal_tokens,
@@ -130,8 +129,10 @@ class JudgedAnswers:
         return html_with(repr(self), self.table())
 
 
-def judge_answers(prompts: Prompts, answers: Answers, judges: Sequence[Judge] | str = "phrases") -> JudgedAnswers:
+def judge_answers(prompts: Prompts, answers: Answers, judges: Judges = "phrases") -> JudgedAnswers:
     """Verdicts of the given judges, or of the one of that name and beside it both published lists; needs no model.
+
+    A judge may be a bare function of prompts and answers, which returns one verdict on each.
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:10], *ml.builtin_prompts("harmless")[:10]]
@@ -139,7 +140,7 @@ def judge_answers(prompts: Prompts, answers: Answers, judges: Sequence[Judge] | 
     >>> set(judged.verdicts) >= {"phrases"}, len(judged.quadrants())
     (True, 20)
     """
-    chosen = judges_of(judges) if isinstance(judges, str) else judges
+    chosen = judges_given(judges)
     prompts = as_prompts(prompts)
     if answers.draw and len(prompts) < len(answers.ids):  # several answers to each
         prompts = drawn_prompts(prompts, max(answers.draw) + 1)
@@ -157,8 +158,8 @@ def _warn_of_thoughts(answers: Answers) -> None:
     if unfinished:
         warnings.warn(
             f"{unfinished} of {len(answers.texts)} answers end inside <think> after {answers.max_new_tokens} tokens, "
-            "so they are neither refused nor accepted; give more --max-new-tokens, or keep the model from thinking, "
-            "as some are by --template-arg enable_thinking=false",
+            "so they are neither refused nor accepted; give more max_new_tokens (--max-new-tokens), or keep the model "
+            "from thinking, as some are by the template_arg (--template-arg) enable_thinking=false",
             stacklevel=3,
         )
 

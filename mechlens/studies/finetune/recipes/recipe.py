@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mechlens.choices import RECIPES
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.files import user_path
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
@@ -274,5 +274,5 @@ def recipe_of(name: str) -> Recipe:
     """The recipe of that name; UserError where there is none, or another package's entry is something else."""
     recipe = RECIPES[name]
     if not isinstance(recipe, Recipe):
-        raise UserError(f"the recipe {name!r} is a {type(recipe).__name__}, not a Recipe")
+        raise UserError(f"the recipe {name!r} is {kind_of(recipe)}, not a Recipe")
     return recipe
