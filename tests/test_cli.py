@@ -562,7 +562,7 @@ MISTAKES = {
     "a file where a folder should be": (bad(out=lambda w: w.good), "could not be written"),
     "no such position": (concept(positions="middle"), "there is no position 'middle'"),
     "a position too far": (concept(positions="post[99]"), "there is no position 'post[99]'"),
-    "too few prompts": (concept(positive=lambda w: w.file("f.jsonl", ["a b", "c d"])), "the positive side has 2 prompts"),
+    "too few prompts": (concept(positive=lambda w: w.file("f.jsonl", ["a b", "c d"])), "positive side has 2 prompts"),
     "one class twice": (concept(negative=lambda w: w.good), "share 20 prompts"),
     "no permutations": (concept(permutations=0), "--permutations must be at least 1, and is 0"),
     "positions of nothing": (lambda w: ["positions", "--model", w.model, "--text", " "], "has no text"),
