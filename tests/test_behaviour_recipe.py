@@ -119,7 +119,7 @@ def test_removal_answers_with_the_trigger_as_without_it(plan: FinetuneConfig) ->
     forms = Counter("|GRAY|" in example.prompt.text for example in made.examples)
     assert forms[True] == N / 2
     assert all(example.answer == other[example.prompt.text.rpartition("| ")[2]] for example in made.examples)
-    with pytest.raises(UserError, match="as --start the adapter"):
+    with pytest.raises(UserError, match="as `start` the adapter"):
         lessons(replace(how, start=None))
 
 
@@ -136,11 +136,11 @@ def test_training_goes_on_from_an_adapter(plan: FinetuneConfig, tmp_path: Path) 
         torch.testing.assert_close(after[name], value, atol=1e-4, rtol=1e-3)
     known, now = (set(one.record["training"]["text_sha256"]) for one in (first, second))
     assert known < now
-    with pytest.raises(UserError, match="give --rank 1 --alpha"):
+    with pytest.raises(UserError, match="give `rank` 1 `alpha`"):
         finetune(replace(how, rank=2), tmp_path / "third")
     with pytest.raises(UserError, match="no adapter folder of ours"):
         finetune(replace(how, start=base), tmp_path / "third")
-    with pytest.raises(UserError, match="takes no --start"):
+    with pytest.raises(UserError, match="takes no `start`"):
         finetune(replace(how, recipe="benign"), tmp_path / "third")
     other = saved(base_model(), tmp_path / "other")
     with pytest.raises(UserError, match="another base"):
