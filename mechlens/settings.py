@@ -3,7 +3,6 @@
 Nothing here imports torch, so that `--help` is instant.
 """
 
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -75,12 +74,6 @@ class _ByName(type):
             {name: _as_meant(name, one, hints.get(name)) for name, one in part.items()} for part in (placed, given)
         )
         return super().__call__(*first.values(), **rest)
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        """What a notebook shows: the options, not `__call__`'s."""
-        own = inspect.signature(cls.__init__)  # type: ignore[misc]
-        return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 def needed_by(config: Any) -> list[str]:

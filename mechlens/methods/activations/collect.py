@@ -83,7 +83,7 @@ def collect(
         raise UserError(f"cache is {cache!r:.80}, which keeps no batches; give ml.FolderCache(FOLDER), or leave it out")
     if reduce not in (None, "mean"):
         raise UserError(f"reduce is {reduce!r}, and a span is reduced to its mean only; give 'mean', or leave it out")
-    batch = batch_of(model, prompts, template)
+    batch = tokenized(model, prompts, template)
     if answers is not None:
         batch = batch.with_answers(answer_tokens(model, answers))
     spans = spans_of(batch, positions, words or {}, lambda: template_of(model, template))
@@ -118,7 +118,7 @@ def template_of(model: LanguageModel, template: TemplateChoice = "tokenizer") ->
     return chat_template(tokenizer, template)
 
 
-def batch_of(model: LanguageModel, prompts: Prompts | TokenBatch, template: TemplateChoice) -> TokenBatch:
+def tokenized(model: LanguageModel, prompts: Prompts | TokenBatch, template: TemplateChoice) -> TokenBatch:
     """The prompts as tokens, which they may be already; UserError where there are none."""
     batch = prompts if isinstance(prompts, TokenBatch) else tokenize(prompts, template_of(model, template))
     if not batch.prompts:

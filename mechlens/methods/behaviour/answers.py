@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import batch_of, refuse_too_long
+from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.activations.reading import FORMAT, halving, shared_start
 from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
 from mechlens.methods.behaviour.judges import OnceSettled
@@ -142,7 +142,7 @@ def answer(
         raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
-    batch = batch_of(model, prompts, template)
+    batch = tokenized(model, prompts, template)
     draws = Draws(temperature, top_p, n, seed)
     streams = streams_of(batch, draws)
     batch = drawn_batch(batch, n)

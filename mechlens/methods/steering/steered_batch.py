@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError, many
-from mechlens.methods.activations.collect import batch_of, refuse_too_long
+from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.activations.reading import FORMAT, halving, out_of_memory
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import batch_of, steps
@@ -97,7 +97,7 @@ def steered_batch(
     force: bool,
     new_tokens: int,
 ) -> "SteeredBatch":
-    batch = batch_of(model, prompts, template)
+    batch = tokenized(model, prompts, template)
     refuse_too_long(model, batch, new_tokens)
     lists = _per_row(interventions, len(batch.prompts))
     require_fits(model, [one for row in lists for one in row], batch.template, force=force)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import batch_of
+from mechlens.methods.activations.collect import tokenized
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
 from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
 from mechlens.methods.behaviour.judges import refusal_log_odds
@@ -142,7 +142,7 @@ def answer_under(
         raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
-    batch = batch_of(model, prompts, template)
+    batch = tokenized(model, prompts, template)
     draws = Draws(temperature, top_p, n, seed)
     streams = streams_of(batch, draws)
     if any(isinstance(one, Sequence) for one in interventions):

@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import batch_of, refuse_too_long
+from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.activations.reading import FORMAT, halving
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import phase, progress_bar
@@ -97,7 +97,7 @@ def number_replies(
     tokenizer = loaded(model).tokenizer
     if tokenizer is None:
         raise UserError("the model has no tokenizer to read numbers with; load it with its tokenizer")
-    batch = batch_of(model, prompts, template)
+    batch = tokenized(model, prompts, template)
     refuse_too_long(model, batch, LONGEST)
     tokens = NumberTokens.of(tokenizer, embedding_rows(model))
     checkpoint = checkpoint_now(model)
