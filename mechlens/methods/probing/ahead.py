@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations, column_of, one_cell
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
-from mechlens.methods.probing.beyond_words import levels_of, read_vectors, read_words
+from mechlens.methods.probing.beyond_words import levels_of, read_numbers, read_vectors, read_words
 from mechlens.methods.probing.confounds import Confound
 from mechlens.methods.probing.within_folds import Folds, auroc_gain, folds_of, mean_auroc
 from mechlens.methods.shown import html_with
@@ -105,16 +105,10 @@ def surface_scores(
 ) -> SurfaceScores:
     """Words, mean embedding, length, and each confound; these come scored in the folds of the same seed."""
     folds = folds_of(torch.tensor(positive), families, seed)
-
-    def length(fit: list[int], _: int) -> Tensor:
-        numbers, own = n_tokens.double(), folds.positive[fit]
-        longer = numbers[fit][own].mean() >= numbers[fit][~own].mean()
-        return numbers if longer else -numbers
-
     found = {
         "tfidf": read_words(texts, folds),
         "mean_embedding": read_vectors(mean_embeddings[:, None], folds),
-        "length": folds.scored(length),
+        "length": read_numbers(n_tokens.double(), folds),
     }
     # A length that is a confound is told by its characters, which the warning about it names.
     return SurfaceScores(folds, found | {one.name: one.scores for one in confounds})

@@ -31,6 +31,16 @@ def read_words(texts: Sequence[str], folds: Folds) -> Float[Tensor, "repeat prom
     return folds.scored(read)
 
 
+def read_numbers(numbers: Float[Tensor, " prompt"], folds: Folds) -> Float[Tensor, "repeat prompt"]:
+    """The numbers themselves, the side with the larger mean among the prompts fitted on counting as positive."""
+
+    def read(fit: list[int], _: int) -> Tensor:
+        own = folds.positive[fit]
+        return numbers if numbers[fit][own].mean() >= numbers[fit][~own].mean() else -numbers
+
+    return folds.scored(read)
+
+
 def read_vectors(
     values: Float[Tensor, "prompt level d"], folds: Folds, levels: Sequence[Sequence[int]] | None = None
 ) -> Float[Tensor, "repeat prompt"]:

@@ -6,7 +6,7 @@ apart no better than one of these may be a direction of that.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechlens.methods.probing.beyond_words import read_numbers
 from mechlens.methods.probing.within_folds import Folds, folds_of, mean_auroc
 from mechlens.methods.shown import cut
 from mechlens.methods.statistics.estimate import Estimate
@@ -71,7 +72,7 @@ def find_confounds(prompts: Sequence[Prompt], positive: Bool[Tensor, " prompt"],
     folds, found = folds_of(positive, families, seed), []
     for name, values in _features(prompts, positive).items():
         if len(set(values)) > 1:
-            scores = folds.scored(_reader(values, folds))
+            scores = _read(values, folds)
             found.append(Confound(name, _in_words(name, values, positive), mean_auroc(scores, folds), scores))
     return tuple(sorted(found, key=lambda one: -one.auroc.value))
 
@@ -115,14 +116,10 @@ def _features(prompts: Sequence[Prompt], positive: Bool[Tensor, " prompt"]) -> M
     return found | {"source": sources} if ours & theirs else found
 
 
-def _reader(values: Values, folds: Folds) -> Callable[[list[int], int], Float[Tensor, " prompt"]]:
-    """Rows fitted on -> every prompt's score: a number by its size, a text by how often it was positive there."""
-
-    def by_size(fit: list[int], _: int) -> Tensor:
-        numbers = torch.tensor(values, dtype=torch.float64)
-        own = folds.positive[fit]
-        longer = float(numbers[fit][own].mean()) >= float(numbers[fit][~own].mean())
-        return numbers if longer else -numbers
+def _read(values: Values, folds: Folds) -> Float[Tensor, "repeat prompt"]:
+    """Every prompt's score out of fold: a number by its size, a text by how often it was positive among the others."""
+    if not isinstance(values[0], str):
+        return read_numbers(torch.tensor(values, dtype=torch.float64), folds)
 
     def by_text(fit: list[int], _: int) -> Tensor:
         counts: dict[object, list[int]] = {}
@@ -131,7 +128,7 @@ def _reader(values: Values, folds: Folds) -> Callable[[list[int], int], Float[Te
         odds = {text: math.log((up + 0.5) / (down + 0.5)) for text, (down, up) in counts.items()}
         return torch.tensor([odds.get(text, 0.0) for text in values], dtype=torch.float64)
 
-    return by_text if isinstance(values[0], str) else by_size
+    return folds.scored(by_text)
 
 
 def _sides(values: Sequence[Any], positive: Bool[Tensor, " prompt"]) -> tuple[list[Any], list[Any]]:
