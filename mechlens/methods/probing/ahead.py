@@ -78,8 +78,7 @@ class Ahead:
     def table(self) -> pd.DataFrame:
         """One row for each baseline: position, baseline, its AUROC and the gain over it, both with their interval."""
         rows = [
-            {"position": self.position, "baseline": name, **self.surface[name].row("auroc")}
-            | {f"gain{part}": value for part, value in (("", gain.value), ("_low", gain.low), ("_high", gain.high))}
+            {"position": self.position, "baseline": name, **self.surface[name].row("auroc"), **gain.beside("gain")}
             for name, gain in self.gains.items()
         ]
         return pd.DataFrame(rows)

@@ -18,16 +18,14 @@ from mechlens.methods.activations.activations import Activations, column_of, one
 from mechlens.methods.directions.direction import Direction, DirectionGrid, project
 from mechlens.methods.directions.methods import MEAN_DIFFERENCE, grid_by
 from mechlens.methods.directions.nulls import (
-    TIE_RESOLUTION,
     LabelledVectors,
     PermutationNull,
     RandomNull,
-    largest_norm,
     permutation_null,
     random_null,
 )
 from mechlens.methods.probing.ahead import TOKEN, Ahead, token_read
-from mechlens.methods.probing.auroc import auroc, auroc_difference, auroc_estimate, snap
+from mechlens.methods.probing.auroc import auroc, auroc_difference, auroc_estimate
 from mechlens.methods.probing.auroc_grid import (
     AurocGrid,
     contrast_part,
@@ -244,18 +242,15 @@ def detect(
     )
     if not token_read(acts):
         return found
-    return replace(found, ahead=tuple(_ahead_of_token(choice, grid, test) for choice in found.by_strength))
+    return replace(found, ahead=tuple(_ahead_of_token(one, grid, test, on_test_scores) for one in found.by_strength))
 
 
-def _ahead_of_token(choice: ChosenLevel, grid: DirectionGrid, test: Activations) -> Ahead:
-    """On test prompts, beside the mean difference of the tokens standing at the position."""
-    positive = is_positive(test, grid.contrast)
-    lines = (choice.direction, grid.at(0, choice.position))
-    ours, token = (
-        snap(project(cell.double(), line), TIE_RESOLUTION * largest_norm(cell) ** 2)
-        for line in lines
-        for cell in [test.at(line.level, choice.position)]
-    )
+def _ahead_of_token(
+    choice: ChosenLevel, grid: DirectionGrid, test: Activations, scores: Float[Tensor, "level position prompt"]
+) -> Ahead:
+    """On test prompts, beside the direction of the tokens standing at the position."""
+    positive, column = is_positive(test, grid.contrast), grid.positions.index(choice.position)
+    ours, token = (scores[grid.levels.index(level), column] for level in (choice.level, 0))
     return Ahead(
         position=choice.position,
         auroc=choice.auroc,
