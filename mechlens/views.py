@@ -105,7 +105,8 @@ def show_figure(figure: Any) -> None:
     >>> frame = pd.DataFrame([table | {"level": 1}])
     >>> views.show_figure(figures.lines(frame, x="level", y="auroc", title="AUROC", xlabel="level", ylabel="AUROC"))
     """
-    from mechlens.runs.report.shown import STAYS_HERE, mime_bundle
+    from mechlens.runs.report.report import STAYS_HERE
+    from mechlens.runs.report.shown import mime_bundle
 
     shell = sys.modules.get("IPython")
     if shell is None or shell.get_ipython() is None:

@@ -30,11 +30,10 @@ TITLE_HEIGHT = 30
 PLOTLY = "plotly-cartesian.min.js.gz"
 """The part of plotly.js that draws lines, bars, points and heatmaps (MIT licence); by scripts/plotly_bundle.py."""
 
-# Without the first two, plotly 7 shows a button that uploads the figure, prompt texts and all.
+STAYS_HERE = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}
+"""Without the first two, plotly 7 shows a button that uploads the figure, prompt texts and all."""
 _CONTROLS = {
-    "showSendToCloud": False,
-    "plotlyServerURL": "",
-    "displaylogo": False,
+    **STAYS_HERE,
     "responsive": True,
     "modeBarButtonsToRemove": ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
     "toImageButtonOptions": {"format": "png", "scale": 3},

@@ -10,10 +10,8 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
+from mechlens.runs.report.report import STAYS_HERE
 from mechlens.runs.report.still import still
-
-STAYS_HERE = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}
-"""Without these, plotly shows a button that uploads the figure, prompt texts and all."""
 
 
 class ShownFigure(go.Figure):  # type: ignore[misc]

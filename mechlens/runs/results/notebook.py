@@ -5,15 +5,13 @@ Plain HTML without scripts and with the figure as an image, which untrusted note
 
 import base64
 import os
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import jinja2
-
 from mechlens.errors import UserError
 from mechlens.runs.report.parts import estimate_text
+from mechlens.runs.report.report import template
 from mechlens.runs.report.still import still
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ def run_html(run: "RunResult") -> str:
     measured = [(name, words, estimate_text(one)) for name, (words, one) in known.items() if one.measurable]
     missing = [f"{words} (n = {one.n})" for words, one in known.values() if not one.measurable]
     kept = {"tables": run.tables, "figures": run.figures, "directions": run.directions}
-    return _template("notebook").render(
+    return template("notebook.html.jinja").render(
         run=record,
         folder=str(run.folder),
         model=run.model,
@@ -49,7 +47,7 @@ def run_html(run: "RunResult") -> str:
 
 def list_html(runs: "RunList") -> str:
     """Many runs, a row each."""
-    return _template("notebook_list").render(runs=[(run, link(run.folder / "report.html")) for run in runs])
+    return template("notebook_list.html.jinja").render(runs=[(run, link(run.folder / "report.html")) for run in runs])
 
 
 def _main_figure(run: "RunResult") -> tuple[str, str]:
@@ -72,10 +70,3 @@ def link(path: Path) -> str:
     except ValueError:  # another drive
         near = str(path)
     return quote(Path(near).as_posix())
-
-
-@cache
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    folder = Path(__file__).parents[1] / "report" / "templates"
-    return environment.from_string((folder / f"{name}.html.jinja").read_text(encoding="utf-8"))
