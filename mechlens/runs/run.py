@@ -158,6 +158,11 @@ class Run:
         return self.headline or first_sentence(self.verdict or "")
 
     @property
+    def deciding(self) -> dict[str, Estimate]:
+        """The numbers that decide the verdict, in the report's order; all of them where the record names none."""
+        return {name: self.metrics[name] for name in self.words or self.metrics if name in self.metrics}
+
+    @property
     def model_name(self) -> str:
         """The model, or the base of the checkpoints, as it was asked for; "" where the study has none."""
         return str(self.resolved.get("model") or self.resolved.get("base") or "")

@@ -177,9 +177,8 @@ def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
 def summary(folder: Path) -> str:
     """What a finished run found, for a terminal: what decided in words, verdict, report, and last the one sentence."""
     run = read_run(folder)
-    names = [name for name in run.words or run.metrics if name in run.metrics]
-    lines = [f"{run.words.get(name, name)}: {metric_text(name, run.metrics[name])}" for name in names]
-    if more := len(run.metrics) - len(names):
+    lines = [f"{run.words.get(name, name)}: {metric_text(name, one)}" for name, one in run.deciding.items()]
+    if more := len(run.metrics) - len(lines):
         lines.append(f"{more} more in the report and `mechlens runs show {shlex.quote(str(folder))}`")
     said = (run.verdict or "").removeprefix(run.sentence).strip()
     lines += ["", said] if said else [""]

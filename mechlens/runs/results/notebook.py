@@ -24,10 +24,9 @@ def run_html(run: "RunResult") -> str:
     """One run."""
     record = run.record
     image, trouble = _main_figure(run)
-    names = record.words or {name: name for name in record.metrics}
-    known = {name: (words, record.metrics[name]) for name, words in names.items() if name in record.metrics}
-    measured = [(name, words, estimate_text(one)) for name, (words, one) in known.items() if one.measurable]
-    missing = [f"{words} (n = {one.n})" for words, one in known.values() if not one.measurable]
+    known = [(name, record.words.get(name, name), one) for name, one in record.deciding.items()]
+    measured = [(name, words, estimate_text(one)) for name, words, one in known if one.measurable]
+    missing = [f"{words} (n = {one.n})" for _, words, one in known if not one.measurable]
     kept = {"tables": run.tables, "figures": run.figures, "directions": run.directions}
     return template("notebook.html.jinja").render(
         run=record,

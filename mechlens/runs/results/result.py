@@ -86,12 +86,11 @@ class RunResult:
         """
         import pandas as pd
 
-        found, words = self.record.metrics, self.record.words
-        order = [*(name for name in words if name in found), *(name for name in found if name not in words)]
+        words = self.record.words
         rows = [
             {"name": name, "words": words.get(name) or in_words(name), **one.row()}
             | dict(zip(("low", "high"), interval_of(name, one), strict=True))
-            for name, one in ((name, found[name]) for name in order)
+            for name, one in (self.record.deciding | self.record.metrics).items()
         ]
         return pd.DataFrame(rows, columns=["name", "words", "value", "low", "high", "n"])
 
@@ -156,8 +155,8 @@ class RunResult:
         of = f" of {self.model}" if self.model else ""
         lines = [f"RunResult({str(self.folder)!r}): {record.verb.replace('_', ' ')}{of}, {self.status}"]
         lines += [line for line in (self.sentence, self.state) if line]
-        for name in [name for name in record.words or record.metrics if name in record.metrics][:5]:
-            lines.append(f"  {record.words.get(name, name)}: {metric_text(name, record.metrics[name])}")
+        for name, one in list(record.deciding.items())[:5]:
+            lines.append(f"  {record.words.get(name, name)}: {metric_text(name, one)}")
         kept = {"tables": self.tables, "figures": self.figures, "directions": self.directions}
         counts = ", ".join(f"{len(mapping)} in .{name}" for name, mapping in kept.items() if mapping)
         return "\n".join(line for line in (*lines, counts) if line)

@@ -23,7 +23,7 @@ def workspace_of(runs: Sequence[Run], entity: str, project: str, name: str) -> A
 
 def _section(ws: Any, panels: Any, verb: str, runs: Sequence[Run]) -> Any:
     figures = dict.fromkeys(f"{MAIN}/{name}" for run in runs for name in list(run.figures)[:N_MAIN])
-    numbers = dict.fromkeys(name for run in runs for name in (run.words or run.metrics) if name in run.metrics)
+    numbers = dict.fromkeys(name for run in runs for name in run.deciding)
     tables = dict.fromkeys(name for run in runs for name in run.tables)
     sliding = [f"{BY_STEP}/{name}" for name in tables] if verb in OVER_STEPS else []
     shown = [
