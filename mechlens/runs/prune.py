@@ -9,9 +9,7 @@ from mechlens.files import disk_error, is_partial
 from mechlens.runs.folder import CACHE
 from mechlens.runs.lock import FolderLock
 from mechlens.runs.results.result import list_runs
-
-SYNCED = ".synced"
-"""With it `wandb sync` marks a log that it has uploaded."""
+from mechlens.runs.wandb.sync import is_synced, logs_in
 
 LEFT = {
     "running": "it is running",
@@ -37,7 +35,7 @@ def superfluous(folder: Path) -> list[Path]:
     """In a finished run's folder: its cache, what a dead process left half-written, W&B's logs that are uploaded."""
     found = [folder / CACHE] if (folder / CACHE).is_dir() else []
     found += [path for path in sorted(folder.rglob("*")) if is_partial(path) and CACHE not in path.parts]
-    return found + sorted({log.parent for log in folder.glob(f"wandb/offline-run-*/*{SYNCED}")})
+    return found + [log for log in logs_in(folder) if is_synced(log)]
 
 
 def size(path: Path) -> int:

@@ -14,10 +14,13 @@ from mechlens.runs.wandb.mirror import artefact_alias, artefact_name, stub_name
 
 def offline_logs(root: Path) -> list[tuple[Run, Path]]:
     """W&B's logs in run folders below `root` that aren't uploaded yet, the oldest first; each with its run."""
-    found = [
-        (run, log) for folder, run in list_runs(root) for log in folder.glob("wandb/offline-run-*") if log.is_dir()
-    ]
+    found = [(run, log) for folder, run in list_runs(root) for log in logs_in(folder)]
     return sorted(((run, log) for run, log in found if not is_synced(log)), key=lambda one: one[1].name)
+
+
+def logs_in(folder: Path) -> list[Path]:
+    """W&B's offline logs of one run, each a folder."""
+    return sorted(log for log in folder.glob("wandb/offline-run-*") if log.is_dir())
 
 
 def is_synced(log: Path) -> bool:
