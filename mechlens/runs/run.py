@@ -92,6 +92,12 @@ class Inputs:
     sampled: str | None = None
     """The weights' older fingerprint, by which runs of earlier versions know them."""
 
+    @property
+    def named(self) -> dict[str, str]:
+        """Fingerprint of the model, of the template and of every data file, by name; of those that there are."""
+        found = {"model": self.model, "template": self.template, **self.data}
+        return {name: sha for name, sha in found.items() if sha}
+
 
 @dataclass(frozen=True)
 class Artefact:

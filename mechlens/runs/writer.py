@@ -72,7 +72,7 @@ def open_run(
     folder with a run of the same study and resolved config is gone on with, another one is refused, and so is one that
     holds anything else than a run: nothing in it could be told from the run's own.
     """
-    given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
+    given = _science(config)
     full = {**given, **plain(resolved or {})}
     out = user_path(out)
     lock = FolderLock(out)
@@ -119,9 +119,15 @@ def require_folder(verb: str, config: Any, out: Path) -> None:
         return
     FolderLock(out).release()  # whoever writes there may be about to change what stands there
     before = read_run(out)
-    given = {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
-    settled = {name: own for name, own in given.items() if before.config.get(name) == before.resolved.get(name)}
+    settled = {
+        name: own for name, own in _science(config).items() if before.config.get(name) == before.resolved.get(name)
+    }
     run_to_go_on_with(out, verb, {**before.resolved, **settled}, plain(defaults(config)))
+
+
+def _science(config: Any) -> dict[str, Any]:
+    """The configuration, without what doesn't change numbers."""
+    return {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
 
 
 def _require_empty(out: Path) -> None:

@@ -61,8 +61,7 @@ class WandbMirror:
             known = {name: value for name, value in plain(inputs).items() if value is not None}
             record = {"inputs": known, "device": device, "dtype": dtype, "parity": plain(parity)}
             run.config.update(record, allow_val_change=True)
-            named = {"model": inputs.model, "template": inputs.template, **inputs.data}
-            self._link(run, {name: sha for name, sha in named.items() if sha})
+            self._link(run, inputs.named)
 
         self._attempt(send)
 

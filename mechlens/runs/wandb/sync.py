@@ -37,7 +37,7 @@ def upload(logs: Sequence[Path]) -> None:
 
 def inputs_of(run: Run) -> dict[str, str]:
     """sha256 of all that went into a run, and into what it made, by name."""
-    named = {"model": run.inputs.model, "template": run.inputs.template, **run.inputs.data}
+    named = run.inputs.named
     for artefact in run.artefacts.values():
         named |= artefact.inputs
     return {name: sha for name, sha in named.items() if sha}
