@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 OUTCOMES = ("more than the surface", "no more than the surface", "inconclusive", "not read")
 SIZES = (20, 40, 80)
 """Prompts of a side."""
+RESAMPLES = 1000
+"""Of a bootstrap that the intervals of effect sizes are compared with."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,28 @@ def alarms(task: tuple[int, int]) -> tuple[int, tuple[str, ...]]:
     return n, tuple(one.name for one in drawn(World(n=n, seed=seed)).confounds() if one.telling)
 
 
-def held(task: tuple[int, float, bool, int]) -> list[bool]:
-    """Whether the interval of an effect size holds the true one, in many draws."""
+def held(task: tuple[int, float, bool, int]) -> tuple[float, float]:
+    """Share of the intervals of an effect size that hold the true one, and of percentile bootstraps over families."""
     import torch
 
-    from mechlens.methods.statistics.effect_size import effect_estimate
+    from mechlens.methods.statistics.effect_size import effect_estimate, hedges_g
+    from mechlens.methods.statistics.resample import family_weights, interval
 
     n, distance, paired, draws = task
     generator = torch.Generator().manual_seed(n)
     positive = torch.tensor([True, False]).repeat(n)
     families = [str(i // 2 if paired else i) for i in range(2 * n)]
+    labels = ["positive", "negative"] * n
     found = []
-    for _ in range(draws):
+    for seed in range(draws):
         shared = torch.randn(n, generator=generator).repeat_interleave(2) * (0.5**0.5 if paired else 0.0)
         own = torch.randn(2 * n, generator=generator) * (0.5**0.5 if paired else 1.0)
-        estimate = effect_estimate(shared + own + distance * positive, positive, families)
-        found.append(estimate.low <= distance <= estimate.high)
-    return found
+        scores = shared + own + distance * positive
+        ours = effect_estimate(scores, positive, families)
+        theirs = interval(hedges_g(scores, positive, family_weights(families, RESAMPLES, seed, labels)))
+        found.append([float(one.low) <= distance <= float(one.high) for one in (ours, theirs)])
+    one, other = (sum(held) / draws for held in zip(*found, strict=True))
+    return one, other
 
 
 FRESH = 2000
@@ -212,12 +219,15 @@ def alarm_table(pool: ProcessPoolExecutor, draws: int) -> str:
 
 
 def effect_table(pool: ProcessPoolExecutor, draws: int) -> str:
-    """Share of intervals that hold the true effect."""
-    lines = [readme_table.head(["prompts a side", "effect", "alone", "in pairs"])]
+    """Share of intervals that hold the true effect, of prompts alone and in pairs, and the same of bootstraps."""
+    lines = [
+        readme_table.head(["prompts a side", "effect", "alone", "in pairs", "bootstrap, alone", "bootstrap, in pairs"])
+    ]
     for n in (10, 15, 25, 50):
         for distance in (0.0, 1.0, 3.0):
-            both = pool.map(held, [(n, distance, paired, draws) for paired in (False, True)])
-            lines.append(readme_table.row([n, distance, *(f"{sum(own) / draws:.1%}" for own in both)]))
+            both = list(pool.map(held, [(n, distance, paired, draws) for paired in (False, True)]))
+            shares = [f"{found[way]:.1%}" for way in range(2) for found in both]
+            lines.append(readme_table.row([n, distance, *shares]))
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ def effect_bounds(
     """95% interval of Hedges' g of every cell: a jackknife over families and Student's t; NaN below `MIN_FAMILIES`.
 
     Of intervals for 10 to 50 prompts a class, alone or in pairs, 92% to 98% hold the truth
-    (`scripts/error_rates_direction.py --effects`); of percentile bootstraps over families 85% to 93%.
+    (`scripts/error_rates_direction.py --effects`); of percentile bootstraps over families 86% to 94%.
     """
     value = _whole(scores, positive)
     least = fewest_families(positive, families)
