@@ -61,6 +61,13 @@ class Estimate:
         gap = abs(self.value - threshold)
         return self.n * ((side - self.value) / gap) ** 2 if gap > 0 and self.measurable else math.inf
 
+    def times_to_show(self, least: float) -> float:
+        """Times as many prompts that would show such a difference from 0, or `least` if that is larger, in four of five
+        samples: two-sided at 5%, normal, the standard error falling as 1/sqrt(n).
+        """
+        error = (self.high - self.low) / 2 / 1.96
+        return ((1.96 + 0.84) * error / max(abs(self.value), least)) ** 2
+
     @property
     def measurable(self) -> bool:
         """False where the value is NaN; a verdict that needs it is then "not measurable"."""

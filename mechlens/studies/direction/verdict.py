@@ -95,12 +95,8 @@ class DirectionVerdict(ShownVerdict):
 
     @property
     def needed(self) -> int:
-        """Prompts of a side that would show such a gain, or `MARGIN` if that is larger, about four times in five.
-
-        Normal approximation, two-sided 5%; the standard error goes with one over the root of the prompts.
-        """
-        error = (self.gain.high - self.gain.low) / 2 / 1.96
-        return math.ceil(self.gain.n / 2 * ((1.96 + 0.84) * error / max(abs(self.gain.value), MARGIN)) ** 2)
+        """Prompts of a side that would show such a gain, or `MARGIN` if that is larger, about four times in five."""
+        return math.ceil(self.gain.n / 2 * self.gain.times_to_show(MARGIN))
 
 
 def steering_headline(steered: SteeringTest, read: DirectionVerdict) -> Headline:

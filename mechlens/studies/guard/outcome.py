@@ -55,13 +55,8 @@ class TwinComparison:
 
     @property
     def pairs_needed(self) -> int:
-        """About so many would show a gain as large as the one found, or `MARGIN` if that is larger, four times in five.
-
-        Normal approximation, two-sided 5%; the standard error goes with one over the root of the pairs.
-        """
-        gain = self.gains[self.best_words]
-        error = (gain.high - gain.low) / 2 / 1.96
-        return math.ceil(self.n_pairs * ((1.96 + 0.84) * error / max(abs(gain.value), MARGIN)) ** 2)
+        """About so many would show a gain like the one found, or `MARGIN` if that is larger, four times in five."""
+        return math.ceil(self.n_pairs * self.gains[self.best_words].times_to_show(MARGIN))
 
     @property
     def headline(self) -> Headline:
