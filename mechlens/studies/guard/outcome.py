@@ -59,18 +59,26 @@ class TwinComparison:
         return math.ceil(self.n_pairs * self.gains[self.best_words].times_to_show(MARGIN))
 
     @property
+    def more_pairs(self) -> int:
+        """How many of these there aren't yet."""
+        return max(self.pairs_needed - self.n_pairs, 0)
+
+    @property
+    def best_in_words(self) -> str:
+        """What the best surface baseline is called where people read it."""
+        return WORDS.get(self.best_words, self.best_words.replace("_", " "))
+
+    @property
     def headline(self) -> Headline:
         """The one sentence: AUROC on twins, beside the best surface baseline."""
         if self.outcome == "not measurable":
             pairs = f"there are {self.n_pairs} pairs of prompts of one form, {self.n_families} of them independent"
             more = f"{MIN_FAMILIES - self.n_families} or more independent pairs would do"
             return Headline(self.outcome, pairs, f"where {MIN_FAMILIES} are needed", more)
-        words = WORDS.get(self.best_words, self.best_words.replace("_", " "))
         reached = f"on {self.n_pairs} twins the guard's AUROC is {self.areas[GUARD].brief}"
-        against = (
-            f"where {words} reaches {self.areas[self.best_words].brief} (gain {self.gains[self.best_words].brief})"
-        )
-        more = f"about {max(self.pairs_needed - self.n_pairs, 0)} more pairs would settle it"
+        best, gain = self.areas[self.best_words], self.gains[self.best_words]
+        against = f"where {self.best_in_words} reaches {best.brief} (gain {gain.brief})"
+        more = f"about {self.more_pairs} more pairs would settle it"
         return Headline(self.outcome, reached, against, more if self.outcome == "inconclusive" else "")
 
 

@@ -206,17 +206,15 @@ def _on_twins(twins: TwinComparison, result: GuardEvaluation) -> str:
             f"{twins.n_families} of them independent, and {MIN_FAMILIES} are needed, so add "
             f"{MIN_FAMILIES - twins.n_families} or more."
         )
-    found, best = result.examined.twins, twins.best_words
+    found = result.examined.twins
     made = f"{found.count(FAMILY)} written as pairs, {found.count(NEAREST)} matched by form"
     reached = ", ".join(f"{said} {twins.areas[name].brief}" for name, said in WORDS.items())
-    nearest = WORDS.get(best, best.replace("_", " "))
     told = (
         f"On {twins.n_pairs} harmful prompts beside harmless ones of the same form ({made}) its AUROC is "
-        f"{twins.areas[GUARD].brief}; of the words: {reached}. Over the best baseline, {nearest}, it "
-        f"gains {twins.gains[best].brief}"
+        f"{twins.areas[GUARD].brief}; of the words: {reached}. Over the best baseline, {twins.best_in_words}, it "
+        f"gains {twins.gains[twins.best_words].brief}"
     )
-    more = max(twins.pairs_needed - twins.n_pairs, 0)
-    settle = f"; about {more} more pairs would settle it" if twins.outcome == "inconclusive" else ""
+    settle = f"; about {twins.more_pairs} more pairs would settle it" if twins.outcome == "inconclusive" else ""
     return f"{twins.outcome.capitalize()}. {told}{settle}."
 
 
