@@ -226,7 +226,7 @@ def _heatmap(trace: Mapping[str, Any], across: Axis, up: Axis) -> Iterator[str]:
         fill = _shade(scale, (shade + 0.5) / SHADES)
         yield f'<rect x="{left:.0f}" y="{y:.1f}" width="10" height="{height + 0.5:.1f}" fill="{fill}"/>'
     for share in (0.0, 0.5, 1.0):
-        yield text(left + 14, bottom - share * 24 * height + 4, f"{low + share * (high - low):.3g}", anchor="start")
+        yield text(left + 14, bottom - share * SHADES * height + 4, f"{low + share * (high - low):.3g}", anchor="start")
 
 
 def _shade(scale: Sequence[Sequence[Any]], share: float) -> str:

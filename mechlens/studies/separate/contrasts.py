@@ -180,7 +180,7 @@ def _chosen(
         found.append(
             {"contrast": question.name, "position": position, "level": level,
              **auroc_estimate(scores.at(position)[member], positive, families).row("auroc"),
-             "effect_size": effect.value, "effect_size_low": effect.low, "effect_size_high": effect.high,
+             **effect.beside("effect_size"),
              "lowest_fold_seed": float(by_seed.min()), "highest_fold_seed": float(by_seed.max()),
              "permuted_mean": permuted.mean, "permutation_p": permuted.p,
              "random_mean": drawn.mean, "random_maximum": drawn.maximum}
