@@ -16,13 +16,15 @@ import plotly.io
 from mechlens.runs.privacy import unpacked
 from mechlens.runs.report.colours import EDGE, GRID, INK, PALETTE, QUIET, RULE, SEQUENTIAL
 from mechlens.runs.report.figure_parts import FONT
-from mechlens.runs.report.still_axis import Axis, axis_of
+from mechlens.runs.report.still_axis import LETTER, Axis, axis_of
 
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, BOTTOM = 64.0, 16.0, 48.0
 COLOUR_BAR = 70
-LETTER = 6.6
-"""Pixels of a letter, about, at the size of a legend."""
+SAMPLE = 20
+"""Pixels of a line in the legend."""
+SLANT, ASLANT = 30, 0.5
+"""Degrees of names that lie too close to be level, and the sine of it."""
 SHADES = 24
 """Of a heatmap: cells of one shade are one path, which keeps the drawing small."""
 DRAWN = {"scatter", "bar", "heatmap"}
@@ -73,13 +75,25 @@ def _legend(traces: Sequence[Mapping[str, Any]], top: float) -> tuple[list[str],
         return [], top + 6
     drawn, x, y = [], LEFT, top + 8
     for trace in named:
-        width = 24 + LETTER * len(str(trace["name"]))
+        width = SAMPLE + 14 + LETTER * len(str(trace["name"]))
         if x + width > WIDTH - RIGHT and x > LEFT:
             x, y = LEFT, y + 16
-        drawn.append(f'<rect x="{x:.0f}" y="{y - 8:.0f}" width="10" height="10" fill="{_colour(trace)}"/>')
-        drawn.append(text(x + 14, y + 1, trace["name"], anchor="start", colour=INK))
+        drawn.append(_sample(trace, x, y))
+        drawn.append(text(x + SAMPLE + 4, y + 1, trace["name"], anchor="start", colour=INK))
         x += width
     return drawn, y + 12
+
+
+def _sample(trace: Mapping[str, Any], x: float, y: float) -> str:
+    """A piece of what the legend names: of a line with its dashes, else a square."""
+    if trace["type"] != "scatter" or "lines" not in trace.get("mode", "lines"):
+        return f'<rect x="{x + SAMPLE - 12:.0f}" y="{y - 8:.0f}" width="10" height="10" fill="{_colour(trace)}"/>'
+    return f'<path d="M{x:.0f} {y - 3:.0f}h{SAMPLE}" stroke="{_colour(trace)}" stroke-width="2"{_dash(trace)}/>'
+
+
+def _dash(trace: Mapping[str, Any]) -> str:
+    style = (trace.get("line") or {}).get("dash")
+    return f' stroke-dasharray="{DASHES[style]}"' if style in DASHES else ""
 
 
 def _panels(traces: Sequence[dict[str, Any]], layout: Mapping[str, Any], top: float) -> list[str]:
@@ -99,7 +113,8 @@ def _panel(x: str, y: str, traces: Sequence[dict[str, Any]], layout: Mapping[str
     names = f"xaxis{x[1:]}", f"yaxis{y[1:]}"
     across = axis_of(layout.get(names[0]) or {}, traces, "x", (LEFT, right))
     rules = [shape["y0"] for shape in layout.get("shapes") or () if _lies_flat(shape, y)]
-    up = axis_of(layout.get(names[1]) or {}, traces, "y", (HEIGHT - BOTTOM, top), rules)
+    bottom = HEIGHT - BOTTOM - _hanging(across)
+    up = axis_of(layout.get(names[1]) or {}, traces, "y", (bottom, top), rules)
     drawn = [*_frame(across, up), *_rules(layout, across, up, y)]
     bars = [trace for trace in traces if trace["type"] == "bar"]
     for trace in traces:
@@ -116,12 +131,22 @@ def _frame(across: Axis, up: Axis) -> Iterator[str]:
     left, right, bottom, top = *across.ends, *up.ends
     yield f'<path d="M{left:.0f} {top:.0f}V{bottom:.0f}H{right:.0f}" fill="none" stroke="{EDGE}"/>'
     for at, label in across.ticks():
-        yield text(at, bottom + 15, label)
+        yield _aslant(at, bottom + 12, label) if across.crowded else text(at, bottom + 15, label)
     for at, label in up.ticks():
         yield f'<path d="M{left:.0f} {at:.1f}H{right:.0f}" stroke="{GRID}"/>' if not up.names else ""
         yield text(left - 6, at + 4, label, anchor="end")
-    yield text((left + right) / 2, bottom + 36, across.title, colour=INK, size=12)
+    yield text((left + right) / 2, bottom + 36 + _hanging(across), across.title, colour=INK, size=12)
     yield text(left - 48, (bottom + top) / 2, up.title, colour=INK, size=12, turned=True)
+
+
+def _hanging(across: Axis) -> float:
+    """Pixels by which names that are written aslant reach lower than level ones."""
+    longest = max((len(label) for _, label in across.ticks()), default=0) if across.crowded else 0
+    return ASLANT * LETTER * longest
+
+
+def _aslant(x: float, y: float, label: str) -> str:
+    return f'<g transform="rotate(-{SLANT} {x:.0f} {y:.0f})">{text(x, y, label, anchor="end")}</g>'
 
 
 def _rules(layout: Mapping[str, Any], across: Axis, up: Axis, y: str) -> Iterator[str]:
@@ -162,8 +187,7 @@ def _scatter(trace: Mapping[str, Any], across: Axis, up: Axis) -> Iterator[str]:
         inside = html.escape(str(trace.get("fillcolor", colour)))
         yield f'<path d="{_path(edge, stepped)}Z" fill="{inside}" stroke="none"/>'
     if "lines" in mode and style.get("width") != 0:
-        dash = f' stroke-dasharray="{DASHES[style["dash"]]}"' if style.get("dash") in DASHES else ""
-        yield f'<path d="{_path(points, stepped)}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
+        yield f'<path d="{_path(points, stepped)}" fill="none" stroke="{colour}" stroke-width="2"{_dash(trace)}/>'
     yield from _whiskers(trace, list(zip(points, trace["y"], strict=False)), up, colour)
     if "markers" in mode:
         dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in there)

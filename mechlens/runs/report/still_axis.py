@@ -8,6 +8,10 @@ from typing import Any
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 LONGEST_LABEL = 16
+LETTER = 6.6
+"""Pixels of a letter, about."""
+LEAST_ASLANT = 14
+"""Pixels between names that are written aslant."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,18 @@ class Axis:
         """Pixels from one name, or whole number, to the next."""
         return abs(self.ends[1] - self.ends[0]) / ((self.high - self.low) or 1.0)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether names side by side would run into each other, but are few enough to be written aslant."""
+        longest = max((min(len(html.unescape(name)), 2 * LONGEST_LABEL) for name in self.names), default=0)
+        return self.ends[1] > self.ends[0] and LEAST_ASLANT <= self.step < LETTER * longest
+
     def ticks(self) -> list[tuple[float, str]]:
         """Pixels and labels, as many as there is room for."""
         room = max(2, int(abs(self.ends[1] - self.ends[0]) / (60 if self.ends[1] > self.ends[0] else 26)))
         if self.names:
-            every = math.ceil(len(self.names) / room)
-            longest = LONGEST_LABEL if len(self.names) > 4 else 2 * LONGEST_LABEL
+            every = 1 if self.crowded else math.ceil(len(self.names) / room)
+            longest = LONGEST_LABEL if len(self.names) > 4 and not self.crowded else 2 * LONGEST_LABEL
             return [(self(name), _short(name, longest)) for name in self.names[::every]]
         size = 10 ** math.floor(math.log10((self.high - self.low) / room or 1.0))
         step = next((size * k for k in STEPS if (self.high - self.low) / (size * k) <= room), size * 10)
