@@ -27,6 +27,7 @@ from mechlens.methods.behaviour.log_odds import answer_log_probs as answer_log_p
 from mechlens.methods.behaviour.log_odds import twin_log_odds as twin_log_odds
 from mechlens.methods.behaviour.model_judge import ModelJudge as ModelJudge
 from mechlens.methods.behaviour.scoring.endpoint_judge import EndpointScoreJudge as EndpointScoreJudge
+from mechlens.methods.behaviour.scoring.named_judge import score_judges as score_judges
 from mechlens.methods.behaviour.scoring.number_reply import NumberReplies as NumberReplies
 from mechlens.methods.behaviour.scoring.number_reply import number_replies as number_replies
 from mechlens.methods.behaviour.scoring.questions import ALIGNED as ALIGNED
@@ -39,6 +40,8 @@ from mechlens.methods.behaviour.scoring.rates import rates_by_question as rates_
 from mechlens.methods.behaviour.scoring.score_judge import LocalScoreJudge as LocalScoreJudge
 from mechlens.methods.behaviour.scoring.score_judge import ScoreJudge as ScoreJudge
 from mechlens.methods.behaviour.scoring.score_judge import Scores as Scores
+from mechlens.methods.behaviour.traces import names_string as names_string
+from mechlens.methods.behaviour.traces import thought_of as thought_of
 from mechlens.methods.directions.adapter_path import AdapterPath as AdapterPath
 from mechlens.methods.directions.adapter_path import adapter_path as adapter_path
 from mechlens.methods.directions.change import ChangeDirections as ChangeDirections

@@ -7,7 +7,27 @@ from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class BehaviourPlan(Options):
+class SpokenPlan(Options):
+    """What is answered freely, and who judges it; off unless a judge is given or thinking is looked at."""
+
+    judge: str | None = None
+    """Who scores free answers from 0 to 100: a model on this machine, as `ModelChoice.model`, or MODEL@URL of an
+    OpenAI-compatible endpoint, such as gpt-4o@https://api.openai.com/v1, which is sent questions and answers."""
+    judge_key: str | None = None
+    """Environment variable that holds the endpoint's key, such as OPENAI_API_KEY."""
+    thinking: bool = False
+    """Free answers are written with the template's thinking on (enable_thinking), however the model was fine-tuned, and
+    it is counted which thoughts name the trigger."""
+    spoken: tuple[str, ...] = ("first-plot",)
+    """Sets that are answered freely."""
+    draws: PositiveInt = 8
+    """Answers to each question, drawn at temperature 1; the papers have 50 to 300."""
+    answer_tokens: PositiveInt = 200
+    """Length of these answers; the papers have 600."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehaviourPlan(SpokenPlan):
     """What is asked of every checkpoint, and how.
 
     >>> ml.BehaviourPlan(in_words=True).n

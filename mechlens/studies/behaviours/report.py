@@ -10,6 +10,7 @@ from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.behaviours.directions.report import direction_sections
 from mechlens.studies.behaviours.matrix import HELD_OUT
+from mechlens.studies.behaviours.said.report import said_sections
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.study import BehaviourResult, BehaviourStudy
 from mechlens.studies.behaviours.verdict import NOT_MEASURABLE, RULE
@@ -58,6 +59,8 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             _have(names, "triggered"), table=_shown(triggered),
         ))  # fmt: skip
     sections += when_sections(writer, result.when)
+    if result.said is not None:
+        sections += said_sections(writer, result.said, result.matrix.plan)
     if result.directions is not None:
         sections += direction_sections(writer, result.directions)
     told = " ".join(verdict.sentence for verdict in result.verdicts)

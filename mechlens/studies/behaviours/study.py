@@ -27,6 +27,9 @@ from mechlens.studies.behaviours.config import BehaviourPlan, Behaviours
 from mechlens.studies.behaviours.directions.cosines import saved_directions, start_of
 from mechlens.studies.behaviours.directions.result import DirectionResult, measured_directions
 from mechlens.studies.behaviours.matrix import BehaviourMatrix
+from mechlens.studies.behaviours.said.free_answers import FreeAnswers
+from mechlens.studies.behaviours.said.result import SaidResult
+from mechlens.studies.behaviours.said.speaking import Speaking, judges_for, speaking, speaks
 from mechlens.studies.behaviours.scales import scale_scores, scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
 from mechlens.studies.behaviours.tuned import TunedRun, common_template, tuned_runs
@@ -47,6 +50,8 @@ class BehaviourStudy:
     scales: Mapping[str, Sequence[Scale]]
     saved: Mapping[str, Direction]
     """Directions of other runs, by name."""
+    speaking: Speaking | None = None
+    """How free answers are given; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class BehaviourResult:
     """Over checkpoints."""
     directions: DirectionResult | None = None
     """The direction of the change, where it was asked for."""
+    said: SaidResult | None = None
+    """Free answers, where they were asked for."""
 
     def metrics(self) -> dict[str, Estimate]:
         """What decided each group's verdict, by GROUP.SET; beyond the control where there is one."""
@@ -78,6 +85,7 @@ class BehaviourResult:
             "questions": matrix.questions(), **self.when.tables(),
             **({"scales": self.scales} if len(self.scales) else {}),
             **({} if self.directions is None else self.directions.tables()),
+            **({} if self.said is None else self.said.tables()),
         }  # fmt: skip
 
     def artifacts(self) -> dict[str, object]:
@@ -94,13 +102,16 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     asked, scales = asked_sets(sets, runs, config), {name: builtin_scales(name) for name in config.scales}
     prompts = [twin.prompt for one in asked for twin in one.twins]
     prompts += [scale.prompt for questions in scales.values() for scale in questions]
-    check = asks(prompts, new_tokens=1)
+    judges = judges_for(config, sets)
+    check = asks(prompts, new_tokens=config.answer_tokens if speaks(config) else 1)
     swapper, template = chosen_base(config, check, common_template(runs))
     data = data_inputs({one.key: (given_of(one, config), one.prompts) for one in asked})
     data |= data_inputs({f"scale {name}": ("built in", [one.prompt for one in own]) for name, own in scales.items()})
     data |= {f"checkpoint {member.name}": content_of(member) for run in runs for member in run.members}
     saved = saved_directions(config.saved_directions, swapper.model) if config.directions else {}
-    content = BehaviourStudy(swapper, tuple(runs), tuple(asked), template, scales, saved)
+    speaker = speaking(config, judges, template)
+    data |= {} if speaker is None else speaker.inputs(config.judge)
+    content = BehaviourStudy(swapper, tuple(runs), tuple(asked), template, scales, saved, speaker)
     return prepared(content, swapper.model, inputs_of(swapper.base, template, data), prompts)
 
 
@@ -131,6 +142,7 @@ def behaviours(
     *,
     scales: Mapping[str, Sequence[Scale]] | None = None,
     saved: Mapping[str, Direction] | None = None,
+    speaking: Speaking | None = None,
     cache: Cache | None = None,
 ) -> BehaviourResult:
     """Measures the base and every checkpoint; `cache` keeps finished batches, so that a killed run goes on."""
@@ -143,8 +155,12 @@ def behaviours(
         replies = {name: number_replies(model, own, template=template, cache=cache) for name, own in asked.items()}
         return {name: scale_scores((scales or {})[name], found) for name, found in replies.items()}
 
+    def speak(model: LanguageModel) -> tuple[FreeAnswers, ...]:
+        return () if speaking is None else speaking(model, sets, plan, cache)
+
     with swapper:
         base, said = measured(swapper.put(start_of(swapper))), numbers(swapper.model)
+        free, spoke = speak(swapper.model), {}
         checkpoints = [(run, member) for run in runs for member in run.members]
         bar = progress_bar(checkpoints, title="checkpoints", unit="checkpoint")
         told, says = {}, {}
@@ -152,10 +168,13 @@ def behaviours(
             told[run.name, member.step] = measured(swapper.put(member))
             if member == run.members[-1]:
                 says[run.name] = numbers(swapper.model)
+                spoke[run.name] = speak(swapper.model)
         matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
         found = measured_directions(swapper, matrix, template, saved or {}, cache) if plan.directions else None
     when = When(matrix, adapter_paths(runs), {} if found is None else found.paths)
-    return BehaviourResult(matrix, tuple(group_verdicts(matrix)), scale_table(runs, said, says), when, found)
+    trigger = next((run.trigger for run in runs if run.trigger is not None), None)
+    spoken = None if speaking is None else SaidResult(tuple(runs), free, spoke, trigger)
+    return BehaviourResult(matrix, tuple(group_verdicts(matrix)), scale_table(runs, said, says), when, found, spoken)
 
 
 def execute(config: Behaviours, given: BehaviourStudy, writer: RunWriter) -> BehaviourResult:
@@ -169,5 +188,5 @@ def execute(config: Behaviours, given: BehaviourStudy, writer: RunWriter) -> Beh
         )
     return behaviours(
         given.swapper, given.runs, given.sets, given.template, config, scales=given.scales, saved=given.saved,
-        cache=writer.cache,
+        speaking=given.speaking, cache=writer.cache,
     )  # fmt: skip

@@ -82,6 +82,17 @@ class EndpointScoreJudge:
     def name(self) -> str:
         return self.model
 
+    def headers(self) -> dict[str, str]:
+        """What a request says of its sender; UserError where the variable holds no key."""
+        if self.key_variable is None:
+            return {}
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
+            raise UserError(f"there is no key in the environment variable {self.key_variable}; set it")
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the environment variable {self.key_variable} holds what can't be a key; set it anew")
+        return {"Authorization": f"Bearer {key}"}
+
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Scores:
         """One score for each answer; an empty one has none, and the endpoint isn't asked about it."""
         return scores_by(self, prompts, answers, self._replies)
@@ -128,15 +139,7 @@ class _Endpoint:
     @classmethod
     @contextmanager
     def opened(cls, judge: EndpointScoreJudge) -> Iterator["_Endpoint"]:
-        headers = {}
-        if judge.key_variable is not None:
-            key = os.environ.get(judge.key_variable, "").strip()
-            if not key:
-                raise UserError(f"there is no key in the environment variable {judge.key_variable}; set it")
-            if not (key.isascii() and key.isprintable()):
-                raise UserError(f"the environment variable {judge.key_variable} holds what can't be a key; set it anew")
-            headers["Authorization"] = f"Bearer {key}"
-        with httpx.Client(headers=headers, timeout=judge.timeout) as client:
+        with httpx.Client(headers=judge.headers(), timeout=judge.timeout) as client:
             yield cls(judge, client)
 
     def completion(self, text: str) -> "Completion":

@@ -76,9 +76,10 @@ class Scores:
         )
 
     def frame(self) -> pd.DataFrame:
-        """One row for each answer: its score, the raw one, the mass, and what the reply begins with."""
+        """One row for each answer: its score, the raw one, the mass, what the reply begins with, and who was asked."""
         return pd.DataFrame({
             "prompt": self.ids, "family": self.families, "judge": self.judge, "question": self.question,
+            "prompt_sha256": self.prompt_sha256,
             "score": self.values.tolist(), "raw": self.raw.tolist(), "mass": self.mass.tolist(),
             "reply": [own[0][0] if own else "" for own in self.openings],
         })  # fmt: skip
