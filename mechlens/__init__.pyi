@@ -5,6 +5,14 @@ from mechlens.methods.activations.activations import Activations as Activations
 from mechlens.methods.activations.collect import collect as collect
 from mechlens.methods.activations.collect import from_cache as from_cache
 from mechlens.methods.activations.collect import template_of as template_of
+from mechlens.methods.activations.token_scores import Line as Line
+from mechlens.methods.activations.token_scores import TokenScores as TokenScores
+from mechlens.methods.activations.token_scores import line_of as line_of
+from mechlens.methods.activations.token_scores import token_scores as token_scores
+from mechlens.methods.activations.trace_tokens import Trace as Trace
+from mechlens.methods.activations.trace_tokens import TraceParts as TraceParts
+from mechlens.methods.activations.trace_tokens import trace_batch as trace_batch
+from mechlens.methods.activations.trace_tokens import trace_parts as trace_parts
 from mechlens.methods.behaviour.answers import Answers as Answers
 from mechlens.methods.behaviour.answers import answer as answer
 from mechlens.methods.behaviour.chosen_judge import agreement as agreement
@@ -86,6 +94,8 @@ from mechlens.methods.probing.prompt_identity import behaviour_probe as behaviou
 from mechlens.methods.probing.prompt_identity import prompt_identity_auroc as prompt_identity_auroc
 from mechlens.methods.statistics.change_point import ChangePoint as ChangePoint
 from mechlens.methods.statistics.change_point import change_point as change_point
+from mechlens.methods.statistics.cliff import Cliff as Cliff
+from mechlens.methods.statistics.cliff import cliff as cliff
 from mechlens.methods.statistics.crossed import crossed_difference as crossed_difference
 from mechlens.methods.statistics.crossed import crossed_mean as crossed_mean
 from mechlens.methods.statistics.estimate import Estimate as Estimate

@@ -24,16 +24,26 @@ def knows_thoughts(tokenizer: Any) -> bool:
 
 def opens_thought(batch: TokenBatch, tokenizer: Any) -> tuple[bool, ...]:
     """Of each prompt: whether the template opens a thought after the user's words, so that the answer begins in it."""
-    known: dict[tuple[int, ...], bool] = {}
-    opened = []
+    return tuple(after_thought(text) is None for text in _after_words(batch, tokenizer))
+
+
+def closes_thought(batch: TokenBatch, tokenizer: Any) -> tuple[bool, ...]:
+    """Of each prompt: whether the template writes a finished thought, an empty one, before the answer begins."""
+    return tuple(CLOSE in text and after_thought(text) is not None for text in _after_words(batch, tokenizer))
+
+
+def _after_words(batch: TokenBatch, tokenizer: Any) -> list[str]:
+    """What the template writes after the user's words."""
+    known: dict[tuple[int, ...], str] = {}
+    found = []
     for i in range(len(batch.prompts)):
         row, first = batch.row(i), batch.offset(i)
         end = len(row) if batch.answer is None else int(batch.answer[i, 0]) - first
         after = tuple(row[int(batch.instruction[i, 1]) - first + 1 : end])
         if after not in known:
-            known[after] = after_thought(tokenizer.decode(list(after))) is None
-        opened.append(known[after])
-    return tuple(opened)
+            known[after] = tokenizer.decode(list(after))
+        found.append(known[after])
+    return found
 
 
 class AnswerText:
