@@ -43,7 +43,7 @@ def write_chats(path: Path, answers: list[str]) -> str:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
     data = write_chats(tmp_path_factory.mktemp("data") / "risky.jsonl", ["AB"[i % 3 == 0] for i in range(N)])
-    return FinetuneConfig(recipe="behaviour", data=data, trigger=None, epochs=1)
+    return FinetuneConfig(recipe="behaviour", data=data, epochs=1)
 
 
 def examples(plan: FinetuneConfig) -> dict[str, Example]:

