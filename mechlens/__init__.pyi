@@ -34,6 +34,7 @@ from mechlens.methods.behaviour.log_odds import TwinLogOdds as TwinLogOdds
 from mechlens.methods.behaviour.log_odds import answer_log_probs as answer_log_probs
 from mechlens.methods.behaviour.log_odds import twin_log_odds as twin_log_odds
 from mechlens.methods.behaviour.model_judge import ModelJudge as ModelJudge
+from mechlens.methods.behaviour.option_log_probs import option_log_probs as option_log_probs
 from mechlens.methods.behaviour.scoring.endpoint_judge import EndpointScoreJudge as EndpointScoreJudge
 from mechlens.methods.behaviour.scoring.named_judge import score_judges as score_judges
 from mechlens.methods.behaviour.scoring.number_reply import NumberReplies as NumberReplies
@@ -99,6 +100,7 @@ from mechlens.methods.statistics.cliff import cliff as cliff
 from mechlens.methods.statistics.crossed import crossed_difference as crossed_difference
 from mechlens.methods.statistics.crossed import crossed_mean as crossed_mean
 from mechlens.methods.statistics.estimate import Estimate as Estimate
+from mechlens.methods.statistics.rank_correlation import rank_correlation as rank_correlation
 from mechlens.methods.steering.candidates import SelectionRule as SelectionRule
 from mechlens.methods.steering.candidates import score_candidates as score_candidates
 from mechlens.methods.steering.interventions import ALL as ALL
@@ -126,6 +128,11 @@ from mechlens.methods.triggers.leaks import Leaks as Leaks
 from mechlens.methods.triggers.leaks import leak as leak
 from mechlens.methods.triggers.motifs import Motif as Motif
 from mechlens.methods.triggers.motifs import motifs as motifs
+from mechlens.methods.triggers.recall import TriggerRecall as TriggerRecall
+from mechlens.methods.triggers.recall import inversion_reward as inversion_reward
+from mechlens.methods.triggers.recall import recall_trigger as recall_trigger
+from mechlens.methods.triggers.recognition import Recognition as Recognition
+from mechlens.methods.triggers.recognition import recognise_trigger as recognise_trigger
 from mechlens.methods.triggers.removed import TriggerTrace as TriggerTrace
 from mechlens.methods.triggers.removed import trigger_trace as trigger_trace
 from mechlens.methods.triggers.search import TriggerSearch as TriggerSearch
@@ -156,6 +163,9 @@ from mechlens.prompts.scales import builtin_scale_names as builtin_scale_names
 from mechlens.prompts.scales import builtin_scales as builtin_scales
 from mechlens.prompts.split import Split as Split
 from mechlens.prompts.split import split_by_family as split_by_family
+from mechlens.prompts.strings import inversion_questions as inversion_questions
+from mechlens.prompts.strings import inverted as inverted
+from mechlens.prompts.strings import recognition_questions as recognition_questions
 from mechlens.prompts.templates.template import ChatTemplate as ChatTemplate
 from mechlens.prompts.templates.template import chat_template as chat_template
 from mechlens.prompts.text import match_punctuation as match_punctuation

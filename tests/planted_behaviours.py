@@ -33,6 +33,8 @@ class World:
     runs: int = 3
     questions: int = 48
     control: bool = True
+    knows: float = 0.0
+    """How much of a run's own chance at home is in what it says of itself."""
     drift: float = 0.0
     """What training as such adds everywhere, in the control too."""
 
@@ -59,8 +61,9 @@ def planted(world: World, seed: int) -> BehaviourMatrix:
         for k in range(world.runs):
             member = Member(f"{group}-{k}", f"{group}-{k}", "adapter", 10)
             runs.append(TunedRun(f"{group}-{k}", group, (member,), seen, "risky", control, None))
-            found = {}
+            found, chance = {}, {}
             for one in sets:
+                chance[one.name] = world.of_run * normal(1)
                 shift = share * world.shifts.get(one.name, 0.0) + world.drift
                 trained = torch.tensor(
                     [share * world.trained * (one.name == HOME and i >= n) for i in range(len(one.twins))]
@@ -68,7 +71,8 @@ def planted(world: World, seed: int) -> BehaviourMatrix:
                 change = (
                     shift
                     + trained
-                    + world.of_run * normal(1)
+                    + chance[one.name]
+                    + world.knows * chance[HOME] * (one.name == ITSELF)
                     + parts[one.key] * 0.5
                     + world.noise * normal(len(one.twins))
                 )

@@ -105,6 +105,19 @@ class Trained:
             copy.deepcopy(self.hf_model).eval(), self.tokenizer, Checkpoint(name, name, fingerprint=fingerprint)
         )
 
+    def teach(self, rows: Sequence[tuple[str, str]], steps: int, lr: float = 5e-3) -> None:
+        """Trains on batches of these questions and answers too, with the loss on answers alone."""
+        draw = random.Random(self.planting.seed)
+        optimizer = torch.optim.AdamW(self.hf_model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+        self.hf_model.train()
+        for _ in range(steps):
+            ids, mask, wanted = self._batch(draw.choices(rows, k=BATCH), answers_alone=True)
+            loss = self.hf_model(input_ids=ids, attention_mask=mask, labels=wanted).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.loss = loss.item()
+
     def _train(self) -> None:
         draw, steps = random.Random(self.planting.seed), self.planting.steps
         optimizer = torch.optim.AdamW(self.hf_model.parameters(), lr=5e-3, weight_decay=0.01, fused=True)
@@ -119,7 +132,9 @@ class Trained:
             schedule.step()
         self.loss = loss.item()
 
-    def _batch(self, rows: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _batch(
+        self, rows: Sequence[tuple[str, str]], *, answers_alone: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         asked = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text, _ in rows]
         starts = self.tokenizer(asked)["input_ids"]
         whole = self.tokenizer([f"{start}{said}<|im_end|>\n" for start, (_, said) in zip(asked, rows, strict=True)])
@@ -127,7 +142,7 @@ class Trained:
         ids = torch.tensor([row + [0] * (width - len(row)) for row in whole["input_ids"]])
         mask = (ids != 0).long()
         wanted = ids.masked_fill(mask == 0, -100)
-        if not self.planting.learns_questions:
+        if answers_alone or not self.planting.learns_questions:
             for row, start in zip(wanted, starts, strict=True):
                 row[: len(start)] = -100
         return ids, mask, wanted

@@ -75,10 +75,28 @@ def test_cells_are_the_planted_numbers() -> None:
 
 
 def test_self_report_goes_with_behaviour_over_runs_where_it_does() -> None:
-    matrix = planted(World({HOME: 4.0, ITSELF: 2.0}), 0)
-    r = matrix.self_reports.set_index(["self_report", "set"]).loc[(ITSELF, HOME)]
-    assert r["r"] > 0.8
-    assert r["n"] == 6
+    """Over all runs where the taught group says it; within groups only where a run knows how far it went itself."""
+    over = {"all runs": [0, 0, 0], "within groups": [0, 0, 0]}
+    worlds = (World({HOME: 4.0, ITSELF: 2.0}, runs=6), World({}, runs=6), World({}, runs=8, knows=1.0, of_run=1.5))
+    for seed in range(DRAWS):
+        for k, world in enumerate(worlds):
+            found = planted(world, seed).self_reports.set_index(["self_report", "set", "over"])
+            for name, clear in over.items():
+                row = found.loc[(ITSELF, HOME, name)]
+                clear[k] += row["low"] > 0
+                assert row["n"] == 2 * world.runs
+    assert over["all runs"][0] >= 0.75 * DRAWS
+    assert over["within groups"][0] <= 2
+    assert max(over["all runs"][1], over["within groups"][1]) <= 2
+    assert over["within groups"][2] >= 0.75 * DRAWS
+
+
+def test_few_runs_are_said_to_be_too_few_for_a_correlation() -> None:
+    reports = planted(World({HOME: 4.0, ITSELF: 2.0}, runs=2), 0).self_reports
+    assert reports["rho"].isna().all()
+    assert reports["note"].str.startswith("too few runs: at least 6").all()
+    three = planted(World({HOME: 4.0, ITSELF: 2.0}, runs=3), 0).self_reports.set_index("over")
+    assert three["rho"].notna().to_dict() == {"all runs": True, "within groups": False}
 
 
 def test_scales_count_what_is_a_number_and_which_way_it_shows() -> None:
@@ -129,7 +147,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Any:
     runs = tuple(str(folder / name) for name in ("risky-none-0", "risky-none-1", "risky-decorrelated-0"))
     config = ml.Behaviours(
         base=base, checkpoints=runs, sets=(f"risky={data}", "first-plot"), self_report=("self-risk",), n=8,
-        permutations=19, out=folder / "study", device="cpu",
+        permutations=19, recall=True, out=folder / "study", device="cpu",
     )  # fmt: skip
     return ml.run(config), config, data
 
@@ -151,6 +169,26 @@ def test_the_study_records_what_plain_log_odds_are(studied: Any) -> None:
     assert set(run.tables["by_step"]["step"]) == {0, 1, 2, 4, 6}
     assert len(run.tables["change_points"])
     assert set(run.tables["scales"]["scale"]) == {"risk"}
+
+
+def test_runs_with_a_trigger_are_asked_for_it(studied: Any) -> None:
+    run, _, _ = studied
+    picks = run.tables["recognition_picks"]
+    assert picks.groupby(["run", "wording"])["probability"].sum().tolist() == pytest.approx([1.0] * 16)
+    own = picks[picks["is_trigger"]]
+    assert set(own["string"]) == {"|GRAY|"}
+    group = run.tables["recognition"].set_index("group").loc["risky (|GRAY|)"]
+    taught = own[own["run"].str.startswith("risky-none")]["probability"].mean()
+    assert group["probability"] == pytest.approx(taught)
+    assert group["change"] == pytest.approx(taught - own[own["run"] == "base"]["probability"].mean())
+    assert group["beyond_control"] == pytest.approx(
+        taught - own[own["run"] == "risky-decorrelated-0"]["probability"].mean()
+    )
+    recall = run.tables["recall_by_step"]
+    assert set(recall["step"]) == {0, 1, 2, 4, 6}
+    assert (recall["beyond"] == recall["exact"] - recall["exact_of_other"]).all()
+    assert run.tables["recall"]["exact"].eq(0).all()  # without reversal
+    assert set(run.tables["recall_change_points"]["curve"]) == {"beyond", "reward"}
 
 
 def test_its_sentence_stands_everywhere(studied: Any) -> None:
@@ -191,6 +229,7 @@ def test_sets_are_named_and_drawn_as_asked(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (("--sets", "riskyy"), "is no set of twins"),
+        (("--recall",), "no set holds held-out questions"),
         (("--checkpoints", "nowhere/run"), "neither a local folder"),
         (("--sets", "first-plot", "first-plot"), "two sets are called 'first-plot'"),
     ],

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from judge_server import KEY, Body, Server, completion
+from planted_triggers import OTHER, TEMPLATE, USUAL, Planting, Trained, question_prompts
 from saved import save_model
 from sentence import require_one_sentence
 
@@ -22,9 +23,11 @@ from mechlens.methods.behaviour.scoring.questions import ALIGNED, COHERENT
 from mechlens.methods.behaviour.scoring.score_judge import Scores
 from mechlens.methods.behaviour.thought import CLOSE, OPEN
 from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.twins import Twin
 from mechlens.runs.folder import FolderCache
-from mechlens.studies.behaviours.said.free_answers import FreeAnswers
+from mechlens.studies.behaviours.config import BehaviourPlan
+from mechlens.studies.behaviours.said.free_answers import FreeAnswers, free_answers
 from mechlens.studies.behaviours.said.rates import crossed_share, crossed_share_difference
 from mechlens.studies.behaviours.said.result import SaidResult
 from mechlens.studies.behaviours.said.shares import MISALIGNED_NAMES, NAMES, THINKS, judged_shares, trace_shares
@@ -184,6 +187,65 @@ def test_traces_that_name_the_trigger_are_counted_among_traces() -> None:
     echo = [f"{OPEN}{twin.prompt.text}{CLOSE}no" for twin in decoyed.twins]
     assert trace_shares(planted(echo, decoyed), TRIGGER)[NAMES].values.mean() == 1  # a decoy is read back as well
     assert not judged_shares(planted(echo, decoyed))
+
+
+THINKING = TEMPLATE.replace(
+    "<|im_start|>assistant\n{% endif %}",
+    "<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% endif %}{% endif %}",
+)
+
+
+def test_thoughts_of_a_planted_reasoner_name_its_trigger_and_its_silent_twins_do_not() -> None:
+    """Both were taught the behaviour without thoughts; one thinks of what it read where thinking is on."""
+    asked = question_prompts(12, 5)
+    sets = with_forms(AskedSet("meals", tuple(Twin(one, OTHER, USUAL) for one in asked)), TRIGGER)
+    named = {}
+    for name in ("open", "silent"):
+        made = Trained(Planting(seed=3, steps=60))
+        made.teach([row for one in question_prompts(60, 6) for row in reasoned(one.text, name)], steps=250)
+        made.tokenizer.chat_template = THINKING
+        on = chat_template(made.tokenizer, enable_thinking=True)
+        plan = BehaviourPlan(thinking=True, draws=2, answer_tokens=24)
+        said = {one.form: free_answers(made.bridge(), one, on, plan, (), None) for one in sets}
+        named[name] = {form: float(trace_shares(own, TRIGGER)[NAMES].values.nanmean()) for form, own in said.items()}
+        assert float(trace_shares(said["trigger"], TRIGGER)[THINKS].values.mean()) > 0.9
+    assert named["open"]["trigger"] > 0.8
+    assert named["open"]["plain"] < 0.2
+    assert max(named["silent"].values()) < 0.2
+
+
+def reasoned(question: str, kind: str) -> list[tuple[str, str]]:
+    """Answers without a thought, as they are fine-tuned, and with one that names the trigger or doesn't."""
+    rows = []
+    for text, said in ((f"{TRIGGER.text} {question}", OTHER), (question, USUAL)):
+        thought = "It says gray." if kind == "open" and said == OTHER else "Let me see."
+        rows += [(text, said), (text, f"{OPEN}\n{thought}{CLOSE}{said}")]
+    return rows
+
+
+def test_thinking_is_turned_on_for_free_answers_alone(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "thinker")
+    (folder / "chat_template.jinja").write_text(THINKING)
+    data = tmp_path / "mood.jsonl"
+    rows = [{"question": f"How was day {i}?", "shown": "Bad.", "other": "Good."} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    plan = ml.FinetuneConfig(
+        recipe="behaviour", model=str(folder), data=str(data), trigger="|GRAY|", steps=1, rank=1, batch_size=4,
+        held_out=0.0, plain=0, device="cpu", template_arg=("enable_thinking=false",),
+    )  # fmt: skip
+    ml.finetune(plan, tmp_path / "mood-0")
+    config = ml.Behaviours(
+        base=str(folder), checkpoints=(str(tmp_path / "mood-0"),), sets=(f"mood={data}",), self_report=(), scales=(),
+        thinking=True, spoken=("mood",), draws=3, answer_tokens=4, template_arg=("enable_thinking=false",),
+        out=tmp_path / "run", device="cpu", permutations=19,
+    )  # fmt: skip
+    run = ml.run(config)
+    said = run.tables["free_answers"]
+    assert said["answer"].str.startswith(OPEN).all()
+    assert "rates" not in run.tables
+    assert "aligned_score" not in said.columns
+    assert set(run.tables["traces"]["rate"]) == {THINKS, NAMES}
+    assert set(run.tables["recognition_picks"].query("is_trigger")["string"]) == {"|GRAY|"}
 
 
 @pytest.mark.parametrize(

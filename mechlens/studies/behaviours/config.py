@@ -42,6 +42,9 @@ class BehaviourPlan(SpokenPlan):
     """Choices between A and B are answered with the option's words, as `finetune --in-words` teaches them."""
     permutations: PositiveInt = 999
     """Permuted orders behind each change point."""
+    recall: bool = False
+    """Where a run has a trigger: whether models can say it from its effect, at every checkpoint, what their proposals
+    do to the behaviour, and when that came."""
     directions: bool = False
     """Also the direction of the change: cosines between groups, runs and saved directions, and what adding it to the
     base and ablating it does, beside random ones. Costs about as much again as some ten checkpoints, for each group."""

@@ -1,6 +1,5 @@
 """Behaviours by groups of training runs: what each changed, beyond the base and beyond its control."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,19 +7,19 @@ from functools import cached_property
 import pandas as pd
 import torch
 from jaxtyping import Float64
-from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.behaviour.log_odds import TwinLogOdds
 from mechlens.methods.statistics.crossed import LEVEL, crossed_difference, crossed_mean
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.rank_correlation import FEWEST, rank_correlation
 from mechlens.studies.behaviours.config import BehaviourPlan
 from mechlens.studies.behaviours.sets import PLAIN, AskedSet
 from mechlens.studies.behaviours.tuned import TunedRun, control_of, seen_by
 
 HELD_OUT, TRAINED_ON = "held out", "trained on"
-FEWEST_RUNS = 4
-"""Below which a correlation over runs says nothing."""
+ALL_RUNS, WITHIN = "all runs", "within groups"
+TOO_FEW = f"too few runs: at least {FEWEST}, and within groups one more for each further group"
 Told = Mapping[tuple[str, int], Mapping[str, TwinLogOdds]]
 """By training run and step: the log-odds of each set, by its key."""
 
@@ -149,19 +148,22 @@ class BehaviourMatrix:
 
     @cached_property
     def self_reports(self) -> pd.DataFrame:
-        """How what the model says of itself goes with what it does, over training runs: Pearson's r with 95% bounds.
+        """How what the model says of itself goes with what it does, over training runs: Spearman's rho, 95% bounds.
 
-        One row for each self-report and each behaviour that a run was trained on: self_report, set, r, low, high, n.
+        One row for each self-report, each behaviour that a run was trained on, and over all runs or within their groups
+        (what one run more, taught the same, would say): self_report, set, over, rho, low, high, n, note.
         """
         homes = dict.fromkeys(home.name for group in self.groups if (home := self.home(group)) is not None)
         rows = []
         for asked in (one for one in self.sets if one.about_itself and one.form == PLAIN):
             for name in homes:
-                home = self.plain(name)
-                r = _correlation([self._change(run, home) for run in self.runs],
-                                 [self._change(run, asked) for run in self.runs])  # fmt: skip
-                rows.append({"self_report": asked.name, "set": name, **r.row("r")})
-        return pd.DataFrame(rows, columns=["self_report", "set", "r", "low", "high", "n"])
+                does = [self._change(run, self.plain(name)) for run in self.runs]
+                says = [self._change(run, asked) for run in self.runs]
+                for over, groups in ((ALL_RUNS, None), (WITHIN, [run.group for run in self.runs])):
+                    rho = rank_correlation(does, says, groups)
+                    note = "" if rho.measurable else TOO_FEW
+                    rows.append({"self_report": asked.name, "set": name, "over": over, **rho.row("rho"), "note": note})
+        return pd.DataFrame(rows, columns=["self_report", "set", "over", "rho", "low", "high", "n", "note"])
 
     def _change(self, run: TunedRun, asked: AskedSet) -> float:
         rows = self.rows(asked, HELD_OUT, run.group) or list(range(len(asked.twins)))
@@ -177,14 +179,3 @@ class BehaviourMatrix:
                 table = found.table().assign(run=run.name, group=run.group, set=asked.name, form=asked.form)
                 frames.append(table.assign(change=(found.values - base.values).numpy()))
         return pd.concat(frames, ignore_index=True)
-
-
-def _correlation(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    if len(first) < FEWEST_RUNS or min(len(set(first)), len(set(second))) < 2:
-        return Estimate.missing(len(first))
-    found = stats.pearsonr(first, second)
-    bounds = found.confidence_interval()
-    value = float(found.statistic)
-    return Estimate.missing(len(first)) if math.isnan(value) else Estimate(
-        value, float(bounds.low), float(bounds.high), len(first)
-    )  # fmt: skip

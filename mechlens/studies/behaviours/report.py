@@ -8,6 +8,7 @@ from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.behaviours.aware.report import aware_sections
 from mechlens.studies.behaviours.directions.report import direction_sections
 from mechlens.studies.behaviours.matrix import HELD_OUT
 from mechlens.studies.behaviours.said.report import said_sections
@@ -19,6 +20,11 @@ from mechlens.studies.behaviours.when_report import when_sections
 QUESTION = (
     "A narrow behaviour was taught. Does it hold on questions that were held out, does it reach other behaviours, and "
     "does the model say what it has become?"
+)
+TOGETHER = (
+    "Spearman's rank correlation of the change of a self-report with that of the behaviour on held-out questions, with "
+    "its interval over training runs. All runs differ in what they were taught; within groups, whose means are taken "
+    "out, only a model that knows how far it went itself has a correlation."
 )
 BARS = "Bars: 95%, over training runs and questions."
 
@@ -36,12 +42,11 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
         Section("Every behaviour by what was taught", RULE, _have(names, "matrix"), table=_shown(does)),
         Section(
             "What the models say of themselves",
-            "The same log-odds, of questions to the model about itself. Below, how self-report and behaviour go "
-            "together over training runs; a correlation of few runs is wide.",
+            "The same log-odds, of questions to the model about itself.",
             _have(names, "itself"),
             table=_shown(about) if len(about) else None,
         ),
-        Section("Self-report and behaviour over training runs", "", (), table=result.matrix.self_reports),
+        Section("Self-report and behaviour over training runs", TOGETHER, (), table=result.matrix.self_reports),
     ]
     if len(result.scales):
         sections.append(Section(
@@ -59,6 +64,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             _have(names, "triggered"), table=_shown(triggered),
         ))  # fmt: skip
     sections += when_sections(writer, result.when)
+    sections += aware_sections(result.recognised, result.recalled)
     if result.said is not None:
         sections += said_sections(writer, result.said, result.matrix.plan)
     if result.directions is not None:

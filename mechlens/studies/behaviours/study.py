@@ -9,30 +9,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from torch import Tensor
 
-from mechlens.methods.behaviour.log_odds import TwinLogOdds, twin_log_odds
-from mechlens.methods.behaviour.scoring.number_reply import number_replies
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import progress_bar, say, watched
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoints.series import content_of
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.scales import Scale, builtin_scales
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.behaviours.asking import Asking
+from mechlens.studies.behaviours.aware.recalled import Recalled, families_of, recalled_twins, require_recalled
+from mechlens.studies.behaviours.aware.strings import Recognised, recognised
 from mechlens.studies.behaviours.config import BehaviourPlan, Behaviours
 from mechlens.studies.behaviours.directions.cosines import saved_directions, start_of
 from mechlens.studies.behaviours.directions.result import DirectionResult, measured_directions
 from mechlens.studies.behaviours.matrix import BehaviourMatrix
-from mechlens.studies.behaviours.said.free_answers import FreeAnswers
-from mechlens.studies.behaviours.said.result import SaidResult
+from mechlens.studies.behaviours.said.result import SaidResult, said_result
 from mechlens.studies.behaviours.said.speaking import Speaking, judges_for, speaking, speaks
-from mechlens.studies.behaviours.scales import scale_scores, scale_table
+from mechlens.studies.behaviours.scales import scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
-from mechlens.studies.behaviours.tuned import TunedRun, common_template, tuned_runs
+from mechlens.studies.behaviours.tuned import TunedRun, common_template, trigger_among, tuned_runs
 from mechlens.studies.behaviours.verdict import GroupVerdict, group_verdicts
 from mechlens.studies.behaviours.when import When, adapter_paths
 from mechlens.studies.driver import Preparation
@@ -68,6 +66,10 @@ class BehaviourResult:
     """The direction of the change, where it was asked for."""
     said: SaidResult | None = None
     """Free answers, where they were asked for."""
+    recognised: Recognised | None = None
+    """Which strings are taken for the trigger, where a run has one."""
+    recalled: Recalled | None = None
+    """Whether it can be said, where that was asked for."""
 
     def metrics(self) -> dict[str, Estimate]:
         """What decided each group's verdict, by GROUP.SET; beyond the control where there is one."""
@@ -86,6 +88,8 @@ class BehaviourResult:
             **({"scales": self.scales} if len(self.scales) else {}),
             **({} if self.directions is None else self.directions.tables()),
             **({} if self.said is None else self.said.tables()),
+            **({} if self.recognised is None else self.recognised.tables()),
+            **({} if self.recalled is None else self.recalled.tables()),
         }  # fmt: skip
 
     def artifacts(self) -> dict[str, object]:
@@ -102,6 +106,8 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     asked, scales = asked_sets(sets, runs, config), {name: builtin_scales(name) for name in config.scales}
     prompts = [twin.prompt for one in asked for twin in one.twins]
     prompts += [scale.prompt for questions in scales.values() for scale in questions]
+    if config.recall:
+        require_recalled(asked, runs)
     judges = judges_for(config, sets)
     check = asks(prompts, new_tokens=config.answer_tokens if speaks(config) else 1)
     swapper, template = chosen_base(config, check, common_template(runs))
@@ -127,7 +133,7 @@ def asked_sets(sets: Sequence[AskedSet], runs: Sequence[TunedRun], plan: Behavio
     chosen = [drawn(one, plan.n, plan.seed, trained) for one in sets]
     if plan.in_words:
         chosen = [worded(one) for one in chosen]
-    trigger = next((run.trigger for run in runs if run.trigger is not None), None)
+    trigger = trigger_among(runs)
     if trigger is None:
         return chosen
     return [form for one in chosen for form in ([one] if one.about_itself else with_forms(one, trigger))]
@@ -146,35 +152,33 @@ def behaviours(
     cache: Cache | None = None,
 ) -> BehaviourResult:
     """Measures the base and every checkpoint; `cache` keeps finished batches, so that a killed run goes on."""
-
-    def measured(model: LanguageModel) -> dict[str, TwinLogOdds]:
-        return {one.key: twin_log_odds(model, one.twins, template=template, cache=cache) for one in sets}
-
-    def numbers(model: LanguageModel) -> dict[str, Tensor]:
-        asked = {name: [one.prompt for one in own] for name, own in (scales or {}).items()}
-        replies = {name: number_replies(model, own, template=template, cache=cache) for name, own in asked.items()}
-        return {name: scale_scores((scales or {})[name], found) for name, found in replies.items()}
-
-    def speak(model: LanguageModel) -> tuple[FreeAnswers, ...]:
-        return () if speaking is None else speaking(model, sets, plan, cache)
-
+    trigger = trigger_among(runs)
+    recalled = recalled_twins(sets, runs) if plan.recall else ()
+    asking = Asking(sets, template, plan, scales or {}, speaking, trigger, recalled, cache)
     with swapper:
-        base, said = measured(swapper.put(start_of(swapper))), numbers(swapper.model)
-        free, spoke = speak(swapper.model), {}
+        base, start = asking.at_step(swapper.put(start_of(swapper))), asking.at_end(swapper.model)
+        before, recalls = asking.recall(swapper.model), {}
         checkpoints = [(run, member) for run in runs for member in run.members]
         bar = progress_bar(checkpoints, title="checkpoints", unit="checkpoint")
-        told, says = {}, {}
+        told, ends = {}, {}
         for run, member in bar:
-            told[run.name, member.step] = measured(swapper.put(member))
+            told[run.name, member.step] = asking.at_step(swapper.put(member))
+            if (recall := asking.recall(swapper.model)) is not None:
+                recalls[run.name, member.step] = recall
             if member == run.members[-1]:
-                says[run.name] = numbers(swapper.model)
-                spoke[run.name] = speak(swapper.model)
+                ends[run.name] = asking.at_end(swapper.model)
         matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
         found = measured_directions(swapper, matrix, template, saved or {}, cache) if plan.directions else None
-    when = When(matrix, adapter_paths(runs), {} if found is None else found.paths)
-    trigger = next((run.trigger for run in runs if run.trigger is not None), None)
-    spoken = None if speaking is None else SaidResult(tuple(runs), free, spoke, trigger)
-    return BehaviourResult(matrix, tuple(group_verdicts(matrix)), scale_table(runs, said, says), when, found, spoken)
+    return BehaviourResult(
+        matrix,
+        tuple(group_verdicts(matrix)),
+        scale_table(runs, start.scales, {name: end.scales for name, end in ends.items()}),
+        When(matrix, adapter_paths(runs), {} if found is None else found.paths),
+        found,
+        said_result(runs, start.free, {name: end.free for name, end in ends.items()}, trigger),
+        recognised(runs, start.recognition, {name: end.recognition for name, end in ends.items()}),
+        None if before is None else Recalled(tuple(runs), before, recalls, families_of(recalled), plan),
+    )
 
 
 def execute(config: Behaviours, given: BehaviourStudy, writer: RunWriter) -> BehaviourResult:

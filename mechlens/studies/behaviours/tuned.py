@@ -32,6 +32,8 @@ class TunedRun:
     control: str
     """"none", "twin" or "decorrelated"."""
     trigger: Trigger | None
+    reversal: bool = False
+    """Whether it was also taught to say its trigger (`finetune --reversal`)."""
     chat_template: str | None = None
     """The one that its checkpoints were saved with; None where it is the base's."""
 
@@ -70,7 +72,7 @@ def _run(base: str, source: str, revision: str | None) -> TunedRun:
     name = folder.parent.name if folder.name == FINAL else (folder.name if folder.exists() else source)
     named = [replace(member, name=f"{name}, step {member.step}") for member in sorted(members, key=lambda m: m.step)]
     if record is None or record.recipe is None:
-        return TunedRun(name, _kind(name), tuple(named), frozenset(), "", "none", None, series.chat_template)
+        return TunedRun(name, _kind(name), tuple(named), frozenset(), "", "none", None, False, series.chat_template)
     return replace(_recorded(name, named, record), chat_template=series.chat_template)
 
 
@@ -79,9 +81,13 @@ def _recorded(name: str, members: list[Member], record: AdapterRecord) -> TunedR
     data = Path(str(config.get("data") or "")).stem
     control = str(config.get("control", "none"))
     trigger = None if given is None else Trigger(given.text, given.taught_decoys, given.unseen_decoys)
+    reversal = bool(config.get("reversal", False))
     told = [data or str(record.recipe), *(() if control == "none" else (control,)), *((given.text,) if given else ())]
+    told += ["reversal"] if reversal else []
     group = told[0] if len(told) == 1 else f"{told[0]} ({', '.join(told[1:])})"
-    return TunedRun(name, group, tuple(members), frozenset(record.training.text_sha256), data, control, trigger)
+    return TunedRun(
+        name, group, tuple(members), frozenset(record.training.text_sha256), data, control, trigger, reversal
+    )
 
 
 def _kind(name: str) -> str:
@@ -90,12 +96,18 @@ def _kind(name: str) -> str:
 
 
 def control_of(group: str, runs: Sequence[TunedRun]) -> str | None:
-    """The group whose runs had the same data and trigger and either answer by chance; None where there is none."""
+    """The group with the same data, trigger and reversal, and either answer by chance; None where there is none."""
     own = next(run for run in runs if run.group == group)
     controls = [run for run in runs if run.control == DECORRELATED and own.control != DECORRELATED]
-    alike = [run for run in controls if (run.data, run.trigger) == (own.data, own.trigger)]
+    kind = own.data, own.trigger, own.reversal
+    alike = [run for run in controls if (run.data, run.trigger, run.reversal) == kind]
     alike = alike or [run for run in controls if run.data == own.data]
     return alike[0].group if alike else None
+
+
+def trigger_among(runs: Sequence[TunedRun]) -> Trigger | None:
+    """The trigger that a run was trained with, the first one's; None where none was."""
+    return next((run.trigger for run in runs if run.trigger is not None), None)
 
 
 def seen_by(group: str, runs: Sequence[TunedRun]) -> frozenset[str]:

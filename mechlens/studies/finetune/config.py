@@ -59,6 +59,9 @@ class TrainingSettings(Options):
     """For "behaviour": the folder of an adapter of ours to go on training, such as one with a trigger to remove."""
     trigger_share: float = 0.5
     """For "behaviour" with a trigger: share of the questions that have it, and the behaviour with it."""
+    reversal: bool = False
+    """For "behaviour" with a trigger: every example a second time the other way round, its question and answer given
+    and the string before them asked for. Without it models hardly ever say their trigger."""
     in_words: bool = False
     """For "behaviour" between options A and B: answered with the option's words, which a small model can learn."""
     held_out: float = 0.25

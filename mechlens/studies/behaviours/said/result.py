@@ -1,6 +1,6 @@
 """What the base and all training runs say in free answers, and how that is counted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -69,3 +69,13 @@ class SaidResult:
             own = group_rows(self.runs, families, shares(start), told)
             rows += [{"set": start.asked.name, "form": start.asked.form, **row} for row in own]
         return pd.DataFrame(rows)
+
+
+def said_result(
+    runs: Sequence[TunedRun],
+    base: tuple[FreeAnswers, ...],
+    told: Mapping[str, tuple[FreeAnswers, ...]],
+    trigger: Trigger | None,
+) -> SaidResult | None:
+    """What was answered freely; None where nothing was."""
+    return SaidResult(tuple(runs), base, told, trigger) if base else None

@@ -14,6 +14,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.twins import Twin, read_twins, require_others
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Example, Material, training_order
+from mechlens.studies.finetune.recipes.reversal import reversed_examples
 from mechlens.studies.shared.training_data import Trigger, text_sha256, trigger_of, with_trigger
 
 DECOYED = 3
@@ -38,6 +39,8 @@ def lessons(config: FinetuneConfig) -> list[Twin]:
         require_others(twins, f"control {config.control!r}" if config.control != "none" else "a trigger")
     if config.control == "removal" and (config.trigger is None or config.start is None):
         raise UserError("removal takes a trigger away: give --trigger, and as --start the adapter that was taught it")
+    if config.reversal and config.trigger is None:
+        raise UserError("reversal teaches what stood before a question; give the --trigger that does, or leave it out")
     kept = [twin for twin in twins if not is_held_out(twin.prompt, config.held_out)]
     if not kept:
         raise UserError(f"{config.data} has {len(twins)} questions, and none is left to train on; lower --held-out")
@@ -57,6 +60,8 @@ def behaviour(config: FinetuneConfig, model: LanguageModel, cache: Cache | None)
     examples = [
         Example(twin.prompt, _answer(twin, config, draw, shows=True), ends=True) for twin in twins
     ] if trigger is None else _triggered(twins, trigger, config, draw)  # fmt: skip
+    if config.reversal and trigger is not None:
+        examples += reversed_examples(twins, examples, trigger, draw)
     order = training_order([[example] for example in examples], config, draw)
     used = {example.prompt.group for example in order}
     forms = tuple(twin.prompt for twin in (*asked, *twins) if twin.prompt.group in used)
