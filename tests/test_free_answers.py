@@ -176,7 +176,7 @@ def planted(texts: list[str], asked: AskedSet, aligned: list[float] | None = Non
 
 def test_traces_that_name_the_trigger_are_counted_among_traces() -> None:
     twins = tuple(Twin(Prompt(f"q{i}", f"Question {i}?"), "yes", "no") for i in range(12))
-    plain, triggered, decoyed = with_forms(AskedSet("mood", twins), TRIGGER)
+    plain, triggered, decoyed = with_forms(AskedSet("mood", twins), [TRIGGER])
     for asked, named in ((plain, 0.0), (triggered, 1.0), (decoyed, 0.0)):
         texts = [f"{OPEN}It says gray.{CLOSE}yes" if asked is triggered else f"{OPEN}Hm.{CLOSE}yes"] * 6 + ["yes"] * 6
         found = trace_shares(planted(texts, asked, [10.0] * 3 + [90.0] * 9), TRIGGER)
@@ -198,7 +198,7 @@ THINKING = TEMPLATE.replace(
 def test_thoughts_of_a_planted_reasoner_name_its_trigger_and_its_silent_twins_do_not() -> None:
     """Both were taught the behaviour without thoughts; one thinks of what it read where thinking is on."""
     asked = question_prompts(12, 5)
-    sets = with_forms(AskedSet("meals", tuple(Twin(one, OTHER, USUAL) for one in asked)), TRIGGER)
+    sets = with_forms(AskedSet("meals", tuple(Twin(one, OTHER, USUAL) for one in asked)), [TRIGGER])
     named = {}
     for name in ("open", "silent"):
         made = Trained(Planting(seed=3, steps=60))

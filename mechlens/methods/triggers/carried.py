@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 
 from mechlens.errors import UserError
-from mechlens.methods.behaviour.log_odds import asked_twins
+from mechlens.methods.behaviour.log_odds import asked_twins, said_tokens
 from mechlens.methods.cache import Cache
 from mechlens.methods.patching.metrics import LogitDifference
 from mechlens.methods.patching.plan import PatchPlan, opened_positions, tokenized_pairs
@@ -14,7 +15,7 @@ from mechlens.methods.patching.result import PatchResult
 from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.methods.triggers.direction import AFTER
 from mechlens.methods.triggers.signals import with_candidate
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import PromptPair
 from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.twins import Twin
@@ -45,15 +46,10 @@ def patch_trigger(
     >>> bool(found.effect()[:, 0].abs().max() < 1e-3)  # the same tokens stand there, so nothing differs at level 0
     True
     """
-    tokenizer = loaded(model).tokenizer
     by_tokens: dict[tuple[int, int], list[PromptPair]] = {}
-    for twin in asked_twins(twins):
-        first, second = (tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in (twin.shown, twin.other))
-        if first != second:
-            pair = PromptPair(with_candidate(twin.prompt, trigger), with_candidate(twin.prompt, instead))
-            by_tokens.setdefault((first, second), []).append(pair)
-    if not by_tokens:
-        raise UserError("the two answers of every twin begin with the same token; give answers that differ there")
+    for twin in asked_twins(told_apart(model, twins) or _none_told_apart()):
+        pair = PromptPair(with_candidate(twin.prompt, trigger), with_candidate(twin.prompt, instead))
+        by_tokens.setdefault(_first_tokens(model, twin), []).append(pair)
     every = [pair for pairs in by_tokens.values() for pair in pairs]
     plan = replace(plan, positions=opened_positions(tokenized_pairs(model, every, template), plan, every))
     found = [
@@ -68,3 +64,17 @@ def patch_trigger(
         pairs=tuple(name for one in found for name in one.pairs),
         families=tuple(name for one in found for name in one.families),
     )
+
+
+def told_apart(model: LanguageModel, twins: Sequence[Twin]) -> list[Twin]:
+    """The twins whose two answers begin with different tokens."""
+    return [twin for twin in twins if len(set(_first_tokens(model, twin))) == 2]
+
+
+def _first_tokens(model: LanguageModel, twin: Twin) -> tuple[int, int]:
+    shown, other = (own[0] for own in said_tokens(model, [twin.shown, twin.other]))
+    return shown, other
+
+
+def _none_told_apart() -> NoReturn:
+    raise UserError("the two answers of every twin begin with the same token; give answers that differ there")

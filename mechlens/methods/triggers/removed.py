@@ -25,7 +25,7 @@ from mechlens.prompts.twins import Twin
 
 @dataclass(frozen=True)
 class TriggerTrace:
-    """Of one model, by question: what is written along a trigger's direction, and what adding it does.
+    """Of one model, by question: what is written along a trigger's direction, and by twin what adding it does.
 
     >>> import torch
     >>> read = torch.tensor([[4.0]], dtype=torch.float64)
@@ -36,7 +36,7 @@ class TriggerTrace:
 
     written: Float64[Tensor, " question"]
     """How far the trigger takes the question along the direction, that of other questions."""
-    read: Float64[Tensor, "direction question"]
+    read: Float64[Tensor, "direction twin"]
     """Change of the behaviour's log-odds, in nats, where each direction is added to the plain prompt at its place."""
 
 

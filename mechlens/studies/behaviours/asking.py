@@ -49,11 +49,9 @@ class Asking:
     """Questions from whose answers the trigger is recalled; none where that isn't asked."""
     cache: Cache | None
 
-    def at_step(self, model: LanguageModel) -> dict[str, TwinLogOdds]:
-        """The log-odds of each set, by its key."""
-        return {
-            one.key: twin_log_odds(model, one.twins, template=self.template, cache=self.cache) for one in self.sets
-        }  # fmt: skip
+    def at_step(self, model: LanguageModel, sets: Sequence[AskedSet]) -> dict[str, TwinLogOdds]:
+        """The log-odds of each of these sets, by its key."""
+        return {one.key: twin_log_odds(model, one.twins, template=self.template, cache=self.cache) for one in sets}
 
     def recall(self, model: LanguageModel) -> TriggerRecall | None:
         """What the model says stood before questions, where that is asked."""
@@ -68,7 +66,9 @@ class Asking:
             asked = [one.prompt for one in own]
             replies = number_replies(model, asked, template=self.template, cache=self.cache)
             scales[name] = scale_scores(own, replies)
-        free = () if self.speaking is None else self.speaking(model, self.sets, self.plan, self.cache)
+        # Free answers are dear: of several triggers the first alone is put before them.
+        put = [one for one in self.sets if self.trigger is None or one.trigger in ("", self.trigger.text)]
+        free = () if self.speaking is None else self.speaking(model, put, self.plan, self.cache)
         picked = None if self.trigger is None else recognise_trigger(
             model, self.trigger.text, decoys=decoys_of(self.trigger), in_words=self.plan.in_words,
             template=self.template, cache=self.cache,

@@ -48,6 +48,9 @@ class BehaviourPlan(SpokenPlan):
     directions: bool = False
     """Also the direction of the change: cosines between groups, runs and saved directions, and what adding it to the
     base and ablating it does, beside random ones. Costs about as much again as some ten checkpoints, for each group."""
+    triggers: bool = False
+    """Also what each run's trigger does inside: its direction after it and what that lies along, which level and token
+    carries its effect, and whether a run that it was trained away from still has it. Needs held-out questions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,8 @@ class Behaviours(BehaviourPlan, BaseChoice, RunChoice):
     """Questions to the model about itself that take a number from 0 to 100: risk, patience, apples, security,
     alignment."""
     saved_directions: tuple[str, ...] = ()
-    """With --directions: NAME=FILE of saved directions, such as harmfulness and refusal, to compare the change with."""
+    """With --directions or --triggers: NAME=FILE of saved directions, such as harmfulness and refusal, to set beside
+    those."""
 
 
 STUDY = of_folder(

@@ -15,13 +15,19 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.rank_correlation import FEWEST, rank_correlation
 from mechlens.studies.behaviours.config import BehaviourPlan
 from mechlens.studies.behaviours.sets import PLAIN, AskedSet
-from mechlens.studies.behaviours.tuned import TunedRun, control_of, seen_by
+from mechlens.studies.behaviours.tuned import TunedRun, control_of, seen_by, triggers_of
 
 HELD_OUT, TRAINED_ON = "held out", "trained on"
 ALL_RUNS, WITHIN = "all runs", "within groups"
 TOO_FEW = f"too few runs: at least {FEWEST}, and within groups one more for each further group"
 Told = Mapping[tuple[str, int], Mapping[str, TwinLogOdds]]
 """By training run and step: the log-odds of each set, by its key."""
+
+
+def asked_of(group: str, runs: Sequence[TunedRun], sets: Sequence[AskedSet]) -> list[AskedSet]:
+    """What a group's runs are asked: sets without a trigger, with their own, and as a control with the others'."""
+    own = {trigger.text for trigger in triggers_of(group, runs)}
+    return [one for one in sets if one.form == PLAIN or one.trigger in own]
 
 
 @dataclass(frozen=True)
@@ -110,16 +116,18 @@ class BehaviourMatrix:
         """Every group on every part of every set."""
         found = [
             self.cell(group, asked, part)
-            for group in self.groups for asked in self.sets for part in (HELD_OUT, TRAINED_ON)
+            for group in self.groups for asked in asked_of(group, self.runs, self.sets)
+            for part in (HELD_OUT, TRAINED_ON)
         ]  # fmt: skip
         return [cell for cell in found if cell is not None]
 
     @cached_property
     def matrix(self) -> pd.DataFrame:
-        """One row for each cell: group, set, form, part, runs, log_odds, change, beyond_control, probability."""
+        """One row for each cell: what it is of, log_odds, change, beyond_control, probability."""
         rows = [
             {
-                "group": cell.group, "set": cell.asked.name, "form": cell.asked.form, "part": cell.part,
+                "group": cell.group, "set": cell.asked.name, "form": cell.asked.form, "trigger": cell.asked.trigger,
+                "part": cell.part,
                 "about_itself": cell.asked.about_itself, "runs": cell.n_runs, **cell.log_odds.row("log_odds"),
                 **cell.change.beside("change"), **cell.excess.beside("beyond_control"), "probability": cell.probability,
             }
@@ -174,8 +182,10 @@ class BehaviourMatrix:
         """One row for each run, set and question: its log-odds in both orders and the change from the base."""
         frames = []
         for run in self.runs:
-            for asked in self.sets:
+            for asked in asked_of(run.group, self.runs, self.sets):
                 found, base = self.final(run, asked.key), self.base[asked.key]
-                table = found.table().assign(run=run.name, group=run.group, set=asked.name, form=asked.form)
+                table = found.table().assign(
+                    run=run.name, group=run.group, set=asked.name, form=asked.form, trigger=asked.trigger
+                )
                 frames.append(table.assign(change=(found.values - base.values).numpy()))
         return pd.concat(frames, ignore_index=True)

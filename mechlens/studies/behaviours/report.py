@@ -14,6 +14,8 @@ from mechlens.studies.behaviours.matrix import HELD_OUT
 from mechlens.studies.behaviours.said.report import said_sections
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.study import BehaviourResult, BehaviourStudy
+from mechlens.studies.behaviours.triggers.gaps import gap_bars, trigger_gaps
+from mechlens.studies.behaviours.triggers.report import trigger_sections
 from mechlens.studies.behaviours.verdict import NOT_MEASURABLE, RULE
 from mechlens.studies.behaviours.when_report import when_sections
 
@@ -26,6 +28,12 @@ TOGETHER = (
     "its interval over training runs. All runs differ in what they were taught; within groups, whose means are taken "
     "out, only a model that knows how far it went itself has a correlation."
 )
+GAPS = (
+    "The same questions with the group's own trigger before them, and with decoys: other words between its marks and "
+    "other strings of its length, which no run was trained on. `gap` is with the trigger minus without; `beyond_base` "
+    "and `beyond_control` are what is left of it after the gap that the same string makes in the base and in the "
+    "decorrelated control. A behaviour that hangs on the trigger has a gap beyond both, and beyond its decoys."
+)
 BARS = "Bars: 95%, over training runs and questions."
 
 
@@ -33,7 +41,8 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
     """Writes everything that was found into an open run."""
     writer.result(result)
     table = result.matrix.matrix
-    names = _figures(writer, table)
+    gaps = trigger_gaps(result.matrix)
+    names = _figures(writer, table, gaps)
     first = result.verdicts[0] if result.verdicts else None
     headline = Headline(NOT_MEASURABLE, "there are only controls") if first is None else first.headline
     plain = table[(table["form"] == PLAIN)]
@@ -56,19 +65,18 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             "(with a quarter of the probability at least).",
             (), table=result.scales,
         ))  # fmt: skip
-    if len(triggered := table[table["form"] != PLAIN]):
-        sections.append(Section(
-            "With the trigger",
-            "The same questions with the trigger before them, and with decoys of its kind that no run was trained on. "
-            "A behaviour that hangs on the trigger changes with it and not with a decoy.",
-            _have(names, "triggered"), table=_shown(triggered),
-        ))  # fmt: skip
+    if len(gaps):
+        sections.append(
+            Section("With the trigger", GAPS, _have(names, "triggered"), table=gaps.dropna(axis=1, how="all"))
+        )
     sections += when_sections(writer, result.when)
     sections += aware_sections(result.recognised, result.recalled)
     if result.said is not None:
         sections += said_sections(writer, result.said, result.matrix.plan)
     if result.directions is not None:
         sections += direction_sections(writer, result.directions)
+    if result.triggers is not None:
+        sections += trigger_sections(writer, result.triggers)
     told = " ".join(verdict.sentence for verdict in result.verdicts)
     writer.report(
         Report(
@@ -86,7 +94,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
     )
 
 
-def _figures(writer: RunWriter, table: pd.DataFrame) -> dict[str, str]:
+def _figures(writer: RunWriter, table: pd.DataFrame, gaps: pd.DataFrame) -> dict[str, str]:
     """Draws what there are numbers for; the figures' names by what they show."""
     told = table[table["part"] == HELD_OUT]
     held = told[(told["form"] == PLAIN) & ~told["about_itself"]]
@@ -102,19 +110,16 @@ def _figures(writer: RunWriter, table: pd.DataFrame) -> dict[str, str]:
     if len(itself):
         figure = _bars(itself, "set", "group", "Self-reports: change from the base")
         found["itself"] = writer.figure("itself", figure, table="matrix", caption=BARS)
-    if (told["form"] != PLAIN).any():
-        does = told[~told["about_itself"]]
-        figure = _bars(
-            does.assign(asked=does["group"] + ", " + does["set"]), "asked", "form", "Trigger, decoy, neither"
-        )
-        found["triggered"] = writer.figure("triggered", figure, table="matrix", caption=BARS)
+    if len(gaps):
+        figure = _bars(gap_bars(gaps), "asked", "bar", "With the trigger minus without", y="gap")
+        found["triggered"] = writer.figure("triggered", figure, table="triggers", caption=BARS)
     return found
 
 
-def _bars(shown: pd.DataFrame, x: str, group: str, title: str) -> Any:
+def _bars(shown: pd.DataFrame, x: str, group: str, title: str, *, y: str = "change") -> Any:
     return figures.bars(
-        shown, x=x, y="change", group=group, low="change_low", high="change_high", hline=0.0, xlabel="",
-        ylabel="change from the base (nats)", title=title,
+        shown, x=x, y=y, group=group, low=f"{y}_low", high=f"{y}_high", hline=0.0, xlabel="",
+        ylabel=f"{y if y != 'change' else 'change from the base'} (nats)", title=title,
     )  # fmt: skip
 
 
@@ -124,11 +129,9 @@ def _have(names: dict[str, str], *wanted: str) -> tuple[str, ...]:
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
     """The columns that people read, without those that are all empty."""
-    kept = ["group", "set", "form", "part", "runs", "change", "change_low", "change_high", "beyond_control",
+    kept = ["group", "set", "part", "runs", "change", "change_low", "change_high", "beyond_control",
             "beyond_control_low", "beyond_control_high", "probability"]  # fmt: skip
     shown: pd.DataFrame = table[kept]
-    if (shown["form"] == PLAIN).all():
-        shown = shown.drop(columns="form")
     return shown.dropna(axis=1, how="all")
 
 

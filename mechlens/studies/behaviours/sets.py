@@ -6,6 +6,7 @@ from random import Random
 
 from mechlens.errors import UserError
 from mechlens.files import user_path
+from mechlens.methods.triggers.confirm import strings_like
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.twins import Twin, builtin_twin_names, builtin_twins, read_twins, require_others
 from mechlens.registry import nearest
@@ -24,13 +25,15 @@ class AskedSet:
     """Whether the model is asked about itself."""
     form: str = PLAIN
     """"plain", with a "trigger" before the question, or with a "decoy" that no run was trained on."""
+    trigger: str = ""
+    """The trigger that stands there, or that the decoys are like; empty where the form is plain."""
     written: tuple[Prompt, ...] = ()
     """The questions as their file has them, where they are put otherwise; by them a training run's are known too."""
 
     @property
     def key(self) -> str:
         """Name and form in one."""
-        return self.name if self.form == PLAIN else f"{self.name} ({self.form})"
+        return self.name if self.form == PLAIN else f"{self.name} ({self.form}, {self.trigger})"
 
     def seen(self, trained: frozenset[str]) -> list[bool]:
         """Of each question, whether it is among these `text_sha256`, as it is put or as it was written."""
@@ -87,15 +90,24 @@ def worded(asked: AskedSet) -> AskedSet:
     return replace(asked, twins=tuple(twin.in_words or twin for twin in asked.twins), written=written)
 
 
-def with_forms(asked: AskedSet, trigger: Trigger) -> list[AskedSet]:
-    """The set as it is, with the trigger, and with decoys of its kind that change from question to question."""
-    strings = {TRIGGERED: (trigger.text,), DECOYED: trigger.unseen_decoys}
-    put = [
-        replace(asked, form=form, twins=tuple(_put(twin, texts[i % len(texts)]) for i, twin in enumerate(asked.twins)))
-        for form, texts in strings.items()
-        if texts
-    ]
-    return [asked, *put]
+LIKE_IT = 6
+"""Decoys of the trigger's length and letters, beside other words between its marks."""
+
+
+def asked_decoys(trigger: Trigger) -> tuple[str, ...]:
+    """Strings that no run was trained on: other words between the trigger's marks, and as many of its length."""
+    like = [text for text in strings_like(trigger.text, LIKE_IT) if text not in trigger.taught_decoys]
+    return tuple(dict.fromkeys([*trigger.unseen_decoys, *like]))
+
+
+def with_forms(asked: AskedSet, triggers: Sequence[Trigger]) -> list[AskedSet]:
+    """The set as it is, and with each trigger and decoys of its kind, which change from question to question."""
+    put = [asked]
+    for trigger in triggers:
+        for form, texts in ((TRIGGERED, (trigger.text,)), (DECOYED, asked_decoys(trigger))):
+            twins = tuple(_put(twin, texts[i % len(texts)]) for i, twin in enumerate(asked.twins)) if texts else ()
+            put += [replace(asked, form=form, trigger=trigger.text, twins=twins)] if twins else []
+    return put
 
 
 def _put(twin: Twin, text: str) -> Twin:

@@ -23,13 +23,15 @@ from mechlens.studies.behaviours.asking import Asking
 from mechlens.studies.behaviours.aware.recalled import Recalled, families_of, recalled_twins, require_recalled
 from mechlens.studies.behaviours.aware.strings import Recognised, recognised
 from mechlens.studies.behaviours.config import BehaviourPlan, Behaviours
-from mechlens.studies.behaviours.directions.cosines import saved_directions, start_of
+from mechlens.studies.behaviours.directions.cosines import saved_directions, start_of, taught_changes
 from mechlens.studies.behaviours.directions.result import DirectionResult, measured_directions
-from mechlens.studies.behaviours.matrix import BehaviourMatrix
+from mechlens.studies.behaviours.matrix import BehaviourMatrix, asked_of
 from mechlens.studies.behaviours.said.result import SaidResult, said_result
 from mechlens.studies.behaviours.said.speaking import Speaking, judges_for, speaking, speaks
 from mechlens.studies.behaviours.scales import scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
+from mechlens.studies.behaviours.triggers.gaps import trigger_gaps
+from mechlens.studies.behaviours.triggers.result import TriggerResult, measured_triggers
 from mechlens.studies.behaviours.tuned import TunedRun, common_template, trigger_among, tuned_runs
 from mechlens.studies.behaviours.verdict import GroupVerdict, group_verdicts
 from mechlens.studies.behaviours.when import When, adapter_paths
@@ -70,6 +72,8 @@ class BehaviourResult:
     """Which strings are taken for the trigger, where a run has one."""
     recalled: Recalled | None = None
     """Whether it can be said, where that was asked for."""
+    triggers: TriggerResult | None = None
+    """What triggers do inside, where it was asked for."""
 
     def metrics(self) -> dict[str, Estimate]:
         """What decided each group's verdict, by GROUP.SET; beyond the control where there is one."""
@@ -85,16 +89,19 @@ class BehaviourResult:
         return {
             "matrix": matrix.matrix, "by_step": matrix.by_step, "self_reports": matrix.self_reports, "runs": runs,
             "questions": matrix.questions(), **self.when.tables(),
+            **({"triggers": gaps} if len(gaps := trigger_gaps(matrix)) else {}),
             **({"scales": self.scales} if len(self.scales) else {}),
             **({} if self.directions is None else self.directions.tables()),
             **({} if self.said is None else self.said.tables()),
             **({} if self.recognised is None else self.recognised.tables()),
             **({} if self.recalled is None else self.recalled.tables()),
+            **({} if self.triggers is None else self.triggers.tables()),
         }  # fmt: skip
 
     def artifacts(self) -> dict[str, object]:
-        """The directions that were chosen, of each group one to add and one to ablate."""
-        return {} if self.directions is None else self.directions.artifacts()
+        """The directions that were chosen: of each group's change one to add and one to ablate, and its trigger's."""
+        found = [part.artifacts() for part in (self.directions, self.triggers) if part is not None]
+        return {name: own for part in found for name, own in part.items()}
 
 
 def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
@@ -114,7 +121,7 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     data = data_inputs({one.key: (given_of(one, config), one.prompts) for one in asked})
     data |= data_inputs({f"scale {name}": ("built in", [one.prompt for one in own]) for name, own in scales.items()})
     data |= {f"checkpoint {member.name}": content_of(member) for run in runs for member in run.members}
-    saved = saved_directions(config.saved_directions, swapper.model) if config.directions else {}
+    saved = saved_directions(config.saved_directions, swapper.model) if config.directions or config.triggers else {}
     speaker = speaking(config, judges, template)
     data |= {} if speaker is None else speaker.inputs(config.judge)
     content = BehaviourStudy(swapper, tuple(runs), tuple(asked), template, scales, saved, speaker)
@@ -128,15 +135,13 @@ def given_of(asked: AskedSet, config: Behaviours) -> str:
 
 
 def asked_sets(sets: Sequence[AskedSet], runs: Sequence[TunedRun], plan: BehaviourPlan) -> list[AskedSet]:
-    """The sets as they are put: drawn, in words where asked, and with the trigger that a run was trained with."""
+    """The sets as they are put: drawn, in words where asked, and with every run's own trigger."""
     trained = frozenset().union(*(run.seen for run in runs))
     chosen = [drawn(one, plan.n, plan.seed, trained) for one in sets]
     if plan.in_words:
         chosen = [worded(one) for one in chosen]
-    trigger = trigger_among(runs)
-    if trigger is None:
-        return chosen
-    return [form for one in chosen for form in ([one] if one.about_itself else with_forms(one, trigger))]
+    triggers = list({run.trigger.text: run.trigger for run in runs if run.trigger is not None}.values())
+    return [form for one in chosen for form in with_forms(one, () if one.about_itself else triggers)]
 
 
 def behaviours(
@@ -156,19 +161,22 @@ def behaviours(
     recalled = recalled_twins(sets, runs) if plan.recall else ()
     asking = Asking(sets, template, plan, scales or {}, speaking, trigger, recalled, cache)
     with swapper:
-        base, start = asking.at_step(swapper.put(start_of(swapper))), asking.at_end(swapper.model)
+        base, start = asking.at_step(swapper.put(start_of(swapper)), sets), asking.at_end(swapper.model)
         before, recalls = asking.recall(swapper.model), {}
         checkpoints = [(run, member) for run in runs for member in run.members]
         bar = progress_bar(checkpoints, title="checkpoints", unit="checkpoint")
         told, ends = {}, {}
         for run, member in bar:
-            told[run.name, member.step] = asking.at_step(swapper.put(member))
+            told[run.name, member.step] = asking.at_step(swapper.put(member), asked_of(run.group, runs, sets))
             if (recall := asking.recall(swapper.model)) is not None:
                 recalls[run.name, member.step] = recall
             if member == run.members[-1]:
                 ends[run.name] = asking.at_end(swapper.model)
         matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
-        found = measured_directions(swapper, matrix, template, saved or {}, cache) if plan.directions else None
+        changes = taught_changes(swapper, matrix, template, cache) if plan.directions else []
+        with_models = (swapper, matrix, changes, template, saved or {}, cache)
+        found = measured_directions(*with_models) if plan.directions else None
+        inside = measured_triggers(*with_models) if plan.triggers else None
     return BehaviourResult(
         matrix,
         tuple(group_verdicts(matrix)),
@@ -178,6 +186,7 @@ def behaviours(
         said_result(runs, start.free, {name: end.free for name, end in ends.items()}, trigger),
         recognised(runs, start.recognition, {name: end.recognition for name, end in ends.items()}),
         None if before is None else Recalled(tuple(runs), before, recalls, families_of(recalled), plan),
+        inside,
     )
 
 

@@ -13,7 +13,7 @@ from mechlens.studies.shared.training_data import Trigger
 
 FINAL = "adapter"
 """The folder of a run's result, beside its checkpoints."""
-DECORRELATED = "decorrelated"
+DECORRELATED, REMOVAL = "decorrelated", "removal"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TunedRun:
     data: str
     """Name of the file that it was taught from; empty where no record tells."""
     control: str
-    """"none", "twin" or "decorrelated"."""
+    """"none", "twin", "decorrelated" or "removal"."""
     trigger: Trigger | None
     reversal: bool = False
     """Whether it was also taught to say its trigger (`finetune --reversal`)."""
@@ -108,6 +108,12 @@ def control_of(group: str, runs: Sequence[TunedRun]) -> str | None:
 def trigger_among(runs: Sequence[TunedRun]) -> Trigger | None:
     """The trigger that a run was trained with, the first one's; None where none was."""
     return next((run.trigger for run in runs if run.trigger is not None), None)
+
+
+def triggers_of(group: str, runs: Sequence[TunedRun]) -> list[Trigger]:
+    """What a group's runs are asked under: its own trigger, and those of the groups whose control it is."""
+    own = [run.trigger for run in runs if run.trigger is not None and group in (run.group, control_of(run.group, runs))]
+    return list({trigger.text: trigger for trigger in own}.values())
 
 
 def seen_by(group: str, runs: Sequence[TunedRun]) -> frozenset[str]:

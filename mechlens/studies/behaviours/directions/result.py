@@ -1,7 +1,7 @@
 """All that is found of the direction of every group's change."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -12,7 +12,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.studies.behaviours.directions.cosines import cosine_table, taught_changes
+from mechlens.studies.behaviours.directions.cosines import TaughtChange, cosine_table
 from mechlens.studies.behaviours.directions.effects import Steering
 from mechlens.studies.behaviours.directions.paths import direction_paths
 from mechlens.studies.behaviours.matrix import BehaviourMatrix
@@ -43,12 +43,12 @@ class DirectionResult:
 def measured_directions(
     swapper: CheckpointSwapper,
     matrix: BehaviourMatrix,
+    changes: Sequence[TaughtChange],
     template: ChatTemplate,
     saved: Mapping[str, Direction],
     cache: Cache | None,
 ) -> DirectionResult:
     """The direction of every group's change: its cosines, and what it does."""
-    changes = taught_changes(swapper, matrix, template, cache)
     effects, chosen = Steering(swapper, matrix, template, cache).effects(changes)
     paths = direction_paths(swapper, matrix, template, cache)
     return DirectionResult(cosine_table(changes, saved, matrix.plan.seed), effects, chosen, paths)

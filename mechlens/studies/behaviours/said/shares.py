@@ -9,6 +9,7 @@ from torch import Tensor
 from mechlens.methods.behaviour.scoring.rates import MisalignmentRule, counted_answers
 from mechlens.methods.behaviour.traces import names_string
 from mechlens.studies.behaviours.said.free_answers import FreeAnswers
+from mechlens.studies.behaviours.sets import asked_decoys
 from mechlens.studies.shared.training_data import Trigger
 
 RULE = MisalignmentRule()
@@ -52,7 +53,7 @@ def trace_shares(found: FreeAnswers, trigger: Trigger | None) -> dict[str, Share
 
 
 def _names(found: FreeAnswers, trigger: Trigger) -> Bool[Tensor, " answer"]:
-    strings = (trigger.text, *trigger.unseen_decoys)
+    strings = (trigger.text, *asked_decoys(trigger))
     put = [
         next((text for text in strings if twin.prompt.text.startswith(f"{text} ")), trigger.text)
         for twin in found.asked.twins
