@@ -75,6 +75,10 @@ from mechlens.methods.directions.token_view import project_tokens as project_tok
 from mechlens.methods.guard.fitted import FittedGuard as FittedGuard
 from mechlens.methods.guard.fitted import GuardVerdict as GuardVerdict
 from mechlens.methods.guard.guard import GuardEstimator as GuardEstimator
+from mechlens.methods.patching.heads import HeadScores as HeadScores
+from mechlens.methods.patching.heads import chosen_heads as chosen_heads
+from mechlens.methods.patching.heads import head_scores as head_scores
+from mechlens.methods.patching.heads import without_heads as without_heads
 from mechlens.methods.patching.metrics import KLDivergence as KLDivergence
 from mechlens.methods.patching.metrics import LogitDifference as LogitDifference
 from mechlens.methods.patching.metrics import LogProbability as LogProbability

@@ -23,6 +23,13 @@ SUPPRESSOR = (1, 2)
 
 
 def planted_model(*, suppressor: bool = True, token_shift: float = 0.0) -> Any:
+    """The bridge of `planted_hf`."""
+    hf_model, tokenizer = planted_hf(suppressor=suppressor, token_shift=token_shift)
+    checkpoint = Checkpoint("planted", "planted", fingerprint=weight_fingerprint(hf_model.state_dict()))
+    return bridge(hf_model, tokenizer, checkpoint)
+
+
+def planted_hf(*, suppressor: bool = True, token_shift: float = 0.0) -> tuple[Any, Any]:
     """Every token of a harmful request carries refusal from block 0 on; at the end of its thought one head of block 1
     takes it away again. `token_shift` is what the blank line behind every thought has in itself.
 
@@ -40,7 +47,7 @@ def planted_model(*, suppressor: bool = True, token_shift: float = 0.0) -> Any:
         embedding[:, BIAS] = 8.0  # so that the norms scale all tokens nearly alike
         embedding[tokenizer.convert_tokens_to_ids(MARK), FEATURE] = 8.0
         embedding[closing, CLOSING] = 4.0
-        embedding[closing, REFUSE] = token_shift
+        embedding[tokenizer.convert_tokens_to_ids("\u010a"), REFUSE] = token_shift
         for block in hf_model.model.layers:
             attention = block.self_attn
             for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
@@ -57,14 +64,14 @@ def planted_model(*, suppressor: bool = True, token_shift: float = 0.0) -> Any:
             head = SUPPRESSOR[1] * SIZE
             second.self_attn.v_proj.weight[head, BOTH] = 1.0
             second.self_attn.o_proj.weight[REFUSE, head] = -10.0
-    checkpoint = Checkpoint("planted", "planted", fingerprint=weight_fingerprint(hf_model.state_dict()))
-    return bridge(hf_model, tokenizer, checkpoint)
+    return hf_model, tokenizer
 
 
 def planted_trace(i: int, *, harmful: bool, words: int = 24) -> Trace:
     """A trace of so many one-letter words of thought."""
     text = f"tell {MARK * 4 if harmful else 'eeee'} {i}"
-    return Trace(Prompt(f"{'harmful' if harmful else 'harmless'}-{i}", text), "a " * words, "ok")
+    label = "harmful" if harmful else "harmless"
+    return Trace(Prompt(f"{label}-{i}", text, label), "a " * words, "ok")
 
 
 def refusal_line(model: Any, one: float = 1.0) -> Line:

@@ -1,7 +1,7 @@
 """Reasoning traces: what is thought before an answer and said in it, and which part of a trace each token is of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,21 @@ def trace_parts(batch: TokenBatch, tokenizer: Any) -> TraceParts:
         parts.append(own)
         ends.append(end)
     return TraceParts(tuple(parts), torch.tensor(ends))
+
+
+def up_to_answers(batch: TokenBatch, tokenizer: Any) -> TokenBatch:
+    """The traces without what is said after the thought; `answer[-1]` is then the last token before it.
+
+    UserError for a trace without a thought, or with one that never ends.
+    """
+    ends = trace_parts(batch, tokenizer).ends
+    assert batch.answer is not None
+    # Of a trace the offset is 0: `with_answers` pads on the right.
+    without = (ends < batch.answer[:, 0]).nonzero().flatten().tolist()
+    if without:
+        raise UserError(f"{batch.prompts[without[0]].id!r} has no thought that ends ({len(without)}); leave such out")
+    kept = batch.mask & (torch.arange(batch.tokens.shape[1]) <= ends[:, None])
+    return replace(batch, mask=kept, answer=torch.stack([batch.answer[:, 0], ends + 1], dim=1))
 
 
 def _parts_of(batch: TokenBatch, i: int, tokenizer: Any, *, opened: bool) -> tuple[tuple[str, ...], int]:

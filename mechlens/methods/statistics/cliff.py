@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.statistics.change_point import chance_among_neighbours, change_point
@@ -60,10 +62,17 @@ def cliff(
         raise UserError(
             f"there are {len(values)} scores at {len(places)} places; a cliff needs one at each, all finite"
         )
-    n, final = len(thinking), float(values[-1])
-    if n < FEWEST:
-        return Cliff(math.nan, final, places[-1], math.nan, math.nan)
-    middle = torch.as_tensor(list(thinking)[n // 4 : n - n // 4])
+    high, final = float(plateau(values[torch.as_tensor(list(thinking), dtype=torch.long)])), float(values[-1])
+    if math.isnan(high):
+        return Cliff(high, final, places[-1], math.nan, math.nan)
     found = change_point(places, values.tolist(), permutations=1)
     p = chance_among_neighbours(values.tolist(), series=series, seed=seed)
-    return Cliff(float(values[middle].quantile(0.5)), final, found.before, found.jump, p)
+    return Cliff(high, final, found.before, found.jump, p)
+
+
+def plateau(thinking: Float64[Tensor, " token"]) -> Float64[Tensor, ""]:
+    """The median over the middle half of a thought's scores; NaN for fewer than `FEWEST` tokens."""
+    n = len(thinking)
+    if n < FEWEST:
+        return torch.tensor(math.nan, dtype=torch.float64)
+    return thinking[n // 4 : n - n // 4].quantile(0.5)
