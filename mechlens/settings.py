@@ -48,6 +48,7 @@ MethodName = Annotated[
 ]
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
 Draws = Annotated[int, Ge(1), Le(MAX_DRAWS)]
 """How much chance is sampled: an interval or a null of nothing says nothing."""
 RunFolder = Annotated[Path | str, tyro.conf.arg(metavar="PATH")]

@@ -13,7 +13,7 @@ from planted import CHECKPOINT
 from refusing import FREE, LAYERS, LEVEL, REFUSE, refusing_model, requests, save_refusing_model
 from saved import requests as plain_requests
 from saved import write_prompts
-from sentence import require_one_sentence
+from sentence import require_one_sentence, require_short
 from shown import require_shown
 from torch import Tensor
 
@@ -163,6 +163,41 @@ def test_what_intervals_leave_open_is_no_chance(
     assert verdict.word == word
     assert ("settle" in verdict.sentence) == bool(settles)
     assert settles in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("kl", "word", "said"),
+    [
+        (
+            (0.5, 0.3, 0.8),
+            "controls refusal, with side effects",
+            "changes harmless answers by more than the filter allows",
+        ),
+        ((0.2, 0.05, 0.4), "controls refusal", "whether it keeps to the limit is open"),
+        ((0.02, 0.01, 0.05), "controls refusal", "within the limit"),
+    ],
+)
+def test_a_side_effect_above_the_limit_stands_beside_control(
+    selected: Selection, kl: Any, word: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert selected.test is not None
+    found = Estimate(*kl, 6)
+    numbers = selected.test.metrics() | {"kl.harmless.ablated": found}
+    monkeypatch.setattr(type(selected.test), "metrics", lambda self: numbers)
+    verdict = selection_verdict(selected)
+    assert verdict.word == word
+    assert f"{found.brief} nats where the limit is 0.1" in verdict.sentence
+    assert said in verdict.sentence
+    assert verdict.deciding["kl.harmless.ablated"] == found
+    require_short(str(verdict.headline))
+    assert (found.brief in str(verdict.headline)) == (word != "controls refusal")
+    assert verdict.sentence.count("n=") == 0
+    kept = selected.found.filtered.counts()["kept"]
+    numbers["induce_shift.beyond_chance"] = Estimate(*UNSURE[1.0], 6)
+    in_part = selection_verdict(selected)
+    assert in_part.word == word.replace("controls refusal", "controls refusal in part")
+    require_short(str(in_part.headline))
+    assert f"({kept} of {len(selected.found.candidates)} candidates passed the filters)" in verdict.sentence
 
 
 # Scores against the published loop, written down once more: plain Hugging Face hooks, one candidate at a time.
@@ -435,19 +470,22 @@ def test_the_verb_writes_scores_direction_and_report(recorded: Path) -> None:
     assert set(table["kind"]) == {"candidate", "random"}
     assert {"position", "level", "norm", "bypass", "induce", "kl", "status"} <= set(table.columns)
     answers = pd.read_parquet(recorded / "out" / "tables" / "steered_answers.parquet")
-    assert {"refused", "verdict_arditi", "verdict_zhao"} <= set(answers.columns)
+    assert {"refused_before", "refused_after", "verdict_after_arditi", "verdict_after_zhao"} <= set(answers.columns)
     direction = artifacts.load(recorded / "out" / "direction.safetensors", Direction)
     assert float(cosine(direction.vector, torch.eye(len(direction.vector))[REFUSE])) > 0.99
     assert direction.vector[FREE].norm() < 0.1 * direction.norm
     html = (recorded / "out" / "report.html").read_text(encoding="utf-8")
     assert "Dropped, in this order" in html
+    assert "harmless: KL, direction ablated (limit 0.1)" in html  # the side effect on test prompts has a card
+    assert "below 0: refuses less than under random ones" in html
+    assert "need not pass the induce filter" in html
     for name in ("scores_bypass", "scores_induce", "scores_kl", "candidates", "test_scores"):
         assert (recorded / "out" / "figures" / f"{name}.json").exists()
         assert f"figure-{name}" in html
 
 
 def test_a_run_goes_on_from_its_shelf_with_the_same_numbers(
-    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = read_run(recorded / "out").metrics
     pieces = sorted((recorded / "out" / "cache").iterdir())
@@ -461,6 +499,8 @@ def test_a_run_goes_on_from_its_shelf_with_the_same_numbers(
     )  # fmt: skip
     monkeypatch.setenv("WANDB_MODE", "disabled")
     driver.run(config)
+    n = read_run(recorded / "out").metrics["candidates.kept"].n
+    assert f"40 prompts are answered with up to 3 tokens; {n} candidates" in capsys.readouterr().err
     assert sorted((recorded / "out" / "cache").iterdir()) == pieces
     after = read_run(recorded / "out").metrics
     assert {n: (e.value, e.low, e.high) for n, e in after.items() if e.measurable} == {
@@ -473,6 +513,7 @@ def test_a_run_goes_on_from_its_shelf_with_the_same_numbers(
     [
         (["--resamples", "0"], "--resamples must be at least 1, and is 0"),
         (["--last-layers", "1.5"], "last_layers is 1.5; give a share"),
+        (["--highest-kl", "-1"], "--highest-kl must be at least 0, and is -1"),
         (["--harmless", "harmful"], "share"),
     ],
 )

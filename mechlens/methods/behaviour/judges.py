@@ -230,6 +230,11 @@ class RefusalTokens:
     coverage: float | None
     """Share of the model's refusals that start with one of them; None where it never refused."""
 
+    @property
+    def named(self) -> str:
+        """The tokens in quotation marks, as a sentence names them."""
+        return ", ".join(f'"{text}"' for text in self.texts)
+
 
 def find_refusal_tokens(
     first_tokens: Sequence[int],

@@ -5,6 +5,7 @@ import re
 _SIGNS = (
     (r"random|one_variable_95|null\.|floor", "the number to beat"),
     (r"beyond_words", "above 0: more than the words tell"),
+    (r"bypass_shift\.beyond_chance", "below 0: refuses less than under random ones"),
     (r"beyond_chance", "above 0: more than random ones"),
     (r"gain", "above 0: ahead of the baseline"),
     (r"(^|_)words$|surface|tfidf|mean_embedding|token_identity|length_auroc", "the number to beat"),

@@ -7,6 +7,7 @@ from mechlens.settings import (
     Answering,
     Draws,
     ModelChoice,
+    NonNegativeFloat,
     PositiveInt,
     PromptSets,
     RunChoice,
@@ -25,7 +26,7 @@ class SelectionPlan(Sampling, Answering):
 
     last_layers: float = 0.2
     """Share of the layers, from the top, whose candidates are dropped."""
-    highest_kl: float = 0.1
+    highest_kl: NonNegativeFloat = 0.1
     """Candidates whose ablation changes harmless prompts by more (mean KL in nats) are dropped."""
     least_induce: float = 0.0
     """Candidates whose addition leaves the refusal score of harmless prompts below this are dropped."""

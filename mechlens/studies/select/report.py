@@ -2,18 +2,19 @@
 
 import pandas as pd
 
+from mechlens.errors import many
 from mechlens.models.bridge import loaded
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.select.study import Selection, rule_of
-from mechlens.studies.select.verdict import SelectionVerdict, selection_verdict
+from mechlens.studies.select.verdict import KL, SelectionVerdict, selection_verdict
 from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.rounding import logit_rounding
 
 QUESTION = (
     "Is there one direction whose removal stops this model from refusing, and whose addition makes it refuse? Every "
-    "post-instruction position and layer gives a candidate; which one does it with the least side effect, and does any "
+    "post-instruction position and level gives a candidate; which one does it with the least side effect, and does any "
     "random direction do as well (Arditi et al. 2024)?"
 )
 SCORES = {
@@ -28,9 +29,9 @@ SEES = {
 }
 NUMBERS = {
     "bypass_shift": "harmful: change of the refusal score, direction ablated",
-    "bypass_shift.beyond_chance": "harmful: how much lower than under the best of random",
+    "bypass_shift.beyond_chance": "harmful, direction ablated: score minus that under the best of random",
     "induce_shift": "harmless: change of the refusal score, direction added",
-    "induce_shift.beyond_chance": "harmless: how much higher than under the best of random",
+    "induce_shift.beyond_chance": "harmless, direction added: score minus that under the best of random",
     "refusal_score.harmful.ablated": "harmful: refusal score, direction ablated",
     "refusal_score.harmful.ablated.random_min": "harmful: lowest score, random directions ablated",
     "refusal_score.harmful.ablated.random_best": "harmful: score, best random candidate ablated",
@@ -39,6 +40,10 @@ NUMBERS = {
     "refusal_score.harmless.added.random_best": "harmless: score, best random candidate added",
 }
 
+CONTROLS = (
+    "the best random candidate, which is the one that bypasses most on validation where directions are ablated, and "
+    "the one that induces most where they are added"
+)
 SHIFTS = {
     "bypass_shift": "the change of the refusal score with the direction taken out",
     "induce_shift": "the change of the refusal score with the direction added",
@@ -58,7 +63,7 @@ def _figures(writer: RunWriter, result: Selection, candidates: pd.DataFrame) -> 
     real = candidates[candidates["kind"] == "candidate"]
     for score, title in SCORES.items():
         figure = figures.heatmap(
-            real, x="position", y="level", value=score, title=title, xlabel="position", ylabel="layer", label=score,
+            real, x="position", y="level", value=score, title=title, xlabel="position", ylabel="level", label=score,
             center=None if score == "kl" else 0.0,
         )  # fmt: skip
         figure.update_layout(height=560)
@@ -118,21 +123,23 @@ def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str],
         headline=verdict.headline,
         verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + logit_rounding(known.parity, shifts),
         numbers=verdict.deciding,
-        words=NUMBERS,
+        words=NUMBERS | {KL: f"harmless: KL, direction ablated (limit {result.plan.highest_kl:g})"},
         main=(names["test"],) if "test" in names else (),
         sections=(
             Section(
                 "Scores of every candidate",
                 "Means over validation prompts. Bypass: refusal score of harmful prompts with the direction taken out "
                 "of every site, layer and token. Induce: that of harmless prompts with the direction added once, at "
-                "its own layer. KL: how far ablating moves the next token of harmless prompts.",
+                "its own level. KL: how far ablating moves the next token of harmless prompts. These are "
+                f"{result.found.scores.kl.shape[1]} harmless prompts with a refusal score below 0, and "
+                "means without intervals: the KL on all test prompts, with its interval, stands with the verdict.",
                 (names["bypass"], names["induce"], names["kl"]),
                 table=best,
             ),
             Section(
                 "What the filters left",
                 f"{rule_of(result.plan).words} "
-                "The same rule chose among as many random directions of the same lengths.",
+                f"As many random directions of the same lengths went through the same filters. {_controls(result)}",
                 (names["candidates"],),
                 table=result.filters(),
             ),
@@ -149,12 +156,23 @@ def _report(result: Selection, verdict: SelectionVerdict, names: dict[str, str],
     )
 
 
+def _controls(result: Selection) -> str:
+    """Where the best random candidate comes from, though the filters may keep none."""
+    n = len(result.random.pool)
+    if not n:
+        return "None was left to compare with."
+    return (
+        "Few or none of them induce refusal, so the random controls need not pass the induce filter: of the "
+        f"{many(n, 'random direction')} that passed the others, the test has {CONTROLS}."
+    )
+
+
 def _tested(result: Selection, names: dict[str, str]) -> Section:
     shown = result.steered_answers().groupby("done").head(4)
     return Section(
         "The chosen direction on test prompts",
-        f"Beside it: the best of {len(result.random.candidates)} random candidates, and "
-        f"{result.plan.random_directions} random directions of its own length at its own layer. "
+        f"Beside it: {CONTROLS if result.random.pool else 'no random candidate, for none was left'}, and "
+        f"{result.plan.random_directions} random directions of its own length at its own level. "
         "Answers below are greedy, before and after.",
         (names["test"],),
         table=shown,
@@ -165,9 +183,10 @@ def _how(result: Selection, verdict: SelectionVerdict, sets: ContrastSets) -> st
     tokens, known = result.first_token.tokens, loaded(sets.model)
     coverage = "" if tokens.coverage is None else f" with coverage {tokens.coverage:.2f}"
     return (
-        f"The rule of the verdict. {verdict.rule}\n\nRefusal tokens: {list(tokens.texts)}, {tokens.origin}{coverage}. "
-        f"Prompt families are shared out by class. {sets.punctuation}\n\nIntervals: 95% bootstrap over prompt families "
-        f"({result.plan.resamples} resamples), directions frozen. Refusal rates: the list `{result.judged.judge}` on "
-        f"greedy answers of {result.plan.max_new_tokens} tokens. Weights: {known.checkpoint.regime}, answers by the "
+        f"The rule of the verdict. {verdict.rule}\n\nRefusal tokens: {tokens.named}, {tokens.origin}{coverage}. "
+        f"Prompt families are shared out by class. Prompts: {sets.punctuation}.\n\nIntervals: 95% bootstrap over "
+        f"prompt families ({result.plan.resamples} resamples), directions frozen. Refusal rates: the list "
+        f"`{result.judged.judge}` on greedy answers of "
+        f"{result.plan.max_new_tokens} tokens. Weights: {known.checkpoint.regime}, answers by the "
         f"{result.judged.answers.engine} engine."
     )

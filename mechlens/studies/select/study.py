@@ -5,14 +5,16 @@ layer (Arditi et al. 2024). Beside them as many random directions of the same le
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from jaxtyping import Float64
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, many
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
@@ -70,14 +72,18 @@ class Ranking:
     def random_controls(self) -> tuple[Direction, ...]:
         """The best at bypassing and the best at inducing; none where no candidate is left to choose from.
 
-        Candidates that induce too little count as well: of random ones, few or none induce refusal.
+        They come from the `pool`.
         """
-        pool = [i for i, status in enumerate(self.filtered.status) if status in (KEPT, LOW_INDUCE)]
-        if not pool:
+        if not self.pool:
             return ()
         bypass, induce, _ = self.means.T.tolist()
-        lowest, highest = min(pool, key=bypass.__getitem__), max(pool, key=induce.__getitem__)
+        lowest, highest = min(self.pool, key=bypass.__getitem__), max(self.pool, key=induce.__getitem__)
         return self.candidates[lowest], self.candidates[highest]
+
+    @property
+    def pool(self) -> list[int]:
+        """Candidates that are kept or induce too little: of random ones, few or none induce refusal."""
+        return [i for i, status in enumerate(self.filtered.status) if status in (KEPT, LOW_INDUCE)]
 
     def table(self) -> pd.DataFrame:
         """One row per candidate: position, level, norm, bypass, induce, kl, status."""
@@ -163,6 +169,7 @@ class Selection:
         """Test prompts with their answers before and after, refused or not, by every judge."""
         assert self.test is not None
         before = dict(zip(self.judged.answers.ids, self.judged.answers.texts, strict=True))
+        refused = dict(zip(self.judged.answers.ids, self.judged.refused, strict=True))
         prompts = {prompt.id: prompt for prompt in self.judged.prompts}
         frames = []
         for name, said in self.test.answers.items():
@@ -170,10 +177,10 @@ class Selection:
             columns = {
                 "done": name, "id": said.ids, "prompt": [prompt.text for prompt in asked],
                 "answer_before": [before[prompt] for prompt in said.ids], "answer_after": said.texts,
-                "refused": self.test.refused[name],
+                "refused_before": [refused[prompt] for prompt in said.ids], "refused_after": self.test.refused[name],
             }  # fmt: skip
             others = judges_of(self.plan.judge)[1:]
-            lists = {f"verdict_{judge.name}": verdicts_by(judge, asked, said.texts) for judge in others}
+            lists = {f"verdict_after_{judge.name}": verdicts_by(judge, asked, said.texts) for judge in others}
             frames.append(pd.DataFrame(columns | lists))
         return pd.concat(frames, ignore_index=True)
 
@@ -313,6 +320,20 @@ def prepare(config: Select) -> Preparation[ContrastSets]:
 
 def execute(config: Select, sets: ContrastSets, writer: RunWriter) -> Selection:
     """The selection on the configured model and prompts."""
+    tqdm.write(_said(config, sets), file=sys.stderr)
     return select_direction(
         sets.model, sets.positive, sets.negative, config, template=sets.template, cache=writer.cache
+    )
+
+
+def _said(plan: SelectionPlan, sets: ContrastSets) -> str:
+    """The plan in one line, before the work begins."""
+    prompts = labelled(sets.positive, sets.negative)
+    positions = tokenize(prompts, template_of(sets.model, sets.template)).resolve(["post[*]"])
+    levels = n_layers(sets.model)
+    n = len(positions) * levels
+    return (
+        f"{len(prompts)} prompts are answered with up to {plan.max_new_tokens} tokens; {n} candidates "
+        f"({many(len(positions), 'position')} at {many(levels, 'level')}) and as many random directions are scored on "
+        f"validation prompts, and the chosen one is tested beside {plan.random_directions} random ones"
     )
