@@ -250,15 +250,24 @@ def test_a_rerun_gives_the_same_numbers(separated: Path, tmp_path: Path, run: An
             assert (value is None and other is None) or value == pytest.approx(other, abs=1e-6), (name, part)
 
 
-def test_the_same_command_goes_on_from_its_cache(
+def test_the_same_command_gives_a_finished_run_back_and_else_goes_on_from_its_cache(
     model: str, separated: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, record = numbers(separated), read_run(separated)
     put: list[str] = []
     original = FolderCache.put
     monkeypatch.setattr(FolderCache, "put", lambda self, key, value: (put.append(key), original(self, key, value)))
-    said = run(*separate(model, separated, "--keep-cache"))
-    assert said.code == 0
+    for more in ((), ("--keep-cache",)):
+        said = run(*separate(model, separated, *more))
+        assert said.code == 0
+        assert "is finished; this is it" in said.err
+        assert record.sentence in said.out
+    assert read_run(separated) == record  # and was never another in between
+    # What is no longer as it was written is made again, from the cache.
+    lost = separated / "figures" / f"{next(iter(record.figures))}.json"
+    lost.unlink()
+    assert run(*separate(model, separated, "--keep-cache")).code == 0
+    assert lost.exists()
     assert put == []  # nothing was computed again
     assert numbers(separated) == before
     assert read_run(separated).id == record.id

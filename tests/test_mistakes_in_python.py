@@ -42,6 +42,12 @@ def model(tiny_model: Callable[..., Any]) -> Any:
     return tiny_model()
 
 
+@pytest.mark.parametrize("sides", ["formal", ("a", "b", "c"), (1, 2), ("a", "a"), ("", "b"), 3])
+def test_the_names_of_the_sides_are_looked_at_before_anything_is_read(sides: Any) -> None:
+    with pytest.raises(UserError, match=r"^sides is .*; give the names of both sides, two different texts"):
+        inspect.unwrap(find_concept)(None, ["the one"], ["the other"], sides=sides)
+
+
 EMPTY: dict[str, Callable[[Any, TokenBatch], object]] = {
     "collect": lambda model, none: collect(model, none),
     "with answers": lambda model, none: collect(model, none, answers=[]),

@@ -409,3 +409,31 @@ def test_a_runs_sentence_is_its_headline_or_else_the_first_of_its_verdict(tmp_pa
     assert replace(run, verdict="Inconclusive. D is 0.81, open. More.").sentence == "Inconclusive: D is 0.81, open."
     write_run(replace(run, headline="Two: it is.", verdict="Long."), tmp_path)
     assert read_run(tmp_path).sentence == "Two: it is."
+
+
+def test_a_run_that_failed_by_what_was_asked_gives_its_folder_to_the_mended_call(tmp_path):
+    def fail(error, out=tmp_path, **found):
+        with start(out) as run:
+            run.table("prompts", pd.DataFrame({"x": [1]}))
+            run.metrics(found)
+            raise error
+
+    with pytest.raises(UserError):
+        fail(UserError("too few; take about 2 times as many"))
+    failed = open_run_folder(tmp_path)
+    assert failed.state.startswith("failed: too few; take about 2 times as many; mend it and give the c")
+    with start(tmp_path, seed=6):
+        pass
+    anew = read_run(tmp_path)
+    assert (anew.status, anew.seed, anew.tables) == ("success", 6, {})
+    assert anew.id != failed.record.id
+    assert not (tmp_path / "tables" / "prompts.parquet").exists()
+    # What found something, or was no fault of the options, keeps its folder.
+    for name, error, found in (
+        ("results", UserError("late"), {"a": Estimate(1.0, 1.0, 1.0, 1)}),
+        ("crash", RuntimeError("no memory"), {}),
+    ):
+        with pytest.raises(type(error)):
+            fail(error, tmp_path / name, **found)
+        with pytest.raises(UserError, match="made with other options"):
+            start(tmp_path / name, seed=6)

@@ -18,6 +18,7 @@ import torch
 
 import mechlens as ml
 from mechlens.errors import UserError
+from mechlens.methods.directions.direction import require_contrast
 from mechlens.methods.guard.fitted import GuardSettings, Place
 from mechlens.methods.guard.rules import LinearScore
 from mechlens.methods.statistics.calibration import Calibration
@@ -342,9 +343,36 @@ def test_every_kind_that_can_be_saved_is_tried_here_or_by_name() -> None:
 def test_what_is_saved_is_opened_equal_to_the_bit(kind: str, tmp_path: Path) -> None:
     thing = THINGS[kind]()
     path = ml.save(thing, str(tmp_path / "it.safetensors"))
-    assert same(ml.open(path), thing)
+    again = ml.open(path)
+    assert same(again, thing)
+    assert again == thing
+    assert hash(again) == hash(thing)
     assert [file.name for file in tmp_path.iterdir()] == ["it.safetensors"]
     assert b"pickle" not in path.read_bytes()
+
+
+def test_results_with_tensors_compare_by_their_numbers() -> None:
+    one = direction()
+    assert one == replace(one, vector=one.vector.clone())
+    assert one != replace(one, vector=one.vector + 1)
+    assert one != replace(one, vector=one.vector.double())
+    assert one != replace(one, level=one.level + 1)
+    assert one != "a direction"
+    assert len({one, replace(one, vector=one.vector.clone())}) == 1
+
+
+@pytest.mark.parametrize("contrast", ["formal", ("a", "b", "c"), (1, 2), ["a", "b"]])
+def test_a_direction_has_the_names_of_two_sides(contrast: Any) -> None:
+    with pytest.raises(UserError, match=r"contrast is .*; give a tuple of the names of the two sides"):
+        require_contrast(contrast)
+
+
+def test_what_could_not_be_opened_is_not_saved(tmp_path: Path) -> None:
+    odd = direction()
+    object.__setattr__(odd, "site", 3)
+    with pytest.raises(UserError, match="`open` would refuse, is not a complete Direction"):
+        ml.save(odd, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_saved_or_opened_is_said_in_a_sentence(made: Path, tmp_path: Path) -> None:

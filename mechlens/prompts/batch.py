@@ -16,6 +16,7 @@ from mechlens.errors import UserError, many
 from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.place import count_post, place, structure_of, warn_of_blanks
 from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.same import Comparable
 from mechlens.prompts.templates.template import ChatTemplate
 
 LAST = "last"
@@ -24,8 +25,8 @@ _INSTRUCTION = re.compile(r"instruction\[(-?\d+|\*)\]")
 _TOKEN = re.compile(r"token\[(-?\d+)\]")
 
 
-@dataclass(frozen=True, repr=False)
-class TokenBatch:
+@dataclass(frozen=True, repr=False, eq=False)
+class TokenBatch(Comparable):
     """Tokenised prompts in one padded block; every index counts from the start of the padded row.
 
     >>> model = ml.load("smollm2")

@@ -25,6 +25,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from mechlens.checked_json import checked, parse_json, sealed, unsealed
 from mechlens.errors import UserError
 from mechlens.files import as_os_error, file_sha256, require_regular, whole_file
+from mechlens.methods.shown import cut
 
 # JSON has no tuples, no tensors, no NaN and only text as keys; an object with one of these keys says
 # what was meant.
@@ -199,14 +200,25 @@ def load(path: Path, cls: type[Result]) -> Result:
     tensors = read_tensors(path)
     if header.get("tensors") not in (None, tensor_digest(tensors)):
         raise UserError(f"{path} is damaged: its numbers aren't those that were written; {REMEDY}")
+    return _built(cls, fields, tensors, str(path))
+
+
+def require_loadable(obj: object) -> None:
+    """UserError for an object that `load` would refuse, such as one with a field of another type, before it's saved."""
+    tensors: dict[str, Tensor] = {}
+    fields = encode_fields(obj, "", tensors)
+    _built(type(obj), json.loads(json.dumps(fields)), tensors, f"this {type(obj).__name__}, which `open` would refuse,")
+
+
+def _built(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Result:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path} holds numbers in {name!r} that are not finite; {REMEDY}")
+            raise UserError(f"{where} holds numbers in {name!r} that are not finite; {REMEDY}")
     try:
         built: Result = decode_fields(cls, fields, tensors, classes_within(cls))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, TypeCheckError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a complete {cls.__name__} ({said}); make it again") from error
+        said = cut(str(error), 200)
+        raise UserError(f"{where} is not a complete {cls.__name__} ({said}); make it again") from error
     return built
 
 

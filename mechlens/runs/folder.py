@@ -16,7 +16,7 @@ from mechlens.files import user_path
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import open_tensors, tensor_digest, write_tensors
 from mechlens.runs.results.kept import REMEDY, require_same
-from mechlens.runs.run import RUN_FILE, Change, Run, changes, read_run
+from mechlens.runs.run import RUN_FILE, Change, Inputs, Run, changed_since, changes, read_run
 
 CACHE = "cache"
 """Folder of the finished pieces by which a killed run goes on."""
@@ -25,7 +25,7 @@ CACHE = "cache"
 def run_to_go_on_with(
     out: Path, verb: str, resolved: dict[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> Run | None:
-    """The run in the folder if it is the same piece of work; None where there is none yet.
+    """The run in the folder if it is the same piece of work; None where there is none yet, or one to be made anew.
 
     A setting that the record doesn't know, since it is newer than the run, was at its default.
     """
@@ -38,10 +38,32 @@ def run_to_go_on_with(
         resolved = resolved | {"today": before.resolved.get("today")}  # the day on which it began, now by its name
     usual = {name: value for name, value in (defaults or {}).items() if name in resolved}
     if changed := changes(usual | before.resolved, resolved):
+        if before.refused and not before.metrics and not before.artefacts:
+            return None  # it found nothing and would end alike again: the mended command begins anew
         raise UserError(
             f"{out} holds a run made with other options: {_listed(changed)}; give them as they were to go on with that "
             "run, or choose another --out for a new one"
         )
+    return before
+
+
+def finished_run(
+    out: Path, verb: str, resolved: dict[str, Any], defaults: Mapping[str, Any], inputs: Inputs
+) -> Run | None:
+    """The run in the folder if it is this very piece of work, done, and all that it wrote still lies there."""
+    if not (out / RUN_FILE).exists() or read_run(out).status != "success":
+        return None
+    before = run_to_go_on_with(out, verb, resolved, defaults)
+    if before is None or changed_since(before, inputs):
+        return None
+    written = {f"tables/{name}.parquet": sha for name, sha in before.tables.items()}
+    written |= {f"figures/{name}.json": sha for name, sha in before.figures.items()}
+    written |= {artefact.file: artefact.sha256 for artefact in before.artefacts.values()}
+    try:
+        for file, sha in written.items():
+            require_same(out / file, sha)
+    except UserError:
+        return None  # what is lost or damaged is made again
     return before
 
 

@@ -75,6 +75,8 @@ FORMAT = 2
 """Since 2 a record is sealed, and knows its tables."""
 REMEDY = "it was changed by hand or damaged: run again into another folder"
 RUN_FILE = "run.json"
+REFUSALS = ("UserError", "UnfitPrompt")
+"""Errors that the same command would end in again."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,12 @@ class Run:
     def model_name(self) -> str:
         """The model, or the base of the checkpoints, as it was asked for; "" where the study has none."""
         return str(self.resolved.get("model") or self.resolved.get("base") or "")
+
+    @property
+    def refused(self) -> str:
+        """The sentence by which a run ended that the user has something to mend for; "" where there is nothing."""
+        kind, _, sentence = (self.error or "").partition(": ")
+        return sentence if self.status == "error" and kind in REFUSALS else ""
 
     @property
     def command(self) -> str:

@@ -29,7 +29,7 @@ from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
 from mechlens.runs.environment import git_state, package_versions
-from mechlens.runs.folder import CACHE, PROMPTS, FolderCache, prompt_table, run_to_go_on_with
+from mechlens.runs.folder import CACHE, PROMPTS, FolderCache, finished_run, prompt_table, run_to_go_on_with
 from mechlens.runs.lock import LOCK_FILE, FolderLock
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
@@ -79,7 +79,7 @@ def open_run(
     try:
         before = run_to_go_on_with(out, verb, full, plain(defaults(config)))
         if before is None:
-            _require_empty(out)
+            _make_free(out)
         # Nobody else writes here, so what lies half-written is a dead process's.
         remove_partials(out, *(out / inside for inside in ("tables", "figures", CACHE)))
         if before is not None:
@@ -125,9 +125,25 @@ def require_folder(verb: str, config: Any, out: Path) -> None:
     run_to_go_on_with(out, verb, {**before.resolved, **settled}, plain(defaults(config)))
 
 
+def finished(verb: str, config: Any, out: Path, resolved: Mapping[str, object], inputs: Inputs) -> bool:
+    """Whether the folder holds this very run, done and whole, so that nothing is left to do."""
+    full = {**_science(config), **plain(resolved)}
+    return finished_run(user_path(out), verb, full, plain(defaults(config)), inputs) is not None
+
+
 def _science(config: Any) -> dict[str, Any]:
     """The configuration, without what doesn't change numbers."""
     return {name: value for name, value in plain(config).items() if name not in NOT_SCIENCE}
+
+
+def _make_free(out: Path) -> None:
+    """Takes away what a run left that ended without results; UserError where the folder holds anything but a run."""
+    if not (out / RUN_FILE).exists():
+        _require_empty(out)
+        return
+    failed = read_run(out)
+    for file in (*(f"tables/{name}.parquet" for name in failed.tables), STEPS_FILE, "report.html"):
+        (out / file).unlink(missing_ok=True)
 
 
 def _require_empty(out: Path) -> None:

@@ -15,7 +15,7 @@ from mechlens.choices import require_known
 from mechlens.errors import UserError, kind_of
 from mechlens.files import AnyPath, short_name, user_path
 from mechlens.methods.heartbeat import heartbeat
-from mechlens.methods.progress import Clock, phase, timed
+from mechlens.methods.progress import Clock, phase, say, timed
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
@@ -30,7 +30,7 @@ from mechlens.runs.run import (
     plain,
     read_run,
 )
-from mechlens.runs.writer import RunWriter, open_run, require_folder
+from mechlens.runs.writer import RunWriter, finished, open_run, require_folder
 from mechlens.settings import WandbSettings
 from mechlens.studies.possible import require_possible, with_paths
 from mechlens.studies.registry import COMMANDS, Study, studies, study_of
@@ -67,8 +67,8 @@ class Preparation(Generic[Content]):
 def run(config: Any) -> RunResult:
     """Does the study that this configuration is of, recorded in its run folder, and gives what was found.
 
-    A killed run goes on where it stopped when it is called again with the same configuration. UserError, before
-    anything slow, for whatever can't be had.
+    A killed run goes on where it stopped when it is called again with the same configuration; a finished one is given
+    back as it is (`rerun` computes it anew). UserError, before anything slow, for whatever can't be had.
 
     >>> study = ml.FindDirection(
     ...     positive="harmful", negative="harmless", n=20, model="smollm2", out="runs/harm", positions=("last",),
@@ -89,6 +89,9 @@ def run(config: Any) -> RunResult:
         with phase("loading", _model_of(config)):
             study = _imported(study)
             prepared = _prepared(study, config)
+        if finished(study.verb, config, config.out, prepared.resolved, prepared.inputs):
+            say(f"the run in {config.out} is finished; this is it (`runs rerun` computes it anew)")
+            return open_run_folder(config.out)
         return open_run_folder(_recorded(study, config, prepared, clock))
 
 

@@ -13,14 +13,15 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.streamed import StreamedTensor
 from mechlens.methods.shown import counts, few, lines
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.same import Comparable
 
 if TYPE_CHECKING:
     import numpy
     import pandas
 
 
-@dataclass(frozen=True, repr=False)
-class Activations:
+@dataclass(frozen=True, repr=False, eq=False)
+class Activations(Comparable):
     """Values of many prompts at named levels and positions (float32, on the CPU, or on disk: `StreamedTensor`).
 
     Of the site "resid", level l < L is `resid_pre` of block l (level 0: the embedding); level L is the last block's

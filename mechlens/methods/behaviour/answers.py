@@ -26,6 +26,7 @@ from mechlens.models.engine.generate import Decided, greedy_batch
 from mechlens.models.engine.reference import reference_engine, reference_greedy
 from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch
+from mechlens.prompts.same import Comparable
 from mechlens.prompts.templates.template import TemplateChoice
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ NO_TOKEN = -1
 FAST = "fast"
 
 
-@dataclass(frozen=True, repr=False)
-class Answers:
+@dataclass(frozen=True, repr=False, eq=False)
+class Answers(Comparable):
     """Answers of one checkpoint, greedy ones, one per prompt, unless `drawn` says how they were drawn.
 
     >>> model = ml.load("smollm2")

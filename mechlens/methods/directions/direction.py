@@ -10,10 +10,11 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, column_of, one_cell, stored_name
 from mechlens.methods.shown import few, lines
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.same import Comparable
 
 
-@dataclass(frozen=True, repr=False)
-class Direction:
+@dataclass(frozen=True, repr=False, eq=False)
+class Direction(Comparable):
     """A residual-stream vector at one level and position, in the model's own units (never normalised).
 
     `ml.steer(model, direction, "Hello")` shows what it does to answers.
@@ -45,6 +46,7 @@ class Direction:
     """Median length of those prompts' vectors, there: what a strength in shares is a share of. None isn't known."""
 
     def __post_init__(self) -> None:
+        require_contrast(self.contrast)
         require_real(self.vector, f"level {self.level}, position {self.position!r}")
         if self.vector.ndim != 1:
             raise UserError(f"the direction's vector has the shape {list(self.vector.shape)}; give d_model numbers")
@@ -67,8 +69,8 @@ class Direction:
         )
 
 
-@dataclass(frozen=True, repr=False)
-class DirectionGrid:
+@dataclass(frozen=True, repr=False, eq=False)
+class DirectionGrid(Comparable):
     """One direction for every level and position of a set of activations; fields as in `Direction`.
 
     >>> model = ml.load("smollm2")
@@ -93,6 +95,7 @@ class DirectionGrid:
     residual_norms: Float[Tensor, "level position"] | None = None
 
     def __post_init__(self) -> None:
+        require_contrast(self.contrast)
         for level, row in zip(self.levels, self.vectors, strict=True):
             for position, vector in zip(self.positions, row, strict=True):
                 require_real(vector, f"level {level}, position {position!r}")
@@ -125,6 +128,15 @@ class DirectionGrid:
             "made by": f"{self.method} of {len(self.train_ids)} prompts",
         }
         return lines(f"DirectionGrid {' - '.join(self.contrast)} of {self.checkpoint.name} at {self.site}", facts)
+
+
+def require_contrast(given: object) -> None:
+    """UserError for anything else than the names of two sides: a direction's file couldn't be read again."""
+    if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(side, str) for side in given)):
+        raise UserError(
+            f"a direction's contrast is {given!r:.80}; give a tuple of the names of the two sides, such as "
+            "('harmful', 'harmless')"
+        )
 
 
 def require_real(values: Tensor, what: str) -> None:

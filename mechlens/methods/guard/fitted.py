@@ -16,6 +16,7 @@ from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import require_same_template, require_same_weights
 from mechlens.prompts.asked import Prompts
+from mechlens.prompts.same import Comparable
 from mechlens.prompts.templates.template import TemplateChoice
 
 
@@ -63,8 +64,8 @@ class GuardVerdict:
     """That the prompt is harmful, where harmful and harmless prompts are equally common."""
 
 
-@dataclass(frozen=True, repr=False)
-class FittedGuard:
+@dataclass(frozen=True, repr=False, eq=False)
+class FittedGuard(Comparable):
     """The mean score over places, with its threshold, for one checkpoint and one chat template.
 
     >>> model = ml.load("smollm2")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechlens.methods.shown import MOST, few, html_with, lines
 from mechlens.methods.statistics.resample import Interval, family_weights, interval
+from mechlens.prompts.same import Comparable
 from mechlens.settings import RESAMPLES
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ MIN_SHARE = 0.1
 """A pair has nothing to recover where its clean and corrupt runs differ by less than this share of the median pair."""
 
 
-@dataclass(frozen=True, repr=False)
-class PatchResult:
+@dataclass(frozen=True, repr=False, eq=False)
+class PatchResult(Comparable):
     """The metric after patching each site of each pair, beside the two unpatched runs.
 
     >>> model = ml.load("smollm2")

@@ -14,10 +14,11 @@ from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.directions.direction import members, require_real
 from mechlens.methods.shown import few, lines
 from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.same import Comparable
 
 
-@dataclass(frozen=True, repr=False)
-class Centroids:
+@dataclass(frozen=True, repr=False, eq=False)
+class Centroids(Comparable):
     """Mean activations of two classes of prompts at one position, for every level.
 
     >>> model = ml.load("smollm2")

@@ -39,6 +39,7 @@ from mechlens.methods.statistics.effect_size import effect_estimate, hedges_g
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.sites import RESIDUAL
+from mechlens.prompts.same import Comparable
 from mechlens.prompts.split import PARTS, Split
 from mechlens.settings import DetectionPlan, require_ranges
 
@@ -74,8 +75,8 @@ class ChosenLevel:
         return f"level {self.level}, {chance}, test AUROC {self.auroc}, Hedges' g {self.effect.brief}"
 
 
-@dataclass(frozen=True, repr=False)
-class Detection:
+@dataclass(frozen=True, repr=False, eq=False)
+class Detection(Comparable):
     """How well a concept is detected everywhere, and at the level chosen on validation for each position.
 
     >>> model = ml.load("smollm2")

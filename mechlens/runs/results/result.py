@@ -70,7 +70,10 @@ class RunResult:
     def state(self) -> str:
         """What is the matter with a run that didn't end well, and the command by which it goes on; "" if it did."""
         command = self.record.command
-        said = STATES[self.status].format(error=self.record.error or "killed", how="command" if command else "call")
+        how, refused = "command" if command else "call", self.record.refused
+        said = STATES[self.status].format(error=self.record.error or "killed", how=how)
+        if refused:
+            said = f"failed: {refused.removesuffix('.')}; mend it and give the {how} again"
         return f"{said}: {command}" if command and self.status in ("interrupted", "error") else said
 
     @property

@@ -47,7 +47,7 @@ def save(thing: object, path: str | os.PathLike[str]) -> Path:
     >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=2, position="last")
     >>> path = ml.save(direction, "direction.safetensors")
     >>> again = ml.open("direction.safetensors")
-    >>> bool((again.vector == direction.vector).all()), again.contrast
+    >>> again == direction, again.contrast
     (True, ('harmful', 'harmless'))
     """
     held = thing.fitted_ if isinstance(thing, GuardEstimator) and hasattr(thing, "fitted_") else thing
@@ -58,6 +58,7 @@ def save(thing: object, path: str | os.PathLike[str]) -> Path:
     file = user_path(os.fspath(path))
     if file.suffix != ENDING:
         raise UserError(f"{file} doesn't end in {ENDING}, by which `open` knows it; name it {file.name}{ENDING}")
+    artifacts.require_loadable(held)
     artifacts.save(held, file)
     return file
 

@@ -224,7 +224,7 @@ def find_concept(
         raise UserError(f"{kind_of(plan)} was given as the plan; give a DetectionPlan, such as {PLAN}")
     METHODS.require(plan.method)
     require_ranges(plan)
-    sides = sides or _called(positive, negative)
+    sides = _called(positive, negative) if sides is None else two_sides(sides)
     positive, negative = (
         as_prompts(given, name=name, label=name) for name, given in ((POSITIVE, positive), (NEGATIVE, negative))
     )
@@ -263,6 +263,17 @@ def _called(positive: Prompts, negative: Prompts) -> tuple[str, str]:
     """What the two sides are called by whoever gives them, where that tells them apart."""
     first, second = (_name(given) for given in (positive, negative))
     return (first, second) if first and second and first != second else (POSITIVE, NEGATIVE)
+
+
+def two_sides(given: object) -> tuple[str, str]:
+    """The names of both sides; UserError for anything else than two different texts."""
+    named = tuple(given) if isinstance(given, list | tuple) else ()
+    if len(named) != 2 or not all(isinstance(one, str) and one for one in named) or named[0] == named[1]:
+        raise UserError(
+            f"sides is {given!r:.80}; give the names of both sides, two different texts, such as "
+            "sides=('harmful', 'harmless')"
+        )
+    return named
 
 
 def _name(given: Prompts) -> str:
