@@ -37,6 +37,8 @@ from mechlens.models.native import native, native_blocks, refresh_splits, writin
 from mechlens.models.precision import chosen_device, round_weights
 from mechlens.models.quantise import RUNS_ON
 
+NOT_SCALABLE = "no LoRA adapter of plain products, which alone can be scaled; leave it out, or the scales"
+
 
 def checkpoint_swapper(
     base: str,
@@ -126,17 +128,21 @@ class CheckpointSwapper:
         """Lets the base's weights on disk go; the model keeps the weights it has."""
         self._vault.close()
 
-    def put(self, member: Member) -> LanguageModel:
+    def put(self, member: Member, *, scale: float = 1.0) -> LanguageModel:
         """The model with this member's weights, and its name in `model.mechlens`.
 
-        Equal, bit for bit, to loading the base and merging the adapter, or to loading the full checkpoint.
-        UserError for a checkpoint that can't be read or doesn't fit; the base's weights are then in place.
+        Equal, bit for bit, to loading the base and merging the adapter, or to loading the full checkpoint. `scale`
+        multiplies what a LoRA adapter adds: 0 is the base, 1 the checkpoint. UserError for a checkpoint that can't be
+        read, doesn't fit or can't be scaled; the base's weights are then in place.
         """
         try:
             if member.kind == "base":
                 self._write({})
             elif member.kind == "adapter" and (changes := self.changes(member)) is not None:
-                self._write({f"{name}.weight": change for name, change in changes.items()})
+                scaled = {name: replace(change, scale=scale * change.scale) for name, change in changes.items()}
+                self._write({f"{name}.weight": change for name, change in scaled.items()})
+            elif scale != 1:
+                raise UserError(f"{member.path!r} is {NOT_SCALABLE}")
             else:
                 self._replace(self._loaded(member), member)
             with native(self.model) as hf_model:
@@ -145,7 +151,8 @@ class CheckpointSwapper:
             self._write({})
             self._name(self.base)
             raise
-        self._name(_checkpoint(member, self.base))
+        name = member.name if scale == 1 else f"{member.name}, scaled by {scale:g}"
+        self._name(_checkpoint(replace(member, name=name), self.base))
         return self.model
 
     def put_random_blocks(self, seed: int) -> LanguageModel:

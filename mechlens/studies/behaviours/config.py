@@ -45,6 +45,9 @@ class BehaviourPlan(SpokenPlan):
     recall: bool = False
     """Where a run has a trigger: whether models can say it from its effect, at every checkpoint, what their proposals
     do to the behaviour, and when that came."""
+    adapter_scales: tuple[float, ...] = ()
+    """Also each run's result with what its adapter adds multiplied by these, such as 0.5 1.5 2: a behaviour that is
+    there and doesn't show may show beyond 1 (0 is the base, 1 the result; both are always in the table)."""
     directions: bool = False
     """Also the direction of the change: cosines between groups, runs and saved directions, and what adding it to the
     base and ablating it does, beside random ones. Costs about as much again as some ten checkpoints, for each group."""

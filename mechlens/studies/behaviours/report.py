@@ -12,6 +12,7 @@ from mechlens.studies.behaviours.aware.report import aware_sections
 from mechlens.studies.behaviours.directions.report import direction_sections
 from mechlens.studies.behaviours.matrix import HELD_OUT
 from mechlens.studies.behaviours.said.report import said_sections
+from mechlens.studies.behaviours.scaled import scale_sections
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.study import BehaviourResult, BehaviourStudy
 from mechlens.studies.behaviours.triggers.gaps import gap_bars, trigger_gaps
@@ -70,6 +71,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             Section("With the trigger", GAPS, _have(names, "triggered"), table=gaps.dropna(axis=1, how="all"))
         )
     sections += when_sections(writer, result.when)
+    sections += scale_sections(writer, result.matrix, result.by_scale)
     sections += aware_sections(result.recognised, result.recalled)
     if result.said is not None:
         sections += said_sections(writer, result.said, result.matrix.plan)

@@ -28,6 +28,7 @@ from mechlens.studies.behaviours.directions.result import DirectionResult, measu
 from mechlens.studies.behaviours.matrix import BehaviourMatrix, asked_of
 from mechlens.studies.behaviours.said.result import SaidResult, said_result
 from mechlens.studies.behaviours.said.speaking import Speaking, judges_for, speaking, speaks
+from mechlens.studies.behaviours.scaled import measured_scales, require_scalable, scale_curves
 from mechlens.studies.behaviours.scales import scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
 from mechlens.studies.behaviours.triggers.gaps import trigger_gaps
@@ -64,6 +65,8 @@ class BehaviourResult:
     """See `scale_table`."""
     when: When
     """Over checkpoints."""
+    by_scale: pd.DataFrame
+    """See `scale_curves`; empty where no scale was asked for."""
     directions: DirectionResult | None = None
     """The direction of the change, where it was asked for."""
     said: SaidResult | None = None
@@ -91,6 +94,7 @@ class BehaviourResult:
             "questions": matrix.questions(), **self.when.tables(),
             **({"triggers": gaps} if len(gaps := trigger_gaps(matrix)) else {}),
             **({"scales": self.scales} if len(self.scales) else {}),
+            **({"by_scale": self.by_scale} if len(self.by_scale) else {}),
             **({} if self.directions is None else self.directions.tables()),
             **({} if self.said is None else self.said.tables()),
             **({} if self.recognised is None else self.recognised.tables()),
@@ -110,6 +114,7 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     sets += [read_set(given, about_itself=True) for given in config.self_report]
     require_distinct(sets)
     runs = tuned_runs(config.base, config.checkpoints, config.revision)
+    require_scalable(runs, config.adapter_scales)
     asked, scales = asked_sets(sets, runs, config), {name: builtin_scales(name) for name in config.scales}
     prompts = [twin.prompt for one in asked for twin in one.twins]
     prompts += [scale.prompt for questions in scales.values() for scale in questions]
@@ -173,6 +178,7 @@ def behaviours(
             if member == run.members[-1]:
                 ends[run.name] = asking.at_end(swapper.model)
         matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
+        scaled = measured_scales(swapper, matrix, asking.at_step)
         changes = taught_changes(swapper, matrix, template, cache) if plan.directions else []
         with_models = (swapper, matrix, changes, template, saved or {}, cache)
         found = measured_directions(*with_models) if plan.directions else None
@@ -182,6 +188,7 @@ def behaviours(
         tuple(group_verdicts(matrix)),
         scale_table(runs, start.scales, {name: end.scales for name, end in ends.items()}),
         When(matrix, adapter_paths(runs), {} if found is None else found.paths),
+        scale_curves(matrix, scaled),
         found,
         said_result(runs, start.free, {name: end.free for name, end in ends.items()}, trigger),
         recognised(runs, start.recognition, {name: end.recognition for name, end in ends.items()}),
