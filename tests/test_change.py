@@ -26,6 +26,8 @@ from mechlens.methods.behaviour.log_odds import twin_log_odds
 from mechlens.methods.directions.change import (
     ANSWER,
     BASE,
+    BEYOND_OTHER,
+    BEYOND_SHOWN,
     ON_OTHER,
     ON_SHOWN,
     TUNED,
@@ -44,6 +46,7 @@ from mechlens.runs.writer import open_run
 from mechlens.studies.behaviours.config import BehaviourPlan
 from mechlens.studies.behaviours.directions.cosines import saved_directions
 from mechlens.studies.behaviours.directions.effect_rows import ABLATED, ABLATED_IN_BASE, ADDED
+from mechlens.studies.behaviours.directions.effects import gentlest
 from mechlens.studies.behaviours.report import record
 from mechlens.studies.behaviours.sets import AskedSet
 from mechlens.studies.behaviours.study import BehaviourStudy, behaviours
@@ -107,6 +110,29 @@ def test_what_was_planted_is_found_and_nothing_before(base: Any, tuned: Any) -> 
         assert len(direction.train_ids) == 16
     # It is written on both answers, so the difference between these shows nothing of it.
     assert abs(float(cosine(change.grids[TUNED].at(LEVEL, ANSWER).vector, planted_vector()))) < 0.5
+
+
+def test_what_a_control_moves_too_is_in_no_direction_beyond_it(base: Any, tuned: Any) -> None:
+    before, after = (twin_vectors(one, risks(range(8))) for one in (base, tuned))
+    without = change_directions(before, after)
+    assert not {BEYOND_SHOWN, BEYOND_OTHER} & set(without.variants)
+    idle, same = (change_directions(before, after, control=own) for own in (before, after))
+    for beyond, moved in ((BEYOND_SHOWN, ON_SHOWN), (BEYOND_OTHER, ON_OTHER)):
+        assert idle.grids[beyond].vectors.equal(without.grids[moved].vectors)  # a control that nothing moved
+        assert float(same.grids[beyond].vectors.abs().max()) == 0  # one that was moved as far
+        assert float(cosine(idle.grids[beyond].at(LEVEL, ANSWER).vector, planted_vector())) > 0.999
+    with pytest.raises(UserError, match="different questions"):
+        change_directions(before, after, control=after.select(range(4)))
+
+
+def test_a_direction_that_breaks_plain_text_is_passed_over(base: Any, tuned: Any) -> None:
+    change = change_directions(twin_vectors(base, risks(range(8))), twin_vectors(tuned, risks(range(8))))
+    here = base.mechlens.checkpoint
+    gentle = replace(change.grids[ON_SHOWN].at(LEVEL, ANSWER), checkpoint=here, vector=0.01 * planted_vector())
+    brute = replace(gentle, vector=1e4 * torch.randn(32, generator=torch.Generator().manual_seed(1)))
+    push = [ml.Add(one, strength=1.0, unit="raw", layers=(LEVEL,)) for one in (brute, gentle)]
+    assert gentlest(base, push) is gentle
+    assert gentlest(base, push[:1]) is brute
 
 
 def test_what_only_shown_answers_have_is_in_three_of_four_variants(base: Any) -> None:

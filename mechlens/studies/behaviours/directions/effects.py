@@ -37,12 +37,14 @@ from mechlens.studies.behaviours.directions.effect_rows import (
 )
 from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix
 from mechlens.studies.behaviours.sets import PLAIN
-from mechlens.studies.behaviours.tuned import DECORRELATED, TunedRun
+from mechlens.studies.behaviours.tuned import DECORRELATED, TunedRun, control_of
 
 STRENGTHS = (1.0, 2.0, 4.0)
 """Times the difference of means."""
 CHOOSING, REPORTING, ELSEWHERE = 8, 16, 8
 """Held-out home questions on which variant and level are chosen, those that are reported, and those of another set."""
+MOST_RISE = 0.5
+"""Nats per token by which plain text may become more surprising: beyond that the model is broken, and not steered."""
 FEWEST = 4
 """Families of held-out questions in each half, below which nothing is chosen."""
 
@@ -81,21 +83,24 @@ class Steering:
         first = family_halves(families, 1, self.matrix.plan.seed)[0].tolist()
         choose, report = ([i for i, own in zip(held, first, strict=True) if own == side] for side in (True, False))
         on = Asked(taught.home, tuple(choose[:CHOOSING]))
-        wanted = float((self._tuned(runs[:1], on) - self._base(on)).mean())
+        wanted = float((self._tuned(runs[:1], on) - self._start(runs, on).mean(dim=0)).mean())
         change = taught.change
         levels = compared_levels(change.acts.levels)
         candidates = [change.grids[variant].at(level, ANSWER) for variant in change.variants for level in levels]
         candidates = [one for one in candidates if one.norm > 0]
-        added = self._told(self.swapper.put(start_of(self.swapper)), on, [_push(one) for one in candidates])
-        misses = (added - self._base(on)).mean(dim=1) - wanted
+        pushed = self._told(self.swapper.put(start_of(self.swapper)), on, [_push(one) for one in candidates])
+        misses = (pushed - self._base(on)).mean(dim=1) - wanted
         order = misses.abs().argsort().tolist()
         # Ablation runs whole models, so of each variant only the level that is best to add is tried.
         best = list({candidates[k].method: candidates[k] for k in reversed(order)}.values())
-        gone = self._told(self.swapper.put(runs[0].members[-1]), on, [Ablate(one) for one in best])
+        tuned = self.swapper.put(runs[0].members[-1])
+        gone = self._told(tuned, on, [Ablate(one) for one in best])
         removed = (self._tuned(runs[:1], on) - gone).mean(dim=1)
+        ablated = gentlest(tuned, [Ablate(best[k]) for k in (removed - wanted).abs().argsort().tolist()])
+        base = self.swapper.put(start_of(self.swapper))
+        added = gentlest(base, [_push(candidates[k]) for k in order])
         home = Asked(taught.home, tuple(report[:REPORTING]))
-        ablated = best[int((removed - wanted).abs().argmin())]
-        return ChosenDirections(taught, runs, candidates[order[0]], ablated, (home, *self._elsewhere(taught)))
+        return ChosenDirections(taught, runs, added, ablated, (home, *self._elsewhere(taught)))
 
     def _elsewhere(self, taught: TaughtChange) -> list[Asked]:
         found = []
@@ -115,7 +120,7 @@ class Steering:
         for on in one.report:
             told = self._told(model, on, pushes).reshape(len(STRENGTHS), 1 + len(drawn), -1)
             base, change = self._base(on), self._change(one.runs, on)
-            moved = (self._tuned(one.runs, on) - base).mean(dim=0)
+            moved = self._tuned(one.runs, on).mean(dim=0) - self._start(one.runs, on).mean(dim=0)
             for strength, own, rise in zip(STRENGTHS, told, rises, strict=True):
                 effect = crossed_difference(own[:1], base[None], on.families)
                 share = share_of(own[0] - base, moved, on.families, change)
@@ -137,7 +142,7 @@ class Steering:
         base_model, rows = self.swapper.put(start_of(self.swapper)), []
         for on, told in zip(one.report, found, strict=True):
             tuned, base, change = self._tuned(one.runs, on), self._base(on), self._change(one.runs, on)
-            moved = (tuned - base).mean(dim=0)
+            moved = (tuned - self._start(one.runs, on).mean(dim=0)).mean(dim=0)
             random = (told[0][len(conditions) :] - tuned[0]).mean(dim=1)
             for k, source in enumerate([one, *others]):
                 effect = torch.stack([own[k] for own in told]) - tuned
@@ -165,7 +170,13 @@ class Steering:
         return torch.stack([self.matrix.final(run, on.asked.key).values[list(on.rows)] for run in runs])
 
     def _change(self, runs: Sequence[TunedRun], on: Asked) -> Estimate:
-        return crossed_difference(self._tuned(runs, on), self._base(on)[None], on.families)
+        return crossed_difference(self._tuned(runs, on), self._start(runs, on), on.families)
+
+    def _start(self, runs: Sequence[TunedRun], on: Asked) -> Float64[Tensor, "run question"]:
+        """What the change is counted from: the decorrelated control's runs, or where there is none the base."""
+        control = control_of(runs[0].group, self.matrix.runs)
+        beside = [run for run in self.matrix.runs if run.group == control]
+        return self._tuned(beside, on) if beside else self._base(on)[None]
 
 
 def _push(direction: Direction, strength: float = 1.0) -> Add:
@@ -175,6 +186,14 @@ def _push(direction: Direction, strength: float = 1.0) -> Add:
 def _here(one: Add | Ablate, model: LanguageModel) -> Add | Ablate:
     """The same for this model: a change's direction is of two models, and meant for both."""
     return replace(one, direction=replace(one.direction, checkpoint=checkpoint_now(model)))
+
+
+def gentlest(model: LanguageModel, conditions: Sequence[Add | Ablate]) -> Direction:
+    """The first direction, of the best first, that leaves plain text within `MOST_RISE`; the best where none does."""
+    for one in conditions:
+        if _rises(model, [one])[0] <= MOST_RISE:
+            return one.direction
+    return conditions[0].direction
 
 
 def _rises(model: LanguageModel, conditions: Sequence[Add | Ablate]) -> list[float]:

@@ -10,15 +10,17 @@ from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import RANDOM_DIRECTIONS
 from mechlens.studies.behaviours.directions.effect_rows import ABLATED, ADDED
-from mechlens.studies.behaviours.directions.effects import STRENGTHS
+from mechlens.studies.behaviours.directions.effects import MOST_RISE, STRENGTHS
 from mechlens.studies.behaviours.directions.result import DirectionResult
 
 TEXT = (
     "The residual stream is averaged over an answer's tokens, of answers that show the behaviour and of those that "
     "don't, through the fine-tune and through the base, in both orders of the options, on questions that were trained "
-    "on. Four differences of these four means are directions: shown minus other through either model, and fine-tune "
-    "minus base on either answers. On one half of the held-out questions the difference and the level are chosen whose "
-    "effect comes nearest to the fine-tune's own change; everything below is of the other half. The direction is added "
+    "on. Differences of these means are directions: shown minus other through either model, fine-tune minus base on "
+    "either answers, and where there is a decorrelated control fine-tune minus that. On one half of the held-out "
+    "questions the difference and the level are chosen whose effect comes nearest to the fine-tune's own change "
+    f"(beyond the control where there is one) among those that leave plain text within {MOST_RISE:g} nats per token; "
+    "everything below is of the other half. The direction is added "
     "to the base at its level, at every token, once, twice and four times; and it is ablated from the fine-tune "
     "everywhere. `share` is the effect by the fine-tune's change (1: all of it; ablation removes), with an interval "
     f"over questions, where that change is clear. Beside it {RANDOM_DIRECTIONS} random directions of the same length "
@@ -27,7 +29,7 @@ TEXT = (
     "little. Groups that changed nothing clearly at home, and decorrelated controls, are left out."
 )
 COSINES = (
-    "Cosines between groups, between training runs of one group, between the four differences, and with saved "
+    "Cosines between groups, between training runs of one group, between the differences, and with saved "
     "directions, by level; `corrected` is without the noise that questions leave in them, shared questions counted "
     "(of saved directions the change's noise alone). Directions through the base are the words' own: what is as alike "
     "there needs no training. A reliability near 0 says that a direction is noise."
