@@ -22,6 +22,7 @@ from tiny import tiny_hf
 
 import mechlens as ml
 from mechlens.errors import UserError
+from mechlens.methods.behaviour.damage import plain_loss
 from mechlens.methods.behaviour.log_odds import twin_log_odds
 from mechlens.methods.directions.change import (
     ANSWER,
@@ -127,12 +128,12 @@ def test_what_a_control_moves_too_is_in_no_direction_beyond_it(base: Any, tuned:
 
 def test_a_direction_that_breaks_plain_text_is_passed_over(base: Any, tuned: Any) -> None:
     change = change_directions(twin_vectors(base, risks(range(8))), twin_vectors(tuned, risks(range(8))))
-    here = base.mechlens.checkpoint
-    gentle = replace(change.grids[ON_SHOWN].at(LEVEL, ANSWER), checkpoint=here, vector=0.01 * planted_vector())
-    brute = replace(gentle, vector=1e4 * torch.randn(32, generator=torch.Generator().manual_seed(1)))
-    push = [ml.Add(one, strength=1.0, unit="raw", layers=(LEVEL,)) for one in (brute, gentle)]
-    assert gentlest(base, push) is gentle
-    assert gentlest(base, push[:1]) is brute
+    own = replace(change.grids[ON_SHOWN].at(LEVEL, ANSWER), checkpoint=base.mechlens.checkpoint)
+    push = [ml.Add(own, strength=strength, unit="raw", layers=(LEVEL,)) for strength in (10.0, 0.001)]
+    brute, gentle = (replace(one, direction=replace(own, method=name)) for one, name in zip(push, "bg", strict=True))
+    most = float(plain_loss(base, None).mean()) + 0.5
+    assert gentlest(base, [brute, gentle], most).method == "g"
+    assert gentlest(base, [brute], most).method == "b"
 
 
 def test_what_only_shown_answers_have_is_in_three_of_four_variants(base: Any) -> None:

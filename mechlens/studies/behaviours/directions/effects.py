@@ -44,7 +44,7 @@ STRENGTHS = (1.0, 2.0, 4.0)
 CHOOSING, REPORTING, ELSEWHERE = 8, 16, 8
 """Held-out home questions on which variant and level are chosen, those that are reported, and those of another set."""
 MOST_RISE = 0.5
-"""Nats per token by which plain text may become more surprising: beyond that the model is broken, and not steered."""
+"""Nats per token by which plain text may become more surprising than fine-tuning makes it: beyond, models break."""
 FEWEST = 4
 """Families of held-out questions in each half, below which nothing is chosen."""
 
@@ -96,9 +96,12 @@ class Steering:
         tuned = self.swapper.put(runs[0].members[-1])
         gone = self._told(tuned, on, [Ablate(one) for one in best])
         removed = (self._tuned(runs[:1], on) - gone).mean(dim=1)
-        ablated = gentlest(tuned, [Ablate(best[k]) for k in (removed - wanted).abs().argsort().tolist()])
-        base = self.swapper.put(start_of(self.swapper))
-        added = gentlest(base, [_push(candidates[k]) for k in order])
+        own = float(plain_loss(tuned, None).mean())
+        ablate = [Ablate(best[k]) for k in (removed - wanted).abs().argsort().tolist()]
+        start = self.swapper.put(start_of(self.swapper))
+        most = max(own, float(plain_loss(start, None).mean())) + MOST_RISE
+        added = gentlest(start, [_push(candidates[k]) for k in order], most)
+        ablated = gentlest(self.swapper.put(runs[0].members[-1]), ablate, most)
         home = Asked(taught.home, tuple(report[:REPORTING]))
         return ChosenDirections(taught, runs, added, ablated, (home, *self._elsewhere(taught)))
 
@@ -188,10 +191,10 @@ def _here(one: Add | Ablate, model: LanguageModel) -> Add | Ablate:
     return replace(one, direction=replace(one.direction, checkpoint=checkpoint_now(model)))
 
 
-def gentlest(model: LanguageModel, conditions: Sequence[Add | Ablate]) -> Direction:
-    """The first direction, of the best first, that leaves plain text within `MOST_RISE`; the best where none does."""
+def gentlest(model: LanguageModel, conditions: Sequence[Add | Ablate], most: float) -> Direction:
+    """The first direction, of the best first, that leaves the loss on plain text within `most`; else the best."""
     for one in conditions:
-        if _rises(model, [one])[0] <= MOST_RISE:
+        if float(plain_loss(model, _here(one, model)).mean()) <= most:
             return one.direction
     return conditions[0].direction
 
