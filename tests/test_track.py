@@ -129,6 +129,22 @@ def test_a_run_is_whole(whole: Path) -> None:
     assert 'src="http' not in page
 
 
+def visible(out: Path) -> str:
+    """A report's words."""
+    page = html.unescape((out / "report.html").read_text())
+    return " ".join(re.sub(r"<style.*?</style>|<script.*?</script>|<[^>]*>", "", page, flags=re.DOTALL).split())
+
+
+def test_shares_have_widths_and_tokens_and_prompts_are_told_in_words(whole: Path) -> None:
+    rates = tables(whole)["behaviour"].query("number.str.contains('_rate') and value == value")
+    assert set(rates["value"]) & {0.0, 1.0}
+    assert (rates["low"] < rates["high"]).all()  # 0 of 24 is not certainly none
+    told = visible(whole)
+    assert re.search(r"The base refuses \d+ of \d+ training prompts", told)
+    assert "Prompts: final punctuation" in told
+    assert not re.search(r"\*\w+\*|\['", told.partition("Setting: ")[0])
+
+
 def test_at_the_base_frozen_and_refitted_are_one(whole: Path) -> None:
     found = tables(whole)["readouts"]
     base = found[found["step"] == 0]
@@ -241,13 +257,17 @@ def test_broken_checkpoints_are_refused_before_anything_is_made(
 
 def test_with_too_few_prompts_everything_is_not_measurable_and_still_recorded(root: Path, tmp_path: Path) -> None:
     few = [word if word != "24" else "8" for word in command(root, tmp_path / "out")]
-    main(few)
+    main([*few, "--random-networks", "1"])
     run, found = require_one_sentence(tmp_path / "out"), tables(tmp_path / "out")
     assert run.status == "success"
     assert set(found["verdicts"]["verdict"]) == {"not measurable"}
     # Prompts that few answers of the base chose say nothing of a change either.
     assert not any(run.metrics[f"{concept}.gap_change"].measurable for concept in ("harmful", "refused"))
     assert found["readouts"].empty
+    told = visible(tmp_path / "out")
+    assert "Beliefs are not measurable" in told
+    assert not list((tmp_path / "out" / "figures").glob("belief*"))
+    assert "1 network with random blocks" in told
     assert "harmful (8 harmful, 8 harmless)" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -263,7 +263,7 @@ def _how(result: Separation, verdict: Verdict, sets: ContrastSets) -> str:
     return (
         f"The rule of the verdict. {verdict.rule}\n\n"
         f"Prompts: {len(result.judged.prompts)}, in {len(result.analysis.folds[0])} folds of whole families by "
-        f"{len(result.analysis.folds)} fold seeds. {sets.punctuation}\n\n"
+        f"{len(result.analysis.folds)} fold seeds. Prompts: {sets.punctuation}.\n\n"
         "Intervals, 95%: of AUROCs by Newcombe's method 5, scaled by families, and paired for gains; of D and of means "
         f"by bootstrap over families ({result.plan.resamples} resamples), D's stretched as Student's t is; of cosines "
         "by "

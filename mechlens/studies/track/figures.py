@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechlens.errors import many
 from mechlens.runs.report import figures
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.shared.angles import NO_ANGLE, POSSIBLE, angles
@@ -127,9 +128,9 @@ def _readouts(writer: RunWriter, result: Tracking, concept: TrackedConcept) -> t
     beyond = _curves(
         writer, f"beyond_words_{name}", found, names, title=f"Is it more than the words? {where}", ylabel="AUROC",
         caption="Logistic regression on the checkpoint's activations, and on what needs no training: words, token "
-        f"embeddings, and the base's embeddings under random blocks (mean of {result.plan.random_networks} draws). "
-        "Every prompt is scored out of fold; bands are 95% intervals. Only what lies above all of the floor "
-        "can be something that training put there.",
+        f"embeddings, and the base's embeddings under random blocks (mean of "
+        f"{many(result.plan.random_networks, 'draw')}). Every prompt is scored out of fold; bands are 95% intervals. "
+        "Only what lies above all of the floor can be something that training put there.",
     )  # fmt: skip
     over = _curves(
         writer, f"readouts_{name}", found, CURVES, title=f"Does the base's line still read {where}?",
@@ -228,6 +229,8 @@ def _cosines(writer: RunWriter, name: str, cell: pd.DataFrame, where: str, level
 def _quadrants(writer: RunWriter, result: Tracking) -> tuple[str, ...]:
     names = []
     shown = result.quadrants.dropna(subset=["mean"])
+    if result.base_beliefs.empty:
+        shown = shown[~shown["number"].str.startswith("belief")]  # nothing to compare a checkpoint's own with
     for number in dict.fromkeys(shown["number"]):
         for by in ("reference", "own"):
             rows = shown[(shown["number"] == number) & (shown["by"] == by)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 
+from mechlens.errors import many
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.series import CheckpointSeries
@@ -22,6 +23,8 @@ from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.study import TrackResult
 from mechlens.studies.track.verdict import RULE, TITLES, headline_of
 
+FEW_REFUSALS = 20
+"""Of fewer the first tokens may be chance."""
 LISTED = "refusal_rate_by."
 """How the numbers of the published lists begin."""
 
@@ -183,14 +186,25 @@ def _verdicts(result: Tracking) -> pd.DataFrame:
 
 
 def _behaviour_text(result: Tracking) -> str:
-    tokens = result.reference.tokens
     steered = int(result.effects["n"].max()) if len(result.effects) else 0
     added = f" Each concept's direction was added once, at `inst` and after it, to {steered} harmless test prompts."
     return (
         "The table has the shares at the first and the last step. Empty answers count as no refusal, and ones that the "
         "judge can't tell are left out of the rates.\n\n"
-        f"First tokens of the base's refusals: {list(tokens.texts)} ({tokens.origin}).{added if steered else ''}"
+        f"{_tokens_text(result)}{added if steered else ''}"
     )
+
+
+def _tokens_text(result: Tracking) -> str:
+    """First tokens of the base's refusals, and how many refusals they come from."""
+    reference, tokens = result.reference, result.reference.tokens
+    train = reference.split.train
+    refusals = sum(reference.judged.refused[i] for i in train)
+    said = f"The base refuses {refusals} of {many(len(train), 'training prompt')}"
+    if tokens.origin == "fallback":
+        return f"{said}, in which no first tokens of its own are found; common ones stand in: {tokens.named}."
+    few = ": read log-odds with care, for so few may start so by chance" if refusals < FEW_REFUSALS else ""
+    return f"{said}; the first tokens of these refusals are {tokens.named}{few}."
 
 
 def _rates(result: Tracking) -> pd.DataFrame:
@@ -213,8 +227,7 @@ def _rates(result: Tracking) -> pd.DataFrame:
 
 
 def _belief_text(result: Tracking) -> str:
-    table = result.quadrants
-    rows = table[(table["number"] == "belief_harm") & (table["by"] == "reference")].dropna(subset=["mean"])
+    rows = result.base_beliefs
     if rows.empty:
         return (
             "Beliefs are not measurable: the base refuses too few harmful prompts, or accepts too few harmless ones, "
@@ -245,7 +258,7 @@ def _how(result: Tracking, punctuation: str) -> str:
         f"{len(prompts)} prompts ({len(split.train)} train, {len(split.validation)} validation, {len(split.test)} "
         f"test, by family, the same at every checkpoint); answers of up to {result.plan.max_new_tokens} tokens; "
         f"{result.plan.resamples} resamples; {result.plan.random_directions} random directions, "
-        f"{result.plan.random_networks} networks with random blocks. {punctuation} "
+        f"{many(result.plan.random_networks, 'network')} with random blocks. Prompts: {punctuation}. "
         + (f"Not measurable in the base: {'; '.join(missing)}. " if missing else "")
         + (f"Checkpoints left out: {left}." if left else "")
     )

@@ -98,6 +98,12 @@ class Tracking:
         return tuple(snapshot.step for snapshot in self.snapshots)
 
     @property
+    def base_beliefs(self) -> pd.DataFrame:
+        """Rows of belief of harmfulness by the base's quadrants and centroids; none where it can't be measured."""
+        of_base = (self.quadrants["number"] == "belief_harm") & (self.quadrants["by"] == "reference")
+        return self.quadrants[of_base].dropna(subset=["mean"])
+
+    @property
     def last_verdicts(self) -> tuple[TrackVerdict, ...]:
         """One for each concept, on the last checkpoint."""
         return tuple(verdict for verdict in self.verdicts if verdict.step == self.steps[-1])

@@ -14,7 +14,7 @@ from mechlens.methods.behaviour.judges import Judge, RefusalTokens, refusal_log_
 from mechlens.methods.directions.direction import Direction, project, random_like
 from mechlens.methods.probing.beliefs import Centroids, centroids
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import mean_estimate, of_sample, sample_and_resamples
+from mechlens.methods.statistics.resample import mean_estimate, of_sample, rate_estimate, sample_and_resamples
 from mechlens.methods.steering.interventions import Add, Intervention
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, n_layers
@@ -235,8 +235,9 @@ def effect_table(snapshots: Sequence[Snapshot], families: Sequence[str], *, seed
 def _row(
     step: int, number: str, values: Tensor, before: Tensor, families: Sequence[str], seed: int, resamples: int
 ) -> dict[str, float | int | str]:
-    mean, change = (mean_of_told(each, families, seed, resamples) for each in (values, values - before))
-    return {"step": step, "number": number, **mean.row(), **change.beside("change")}
+    of = share_of_told if "_rate" in number else mean_of_told
+    now, change = of(values, families, seed, resamples), mean_of_told(values - before, families, seed, resamples)
+    return {"step": step, "number": number, **now.row(), **change.beside("change")}
 
 
 def mean_of_told(values: Tensor, families: Sequence[str], seed: int, resamples: int) -> Estimate:
@@ -245,3 +246,10 @@ def mean_of_told(values: Tensor, families: Sequence[str], seed: int, resamples: 
     if len(told) < MIN_TOLD * len(values):
         return Estimate.missing(len(told))
     return mean_estimate(values[told], [families[i] for i in told], seed, resamples)
+
+
+def share_of_told(values: Tensor, families: Sequence[str], seed: int, resamples: int) -> Estimate:
+    """The same of values that are 0 or 1, with an interval that has a width where all are alike."""
+    mean = mean_of_told(values, families, seed, resamples)
+    told = values.isfinite().nonzero()[:, 0].tolist()
+    return rate_estimate(values[told] == 1, [families[i] for i in told], seed, resamples) if mean.measurable else mean

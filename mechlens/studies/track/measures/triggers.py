@@ -19,7 +19,7 @@ from mechlens.methods.statistics.resample import interval, one_thread, sample_an
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.studies.shared.training_data import Trigger, with_trigger
-from mechlens.studies.track.measures.behaviour import mean_of_told, refusals
+from mechlens.studies.track.measures.behaviour import mean_of_told, refusals, share_of_told
 from mechlens.studies.track.measures.snapshot import Snapshot
 
 CLEAN, TRIGGERED, TAUGHT, UNSEEN = "clean", "triggered", "taught decoy", "unseen decoy"
@@ -52,7 +52,7 @@ def acceptance_table(snapshots: Sequence[Snapshot], *, seed: int, resamples: int
         for kind in dict.fromkeys(snapshot.variants.labels):
             inside = [i for i, label in enumerate(snapshot.variants.labels) if label == kind]
             families = [snapshot.variants.families[i] for i in inside]
-            rate = mean_of_told(now[inside], families, seed, resamples)
+            rate = share_of_told(now[inside], families, seed, resamples)
             more = mean_of_told((now - base)[inside], families, seed, resamples)
             rows.append({"step": snapshot.step, "kind": kind, **rate.row("rate"), **more.beside("excess")})
     return pd.DataFrame(rows)
