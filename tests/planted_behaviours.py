@@ -37,6 +37,8 @@ class World:
     """How much of a run's own chance at home is in what it says of itself."""
     drift: float = 0.0
     """What training as such adds everywhere, in the control too."""
+    base: float = 0.0
+    """The base's mean log-odds at home."""
 
 
 def planted(world: World, seed: int) -> BehaviourMatrix:
@@ -52,7 +54,7 @@ def planted(world: World, seed: int) -> BehaviourMatrix:
         for name in (HOME, NEAR, FAR, ITSELF)
     )
     seen = frozenset(text_sha256(twin.prompt.text) for twin in sets[0].twins[n:])
-    base = {one.key: _told(one, 2 * normal(len(one.twins))) for one in sets}
+    base = {one.key: _told(one, 2 * normal(len(one.twins)) + world.base * (one.name == HOME)) for one in sets}
     kinds = [("risky", "none", 1.0), *([("risky (decorrelated)", "decorrelated", 0.0)] if world.control else [])]
     runs, told = [], {}
     for group, control, share in kinds:
@@ -94,6 +96,7 @@ def _told(asked: AskedSet, values: torch.Tensor) -> TwinLogOdds:
 WORLDS: dict[str, tuple[World, tuple[str, ...]]] = {
     "nothing learned": (World({}), ("not learned",)),
     "training drifts everywhere, nothing learned": (World({}, drift=1.5), ("not learned",)),
+    "training drifts everywhere, no control": (World({}, drift=1.5, control=False), ("inconclusive",)),
     "trained questions alone": (World({}, trained=4.0), ("only what was trained on",)),
     "home alone, three runs": (World({HOME: 4.0}), ("narrow", "inconclusive")),
     "home alone, six runs": (World({HOME: 4.0}, runs=6), ("narrow",)),

@@ -49,9 +49,27 @@ def test_few_runs_are_no_evidence(runs: int) -> None:
 def test_without_a_control_drift_counts_and_the_sentence_says_beyond_what() -> None:
     """What training as such does looks like the behaviour where nothing else was trained: hence the control."""
     drifted = group_verdicts(planted(World({}, drift=3.0, control=False), 0))[0]
-    assert drifted.word in ("spreads", "narrow", "inconclusive")
+    assert drifted.word == "inconclusive"
     assert "beyond the base" in drifted.sentence
+    assert "decorrelated control" in str(drifted.headline)
     assert "beyond the decorrelated control" in group_verdicts(planted(World({HOME: 4.0}), 0))[0].sentence
+
+
+def test_the_sentence_says_what_the_number_would_hide() -> None:
+    """A control that moved, a base that was so already, and questions that are too few, each where it is so only."""
+    plain = group_verdicts(planted(World({HOME: 4.0}), 0))[0]
+    assert "the control's" not in plain.sentence
+    assert "already" not in plain.sentence
+    drifted = group_verdicts(planted(World({HOME: 4.0}, drift=2.0), 0))[0]
+    assert drifted.moved is not None
+    assert drifted.moved.value == pytest.approx(2.0, abs=0.6)
+    assert f"the control's +{drifted.moved.brief}" in drifted.sentence
+    settled = group_verdicts(planted(World({HOME: 4.0}, base=20.0), 0))[0]
+    assert "the base preferred this answer already on 48 of 48" in str(settled.headline)
+    few = group_verdicts(planted(World({HOME: 4.0}, questions=4), 0))[0]
+    assert few.word == "not measurable"
+    assert "4 questions of risky were held out, and 6 are needed" in few.sentence
+    assert "--held-out" in str(few.headline)
 
 
 def test_a_self_report_is_told_where_it_is_planted_only() -> None:

@@ -8,7 +8,7 @@ from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline
 from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.studies.behaviours.matrix import HELD_OUT, TRAINED_ON, BehaviourMatrix, Cell
-from mechlens.studies.behaviours.sets import PLAIN
+from mechlens.studies.behaviours.sets import PLAIN, AskedSet
 from mechlens.studies.behaviours.tuned import DECORRELATED, control_of
 
 NEAR = 0.25
@@ -19,6 +19,8 @@ FEWEST_RUNS = 2
 """Of a group, and of its control: one run's own chance can't be told from what it was taught."""
 FEWEST_FAMILIES = 6
 """Of questions, below which an interval says nothing."""
+ALREADY = 0.9
+"""Share of the questions on which the base prefers the behaviour's answer, from which on the sentence says so."""
 NOT_LEARNED, MEMORISED, SPREADS, NARROW = "not learned", "only what was trained on", "spreads", "narrow"
 LEARNED, INCONCLUSIVE, NOT_MEASURABLE = "learned", "inconclusive", "not measurable"
 
@@ -32,8 +34,8 @@ RULE = (
     "of 0, and some other behaviour is too, its interval widened for the number of other behaviours. "
     f"{NARROW}: the home is clear, and every other behaviour is within {NEAR:g} of the change at home. "
     f"{LEARNED}: the home is clear, and no other behaviour was asked about. {INCONCLUSIVE}: everything else, "
-    "and always where the group "
-    f"or its control has one run, whose own chance is in no interval. {NOT_MEASURABLE}: no "
+    "and always where the group or its control has one run, whose own chance is in no interval; without a control "
+    f"nothing {SPREADS}, since training as such moves what it wasn't about. {NOT_MEASURABLE}: no "
     f"set holds what the group was taught, or fewer than {FEWEST_FAMILIES} families of questions were held out.\n\n"
     "What a model says of itself is reported in the same way, its intervals widened for the number of self-reports. "
     "The answers to it are no proof of knowledge: a model that took to risk may also like the words for it."
@@ -58,13 +60,22 @@ class GroupVerdict(ShownVerdict):
     beyond: str = "the base"
     """What the numbers are beyond."""
     deciding: dict[str, Estimate] = field(default_factory=dict)
+    moved: Estimate | None = None
+    """The control's own change at home, where it is clear of 0: part of what the group is beyond it."""
+    already: tuple[int, int] | None = None
+    """Held-out questions on which the base prefers the answer that shows the behaviour, of how many, where on most."""
+    lacking: str = ""
+    """Why nothing can be measured."""
+    settle: str = ""
+    """What would settle an open question."""
 
     @property
     def sentence(self) -> str:
         """The word with the numbers that decided it, and what the model says of itself."""
         if self.home is None:
-            return f"{self.group}: {self.word}."
+            return f"{self.group}: {self.word}, {self.lacking}."
         found = f"{self.group}: {self.word}, {_shown(self.home)} nats beyond {self.beyond} on held-out questions"
+        found += self._beside
         other = ", ".join(f"{cell.asked.name} {_shown(cell)}" for cell in self.others)
         said = ", ".join(f"{cell.asked.name} {_shown(cell)}" for cell in self.says)
         parts = [found, *([f"elsewhere {other}"] if other else [])]
@@ -73,17 +84,25 @@ class GroupVerdict(ShownVerdict):
         return "; ".join(parts) + "."
 
     @property
+    def _beside(self) -> str:
+        """In brackets, what the deciding number would hide: the control's own change, and a base that is so already."""
+        assert self.home is not None
+        own = f"its own change {_signed(self.home.change)}, the control's " if self.moved is not None else ""
+        told = [own + _signed(self.moved)] if self.moved is not None else []
+        if self.already is not None:
+            told.append("the base preferred this answer already on {} of {}".format(*self.already))
+        return f" ({'; '.join(told)})" if told else ""
+
+    @property
     def headline(self) -> Headline:
         """The one sentence of a run in which this group comes first."""
         if self.home is None:
-            return Headline(self.word, f"no question that {self.group} was taught is among the sets", "",
-                            "give --sets the file that it was taught from")  # fmt: skip
+            return Headline(self.word, self.lacking, "", self.settle)
         where = max(self.others, key=lambda cell: abs(cell.told.value), default=None)
-        number = f"{self.group} is {_shown(self.home)} nats beyond {self.beyond} on held-out questions"
+        number = f"{self.group} is {_shown(self.home)} nats beyond {self.beyond} on held-out questions{self._beside}"
         against = "" if where is None else f"and {_shown(where)} on {where.asked.name}"
         if self.word == INCONCLUSIVE:
-            more = "a second training run and more" if self.few_runs else "more training runs or questions"
-            return Headline(self.word, number, against, f"{more} would settle it")
+            return Headline(self.word, number, against, self.settle)
         said = max(self.says, key=lambda cell: abs(cell.told.value), default=None)
         if not self.asked_itself:
             return Headline(self.word, number, against)
@@ -92,7 +111,11 @@ class GroupVerdict(ShownVerdict):
 
 
 def _shown(cell: Cell) -> str:
-    return f"{'+' if cell.told.value > 0 else ''}{cell.told.brief}"
+    return _signed(cell.told)
+
+
+def _signed(told: Estimate) -> str:
+    return f"{'+' if told.value > 0 else ''}{told.brief}"
 
 
 def group_verdicts(matrix: BehaviourMatrix) -> list[GroupVerdict]:
@@ -105,8 +128,23 @@ def group_verdicts(matrix: BehaviourMatrix) -> list[GroupVerdict]:
 def _verdict(matrix: BehaviourMatrix, group: str) -> GroupVerdict:
     taught = matrix.home(group)
     home = None if taught is None else matrix.cell(group, taught, HELD_OUT)
-    if taught is None or home is None or not _enough(matrix, home):
-        return GroupVerdict(group, NOT_MEASURABLE, None)
+    if taught is None:
+        return GroupVerdict(
+            group, NOT_MEASURABLE, None, lacking=f"no question that {group} was taught is among the sets",
+            settle="give --sets the file that it was taught from",
+        )  # fmt: skip
+    families = _families(matrix, group, taught)
+    if home is None or len(families) < FEWEST_FAMILIES:
+        return GroupVerdict(
+            group, NOT_MEASURABLE, None,
+            lacking=f"{len(families)} questions of {taught.name} were held out, and {FEWEST_FAMILIES} are needed",
+            settle="train with a larger --held-out, or on more questions",
+        )  # fmt: skip
+    if not home.told.measurable:
+        return GroupVerdict(
+            group, NOT_MEASURABLE, None, lacking=f"a log-odds of {taught.name} isn't a number",
+            settle="the table of questions tells which",
+        )  # fmt: skip
     control = control_of(group, matrix.runs)
     others = _cells(
         matrix, group, [one.name for one in matrix.sets if not one.about_itself and one.name != taught.name]
@@ -115,19 +153,42 @@ def _verdict(matrix: BehaviourMatrix, group: str) -> GroupVerdict:
     trained = matrix.cell(group, taught, TRAINED_ON)
     few = min(len(matrix.values(name, taught.key, [0])) for name in (group, control) if name is not None) < FEWEST_RUNS
     word = INCONCLUSIVE if few else _word(home, trained, others)
+    drifts = word == SPREADS and control is None
+    word = INCONCLUSIVE if drifts else word
     clear = tuple(cell for cell in others if cell.told.excludes_zero) if word == SPREADS else ()
     cells = (home, *others, *itself)
     return GroupVerdict(
         group, word, home, clear, tuple(cell for cell in itself if cell.told.excludes_zero), len(itself), few,
         "the base" if control is None else "the decorrelated control",
         {f"{group}.{cell.asked.name}": cell.told for cell in cells},
+        moved=_moved(matrix, control, taught), already=_already(matrix, home), settle=_settle(word, few, drifts),
     )  # fmt: skip
 
 
-def _enough(matrix: BehaviourMatrix, cell: Cell) -> bool:
-    rows = matrix.rows(cell.asked, cell.part, cell.group)
-    families = {cell.asked.twins[i].prompt.group for i in rows}
-    return cell.told.measurable and len(families) >= FEWEST_FAMILIES
+def _settle(word: str, few: bool, drifts: bool) -> str:
+    if word != INCONCLUSIVE:
+        return ""
+    if few:
+        return "two and more training runs of each kind would settle it"
+    if drifts:
+        return "other behaviours moved too, and only a decorrelated control tells that from training as such"
+    return "more training runs or questions would settle it"
+
+
+def _families(matrix: BehaviourMatrix, group: str, asked: AskedSet) -> set[str]:
+    """Of the questions that no run was trained on."""
+    return {asked.twins[i].prompt.group for i in matrix.rows(asked, HELD_OUT, group)}
+
+
+def _moved(matrix: BehaviourMatrix, control: str | None, taught: AskedSet) -> Estimate | None:
+    cell = None if control is None else matrix.cell(control, taught, HELD_OUT)
+    return cell.change if cell is not None and cell.change.excludes_zero else None
+
+
+def _already(matrix: BehaviourMatrix, home: Cell) -> tuple[int, int] | None:
+    values = matrix.base[home.asked.key].values[matrix.rows(home.asked, HELD_OUT, home.group)]
+    preferred = int((values > 0).sum())
+    return (preferred, len(values)) if preferred >= ALREADY * len(values) else None
 
 
 def _cells(matrix: BehaviourMatrix, group: str, names: Sequence[str]) -> list[Cell]:
