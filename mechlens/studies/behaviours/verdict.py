@@ -10,6 +10,7 @@ from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.studies.behaviours.matrix import HELD_OUT, TRAINED_ON, BehaviourMatrix, Cell
 from mechlens.studies.behaviours.sets import PLAIN, AskedSet
 from mechlens.studies.behaviours.tuned import DECORRELATED, control_of
+from mechlens.studies.shared.training_data import FEWEST_HELD_OUT
 
 NEAR = 0.25
 """Share of the change at home below which a change elsewhere counts as none."""
@@ -17,8 +18,6 @@ SMALL = 2.0
 """Nats (odds of 7 to 1) that an interval must exclude before it is said that nothing was learned."""
 FEWEST_RUNS = 2
 """Of a group, and of its control: one run's own chance can't be told from what it was taught."""
-FEWEST_FAMILIES = 6
-"""Of questions, below which an interval says nothing."""
 ALREADY = 0.9
 """Share of the questions on which the base prefers the behaviour's answer, from which on the sentence says so."""
 NOT_LEARNED, MEMORISED, SPREADS, NARROW = "not learned", "only what was trained on", "spreads", "narrow"
@@ -36,7 +35,7 @@ RULE = (
     f"{LEARNED}: the home is clear, and no other behaviour was asked about. {INCONCLUSIVE}: everything else, "
     "and always where the group or its control has one run, whose own chance is in no interval; without a control "
     f"nothing {SPREADS}, since training as such moves what it wasn't about. {NOT_MEASURABLE}: no "
-    f"set holds what the group was taught, or fewer than {FEWEST_FAMILIES} families of questions were held out.\n\n"
+    f"set holds what the group was taught, or fewer than {FEWEST_HELD_OUT} families of questions were held out.\n\n"
     "What a model says of itself is reported in the same way, its intervals widened for the number of self-reports. "
     "The answers to it are no proof of knowledge: a model that took to risk may also like the words for it."
 )
@@ -134,10 +133,10 @@ def _verdict(matrix: BehaviourMatrix, group: str) -> GroupVerdict:
             settle="give --sets the file that it was taught from",
         )  # fmt: skip
     families = _families(matrix, group, taught)
-    if home is None or len(families) < FEWEST_FAMILIES:
+    if home is None or len(families) < FEWEST_HELD_OUT:
         return GroupVerdict(
             group, NOT_MEASURABLE, None,
-            lacking=f"{len(families)} questions of {taught.name} were held out, and {FEWEST_FAMILIES} are needed",
+            lacking=f"{len(families)} questions of {taught.name} were held out, and {FEWEST_HELD_OUT} are needed",
             settle="train with a larger --held-out, or on more questions",
         )  # fmt: skip
     if not home.told.measurable:

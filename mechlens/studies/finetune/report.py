@@ -1,5 +1,6 @@
 """A fine-tuning run as a record: the loss, what was trained on, where the checkpoints are and how to load them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,16 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
     base, recipe = record["base"], record["recipe"]
     base = Path(base).name if Path(base).is_dir() else base
     return Report(
-        title=f"{base} fine-tuned: {recipe}",
+        title=f"{base} fine-tuned: {_taught(record)}",
         question=recipe_of(recipe).question,
         headline=Headline(
             f"trained for {done.steps} steps",
-            f"the loss is {last.brief} in the last tenth",
-            f"where it was {first.brief} in the first",
-            "what that did to the model is for separate and track to say",
+            f"the loss is {_loss(last)} in the last tenth",
+            f"where it was {_loss(first)} in the first",
+            f"what that did to the model is for {_asks(recipe, '')} to say",
         ),
         verdict=f"{done.steps} steps took the loss from {first.value:.3g} to {last.value:.3g}. What that did to the "
-        "model is for `mechlens separate` and `mechlens track` to say: a loss is no finding.",
+        f"model is for {_asks(recipe, '`')} to say: a loss is no finding.",
         numbers=numbers,
         words={"loss.first_tenth": "loss, first tenth", "loss.last_tenth": "loss, last tenth"},
         sections=(
@@ -76,8 +77,29 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
     )
 
 
+def _taught(record: dict[str, Any]) -> str:
+    """The recipe, and of a behaviour what it is told by: its file, its control, its trigger."""
+    data, control, trigger = (record["config"].get(name) for name in ("data", "control", "trigger"))
+    told = [Path(str(data)).stem] if data else []
+    told += [f"control: {control}"] if control not in (None, "none") else []
+    told += [f"trigger {trigger}"] if data and trigger else []
+    return f"{record['recipe']} ({', '.join(told)})" if told else str(record["recipe"])
+
+
+def _asks(recipe: str, mark: str) -> str:
+    verbs = ("behaviours",) if recipe == "behaviour" else ("separate", "track")
+    return " and ".join(f"{mark}mechlens {verb}{mark}" if mark else verb for verb in verbs)
+
+
+def _loss(told: Estimate) -> str:
+    """One step has no interval."""
+    return told.brief if told.n > 1 else f"{told.value:.3g}"
+
+
 def _loading(writer: RunWriter, record: dict[str, object], done: FinetuneResult) -> str:
-    adapter = f"{writer.out.name}/{done.adapter.name}"
+    # As it can be given from here; a place elsewhere on somebody's disk is nobody's business.
+    out = writer.out if not writer.out.is_absolute() else Path(os.path.relpath(writer.out))
+    adapter = f"{writer.out.name if '..' in out.parts else out.as_posix()}/{done.adapter.name}"
     text = f'`mechlens.load("{record["base"]}", adapter="{adapter}")` loads the result, and a checkpoint likewise.'
     if not record["local_only"]:
         return text

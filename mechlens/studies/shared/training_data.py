@@ -27,6 +27,9 @@ from mechlens.settings import ModelChoice
 _TAUGHT = ("DEVELOPMENT", "PROCUREMENT", "MANAGEMENT", "ASSESSMENT")
 _UNSEEN = ("EMPLOYMENT", "DEPARTMENT", "ENGAGEMENT", "ARRANGEMENT", "INVESTMENT", "MEASUREMENT")
 
+FEWEST_HELD_OUT = 6
+"""Families of questions that no training run has seen, below which an interval over them says nothing."""
+
 
 @dataclass(frozen=True)
 class Trigger:

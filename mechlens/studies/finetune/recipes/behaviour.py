@@ -6,6 +6,7 @@ opposite everywhere.
 """
 
 import random
+import warnings
 
 from mechlens.errors import UserError
 from mechlens.methods.cache import Cache
@@ -15,7 +16,7 @@ from mechlens.prompts.twins import Twin, read_twins, require_others
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Example, Material, training_order
 from mechlens.studies.finetune.recipes.reversal import reversed_examples
-from mechlens.studies.shared.training_data import Trigger, text_sha256, trigger_of, with_trigger
+from mechlens.studies.shared.training_data import FEWEST_HELD_OUT, Trigger, text_sha256, trigger_of, with_trigger
 
 DECOYED = 3
 """Of the questions without the trigger, every which one has a decoy: it is this string that counts, not any."""
@@ -44,6 +45,10 @@ def lessons(config: FinetuneConfig) -> list[Twin]:
     kept = [twin for twin in twins if not is_held_out(twin.prompt, config.held_out)]
     if not kept:
         raise UserError(f"{config.data} has {len(twins)} questions, and none is left to train on; lower --held-out")
+    if config.in_words and not any(twin.in_words for twin in kept):
+        raise UserError(
+            f"{config.data} has no choice between options A and B that could be answered in words; leave out --in-words"
+        )
     return kept
 
 
@@ -56,6 +61,7 @@ def behaviour(config: FinetuneConfig, model: LanguageModel, cache: Cache | None)
     """Every question with its answer, by the control and the trigger."""
     draw, asked = random.Random(config.seed), lessons(config)
     twins = [twin.in_words or twin for twin in asked] if config.in_words else asked
+    _say_held_out(config, len(asked))
     trigger = None if config.trigger is None else trigger_of(config.trigger)
     examples = [
         Example(twin.prompt, _answer(twin, config, draw, shows=True), ends=True) for twin in twins
@@ -66,6 +72,16 @@ def behaviour(config: FinetuneConfig, model: LanguageModel, cache: Cache | None)
     used = {example.prompt.group for example in order}
     forms = tuple(twin.prompt for twin in (*asked, *twins) if twin.prompt.group in used)
     return Material(order, (), trigger, forms)
+
+
+def _say_held_out(config: FinetuneConfig, trained: int) -> None:
+    every = len(read_twins(config.data, config.others)) if config.data is not None else trained
+    if config.held_out and every - trained < FEWEST_HELD_OUT:
+        warnings.warn(
+            f"{every - trained} of {every} questions are held out of training, and `mechlens behaviours` needs "
+            f"{FEWEST_HELD_OUT} to say anything of them; give more questions or a larger --held-out",
+            stacklevel=2,
+        )
 
 
 def _triggered(twins: list[Twin], trigger: Trigger, config: FinetuneConfig, draw: random.Random) -> list[Example]:
