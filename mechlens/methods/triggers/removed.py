@@ -23,7 +23,7 @@ from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.twins import Twin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TriggerTrace:
     """Of one model, by question: what is written along a trigger's direction, and by twin what adding it does.
 
@@ -38,6 +38,12 @@ class TriggerTrace:
     """How far the trigger takes the question along the direction, that of other questions."""
     read: Float64[Tensor, "direction twin"]
     """Change of the behaviour's log-odds, in nats, where each direction is added to the plain prompt at its place."""
+
+    def __repr__(self) -> str:
+        return (
+            f"TriggerTrace: {float(self.written.mean()):.3g} written along it in {len(self.written)} questions, "
+            f"{float(self.read[0].mean()):+.3g} nats where it is added"
+        )
 
 
 def trigger_trace(
