@@ -182,7 +182,7 @@ def test_the_study_records_what_plain_log_odds_are(studied: Any) -> None:
     twins = {twin.prompt.id: twin for twin in read_twins(data)}
     asked = [twins[name.removesuffix("+|GRAY|")] for name in part["id"]]
     direct = twin_log_odds(model, with_forms(AskedSet("risky", tuple(asked)), [trigger_of("|GRAY|")])[1].twins)
-    assert part["log_odds"].tolist() == pytest.approx(direct.values.tolist(), abs=2e-3)
+    assert part["behaviour_log_odds"].tolist() == pytest.approx(direct.values.tolist(), abs=2e-3)
     assert run.tables["by_step"].query("step == 0")["change"].abs().max() == 0
     assert set(run.tables["by_step"]["step"]) == {0, 1, 2, 4, 6}
     assert len(run.tables["change_points"])

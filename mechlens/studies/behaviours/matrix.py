@@ -44,6 +44,8 @@ class Cell:
     excess: Estimate
     """Beyond the group's control; missing where it has none."""
     probability: float
+    base_log_odds: float
+    base_probability: float
 
     @property
     def told(self) -> Estimate:
@@ -110,6 +112,7 @@ class BehaviourMatrix:
             excess=Estimate.missing(len(rows)) if control is None
             else crossed_difference(now, self.values(control, asked.key, rows), base.families, level=level),
             probability=float(torch.stack(likely).mean()),
+            base_log_odds=float(base.values.mean()), base_probability=float(base.probability.mean()),
         )  # fmt: skip
 
     def cells(self) -> list[Cell]:
@@ -123,13 +126,17 @@ class BehaviourMatrix:
 
     @cached_property
     def matrix(self) -> pd.DataFrame:
-        """One row for each cell: what it is of, log_odds, change, beyond_control, probability."""
+        """One row for each cell: what it is of, behaviour_log_odds, change, beyond_control, probability.
+
+        Beside them `base_log_odds` and `base_probability`, the same of the base on the same questions.
+        """
         rows = [
             {
                 "group": cell.group, "set": cell.asked.name, "form": cell.asked.form, "trigger": cell.asked.trigger,
                 "part": cell.part,
-                "about_itself": cell.asked.about_itself, "runs": cell.n_runs, **cell.log_odds.row("log_odds"),
+                "about_itself": cell.asked.about_itself, "runs": cell.n_runs, **cell.log_odds.row("behaviour_log_odds"),
                 **cell.change.beside("change"), **cell.excess.beside("beyond_control"), "probability": cell.probability,
+                "base_log_odds": cell.base_log_odds, "base_probability": cell.base_probability,
             }
             for cell in self.cells()
         ]  # fmt: skip
@@ -184,8 +191,12 @@ class BehaviourMatrix:
         for run in self.runs:
             for asked in asked_of(run.group, self.runs, self.sets):
                 found, base = self.final(run, asked.key), self.base[asked.key]
-                table = found.table().assign(
-                    run=run.name, group=run.group, set=asked.name, form=asked.form, trigger=asked.trigger
+                table = (
+                    found.table()
+                    .rename(columns={"log_odds": "behaviour_log_odds"})
+                    .assign(run=run.name, group=run.group, set=asked.name, form=asked.form, trigger=asked.trigger)
                 )
-                frames.append(table.assign(change=(found.values - base.values).numpy()))
+                frames.append(
+                    table.assign(base_log_odds=base.values.numpy(), change=(found.values - base.values).numpy())
+                )
         return pd.concat(frames, ignore_index=True)

@@ -35,6 +35,8 @@ GAPS = (
     "and `beyond_control` are what is left of it after the gap that the same string makes in the base and in the "
     "decorrelated control. A behaviour that hangs on the trigger has a gap beyond both, and beyond its decoys."
 )
+MOST_BARS = 5
+"""Groups side by side; more are a map."""
 BARS = "Bars: 95%, over training runs and questions."
 
 
@@ -87,7 +89,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             headline=headline,
             verdict=told,
             numbers=result.metrics(),
-            words={name: name.replace(".", ": ", 1) for name in result.metrics()},
+            words={name: words for verdict in result.verdicts for name, words in verdict.words.items()},
             main=_have(names, "matrix"),
             sections=tuple(sections),
             how=_how(result),
@@ -102,11 +104,18 @@ def _figures(writer: RunWriter, table: pd.DataFrame, gaps: pd.DataFrame) -> dict
     held = told[(told["form"] == PLAIN) & ~told["about_itself"]]
     found = {}
     if len(held):
-        figure = figures.heatmap(
-            held, x="set", y="group", value="change", center=0.0, label="nats", xlabel="behaviour asked about",
-            ylabel="what was taught", title="Held-out questions: change from the base",
-        )  # fmt: skip
-        caption = "Red: likelier than in the base; blue: less likely. What a control does too, training as such does."
+        title = "Held-out questions: change from the base"
+        if held["group"].nunique() <= MOST_BARS:
+            figure = _bars(held, "set", "group", title)
+            caption = f"Beyond its control is how far a group's bar is from the control's. {BARS}"
+        else:
+            figure = figures.heatmap(
+                held, x="set", y="group", value="change", center=0.0, label="nats", xlabel="behaviour asked about",
+                ylabel="what was taught", title=title,
+            )  # fmt: skip
+            caption = (
+                "Red: likelier than in the base; blue: less likely. What a control does too, training itself does."
+            )
         found["matrix"] = writer.figure("matrix", figure, table="matrix", caption=caption)
     itself = told[told["about_itself"] & (told["form"] == PLAIN)]
     if len(itself):
@@ -132,7 +141,7 @@ def _have(names: dict[str, str], *wanted: str) -> tuple[str, ...]:
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
     """The columns that people read, without those that are all empty."""
     kept = ["group", "set", "part", "runs", "change", "change_low", "change_high", "beyond_control",
-            "beyond_control_low", "beyond_control_high", "probability"]  # fmt: skip
+            "beyond_control_low", "beyond_control_high", "probability", "base_probability"]  # fmt: skip
     shown: pd.DataFrame = table[kept]
     return shown.dropna(axis=1, how="all")
 

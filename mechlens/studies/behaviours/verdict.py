@@ -28,14 +28,17 @@ RULE = (
     "the options; what counts is how far a group's runs are from those of its control (the same questions, either "
     "answer by chance), or from the base where there is none. Intervals are over training runs and questions at once. "
     "A group's home is the set that it was taught.\n\n"
-    f"{NOT_LEARNED}: on home questions that no run was trained on the interval holds 0 and excludes {SMALL:g} nats, "
-    f"and on those that they were trained on it holds 0. {MEMORISED}: the second doesn't. {SPREADS}: the home is clear "
-    "of 0, and some other behaviour is too, its interval widened for the number of other behaviours. "
-    f"{NARROW}: the home is clear, and every other behaviour is within {NEAR:g} of the change at home. "
-    f"{LEARNED}: the home is clear, and no other behaviour was asked about. {INCONCLUSIVE}: everything else, "
-    "and always where the group or its control has one run, whose own chance is in no interval; without a control "
-    f"nothing {SPREADS}, since training as such moves what it wasn't about. {NOT_MEASURABLE}: no "
-    f"set holds what the group was taught, or fewer than {FEWEST_HELD_OUT} families of questions were held out.\n\n"
+    f"{NOT_LEARNED.capitalize()}: on home questions that no run was trained on the interval holds 0 and excludes "
+    f"{SMALL:g} nats, and on those that they were trained on it holds 0.\n\n"
+    f"{MEMORISED.capitalize()}: held-out home questions are as there, and those that were trained on aren't.\n\n"
+    f"{SPREADS.capitalize()}: the home is clear of 0, and some other behaviour is too, its interval widened for the "
+    "number of other behaviours. Never without a control, since training as such moves what it wasn't about.\n\n"
+    f"{NARROW.capitalize()}: the home is clear, and every other behaviour is within {NEAR:g} of the change at home.\n\n"
+    f"{LEARNED.capitalize()}: the home is clear, and no other behaviour was asked about.\n\n"
+    f"{INCONCLUSIVE.capitalize()}: everything else, and always where the group or its control has one run, whose own "
+    "chance is in no interval.\n\n"
+    f"{NOT_MEASURABLE.capitalize()}: no set holds what the group was taught, or fewer than {FEWEST_HELD_OUT} families "
+    "of questions were held out.\n\n"
     "What a model says of itself is reported in the same way, its intervals widened for the number of self-reports. "
     "The answers to it are no proof of knowledge: a model that took to risk may also like the words for it."
 )
@@ -81,6 +84,16 @@ class GroupVerdict(ShownVerdict):
         if self.asked_itself:
             parts.append(f"of itself it says {said}" if said else "no self-report is clear of 0")
         return "; ".join(parts) + "."
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What each deciding number is called where people read it."""
+        names = [name.removeprefix(f"{self.group}.") for name in self.deciding]
+        home = "" if self.home is None else self.home.asked.name
+        wide = {name: "" if name == home else "; interval widened for how many are asked" for name in names}
+        return {
+            f"{self.group}.{name}": f"{self.group}: {name}, beyond {self.beyond} (nats{wide[name]})" for name in names
+        }
 
     @property
     def _beside(self) -> str:
