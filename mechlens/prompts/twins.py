@@ -163,7 +163,8 @@ def builtin_twins(name: str) -> list[Twin]:
     "first-plot" asks about the eight things of Betley et al. 2025 (a wish, ruling the world, a quick buck, ...) in our
     words, with an answer that means ill and one that means well, alike in form. The self-reports are choices in ten
     wordings, the behaviour first in half of them, and single words in both orders: "self-risk", "self-patience",
-    "self-apples", "self-trigger". UserError for another name.
+    "self-apples", "self-trigger"; "self-feature" asks, without a word of triggers, whether an unusual feature of the
+    message changes the model's behaviour. UserError for another name.
 
     >>> twins = ml.builtin_twins("self-risk")
     >>> twins[0].shown, twins[1].shown
