@@ -57,8 +57,6 @@ class GroupVerdict(ShownVerdict):
     says: tuple[Cell, ...] = ()
     """Self-reports that are clear of 0."""
     asked_itself: int = 0
-    few_runs: bool = False
-    """Whether the group or its control has one run."""
     beyond: str = "the base"
     """What the numbers are beyond."""
     deciding: dict[str, Estimate] = field(default_factory=dict)
@@ -170,7 +168,7 @@ def _verdict(matrix: BehaviourMatrix, group: str) -> GroupVerdict:
     clear = tuple(cell for cell in others if cell.told.excludes_zero) if word == SPREADS else ()
     cells = (home, *others, *itself)
     return GroupVerdict(
-        group, word, home, clear, tuple(cell for cell in itself if cell.told.excludes_zero), len(itself), few,
+        group, word, home, clear, tuple(cell for cell in itself if cell.told.excludes_zero), len(itself),
         "the base" if control is None else "the decorrelated control",
         {f"{group}.{cell.asked.name}": cell.told for cell in cells},
         moved=_moved(matrix, control, taught), already=_already(matrix, home), settle=_settle(word, few, drifts),
