@@ -22,6 +22,7 @@ from mechlens import registry
 from mechlens.choices import require_known
 from mechlens.errors import UserError
 from mechlens.files import TROUBLE, is_whole
+from mechlens.studies.mistyped import command_of, no_number
 from mechlens.studies.possible import require_possible, with_paths
 from mechlens.studies.registry import GROUPS, Command, Study, commands
 
@@ -103,13 +104,7 @@ def _run(argv: Sequence[str]) -> None:
             return
         known = commands()
         with _with_examples(argv, known):
-            config: Any = tyro.cli(
-                parser_type(known),
-                prog="mechlens",
-                description=ABOUT,
-                args=argv,
-                config=(tyro.conf.OmitSubcommandPrefixes,),
-            )
+            config = _parsed(argv, known)
         logging.raiseExceptions = False  # a library's log that finds the disk full is no traceback of ours
         if not sys.stderr.isatty():
             # Bars are for people who watch: in a log or a pipe, Hugging Face's would stand around the one line that
@@ -128,6 +123,28 @@ def _run(argv: Sequence[str]) -> None:
     finally:
         # What is still held back may not fit; at the interpreter's end that would be a traceback.
         sys.stdout.flush()
+
+
+def _parsed(argv: Sequence[str], known: Mapping[str, Study | Command]) -> Any:
+    """What the arguments say; where they name a command, no other's options are thought of."""
+    words = command_of(argv, known)
+    shape, about = (known[words].config, _about(known[words].config)) if words else (parser_type(known), ABOUT)
+    rest = list(argv)[len(words.split()) :]
+
+    def parse() -> Any:
+        unprefixed = (tyro.conf.OmitSubcommandPrefixes,)
+        return tyro.cli(shape, prog=f"mechlens {words}".strip(), description=about, args=rest, config=unprefixed)
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse()
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    if sentence := no_number(said.getvalue(), rest):
+        raise UserError(sentence)
+    return parse()  # which ends in what it has to say, in its own colours
 
 
 @contextlib.contextmanager

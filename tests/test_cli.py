@@ -127,6 +127,32 @@ def numbers(out: Path) -> dict[str, dict[str, float | None]]:
     return found
 
 
+# What is mistyped
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("select --model m --out x --n forty", "mechlens: --n is 'forty'; it must be a whole number or None"),
+        ("select --model m --out x --seed=b", "mechlens: --seed is 'b'; it must be a whole number"),
+        ("selct --n 3", "mechlens: there is no command 'selct' (did you mean 'select'?); choose from positions, "),
+        ("behavior --out x", "mechlens: there is no command 'behavior' (did you mean 'behaviours'?); choose from "),
+        ("runs lst", "mechlens: there is no command of `runs` 'lst' (did you mean 'list'?); choose from list, "),
+    ],
+)
+def test_what_is_mistyped_is_one_sentence(typed: str, said: str, run: Any) -> None:
+    ended = run(*typed.split())
+    assert (ended.code, len(ended.err.splitlines())) == (1, 1)
+    assert ended.err.startswith(said)
+
+
+def test_a_misspelt_option_is_looked_for_in_its_own_command(run: Any) -> None:
+    said = run("select", "--model", "m", "--out", "x", "--seeed", 3).err
+    assert "--seed INT" in said
+    assert "behaviours" not in said
+    assert "compare" not in said
+
+
 # Positions
 
 
