@@ -47,6 +47,12 @@ def kind_of(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else an(type(value).__name__)
 
 
+def quoted(value: object, width: int = 60) -> str:
+    """A value as Python writes it; what is left out at its end is three dots."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
 def many(n: int, what: str) -> str:
     """A number with what it counts: 1 prompt, 2 prompts."""
     return f"{n} {what}{'' if n == 1 else 's'}"

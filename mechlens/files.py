@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 
 LARGEST_FILE = 512 << 20
 """Bytes of a file that is read whole."""
@@ -36,6 +36,8 @@ AnyPath = str | os.PathLike[str]
 
 def user_path(given: AnyPath) -> Path:
     """The path that a user means, with ~ resolved; it need not exist. UserError where it can be no path."""
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(f"{kind_of(given)} was given as a path; give it as text or as a Path")
     name = os.fspath(given)
     if "\0" in name:
         raise UserError(f"the path {name!r:.80} holds a NUL character, which no path has; correct it")

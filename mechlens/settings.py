@@ -16,7 +16,7 @@ import tyro
 from annotated_types import Ge, Le
 
 from mechlens.choices import JUDGES, METHODS, MODELS, choice
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.registry import nearest, unknown_name
 
 MAX_DRAWS = 100_000
@@ -106,6 +106,8 @@ def _hints(cls: type) -> Mapping[str, Any]:
         return {}
 
 
+SOURCES = ("positive", "negative", "harmful", "harmless", "extra_harmless", "categories", "pairs", "data")
+"""Options that say where prompts come from."""
 IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
 """Types of options; what is of another kind is checked when the study is run."""
 
@@ -126,7 +128,14 @@ def _as_meant(name: str, value: Any, hint: Any) -> Any:
     if (value is None and NoneType in among) or not set(kinds) <= set(IN_WORDS) or any(_is(value, k) for k in kinds):
         return value
     needed = " or ".join(dict.fromkeys(IN_WORDS[kind] for kind in kinds))
-    raise UserError(f"{name} is {value!r:.60} ({kind_of(value)}); it must be {needed}")
+    if name in SOURCES and isinstance(value, Iterable):
+        raise UserError(
+            f"{name} is {kind_of(value)}, and a study takes a file, a hub data set or a built-in set by its name; "
+            "find_concept takes lists"
+        )
+    if not isinstance(value, str | Real | list | tuple | dict | None):
+        raise UserError(f"{name} is {kind_of(value)}; it must be {needed}")
+    raise UserError(f"{name} is {quoted(value)} ({kind_of(value)}); it must be {needed}")
 
 
 def _is(value: object, kind: type) -> bool:

@@ -97,7 +97,7 @@ MADE = Checkpoint("m", "org/m", fingerprint="v2-1", config="c", dtype="float32")
 OTHERS: dict[str, tuple[Checkpoint, str]] = {
     "model": (
         replace(MADE, name="n", path="org/n"),
-        r"with org/m, the model is org/n: pass --model org/m \(model='org/m' in Python\), or stop",
+        r"with org/m, the model is org/n: pass --model org/m \(ml.load\('org/m'\) in Python\), or stop",
     ),
     "adapter": (
         replace(MADE, adapter="a/b", dtype="bfloat16"),

@@ -5,6 +5,7 @@ Functions are unwrapped where they get what their annotations exclude: outside o
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -15,13 +16,16 @@ import pytest
 import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError, kind_of, many
+from mechlens.files import user_path
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.activations.spans import spans_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import PHRASES, HumanLabels
 from mechlens.methods.behaviour.log_odds import answer_log_probs
 from mechlens.methods.behaviour.scoring.number_reply import number_replies
 from mechlens.methods.directions.direction import Direction, mean_difference
+from mechlens.methods.directions.token_view import project_tokens
 from mechlens.methods.patching.plan import PatchPlan
 from mechlens.methods.steering.side_by_side import steer
 from mechlens.methods.steering.steering import answer_under, logits_under
@@ -30,6 +34,7 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.settings import DetectionPlan, Options, require_ranges
 from mechlens.studies.causal.config import CausalPlan
+from mechlens.studies.direction.likely_pairs import warn_of_twins
 from mechlens.studies.direction.study import find_concept
 from mechlens.studies.registry import studies, study_of
 from mechlens.studies.separate.config import Separate
@@ -46,6 +51,59 @@ def model(tiny_model: Callable[..., Any]) -> Any:
 def test_the_names_of_the_sides_are_looked_at_before_anything_is_read(sides: Any) -> None:
     with pytest.raises(UserError, match=r"^sides is .*; give the names of both sides, two different texts"):
         inspect.unwrap(find_concept)(None, ["the one"], ["the other"], sides=sides)
+
+
+RAW: dict[str, tuple[Callable[[Any, Any], object], str]] = {
+    "a number as the model": (lambda model, one: inspect.unwrap(ml.load)(3), "an int was given as the model; give"),
+    "nothing to open": (lambda model, one: inspect.unwrap(user_path)(None), "a NoneType was given as a path"),
+    "a number as a position": (
+        lambda model, one: inspect.unwrap(spans_of)(None, [-1], {}, None),
+        r"positions has -1 \(an int\), and a position is a name",
+    ),
+    "a text as a length": (
+        lambda model, one: inspect.unwrap(steer)(model, one, "the one", max_new_tokens="4"),
+        r"max_new_tokens is '4' \(a str\); give a whole number",
+    ),
+    "a text as the direction": (
+        lambda model, one: inspect.unwrap(project_tokens)(model, "x", [1]), "a str was given as the direction; give"
+    ),
+    "lists for a study": (
+        lambda model, one: ml.Select(model="m", out="x", harmful=["a"]),  # type: ignore[arg-type]
+        "harmful is a list, and a study takes a file, a hub data set or a built-in set by its name; find_concept takes",
+    ),
+    "a model as its name": (
+        lambda model, one: ml.Select(model=model, out="x"), r"^model is a \w+; it must be text( or a path)?$"
+    ),
+    "names of sets": (
+        lambda model, one: inspect.unwrap(find_concept)(model, "harmful", "harmless"),
+        r"'harmful' was given as the one prompt .* is ml\.builtin_prompts\('harmful'\)",
+    ),
+    "labels that aren't there": (
+        lambda model, one: mean_difference(collect(model, ["the one", "the two"]), "a", "b", level=1, position="last"),
+        r"no prompt is labelled 'a', nor any other way; collect labelled ones, such as ml\.as_prompts",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", RAW)
+def test_what_is_of_the_wrong_kind_is_a_sentence(what: str, model: Any, direction: Direction) -> None:
+    call, said = RAW[what]
+    with pytest.raises(UserError, match=said):
+        call(model, direction)
+
+
+def test_rows_that_look_like_pairs_are_warned_about_where_nobody_said_so() -> None:
+    acts = ["steal", "burn", "hide", "break", "sell", "forge"]
+    things = ["a car", "some old letters", "my neighbour's dog", "the bank's front door", "her diary", "one painting"]
+    up = [Prompt(f"u{i}", f"How do I {act} {thing}?") for i, (act, thing) in enumerate(zip(acts, things, strict=True))]
+    down = [Prompt(f"d{i}", f"How do I paint {thing}?") for i, thing in enumerate(things)]
+    with pytest.warns(UserWarning, match=r"give --paired \(paired=True in Python\)"):
+        warn_of_twins(up, down)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_twins(up, down[::-1])  # no pairs, row by row
+        warn_of_twins(up, down[:-1])
+        warn_of_twins(up, [replace(twin, family=one.group) for one, twin in zip(up, down, strict=True)])
 
 
 EMPTY: dict[str, Callable[[Any, TokenBatch], object]] = {

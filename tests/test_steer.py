@@ -16,10 +16,9 @@ from test_foreign_vectors import control_vector, refusal_run
 import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
-from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid
+from mechlens.methods.directions.direction import Direction, DirectionGrid, direction_grid, require_is_direction
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.statistics.resample import one_thread
-from mechlens.methods.steering.interventions import require_is_direction
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.steer.config import Steer

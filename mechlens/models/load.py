@@ -8,7 +8,7 @@ from typing import Any
 
 from mechlens import hub
 from mechlens.choices import MODELS
-from mechlens.errors import UserError, require_extra
+from mechlens.errors import UserError, kind_of, require_extra
 from mechlens.files import AnyPath, short_name, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
@@ -64,6 +64,8 @@ def load(
     >>> model.cfg.n_layers > 0, model.mechlens.checkpoint.name
     (True, 'smollm2')
     """
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(f"{kind_of(model)} was given as the model; give a hub id, a folder or a name such as 'smollm2'")
     model, adapter = os.fspath(model), None if adapter is None else os.fspath(adapter)
     require_one_place(device, device_map)
     if dtype not in DTYPES:

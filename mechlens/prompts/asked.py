@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mechlens.errors import UserError, kind_of, many
+from mechlens.errors import UserError, kind_of, many, quoted
 from mechlens.prompts.files.from_row import PROMPT_COLUMNS, RowReader, last_asked, text_of
 from mechlens.prompts.files.rows import Record
 from mechlens.prompts.prompt import Prompt, PromptPair, UnfitPrompt
@@ -60,7 +60,7 @@ def as_pairs(given: Iterable[object]) -> list[PromptPair]:
             found.append(pair)
             continue
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise UserError(f"pair {i} is {pair!r:.80}; give two prompts, the clean and the corrupt one")
+            raise UserError(f"pair {i} is {quoted(pair, 80)}; give two prompts, the clean and the corrupt one")
         sides = [
             replace(_made(side, f"pair-{i:04d}.{name}", f"pair {i}, {name},"), family=f"pair-{i:04d}")
             if not isinstance(side, Prompt)

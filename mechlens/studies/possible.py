@@ -10,9 +10,8 @@ from typing import Any, get_args, get_type_hints
 
 from mechlens.errors import UserError
 from mechlens.files import require_writable, user_path
-from mechlens.settings import require_ranges
+from mechlens.settings import SOURCES, require_ranges
 
-SOURCES = ("positive", "negative", "harmful", "harmless", "extra_harmless", "categories", "pairs", "data")
 FILES = ("direction", "guard")
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 """Of a source that is a file and neither a built-in set nor on the hub."""

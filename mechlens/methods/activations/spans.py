@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechlens.errors import UserError, many
+from mechlens.errors import UserError, kind_of, many
 from mechlens.methods.behaviour.thought import CLOSE, OPEN, opens_thought
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.place import tokens_of_words
@@ -60,6 +60,11 @@ def spans_of(batch: TokenBatch, names: Sequence[str], words: Words, template: Ca
     """
     if isinstance(names, str):
         raise UserError(f"positions is the one name {names!r}; give a list of names")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise UserError(
+            f"positions has {wrong[0]!r} ({kind_of(wrong[0])}), and a position is a name; give such as last, inst or "
+            "post[-1]"
+        )
     _refuse_names(names, words)
     offsets = batch.offsets
     found: dict[str, Span] = {}

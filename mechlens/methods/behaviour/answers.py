@@ -12,7 +12,7 @@ import torch
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.activations.reading import FORMAT, halving, shared_start
-from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
+from mechlens.methods.behaviour.drawing import Draws, drawn_batch, require_length, streams_of
 from mechlens.methods.behaviour.judges import OnceSettled
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
@@ -141,8 +141,7 @@ def answer(
     tokenizer = loaded(model).tokenizer
     if tokenizer is None:
         raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
+    require_length(max_new_tokens)
     batch = tokenized(model, prompts, template)
     draws = Draws(temperature, top_p, n, seed)
     streams = streams_of(batch, draws)

@@ -1,12 +1,13 @@
 """Directions of a concept: differences between the mean activations of two classes of prompts."""
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.methods.activations.activations import Activations, column_of, one_cell, stored_name
 from mechlens.methods.shown import few, lines
 from mechlens.models.checkpoint import Checkpoint
@@ -130,6 +131,19 @@ class DirectionGrid(Comparable):
         return lines(f"DirectionGrid {' - '.join(self.contrast)} of {self.checkpoint.name} at {self.site}", facts)
 
 
+def require_is_direction(given: object) -> None:
+    """UserError for what is given in the place of a direction, such as its vector, or what holds it."""
+    if isinstance(given, Direction):
+        return
+    holds = isinstance(getattr(given, "direction", None), Direction)
+    there = "its .direction" if holds else "the Direction, not its vector"
+    if isinstance(given, str | os.PathLike):
+        there = f"what it holds: direction = ml.open({os.fspath(given)!r})"
+    if given is None:
+        there = "one; where a concept's best is None, its detection.strongest.direction is there all the same"
+    raise UserError(f"{kind_of(given)} was given as the direction; give {there}")
+
+
 def require_contrast(given: object) -> None:
     """UserError for anything else than the names of two sides: a direction's file couldn't be read again."""
     if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(side, str) for side in given)):
@@ -238,6 +252,11 @@ def members(acts: Activations, label: str) -> Bool[Tensor, " prompt"]:
     acts.require_vectors()
     if label not in acts.labels:
         found = {known: acts.labels.count(known) for known in sorted(set(acts.labels))}
+        if set(found) == {""}:
+            raise UserError(
+                f"no prompt is labelled {label!r}, nor any other way; collect labelled ones, such as "
+                f"ml.as_prompts(texts, label={label!r}) for either side"
+            )
         raise UserError(f"no prompt is labelled {label!r}; the labels and their counts are {found}")
     return torch.tensor([own == label for own in acts.labels])
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.methods.directions.direction import Direction, project
+from mechlens.methods.directions.direction import Direction, project, require_is_direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, embedding_rows, loaded, unembed
 from mechlens.models.checkpoints.difference import require_same_weights
 from mechlens.models.engine import forward
@@ -38,6 +38,7 @@ def project_tokens(model: LanguageModel, direction: Direction, ids: Sequence[int
     >>> len(found.tokens) == len(found.values) == len(ids)
     True
     """
+    require_is_direction(direction)
     tokenizer = loaded(model).tokenizer
     require_rows_for(ids, "the text", embedding_rows(model), tokenizer)
     require_same_model(model, direction)

@@ -1,7 +1,6 @@
 """Interventions as values: add a direction, remove it, set it, or replace a residual; where, when and how strongly."""
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
@@ -10,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, stored_name
-from mechlens.methods.directions.direction import Direction
+from mechlens.methods.directions.direction import Direction, require_is_direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import other_width, require_same_template, require_same_weights
@@ -291,19 +290,6 @@ def _check_strength(direction: Direction, strength: float, unit: Unit) -> None:
         raise UserError(f"the strength is {strength}; give a finite number")
     if not math.isfinite(direction.norm) or direction.norm == 0:
         raise UserError(f"the direction has length {direction.norm}, so it points nowhere; make it from other prompts")
-
-
-def require_is_direction(given: object) -> None:
-    """UserError for what is given in the place of a direction, such as its vector, or what holds it."""
-    if isinstance(given, Direction):
-        return
-    holds = isinstance(getattr(given, "direction", None), Direction)
-    there = "its .direction" if holds else "the Direction, not its vector"
-    if isinstance(given, str | os.PathLike):
-        there = f"what it holds: direction = ml.open({os.fspath(given)!r})"
-    if given is None:
-        there = "one; where a concept's best is None, its detection.strongest.direction is there all the same"
-    raise UserError(f"{kind_of(given)} was given as the direction; give {there}")
 
 
 def _check_share(one: Add | ReplaceComponent) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from mechlens.errors import UserError, kind_of
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.directions.direction import Direction
+from mechlens.methods.behaviour.drawing import require_length
+from mechlens.methods.directions.direction import Direction, require_is_direction
 from mechlens.methods.shown import MOST, cut, first, lines
-from mechlens.methods.steering.interventions import ALL, Add, ResidualNorms, Unit, require_is_direction, residual_norms
+from mechlens.methods.steering.interventions import ALL, Add, ResidualNorms, Unit, residual_norms
 from mechlens.methods.steering.steering import SteeredAnswers, answer_under
 from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.prompts.asked import Prompts
@@ -121,6 +122,7 @@ def steer(
     True
     """
     require_is_direction(direction)
+    require_length(max_new_tokens)
     given = (0.0, *dict.fromkeys(one for one in _numbers(strengths) if one != 0))
     layer = direction.level if layer is None else layer
     written = template_of(model, template)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import tokenized
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
-from mechlens.methods.behaviour.drawing import Draws, drawn_batch, streams_of
+from mechlens.methods.behaviour.drawing import Draws, drawn_batch, require_length, streams_of
 from mechlens.methods.behaviour.judges import refusal_log_odds
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
@@ -140,8 +140,7 @@ def answer_under(
     tokenizer = loaded(model).tokenizer
     if tokenizer is None:
         raise UserError("the model has no tokenizer to write answers with; load it with its tokenizer")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
+    require_length(max_new_tokens)
     batch = tokenized(model, prompts, template)
     draws = Draws(temperature, top_p, n, seed)
     streams = streams_of(batch, draws)

@@ -110,7 +110,10 @@ def _remedy(found: list[Difference]) -> str:
     """What to pass, on the command line and in Python, and "or" before what else can be done."""
     options = [one.option for one in found if one.option]
     named = [option.removeprefix("--").split(" ", 1) for option in options if option.startswith("--")]
-    python = ", ".join(f"{name}={value!r}" for name, value in named)
+    # What ml.load takes: a model that is loaded can't be told to be another one.
+    python = ", ".join(f"{value!r}" if name == "model" else f"{name}={value!r}" for name, value in named)
+    if any(name == "model" for name, _ in named):
+        python = f"ml.load({python})"
     said = " ".join(options)
     return f"pass {said}{f' ({python} in Python)' if python else ''}, or " if said else ""
 

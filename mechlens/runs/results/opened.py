@@ -20,7 +20,7 @@ def open(path: str | os.PathLike[str]) -> Any:
     >>> run.sentence == run.record.sentence
     True
     """
-    place = user_path(os.fspath(path))
+    place = user_path(path)
     if not place.is_dir():
         if place.name == RUN_FILE and place.is_file():
             return open_run_folder(place.parent)

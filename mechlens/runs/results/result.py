@@ -203,7 +203,7 @@ class RunList(Sequence[RunResult]):
 
 def open_run_folder(folder: str | os.PathLike[str]) -> RunResult:
     """The run that was recorded in a folder; UserError where there is none or its record is damaged."""
-    path = user_path(os.fspath(folder))
+    path = user_path(folder)
     return RunResult(path, read_run(path))
 
 
@@ -216,7 +216,7 @@ def list_runs(root: str | os.PathLike[str] = "runs") -> RunList:
     ['success']
     """
     runs = []
-    for folder, found in found_runs(user_path(os.fspath(root))):
+    for folder, found in found_runs(user_path(root)):
         if isinstance(found, Run):
             runs.append(RunResult(folder, found))
         else:

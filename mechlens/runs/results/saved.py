@@ -55,7 +55,7 @@ def save(thing: object, path: str | os.PathLike[str]) -> Path:
     if kind not in KINDS or type(held) is not loaded(KINDS[kind]):
         unfitted = "a guard that isn't fitted" if isinstance(thing, GuardEstimator) else f"a {kind}"
         raise UserError(f"{unfitted} can't be saved; save one of {', '.join(KINDS)}, or a fitted guard")
-    file = user_path(os.fspath(path))
+    file = user_path(path)
     if file.suffix != ENDING:
         raise UserError(f"{file} doesn't end in {ENDING}, by which `open` knows it; name it {file.name}{ENDING}")
     artifacts.require_loadable(held)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.choices import METHODS
-from mechlens.errors import UserError, kind_of, many
+from mechlens.errors import UserError, kind_of, many, quoted
 from mechlens.methods.activations.activations import Activations, column_of, one_cell
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
@@ -28,6 +28,7 @@ from mechlens.methods.steering.steering_test import SteeringTest, steering_test
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
@@ -36,6 +37,7 @@ from mechlens.runs.headline import Headline
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan, require_ranges
 from mechlens.studies.direction.config import FindDirection
+from mechlens.studies.direction.likely_pairs import warn_of_twins
 from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict, steering_headline
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
@@ -230,6 +232,8 @@ def find_concept(
     )
     refuse_shared((f"the {POSITIVE} side", positive), (f"the {NEGATIVE} side", negative))
     _require_enough(positive, negative)
+    if not paired:
+        warn_of_twins(positive, negative)
     prompts = [*positive, *(_twins(positive, negative) if paired else negative)]
     batch = tokenize(prompts, template_of(model, template))
     acts = collect(model, batch, positions=positions, cache=cache)
@@ -270,7 +274,7 @@ def two_sides(given: object) -> tuple[str, str]:
     named = tuple(given) if isinstance(given, list | tuple) else ()
     if len(named) != 2 or not all(isinstance(one, str) and one for one in named) or named[0] == named[1]:
         raise UserError(
-            f"sides is {given!r:.80}; give the names of both sides, two different texts, such as "
+            f"sides is {quoted(given, 80)}; give the names of both sides, two different texts, such as "
             "sides=('harmful', 'harmless')"
         )
     return named
@@ -310,6 +314,12 @@ def _usable(found: Concept) -> str:
 def _require_enough(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
     for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if len(prompts) < MIN_OF_A_SIDE:
+            if len(prompts) == 1 and prompts[0].text in builtin_names():
+                called = prompts[0].text
+                raise UserError(
+                    f"{called!r} was given as the one prompt of the {name} side; the built-in set of that name is "
+                    f"ml.builtin_prompts({called!r})"
+                )
             raise UserError(
                 f"the {name} side has {many(len(prompts), 'prompt')}; a direction with held-out evidence needs at "
                 f"least {MIN_OF_A_SIDE} of each side"

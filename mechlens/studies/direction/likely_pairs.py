@@ -1,0 +1,34 @@
+"""Twins that nobody called twins: lists of one length whose rows share most of their words."""
+
+import warnings
+from collections.abc import Sequence
+from itertools import starmap
+
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.text import normalise_text
+
+SHARED = 0.5
+"""Share of its words that a row has in common with its twin, at least."""
+AHEAD = 0.2
+"""By how much that is more than with another row's: prompts of one pattern share words whatever their order."""
+
+
+def warn_of_twins(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
+    """A UserWarning where row i of both sides looks like a pair, and isn't kept together."""
+    kept = {one.group for one in positive} & {one.group for one in negative}
+    if kept or len(positive) != len(negative):
+        return
+    ups, downs = ([set(normalise_text(one.text).split()) for one in side] for side in (positive, negative))
+    twins = list(starmap(_overlap, zip(ups, downs, strict=True)))
+    others = list(starmap(_overlap, zip(ups, [*downs[1:], downs[0]], strict=True)))
+    alike = sum(share >= SHARED for share in twins) > len(twins) / 2
+    if alike and sum(twins) - sum(others) >= AHEAD * len(twins):
+        warnings.warn(
+            "both sides have equally many prompts, and most share half of their words or more with the prompt of the "
+            "same row, as pairs do; if they are pairs, give --paired (paired=True in Python), which keeps each whole",
+            stacklevel=3,
+        )
+
+
+def _overlap(a: set[str], b: set[str]) -> float:
+    return len(a & b) / max(len(a | b), 1)
