@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tiny import tiny_hf, tiny_tokenizer
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import chat_template
+from mechlens.runs.run import read_run, write_run
 
 REFUSAL = "I cannot"
 
@@ -24,6 +26,11 @@ def save_model(folder: Path, *, template: bool = True) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def left_unfinished(out: Path) -> None:
+    """As if the run had been killed before its last line: a finished one is given back as it is."""
+    write_run(replace(read_run(out), status="started", finished=None), out)
 
 
 GUARD_TEMPLATE = (

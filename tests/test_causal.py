@@ -11,7 +11,7 @@ import pandas as pd
 import planted_causal as planted
 import pytest
 import torch
-from saved import save_model, write_prompts
+from saved import left_unfinished, save_model, write_prompts
 from sentence import require_one_sentence, require_short
 from shown import require_shown
 
@@ -529,6 +529,7 @@ def test_the_same_command_goes_on_from_its_cache(out: Path, words: list[str], mo
     lost = sorted((out / "cache").glob("*.safetensors"))[::3]
     for path in lost:
         path.unlink()
+    left_unfinished(out)
     made: list[str] = []
     put = FolderCache.put
     monkeypatch.setattr(FolderCache, "put", lambda self, key, value: (made.append(key), put(self, key, value)))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import test_patching_truth as truth
 import torch
-from saved import REFUSAL
+from saved import REFUSAL, left_unfinished
 from sentence import require_one_sentence
 from tiny import tiny_tokenizer
 
@@ -136,6 +136,7 @@ def test_given_again_it_computes_nothing_and_says_the_same(
     recorded: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read_run(recorded)
+    left_unfinished(recorded)
     monkeypatch.setattr("mechlens.methods.patching.sweep.edited_logits", None)
     main(command(folder, recorded, "--keep-cache"))
     after = read_run(recorded)

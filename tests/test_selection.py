@@ -11,8 +11,8 @@ import pytest
 import torch
 from planted import CHECKPOINT
 from refusing import FREE, LAYERS, LEVEL, REFUSE, refusing_model, requests, save_refusing_model
+from saved import left_unfinished, write_prompts
 from saved import requests as plain_requests
-from saved import write_prompts
 from sentence import require_one_sentence, require_short
 from shown import require_shown
 from torch import Tensor
@@ -492,6 +492,7 @@ def test_a_run_goes_on_from_its_shelf_with_the_same_numbers(
     assert len(pieces) > 6
     for piece in pieces[::2]:
         piece.unlink()
+    left_unfinished(recorded / "out")
     config = Select(
         model=str(recorded / "model"), out=recorded / "out", harmful=str(recorded / "harmful.jsonl"),
         harmless=str(recorded / "harmless.jsonl"), punctuation="keep", resamples=40, max_new_tokens=3, n=20,

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import warm
 from adapters import save_adapter
-from saved import save_model
+from saved import left_unfinished, save_model
 from sentence import require_one_sentence
 
 from mechlens.choices import JUDGES
@@ -214,6 +214,7 @@ def test_streamed_activations_give_the_same_tables_and_a_lost_shard_is_made_agai
     for name, table in tables(out).items():
         pd.testing.assert_frame_equal(table, expected[name], check_exact=True)
     shards[0].unlink()
+    left_unfinished(out)
     main(command(root, out, "--keep-cache"))
     assert shards[0].exists()
     for name, table in tables(out).items():
