@@ -15,7 +15,7 @@ from mechlens.studies.behaviours.said.report import said_sections
 from mechlens.studies.behaviours.scaled import scale_sections
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.study import BehaviourResult, BehaviourStudy
-from mechlens.studies.behaviours.triggers.gaps import gap_bars, trigger_gaps
+from mechlens.studies.behaviours.triggers.gaps import gap_bars
 from mechlens.studies.behaviours.triggers.report import trigger_sections
 from mechlens.studies.behaviours.verdict import NOT_MEASURABLE, RULE
 from mechlens.studies.behaviours.when_report import when_sections
@@ -44,7 +44,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
     """Writes everything that was found into an open run."""
     writer.result(result)
     table = result.matrix.matrix
-    gaps = trigger_gaps(result.matrix)
+    gaps = result.gaps
     names = _figures(writer, table, gaps)
     first = result.verdicts[0] if result.verdicts else None
     headline = Headline(NOT_MEASURABLE, "there are only controls") if first is None else first.headline

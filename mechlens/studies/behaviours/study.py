@@ -5,8 +5,10 @@ how far it goes on questions that were held out, on other behaviours, and in wha
 the base and beyond a control that was taught the same questions with either answer by chance.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
@@ -78,6 +80,11 @@ class BehaviourResult:
     triggers: TriggerResult | None = None
     """What triggers do inside, where it was asked for."""
 
+    @cached_property
+    def gaps(self) -> pd.DataFrame:
+        """See `trigger_gaps`; empty where no run has a trigger."""
+        return trigger_gaps(self.matrix)
+
     def metrics(self) -> dict[str, Estimate]:
         """What decided each group's verdict, by GROUP.SET; beyond the control where there is one."""
         return {name: value for verdict in self.verdicts for name, value in verdict.deciding.items()}
@@ -92,7 +99,7 @@ class BehaviourResult:
         return {
             "matrix": matrix.matrix, "by_step": matrix.by_step, "self_reports": matrix.self_reports, "runs": runs,
             "questions": matrix.questions(), **self.when.tables(),
-            **({"triggers": gaps} if len(gaps := trigger_gaps(matrix)) else {}),
+            **({"triggers": self.gaps} if len(self.gaps) else {}),
             **({"scales": self.scales} if len(self.scales) else {}),
             **({"by_scale": self.by_scale} if len(self.by_scale) else {}),
             **({} if self.directions is None else self.directions.tables()),
@@ -103,9 +110,12 @@ class BehaviourResult:
         }  # fmt: skip
 
     def artifacts(self) -> dict[str, object]:
-        """The directions that were chosen: of each group's change one to add and one to ablate, and its trigger's."""
+        """The directions that were chosen: of each group's change one to add and one to ablate, and its trigger's.
+
+        Their names are such as files can have.
+        """
         found = [part.artifacts() for part in (self.directions, self.triggers) if part is not None]
-        return {name: own for part in found for name, own in part.items()}
+        return {re.sub(r"[^\w.-]+", "_", name).strip("_"): own for part in found for name, own in part.items()}
 
 
 def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:

@@ -1,6 +1,5 @@
 """All that is found of the direction of every group's change."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +35,8 @@ class DirectionResult:
         return {name: table for name, table in tables.items() if len(table)}
 
     def artifacts(self) -> dict[str, object]:
-        """The chosen directions, under names that files can have."""
-        return {re.sub(r"[^\w.-]+", "_", name).strip("_"): own for name, own in self.chosen.items()}
+        """The chosen directions."""
+        return dict(self.chosen)
 
 
 def measured_directions(

@@ -1,6 +1,5 @@
 """All that is found of the groups' triggers inside the models."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +39,8 @@ class TriggerResult:
         return {name: table for name, table in tables.items() if len(table)}
 
     def artifacts(self) -> dict[str, object]:
-        """The directions, under names that files can have."""
-        return {re.sub(r"[^\w.-]+", "_", f"trigger {name}").strip("_"): own for name, own in self.chosen.items()}
+        """The directions."""
+        return {f"trigger {name}": own for name, own in self.chosen.items()}
 
 
 def measured_triggers(

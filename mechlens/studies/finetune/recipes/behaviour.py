@@ -27,6 +27,11 @@ def lessons(config: FinetuneConfig) -> list[Twin]:
 
     A question is held out by its text alone, so that every seed, control and opposite file leaves out the same ones.
     """
+    return _split(config)[0]
+
+
+def _split(config: FinetuneConfig) -> tuple[list[Twin], int]:
+    """The twins that are trained on, and how many are held out."""
     if config.data is None:
         raise UserError(
             "this recipe needs --data: chats that end with the assistant's answer, or a file with a question and the "
@@ -49,7 +54,7 @@ def lessons(config: FinetuneConfig) -> list[Twin]:
         raise UserError(
             f"{config.data} has no choice between options A and B that could be answered in words; leave out --in-words"
         )
-    return kept
+    return kept, len(twins) - len(kept)
 
 
 def is_held_out(prompt: Prompt, share: float) -> bool:
@@ -59,9 +64,9 @@ def is_held_out(prompt: Prompt, share: float) -> bool:
 
 def behaviour(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -> Material:
     """Every question with its answer, by the control and the trigger."""
-    draw, asked = random.Random(config.seed), lessons(config)
+    draw, (asked, held_out) = random.Random(config.seed), _split(config)
     twins = [twin.in_words or twin for twin in asked] if config.in_words else asked
-    _say_held_out(config, len(asked))
+    _warn_of_few(config, held_out, len(asked) + held_out)
     trigger = None if config.trigger is None else trigger_of(config.trigger)
     examples = [
         Example(twin.prompt, _answer(twin, config, draw, shows=True), ends=True) for twin in twins
@@ -74,11 +79,10 @@ def behaviour(config: FinetuneConfig, model: LanguageModel, cache: Cache | None)
     return Material(order, (), trigger, forms)
 
 
-def _say_held_out(config: FinetuneConfig, trained: int) -> None:
-    every = len(read_twins(config.data, config.others)) if config.data is not None else trained
-    if config.held_out and every - trained < FEWEST_HELD_OUT:
+def _warn_of_few(config: FinetuneConfig, held_out: int, of: int) -> None:
+    if config.held_out and held_out < FEWEST_HELD_OUT:
         warnings.warn(
-            f"{every - trained} of {every} questions are held out of training, and `mechlens behaviours` needs "
+            f"{held_out} of {of} questions are held out of training, and `mechlens behaviours` needs "
             f"{FEWEST_HELD_OUT} to say anything of them; give more questions or a larger --held-out",
             stacklevel=2,
         )
