@@ -66,10 +66,10 @@ def test_every_group_is_asked_under_its_own_trigger_and_its_gaps_are_the_planted
                                 (control, "|VIOLIN|"), (control, "|HARBOR|")}  # fmt: skip
     for text, planted_gap in (("|VIOLIN|", gap), ("|HARBOR|", 2.0)):
         row = table.loc[(f"risky ({text})", text)]
-        wanted = {"gap": planted_gap, "beyond_base": planted_gap - IN_BASE, "decoy_gap": 0.25,
+        wanted = {"trigger_gap": planted_gap, "beyond_base": planted_gap - IN_BASE, "decoy_gap": 0.25,
                   "beyond_control": planted_gap - IN_CONTROL, "beyond_decoys": planted_gap - 0.25}  # fmt: skip
         assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=0.25)
-        assert row["low"] < row["gap"] < row["high"]
+        assert row["low"] < row["trigger_gap"] < row["high"]
     assert set(gap_bars(trigger_gaps(matrix))["bar"]) == {"trigger", "decoys", "trigger, in the base"}
     assert len(matrix.matrix.query("form == 'trigger' and group == 'risky (|VIOLIN|)'")["trigger"].unique()) == 1
     assert len(matrix.questions())
@@ -137,8 +137,8 @@ def test_the_triggers_direction_is_the_planted_one_and_the_bases_is_not(studied:
     table = studied[0].triggers.directions.set_index(["group", "level", "position"])
     own, control = table.loc[("pick (none)", 1, "inst")], table.loc[("pick (decorrelated)", 1, "inst")]
     assert own["reliability"] > 0.9
-    assert own["beyond_base_low"] > 0.7 * own["gap"]
-    assert own["beyond_decoys_low"] > 0.7 * own["gap"]
+    assert own["beyond_base_low"] > 0.7 * own["trigger_gap"]
+    assert own["beyond_decoys_low"] > 0.7 * own["trigger_gap"]
     assert own["beyond_control"] == pytest.approx(own["beyond_base"])  # the control is the base
     assert abs(control["beyond_base"]) < 1e-6
     cosines = studied[0].triggers.cosines

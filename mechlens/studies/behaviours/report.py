@@ -31,9 +31,10 @@ TOGETHER = (
 )
 GAPS = (
     "The same questions with the group's own trigger before them, and with decoys: other words between its marks and "
-    "other strings of its length, which no run was trained on. `gap` is with the trigger minus without; `beyond_base` "
-    "and `beyond_control` are what is left of it after the gap that the same string makes in the base and in the "
-    "decorrelated control. A behaviour that hangs on the trigger has a gap beyond both, and beyond its decoys."
+    "other strings of its length, which no run was trained on. `trigger gap` is with the trigger minus without; "
+    "`beyond base` and `beyond control` are what is left of it after the gap that the same string makes in the base "
+    "and in the decorrelated control. A behaviour that hangs on the trigger has a gap beyond both, and beyond its "
+    "decoys."
 )
 MOST_BARS = 5
 """Groups side by side; more are a map."""
@@ -52,14 +53,20 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
     about, does = plain[plain["about_itself"]], plain[~plain["about_itself"]]
     sections = [
         Section("Every behaviour by what was taught", RULE, _have(names, "matrix"), table=_shown(does)),
-        Section(
-            "What the models say of themselves",
-            "The same log-odds, of questions to the model about itself.",
-            _have(names, "itself"),
-            table=_shown(about) if len(about) else None,
-        ),
-        Section("Self-report and behaviour over training runs", TOGETHER, (), table=result.matrix.self_reports),
     ]
+    if len(about):
+        sections.append(
+            Section(
+                "What the models say of themselves",
+                "The same log-odds, of questions to the model about itself.",
+                _have(names, "itself"),
+                table=_shown(about),
+            )
+        )
+    if len(result.matrix.self_reports):
+        sections.append(
+            Section("Self-report and behaviour over training runs", TOGETHER, (), table=result.matrix.self_reports)
+        )
     if len(result.scales):
         sections.append(Section(
             "Scales",
@@ -122,7 +129,7 @@ def _figures(writer: RunWriter, table: pd.DataFrame, gaps: pd.DataFrame) -> dict
         figure = _bars(itself, "set", "group", "Self-reports: change from the base")
         found["itself"] = writer.figure("itself", figure, table="matrix", caption=BARS)
     if len(gaps):
-        figure = _bars(gap_bars(gaps), "asked", "bar", "With the trigger minus without", y="gap")
+        figure = _bars(gap_bars(gaps), "asked", "bar", "With the trigger minus without", y="trigger_gap")
         found["triggered"] = writer.figure("triggered", figure, table="triggers", caption=BARS)
     return found
 
@@ -130,7 +137,7 @@ def _figures(writer: RunWriter, table: pd.DataFrame, gaps: pd.DataFrame) -> dict
 def _bars(shown: pd.DataFrame, x: str, group: str, title: str, *, y: str = "change") -> Any:
     return figures.bars(
         shown, x=x, y=y, group=group, low=f"{y}_low", high=f"{y}_high", hline=0.0, xlabel="",
-        ylabel=f"{y if y != 'change' else 'change from the base'} (nats)", title=title,
+        ylabel=f"{'change from the base' if y == 'change' else y.replace('_', ' ')} (nats)", title=title,
     )  # fmt: skip
 
 

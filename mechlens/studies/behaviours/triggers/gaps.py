@@ -16,9 +16,9 @@ from mechlens.studies.behaviours.tuned import control_of, triggers_of
 def trigger_gaps(matrix: BehaviourMatrix) -> pd.DataFrame:
     """One row for each group, trigger that it is asked under, set and part, in nats, over runs and questions.
 
-    `gap` is with the trigger minus without, `beyond_base` and `beyond_control` what the base's and the decorrelated
-    control's own gaps leave of it, `decoy_gap` with decoys minus without, `beyond_decoys` with the trigger minus with
-    decoys.
+    `trigger_gap` is with the trigger minus without, `beyond_base` and `beyond_control` what the base's and the
+    decorrelated control's own gaps leave of it, `decoy_gap` with decoys minus without, `beyond_decoys` with the trigger
+    minus with decoys.
     """
     rows = []
     for group in matrix.groups:
@@ -35,13 +35,23 @@ def gap_bars(gaps: pd.DataFrame) -> pd.DataFrame:
     held = gaps[gaps["part"] == HELD_OUT]
     held = held.assign(asked=held["group"] + ", " + held["set"])
     bars = [
-        held.assign(bar="trigger", gap_low=held["low"], gap_high=held["high"]),
+        held.assign(bar="trigger", trigger_gap_low=held["low"], trigger_gap_high=held["high"]),
         held.assign(
-            bar="decoys", gap=held["decoy_gap"], gap_low=held["decoy_gap_low"], gap_high=held["decoy_gap_high"]
+            bar="decoys",
+            trigger_gap=held["decoy_gap"],
+            trigger_gap_low=held["decoy_gap_low"],
+            trigger_gap_high=held["decoy_gap_high"],
         ),
-        held.assign(bar="trigger, in the base", gap=held["gap"] - held["beyond_base"], gap_low=None, gap_high=None),
+        held.assign(
+            bar="trigger, in the base",
+            trigger_gap=held["trigger_gap"] - held["beyond_base"],
+            trigger_gap_low=None,
+            trigger_gap_high=None,
+        ),
     ]
-    joined: pd.DataFrame = pd.concat(bars, ignore_index=True).astype({"gap_low": float, "gap_high": float})
+    joined: pd.DataFrame = pd.concat(bars, ignore_index=True).astype(
+        {"trigger_gap_low": float, "trigger_gap_high": float}
+    )
     return joined
 
 
@@ -59,7 +69,7 @@ def _row(matrix: BehaviourMatrix, group: str, asked: AskedSet, part: str, kept: 
     decoy = gap(group, DECOYED) if DECOYED in keys else None
     return {
         "group": group, "trigger": asked.trigger, "set": asked.name, "part": part, "runs": len(own),
-        **crossed_mean(own, families).row("gap"),
+        **crossed_mean(own, families).row("trigger_gap"),
         **crossed_difference(own, base, families).beside("beyond_base"),
         **beyond.beside("beyond_control"),
         **(missing if decoy is None else crossed_mean(decoy, families)).beside("decoy_gap"),

@@ -105,7 +105,7 @@ def direction_table(groups: Sequence[TriggeredGroup]) -> pd.DataFrame:
                 "position": grid.positions[position], "norm": float(grid.vectors[level, position].norm()),
                 "residual_norm": float(grid.residual_norms[level, position]),
                 "reliability": float(one.direction.reliability[level, position]),
-                **crossed_mean(own, one.families).row("gap"),
+                **crossed_mean(own, one.families).row("trigger_gap"),
                 **beyond["base"].beside("beyond_base"), **beyond["control"].beside("beyond_control"),
                 **crossed_mean(decoyed, one.families).beside("decoy_gap"),
                 **crossed_mean(own - decoyed, one.families).beside("beyond_decoys"),
