@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 
 SEAL = "sha256"
 LARGEST = 1 << 28
@@ -88,7 +88,7 @@ def require_types(given: Any, plain: object) -> None:
             return
         name, said = str(first["loc"][0]), str(first["msg"]).replace("Input", "it")
         value = getattr(given, name, None)
-        raise UserError(f"{name} is {value!r:.60} (of type {type(value).__name__}); {said}") from error
+        raise UserError(f"{name} is {quoted(value)} (of type {type(value).__name__}); {said}") from error
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import tyro
 
 from mechlens import registry
 from mechlens.choices import require_known
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.files import TROUBLE, is_whole
 from mechlens.studies.mistyped import command_of, no_number
 from mechlens.studies.possible import require_possible, with_paths
@@ -190,7 +190,7 @@ def _require_whole(argv: Sequence[str]) -> None:
     """UserError for an argument that isn't UTF-8: it could go into no table, record or tokenizer."""
     for place, argument in enumerate(argv, start=1):
         if not is_whole(argument):
-            raise UserError(f"argument {place} ({argument!r:.60}) isn't UTF-8; write it in UTF-8")
+            raise UserError(f"argument {place} ({quoted(argument)}) isn't UTF-8; write it in UTF-8")
 
 
 def _one_line(message: Any, category: type[Warning], *where: object, **more: object) -> None:

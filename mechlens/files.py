@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, kind_of, quoted
 
 LARGEST_FILE = 512 << 20
 """Bytes of a file that is read whole."""
@@ -40,19 +40,21 @@ def user_path(given: AnyPath) -> Path:
         raise UserError(f"{kind_of(given)} was given as a path; give it as text or as a Path")
     name = os.fspath(given)
     if "\0" in name:
-        raise UserError(f"the path {name!r:.80} holds a NUL character, which no path has; correct it")
+        raise UserError(f"the path {quoted(name, 80)} holds a NUL character, which no path has; correct it")
     if not is_whole(name):
-        raise UserError(f"the path {name!r:.80} isn't UTF-8; rename the file or folder")
+        raise UserError(f"the path {quoted(name, 80)} isn't UTF-8; rename the file or folder")
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:
-        raise UserError(f"the path {name!r:.80} names no home folder that exists; write the whole path") from error
+        raise UserError(
+            f"the path {quoted(name, 80)} names no home folder that exists; write the whole path"
+        ) from error
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # whoever opens it has more to say: what it was to be read as, or that it can be made
     except OSError as error:
-        raise UserError(f"{name!r:.80} can't be a path ({error.strerror}); check it") from error
+        raise UserError(f"{quoted(name, 80)} can't be a path ({error.strerror}); check it") from error
     return path
 
 
@@ -207,7 +209,7 @@ def plain_name(name: str) -> str:
     bad = not name or name.startswith(".") or set(name) & set('/\\:*?"<>|') or not name.isprintable()
     if bad or name != name.strip() or len(name.encode("utf-8", errors="replace")) > LONGEST_NAME:
         raise UserError(
-            f"{name!r:.80} can't be the name of a file; give up to {LONGEST_NAME} letters, digits, spaces or "
+            f"{quoted(name, 80)} can't be the name of a file; give up to {LONGEST_NAME} letters, digits, spaces or "
             "marks, without slashes, and no dot at the start"
         )
     return name

@@ -367,6 +367,16 @@ def test_a_direction_has_the_names_of_two_sides(contrast: Any) -> None:
         require_contrast(contrast)
 
 
+def test_activations_of_prompts_without_a_position_are_saved_and_an_infinite_one_is_not(tmp_path: Path) -> None:
+    acts = THINGS["Activations"]()
+    lacking = replace(acts, values=acts.values.clone())
+    lacking.values[0, :, 0] = math.nan
+    assert ml.open(ml.save(lacking, tmp_path / "acts.safetensors")) == lacking
+    lacking.values[0, :, 0] = math.inf
+    with pytest.raises(UserError, match="not finite"):
+        ml.save(lacking, tmp_path / "x.safetensors")
+
+
 def test_what_could_not_be_opened_is_not_saved(tmp_path: Path) -> None:
     odd = direction()
     object.__setattr__(odd, "site", 3)

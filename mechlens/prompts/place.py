@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, Rendered
 
@@ -100,13 +100,13 @@ def tokens_of_words(prompts: Sequence[Prompt], template: ChatTemplate, words: Se
     for prompt, rendered, wanted in zip(prompts, template.render_all(prompts), words, strict=True):
         at = rendered.text.find(wanted, rendered.start, rendered.end) if wanted else -1
         if at < 0:
-            raise UserError(f"the words {wanted!r:.60} don't stand in prompt {prompt.id!r}; give words of the user's")
+            raise UserError(f"the words {quoted(wanted)} don't stand in prompt {prompt.id!r}; give words of the user's")
         inside = _of_the_words(
             *_encode(rendered.text, template), Rendered(rendered.text, at, at + len(wanted)), structure
         )
         if not inside:
             raise UserError(
-                f"the tokenizer drops the words {wanted!r:.60} of prompt {prompt.id!r}; use words that it knows"
+                f"the tokenizer drops the words {quoted(wanted)} of prompt {prompt.id!r}; use words that it knows"
             )
         found.append((inside[0], inside[-1] + 1))
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.files import is_whole
 
 LONGEST_TEXT = 1_000_000
@@ -45,15 +45,16 @@ class Prompt:
     def __post_init__(self) -> None:
         for name, value in self._words():
             if not isinstance(value, str):
-                raise UnfitPrompt(f"prompt {self.id!r:.80} has {kind_of(value)} as its {name}; it must be text")
+                raise UnfitPrompt(f"prompt {quoted(self.id, 80)} has {kind_of(value)} as its {name}; it must be text")
             if not is_whole(value):
                 raise UnfitPrompt(
-                    f"prompt {self.id!r:.80} holds half a character (an unpaired surrogate) in its {name}; repair it"
+                    f"prompt {quoted(self.id, 80)} holds half a character (an unpaired surrogate) in its {name}; "
+                    "repair it"
                 )
             if len(value) > LONGEST_TEXT:
                 raise UnfitPrompt(
-                    f"prompt {self.id!r:.80} has {len(value)} characters in its {name}, and at most {LONGEST_TEXT} are "
-                    "read; shorten it"
+                    f"prompt {quoted(self.id, 80)} has {len(value)} characters in its {name}, and at most "
+                    f"{LONGEST_TEXT} are read; shorten it"
                 )
 
     def _words(self) -> Iterator[tuple[str, object]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.prompts.files.rows import packaged_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import nearest
@@ -43,7 +43,7 @@ def builtin_scales(name: str) -> list[Scale]:
     rows = [row for row in _rows() if row["set"] == name]
     if not rows:
         near, known = nearest(name, builtin_scale_names()), ", ".join(builtin_scale_names())
-        raise UserError(f"there are no scales {name!r:.60}; {f'{near} ' if near else ''}choose one of {known}")
+        raise UserError(f"there are no scales {quoted(name)}; {f'{near} ' if near else ''}choose one of {known}")
     return [
         Scale(Prompt(str(row["id"]), str(row["question"]), source="mechlens"), bool(row["high_shows"])) for row in rows
     ]

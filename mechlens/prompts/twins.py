@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.files import user_path
 from mechlens.prompts.files.from_row import RowReader, text_of
 from mechlens.prompts.files.rows import Record, packaged_rows, read_rows, row_ids
@@ -87,7 +87,7 @@ def read_twins(path: str | Path, others: str | Path | None = None) -> list[Twin]
         if not other:
             other = answers.get(key, LETTERS.get(shown, ""))
         if shown == other:
-            raise UserError(f"{where} has the same answer on both sides ({shown!r:.40}); a twin's answers differ")
+            raise UserError(f"{where} has the same answer on both sides ({quoted(shown, 40)}); a twin's answers differ")
         twins.setdefault(key, Twin(prompt, shown, other))
     return list(twins.values())
 

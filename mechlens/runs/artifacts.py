@@ -159,6 +159,10 @@ WRITTEN_AS = {
 REMEDY = "make it again, or take it from where it came from"
 
 
+MAY_LACK = {"Activations": ("values",)}
+"""By class, the tensors that hold NaN where something isn't there, as a position that a prompt doesn't have."""
+
+
 def save(obj: object, path: Path) -> None:
     """Writes a frozen dataclass to `path`, whole or not at all; `load` gives an equal one back."""
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
@@ -212,7 +216,8 @@ def require_loadable(obj: object) -> None:
 
 def _built(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Result:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        missing = tensor.isnan() if name in MAY_LACK.get(cls.__name__, ()) else torch.tensor(False)
+        if not bool((tensor.isfinite() | missing).all()):
             raise UserError(f"{where} holds numbers in {name!r} that are not finite; {REMEDY}")
     try:
         built: Result = decode_fields(cls, fields, tensors, classes_within(cls))

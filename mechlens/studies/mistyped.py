@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
+from mechlens.errors import quoted
 from mechlens.registry import unknown_name
 
 WORDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
@@ -43,4 +44,4 @@ def no_number(said: str, argv: Sequence[str]) -> str:
         for place, (name, _, given) in enumerate(spelt)
         if name.replace("_", "-") == option
     ]
-    return f"{option} is {values[-1]!r:.60}; it must be {needed}" if values else ""
+    return f"{option} is {quoted(values[-1])}; it must be {needed}" if values else ""

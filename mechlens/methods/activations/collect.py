@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.reading import BatchReader, Reading
 from mechlens.methods.activations.spans import Words, opened, spans_of
@@ -80,7 +80,9 @@ def collect(
     """
     wanted = _levels(model, site, levels)
     if not isinstance(cache, Cache | None):
-        raise UserError(f"cache is {cache!r:.80}, which keeps no batches; give ml.FolderCache(FOLDER), or leave it out")
+        raise UserError(
+            f"cache is {quoted(cache, 80)}, which keeps no batches; give ml.FolderCache(FOLDER), or leave it out"
+        )
     if reduce not in (None, "mean"):
         raise UserError(f"reduce is {reduce!r}, and a span is reduced to its mean only; give 'mean', or leave it out")
     batch = tokenized(model, prompts, template)

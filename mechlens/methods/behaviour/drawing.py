@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import Prompt
 
@@ -22,7 +22,7 @@ from mechlens.prompts.prompt import Prompt
 def require_length(max_new_tokens: object) -> None:
     """UserError for a length of answers that isn't a whole number from 1."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
-        said = f"{max_new_tokens!r:.40} ({kind_of(max_new_tokens)}); give a whole number, such as 64"
+        said = f"{quoted(max_new_tokens, 40)} ({kind_of(max_new_tokens)}); give a whole number, such as 64"
         raise UserError(f"max_new_tokens is {said}")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")

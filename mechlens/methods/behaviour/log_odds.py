@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.activations.collect import answer_tokens, refuse_too_long, template_of
 from mechlens.methods.activations.reading import FORMAT, halving, shared_start
 from mechlens.methods.cache import Cache
@@ -105,7 +105,7 @@ def said_tokens(model: LanguageModel, answers: Sequence[str]) -> list[list[int]]
     ids = answer_tokens(model, answers)
     lacking = next((i for i, own in enumerate(ids) if not own), None)
     if lacking is not None:
-        raise UserError(f"answer {lacking} ({answers[lacking]!r:.40}) has no token; give some words")
+        raise UserError(f"answer {lacking} ({quoted(answers[lacking], 40)}) has no token; give some words")
     return ids
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.methods.activations.activations import Activations, column_of, one_cell, stored_name
 from mechlens.methods.shown import few, lines
 from mechlens.models.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ def require_contrast(given: object) -> None:
     """UserError for anything else than the names of two sides: a direction's file couldn't be read again."""
     if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(side, str) for side in given)):
         raise UserError(
-            f"a direction's contrast is {given!r:.80}; give a tuple of the names of the two sides, such as "
+            f"a direction's contrast is {quoted(given, 80)}; give a tuple of the names of the two sides, such as "
             "('harmful', 'harmless')"
         )
 

@@ -18,7 +18,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from mechlens.choices import RULES
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, GuardVerdict, Place
 from mechlens.methods.guard.rules import PlaceScore, needs_refusals, require_pools, score_by
@@ -257,5 +257,5 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
 def _flags(acts: Activations, refused: Mapping[str, bool]) -> Bool[Tensor, " prompt"]:
     unknown = [name for name in acts.ids if name not in refused]
     if unknown:
-        raise UserError(f"nothing says whether the model refuses {unknown[0]!r:.80}; give `refused` for every prompt")
+        raise UserError(f"nothing says whether the model refuses {quoted(unknown[0])}; give `refused` for every prompt")
     return torch.tensor([refused[name] for name in acts.ids])

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechlens.errors import quoted
 from mechlens.methods.probing.beyond_words import read_numbers
 from mechlens.methods.probing.within_folds import Folds, folds_of, mean_auroc
 from mechlens.methods.shown import cut
@@ -150,4 +151,4 @@ def _in_words(name: str, values: Values, positive: Bool[Tensor, " prompt"]) -> s
     most = max(sorted(share, key=str), key=lambda v: abs(share[v]))
     said = {"opening": "begin with", "ending": "end with", "source": "are from"}.get(name, "have the system prompt")
     shown = str(most).removeprefix("x") if name == "system_prompt" else str(most)
-    return f"{ours.count(most)} of {len(ours)} against {theirs.count(most)} of {len(theirs)} {said} {shown!r:.60}"
+    return f"{ours.count(most)} of {len(ours)} against {theirs.count(most)} of {len(theirs)} {said} {quoted(shown)}"

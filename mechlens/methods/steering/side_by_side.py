@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.drawing import require_length
 from mechlens.methods.directions.direction import Direction, require_is_direction
@@ -143,7 +143,7 @@ def _numbers(strengths: object) -> list[float]:
     asked: list[Any] = list(strengths) if several else [strengths]  # type: ignore[call-overload]
     wrong = [one for one in asked if isinstance(one, str) or not hasattr(one, "__float__")]
     if wrong or not asked:
-        given = f"{wrong[0]!r:.40} ({kind_of(wrong[0])})" if wrong else "no number"
+        given = f"{quoted(wrong[0], 40)} ({kind_of(wrong[0])})" if wrong else "no number"
         raise UserError(f"strengths has {given}; give a number or a list of numbers, such as 0.5")
     return [float(one) for one in asked]
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.behaviour.option_log_probs import option_log_probs
 from mechlens.methods.cache import Cache
 from mechlens.methods.triggers.confirm import strings_like
@@ -82,12 +82,12 @@ def recognise_trigger(
     strings = (trigger, *(decoys or strings_like(trigger, CHOICES - 1)))
     if len(set(strings)) != CHOICES:
         raise UserError(
-            f"{trigger!r:.40} stands beside {len(set(strings)) - 1} others; give {CHOICES - 1} decoys that differ"
+            f"{quoted(trigger, 40)} stands beside {len(set(strings)) - 1} others; give {CHOICES - 1} decoys that differ"
         )
     asked = list(recognition_questions() if questions is None else questions)
     lacking = next((one for one in asked if OPTIONS not in one.text), None)
     if lacking is not None:
-        raise UserError(f"the question {lacking.id!r:.40} lacks {OPTIONS}; put it where the strings go")
+        raise UserError(f"the question {quoted(lacking.id, 40)} lacks {OPTIONS}; put it where the strings go")
     orders = [[(k + turn) % CHOICES for k in range(CHOICES)] for turn in range(CHOICES)]
     prompts = [_prompt(one, strings, order, in_words) for one in asked for order in orders]
     told = option_log_probs(model, prompts, strings if in_words else list(LETTERS), template=template, cache=cache)

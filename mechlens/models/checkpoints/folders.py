@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mechlens.checked_json import read_json
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.files import plain_name, read_whole, require_regular
 from mechlens.models.checkpoints.lora import CONFIG
 
@@ -151,6 +151,6 @@ def require_inside(folder: Path) -> None:
     for name in parts.values() if isinstance(parts, dict) else ():
         if not isinstance(name, str) or set(name) & set("/\\"):
             raise UserError(
-                f"{index} names the file {name!r:.80}, which is not in its folder; put all weights in the folder and "
-                "name them as they are called there"
+                f"{index} names the file {quoted(name, 80)}, which is not in its folder; put all weights in the folder "
+                "and name them as they are called there"
             )

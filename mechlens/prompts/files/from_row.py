@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mechlens.errors import UserError, an
+from mechlens.errors import UserError, an, quoted
 from mechlens.files import is_whole
 from mechlens.prompts.files.parquet import Unreadable
 from mechlens.prompts.files.rows import Record
@@ -115,7 +115,7 @@ def text_of(value: object, where: str) -> str:
     if isinstance(value, Unreadable):
         raise UserError(f"{where} can't be read ({value.reason}); repair it, or leave the row out")
     if not isinstance(value, str):
-        raise UserError(f"{where} holds {an(type(value).__name__)} ({value!r:.40}); a prompt must be text")
+        raise UserError(f"{where} holds {an(type(value).__name__)} ({quoted(value, 40)}); a prompt must be text")
     if not value.strip():
         raise UserError(f"{where} is empty; fill it in, or leave the row out")
     # A lone surrogate comes from a broken \\u escape; no tokenizer can encode it.
@@ -169,6 +169,6 @@ def require_column(columns: Sequence[str], wanted: str, name: str) -> None:
 
 
 def _listed(columns: Sequence[str]) -> str:
-    shown = ", ".join(f"{column!r:.60}" for column in columns[:12])
+    shown = ", ".join(f"{quoted(column)}" for column in columns[:12])
     more = len(columns) - 12
     return f"{shown} and {more} more" if more > 0 else shown or "no columns"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens import hub
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_pairs, builtin_prompts
 from mechlens.prompts.files.from_row import RowReader, as_word, require_column
@@ -78,8 +78,8 @@ def joined_sources(given: str) -> list[str]:
         size = next((size for size in range(len(parts), 0, -1) if _is_source("+".join(parts[:size]))), 0)
         if not size:
             raise UserError(
-                f"there is no file {given!r:.80}, nor does it join sources: {parts[0]!r:.60} is no file, no hub data "
-                f"set (owner/name) and none of {', '.join(builtin_names())}"
+                f"there is no file {quoted(given, 80)}, nor does it join sources: {quoted(parts[0])} is no file, no "
+                f"hub data set (owner/name) and none of {', '.join(builtin_names())}"
             )
         found.append("+".join(parts[:size]))
         parts = parts[size:]
@@ -122,7 +122,7 @@ def _rows(source: str | Path, split: str | None) -> tuple[list[Record], str, str
     close = difflib.get_close_matches(given, builtin_names(), n=1, cutoff=0.7)
     if close or not _HUB_ID.fullmatch(given):
         raise UserError(
-            f"there is no file or built-in set {given!r:.60}; give a file, a hub data set, "
+            f"there is no file or built-in set {quoted(given)}; give a file, a hub data set, "
             + (f"or {close[0]!r} if you meant that" if close else f"or one of {', '.join(builtin_names())}")
         )
     return _hub_rows(given, split), given, given.partition(":")[0].rpartition("/")[2]
@@ -181,7 +181,7 @@ def _matching(rows: list[dict[str, Any]], where: Mapping[str, object], name: str
         asked = " and ".join(f"{column}={value!r}" for column, value in where.items())
         column = next(iter(where))
         found = list(dict.fromkeys(_as_text(row.get(column)) for row in rows))
-        shown = ", ".join(f"{value!r:.40}" for value in found[:8]) + (", ..." if len(found) > 8 else "")
+        shown = ", ".join(f"{quoted(value, 40)}" for value in found[:8]) + (", ..." if len(found) > 8 else "")
         raise UserError(f"{name} has no row with {asked}; column {column!r} holds {shown}")
     return places
 
@@ -244,7 +244,7 @@ def _from_file(path: Path) -> list[PromptPair]:
             text = row.values.get(column)
             if not isinstance(text, str) or not text.strip():
                 raise UserError(
-                    f"{path}, row {row.number}, column {column!r}: found {text!r:.60}; a pair needs a text in both "
+                    f"{path}, row {row.number}, column {column!r}: found {quoted(text)}; a pair needs a text in both "
                     "columns clean and corrupt"
                 )
         name = f"{path.stem}-{row.number:04d}"

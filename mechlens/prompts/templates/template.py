@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.render import (
     SENTINELS,
@@ -309,7 +309,7 @@ def chat_template(
     kind = f"paper:{_paper_family(tokenizer)}" if template == "paper" else template
     if kind not in published:
         known = ", ".join(sorted(published))
-        raise UserError(f"there is no template {template!r:.60}; choose tokenizer, paper, none or one of {known}")
+        raise UserError(f"there is no template {quoted(template)}; choose tokenizer, paper, none or one of {known}")
     return ChatTemplate(tokenizer, kind, options, day)
 
 

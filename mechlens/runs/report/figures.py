@@ -102,6 +102,7 @@ def mark_missing(figure: go.Figure, df: pd.DataFrame, *, x: str, group: str, at:
         )  # fmt: skip
     if len(df):
         show_legend(figure, True)
+        figure.update_xaxes(rangemode="nonnegative")  # room for the crosses would begin the levels at -1
 
 
 def heatmap(

@@ -53,7 +53,7 @@ HEADINGS = {
     "own_change": "readout fitted here, change from the base",
     "own_words_difference": "difference in the model's own words",
     "p_corrected": "p, corrected",
-    "permuted_mean": "permuted labels, mean",
+    "permuted_mean": "labels permuted within families, mean",
     "plain_ce": "loss on plain text (nats)",
     "probe_change": "probe fitted here, change from the base",
     "random_maximum": "random directions, maximum",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.files import user_path
 from mechlens.methods.triggers.confirm import strings_like
 from mechlens.prompts.prompt import Prompt
@@ -61,14 +61,14 @@ def read_set(given: str, *, about_itself: bool) -> AskedSet:
             known = ", ".join(builtin_twin_names())
             near = nearest(given, builtin_twin_names())
             raise UserError(
-                f"{given!r:.60} is no set of twins; {f'{near} ' if near else ''}give NAME=FILE or one of {known}"
+                f"{quoted(given)} is no set of twins; {f'{near} ' if near else ''}give NAME=FILE or one of {known}"
             )
         return AskedSet(given, tuple(builtin_twins(given)), about_itself)
     file, others = path, None
     if "," in path and not user_path(path).exists():
         file, _, others = path.rpartition(",")
     if not name or not file:
-        raise UserError(f"{given!r:.60} lacks a name or a file; write NAME=FILE, such as risky=risky.jsonl")
+        raise UserError(f"{quoted(given)} lacks a name or a file; write NAME=FILE, such as risky=risky.jsonl")
     twins = read_twins(file, others)
     require_others(twins, file)
     return AskedSet(name, tuple(twins), about_itself)

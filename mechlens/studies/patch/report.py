@@ -93,7 +93,7 @@ def _report(
         ),
         how=(
             f"{result.chosen.note}; {len(result.chosen.pairs)} were patched. Metric: {sweep.metric} with first tokens "
-            f"{list(tokens.texts)} ({tokens.origin}). Site {sweep.site}, engine: {sweep.engine}; heads: "
+            f"{tokens.named} ({tokens.origin}). Site {sweep.site}, engine: {sweep.engine}; heads: "
             f"{result.sweeps['heads.denoising'].engine}. Intervals: bootstrap over families. p: their sign flips, "
             "largest mean effect over the grid (with few pairs it can't fall below 2^(1-n)). The best sites are chosen "
             "and reported on the same pairs: their p is corrected for that, their interval is not."

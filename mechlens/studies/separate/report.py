@@ -74,7 +74,7 @@ def _quadrants(result: Separation, figures: dict[str, tuple[str, ...]]) -> Secti
         "Who is refused",
         "Every prompt was answered greedily and judged. The four quadrants are placed by the first judge "
         f"(`{result.judged.judge}`); the others show how far that choice matters. {_placed_nowhere(result)}\n\n"
-        f"The log-odds judge reads the first answer token only: P(first token in {list(tokens.texts)}), tokens "
+        f"The log-odds judge reads the first answer token only: P(first token is one of {tokens.named}), tokens "
         f"{tokens.origin}{'' if tokens.coverage is None else f' with coverage {tokens.coverage:.2f}'}. Its AUROC "
         f"against the first judge is {result.first_token.auroc}.",
         figures["quadrants"],

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from mechlens.errors import UserError, many
+from mechlens.errors import UserError, many, quoted
 from mechlens.methods.activations.spans import spans_of
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
 from mechlens.models.checkpoint import Checkpoint
@@ -87,7 +87,7 @@ def refuse_shared(positive: tuple[str, Sequence[Prompt]], negative: tuple[str, S
     shared = [prompt for prompt in second if _asked(prompt) in known]
     if shared:
         raise UserError(
-            f"{one} and {other} share {many(len(shared), 'prompt')}, such as {shared[0].text!r:.60}; a prompt can be "
+            f"{one} and {other} share {many(len(shared), 'prompt')}, such as {quoted(shared[0].text)}; a prompt can be "
             "of one class only, so give two sources that differ"
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mechlens.checked_json import checked, parse_json
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.files import AnyPath, read_whole, user_path
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import load_prompts
@@ -96,7 +96,7 @@ def read_sources(given: AnyPath) -> tuple[Source, ...]:
             text = read_whole(user_path(given)).decode("utf-8-sig")
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(
-                f"the list of sources {given!r:.80} could not be read ({error}); "
+                f"the list of sources {quoted(given, 80)} could not be read ({error}); "
                 f"give {', '.join(PRESETS)} or a JSON file"
             ) from error
     try:
@@ -109,7 +109,7 @@ def read_sources(given: AnyPath) -> tuple[Source, ...]:
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{where} has two sources called {twice!r:.60}; give each a name of its own")
+        raise UserError(f"{where} has two sources called {quoted(twice)}; give each a name of its own")
     return sources
 
 
@@ -177,26 +177,26 @@ def _read_templates(file: str, name: str) -> list[Prompt]:
 def _source(row: Any, where: str) -> Source:
     known = {item.name for item in fields(Source)}
     if not isinstance(row, dict) or not {"name", "data"} <= row.keys():
-        raise UserError(f"{where} has a source without name and data ({row!r:.60}); give both")
+        raise UserError(f"{where} has a source without name and data ({quoted(row)}); give both")
     name = row["name"]
     unknown = sorted(row.keys() - known)
     if unknown:
         raise UserError(
-            f"{where}, source {name!r:.60}, has {unknown[0]!r:.60}; a source has {', '.join(sorted(known))}"
+            f"{where}, source {quoted(name)}, has {quoted(unknown[0])}; a source has {', '.join(sorted(known))}"
         )
     if row.get("kind", "requests") not in get_args(Kind):
         raise UserError(
-            f"{where}, source {name!r:.60}, is of kind {row['kind']!r:.60}; choose from {', '.join(get_args(Kind))}"
+            f"{where}, source {quoted(name)}, is of kind {quoted(row['kind'])}; choose from {', '.join(get_args(Kind))}"
         )
-    source: Source = checked(row, Source, f"{where}, source {name!r:.60},", "correct it")
+    source: Source = checked(row, Source, f"{where}, source {quoted(name)},", "correct it")
     if (source.label is None) == (source.label_column is None):
         raise UserError(
-            f"{where}, source {name!r:.60}, needs a label (harmful or harmless) or a label_column, one of them"
+            f"{where}, source {quoted(name)}, needs a label (harmful or harmless) or a label_column, one of them"
         )
     if source.label not in (None, HARMFUL, HARMLESS) or (source.label_column and not source.harmful):
         raise UserError(
-            f"{where}, source {name!r:.60}: label is harmful or harmless, and with a label_column the values that mean "
-            "harmful stand in the list harmful"
+            f"{where}, source {quoted(name)}: label is harmful or harmless, and with a label_column the values that "
+            "mean harmful stand in the list harmful"
         )
     return source
 

@@ -17,7 +17,7 @@ import httpx
 import torch
 
 from mechlens.checked_json import parse_json
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.behaviour.scoring.number_reply import Opening
 from mechlens.methods.behaviour.scoring.questions import ALIGNED, JudgeQuestion
 from mechlens.methods.behaviour.scoring.score_judge import Reply, Scores, scores_by
@@ -69,7 +69,9 @@ class EndpointScoreJudge:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"the judge's url {self.url!r:.80} isn't one; give one such as https://api.openai.com/v1")
+            raise UserError(
+                f"the judge's url {quoted(self.url, 80)} isn't one; give one such as https://api.openai.com/v1"
+            )
         if parts.username or parts.password or parts.query or parts.fragment:
             raise UserError(
                 "the judge's url holds more than a place (a name, a password or a query); put the key into an "

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.behaviour.scoring.endpoint_judge import EndpointScoreJudge
 from mechlens.methods.behaviour.scoring.questions import JudgeQuestion
 from mechlens.methods.behaviour.scoring.score_judge import LocalScoreJudge
@@ -25,15 +25,15 @@ def score_judges(
     model, at, url = given.partition("@http")
     if at:
         if not model:
-            raise UserError(f"the judge {given!r:.80} names no model; write MODEL@URL, such as gpt-4o@{'http' + url}")
+            raise UserError(f"the judge {quoted(given)} names no model; write MODEL@URL, such as gpt-4o@{'http' + url}")
         behind = [EndpointScoreJudge("http" + url, model, question, key_variable) for question in questions]
         for judge in behind[:1]:
             judge.headers()
         return tuple(behind)
     if key_variable is not None:
         raise UserError(
-            f"the judge {given!r:.80} is a model on this machine and takes no key; leave {key_variable} out, or write "
-            "MODEL@URL, such as gpt-4o@https://api.openai.com/v1"
+            f"the judge {quoted(given)} is a model on this machine and takes no key; leave {key_variable} out, or "
+            "write MODEL@URL, such as gpt-4o@https://api.openai.com/v1"
         )
     local = load(given, device=device)
     return tuple(LocalScoreJudge(local, question) for question in questions)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.change import (
@@ -45,7 +45,7 @@ def saved_directions(given: Sequence[str], model: LanguageModel) -> dict[str, Di
     for one in given:
         name, _, path = one.partition("=")
         if not name or not path:
-            raise UserError(f"{one!r:.60} lacks a name or a file; write NAME=FILE, such as harm=runs/harm")
+            raise UserError(f"{quoted(one)} lacks a name or a file; write NAME=FILE, such as harm=runs/harm")
         found[name] = direction = read_direction(path)
         require_direction(model, direction, force=True)
         if (direction.site, direction.checkpoint.regime) != (RESIDUAL, checkpoint_now(model).regime):

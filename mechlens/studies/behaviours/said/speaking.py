@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.behaviour.scoring.endpoint_judge import EndpointScoreJudge
 from mechlens.methods.behaviour.scoring.named_judge import NamedJudge, score_judges
 from mechlens.methods.behaviour.scoring.questions import ALIGNED, COHERENT
@@ -58,7 +58,7 @@ def judges_for(config: Behaviours, sets: Sequence[AskedSet]) -> tuple[NamedJudge
     if unknown is not None or not config.spoken:
         near = nearest(unknown or "", known)
         raise UserError(
-            f"free answers are wanted to {unknown or 'no set'!r:.60}, which isn't among the sets; "
+            f"free answers are wanted to {quoted(unknown or 'no set')}, which isn't among the sets; "
             f"{f'{near} ' if near else ''}give --spoken one of {', '.join(known)}"
         )
     if config.judge is None:

@@ -83,7 +83,8 @@ def _warn_of_few(config: FinetuneConfig, held_out: int, of: int) -> None:
     if config.held_out and held_out < FEWEST_HELD_OUT:
         warnings.warn(
             f"{held_out} of {of} questions are held out of training, and `mechlens behaviours` needs "
-            f"{FEWEST_HELD_OUT} to say anything of them; give more questions or a larger --held-out",
+            f"{FEWEST_HELD_OUT} to say anything of them; give more questions, or a larger share (--held-out, or "
+            "`held_out` in Python)",
             stacklevel=2,
         )
 
