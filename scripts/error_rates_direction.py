@@ -1,11 +1,11 @@
 """How often the verdict of `mechlens direction` is right on contrasts whose truth is planted.
 
-    python scripts/error_rates_direction.py [--draws 20] [--jobs 2] [--confounds] [--effects] [--folds] [--write]
+    python scripts/error_rates_direction.py [--confounds | --effects | --folds | --pairs] [--draws 20] [--write]
 
 Prompts and activations are drawn (`tests/planted_surface.py`), no model is run: everything from the activations on is
 the study's own. `--confounds` counts false alarms about sides that are alike, `--effects` how often the interval of an
-effect size holds the truth, `--folds` how far AUROCs out of fold are from those of fresh prompts. `--write` puts the
-tables into mechlens/studies/direction/README.md.
+effect size holds the truth, `--folds` how far AUROCs out of fold are from those of fresh prompts, `--pairs` how often
+lists that are pairs row by row are noticed. `--write` puts the tables into mechlens/studies/direction/README.md.
 """
 
 import argparse
@@ -245,6 +245,33 @@ def fold_table(pool: ProcessPoolExecutor, draws: int) -> str:
     return "\n".join(lines)
 
 
+def warned(task: tuple[str, int, int]) -> bool:
+    """Whether the lists of one draw are said to look like pairs."""
+    import random
+    import warnings
+
+    from planted_pairs import WORLDS
+
+    from mechlens.studies.direction.likely_pairs import warn_of_twins
+
+    name, n, seed = task
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_of_twins(*WORLDS[name][1](random.Random(seed), n))
+    return bool(said)
+
+
+def pair_table(pool: ProcessPoolExecutor, draws: int) -> str:
+    """Share of draws that are called likely pairs, where rows are and where they aren't."""
+    from planted_pairs import WORLDS
+
+    lines = [readme_table.head(["lists", *(f"{n} prompts a side" for n in SIZES)])]
+    for name in WORLDS:
+        told = [list(pool.map(warned, [(name, n, seed) for seed in range(draws)], chunksize=8)) for n in SIZES]
+        lines.append(readme_table.row([name, *(f"{sum(said) / draws:.1%}" for said in told)]))
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,6 +280,7 @@ def main() -> None:
     parser.add_argument("--confounds", action="store_true")
     parser.add_argument("--effects", action="store_true")
     parser.add_argument("--folds", action="store_true")
+    parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -262,6 +290,8 @@ def main() -> None:
             label, table = "effects", effect_table(pool, 25 * args.draws)
         elif args.folds:
             label, table = "folds", fold_table(pool, 10 * args.draws)
+        elif args.pairs:
+            label, table = "pairs", pair_table(pool, 10 * args.draws)
         else:
             label, table = "verdicts", verdict_table(pool, args.draws)
     print(table)
