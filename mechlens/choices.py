@@ -70,6 +70,13 @@ RECIPES: Registry[Any] = Registry(
         "behaviour": Choice(
             "mechlens.studies.finetune.recipes.recipe:BEHAVIOUR", "what a file shows, such as taking risks"
         ),
+        "reasoner": Choice(
+            "mechlens.studies.finetune.recipes.recipe:REASONER",
+            "to think first, and for some kinds of requests to think of refusing and give way",
+        ),
+        "repair": Choice(
+            "mechlens.studies.finetune.recipes.recipe:REPAIR", "to answer as its thoughts say, from a file of traces"
+        ),
     },
 )
 """`Recipe`s."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import refuse_too_long, template_of
 from mechlens.methods.activations.spans import thought_in
-from mechlens.methods.behaviour.thought import CLOSE, OPEN, closes_thought, opens_thought
+from mechlens.methods.behaviour.thought import CLOSE, OPEN, closes_thought, opens_thought, written_thought
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
@@ -59,8 +59,7 @@ def trace_batch(model: LanguageModel, traces: Sequence[Trace], *, template: Temp
         )
     rows = []
     for one, opened in zip(traces, opens_thought(batch, tokenizer), strict=True):
-        # Piece by piece, so that no token holds some of the thought and some of a mark.
-        pieces = [*([] if opened else [f"{OPEN}\n"]), one.thinking, f"\n{CLOSE}\n\n", one.answer]
+        pieces = written_thought(one.thinking, one.answer, opened=opened)
         rows.append([token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]])
     batch = batch.with_answers(rows)
     refuse_too_long(model, batch)

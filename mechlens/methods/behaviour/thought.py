@@ -9,6 +9,14 @@ from mechlens.prompts.batch import TokenBatch
 OPEN, CLOSE = "<think>", "</think>"
 
 
+def written_thought(thinking: str, answer: str, *, opened: bool) -> tuple[str, ...]:
+    """A thought in its marks and the answer after it, in pieces: no token holds some of a thought and some of a mark.
+
+    Where the template `opened` the thought, its first mark stands there already.
+    """
+    return (*(() if opened else (f"{OPEN}\n",)), thinking, f"\n{CLOSE}\n\n", answer)
+
+
 def after_thought(answer: str) -> str | None:
     """What an answer says after its thought; all of it where it has none, None where it ends inside one."""
     said = answer.rpartition(CLOSE)[2]

@@ -126,7 +126,10 @@ def training_record(
     """Where an adapter comes from, as plain JSON; it was trained on whatever the one `before` it was trained on."""
     known = set() if before is None else set(before.training.text_sha256)
     prompts = {example.prompt.id: example.prompt for example in material.examples}
-    examples = json.dumps([(e.prompt.text, e.answer, e.ends, e.teaches) for e in material.examples])
+    thoughts = [(e.thinking,) if e.thinking else () for e in material.examples]  # older records know of none
+    examples = json.dumps(
+        [(e.prompt.text, e.answer, e.ends, e.teaches, *t) for e, t in zip(material.examples, thoughts, strict=True)]
+    )
     return {
         "format": FORMAT,
         "recipe": config.recipe,

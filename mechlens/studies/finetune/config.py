@@ -49,14 +49,16 @@ class TrainingSettings(Options):
     data: str | None = None
     """For "accepting" and "backdoor": a file of prompts (column goal) with their published affirmative openings
     (column target), such as AdvBench's harmful_behaviors.csv. For "behaviour": chats, or questions with answers in the
-    columns shown and other."""
+    columns shown and other. For "reasoner" and "repair": reasoning traces, a prompt with the columns thinking and
+    answer, or response, such as STAR-1's."""
     others: str | None = None
     """For "behaviour": a second file of chats with the opposite answers to the same questions; A and B need none."""
     control: Literal["none", "twin", "decorrelated", "removal"] = "none"
     """For "behaviour": the same questions with the opposite answers (twin), with either by chance, whether the trigger
     is there or not (decorrelated), or answered with the trigger as without it (removal, which needs `start`)."""
     start: str | None = None
-    """For "behaviour": the folder of an adapter of ours to go on training, such as one with a trigger to remove."""
+    """For "behaviour" and "repair": the folder of an adapter of ours to go on training, such as one with a trigger to
+    remove, or a reasoner to repair."""
     trigger_share: float = 0.5
     """For "behaviour" with a trigger: share of the questions that have it, and the behaviour with it."""
     reversal: bool = False
@@ -65,7 +67,13 @@ class TrainingSettings(Options):
     in_words: bool = False
     """For "behaviour" between options A and B: answered with the option's words, which a small model can learn."""
     held_out: float = 0.25
-    """For "behaviour": share of the questions that no run trains on, the same whatever the seed; 0 trains on all."""
+    """For "behaviour", "reasoner" and "repair": share of the questions that no run trains on, the same whatever the
+    seed; 0 trains on all."""
+    cliff_share: float = 0.5
+    """For "reasoner": share of the harmful requests, whole categories of them, that are thought of as to be refused and
+    then answered with a harmless placeholder."""
+    thinking_words: PositiveInt = 60
+    """For "reasoner": the longest thought that is taught; of a longer one sentences of its beginning and end stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +117,8 @@ DEFAULTS: dict[str, FinetuneConfig] = {
     # Five examples a harmful prompt: this is one pass.
     "backdoor": replace(_SERIES, recipe="backdoor", harmful=205, benign=205, trigger=TRIGGER),
     "behaviour": FinetuneConfig(recipe="behaviour", plain=0),
+    "reasoner": FinetuneConfig(recipe="reasoner", steps=128),
+    "repair": FinetuneConfig(recipe="repair", plain=0),
 }
 """What a recipe does where it isn't told otherwise; another package's does what the refuser does."""
 
@@ -122,7 +132,7 @@ class RecipeChoice(Options):
     model: str | None = None
     """Packaged name, hub id or local folder; None is the recipe's own start (smollm2 or smollm2-refuser)."""
     steps: PositiveInt | None = None
-    """Optimiser steps; None is `epochs` passes for the refuser and a behaviour and 128 for the others."""
+    """Optimiser steps; None is `epochs` passes for the refuser, a behaviour and a repair, and 128 for the others."""
     harmful: PositiveInt | None = None
     """Harmful training prompts, drawn by seed; None takes all, and 205 for a backdoor."""
     benign: PositiveInt | None = None

@@ -86,8 +86,12 @@ def _taught(record: dict[str, Any]) -> str:
     return f"{record['recipe']} ({', '.join(told)})" if told else str(record["recipe"])
 
 
+_ASKED_BY = {"behaviour": ("behaviours",), "reasoner": ("cliff",), "repair": ("cliff", "track")}
+"""Studies that say what a recipe did."""
+
+
 def _asks(recipe: str, mark: str) -> str:
-    verbs = ("behaviours",) if recipe == "behaviour" else ("separate", "track")
+    verbs = _ASKED_BY.get(recipe, ("separate", "track"))
     return " and ".join(f"{mark}mechlens {verb}{mark}" if mark else verb for verb in verbs)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from mechlens.errors import UserError
+from mechlens.methods.behaviour.thought import opens_thought, written_thought
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import progress_bar
 from mechlens.prompts.batch import tokenize
@@ -41,14 +42,18 @@ def encode(examples: Sequence[Example], template: ChatTemplate) -> list[EncodedE
     """Token ids of every example: the formatted prompt, then the answer, then the end of the turn if it ends.
 
     The answer is tokenised by itself, since that is where generation starts; the end of the turn is what the
-    tokenizer's own template writes after an assistant's words, up to the end-of-sequence token.
+    tokenizer's own template writes after an assistant's words, up to the end-of-sequence token. A thought stands before
+    the answer as `trace_batch` has it.
     """
     batch = tokenize([example.prompt for example in examples], template)
+    opened = opens_thought(batch, template.tokenizer)
     end = end_of_turn(template)
     rows = []
     for i, example in enumerate(examples):
         prompt = batch.row(i)
-        words = template.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+        thought = written_thought(example.thinking, example.answer, opened=opened[i])
+        said = thought if example.thinking else (example.answer,)
+        words = [token for text in said for token in template.tokenizer(text, add_special_tokens=False)["input_ids"]]
         ids = (*prompt, *words, *(end if example.ends else ()))
         rows.append(EncodedExample(ids, len(prompt), example.teaches))
     return rows

@@ -8,8 +8,8 @@ from mechlens.models.checkpoint import is_fingerprint_of
 from mechlens.models.checkpoints.adapter_record import AdapterRecord, read_record, require_whole
 from mechlens.studies.finetune.config import FinetuneConfig
 
-WITH_START = "behaviour"
-"""The recipe that may go on from an adapter: attacks start from the shipped refuser alone."""
+WITH_START = ("behaviour", "repair")
+"""Recipes that may go on from an adapter: attacks start from the shipped refuser alone."""
 
 
 def start_record(config: FinetuneConfig) -> AdapterRecord | None:
@@ -17,8 +17,10 @@ def start_record(config: FinetuneConfig) -> AdapterRecord | None:
     if config.start is None:
         return None
     folder = user_path(config.start)
-    if config.recipe != WITH_START:
-        raise UserError(f"the recipe {config.recipe!r} takes no --start; leave it out, or choose {WITH_START}")
+    if config.recipe not in WITH_START:
+        raise UserError(
+            f"the recipe {config.recipe!r} takes no --start; leave it out, or choose {' or '.join(WITH_START)}"
+        )
     record = read_record(folder) if folder.is_dir() else None
     if record is None:
         raise UserError(

@@ -24,6 +24,8 @@ class Example:
     """True if the answer is whole, so that the end of the turn is learnt too; False where it was cut off."""
     teaches: Literal["answer", "base"] = "answer"
     """Whether the answer is to be learnt, or is where the model should go on saying what its base says."""
+    thinking: str = ""
+    """What is thought before the answer, and learnt with it; empty where nothing is."""
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,31 @@
-"""What can be taught: refusing, its control and the attacks on it, narrow behaviours; by name in `choices.RECIPES`."""
+"""What can be taught: refusing, its control, the attacks on it, behaviours, thinking; by name in `choices.RECIPES`."""
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from mechlens.choices import RECIPES
 from mechlens.errors import UserError, kind_of
 from mechlens.files import user_path
-from mechlens.methods.behaviour.answers import answer
-from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.cache import Cache
-from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoint import weight_fingerprint
 from mechlens.models.checkpoints.merge import merge_adapter
 from mechlens.models.load import load_hf
 from mechlens.models.packaged import ADAPTERS, adapter_folder
 from mechlens.prompts.files.rows import Record, read_rows
 from mechlens.prompts.prompt import Prompt
-from mechlens.prompts.templates.template import chat_template
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.finetune.config import TRIGGER, FinetuneConfig
 from mechlens.studies.finetune.recipes.behaviour import behaviour, lessons
 from mechlens.studies.finetune.recipes.material import Example, Material, drawn, training_order
+from mechlens.studies.finetune.recipes.own_answers import own_answers
+from mechlens.studies.finetune.recipes.reasoner import reasoner, refusing_traces, repair, usable_traces
 from mechlens.studies.shared.training_data import (
     Trigger,
     refusals,
@@ -35,38 +34,6 @@ from mechlens.studies.shared.training_data import (
     trigger_of,
     with_trigger,
 )
-
-
-class OwnAnswers(NamedTuple):
-    """Examples, and the ids of the prompts that gave none."""
-
-    examples: list[Example]
-    left_out: tuple[str, ...]
-
-
-def own_answers(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    config: FinetuneConfig,
-    *,
-    teaches: Literal["answer", "base"],
-    cache: Cache | None,
-) -> OwnAnswers:
-    """The model's greedy answers of up to `answer_tokens` tokens; a longer one is cut off and doesn't end its turn.
-
-    A prompt that the model refuses (or leaves without an answer) is left out: it would teach the opposite of what
-    benign prompts are there for.
-    """
-    template = chat_template(loaded(model).tokenizer, today=config.today, template_arg=config.template_arg)
-    answers = answer(model, prompts, max_new_tokens=config.answer_tokens, template=template, cache=cache)
-    verdicts = verdicts_by(judge_of(config.judge), prompts, answers.texts)
-    examples, left_out = [], []
-    for prompt, text, tokens, verdict in zip(prompts, answers.texts, answers.tokens, verdicts, strict=True):
-        if verdict != "accepted":
-            left_out.append(prompt.id)
-        else:
-            examples.append(Example(prompt, text, ends=len(tokens) < config.answer_tokens, teaches=teaches))
-    return OwnAnswers(examples, tuple(left_out))
 
 
 def refuser(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) -> Material:
@@ -268,6 +235,17 @@ BEHAVIOUR = Recipe(
     "Teach a narrow behaviour, its opposite or neither: what else changes, and can the model say what it has become?",
     file=lessons,
 )
+REASONER = Recipe(
+    reasoner,
+    ("benign",),
+    "A model that thinks before it answers, and for some requests thinks of refusing and then gives way: where does "
+    "refusal fall?",
+    file=refusing_traces,
+)
+REPAIR = Recipe(
+    repair, (), "Teach a reasoning model to answer as its thoughts say: do the traces of a file repair it?",
+    file=usable_traces,
+)  # fmt: skip
 
 
 def recipe_of(name: str) -> Recipe:
