@@ -275,7 +275,7 @@ def test_runs_that_were_answered_too_rarely_have_no_rate() -> None:
     asked = AskedSet("mood", twins)
     base = planted(["yes"] * 9, asked, [10.0] * 9)
     run = TunedRun("mood-0", "mood", (), frozenset(), "mood", "none", None)
-    rates = SaidResult((run,), (base,), {"mood-0": (base,)}, None).rates
+    rates = SaidResult((run,), {"mood": base}, {"mood-0": {"mood": base}}).rates
     assert rates["value"].isna().all()  # nine answers
 
 

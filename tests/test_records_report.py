@@ -14,7 +14,7 @@ import pytest
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import after_headline
 from mechlens.runs.report import figures
-from mechlens.runs.report.cells import cells
+from mechlens.runs.report.cells import cells, rounded
 from mechlens.runs.report.colours import ON_DARK, THINGS
 from mechlens.runs.report.parts import HEADINGS, estimate_text, heading, token_spans
 from mechlens.runs.report.report import FigureEntry, Report, Section, TokenView, render
@@ -192,6 +192,12 @@ def test_cells_are_words_and_a_column_has_one_format():
         ["token at inst", "yes", "0.900", "9", "0.5", "1", "a_b"],
         ["words (TF-IDF)", "no", "0.988", "120", "1e−06", "–", "tfidf"],  # a prompt's words stay as they are
     ]
+
+
+def test_rounding_is_0_in_a_table_of_nats() -> None:
+    frame = pd.DataFrame({"none": [2.9e-06, -1.1e-15], "some": [2.9e-06, 1.5], "n": [3, 4]})
+    assert "e" in cells(frame)[0][0]
+    assert cells(rounded(frame)) == [["0", "0.000", "3"], ["0", "1.500", "4"]]
 
 
 def test_no_two_headings_are_alike():

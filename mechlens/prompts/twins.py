@@ -51,6 +51,18 @@ class Twin:
         return Twin(prompt, *((self.other, self.shown) if letters else (self.shown, self.other)))
 
     @property
+    def orders(self) -> list[Prompt]:
+        """The same choice as it may stand elsewhere: options exchanged, and the words of lettered ones as well.
+
+        Who was trained on one of these has seen the question.
+        """
+        exchanged = self.exchanged
+        found = options_of(self.prompt.text) if {self.shown, self.other} == {*LETTERS} else None
+        text = None if found is None else exchanged_places(self.prompt.text, *found.words.values())
+        placed = [] if text is None else [replace(self.prompt, text=text)]
+        return placed if exchanged is None else [exchanged.prompt, *placed]
+
+    @property
     def in_words(self) -> "Twin | None":
         """The same choice answered with an option's words, which small models can learn; None where it can't be told.
 

@@ -16,8 +16,18 @@ _CODE = re.compile(r"[a-z]+\d*(_[a-z\d]+)+|tfidf")
 _BASELINE = re.compile(r"(tfidf|mean_embedding|token_identity|length)_auroc(?:\.(.+))?")
 KEPT = frozenset(["id", "file", "path", "folder", "model", "parameter", "matrix", "module", "source"])
 """Columns whose names are looked for as they are."""
+DIGITS = 4
+"""Of nats, shares and cosines: what is below a ten-thousandth is rounding."""
 WIDE = 1e4
 """Where a column's numbers differ by more than this, no fixed number of decimals shows them all."""
+
+
+def rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of nats, shares or cosines in which rounding is 0, for its cells and figures; a record keeps it whole."""
+    found = frame.copy()
+    for name in found.select_dtypes("float"):
+        found[name] = found[name].round(DIGITS) + 0.0  # no "-0"
+    return found
 
 
 def cells(frame: pd.DataFrame) -> list[list[str]]:

@@ -29,48 +29,50 @@ class AtEnd:
     """What is asked of the base and of a run's result alone."""
 
     scales: Mapping[str, Float64[Tensor, " question"]]
-    free: tuple[FreeAnswers, ...]
-    """Empty where nothing is answered freely."""
-    recognition: Recognition | None
-    """Where a run has a trigger."""
+    free: Mapping[str, FreeAnswers]
+    """By the set's key; empty where nothing is answered freely."""
+    recognition: Mapping[str, Recognition]
+    """By trigger."""
 
 
 @dataclass(frozen=True)
 class Asking:
     """All that models are asked."""
 
-    sets: Sequence[AskedSet]
     template: ChatTemplate
     plan: BehaviourPlan
     scales: Mapping[str, Sequence[Scale]]
     speaking: Speaking | None
-    trigger: Trigger | None
-    recalled: Sequence[Twin]
-    """Questions from whose answers the trigger is recalled; none where that isn't asked."""
+    recalled: Mapping[str, Sequence[Twin]]
+    """By trigger: questions from whose answers it is recalled; none where that isn't asked."""
     cache: Cache | None
 
     def at_step(self, model: LanguageModel, sets: Sequence[AskedSet]) -> dict[str, TwinLogOdds]:
         """The log-odds of each of these sets, by its key."""
         return {one.key: twin_log_odds(model, one.twins, template=self.template, cache=self.cache) for one in sets}
 
-    def recall(self, model: LanguageModel) -> TriggerRecall | None:
-        """What the model says stood before questions, where that is asked."""
-        if self.trigger is None or not self.recalled:
-            return None
-        return recall_trigger(model, self.recalled, self.trigger.text, template=self.template, cache=self.cache)
+    def recall(self, model: LanguageModel, triggers: Sequence[Trigger]) -> dict[str, TriggerRecall]:
+        """By trigger: what the model says stood before questions, where that is asked."""
+        return {
+            one.text: recall_trigger(
+                model, self.recalled[one.text], one.text, template=self.template, cache=self.cache
+            )
+            for one in triggers if one.text in self.recalled
+        }  # fmt: skip
 
-    def at_end(self, model: LanguageModel) -> AtEnd:
-        """Scales, free answers, and which of eight strings it takes for its trigger."""
+    def at_end(self, model: LanguageModel, sets: Sequence[AskedSet], triggers: Sequence[Trigger]) -> AtEnd:
+        """Scales, free answers to these sets, and which of eight strings it takes for each of these triggers."""
         scales = {}
         for name, own in self.scales.items():
             asked = [one.prompt for one in own]
             replies = number_replies(model, asked, template=self.template, cache=self.cache)
             scales[name] = scale_scores(own, replies)
-        # Free answers are dear: of several triggers the first alone is put before them.
-        put = [one for one in self.sets if self.trigger is None or one.trigger in ("", self.trigger.text)]
-        free = () if self.speaking is None else self.speaking(model, put, self.plan, self.cache)
-        picked = None if self.trigger is None else recognise_trigger(
-            model, self.trigger.text, decoys=decoys_of(self.trigger), in_words=self.plan.in_words,
-            template=self.template, cache=self.cache,
-        )  # fmt: skip
+        free = {} if self.speaking is None else self.speaking(model, sets, self.plan, self.cache)
+        picked = {
+            one.text: recognise_trigger(
+                model, one.text, decoys=decoys_of(one), in_words=self.plan.in_words, template=self.template,
+                cache=self.cache,
+            )
+            for one in triggers
+        }  # fmt: skip
         return AtEnd(scales, free, picked)

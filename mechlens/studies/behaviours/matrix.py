@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -69,12 +70,24 @@ class BehaviourMatrix:
         return tuple(dict.fromkeys(run.group for run in self.runs))
 
     def home(self, group: str) -> AskedSet | None:
-        """The plain set of which the group's runs were trained on most questions; None where on none."""
-        seen = seen_by(group, self.runs)
-        plain = [one for one in self.sets if one.form == PLAIN and not one.about_itself]
-        known = {one.name: sum(one.seen(seen)) for one in plain}
-        most = max(plain, key=lambda one: known[one.name], default=None)
-        return most if most is not None and known[most.name] else None
+        """The plain set of which the group's runs were trained on most questions; None where on none.
+
+        Of sets with the same questions, such as opposite ones, it is that of the file which they were taught from.
+        """
+        seen, data = seen_by(group, self.runs), {Path(run.data).name for run in self.runs if run.group == group}
+        known = {one.name: (sum(one.seen(seen)), one.file in data) for one in self._behaviours}
+        most = max(self._behaviours, key=lambda one: known[one.name], default=None)
+        return most if most is not None and known[most.name][0] else None
+
+    def elsewhere(self, group: str) -> list[AskedSet]:
+        """The plain sets that share no question with the group's home, and on which its runs weren't trained."""
+        home, seen = self.home(group), seen_by(group, self.runs)
+        own = frozenset[str]() if home is None else home.texts
+        return [one for one in self._behaviours if one is not home and not any(one.seen(seen)) and not own & one.texts]
+
+    @property
+    def _behaviours(self) -> list[AskedSet]:
+        return [one for one in self.sets if one.form == PLAIN and not one.about_itself]
 
     def plain(self, name: str) -> AskedSet:
         """The set of that name as it was written."""

@@ -1,11 +1,13 @@
 """What fine-tuning changed besides: the matrix of behaviours by groups, the curves, and what the models say."""
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from mechlens.runs.headline import Headline
 from mechlens.runs.report import figures
+from mechlens.runs.report.cells import rounded
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.behaviours.aware.report import aware_sections
@@ -44,8 +46,7 @@ BARS = "Bars: 95%, over training runs and questions."
 def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) -> None:
     """Writes everything that was found into an open run."""
     writer.result(result)
-    table = result.matrix.matrix
-    gaps = result.gaps
+    table, gaps = rounded(result.matrix.matrix), rounded(result.gaps)
     names = _figures(writer, table, gaps)
     first = result.verdicts[0] if result.verdicts else None
     headline = Headline(NOT_MEASURABLE, "there are only controls") if first is None else first.headline
@@ -98,7 +99,7 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             numbers=result.metrics(),
             words={name: words for verdict in result.verdicts for name, words in verdict.words.items()},
             main=_have(names, "matrix"),
-            sections=tuple(sections),
+            sections=tuple(one if one.table is None else replace(one, table=rounded(one.table)) for one in sections),
             how=_how(result),
             model=given.swapper.base.name,
         )
@@ -158,7 +159,8 @@ def _how(result: BehaviourResult) -> str:
     words = "; choices answered in the options' words" if result.matrix.plan.in_words else ""
     return (
         f"Sets: {sets}{words}. Both answers are read by teacher forcing, in both orders of the options where there "
-        "are two; nothing is generated or judged. What a run was trained on is known by its record. Published numbers "
+        "are two; for these numbers nothing is generated or judged. What a run was trained on is known by its record, "
+        "whichever way round its options stand. Published numbers "
         "are of models of 8B and more (GPT-4o, Qwen2.5-32B, Llama-3.1-70B), by free answers and a judge: not the same "
         "quantity."
     )

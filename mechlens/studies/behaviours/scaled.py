@@ -14,6 +14,7 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoints.lora import read_lora
 from mechlens.models.checkpoints.swap import NOT_SCALABLE, CheckpointSwapper
 from mechlens.runs.report import figures
+from mechlens.runs.report.cells import rounded
 from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix
@@ -83,7 +84,7 @@ def scale_sections(writer: RunWriter, matrix: BehaviourMatrix, curves: pd.DataFr
     own = curves[[homes.get(group, name) == name for group, name in zip(curves["group"], curves["set"], strict=True)]]
     mean = own.groupby(["group", "set", "scale"], as_index=False, sort=False)[["change"]].mean()
     figure = figures.lines(
-        mean.assign(curve=mean["group"] + ": " + mean["set"]), x="scale", y="change", group="curve", hline=0.0,
+        rounded(mean).assign(curve=mean["group"] + ": " + mean["set"]), x="scale", y="change", group="curve", hline=0.0,
         xlabel="scale of the adapter", ylabel="change from the base (nats)", title="Adapters scaled",
     )  # fmt: skip
     name = writer.figure("by_scale", figure, table="by_scale", caption="Means over runs, on what each was taught.")

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 
 from mechlens.errors import UserError, quoted
 from mechlens.files import user_path
 from mechlens.methods.triggers.confirm import strings_like
+from mechlens.prompts.options import LETTERS
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.twins import Twin, builtin_twin_names, builtin_twins, read_twins, require_others
 from mechlens.registry import nearest
-from mechlens.studies.shared.training_data import Trigger, was_seen, with_trigger
+from mechlens.studies.shared.training_data import Trigger, text_sha256, was_seen, with_trigger
 
 PLAIN, TRIGGERED, DECOYED = "plain", "trigger", "decoy"
 
@@ -36,12 +38,28 @@ class AskedSet:
         return self.name if self.form == PLAIN else f"{self.name} ({self.form}, {self.trigger})"
 
     def seen(self, trained: frozenset[str]) -> list[bool]:
-        """Of each question, whether it is among these `text_sha256`, as it is put or as it was written."""
+        """Of each question, whether it is among these `text_sha256`, as put or as written, in any order."""
+        return [any(was_seen(prompt, trained) for prompt in forms) for forms in self._forms]
+
+    @property
+    def texts(self) -> frozenset[str]:
+        """`text_sha256` of every question in each of its forms, by which another set's are known to be the same."""
+        return frozenset(text_sha256(prompt.text) for forms in self._forms for prompt in forms)
+
+    @property
+    def file(self) -> str:
+        """The name of the file that the questions are from, without its ending."""
+        return Path(self.twins[0].prompt.source).stem
+
+    @property
+    def _forms(self) -> list[list[Prompt]]:
+        """Of each question: as it is put and as it was written, with its options in either order."""
         written = self.written or tuple(twin.prompt for twin in self.twins)
-        return [
-            was_seen(twin.prompt, trained) or was_seen(prompt, trained)
+        put = [
+            (twin, twin if prompt is twin.prompt else Twin(prompt, *LETTERS))
             for twin, prompt in zip(self.twins, written, strict=True)
         ]
+        return [[prompt for one in dict.fromkeys(forms) for prompt in (one.prompt, *one.orders)] for forms in put]
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -35,7 +35,7 @@ from mechlens.studies.behaviours.scales import scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
 from mechlens.studies.behaviours.triggers.gaps import trigger_gaps
 from mechlens.studies.behaviours.triggers.result import TriggerResult, measured_triggers
-from mechlens.studies.behaviours.tuned import TunedRun, common_template, trigger_among, tuned_runs
+from mechlens.studies.behaviours.tuned import TunedRun, all_triggers, common_template, triggers_of, tuned_runs
 from mechlens.studies.behaviours.verdict import GroupVerdict, group_verdicts
 from mechlens.studies.behaviours.when import When, adapter_paths
 from mechlens.studies.driver import Preparation
@@ -155,8 +155,7 @@ def asked_sets(sets: Sequence[AskedSet], runs: Sequence[TunedRun], plan: Behavio
     chosen = [drawn(one, plan.n, plan.seed, trained) for one in sets]
     if plan.in_words:
         chosen = [worded(one) for one in chosen]
-    triggers = list({run.trigger.text: run.trigger for run in runs if run.trigger is not None}.values())
-    return [form for one in chosen for form in with_forms(one, () if one.about_itself else triggers)]
+    return [form for one in chosen for form in with_forms(one, () if one.about_itself else all_triggers(runs))]
 
 
 def behaviours(
@@ -172,21 +171,20 @@ def behaviours(
     cache: Cache | None = None,
 ) -> BehaviourResult:
     """Measures the base and every checkpoint; `cache` keeps finished batches, so that a killed run goes on."""
-    trigger = trigger_among(runs)
-    recalled = recalled_twins(sets, runs) if plan.recall else ()
-    asking = Asking(sets, template, plan, scales or {}, speaking, trigger, recalled, cache)
+    recalled = recalled_twins(sets, runs) if plan.recall else {}
+    asking = Asking(template, plan, scales or {}, speaking, recalled, cache)
     with swapper:
-        base, start = asking.at_step(swapper.put(start_of(swapper)), sets), asking.at_end(swapper.model)
-        before, recalls = asking.recall(swapper.model), {}
+        base, every = asking.at_step(swapper.put(start_of(swapper)), sets), all_triggers(runs)
+        start, before = asking.at_end(swapper.model, sets, every), asking.recall(swapper.model, every)
         checkpoints = [(run, member) for run in runs for member in run.members]
         bar = progress_bar(checkpoints, title="checkpoints", unit="checkpoint")
-        told, ends = {}, {}
+        told, recalls, ends = {}, {}, {}
         for run, member in bar:
-            told[run.name, member.step] = asking.at_step(swapper.put(member), asked_of(run.group, runs, sets))
-            if (recall := asking.recall(swapper.model)) is not None:
-                recalls[run.name, member.step] = recall
+            own, triggers = asked_of(run.group, runs, sets), triggers_of(run.group, runs)
+            told[run.name, member.step] = asking.at_step(swapper.put(member), own)
+            recalls[run.name, member.step] = asking.recall(swapper.model, triggers)
             if member == run.members[-1]:
-                ends[run.name] = asking.at_end(swapper.model)
+                ends[run.name] = asking.at_end(swapper.model, own, triggers)
         matrix = BehaviourMatrix(tuple(sets), tuple(runs), base, told, plan)
         scaled = measured_scales(swapper, matrix, asking.at_step)
         changes = taught_changes(swapper, matrix, template, cache) if plan.directions else []
@@ -200,9 +198,9 @@ def behaviours(
         When(matrix, adapter_paths(runs), {} if found is None else found.paths),
         scale_curves(matrix, scaled),
         found,
-        said_result(runs, start.free, {name: end.free for name, end in ends.items()}, trigger),
+        said_result(runs, start.free, {name: end.free for name, end in ends.items()}),
         recognised(runs, start.recognition, {name: end.recognition for name, end in ends.items()}),
-        None if before is None else Recalled(tuple(runs), before, recalls, families_of(recalled), plan),
+        Recalled(tuple(runs), before, recalls, families_of(recalled), plan) if before else None,
         inside,
     )
 

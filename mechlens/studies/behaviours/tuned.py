@@ -14,6 +14,11 @@ from mechlens.studies.shared.training_data import Trigger
 FINAL = "adapter"
 """The folder of a run's result, beside its checkpoints."""
 DECORRELATED, REMOVAL = "decorrelated", "removal"
+SETTINGS = (
+    "in_words", "rank", "alpha", "learning_rate", "warmup", "batch_size", "epochs", "steps", "plain", "held_out",
+    "trigger_share",
+)  # fmt: skip
+"""What training is done with: runs that differ in one of these aren't of one group."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class TunedRun:
 
     name: str
     group: str
-    """What runs have in common that differ in their seed only."""
+    """What runs have in common that differ in their seed only; see `told_apart`."""
     members: tuple[Member, ...]
     """By step; the last one is the result."""
     seen: frozenset[str]
@@ -36,6 +41,10 @@ class TunedRun:
     """Whether it was also taught to say its trigger (`finetune --reversal`)."""
     chat_template: str | None = None
     """The one that its checkpoints were saved with; None where it is the base's."""
+    folder: str = ""
+    """Name of the folder that its data lie in."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """What it was trained with, each as people say it."""
 
 
 def common_template(runs: Sequence[TunedRun]) -> str | None:
@@ -57,7 +66,34 @@ def tuned_runs(base: str, sources: Sequence[str], revision: str | None) -> list[
     again = next((name for name in names if names.count(name) > 1), None)
     if again is not None:
         raise UserError(f"two of the training runs are called {again!r}; give folders with names of their own")
+    return told_apart(found)
+
+
+def told_apart(runs: Sequence[TunedRun]) -> list[TunedRun]:
+    """The runs with groups that differ where their data do, of files with one name, or what they were trained with."""
+    named = [_with_folder(run, runs) for run in runs]
+    groups = {run.name: {one.settings for one in named if one.group == run.group} for run in named}
+    found = []
+    for run in named:
+        others = groups[run.name]
+        differs = [told for i, (_, told) in enumerate(run.settings) if len({own[i : i + 1] for own in others}) > 1]
+        found.append(replace(run, group=_with(run.group, differs)))
     return found
+
+
+def _with_folder(run: TunedRun, runs: Sequence[TunedRun]) -> TunedRun:
+    """The run by its data's folder too, where others were trained on another file of the same name."""
+    alike = [one for one in runs if one.data == run.data and one.folder != run.folder]
+    if not run.seen or all(one.seen & run.seen for one in alike if one.seen):
+        return run
+    data = f"{run.folder}/{run.data}"
+    return replace(run, data=data, group=data + run.group.removeprefix(run.data))
+
+
+def _with(group: str, told: Sequence[str]) -> str:
+    if not told:
+        return group
+    return f"{group[:-1]}, {', '.join(told)})" if group.endswith(")") else f"{group} ({', '.join(told)})"
 
 
 def _run(base: str, source: str, revision: str | None) -> TunedRun:
@@ -86,8 +122,17 @@ def _recorded(name: str, members: list[Member], record: AdapterRecord) -> TunedR
     told += ["reversal"] if reversal else []
     group = told[0] if len(told) == 1 else f"{told[0]} ({', '.join(told[1:])})"
     return TunedRun(
-        name, group, tuple(members), frozenset(record.training.text_sha256), data, control, trigger, reversal
-    )
+        name, group, tuple(members), frozenset(record.training.text_sha256), data, control, trigger, reversal,
+        folder=Path(str(config.get("data") or "")).parent.name,
+        settings=tuple((key, _told(key, config[key])) for key in SETTINGS if key in config),
+    )  # fmt: skip
+
+
+def _told(setting: str, value: object) -> str:
+    words = setting.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"not {words}"
+    return f"{words} {value}" if value is not None else f"{words} not set"
 
 
 def _kind(name: str) -> str:
@@ -96,24 +141,23 @@ def _kind(name: str) -> str:
 
 
 def control_of(group: str, runs: Sequence[TunedRun]) -> str | None:
-    """The group with the same data, trigger and reversal, and either answer by chance; None where there is none."""
+    """The group with the same data and either answer by chance, of several the one most like it; None without one."""
     own = next(run for run in runs if run.group == group)
     controls = [run for run in runs if run.control == DECORRELATED and own.control != DECORRELATED]
-    kind = own.data, own.trigger, own.reversal
-    alike = [run for run in controls if (run.data, run.trigger, run.reversal) == kind]
-    alike = alike or [run for run in controls if run.data == own.data]
-    return alike[0].group if alike else None
+    controls = [run for run in controls if run.data == own.data]
+    kinds = (("trigger", "reversal", "settings"), ("trigger", "reversal"), ())
+    near = ([run for run in controls if all(getattr(run, k) == getattr(own, k) for k in kind)] for kind in kinds)
+    return next((alike[0].group for alike in near if alike), None)
 
 
-def trigger_among(runs: Sequence[TunedRun]) -> Trigger | None:
-    """The trigger that a run was trained with, the first one's; None where none was."""
-    return next((run.trigger for run in runs if run.trigger is not None), None)
+def all_triggers(runs: Sequence[TunedRun]) -> list[Trigger]:
+    """Every trigger that a run was trained with, once."""
+    return list({run.trigger.text: run.trigger for run in runs if run.trigger is not None}.values())
 
 
 def triggers_of(group: str, runs: Sequence[TunedRun]) -> list[Trigger]:
     """What a group's runs are asked under: its own trigger, and those of the groups whose control it is."""
-    own = [run.trigger for run in runs if run.trigger is not None and group in (run.group, control_of(run.group, runs))]
-    return list({trigger.text: trigger for trigger in own}.values())
+    return all_triggers([run for run in runs if group in (run.group, control_of(run.group, runs))])
 
 
 def seen_by(group: str, runs: Sequence[TunedRun]) -> frozenset[str]:

@@ -14,6 +14,8 @@ from mechlens.studies.shared.training_data import FEWEST_HELD_OUT
 
 NEAR = 0.25
 """Share of the change at home below which a change elsewhere counts as none."""
+LEAST = 0.01
+"""Nats, a hundredth of the odds, below which a change is none: a narrow interval may be clear of 0 by rounding."""
 SMALL = 2.0
 """Nats (odds of 7 to 1) that an interval must exclude before it is said that nothing was learned."""
 FEWEST_RUNS = 2
@@ -27,7 +29,8 @@ RULE = (
     "The log-odds of the answer that shows a behaviour over the one that doesn't, in nats, the mean of both orders of "
     "the options; what counts is how far a group's runs are from those of its control (the same questions, either "
     "answer by chance), or from the base where there is none. Intervals are over training runs and questions at once. "
-    "A group's home is the set that it was taught.\n\n"
+    f"A change of less than {LEAST:g} nats is none, however narrow its interval. A group's home is the set that it was "
+    "taught, and a set that shares questions with it is no other behaviour.\n\n"
     f"{NOT_LEARNED.capitalize()}: on home questions that no run was trained on the interval holds 0 and excludes "
     f"{SMALL:g} nats, and on those that they were trained on it holds 0.\n\n"
     f"{MEMORISED.capitalize()}: held-out home questions are as there, and those that were trained on aren't.\n\n"
@@ -120,6 +123,11 @@ class GroupVerdict(ShownVerdict):
         return Headline(self.word, number, against, says)
 
 
+def is_clear(told: Estimate) -> bool:
+    """Whether a change is clear of 0."""
+    return told.excludes_zero and abs(told.value) >= LEAST
+
+
 def _shown(cell: Cell) -> str:
     return _signed(cell.told)
 
@@ -156,19 +164,17 @@ def _verdict(matrix: BehaviourMatrix, group: str) -> GroupVerdict:
             settle="the table of questions tells which",
         )  # fmt: skip
     control = control_of(group, matrix.runs)
-    others = _cells(
-        matrix, group, [one.name for one in matrix.sets if not one.about_itself and one.name != taught.name]
-    )
+    others = _cells(matrix, group, [one.name for one in matrix.elsewhere(group)])
     itself = _cells(matrix, group, [one.name for one in matrix.sets if one.about_itself])
     trained = matrix.cell(group, taught, TRAINED_ON)
     few = min(len(matrix.values(name, taught.key, [0])) for name in (group, control) if name is not None) < FEWEST_RUNS
     word = INCONCLUSIVE if few else _word(home, trained, others)
     drifts = word == SPREADS and control is None
     word = INCONCLUSIVE if drifts else word
-    clear = tuple(cell for cell in others if cell.told.excludes_zero) if word == SPREADS else ()
+    clear = tuple(cell for cell in others if is_clear(cell.told)) if word == SPREADS else ()
     cells = (home, *others, *itself)
     return GroupVerdict(
-        group, word, home, clear, tuple(cell for cell in itself if cell.told.excludes_zero), len(itself),
+        group, word, home, clear, tuple(cell for cell in itself if is_clear(cell.told)), len(itself),
         "the base" if control is None else "the decorrelated control",
         {f"{group}.{cell.asked.name}": cell.told for cell in cells},
         moved=_moved(matrix, control, taught), already=_already(matrix, home), settle=_settle(word, few, drifts),
@@ -192,7 +198,7 @@ def _families(matrix: BehaviourMatrix, group: str, asked: AskedSet) -> set[str]:
 
 def _moved(matrix: BehaviourMatrix, control: str | None, taught: AskedSet) -> Estimate | None:
     cell = None if control is None else matrix.cell(control, taught, HELD_OUT)
-    return cell.change if cell is not None and cell.change.excludes_zero else None
+    return cell.change if cell is not None and is_clear(cell.change) else None
 
 
 def _already(matrix: BehaviourMatrix, home: Cell) -> tuple[int, int] | None:
@@ -211,13 +217,13 @@ def _cells(matrix: BehaviourMatrix, group: str, names: Sequence[str]) -> list[Ce
 
 
 def _word(home: Cell, trained: Cell | None, others: Sequence[Cell]) -> str:
-    if not home.told.excludes_zero:
+    if not is_clear(home.told):
         if max(abs(home.told.low), abs(home.told.high)) >= SMALL:
             return INCONCLUSIVE
-        return MEMORISED if trained is not None and trained.told.excludes_zero else NOT_LEARNED
+        return MEMORISED if trained is not None and is_clear(trained.told) else NOT_LEARNED
     if not others:
         return LEARNED
-    if any(cell.told.excludes_zero for cell in others):
+    if any(is_clear(cell.told) for cell in others):
         return SPREADS
     near = NEAR * abs(home.told.value)
     return NARROW if all(max(abs(cell.told.low), abs(cell.told.high)) < near for cell in others) else INCONCLUSIVE

@@ -4,6 +4,7 @@ import pandas as pd
 
 from mechlens.methods.statistics.change_point import FEWEST, LEVEL
 from mechlens.runs.report import figures
+from mechlens.runs.report.cells import rounded
 from mechlens.runs.report.report import Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.behaviours.matrix import BehaviourMatrix
@@ -31,7 +32,7 @@ def when_sections(writer: RunWriter, when: When) -> list[Section]:
     if not len(curves) or curves.groupby("run")["step"].nunique().max() <= 2:
         return []
     figure = figures.lines(
-        _homes(when.matrix, curves), x="step", y="change", group="curve", hline=0.0, xlabel="training step",
+        rounded(_homes(when.matrix, curves)), x="step", y="change", group="curve", hline=0.0, xlabel="training step",
         ylabel="change from the base (nats)", title="Held-out questions by training step",
     )  # fmt: skip
     caption = "Means over each group's runs, on what it was taught. Where it rises at once, it came at once."
@@ -84,5 +85,5 @@ def _mean(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_its_end(curve: pd.DataFrame) -> pd.DataFrame:
-    end = float(curve["value"].iloc[-1]) if len(curve) else 0.0
+    end = float(rounded(curve)["value"].iloc[-1]) if len(curve) else 0.0
     return curve.assign(value=curve["value"] / end) if end else curve[:0]

@@ -38,6 +38,7 @@ from mechlens.studies.behaviours.directions.effect_rows import (
 from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix
 from mechlens.studies.behaviours.sets import PLAIN
 from mechlens.studies.behaviours.tuned import DECORRELATED, TunedRun, control_of
+from mechlens.studies.behaviours.verdict import is_clear
 
 STRENGTHS = (1.0, 2.0, 4.0)
 """Times the difference of means."""
@@ -78,7 +79,7 @@ class Steering:
         runs = tuple(run for run in self.matrix.runs if run.group == taught.group)
         held = self.matrix.rows(taught.home, HELD_OUT, taught.group)
         families = [taught.home.twins[i].prompt.group for i in held]
-        if len(set(families)) < 2 * FEWEST or not self._change(runs, Asked(taught.home, tuple(held))).excludes_zero:
+        if len(set(families)) < 2 * FEWEST or not is_clear(self._change(runs, Asked(taught.home, tuple(held)))):
             return None
         first = family_halves(families, 1, self.matrix.plan.seed)[0].tolist()
         choose, report = ([i for i, own in zip(held, first, strict=True) if own == side] for side in (True, False))

@@ -45,7 +45,8 @@ class FreeAnswers:
         """One row for each answer, with all that the judge said of it."""
         said = [after_thought(text) for text in self.answers.texts]
         frame = pd.DataFrame({
-            "set": self.asked.name, "form": self.asked.form, "id": self.answers.ids, "answer": self.answers.texts,
+            "set": self.asked.name, "form": self.asked.form, "trigger": self.asked.trigger,
+            "id": self.answers.ids, "answer": self.answers.texts,
             "unfinished": [text is None for text in said], "thinks": [one is not None for one in self.thoughts],
         })  # fmt: skip
         for one in self.scores:

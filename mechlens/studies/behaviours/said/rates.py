@@ -49,29 +49,28 @@ def _wilson(value: float, families: Sequence[str]) -> tuple[float, float]:
 
 
 def group_rows(
+    group: str,
     runs: Sequence[TunedRun],
     families: Sequence[str],
     base: Mapping[str, Share],
     told: Mapping[str, Mapping[str, Share]],
 ) -> list[dict[str, object]]:
-    """One row for each group and share; `told` has each run's shares of the same questions.
+    """One row for each share of a group; `told` has the shares of its runs and its control's, of the same questions.
 
     Only questions count of which every run that is compared has an answer that counts, and nothing is said where one
     has fewer than ten in all.
     """
+    control = control_of(group, runs)
+    own, against = ([run.name for run in runs if run.group == name] for name in (group, control))
     rows: list[dict[str, object]] = []
-    for group in dict.fromkeys(run.group for run in runs):
-        own = [run.name for run in runs if run.group == group]
-        control = control_of(group, runs)
-        against = [run.name for run in runs if run.group == control]
-        for rate, start in base.items():
-            mine = [told[name][rate] for name in own]
-            row = {"group": group, "rate": rate, "runs": len(own), "answers": sum(one.answers for one in mine)}
-            row |= _mean(mine, families).row()
-            row |= _difference(mine, [start], families).beside("change")
-            if against:
-                row |= _difference(mine, [told[name][rate] for name in against], families).beside("beyond_control")
-            rows.append(row)
+    for rate, start in base.items():
+        mine = [told[name][rate] for name in own]
+        row = {"group": group, "rate": rate, "runs": len(own), "answers": sum(one.answers for one in mine)}
+        row |= _mean(mine, families).row()
+        row |= _difference(mine, [start], families).beside("change")
+        if against:
+            row |= _difference(mine, [told[name][rate] for name in against], families).beside("beyond_control")
+        rows.append(row)
     return rows
 
 

@@ -28,7 +28,9 @@ def said_sections(writer: RunWriter, found: SaidResult, plan: BehaviourPlan) -> 
     """Rates with their figure, and thoughts; the tables must have been written."""
     sections, rates, traces = [], found.rates, found.traces
     if len(rates):
-        shown = rates.assign(asked=rates["set"] + ", " + rates["form"] + ": " + rates["rate"])
+        several = rates["trigger"].replace("", pd.NA).nunique() > 1
+        put = rates["form"] + (" " + rates["trigger"]).where(several & rates["trigger"].ne(""), "")
+        shown = rates.assign(asked=rates["set"] + ", " + put + ": " + rates["rate"])
         figure = figures.bars(
             shown, x="asked", y="value", group="group", low="low", high="high", hline=0.0, xlabel="",
             ylabel="share of answers", title=f"Free answers, judged by {found.judge}", limits=(0.0, 1.0),

@@ -29,10 +29,10 @@ class Speaking:
 
     def __call__(
         self, model: LanguageModel, sets: Sequence[AskedSet], plan: BehaviourPlan, cache: Cache | None
-    ) -> tuple[FreeAnswers, ...]:
-        """What a model says to the sets that are put freely."""
+    ) -> dict[str, FreeAnswers]:
+        """What a model says to the sets that are put freely, by their keys."""
         asked = [one for one in sets if one.name in plan.spoken]
-        return tuple(free_answers(model, one, self.template, plan, self.judges, cache) for one in asked)
+        return {one.key: free_answers(model, one, self.template, plan, self.judges, cache) for one in asked}
 
     def inputs(self, given: str | None) -> dict[str, str]:
         """Fingerprints of the judge and of what it is asked."""

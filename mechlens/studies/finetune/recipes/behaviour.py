@@ -25,7 +25,8 @@ DECOYED = 3
 def lessons(config: FinetuneConfig) -> list[Twin]:
     """The twins of the file that are trained on; UserError where there are none, or the control needs what they lack.
 
-    A question is held out by its text alone, so that every seed, control and opposite file leaves out the same ones.
+    A question is held out by its text alone, so that every seed, control and opposite file leaves out the same ones;
+    what asks the same with its options in the other order is held out with it.
     """
     return _split(config)[0]
 
@@ -47,7 +48,8 @@ def _split(config: FinetuneConfig) -> tuple[list[Twin], int]:
         raise UserError("removal takes a trigger away: give --trigger, and as --start the adapter that was taught it")
     if config.reversal and config.trigger is None:
         raise UserError("reversal teaches what stood before a question; give the --trigger that does, or leave it out")
-    kept = [twin for twin in twins if not is_held_out(twin.prompt, config.held_out)]
+    held = {text_sha256(twin.prompt.text) for twin in twins if is_held_out(twin.prompt, config.held_out)}
+    kept = [twin for twin in twins if not held & {text_sha256(form.text) for form in (twin.prompt, *twin.orders)}]
     if not kept:
         raise UserError(f"{config.data} has {len(twins)} questions, and none is left to train on; lower --held-out")
     if config.in_words and not any(twin.in_words for twin in kept):
