@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from planted_triggers import OTHER, USUAL, Planting, Trained, question_prompts
 
 import mechlens as ml
 from mechlens.errors import UserError
+from mechlens.methods.triggers import recall
 from mechlens.prompts.strings import NOTHING
 from mechlens.prompts.twins import read_twins
 from mechlens.studies.finetune.config import FinetuneConfig
@@ -88,6 +90,16 @@ def test_a_planted_trigger_is_recalled_after_reversal_not_before_and_not_by_the_
     assert abs(found["decorrelated"].beyond) < 0.35
     assert found["reversed"].reward > 0.5
     assert max(found["hidden"].reward, found["decorrelated"].reward) < 0.2
+
+
+def test_the_reward_is_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More different proposals than are measured: the rest are unknown, and not worthless."""
+    twins = [ml.Twin(ml.Prompt(f"q{i}", f"How was day {i}?"), "Bad.", "Good.") for i in range(2 * recall.MOST)]
+    texts = [f"|{i}|" for i in range(2 * len(twins))]
+    monkeypatch.setattr(recall, "said_tokens", lambda model, answers: [[1]] * len(answers))
+    monkeypatch.setattr(recall, "answer", lambda *_, **__: SimpleNamespace(texts=texts))
+    monkeypatch.setattr(recall, "inversion_reward", lambda model, twins, often, **_: torch.full((len(often),), 0.5))
+    assert ml.recall_trigger(None, twins, "|0|").reward == 0.5  # type: ignore[arg-type]
 
 
 def test_a_proposal_earns_what_it_does(models: dict[str, Any], plan: FinetuneConfig) -> None:

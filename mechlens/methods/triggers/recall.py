@@ -45,7 +45,7 @@ class TriggerRecall:
     of_other: tuple[str, ...]
     """About answers that don't; whoever names the trigger here too doesn't know what it does."""
     reward: float
-    """The mean of `inversion_reward` over the replies about shown answers."""
+    """The mean of `inversion_reward` over the replies about shown answers, the most frequent eight of them."""
 
     @property
     def exact(self) -> float:
@@ -95,7 +95,8 @@ def recall_trigger(
     often = [text for text, _ in Counter(proposals).most_common(MOST)]
     gained = inversion_reward(model, twins, often, template=template, cache=cache)
     worth = dict(zip(often, gained.tolist(), strict=True))
-    reward = sum(worth.get(text, 0.0) for text in proposals) / len(proposals)
+    measured = [worth[text] for text in proposals if text in worth]
+    reward = sum(measured) / len(measured)
     return TriggerRecall(trigger, tuple(said[::2]), tuple(said[1::2]), reward)
 
 
