@@ -198,6 +198,17 @@ def test_rounding_is_0_in_a_table_of_nats() -> None:
     frame = pd.DataFrame({"none": [2.9e-06, -1.1e-15], "some": [2.9e-06, 1.5], "n": [3, 4]})
     assert "e" in cells(frame)[0][0]
     assert cells(rounded(frame)) == [["0", "0.000", "3"], ["0", "1.500", "4"]]
+    drawn = figures.bars(frame, x="n", y="some", title="t", xlabel="x", ylabel="y")
+    page = {
+        rounds: render(
+            Report("t", "q", "v", sections=(Section("s", "", ("f",), table=frame),), rounds=rounds), RUN,
+            {"f": FigureEntry(drawn, table="own")}, {"own": frame.assign(own=3.9e-05)},
+        )
+        for rounds in (False, True)
+    }  # fmt: skip
+    for number in ("2.9e−06", "3.9e−05"):  # in a section's table, and in that below a figure
+        assert number in page[False]
+        assert number not in page[True]
 
 
 def test_no_two_headings_are_alike():

@@ -4,7 +4,7 @@ import base64
 import html
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from markupsafe import Markup
 from mechlens.files import short_name
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline, after_headline
-from mechlens.runs.report.cells import cells, numeric
+from mechlens.runs.report.cells import cells, numeric, rounded
 from mechlens.runs.report.colours import ON_DARK
 from mechlens.runs.report.parts import TokenView, estimate_text, heading, paragraphs, token_spans
 from mechlens.runs.report.signs import sign
@@ -80,6 +80,8 @@ class Report:
     """How it was made: data, splits, choices."""
     model: str = ""
     """Name of the model; the config's `model` where it is left empty."""
+    rounds: bool = False
+    """Whether its numbers are nats, shares and cosines, of which a ten-thousandth is rounding and prints as 0."""
 
 
 class FigureEntry(NamedTuple):
@@ -123,6 +125,10 @@ def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables:
     if missing:
         raise ValueError(f"the report shows figure {missing[0]!r}; the run has {sorted(figures)}")
     first = {figures[name].table: name for name in reversed(shown)}
+    if report.rounds:
+        tables = {name: rounded(table) for name, table in tables.items()}
+        sections = [one if one.table is None else replace(one, table=rounded(one.table)) for one in report.sections]
+        report = replace(report, sections=tuple(sections))
     drawn = {name: _figure(figures[name], tables, with_table=first[figures[name].table] == name) for name in shown}
     return template("report.html.jinja").render(
         report=report,

@@ -1,6 +1,5 @@
 """What fine-tuning changed besides: the matrix of behaviours by groups, the curves, and what the models say."""
 
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -99,9 +98,10 @@ def record(writer: RunWriter, result: BehaviourResult, given: BehaviourStudy) ->
             numbers=result.metrics(),
             words={name: words for verdict in result.verdicts for name, words in verdict.words.items()},
             main=_have(names, "matrix"),
-            sections=tuple(one if one.table is None else replace(one, table=rounded(one.table)) for one in sections),
+            sections=tuple(sections),
             how=_how(result),
             model=given.swapper.base.name,
+            rounds=True,
         )
     )
 

@@ -23,6 +23,12 @@ RECALL = (
 )
 
 
+JUMPS = (
+    "The best cut of each run's recall beyond its opposite and of its reward by training step, told as that of the "
+    "behaviour is."
+)
+
+
 def aware_sections(recognised: Recognised | None, recalled: Recalled | None) -> list[Section]:
     """What there is of recognition and recall."""
     sections = []
@@ -32,5 +38,5 @@ def aware_sections(recognised: Recognised | None, recalled: Recalled | None) -> 
     if recalled is not None:
         sections.append(Section("What string stood before it?", RECALL, (), table=recalled.by_group))
         if len(jumps := recalled.change_points):
-            sections.append(Section("When it could be said", "", (), table=jumps))
+            sections.append(Section("When it could be said", JUMPS, (), table=jumps))
     return sections
