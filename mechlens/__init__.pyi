@@ -194,6 +194,8 @@ from mechlens.studies.causal.config import CausalPlan as CausalPlan
 from mechlens.studies.causal.study import Battery as Battery
 from mechlens.studies.causal.study import run_battery as run_battery
 from mechlens.studies.causal.verdict import causal_verdict as causal_verdict
+from mechlens.studies.cliff.config import CliffPlan as CliffPlan
+from mechlens.studies.cliff.config import FindCliff as FindCliff
 from mechlens.studies.compare.config import Compare as Compare
 from mechlens.studies.direction.config import FindDirection as FindDirection
 from mechlens.studies.direction.study import Concept as Concept

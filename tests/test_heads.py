@@ -84,3 +84,28 @@ def test_the_weights_come_back_and_answers_follow_them(tiny_model: Any) -> None:
     with pytest.raises(UserError, match="share of heads"):
         chosen_heads(torch.zeros(2, 2), 0.0, "random", seed=0)
     assert len(set(chosen_heads(torch.zeros(4, 4), 0.5, "random", seed=3))) == 8
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_renormalised_heads_write_as_far_as_all_did_whatever_stands_beside(tiny_model: Any, architecture: str) -> None:
+    model = tiny_model(architecture)
+    prompts, off = ["hello there", "tell me much more of it please"], [(0, 1)]
+
+    def written(given: list[str]) -> Any:
+        return collect(model, given, site="attn_out", levels=[0], positions=["last"]).values[:, 0, 0]
+
+    before = written(prompts)
+    with without_heads(model, off):
+        shorter = written(prompts)
+    with without_heads(model, off, renormalise=True):
+        scaled, alone = written(prompts), written(prompts[:1])
+        longer = answer(model, prompts, max_new_tokens=4).tokens
+    assert torch.allclose(scaled.norm(dim=-1), before.norm(dim=-1), rtol=1e-5)
+    assert torch.allclose(
+        scaled / scaled.norm(dim=-1, keepdim=True), shorter / shorter.norm(dim=-1, keepdim=True), atol=1e-5
+    )
+    assert torch.allclose(scaled[:1], alone, atol=1e-6)
+    assert torch.equal(written(prompts), before)
+    assert len(longer) == 2
+    with without_heads(model, [], renormalise=True):
+        assert torch.equal(written(prompts), before)

@@ -28,6 +28,9 @@ TEXT_NAMES = frozenset(
         "response",
         "token",
         "tokens",
+        "thinking",
+        "thought",
+        "thoughts",
     ]
 )
 WITHHELD = "[withheld]"

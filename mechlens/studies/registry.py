@@ -111,6 +111,7 @@ COMMANDS: Registry[Study | Command] = Registry(
         track="track.config:STUDY",
         compare="compare.config:STUDY",
         behaviours="behaviours.config:STUDY",
+        cliff="cliff.config:STUDY",
         steer="steer.config:COMMAND",
         runs_list="runs.config:LIST",
         runs_show="runs.config:SHOW",

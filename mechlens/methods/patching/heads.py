@@ -7,7 +7,7 @@ along a direction leaves out what later blocks make of it; switching it off, alo
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -135,11 +135,13 @@ class _Off:
 
 
 @contextlib.contextmanager
-def without_heads(model: LanguageModel, heads: Sequence[Head]) -> Iterator[LanguageModel]:
+def without_heads(model: LanguageModel, heads: Sequence[Head], *, renormalise: bool = False) -> Iterator[LanguageModel]:
     """The model with some heads switched off at every token, for the length of a `with` block.
 
-    Their columns of the output matrices are zero inside, so reading and answering stay as fast; the authors of the
-    Refusal Cliff also scale the other heads up, which this doesn't. UserError for heads that there are not.
+    Their columns of the output matrices are zero inside, so reading and answering stay as fast. With `renormalise` what
+    a layer's other heads write at a token is scaled up to the length that it had with all of them; the authors of the
+    Refusal Cliff do that to a whole batch at once, so that a prompt's numbers hang on those beside it. UserError for
+    heads that there are not.
 
     >>> model = ml.load("smollm2")
     >>> before = ml.collect(model, "Say hello.", positions=["last"]).values
@@ -167,10 +169,28 @@ def without_heads(model: LanguageModel, heads: Sequence[Head]) -> Iterator[Langu
                 [head for at, head in heads if at == layer]
             ] = 0
             tap._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            if renormalise:
+                tap.forward = _as_long_as_with(tap, original)  # a hook would count as the user's, and slow all down
         yield model
     finally:
         for tap, original in kept:
+            tap.__dict__.pop("forward", None)
             tap._parameters["weight"] = original
+
+
+def _as_long_as_with(tap: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The layer's product, with each token's output as long as this weight makes it."""
+    own = tap.forward
+
+    def scaled(given: Tensor) -> Tensor:
+        output: Tensor = own(given)
+        bias = tap._parameters.get("bias")
+        whole = given @ (weight if isinstance(tap, Conv1D) else weight.T)
+        whole = whole if bias is None else whole + bias
+        scale: Tensor = whole.norm(dim=-1, keepdim=True) / output.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return output * scale
+
+    return scaled
 
 
 def chosen_heads(

@@ -1,0 +1,129 @@
+"""The study of the refusal cliff: its verdict on planted drops, and a whole run on a planted suppressor."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planted_cliffs import WORLDS, planted
+from planted_traces import SUPPRESSOR, planted_hf, planted_model, planted_trace, refusal_line
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.collect import template_of
+from mechlens.methods.activations.trace_tokens import Trace
+from mechlens.methods.statistics.estimate import Estimate
+from mechlens.studies.cliff.config import CliffPlan, FindCliff
+from mechlens.studies.cliff.pool import chosen_tables, scored_pool
+from mechlens.studies.cliff.study import refusal_cliff, refuse_shared_pool
+from mechlens.studies.cliff.traces import Traces
+from mechlens.studies.cliff.verdict import FALLS, NONE, NOT_MEASURABLE, TEMPLATE
+from mechlens.studies.driver import run
+from mechlens.studies.shared.trace_files import read_traces
+
+TRACES = [planted_trace(i, harmful=harmful) for i in range(40) for harmful in (True, False)]
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_no_planted_world_gets_a_wrong_word_often(name: str) -> None:
+    world, right = WORLDS[name]
+    words = [planted(world, seed, 30).word for seed in range(30)]
+    wrong = [word for word in words if word in (FALLS, TEMPLATE, NONE) and word != right]
+    assert len(wrong) <= 3
+    if world.spread < 0.5:
+        assert words.count(right) > 15
+
+
+def test_few_traces_are_not_measurable() -> None:
+    found = planted(WORLDS["harmful ones fall"][0], 0, 6)
+    assert found.word == NOT_MEASURABLE
+    assert "at least 10 of each" in str(found.headline)
+
+
+@pytest.fixture(scope="module")
+def traces_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted traces, harmful ones refused and harmless ones answered."""
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    rows = [
+        {"id": one.prompt.id, "prompt": one.prompt.text, "thinking": one.thinking.strip(), "label": label,
+         "answer": "I cannot help with that." if label == "harmful" else "Sure."}
+        for one, label in ((one, one.prompt.label) for one in TRACES)
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def _said(trace: Trace) -> Trace:
+    return replace(trace, answer="I cannot help with that." if trace.prompt.label == "harmful" else "Sure.")
+
+
+def test_a_planted_suppressor_is_a_cliff_and_switching_it_off_undoes_it(tmp_path: Path, traces_file: Path) -> None:
+    hf_model, tokenizer = planted_hf()
+    hf_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = run(FindCliff(
+        traces=str(traces_file), model=str(tmp_path / "model"), out=tmp_path / "run", resamples=200,
+        random_directions=5, heads=(0.1,),
+    ))  # fmt: skip
+    assert found.record.status == "success"
+    assert found.sentence.startswith("Refusal falls: harmful requests drop by")
+    heads = found.tables["heads"]
+    first = heads.sort_values("written").iloc[0]
+    assert (first["layer"], first["head"]) == SUPPRESSOR
+    ablation = found.tables["ablation"].set_index("heads")
+    score = ablation["score"]
+    assert ((ablation["refused"] >= 0) & (ablation["refused"] <= 1)).all()
+    assert score["negative"] > 2 * score["none"]
+    assert abs(score["positive"]) < 0.5 * score["none"]
+    cliffs = found.tables["cliffs"]
+    assert set(cliffs["group"]) == {"refused_harmful", "accepted_harmless"}
+    harmful = cliffs[cliffs["group"] == "refused_harmful"]
+    assert (harmful["refusal_drop"] > 1).all()
+    assert harmful["refusal_begins"].between(-3, 0).all()
+
+
+def test_a_template_token_that_looks_like_a_cliff_is_called_what_it_is() -> None:
+    model = planted_model(suppressor=False, token_shift=-3.0)
+    plan = CliffPlan(resamples=200, random_directions=5, heads=())
+    found = refusal_cliff(model, Traces(tuple(map(_said, TRACES))), plan, template=template_of(model))
+    assert found.verdict.drop.low > 1
+    assert found.verdict.word == TEMPLATE
+    assert isinstance(found.metrics()["drop.harmless"], Estimate)
+    assert len(found.heads.heads) == 0
+
+
+def test_a_file_that_holds_no_traces_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "thinking": "b", "answer": "c"}))
+    with pytest.raises(UserError, match="no column 'label'"):
+        run(FindCliff(traces=str(path), out=tmp_path / "run"))
+    path.write_text(json.dumps({"prompt": "a", "thinking": "b", "answer": "c", "label": "bad"}))
+    with pytest.raises(UserError, match="must be harmful or harmless"):
+        run(FindCliff(traces=str(path), out=tmp_path / "run"))
+    path.write_text(json.dumps({"prompt": "a", "thinking": "b", "answer": "c", "label": "harmful"}))
+    with pytest.raises(UserError, match="0 of 1 traces have an answer that is refused, and the study needs 10"):
+        run(FindCliff(traces=str(path), out=tmp_path / "run"))
+
+
+def test_the_cliff_as_a_judge_writes_what_a_repair_is_trained_on(tmp_path: Path) -> None:
+    """Harmful requests of the pool fall and harmless ones don't: the largest cliffs are harmful ones alone."""
+    others = [planted_trace(i, harmful=harmful) for i in range(100, 112) for harmful in (True, False)]
+    model = planted_model()
+    kept = Traces(tuple(replace(one, answer="Let us talk about something else.") for one in others))
+    line = refusal_line(model)
+    table = chosen_tables(scored_pool(model, kept, kept.kept, template_of(model), line, None), 0.25, 0)
+    assert {name: len(rows) for name, rows in table.items()} == dict.fromkeys(
+        ("repair_cliff", "repair_final", "repair_plateau", "repair_random"), 6
+    )
+    assert table["repair_cliff"]["id"].str.startswith("harmful").all()
+    assert not table["repair_random"]["id"].str.startswith("harmful").all()
+    path = tmp_path / "repair_cliff.parquet"
+    table["repair_cliff"].to_parquet(path, index=False)
+    again = read_traces(path)
+    assert {one.answer for one in again} == {"Let us talk about something else."}
+    assert [one.prompt.text for one in again] == list(table["repair_cliff"]["prompt"])
+
+
+def test_a_pool_that_shares_a_prompt_with_the_study_is_refused() -> None:
+    pool = Traces((replace(TRACES[0], prompt=replace(TRACES[0].prompt, text=TRACES[0].prompt.text.upper())),))
+    with pytest.raises(UserError, match="the pool shares 1 prompt with those that the study tests on"):
+        refuse_shared_pool(pool, [one.prompt for one in TRACES])
