@@ -5,18 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planted_cliffs import WORLDS, planted
+import torch
+from planted import activations
+from planted_cliffs import READ, WORLDS, planted
 from planted_traces import SUPPRESSOR, planted_hf, planted_model, planted_trace, refusal_line
 
 from mechlens.errors import UserError
+from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.activations.trace_tokens import Trace
+from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.prompts.split import split_by_family
 from mechlens.studies.cliff.config import CliffPlan, FindCliff
+from mechlens.studies.cliff.lines import LOGISTIC, REFUSAL, lines_of
 from mechlens.studies.cliff.pool import chosen_tables, scored_pool
 from mechlens.studies.cliff.study import refusal_cliff, refuse_shared_pool
 from mechlens.studies.cliff.traces import Traces
-from mechlens.studies.cliff.verdict import FALLS, NONE, NOT_MEASURABLE, TEMPLATE
+from mechlens.studies.cliff.verdict import FALLS, NONE, NOT_MEASURABLE, TEMPLATE, cliff_verdict
 from mechlens.studies.driver import run
 from mechlens.studies.shared.trace_files import read_traces
 
@@ -127,3 +133,56 @@ def test_a_pool_that_shares_a_prompt_with_the_study_is_refused() -> None:
     pool = Traces((replace(TRACES[0], prompt=replace(TRACES[0].prompt, text=TRACES[0].prompt.text.upper())),))
     with pytest.raises(UserError, match="the pool shares 1 prompt with those that the study tests on"):
         refuse_shared_pool(pool, [one.prompt for one in TRACES])
+
+
+@pytest.mark.parametrize("counts", [(30, 20, 12, 40), (30, 20, 0, 40)], ids=["both classes", "harmful ones alone"])
+def test_refusal_is_told_from_harm_within_the_classes_that_have_both(counts: tuple[int, int, int, int]) -> None:
+    before, asked, verdicts = _traced(counts)
+    split = split_by_family([f"{a}{b}" for a, b in zip(verdicts, asked.labels, strict=True)], before.families, seed=0)
+    found = lines_of(before, asked, verdicts, split, random_directions=2, seed=0)
+    classes = {"harmful", "harmless"} if counts[2] else {"harmful"}
+    assert set(found.middles) == classes
+    for name in (REFUSAL, LOGISTIC):
+        assert abs(float(found.all[name].direction.unit[0])) < 0.35
+    assert float(found.all[REFUSAL].direction.unit[1]) > 0.9
+    plain = mean_difference(
+        replace(before, labels=verdicts).select(split.train), "refused", "accepted", 2, before.positions[0]
+    )
+    assert float(plain.unit[0]) > 0.6  # all refused against all complied is harm for the most part
+    along = before.at(2, before.positions[0]).double() @ found.all[REFUSAL].direction.unit.double()
+    apart = found.apart_from_harm(found.all[REFUSAL](along), asked.labels)
+    for name in classes:
+        own = [i for i, one in enumerate(asked.labels) if one == name]
+        refused = [i for i in own if verdicts[i] == "refused"]
+        complied = [i for i in own if verdicts[i] == "accepted"]
+        assert float(apart[refused].mean()) == pytest.approx(0.5, abs=0.2)
+        assert float(apart[complied].mean()) == pytest.approx(-0.5, abs=0.2)
+    rest = [i for i, one in enumerate(asked.labels) if one not in classes]
+    assert bool(apart[rest].isnan().all())
+
+
+def test_where_no_class_has_both_refusal_is_one_with_harm_and_the_sentence_says_so() -> None:
+    before, asked, verdicts = _traced((40, 0, 0, 40))
+    split = split_by_family([f"{a}{b}" for a, b in zip(verdicts, asked.labels, strict=True)], before.families, seed=0)
+    found = lines_of(before, asked, verdicts, split, random_directions=2, seed=0)
+    assert found.middles == {}
+    scores = torch.arange(3.0)
+    assert torch.equal(found.apart_from_harm(scores, ["harmful"] * 3), scores)
+    told = cliff_verdict(
+        torch.rand(2, 40), torch.arange(40) < 20, [str(i) for i in range(40)], READ, resamples=50, seed=0,
+        one_with_harm=True,
+    )  # fmt: skip
+    assert "would tell refusal from harm, which are one here" in str(told.headline)
+
+
+def _traced(counts: tuple[int, int, int, int]) -> tuple[Activations, Activations, tuple[str, ...]]:
+    """Harm along the first dimension, refusal along the second; so many refused and complied harmful, then harmless."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [("refused", "harmful"), ("accepted", "harmful"), ("refused", "harmless"), ("accepted", "harmless")]
+    rows = [group for group, n in zip(groups, counts, strict=True) for _ in range(n)]
+    values = 0.3 * torch.randn(len(rows), 3, 1, 16, generator=generator)
+    values[:, 2, 0, 0] += torch.tensor([6.0 * (harm == "harmful") for _, harm in rows])
+    values[:, 2, 0, 1] += torch.tensor([2.0 * (said == "refused") for said, _ in rows])
+    harm = tuple(harm for _, harm in rows)
+    before = activations(values, harm, positions=("answer[-1]",))
+    return before, activations(values, harm, positions=("inst",)), tuple(said for said, _ in rows)

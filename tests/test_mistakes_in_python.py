@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError, kind_of, many
 from mechlens.files import user_path
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.activations.collect import collect, template_of, whole_levels
 from mechlens.methods.activations.spans import spans_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import PHRASES, HumanLabels
@@ -34,6 +35,7 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.settings import DetectionPlan, Options, require_ranges
 from mechlens.studies.causal.config import CausalPlan
+from mechlens.studies.compare.study import prepare as prepare_compare
 from mechlens.studies.direction.likely_pairs import warn_of_twins
 from mechlens.studies.direction.study import find_concept
 from mechlens.studies.registry import studies, study_of
@@ -77,6 +79,38 @@ RAW: dict[str, tuple[Callable[[Any, Any], object], str]] = {
     "names of sets": (
         lambda model, one: inspect.unwrap(find_concept)(model, "harmful", "harmless"),
         r"'harmful' was given as the one prompt .* is ml\.builtin_prompts\('harmful'\)",
+    ),
+    "half a level": (
+        lambda model, one: whole_levels([1.5]),
+        r"levels has 1\.5 \(a float\); a level is a whole number",
+    ),
+    "activations to project": (
+        lambda model, one: inspect.unwrap(ml.project)(collect(model, ["the one"]), one),
+        r"project takes vectors, and this is an Activations; take acts\.at",
+    ),
+    "a tensor for a direction": (
+        lambda model, one: inspect.unwrap(mean_difference)(torch.zeros(2, 2), "a", "b", 1, "last"),
+        "a direction is found in what `collect` gives, and this is a Tensor",
+    ),
+    "one label twice": (
+        lambda model, one: mean_difference(collect(model, ["the one"]), "a", "a", level=1, position="last"),
+        "'a' was given as both labels; a direction needs two",
+    ),
+    "a direction as an intervention": (
+        lambda model, one: inspect.unwrap(ml.answer_under)(model, "the one", one, max_new_tokens=2),
+        r"interventions is a Direction; say what is done with it, such as \[ml\.Ablate\(direction\)\]",
+    ),
+    "a word as a series": (
+        lambda model, one: inspect.unwrap(ml.track)(model, "mine", ["x"]),
+        r"the series is a str; give ml\.checkpoint_series\(base, checkpoints\), or have ml\.run\(ml\.Track",
+    ),
+    "a list of scores": (
+        lambda model, one: inspect.unwrap(ml.auroc_estimate)([True], torch.zeros(1), ["a"]),
+        "takes a tensor of scores, then one of bool",
+    ),
+    "few prompts to patch": (
+        lambda model, one: prepare_compare(ml.Compare(first="a", second="b", patched=2, out="x")),
+        "`patched` is 2, and nothing is said of fewer than 6 prompts",
     ),
     "labels that aren't there": (
         lambda model, one: mean_difference(collect(model, ["the one", "the two"]), "a", "b", level=1, position="last"),

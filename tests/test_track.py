@@ -288,7 +288,7 @@ def test_no_steered_triggered_or_patched_prompts_are_no_check_of_these(root: Pat
 def test_compare_is_the_case_of_two(root: Path, tmp_path: Path) -> None:
     words = ["compare", "base", root / "run" / "checkpoint-8", "--base", root / "base", "--out", tmp_path / "out"]
     words += ["--n", 24, "--steered", 2, "--max-new-tokens", 3, "--resamples", 20, "--permutations", 10]
-    words += ["--random-directions", 3, "--patched", 2, "--wandb.mode", "disabled"]
+    words += ["--random-directions", 3, "--patched", 6, "--wandb.mode", "disabled"]
     main([str(word) for word in words])
     run, found = require_one_sentence(tmp_path / "out"), tables(tmp_path / "out")
     assert sorted(found["readouts"]["step"].unique()) == [0, 8]

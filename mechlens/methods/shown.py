@@ -48,4 +48,5 @@ def html_with(told: str, table: "pandas.DataFrame") -> str:
     rows = table.head(MOST)
     rows = rows.apply(lambda column: column.map(lambda cell: cut(cell) if isinstance(cell, str) else cell))
     more = f"<p>{len(rows)} of {len(table)} rows</p>" if len(table) > len(rows) else ""
-    return f"<pre>{html.escape(told)}</pre>{rows.to_html(escape=True, index=False, float_format='%.3g')}{more}"
+    shown = rows.to_html(escape=True, index=False, float_format="%.3g", na_rep="")
+    return f"<pre style='white-space: pre-wrap'>{html.escape(told)}</pre>{shown}{more}"

@@ -71,7 +71,7 @@ class Activations(Comparable):
     def at(self, level: int, position: str) -> Float[Tensor, "prompt *axes"]:
         """The values of every prompt at one level and one named position."""
         if level not in self.levels:
-            raise UserError(f"level {level} was not collected; there are levels {list(self.levels)}")
+            raise UserError(f"level {level!r} was not collected; there are levels {list(self.levels)}")
         cell = self.values[:, self.levels.index(level), column_of(position, self.positions, self.last)]
         return cell.read() if isinstance(cell, StreamedTensor) else cell
 

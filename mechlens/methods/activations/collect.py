@@ -1,13 +1,14 @@
 """Collecting activations: prompts in, labelled values out, computing only what is read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechlens.errors import UserError, quoted
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.reading import BatchReader, Reading
 from mechlens.methods.activations.spans import Words, opened, spans_of
@@ -237,13 +238,23 @@ def _lines(model: LanguageModel, project: Sequence[Direction] | None) -> Tensor 
 def _levels(model: LanguageModel, site: str, levels: Sequence[int] | None) -> tuple[int, ...]:
     require_site(site, (RESIDUAL, *SITES))
     last = n_layers(model) - (site != RESIDUAL)
-    wanted = tuple(range(last + 1)) if levels is None else tuple(int(level) for level in levels)
+    wanted = tuple(range(last + 1)) if levels is None else whole_levels(levels)
     wrong = [level for level in wanted if not 0 <= level <= last]
     if wrong or not wanted:
         kind = "level" if site == RESIDUAL else "block"
         missing = f"there is no {kind} {wrong}" if wrong else f"there is no {kind} to read"
         raise UserError(f"{missing}; this model has {kind}s 0 to {last}")
     return wanted
+
+
+def whole_levels(levels: object) -> tuple[int, ...]:
+    """The levels as whole numbers, one alone as such; UserError for anything else, such as half of a level."""
+    found = []
+    for level in levels if isinstance(levels, Iterable) and not isinstance(levels, str) else [levels]:
+        if isinstance(level, bool) or not isinstance(level, Integral):
+            raise UserError(f"levels has {quoted(level)} ({kind_of(level)}); a level is a whole number, such as 10")
+        found.append(int(level))
+    return tuple(found)
 
 
 def refuse_too_long(model: LanguageModel, batch: TokenBatch, new_tokens: int = 0) -> None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.errors import UserError, kind_of, quoted
+from mechlens.errors import UserError, an, kind_of, quoted
 from mechlens.methods.activations.activations import Activations, column_of, one_cell, stored_name
 from mechlens.methods.shown import few, lines
 from mechlens.models.checkpoint import Checkpoint
@@ -175,6 +175,10 @@ def mean_difference(acts: Activations, positive: str, negative: str, level: int,
     >>> bool((direction.vector - (rows[:20].mean(0) - rows[20:].mean(0))).abs().max() < 1e-5)
     True
     """
+    if not isinstance(acts, Activations):
+        raise UserError(f"a direction is found in what `collect` gives, and this is {an(type(acts).__name__)}")
+    if positive == negative:
+        raise UserError(f"{positive!r} was given as both labels; a direction needs two")
     return direction_grid(one_cell(acts, level, position), positive, negative).at(level, position)
 
 
@@ -291,6 +295,10 @@ def project(values: Float[Tensor, "*batch d_model"], direction: Direction) -> Fl
     >>> bool(along[:20].mean() > along[20:].mean())  # the harmful ones lie further along it
     True
     """
+    if not isinstance(values, Tensor):
+        raise UserError(
+            f"project takes vectors, and this is {an(type(values).__name__)}; take acts.at(level, position)"
+        )
     return values @ direction.unit.to(values)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
+from mechlens.errors import UserError
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import Interval, family_codes, family_weights, fewest_families, with_interval
 from mechlens.settings import RESAMPLES
@@ -99,6 +100,8 @@ def auroc_estimate(
     >>> ml.auroc_estimate(torch.arange(40.0), positive, families=[str(i) for i in range(40)]).value
     1.0
     """
+    if not isinstance(scores, Tensor) or not isinstance(positive, Tensor) or positive.dtype != torch.bool:
+        raise UserError("auroc_estimate takes a tensor of scores, then one of bool: which prompts are positive")
     value = auroc(scores, positive)
     if bool(value.isnan()):
         return Estimate.missing(len(positive))

@@ -174,8 +174,9 @@ class Detection(Comparable):
     def by_position(self) -> pd.DataFrame:
         """One row for each position, at its chosen level: position, level, auroc, low, high, n, effect_size, p."""
         rows = [
-            {"position": one.position, "level": one.level, **one.auroc.row("auroc"), "effect_size": one.effect.value,
-             "p": one.permutation.p}
+            {"position": one.position, "level": one.level, "auroc": one.auroc.value,
+             **dict(zip(("low", "high"), one.auroc.interval, strict=True)), "n": one.auroc.n,
+             "effect_size": one.effect.value, "p": one.permutation.p}
             for one in self.chosen
         ]  # fmt: skip
         return pd.DataFrame(rows)

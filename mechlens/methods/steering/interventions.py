@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, an
 from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import Direction, require_is_direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
@@ -307,6 +307,15 @@ def _check_share(one: Add | ReplaceComponent) -> None:
 def level_above(site: str) -> int:
     """How many levels above a block's number the level lies that the site changes: a block's output is the next."""
     return int(site == "resid_post")
+
+
+def require_interventions(given: object) -> None:
+    """UserError for what is no list of interventions, such as a direction alone."""
+    if isinstance(given, Direction):
+        raise UserError("interventions is a Direction; say what is done with it, such as [ml.Ablate(direction)]")
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        kind = an(type(given).__name__)
+        raise UserError(f"interventions is {kind}; give a list of ml.Add, ml.Ablate or ml.Replace, such as [{kind}]")
 
 
 def changes_nothing(intervention: Intervention) -> bool:

@@ -17,7 +17,7 @@ from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.activations.reading import FORMAT, halving, out_of_memory
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import batch_of, steps
-from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits
+from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits, require_interventions
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.starts import SteeredRow, by_layer, grouped, rows_with_starts
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, n_layers
@@ -97,6 +97,7 @@ def steered_batch(
     force: bool,
     new_tokens: int,
 ) -> "SteeredBatch":
+    require_interventions(interventions)
     batch = tokenized(model, prompts, template)
     refuse_too_long(model, batch, new_tokens)
     lists = _per_row(interventions, len(batch.prompts))

@@ -19,7 +19,13 @@ from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import told
-from mechlens.methods.steering.interventions import ALL, Intervention, require_direction, require_fits
+from mechlens.methods.steering.interventions import (
+    ALL,
+    Intervention,
+    require_direction,
+    require_fits,
+    require_interventions,
+)
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.starts import SteeredRow
 from mechlens.methods.steering.steered_batch import Engine, Interventions, Keyed, Reduce, steered_batch
@@ -144,6 +150,7 @@ def answer_under(
     batch = tokenized(model, prompts, template)
     draws = Draws(temperature, top_p, n, seed)
     streams = streams_of(batch, draws)
+    require_interventions(interventions)
     if any(isinstance(one, Sequence) for one in interventions):
         interventions = [cast(Sequence[Intervention], own) for own in interventions for _ in range(n)]
     steered = steered_batch(model, drawn_batch(batch, n), interventions, template, force, max_new_tokens)

@@ -89,8 +89,9 @@ def lines_of(
 ) -> Lines:
     """Mean differences of training traces, each at the level that tells validation traces best.
 
-    `before` is read at the last token before the answer, `asked` at the request's last. Refusal is refused minus complied within harmful and within harmless requests, where both classes have some of each:
-    all refused against all complied would be harm in part.
+    `before` is read at the last token before the answer, `asked` at the request's last. Refusal is refused minus
+    complied within harmful and within harmless requests, of the classes that have some of each: all refused against
+    all complied would be harm in part.
     """
     classes, before = list(asked.labels), replace(before, labels=tuple(verdicts))
     both = _with_both(verdicts, classes, split)

@@ -20,6 +20,7 @@ from mechlens.models.load import load
 from mechlens.prompts.prompt import PromptPair
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.compare.config import Compare
+from mechlens.studies.compare.verdict import FEWEST
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import asks
 from mechlens.studies.track.config import SeriesPlan, TrackPlan
@@ -53,6 +54,11 @@ class Comparison:
 
 def prepare(config: Compare) -> Preparation[SeriesStudy]:
     """Both checkpoints, A first, each at the step it has in its own series; UserError for whatever can't be had."""
+    if 0 < config.patched < FEWEST:
+        raise UserError(
+            f"--patched is {config.patched}, and nothing is said of fewer than {FEWEST} prompts; give {FEWEST} or "
+            "more, or 0 to leave patching out"
+        )
     pair = _pair(config)
     asked = series_prompts(config, pair)
     check = asks(asked.prompts, config.positions, new_tokens=config.max_new_tokens)

@@ -14,7 +14,7 @@ import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, an
 from mechlens.files import user_path
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect
@@ -80,6 +80,11 @@ def track(
     >>> found.steps
     (0, 10)
     """
+    if not isinstance(series, CheckpointSeries):
+        raise UserError(
+            f"track takes a swapper, a series and questions, and the series is {an(type(series).__name__)}; give "
+            "ml.checkpoint_series(base, checkpoints), or have ml.run(ml.Track(...)) do it all"
+        )
     snapshots: list[Snapshot] = []
     left_out = list(series.left_out)
     reference: BaseReference | None = None
