@@ -9,6 +9,9 @@ from mechlens.settings import BaseChoice, NonNegativeInt, PositiveInt, PromptSet
 from mechlens.studies.registry import of_folder
 from mechlens.studies.track.config import SeriesPlan
 
+FEWEST = 6
+"""Prompts, of as many families, below which an interval says nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(SeriesPlan, PromptSets, BaseChoice, RunChoice):

@@ -19,8 +19,7 @@ from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.models.load import load
 from mechlens.prompts.prompt import PromptPair
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.compare.config import Compare
-from mechlens.studies.compare.verdict import FEWEST
+from mechlens.studies.compare.config import FEWEST, Compare
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import asks
 from mechlens.studies.track.config import SeriesPlan, TrackPlan

@@ -25,10 +25,9 @@ from mechlens.methods.statistics.resample import of_sample, sample_and_resamples
 from mechlens.runs.headline import Headline
 from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.settings import RESAMPLES
+from mechlens.studies.compare.config import FEWEST
 from mechlens.studies.compare.study import MovedActivations
 
-FEWEST = 6
-"""Prompts, of as many families, below which an interval says nothing."""
 HALF, QUARTER = 0.5, 0.25
 ALIKE, NOT_MEASURABLE, INCONCLUSIVE = "behave alike", "not measurable", "inconclusive"
 EARLIER, LAST, NOWHERE = "one earlier token", "only the last token", "no one place"
