@@ -58,7 +58,11 @@ class CliffVerdict:
             return Headline(self.word, few, f"and refusal is read with an AUROC of {self.auroc.brief}",
                             f"at least {FEWEST} of each, and an AUROC above 0.5, are needed")  # fmt: skip
         number = f"harmful requests drop by {self.drop.brief} before the answer"
-        against = f"{self.excess.brief} more than harmless ones, where a random direction reaches {self.random:.2f}"
+        least = f"where a random direction reaches {self.random:.2f}"
+        against = f"{self.excess.brief} more than harmless ones, {least}"
+        if self.excess.value < 0:
+            less = Estimate(-self.excess.value, -self.excess.high, -self.excess.low, self.excess.n)
+            against = f"{less.brief} less than harmless ones, {least}"
         settle = "more traces would settle it" if self.word == INCONCLUSIVE else ""
         if self.one_with_harm:
             settle = "harmful requests that are complied with would tell refusal from harm, which are one here"
