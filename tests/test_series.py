@@ -16,9 +16,11 @@ from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.models.checkpoints.adapter_base import Base
+from mechlens.models.checkpoints.lora import CONFIG
 from mechlens.models.checkpoints.series import checkpoint_series, content_of
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_config
+from mechlens.models.packaged import cache_dir
 from mechlens.prompts.prompt import Prompt
 
 
@@ -365,3 +367,23 @@ def test_an_adapters_own_tokenizer(root: Path, tmp_path: Path) -> None:
     tiny_tokenizer(extra=("<new>",)).save_pretrained(path)  # every later token has another number
     with pytest.raises(UserError, match="has another number than in the base's"):
         load(str(root / "base"), adapter=str(path))
+
+
+@pytest.mark.parametrize(
+    ("base", "named", "said"),
+    [
+        ("smollm2-refuser", "smollm2", "if that isn't meant, give 'smollm2' as the base"),
+        ("smollm2", "smollm2-refuser", "give 'smollm2-refuser' as the base"),
+        ("smollm2", "smollm2", None),
+        ("smollm2", "somebody/else", None),
+        ("own/model", "smollm2", None),
+    ],
+)
+def test_an_adapter_that_names_another_packaged_model_is_doubted(
+    base: str, named: str, said: str | None, tmp_path: Path
+) -> None:
+    """Their shapes are alike, so nothing else would tell."""
+    where = cache_dir() / "models" / named if "/" not in named else named
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(where)}))
+    doubt = Base(base, None).doubt(tmp_path)
+    assert doubt is None if said is None else (doubt or "").endswith(said)

@@ -119,7 +119,11 @@ def load_hf(
 
     model = os.fspath(model)
     if _is_adapter(model):
-        return load_merged(ADAPTERS[model].base, str(adapter_folder(model)), dtype=dtype, device_map=device_map)
+        merged, tokenizer = load_merged(
+            ADAPTERS[model].base, str(adapter_folder(model)), dtype=dtype, device_map=device_map
+        )
+        merged.name_or_path = merged.config._name_or_path = model  # what peft writes down as a new adapter's base
+        return merged, tokenizer
     kind, dtype = _split(model, dtype, revision)
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would have the hub convert pickled weights
     source, gguf = _locate(model)

@@ -9,9 +9,10 @@ from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from mechlens.files import short_name
+from mechlens.models.checkpoints.adapter_record import read_record
 from mechlens.models.checkpoints.lora import KEY, WEIGHTS, read_config
 from mechlens.models.checkpoints.merge import is_path
-from mechlens.models.packaged import cache_dir
+from mechlens.models.packaged import ADAPTERS, PACKAGED, cache_dir
 
 
 class Base:
@@ -33,6 +34,17 @@ class Base:
                     f"it changes {module} of shape {shape}, which {here}: it was trained on another base"
                     f"{f' ({named!r})' if named else ''}; give that one"
                 )
+        return None
+
+    def doubt(self, adapter: Path) -> str | None:
+        """Why a fitting adapter may be another base's: the packaged model that it names isn't the one that is given."""
+        named = _asked_as(str(read_config(adapter).get("base_model_name_or_path") or ""))
+        packaged = {*PACKAGED, *ADAPTERS}
+        if named in packaged and self._name in packaged and named != self._name and read_record(adapter) is None:
+            return (
+                f"{adapter.name} says that it was trained on {named!r} (adapter_config.json), and the base is "
+                f"{self._name!r}, to which it is added here; if that isn't meant, give {named!r} as the base"
+            )
         return None
 
     @cached_property

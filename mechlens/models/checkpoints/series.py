@@ -6,6 +6,7 @@ The base is step 0. A checkpoint that can't belong to the series is named with i
 import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +165,7 @@ class _Judge:
         self._tokenizer = load_tokenizer(base, revision=revision)
         self._own_records = own_records
         self._template = self._tokenizer.chat_template
+        self._doubted = False
 
     def agree_on_template(self, found: Sequence[Found]) -> str | None:
         """The template that all were saved with; None, and the base's, where they don't agree on another."""
@@ -194,7 +196,11 @@ class _Judge:
                 require_whole(one.folder, record, WEIGHTS)
             if not found and self._own_records and not (one.folder / RECORD).exists():
                 found = f"it has no {RECORD}, which is written last, so it is half-written"
-            return found or self._base.problem(one.folder)
+            found = found or self._base.problem(one.folder)
+            if not found and not self._doubted and (doubt := self._base.doubt(one.folder)):
+                self._doubted = True  # once for all of a series
+                warnings.warn(doubt, stacklevel=2)
+            return found
         if (one.folder / "config.json").exists():
             return model_problem(one.folder) or self._config_problem(one)
         return self._unknown(one.folder)
