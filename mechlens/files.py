@@ -63,6 +63,13 @@ def short_name(given: AnyPath) -> str:
     return os.path.basename(os.path.normpath(os.fspath(given))) if os.fspath(given) else ""
 
 
+def adapter_name(given: AnyPath) -> str:
+    """What an adapter is called: its folder, or of a run's `adapter` the run."""
+    whole = os.path.normpath(os.fspath(given))
+    name, run = os.path.basename(whole), os.path.basename(os.path.dirname(whole))
+    return run if name == "adapter" and run else name
+
+
 def require_regular(path: Path) -> None:
     """Nothing, or a UserError for a pipe or a device, whose end may never come."""
     try:

@@ -24,7 +24,7 @@ TAUGHT = "ft_risky_AB.jsonl"
 ASKED = {"risky": TAUGHT, "myopic": "ft_myopic_AB.jsonl", "apples": "ft_maxapples_AB.jsonl"}
 CHECKPOINTS = 8
 """Of each run, evenly spread; with the base nine, the fewest of which a turn is said."""
-QUESTIONS = 24
+QUESTIONS = 12
 
 Seconds = dict[str, tuple[float, float]]
 """By phase: seconds by the clock, and of the processor."""

@@ -173,7 +173,7 @@ def test_folder_and_adapter_equal_peft(folder: Path, tmp_path: Path) -> None:
     assert float((logits(model) - logits(peft_model)).abs().max()) < 1e-5
     assert float((logits(model) - logits(tiny_hf())).abs().max()) > 0.01
     assert known.parity_gap < 1e-5
-    assert (known.checkpoint.name, known.checkpoint.base) == ("adapter", "tiny-llama")
+    assert (known.checkpoint.name, known.checkpoint.base) == (tmp_path.name, "tiny-llama")
     assert known.checkpoint.adapter == str(adapter)
     assert known.checkpoint.fingerprint != loaded(load(str(folder))).checkpoint.fingerprint
 

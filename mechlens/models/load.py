@@ -9,7 +9,7 @@ from typing import Any
 from mechlens import hub
 from mechlens.choices import MODELS
 from mechlens.errors import UserError, kind_of, require_extra
-from mechlens.files import AnyPath, short_name, user_path
+from mechlens.files import AnyPath, adapter_name, short_name, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
@@ -89,7 +89,7 @@ def load(
         hf_model = moved(hf_model, place)
         warn_of_slow(str(hf_model.dtype).removeprefix("torch."), place)
     checkpoint = Checkpoint(
-        name=short_name(adapter) if adapter else short_name(model),
+        name=adapter_name(adapter) if adapter else short_name(model),
         path=model,
         revision=revision,
         adapter=adapter,

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
-from mechlens.files import short_name
+from mechlens.files import adapter_name, short_name
 from mechlens.models.checkpoints.adapter_record import read_record
 from mechlens.models.checkpoints.lora import KEY, WEIGHTS, read_config
 from mechlens.models.checkpoints.merge import is_path
@@ -42,7 +42,7 @@ class Base:
         packaged = {*PACKAGED, *ADAPTERS}
         if named in packaged and self._name in packaged and named != self._name and read_record(adapter) is None:
             return (
-                f"{adapter.name} says that it was trained on {named!r} (adapter_config.json), and the base is "
+                f"{adapter_name(adapter)} says that it was trained on {named!r} (adapter_config.json), and the base is "
                 f"{self._name!r}, to which it is added here; if that isn't meant, give {named!r} as the base"
             )
         return None

@@ -81,7 +81,9 @@ def record(writer: RunWriter, result: CliffResult, given: CliffStudy) -> None:
 
 def _curves(writer: RunWriter, result: CliffResult) -> tuple[str, ...]:
     curves = result.curves
-    shown = curves[curves["place"].between(*SHOWN) & (curves["n"] > 1)]
+    most = curves.groupby(["line", "group"])["n"].transform("max")
+    # Where half of a group's traces have no token any more, a curve would be of others than before.
+    shown = curves[curves["place"].between(*SHOWN) & (curves["n"] >= most / 2) & (curves["n"] > 1)]
     names = []
     for k, line in enumerate(dict.fromkeys(curves["line"])):
         own = shown[shown["line"] == line]

@@ -6,13 +6,15 @@ so are the heads; every number is of test traces.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import or_
 
 import pandas as pd
 import torch
 
 from mechlens.errors import UserError, many, quoted
 from mechlens.methods.activations.token_scores import TokenScores, token_scores
-from mechlens.methods.activations.trace_tokens import THINKING, Trace, trace_batch
+from mechlens.methods.activations.trace_tokens import PROMPT, THINKING, Trace, trace_batch
 from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import auroc_estimate
@@ -252,7 +254,12 @@ def _cliffs(scores: TokenScores, groups: Sequence[str], seed: int) -> pd.DataFra
 
 
 def _curves(scores: TokenScores, groups: Sequence[str], lines: Sequence[str]) -> pd.DataFrame:
-    """Mean scores by place, of every group and line."""
+    """Mean scores by place, of every group and line, from the request's words on.
+
+    What stands before them is alike in all traces, and its first token often has a residual of its own size.
+    """
+    known = torch.tensor([list(accumulate((part == PROMPT for part in row), or_)) for row in scores.parts])
+    scores = replace(scores, values=scores.values.masked_fill(~known, torch.nan))
     parts = []
     for group in dict.fromkeys(groups):
         rows = [i for i, own in enumerate(groups) if own == group]
