@@ -29,6 +29,8 @@ REFUSAL, HARM = "refusal", "harm"
 LOGISTIC, ELSEWHERE = "refusal (logistic)", "refusal (fitted at inst)"
 
 
+SHALLOW = 5
+"""Levels of a model in which the last one is read too."""
 FEW = 4
 """Training traces of each verdict that a class needs for its refused and complied ones to be set against each other."""
 
@@ -163,10 +165,12 @@ def _on_its_scale(
 
 
 def _chosen(acts: Activations, contrast: tuple[str, str], fitted: Sequence[int], validation: Sequence[int]) -> Line:
-    """Of equal levels the last, since what is said follows from there; never the embedding."""
+    """Of equal levels the last, since what is said follows from there; never the embedding, nor in a deep model the last
+    block's output, whose sizes differ so much between tokens that a scale from one token means nothing at others."""
     train, chosen = acts.select(fitted), acts.select(validation)
     chosen = chosen if set(chosen.labels) == set(contrast) else train  # few traces, all of one kind
     grid = direction_grid(train, *contrast)
     areas = auroc(score_grid(chosen, grid)[:, 0], torch.tensor([own == contrast[0] for own in chosen.labels]))
-    level = max(acts.levels[1:], key=lambda one: (float(areas[acts.levels.index(one)]), one))
+    among = acts.levels[1:-1] if len(acts.levels) > SHALLOW else acts.levels[1:]
+    level = max(among, key=lambda one: (float(areas[acts.levels.index(one)]), one))
     return line_of(grid.at(level, acts.positions[0]), train)
