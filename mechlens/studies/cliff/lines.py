@@ -165,8 +165,11 @@ def _on_its_scale(
 
 
 def _chosen(acts: Activations, contrast: tuple[str, str], fitted: Sequence[int], validation: Sequence[int]) -> Line:
-    """Of equal levels the last, since what is said follows from there; never the embedding, nor in a deep model the last
-    block's output, whose sizes differ so much between tokens that a scale from one token means nothing at others."""
+    """Of equal levels the last, since what is said follows from there.
+
+    Never the embedding, nor in a deep model the last block's output: its sizes differ so much between tokens that a
+    scale from one token means nothing at others.
+    """
     train, chosen = acts.select(fitted), acts.select(validation)
     chosen = chosen if set(chosen.labels) == set(contrast) else train  # few traces, all of one kind
     grid = direction_grid(train, *contrast)
