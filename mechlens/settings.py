@@ -262,6 +262,14 @@ class ModelChoice(Loading, NamedModel):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefusingModel(ModelChoice):
+    """Which model, of a study that needs refusals."""
+
+    model: ModelName = "smollm2-refuser"
+    """A hub id, local folder, GGUF file or a name of `mechlens.choices.MODELS`; one that refuses something."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NamedBase(Options):
     """The base's name, which `--help` shows before how it is loaded."""
 

@@ -10,8 +10,8 @@ from mechlens.settings import (
     RANDOM_DIRECTIONS,
     Answering,
     Draws,
-    ModelChoice,
     PromptSets,
+    RefusingModel,
     RunChoice,
     Sampling,
 )
@@ -52,7 +52,7 @@ class CausalPlan(Sampling, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Causal(CausalPlan, PromptSets, ModelChoice, RunChoice):
+class Causal(CausalPlan, PromptSets, RefusingModel, RunChoice):
     """Does the harmfulness direction change the model's belief, and the refusal direction only whether it refuses?
 
     >>> study = ml.Causal(model="smollm2", out="runs/causal", n_test=16)

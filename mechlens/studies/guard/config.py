@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mechlens.choices import RULES, choice
-from mechlens.settings import Answering, ModelChoice, Nulls, PositiveInt, PromptSets, RunChoice, RunFolder
+from mechlens.settings import (
+    Answering,
+    ModelChoice,
+    Nulls,
+    PositiveInt,
+    PromptSets,
+    RefusingModel,
+    RunChoice,
+    RunFolder,
+)
 from mechlens.studies.registry import Command, of_folder
 
 RuleName = Annotated[str, RULES, choice(RULES, "How a place is scored; the other rules are fitted beside it.")]
@@ -21,7 +30,7 @@ class EvaluationPlan(Nulls, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardFit(EvaluationPlan, PromptSets, ModelChoice, RunChoice):
+class GuardFit(EvaluationPlan, PromptSets, RefusingModel, RunChoice):
     """Fit a Latent Guard: harmful prompts detected from the model's own residual stream. Writes guard.safetensors.
 
     >>> ml.GuardFit(model="smollm2", rule="lda", out="runs/guard").max_fpr

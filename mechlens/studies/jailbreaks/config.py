@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import Answering, Columns, ModelChoice, NonNegativeInt, Nulls, PositiveInt, RunChoice
+from mechlens.settings import Answering, Columns, NonNegativeInt, Nulls, PositiveInt, RefusingModel, RunChoice
 from mechlens.studies.registry import of_folder
 
 
@@ -16,7 +16,7 @@ class JailbreakPlan(Nulls, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jailbreaks(JailbreakPlan, Columns, ModelChoice, RunChoice):
+class Jailbreaks(JailbreakPlan, Columns, RefusingModel, RunChoice):
     """Do jailbreaks hide harmfulness from the model, or only suppress its refusal? Attacks paired with their goals.
 
     >>> ml.Jailbreaks(model="smollm2", sources="published", out="runs/jailbreaks").restored

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mechlens.settings import Answering, ModelChoice, PositiveInt, RunChoice
+from mechlens.settings import Answering, PositiveInt, RefusingModel, RunChoice
 from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patch(Answering, ModelChoice, RunChoice):
+class Patch(Answering, RefusingModel, RunChoice):
     """Activation patching on matched pairs: where does the difference between refused and accepted travel?
 
     >>> ml.Patch(model="smollm2", site="attn_out", out="runs/patch").positions

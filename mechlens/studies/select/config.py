@@ -6,10 +6,10 @@ from mechlens.settings import (
     RANDOM_DIRECTIONS,
     Answering,
     Draws,
-    ModelChoice,
     NonNegativeFloat,
     PositiveInt,
     PromptSets,
+    RefusingModel,
     RunChoice,
     Sampling,
 )
@@ -35,7 +35,7 @@ class SelectionPlan(Sampling, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select(SelectionPlan, PromptSets, ModelChoice, RunChoice):
+class Select(SelectionPlan, PromptSets, RefusingModel, RunChoice):
     """Which single direction carries refusal? Every position and layer scored, one chosen, tested beside chance.
 
     >>> ml.Select(model="smollm2", n=64, out="runs/select").highest_kl

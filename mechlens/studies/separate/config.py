@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import Answering, ModelChoice, Nulls, PromptSets, RunChoice
+from mechlens.settings import Answering, Nulls, PromptSets, RefusingModel, RunChoice
 from mechlens.studies.registry import of_folder
 
 
@@ -16,7 +16,7 @@ class SeparationPlan(Nulls, Answering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separate(SeparationPlan, PromptSets, ModelChoice, RunChoice):
+class Separate(SeparationPlan, PromptSets, RefusingModel, RunChoice):
     """Are harmfulness and refusal two things in this model? Quadrants, directions, beliefs, verdict.
 
     >>> study = ml.Separate(model="smollm2", n=64, out="runs/first")
