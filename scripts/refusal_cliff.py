@@ -4,11 +4,12 @@
 
 STAR-1.json holds reasoning traces (Wang et al. 2025, Apache-2.0). The reasoner is trained by `finetune --recipe
 reasoner` in bfloat16 products, unless it is there; it then thinks about held-out requests of the same file and about
-the built-in benign ones, and `mechlens cliff` reads that. `--write` puts the tables into mechlens/studies/cliff/README.md.
+the built-in benign ones, and `mechlens cliff` reads that. `--write` puts the tables into the study's README.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import readme_table
@@ -44,7 +45,7 @@ def heads(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def numbers(run: "ml.RunResult") -> str:  # type: ignore[name-defined]
+def numbers(run: Any) -> str:
     """What decided, and the controls, in words."""
     lines = [readme_table.head(["number", "value"])]
     for name, told in run.record.metrics.items():
