@@ -47,10 +47,12 @@ def heads(table: pd.DataFrame) -> str:
 
 def numbers(run: Any) -> str:
     """What decided, and the controls, in words."""
+    from mechlens.studies.cliff.report import WORDS
+
     lines = [readme_table.head(["number", "value"])]
     for name, told in run.record.metrics.items():
         if not name.startswith("n."):
-            lines.append(readme_table.row([name, told.brief]))
+            lines.append(readme_table.row([WORDS[name], told.brief]))
     return "\n".join(lines)
 
 

@@ -186,3 +186,19 @@ def _traced(counts: tuple[int, int, int, int]) -> tuple[Activations, Activations
     harm = tuple(harm for _, harm in rows)
     before = activations(values, harm, positions=("answer[-1]",))
     return before, activations(values, harm, positions=("inst",)), tuple(said for said, _ in rows)
+
+
+def test_a_run_with_a_pool_says_what_each_ranking_chose(tmp_path: Path, traces_file: Path) -> None:
+    """The planted model writes no thoughts itself, which is said before anything is written."""
+    hf_model, tokenizer = planted_hf()
+    hf_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    pool = tmp_path / "pool.jsonl"
+    rows = [{"prompt": f"pool {i}", "thinking": "So.", "answer": "Let us talk of something else."} for i in range(4)]
+    pool.write_text("\n".join(map(json.dumps, rows)))
+    plan = FindCliff(
+        traces=str(traces_file), model=str(tmp_path / "model"), pool=str(pool), out=tmp_path / "run", resamples=20,
+        random_directions=2, heads=(), thinking_tokens=8,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="no thought that ends about any of the 4 prompts of the pool"):
+        run(plan)

@@ -66,6 +66,8 @@ def record(writer: RunWriter, result: CliffResult, given: CliffStudy) -> None:
     ]
     if len(result.heads.ablation):
         sections.append(_heads(writer, result))
+    if result.pool:
+        sections.append(_judge(writer, result))
     sections.append(Section("Beside the paper", _BESIDE, table=_beside(result)))
     name = loaded(given.model).checkpoint.name
     metrics = result.metrics()
@@ -77,6 +79,23 @@ def record(writer: RunWriter, result: CliffResult, given: CliffStudy) -> None:
         "chosen on validation traces. The logistic probe is fitted at the same level.",
         model=name,
     ))  # fmt: skip
+
+
+def _judge(writer: RunWriter, result: CliffResult) -> Section:
+    """What each ranking of the pool chose."""
+    rows = [
+        {"chosen by": name.removeprefix("repair_").replace("pool", "all of the pool"), "traces": len(table),
+         **{number: float(table[number].mean()) for number in ("plateau", "final", "drop")}}
+        for name, table in result.pool.items()
+    ]  # fmt: skip
+    where = f"{writer.out.name}/tables/repair_cliff.parquet"
+    return Section(
+        "The cliff as a judge",
+        "Prompts of the pool by the largest cliff, the lowest final score, the highest plateau and at random, each "
+        "with the model's own thought and the pool's safe answer; means over those chosen. "
+        f"`mechlens finetune --recipe repair --data {where}` trains on the first, and so on.",
+        table=pd.DataFrame(rows),
+    )
 
 
 def _curves(writer: RunWriter, result: CliffResult) -> tuple[str, ...]:

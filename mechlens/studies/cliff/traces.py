@@ -1,7 +1,7 @@
 """The traces of the study: from a file, or as the model itself thinks and answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.trace_tokens import Trace, trace_batch
@@ -70,5 +70,5 @@ def written_traces(
         elif not thinking.strip():
             thoughtless += 1
         else:
-            kept.append(Trace(replace(prompt), thinking.strip(), rest.strip()))
+            kept.append(Trace(prompt, thinking.strip(), rest.strip()))
     return Traces(tuple(kept), endless, thoughtless)
