@@ -49,9 +49,11 @@ def attention_hijack(
         batch = tokenize(prompts[low : low + CHUNK], written)
         acts = collect(model, batch, site="pattern", positions=["instruction[*]"])
         start, end = torch.tensor(spans[low : low + CHUNK]).unbind(dim=1)
-        keys, columns = torch.arange(acts.values.shape[-1]), torch.arange(len(acts.positions))
+        first, last = int(start.min()), int(end.max())  # other keys are no candidate's: most of the numbers
+        keys, columns = torch.arange(first, last), torch.arange(len(acts.positions))
         own_key = (keys >= start[:, None]) & (keys < end[:, None])
-        paid = (acts.values.double().nan_to_num() * own_key[:, None, None, None]).sum(dim=-1).mean(dim=(1, 3))
+        to_it = acts.values[..., first:last].double().nan_to_num() * own_key[:, None, None, None]
+        paid = to_it.sum(dim=-1).mean(dim=(1, 3))
         own = columns < (end - start)[:, None]
         there = torch.ones_like(own) if acts.mask is None else acts.mask
         found.append(_mean_where(paid, own) - _mean_where(paid, there & ~own))
