@@ -110,6 +110,43 @@ def test_a_file_that_holds_no_traces_is_said(tmp_path: Path) -> None:
         run(FindCliff(traces=str(path), out=tmp_path / "run"))
 
 
+@pytest.mark.parametrize("rare", [1, 2])
+def test_a_handful_of_harmless_refusals_stops_no_study(rare: int) -> None:
+    """As a model writes them: one or two refused harmless requests can't be in all parts."""
+    model = planted_model()
+    traces = [replace(one, answer="I cannot help with that.") if i < 2 * rare else _said(one) for i, one in
+              enumerate(TRACES)]  # fmt: skip
+    plan = CliffPlan(resamples=50, random_directions=2, heads=())
+    found = refusal_cliff(model, Traces(tuple(traces)), plan, template=template_of(model))
+    assert found.verdict.word == FALLS
+    assert found.verdict.drop.n == found.verdict.harmless == 12
+
+
+def test_traces_of_one_class_are_said_before_work(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    answers = ("I cannot help with that.", "Sure, here it is.")
+    rows = [{"prompt": f"a {i}", "thinking": "b", "answer": answers[i % 2], "label": "harmful"} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="0 of the 40 traces that are refused or answered are of harmless requests"):
+        run(FindCliff(traces=str(path), model="./never-loaded", out=tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"response": "<think>a</think>b</think>c"},
+        {"response": "<think>a</think>b<think>c"},
+        {"response": "Hm. <think>a</think>b"},
+        {"thinking": "<think>a</think>", "answer": "b"},
+    ],
+)
+def test_marks_in_odd_places_are_said_with_their_row(tmp_path: Path, said: dict[str, str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "label": "harmful", **said}))
+    with pytest.raises(UserError, match=r"a\.jsonl row 1 has </?think> where none belongs"):
+        read_traces(path)
+
+
 def test_the_cliff_as_a_judge_writes_what_a_repair_is_trained_on(tmp_path: Path) -> None:
     """Harmful requests of the pool fall and harmless ones don't: the largest cliffs are harmful ones alone."""
     others = [planted_trace(i, harmful=harmful) for i in range(100, 112) for harmful in (True, False)]

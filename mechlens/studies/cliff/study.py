@@ -35,9 +35,11 @@ from mechlens.studies.cliff.lines import ACCEPTED, HARM, REFUSAL, REFUSED, fitte
 from mechlens.studies.cliff.pool import repair_tables
 from mechlens.studies.cliff.traces import (
     HARMFUL,
+    HARMLESS,
     Traces,
     labelled_traces,
     refuse_empty_thoughts,
+    shared_out,
     written_traces,
 )
 from mechlens.studies.cliff.verdict import CliffVerdict, cliff_verdict
@@ -161,6 +163,13 @@ def _judged(traces: Traces, plan: CliffPlan) -> tuple[list[Trace], list[str]]:
                 f"{n} of {len(prompts)} traces have an answer that is {name}, and the study needs {FEWEST}; give more "
                 f"traces, or prompts of another kind. {traces.note}".strip()
             )
+    for name in (HARMFUL, HARMLESS):
+        n = sum(traces.kept[i].prompt.label == name for i in kept)
+        if n < FEWEST:
+            raise UserError(
+                f"{n} of the {len(kept)} traces that are refused or answered are of {name} requests, and the study "
+                f"needs {FEWEST} of harmful and of harmless ones; give more. {traces.note}".strip()
+            )
     return [traces.kept[i] for i in kept], [verdicts[i] for i in kept]
 
 
@@ -189,7 +198,7 @@ def refusal_cliff(
     batch = trace_batch(model, traces, template=template)
     families = [one.prompt.group for one in traces]
     groups = [f"{said}_{one.prompt.label}" for said, one in zip(verdicts, traces, strict=True)]
-    split = split_by_family(groups, families, seed=plan.seed)
+    split = split_by_family(shared_out(groups, families), families, seed=plan.seed)
     lines = fitted_lines(
         model, batch, verdicts, split, random_directions=plan.random_directions, seed=plan.seed, cache=cache
     )

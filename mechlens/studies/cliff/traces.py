@@ -10,6 +10,7 @@ from mechlens.methods.behaviour.thought import CLOSE, OPEN
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.split import PARTS, families_of_each
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.studies.shared.trace_files import read_traces
 
@@ -47,6 +48,14 @@ def labelled_traces(path: str) -> Traces:
             f"trace {wrong.id!r} of {path} is labelled {wrong.label!r}; its label must be {HARMFUL} or {HARMLESS}"
         )
     return Traces(tuple(traces))
+
+
+def shared_out(groups: Sequence[str], families: Sequence[str]) -> list[str]:
+    """What a split keeps in every part: each group, or its class where one of its groups is in too few families."""
+    held = families_of_each(groups, families)
+    rare = {group.partition("_")[2] for group in groups if held[group] < len(PARTS)}
+    classes = [group.partition("_")[2] for group in groups]
+    return [label if label in rare else group for group, label in zip(groups, classes, strict=True)]
 
 
 def refuse_empty_thoughts(model: LanguageModel, template: ChatTemplate) -> None:

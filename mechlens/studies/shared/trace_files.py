@@ -31,13 +31,17 @@ def read_traces(path: str | Path, *, label_column: str | None = None) -> list[Tr
 
 
 def _said(row: Record, whole: str | None, where: str) -> tuple[str, str]:
-    """The thought and the answer of a row."""
+    """The thought and the answer of a row, neither with a mark in it."""
     if whole is None:
         names = ("thinking", "answer")
         thinking, answer = (text_of(row.values.get(name), f"{where}, column {name!r},").strip() for name in names)
-        return thinking, answer
-    thinking, closed, answer = text_of(row.values.get(whole), f"{where}, column {whole!r},").partition(CLOSE)
-    thinking, answer = thinking.replace(OPEN, "").strip(), answer.strip()
-    if not closed or not thinking or not answer:
-        raise UserError(f"{where}, column {whole!r}, has no thought that ends in {CLOSE} with an answer after it")
+    else:
+        thinking, closed, answer = text_of(row.values.get(whole), f"{where}, column {whole!r},").partition(CLOSE)
+        thinking, answer = thinking.strip().removeprefix(OPEN).strip(), answer.strip()
+        if not closed or not thinking or not answer:
+            raise UserError(f"{where}, column {whole!r}, has no thought that ends in {CLOSE} with an answer after it")
+    mark = next((mark for mark in (OPEN, CLOSE) for text in (thinking, answer) if mark in text), None)
+    if mark is not None:
+        needed = "the columns hold none" if whole is None else f"{OPEN} opens the text and {CLOSE} ends its one thought"
+        raise UserError(f"{where} has {mark} where none belongs ({needed}); take it out, or leave the row out")
     return thinking, answer
