@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 TRACES = (10, 20, 40)
 LIKENESS = (0.0, 0.5, 0.8, 0.95)
-LENGTHS = (40, 200)
+LENGTHS = (12, 20, 40, 200)
+FALL, LAST = 4.0, 4
+"""In standard deviations, and over how many tokens at the end."""
 
 
 def verdicts(draws: int) -> str:
@@ -36,20 +38,23 @@ def verdicts(draws: int) -> str:
     return "\n".join(lines)
 
 
-def false_cuts(draws: int) -> str:
-    """Shares of series of noise with a p of .05 or less, by how alike neighbours are and by length."""
+def cuts(draws: int) -> str:
+    """Shares of series with a p of .05 or less, by how alike neighbours are and by length, of noise and of a fall."""
     from mechlens.methods.statistics.change_point import chance_among_neighbours
 
-    lines = [readme_table.head(["likeness of neighbours", *(f"{n} tokens" for n in LENGTHS)])]
-    for likeness in LIKENESS:
-        shares = []
-        for length in LENGTHS:
-            noise = torch.randn(length, draws, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
-            for i in range(1, length):
-                noise[i] = likeness * noise[i - 1] + (1 - likeness**2) ** 0.5 * noise[i]
-            found = [chance_among_neighbours(row.tolist(), series=99, seed=k) for k, row in enumerate(noise.T)]
-            shares.append(_share(sum(p <= 0.05 for p in found) / draws))
-        lines.append(readme_table.row([likeness, *shares]))
+    lines = [readme_table.head(["truth", "likeness of neighbours", *(f"{n} tokens" for n in LENGTHS)])]
+    for fall in (0.0, FALL):
+        for likeness in LIKENESS:
+            shares = []
+            for length in LENGTHS:
+                noise = torch.randn(length, draws, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
+                for i in range(1, length):
+                    noise[i] = likeness * noise[i - 1] + (1 - likeness**2) ** 0.5 * noise[i]
+                noise[-LAST:] -= fall
+                found = [chance_among_neighbours(row.tolist(), series=99, seed=k) for k, row in enumerate(noise.T)]
+                shares.append(_share(sum(p <= 0.05 for p in found) / draws))
+            truth = f"the last {LAST} fall by {fall:g} standard deviations" if fall else "noise"
+            lines.append(readme_table.row([truth, likeness, *shares]))
     return "\n".join(lines)
 
 
@@ -62,7 +67,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    for name, table in (("verdicts", verdicts(given.draws)), ("cuts", false_cuts(given.draws))):
+    for name, table in (("verdicts", verdicts(given.draws)), ("cuts", cuts(given.draws))):
         print(table)
         if given.write:
             readme_table.write(__file__, name, table)

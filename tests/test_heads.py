@@ -109,3 +109,7 @@ def test_renormalised_heads_write_as_far_as_all_did_whatever_stands_beside(tiny_
     assert len(longer) == 2
     with without_heads(model, [], renormalise=True):
         assert torch.equal(written(prompts), before)
+    with without_heads(model, off, renormalise=True):
+        with without_heads(model, [(0, 2)], renormalise=True):
+            assert not torch.allclose(written(prompts), scaled, atol=1e-4)
+        assert torch.equal(written(prompts), scaled)

@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -158,12 +158,12 @@ def without_heads(model: LanguageModel, heads: Sequence[Head], *, renormalise: b
             f"heads 0 to {n_heads(model, 'z') - 1}"
         )
     taps = _taps(model, sorted({layer for layer, _ in heads}))
-    kept: list[tuple[nn.Module, nn.Parameter]] = []
+    kept: list[tuple[nn.Module, nn.Parameter, Any]] = []
     try:
         for layer, tap in taps.items():
             original = tap._parameters["weight"]
             assert original is not None
-            kept.append((tap, original))
+            kept.append((tap, original, tap.__dict__.get("forward")))  # that of a block around this one
             weight = original.detach().clone()
             _by_head(weight if isinstance(tap, Conv1D) else weight.T, n_heads(model, "z"))[
                 [head for at, head in heads if at == layer]
@@ -173,8 +173,10 @@ def without_heads(model: LanguageModel, heads: Sequence[Head], *, renormalise: b
                 tap.forward = _as_long_as_with(tap, original)  # a hook would count as the user's, and slow all down
         yield model
     finally:
-        for tap, original in kept:
+        for tap, original, outer in kept:
             tap.__dict__.pop("forward", None)
+            if outer is not None:
+                tap.forward = outer
             tap._parameters["weight"] = original
 
 

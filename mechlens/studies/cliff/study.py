@@ -4,6 +4,8 @@ Yin et al. 2025 (Refusal Cliff). The direction is fitted on training traces, its
 so are the heads; every number is of test traces.
 """
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -28,6 +30,7 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import normalise_text
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS
 from mechlens.studies.cliff.config import CliffPlan, FindCliff
 from mechlens.studies.cliff.controls import Tested, controls, drops_of
 from mechlens.studies.cliff.heads import HeadTables, heads_of
@@ -169,6 +172,12 @@ def _judged(traces: Traces, plan: CliffPlan) -> tuple[list[Trace], list[str]]:
             raise UserError(
                 f"{n} of the {len(kept)} traces that are refused or answered are of {name} requests, and the study "
                 f"needs {FEWEST} of harmful and of harmless ones; give more. {traces.note}".strip()
+            )
+        if n * FRACTIONS[2] < FEWEST:
+            warnings.warn(
+                f"{n} {name} traces leave {round(n * FRACTIONS[2])} or so to test on, and the verdict needs {FEWEST}: "
+                f"it may be *not measurable*; give {math.ceil(FEWEST / FRACTIONS[2])} or more of each class",
+                stacklevel=2,
             )
     return [traces.kept[i] for i in kept], [verdicts[i] for i in kept]
 

@@ -73,8 +73,12 @@ def written_traces(
         if OPEN not in text and CLOSE not in text:
             thoughtless += 1
             continue
-        thinking, closed, rest = text.replace(OPEN, "").partition(CLOSE)
-        if not closed or not rest.strip() or CLOSE in rest:
+        before, opened, thought = text.partition(OPEN)
+        if opened and before.strip():  # said before it was thought
+            thoughtless += 1
+            continue
+        thinking, closed, rest = (thought if opened else text).partition(CLOSE)
+        if not closed or OPEN in thinking + rest or not rest.strip() or CLOSE in rest:
             endless += 1
         elif not thinking.strip():
             thoughtless += 1
