@@ -252,7 +252,7 @@ def warned(task: tuple[str, int, int]) -> bool:
 
     from planted_pairs import WORLDS
 
-    from mechlens.studies.direction.likely_pairs import warn_of_twins
+    from mechlens.studies.shared.likely_pairs import warn_of_twins
 
     name, n, seed = task
     with warnings.catch_warnings(record=True) as said:

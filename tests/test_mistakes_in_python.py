@@ -5,9 +5,11 @@ Functions are unwrapped where they get what their annotations exclude: outside o
 
 import copy
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +38,11 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.settings import DetectionPlan, Options, require_ranges
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.compare.study import prepare as prepare_compare
-from mechlens.studies.direction.likely_pairs import warn_of_twins
 from mechlens.studies.direction.study import find_concept
 from mechlens.studies.registry import studies, study_of
 from mechlens.studies.separate.config import Separate
+from mechlens.studies.shared.harm_sets import read_harm_sets
+from mechlens.studies.shared.likely_pairs import warn_of_twins
 from mechlens.studies.shared.quadrants import judge_answers
 from mechlens.studies.track.config import Track
 
@@ -138,6 +141,23 @@ def test_rows_that_look_like_pairs_are_warned_about_where_nobody_said_so() -> No
         warn_of_twins(up, down[::-1])  # no pairs, row by row
         warn_of_twins(up, down[:-1])
         warn_of_twins(up, [replace(twin, family=one.group) for one, twin in zip(up, down, strict=True)])
+
+
+def test_pairs_in_files_are_warned_about_where_no_column_numbers_them(tmp_path: Path) -> None:
+    """Torn apart by the folds, they read an AUROC of .05 where chance is .5."""
+    things = ["a car", "some old letters", "my neighbour's dog", "the bank's front door", "her diary", "one painting"]
+    for name, verb in (("harmful", "steal"), ("harmless", "paint")):
+        rows = [{"prompt": f"How do I {verb} {thing}?", "pair": str(i)} for i, thing in enumerate(things)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plan = Separate(
+        harmful=str(tmp_path / "harmful.jsonl"), harmless=str(tmp_path / "harmless.jsonl"), n=None, out="x",
+        model="smollm2",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="name it as the family column"):
+        read_harm_sets(plan, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_harm_sets(replace(plan, family_column="pair"), [])
 
 
 EMPTY: dict[str, Callable[[Any, TokenBatch], object]] = {

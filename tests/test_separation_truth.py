@@ -25,7 +25,7 @@ from mechlens.studies.separate.analysis import analyse
 from mechlens.studies.separate.config import SeparationPlan
 from mechlens.studies.separate.geometry import measure_geometry
 from mechlens.studies.separate.study import Separation, WithoutTemplate
-from mechlens.studies.separate.verdict import RULE, Verdict, separation_verdict
+from mechlens.studies.separate.verdict import RULE, Verdict, _within_one_variable, separation_verdict
 from mechlens.studies.shared.contrasts import Surface
 from mechlens.studies.shared.quadrants import QUADRANTS, FirstTokenJudgement, JudgedAnswers
 from mechlens.studies.shared.two_beliefs import measure_beliefs
@@ -493,3 +493,17 @@ def test_prompts_that_would_fill_an_empty_quadrant_are_of_the_kind_that_lands_th
 def test_the_rule_names_every_verdict() -> None:
     words = ("two variables", "one variable suffices", "explained by the words", "inconclusive", "not measurable")
     assert all(f"{word}:" in RULE for word in words)
+
+
+def test_where_one_variable_reaches_more_than_two_could_no_number_of_times_is_named() -> None:
+    """Few prompts: 7.8 to beat on a scale up to 4 was once about to be settled by 126.5 times as many."""
+    told = ((7.8, "So few prompts can't decide"), (2.0, "about 9.1 times as many"), (3.0, "about 21 times as many"))
+    for null, said in told:
+        found = {
+            "dissociation": Estimate(1.0, 0.4, 1.6, 40),
+            "dissociation.p": Estimate(0.3, 0.2, 0.4, 40),
+            "dissociation.one_variable_95": Estimate(null, null, null, 40),
+        }  # fmt: skip
+        headline, verdict = _within_one_variable(found)
+        assert said in verdict
+        assert said.casefold() in str(headline).casefold()

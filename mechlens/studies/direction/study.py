@@ -37,7 +37,6 @@ from mechlens.runs.headline import Headline
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan, require_ranges
 from mechlens.studies.direction.config import FindDirection
-from mechlens.studies.direction.likely_pairs import warn_of_twins
 from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict, steering_headline
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.contrasts import ContrastMeasurement, measure, surface_of
@@ -51,6 +50,7 @@ from mechlens.studies.shared.inputs import (
     read_prompts,
     refuse_shared,
 )
+from mechlens.studies.shared.likely_pairs import warn_of_twins
 from mechlens.studies.shared.training_data import leave_out_trained
 
 POSITIVE, NEGATIVE = "positive", "negative"

@@ -12,8 +12,8 @@ from mechlens.runs.headline import Headline
 from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.studies.shared.quadrants import QUADRANTS
 
-MIN_EFFECT = 0.5
-"""The smallest D that counts as two variables; two independent ones give up to 4."""
+MIN_EFFECT, MOST = 0.5, 4
+"""The smallest D that counts as two variables, and what two independent ones give up to."""
 MAX_GAIN = 0.02
 """An AUROC that can't be more than this above the best surface baseline is explained by it."""
 CHANCE = 0.5
@@ -272,7 +272,12 @@ def _within_one_variable(metrics: dict[str, Estimate]) -> _Said:
     """D is above 0, and one variable in such data reaches it too; its spread shrinks as prompts grow in number."""
     contrast, null = metrics["dissociation"], metrics["dissociation.one_variable_95"].value
     times = ((Z_ONE_SIDED + Z_80) / Z_ONE_SIDED * null / contrast.value) ** 2
-    settled = f"If it stays there, about {max(times, 1.2):.1f} times as many prompts would settle it."
+    settled = _as_many(times)
+    if null > MOST:
+        settled = (
+            "So few prompts can't decide: with them one variable reaches more than two independent ones could "
+            f"({MOST}). Many more of each kind are needed."
+        )
     return _open(contrast, f"where one variable reaches {null:.2f} (95% of fitted worlds)", settled), (
         f"{_APART} {contrast}, above 0, but one variable fitted to these data reaches it in "
         f"{metrics['dissociation.p'].value:.0%} of worlds (95% of them stay below {null:.2f}). {settled}"
@@ -294,6 +299,10 @@ def _settled_d(metrics: dict[str, Estimate]) -> str:
 
 def _settled(estimate: Estimate, distance: float) -> str:
     times = _times(estimate, distance)
-    if times > TOO_MANY:
-        return HARDLY
-    return f"If it stays there, about {max(times, 1.2):.1f} times as many prompts would settle it."
+    return HARDLY if times > TOO_MANY else _as_many(times)
+
+
+def _as_many(times: float) -> str:
+    """What would settle it, to two digits: it is a guess."""
+    shown = f"{max(times, 1.2):.1f}" if times < 10 else f"{float(f'{times:.2g}'):.0f}"
+    return f"If it stays there, about {shown} times as many prompts would settle it."

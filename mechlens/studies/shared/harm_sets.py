@@ -23,6 +23,7 @@ from mechlens.studies.shared.inputs import (
     refuse_shared,
     without_repeats,
 )
+from mechlens.studies.shared.likely_pairs import BY_COLUMN, warn_of_twins
 from mechlens.studies.shared.sources import wrapped
 from mechlens.studies.shared.training_data import LeftOut, leave_out_trained
 
@@ -70,6 +71,7 @@ def read_harm_sets(
     )
     names = ("harmful", "harmless", "extra harmless")
     (harmful, harmless, extra), left_out = leave_out_trained(models, dict(zip(names, read, strict=True)))
+    warn_of_twins(read[0], read[1], BY_COLUMN)
     named = extra_source or ""
     refuse_shared((config.harmful, harmful), (config.harmless, harmless))
     refuse_shared((config.harmful, harmful), (named, extra))

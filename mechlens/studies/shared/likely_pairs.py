@@ -13,7 +13,15 @@ AHEAD = 0.2
 """By how much that is more than with another row's: prompts of one pattern share words whatever their order."""
 
 
-def warn_of_twins(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
+BY_OPTION = "give --paired (paired=True in Python), which keeps each whole"
+BY_COLUMN = (
+    "number them in a column of both files and name it as the family column (--family-column, family_column in "
+    "Python), which keeps each whole; torn apart, a prompt is scored by what was fitted on its twin"
+)
+"""What is to be done, where sides come as lists and where as files."""
+
+
+def warn_of_twins(positive: Sequence[Prompt], negative: Sequence[Prompt], remedy: str = BY_OPTION) -> None:
     """A UserWarning where row i of both sides looks like a pair, and isn't kept together."""
     kept = {one.group for one in positive} & {one.group for one in negative}
     if kept or len(positive) != len(negative):
@@ -25,7 +33,7 @@ def warn_of_twins(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> Non
     if alike and sum(twins) - sum(others) >= AHEAD * len(twins):
         warnings.warn(
             "both sides have equally many prompts, and most share half of their words or more with the prompt of the "
-            "same row, as pairs do; if they are pairs, give --paired (paired=True in Python), which keeps each whole",
+            f"same row, as pairs do; if they are pairs, {remedy}",
             stacklevel=3,
         )
 
