@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations import reading as reading_module
-from mechlens.methods.activations.collect import collect, from_cache, template_of
+from mechlens.methods.activations.collect import collect, from_cache, template_of, whole_levels
 from mechlens.methods.activations.spans import thought_in
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.thought import opens_thought
@@ -363,8 +364,9 @@ def test_what_would_be_taken_for_something_else_is_refused(wrong: dict[str, Any]
 
 def test_levels_become_plain_numbers() -> None:
     """Those of NumPy too, which types refuse in tests only: a cache's keys couldn't be made of them."""
-    acts = collect(pair("llama")[0], prompts(3), levels=[False, True])
-    assert type(acts.levels[0]) is int
+    assert [type(level) for level in whole_levels(np.arange(2))] == [int, int]
+    with pytest.raises(UserError, match="levels has True"):
+        whole_levels([True])
 
 
 def test_words_that_the_tokenizer_drops_are_refused() -> None:
