@@ -458,7 +458,7 @@ def test_both_gaps_must_have_their_sign(harm: float, refusal: float, said: str) 
     verdict = verdict_of(**gaps)
     assert verdict.word == "inconclusive"
     assert said in verdict.sentence
-    assert ("about 12.8 times as many prompts" in verdict.sentence) == (harm == 0.2)  # (2.8 * 0.255 / 0.2)^2
+    assert ("about 13 times as many prompts" in verdict.sentence) == (harm == 0.2)  # (2.8 * 0.255 / 0.2)^2
 
 
 def test_what_would_settle_it_is_said_in_numbers() -> None:
