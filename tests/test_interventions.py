@@ -244,6 +244,10 @@ def test_other_types_are_refused_in_a_sentence(v: Direction, monkeypatch: pytest
         r"give a tuple, such as layers=\(9,\)": (v, {"layers": 9}),
         r"give a tuple, such as positions=\('last',\)": (v, {"positions": "last"}),
         r"a Tensor was given as the direction; give the Direction, not its vector": (v.vector, {}),
+        r"a SimpleNamespace was given as the direction; give one of its: \.best\.direction, or": (
+            SimpleNamespace(detection=None),
+            {},
+        ),
         r"a SimpleNamespace was given as the direction; give its .direction": (SimpleNamespace(direction=v), {}),
         r"a NoneType was given as the direction; give one; where a concept's best is None": (None, {}),
     }

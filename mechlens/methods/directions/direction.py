@@ -139,6 +139,8 @@ def require_is_direction(given: object) -> None:
     there = "its .direction" if holds else "the Direction, not its vector"
     if isinstance(given, str | os.PathLike):
         there = f"what it holds: direction = ml.open({os.fspath(given)!r})"
+    if hasattr(given, "detection"):  # a concept has several
+        there = "one of its: .best.direction, or .detection.strongest.direction where best is None"
     if given is None:
         there = "one; where a concept's best is None, its detection.strongest.direction is there all the same"
     raise UserError(f"{kind_of(given)} was given as the direction; give {there}")

@@ -53,8 +53,8 @@ def record(writer: RunWriter, result: CliffResult, given: CliffStudy) -> None:
         Section("Along the trace", RULE, _curves(writer, result)),
         Section(
             "Traces token by token",
-            "The five largest drops of harmful requests. Along refusal red is towards refused, blue beyond complied; "
-            "along harm red is towards harmful. What follows the thought's closing mark is the template's.",
+            "The five harmful requests that drop most, or rise least. Along refusal red is towards refused, blue is "
+            "beyond complied; along harm red is towards harmful. What follows the thought's closing mark is the template's.",
             views=_views(result),
         ),
         Section(

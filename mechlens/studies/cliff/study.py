@@ -130,6 +130,7 @@ def prepare(config: FindCliff) -> Preparation[CliffStudy]:
     else:
         traces, left_out = labelled_traces(config.traces), None
         _judged(traces, config)  # too few are said before a model is loaded
+        warn_of_few(traces)
         prompts = tuple(one.prompt for one in traces.kept)
         model, template = chosen = chosen_model(config, asks(prompts))
         inputs = chosen.inputs(data_inputs({"traces": (config.traces, [_whole(one) for one in traces.kept]), **pooled}))
@@ -173,13 +174,19 @@ def _judged(traces: Traces, plan: CliffPlan) -> tuple[list[Trace], list[str]]:
                 f"{n} of the {len(kept)} traces that are refused or answered are of {name} requests, and the study "
                 f"needs {FEWEST} of harmful and of harmless ones; give more. {traces.note}".strip()
             )
+    return [traces.kept[i] for i in kept], [verdicts[i] for i in kept]
+
+
+def warn_of_few(traces: Traces) -> None:
+    """One warning for each class of which too few will be left to test on."""
+    for name in (HARMFUL, HARMLESS):
+        n = sum(one.prompt.label == name for one in traces.kept)
         if n * FRACTIONS[2] < FEWEST:
             warnings.warn(
                 f"{n} {name} traces leave {round(n * FRACTIONS[2])} or so to test on, and the verdict needs {FEWEST}: "
                 f"it may be *not measurable*; give {math.ceil(FEWEST / FRACTIONS[2])} or more of each class",
                 stacklevel=2,
             )
-    return [traces.kept[i] for i in kept], [verdicts[i] for i in kept]
 
 
 def execute(config: FindCliff, given: CliffStudy, writer: RunWriter) -> CliffResult:
@@ -189,6 +196,7 @@ def execute(config: FindCliff, given: CliffStudy, writer: RunWriter) -> CliffRes
         traces = written_traces(
             given.model, given.prompts, given.template, new_tokens=config.thinking_tokens, cache=writer.cache
         )
+        warn_of_few(traces)
     return refusal_cliff(given.model, traces, config, template=given.template, pool=given.pool, cache=writer.cache)
 
 

@@ -89,7 +89,8 @@ class DirectionVerdict(ShownVerdict):
         """What such prompts allow to be said, without the level, which made no difference."""
         name, nearest = _named(self.ahead.nearest, self.ahead.position), self.ahead.surface[self.ahead.nearest]
         found = f"at {self.ahead.position} the AUROC is {self.ahead.auroc.brief}"
-        already = f"but {name} alone already tells the sides apart ({nearest.brief}), so this set can't show more"
+        tells = "tell" if name.partition(" (")[0].endswith("words") else "tells"
+        already = f"but {name} alone already {tells} the sides apart ({nearest.brief}), so this set can't show more"
         also = f" and {SURFACE[self._stated]}" if self._stated else ""
         return Headline(self.outcome, f"{found},", already, f"sides alike in that{also} would settle it")
 
