@@ -54,7 +54,8 @@ def record(writer: RunWriter, result: CliffResult, given: CliffStudy) -> None:
         Section(
             "Traces token by token",
             "The five harmful requests that drop most, or rise least. Along refusal red is towards refused, blue is "
-            "beyond complied; along harm red is towards harmful. What follows the thought's closing mark is the template's.",
+            "beyond complied; along harm red is towards harmful. What follows the thought's closing mark is the "
+            "template's.",
             views=_views(result),
         ),
         Section(
