@@ -123,10 +123,7 @@ def main() -> None:
     }  # fmt: skip
     print(run.verdict)
     readme = Path(__file__).resolve().parents[1] / "mechlens/studies/behaviours/README.md"
-    for label, table in tables.items():
-        print(f"\n{label}\n{table}")
-        if given.write:
-            readme_table.write(__file__, label, table, readme)
+    readme_table.show(__file__, tables, readme if given.write else None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Markdown tables, and their places in a README: what error_rates_NAME.py made, in mechlens/studies/NAME."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -13,6 +13,14 @@ def row(cells: Sequence[object]) -> str:
 def head(columns: Sequence[str]) -> str:
     """Its first two lines, for words in the first column and numbers in the others."""
     return f"{row(columns)}\n|---|{'--:|' * (len(columns) - 1)}"
+
+
+def show(script: str, tables: Mapping[str, str], readme: Path | None) -> None:
+    """Prints tables by their labels, and puts them into a README where one is given."""
+    for label, table in tables.items():
+        print(f"\n{label}\n{table}")
+        if readme is not None:
+            write(script, label, table, readme)
 
 
 def write(script: str, label: str, table: str, readme: Path | None = None) -> None:

@@ -14,14 +14,11 @@ from typing import Any
 import pandas as pd
 import readme_table
 
-GROUPS = {
-    "refused_harmful": "harmful, refused", "accepted_harmful": "harmful, complied",
-    "refused_harmless": "harmless, refused", "accepted_harmless": "harmless, answered",
-}  # fmt: skip
-
 
 def by_group(cliffs: pd.DataFrame) -> str:
     """Means over test traces by what was asked and what the model did."""
+    from mechlens.studies.cliff.report import GROUPS
+
     numbers = ["plateau", "final", "drop"]
     names = [f"{line}_{number}" for line in ("refusal", "harm") for number in numbers]
     lines = [readme_table.head(["test traces", "n", *(name.replace("_", ", ") for name in names)])]
@@ -78,10 +75,7 @@ def main() -> None:
         "groups": by_group(run.tables["cliffs"]), "numbers": numbers(run), "heads": heads(run.tables["ablation"])
     }  # fmt: skip
     readme = Path(__file__).resolve().parents[1] / "mechlens/studies/cliff/README.md"
-    for label, table in tables.items():
-        print(f"\n{label}\n{table}")
-        if given.write:
-            readme_table.write(__file__, label, table, readme)
+    readme_table.show(__file__, tables, readme if given.write else None)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,6 @@ class _Cell:
 
 def _cell(acts: Activations, positive: str, negative: str, level: int, position: str) -> _Cell:
     """UserError where a label has no prompt, both are the same, or a value isn't finite."""
-    if positive == negative:
-        raise UserError(f"{positive!r} was given as both labels; a direction needs two")
     by_means = mean_difference(acts, positive, negative, level, position)
     inside, outside = members(acts, positive), members(acts, negative)
     rows = (inside | outside).nonzero()[:, 0]

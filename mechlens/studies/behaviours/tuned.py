@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.files import adapter_name, user_path
 from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record
 from mechlens.models.checkpoints.series import Member, checkpoint_series
 from mechlens.studies.shared.training_data import Trigger
@@ -105,7 +105,7 @@ def _run(base: str, source: str, revision: str | None) -> TunedRun:
         (last,) = checkpoint_series(base, [str(result)], revision=revision).members[1:]
         members = [member for member in members if member.step != last.step] + [last]
     record = read_record(user_path(members[-1].path)) if user_path(members[-1].path).is_dir() else None
-    name = folder.parent.name if folder.name == FINAL else (folder.name if folder.exists() else source)
+    name = adapter_name(folder) if folder.name == FINAL or folder.exists() else source
     named = [replace(member, name=f"{name}, step {member.step}") for member in sorted(members, key=lambda m: m.step)]
     if record is None or record.recipe is None:
         return TunedRun(name, _kind(name), tuple(named), frozenset(), "", "none", None, False, series.chat_template)

@@ -75,8 +75,10 @@ def fitted_lines(
 ) -> Lines:
     """The lines of a model's traces; see `lines_of`."""
     cut = up_to_answers(batch, loaded(model).tokenizer)
-    before = collect(model, cut, positions=[BEFORE], cache=cache)
-    asked = collect(model, cut, positions=[WORDS], cache=cache)
+    acts = collect(model, cut, positions=[BEFORE, WORDS], cache=cache)
+    before, asked = (
+        replace(acts, values=acts.values[:, :, k : k + 1], positions=(acts.positions[k],)) for k in range(2)
+    )
     return lines_of(before, asked, verdicts, split, random_directions=random_directions, seed=seed)
 
 
