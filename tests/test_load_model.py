@@ -1,8 +1,12 @@
 """Loading: what is accepted behaves like plain Hugging Face, and what can't be loaded is refused in one sentence."""
 
+import copy
+import gc
+import html
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,3 +370,26 @@ def test_models_of_others_get_a_fingerprint_too() -> None:
     assert known.checkpoint.regime == "raw"
     assert math.isnan(known.parity_gap)
     assert loaded(model) is known
+
+
+def test_a_notebook_shows_a_model_in_a_few_lines(folder: Path) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    model = load(folder.rename(folder.with_name("a<b>&c")))
+    display: Any = InteractiveShell.instance().display_formatter
+    shown, _ = display.format(model)
+    told = shown["text/plain"]
+    assert set(shown) == {"text/plain", "text/html"}
+    assert told.count("\n") < 5
+    assert len(told) < 600
+    assert "a<b>&c" in told
+    assert "<b>" not in shown["text/html"]
+    assert html.unescape(shown["text/html"].removesuffix("</pre>").partition(">")[2]) == told
+    parameters = sum(weight.numel() for weight in model.original_model.parameters())
+    assert f"3 blocks, residual stream 32 wide, {parameters:,} parameters, loaded in float32" in told
+    assert display.format(copy.deepcopy(model)) == display.format(model)
+    alive = weakref.ref(model)
+    gc.disable()
+    del model
+    gc.enable()
+    assert alive() is None  # what shows it keeps no model in memory

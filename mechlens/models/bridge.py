@@ -3,10 +3,12 @@
 """
 
 import copy
+import html
 import os
 import warnings
 import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -139,7 +141,26 @@ def bridge(hf_model: nn.Module, tokenizer: Any, checkpoint: Checkpoint) -> Langu
     model.mechlens = Loaded(checkpoint, ours, attention, gap, weights_now(model), _count_hooks(model))
     gaps = {"decode_gap": decode_gap(model.original_model), "head_gap": head_gap(model)}
     model.mechlens = replace(model.mechlens, **gaps, settings=_settings_now(model))
+    # On the instance, as TransformerLens looks into its own class; words only, as a reference to the model would be a
+    # circle, in which a large model outlives its last name.
+    model._repr_mimebundle_ = partial(_shown, _described(model))
     return model
+
+
+def _described(model: LanguageModel) -> str:
+    """Which model this is as it was loaded, and how to go on."""
+    parameters = sum(weight.numel() for weight in _whole(model).parameters())
+    return "\n  ".join([
+        f"{type(model).__name__} of {type(_whole(model)).__name__}: {n_layers(model)} blocks, residual stream "
+        f"{d_model(model)} wide, {parameters:,} parameters, loaded in {_type_name(model)}",
+        repr(loaded(model)),
+        "print(model) names its components, model.hook_dict its hooks",
+    ])  # fmt: skip
+
+
+def _shown(told: str, *_: Any, **__: Any) -> dict[str, str]:
+    """What a notebook shows of a model, in place of every module by name."""
+    return {"text/plain": told, "text/html": f"<pre style='white-space: pre-wrap'>{html.escape(told)}</pre>"}
 
 
 def require_known(config: Any, name: str) -> None:
