@@ -107,6 +107,9 @@ from mechlens.methods.statistics.estimate import Estimate as Estimate
 from mechlens.methods.statistics.rank_correlation import rank_correlation as rank_correlation
 from mechlens.methods.steering.candidates import SelectionRule as SelectionRule
 from mechlens.methods.steering.candidates import score_candidates as score_candidates
+from mechlens.methods.steering.conditions import Flagged as Flagged
+from mechlens.methods.steering.conditions import Projection as Projection
+from mechlens.methods.steering.conditions import When as When
 from mechlens.methods.steering.interventions import ALL as ALL
 from mechlens.methods.steering.interventions import EVERYWHERE as EVERYWHERE
 from mechlens.methods.steering.interventions import Ablate as Ablate

@@ -16,7 +16,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.token_view import require_same_model
-from mechlens.methods.steering.interventions import require_direction
+from mechlens.methods.steering.fits import require_direction
 from mechlens.models import load as loading
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.difference import require_same_weights

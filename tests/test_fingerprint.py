@@ -19,7 +19,7 @@ from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.directions.direction import mean_difference
 from mechlens.methods.directions.token_view import require_same_model
-from mechlens.methods.steering.interventions import require_direction
+from mechlens.methods.steering.fits import require_direction
 from mechlens.models.bridge import bridge, checkpoint_now, loaded
 from mechlens.models.checkpoint import (
     Checkpoint,

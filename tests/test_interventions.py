@@ -16,6 +16,7 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.directions.direction import Direction, direction_grid, mean_difference
 from mechlens.methods.directions.methods import grid_by
+from mechlens.methods.steering.fits import require_fits
 from mechlens.methods.steering.interventions import (
     ALL,
     EVERYWHERE,
@@ -23,12 +24,11 @@ from mechlens.methods.steering.interventions import (
     Add,
     ReplaceComponent,
     replacement,
-    require_fits,
     residual_norms,
 )
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.steering import answer_under, applied, logits_under
-from mechlens.models.engine.intervene import AddAlong, Change, SetVector
+from mechlens.models.engine.intervene.changed import AddAlong, Change, SetVector
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate

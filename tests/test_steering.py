@@ -34,7 +34,7 @@ from mechlens.methods.steering.steering import SteeredAnswers, answer_under, app
 from mechlens.models.bridge import _count_hooks, bridge, checkpoint_now, has_hooks
 from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.engine import forward
-from mechlens.models.engine.intervene import bears_fast
+from mechlens.models.engine.intervene.changed import bears_fast
 from mechlens.models.sites import CHANGEABLE, level_hook, site_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
@@ -100,9 +100,11 @@ def _no_hook_is_left() -> Iterator[None]:
 
 def hooked(one: Intervention, tokens: Sequence[int], n_layers: int) -> list[tuple[str, Callable[..., Tensor]]]:
     """The intervention at the given tokens, written down once more and otherwise."""
-    assert not isinstance(one, Replace)
-    unit = one.direction.vector / one.direction.vector.norm()
     index = list(tokens)
+    if isinstance(one, Replace):
+        values = dict(zip(one.layers, one.values, strict=True))
+        return [(site_hook(one.site, layer), functools.partial(_put, own, index)) for layer, own in values.items()]
+    unit = one.direction.vector / one.direction.vector.norm()
 
     def edit(x: Tensor, hook: Any) -> Tensor:
         rows = x.clone() if x.ndim == 3 else x.clone().unsqueeze(0)
@@ -117,6 +119,12 @@ def hooked(one: Intervention, tokens: Sequence[int], n_layers: int) -> list[tupl
     layers = range(n_layers) if one.layers == ALL else one.layers
     sites = one.sites if isinstance(one, Ablate) else (one.site,)
     return [(site_hook(site, layer), edit) for site in sites for layer in layers]
+
+
+def _put(values: Tensor, index: list[int], x: Tensor, hook: Any) -> Tensor:
+    rows = x.clone() if x.ndim == 3 else x.clone().unsqueeze(0)
+    rows[0, index] = values.to(x)
+    return rows.reshape(x.shape)
 
 
 def tokens_touched(one: Intervention, batch: TokenBatch, row: int, now: int) -> list[int]:

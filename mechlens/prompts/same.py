@@ -1,6 +1,8 @@
 """Equality of results that hold tensors, whose own `==` gives a tensor."""
 
+import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -36,6 +38,28 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
     return bool(a == b)
+
+
+def digest(value: Any) -> str:
+    """sha256 of all that a value holds: of its fields and items, and of every number of its tensors."""
+    return hashlib.sha256("\n".join(_parts(value)).encode()).hexdigest()
+
+
+def _parts(value: Any) -> Iterator[str]:
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        numbers = hashlib.sha256(plain.flatten().view(torch.uint8).numpy().tobytes())
+        yield f"{plain.dtype} {tuple(plain.shape)} {numbers.hexdigest()}"
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield type(value).__name__
+        for field in fields(value):
+            yield from _parts(getattr(value, field.name))
+    elif isinstance(value, list | tuple):
+        yield str(len(value))
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield repr(value)
 
 
 def _same_tensors(a: Tensor, b: Tensor) -> bool:

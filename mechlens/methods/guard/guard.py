@@ -124,11 +124,11 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
 
     def score(self, acts: Activations) -> Float[Tensor, " prompt"]:
         """The guard's score of every prompt (float64), harmful above `fitted_.calibration.threshold`."""
-        return self._guard.scores(acts)
+        return self.fitted.scores(acts)
 
     def decision_function(self, acts: Activations) -> NDArray[np.float64]:
         """scikit-learn's name for `score`, about the threshold: positive is harmful."""
-        values: NDArray[np.float64] = (self.score(acts) - self._guard.calibration.threshold).numpy()
+        values: NDArray[np.float64] = (self.score(acts) - self.fitted.calibration.threshold).numpy()
         return values
 
     def predict(self, acts: Activations) -> NDArray[Any]:
@@ -138,7 +138,7 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
 
     def predict_proba(self, acts: Activations) -> NDArray[np.float64]:
         """Probabilities of `classes_`, where both are equally common."""
-        chance = self._guard.calibration.probability(self.score(acts)).numpy()
+        chance = self.fitted.calibration.probability(self.score(acts)).numpy()
         return np.stack([1 - chance, chance], axis=1)
 
     def __call__(
@@ -150,10 +150,11 @@ class GuardEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships
         other_weights: bool = False,
     ) -> list[GuardVerdict]:
         """Judges requests by the model that the guard was fitted on, running only the blocks that it reads."""
-        return self._guard.ask(model, texts, template, other_weights=other_weights)
+        return self.fitted.ask(model, texts, template, other_weights=other_weights)
 
     @property
-    def _guard(self) -> FittedGuard:
+    def fitted(self) -> FittedGuard:
+        """What was fitted; NotFittedError before."""
         if not hasattr(self, "fitted_"):
             raise NotFittedError("this guard is not fitted yet; call fit with activations, or load one")
         return self.fitted_

@@ -1,21 +1,20 @@
 """Interventions as values: add a direction, remove it, set it, or replace a residual; where, when and how strongly."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError, an
+from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import Direction, require_is_direction
-from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model, n_layers
 from mechlens.models.checkpoint import Checkpoint
-from mechlens.models.checkpoints.difference import other_width, require_same_template, require_same_weights
-from mechlens.models.sites import CHANGEABLE, Place, place_hooks, require_seen, require_site
+from mechlens.models.engine.intervene.gates import Decider
+from mechlens.models.sites import CHANGEABLE, require_site
 
 Phase = Literal["prompt", "generation", "both"]
 Unit = Literal["raw", "unit", "share"]
@@ -229,7 +228,35 @@ class Replace:
             raise UserError("the values to put are not finite; collect them in bfloat16 or float32")
 
 
-Intervention = Add | Ablate | Replace | ReplaceComponent
+Act = Add | Ablate | Replace | ReplaceComponent
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """What happens by a share that is decided from what a prompt's own pass shows of it: `When`, or a controller."""
+
+    @property
+    def decider(self) -> Decider:
+        """Gives the shares from the residuals at `places`."""
+        ...
+
+    @property
+    def places(self) -> tuple[tuple[int, str], ...]:
+        """Levels and named positions of one token each."""
+        ...
+
+    @property
+    def acts(self) -> tuple[tuple[Act, int], ...]:
+        """What happens, each with the number of its share."""
+        ...
+
+    @property
+    def made(self) -> Iterable[tuple[str, int, Checkpoint, str]]:
+        """What decides: in words, the width it reads, the model it was made with, and its template."""
+        ...
+
+
+Intervention = Act | Gated
 
 
 def replacement(acts: Activations, prompt: str, *, layers: Sequence[int], positions: Sequence[str]) -> Replace:
@@ -307,72 +334,3 @@ def _check_share(one: Add | ReplaceComponent) -> None:
 def level_above(site: str) -> int:
     """How many levels above a block's number the level lies that the site changes: a block's output is the next."""
     return int(site == "resid_post")
-
-
-def require_interventions(given: object) -> None:
-    """UserError for what is no list of interventions, such as a direction alone."""
-    if isinstance(given, Direction):
-        raise UserError("interventions is a Direction; say what is done with it, such as [ml.Ablate(direction)]")
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        kind = an(type(given).__name__)
-        raise UserError(f"interventions is {kind}; give a list of ml.Add, ml.Ablate or ml.Replace, such as [{kind}]")
-
-
-def changes_nothing(intervention: Intervention) -> bool:
-    """True for an addition of strength 0."""
-    return isinstance(intervention, Add) and intervention.strength == 0
-
-
-def require_fits(
-    model: LanguageModel, interventions: Sequence[Intervention], template: str | None, *, force: bool
-) -> None:
-    """UserError where interventions have no place in this model, or (unless forced) were made for another.
-
-    Made for another: under other weights, another weight regime, or another chat template than the prompts'.
-    """
-    last, width = n_layers(model) - 1, d_model(model)
-    now = checkpoint_now(model)
-    distinct = list({id(intervention): intervention for intervention in interventions}.values())
-    for one in distinct:
-        wrong = [layer for layer in (() if one.layers == ALL else one.layers) if not 0 <= layer <= last]
-        if wrong:
-            level = f"; the last level is layer {last} with site='resid_post'" if wrong[0] == last + 1 else ""
-            raise UserError(f"there is no layer {wrong[0]} to intervene at, only 0 to {last}{level}")
-        vector = one.values if isinstance(one, Replace) else one.direction.vector
-        if vector.shape[-1] != width:
-            made = one.checkpoint if isinstance(one, Replace) else one.direction.checkpoint
-            raise other_width("the intervention's vector", vector.shape[-1], made, width, now)
-        if not force:
-            _require_made_here(one, now, template)
-    place_hooks(model, {place for one in distinct for place in _places(one, last + 1)})
-    if any(isinstance(one, Ablate) and {"attn_out", "mlp_out"} <= set(one.sites) for one in distinct):
-        require_seen(model)
-
-
-def _places(one: Intervention, n_layers: int) -> Iterator[Place]:
-    sites = one.sites if isinstance(one, Ablate) else (one.site,)
-    layers = range(n_layers) if one.layers == ALL else one.layers
-    return ((site, layer) for site in sites for layer in layers)
-
-
-def require_direction(model: LanguageModel, direction: Direction, *, force: bool) -> None:
-    """UserError where a direction has another width than the model or (unless forced) comes from other weights."""
-    if len(direction.vector) != d_model(model):
-        now = checkpoint_now(model)
-        raise other_width("the direction", len(direction.vector), direction.checkpoint, d_model(model), now)
-    if not force:
-        require_same_weights("direction", direction.checkpoint, checkpoint_now(model), ANEW)
-
-
-ANEW = "make it anew, or pass --force (force=True in Python)"
-"""What can be done with an intervention that doesn't fit."""
-
-
-def _require_made_here(one: Intervention, now: Checkpoint, template: str | None) -> None:
-    given = {"vectors to put": one} if isinstance(one, Replace) else {"direction": one.direction}
-    for what, made in (*given.items(), ("residual norms", getattr(one, "norms", None))):
-        if made is None:
-            continue
-        require_same_weights(what, made.checkpoint, now, ANEW)
-        if template is not None:
-            require_same_template(what, made.template, template, ANEW)

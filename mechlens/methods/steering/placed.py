@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -10,13 +11,15 @@ from mechlens.methods.directions.direction import Direction
 from mechlens.methods.steering.interventions import (
     ALL,
     Ablate,
+    Act,
     Add,
     Intervention,
     Replace,
     ReplaceComponent,
     level_above,
 )
-from mechlens.models.engine.intervene import AddAlong, Change, SetVector
+from mechlens.models.engine.intervene.changed import AddAlong, Change, SetVector
+from mechlens.models.engine.intervene.gates import Decider, Gate
 from mechlens.prompts.batch import TokenBatch
 
 _SPAN = re.compile(r"token\[(\d*):(\d*)\]")
@@ -30,6 +33,7 @@ class Placement:
     def __init__(self, n_layers: int, batch: TokenBatch | None) -> None:
         self.all_layers, self.batch = tuple(range(n_layers)), batch
         self._units: dict[int, Tensor] = {}
+        self._deciders: dict[int, Decider] = {}
         self._rows: dict[int, TokenBatch] = {}
         self._tokens: dict[tuple[int, str], tuple[int, ...]] = {}
 
@@ -38,6 +42,23 @@ class Placement:
         return [change for one in interventions for change in self._of(row, one)]
 
     def _of(self, row: int, one: Intervention) -> list[Change]:
+        if isinstance(one, Act):
+            return self._done(row, one)
+        reads = tuple((level, self._token(row, name)) for level, name in one.places)
+        decider = self._deciders.setdefault(id(one), one.decider)
+        return [
+            replace(change, gate=Gate(decider, reads, output))
+            for act, output in one.acts
+            for change in self._done(row, act)
+        ]
+
+    def _token(self, row: int, name: str) -> int:
+        found = self._at(row, name)
+        if len(found) != 1:
+            raise UserError(f"a condition reads one token, and {name} are {len(found)}; name one, such as inst or last")
+        return found[0]
+
+    def _done(self, row: int, one: Act) -> list[Change]:
         layers = one.layers if isinstance(one.layers, tuple) else self.all_layers
         places = self._places(row, one)
         if isinstance(one, Replace):
@@ -68,7 +89,7 @@ class Placement:
             for layer, values in zip(one.layers, one.values, strict=True)
         ]
 
-    def _places(self, row: int, one: Intervention) -> list[tuple[str, Tokens]]:
+    def _places(self, row: int, one: Act) -> list[tuple[str, Tokens]]:
         """Names and tokens; a token that two names share counts once, under the first."""
         if one.positions == ALL:
             return [(ALL, () if one.phase == "generation" else None)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
-from mechlens.models.engine.intervene import AddAlong, Change
+from mechlens.models.engine.intervene.changed import AddAlong, Change
 from mechlens.models.engine.packed.packing import alike
 
 Done = Sequence[Sequence[Change]]
@@ -36,7 +36,8 @@ def rows_with_starts(
 ) -> tuple[int, list[SteeredRow]]:
     """How many tokens all rows begin with, and the rows, with what they share.
 
-    `read` is the first token of each row at which something is read, which no start may hold; by default the last.
+    `read` is the first token of each row at which something is read, or done by a gate's leave, which no start may
+    hold; by default the last.
     """
     ends = [len(own) - 1 for own in ids] if read is None else read
     plain = [
@@ -105,6 +106,15 @@ def _first(change: Change, length: int) -> int:
 def _last(change: Change, length: int) -> int:
     """Where a change that acts from the first token on stops acting in the prompt."""
     return max(change.tokens) + 1 if change.tokens and min(change.tokens) == 0 else length
+
+
+def gated_from(changes: Sequence[Change], end: int) -> int:
+    """The first token of a prompt that a gate reads or lets be changed; `end` where there is no gate."""
+    found = [end]
+    for change in changes:
+        if change.gate is not None:
+            found += [token for _, token in change.gate.reads] + list((0,) if change.tokens is None else change.tokens)
+    return min(found)
 
 
 def _key(change: Change, end: int | None) -> Any:

@@ -17,15 +17,17 @@ from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.activations.reading import FORMAT, halving, out_of_memory
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import batch_of, steps
-from mechlens.methods.steering.interventions import Intervention, changes_nothing, require_fits, require_interventions
+from mechlens.methods.steering.fits import changes_nothing, require_fits, require_interventions
+from mechlens.methods.steering.interventions import Intervention
 from mechlens.methods.steering.placed import Placement
-from mechlens.methods.steering.starts import SteeredRow, by_layer, grouped, rows_with_starts
+from mechlens.methods.steering.starts import SteeredRow, by_layer, gated_from, grouped, rows_with_starts
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, dtype_of, has_hooks, n_layers
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import start_cache
-from mechlens.models.engine.intervene import AddAlong, Change, TokenMask, bears_fast, changed
+from mechlens.models.engine.intervene.changed import AddAlong, Change, bears_fast, changed
+from mechlens.models.engine.intervene.token_mask import TokenMask
 from mechlens.models.engine.shared_rows import SharedRows, shares_rows
 from mechlens.models.sites import Place
 from mechlens.prompts.asked import Prompts
@@ -71,7 +73,8 @@ def _done(change: Change, prints: Fingerprints) -> list[Any]:
         how: list[Any] = ["along", prints.of(what.unit), what.amount, what.erases]
     else:
         how = ["put", prints.of(what.values)]
-    return [*how, change.sites, change.layers, change.tokens, change.generation, change.answer_tokens]
+    gate = change.gate and [change.gate.decider.key, change.gate.reads, change.gate.output]
+    return [*how, change.sites, change.layers, change.tokens, change.generation, change.answer_tokens, gate]
 
 
 Interventions = Sequence[Intervention] | Sequence[Sequence[Intervention]]
@@ -105,6 +108,8 @@ def steered_batch(
     placement = Placement(n_layers(model), batch)
     changes = [placement.changes(i, [one for one in row if not changes_nothing(one)]) for i, row in enumerate(lists)]
     places = {(site, layer) for row in changes for change in row for site in change.sites for layer in change.layers}
+    gates = [change.gate for row in changes for change in row if change.gate is not None]
+    places |= {("resid_pre", level) for gate in gates for level, _ in gate.reads}
     fast = forward.fits_fast_path(model) and bears_fast(model, sorted(places))
     reason = "" if fast else _why_plain(model, sorted(places))
     forward.warn_plain(model, reason)
@@ -161,7 +166,8 @@ class SteeredBatch:
         ids = [tuple(self.batch.row(i)) for i in range(len(self.batch.prompts))]
         answer = self.batch.answer
         # Where answers are given, what is said first is read at the prompt's last token.
-        read = None if answer is None else (answer[:, 0] - 1 - self.batch.offsets).tolist()
+        read = [len(own) - 1 for own in ids] if answer is None else (answer[:, 0] - 1 - self.batch.offsets).tolist()
+        read = [min(end, gated_from(changes, end)) for end, changes in zip(read, self.changes, strict=True)]
         common, rows = rows_with_starts(ids, self.changes, fast=self.fast, read=read)
         if work.key is None or has_hooks(self.model):
             cache = None  # what hooks change is in no fingerprint, so nothing made under them is kept or reused
@@ -229,6 +235,9 @@ class SteeredBatch:
         number: dict[Any, int] = {}
         now = [number.setdefault(row.ids[:end], len(number)) for row in rows]
         done = [by_layer(self.changes[row.number], blocks, end) for row in rows]
+        for row, did in zip(rows, done, strict=True):
+            for gate in (change.gate for change in self.changes[row.number] if change.gate and end is None):
+                did[gate.level] = (*did[gate.level], row.number)  # every row is decided by itself
         classes = []
         for layer in range(blocks):
             number = {}

@@ -21,6 +21,7 @@ from mechlens.methods.behaviour.log_odds import (
 )
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import phase
+from mechlens.methods.steering.fits import acts_of
 from mechlens.methods.steering.interventions import ALL, Intervention
 from mechlens.methods.steering.steered_batch import Engine, steered_batch
 from mechlens.methods.steering.steering import MAX_TOKENS
@@ -28,7 +29,7 @@ from mechlens.models.bridge import LanguageModel, n_layers
 from mechlens.models.engine import forward
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import steered_residuals
-from mechlens.models.engine.intervene import TokenMask
+from mechlens.models.engine.intervene.token_mask import TokenMask
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.templates.template import TemplateChoice
@@ -60,7 +61,8 @@ def steered_log_odds(
     >>> bool(plain.values[0] == pushed.values[0])  # of strength 0
     True
     """
-    if any((one.positions == ALL) != (one.phase == "both") for own in conditions for one in own):
+    acts = [act for own in conditions for one in own for act in acts_of(one)]
+    if any((act.positions == ALL) != (act.phase == "both") for act in acts):
         raise UserError(
             "log-odds are read under interventions on every token (positions='all', phase='both') or on named tokens "
             "of the prompt (phase='prompt'); give one of the two"

@@ -19,20 +19,16 @@ from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import told
-from mechlens.methods.steering.interventions import (
-    ALL,
-    Intervention,
-    require_direction,
-    require_fits,
-    require_interventions,
-)
+from mechlens.methods.steering.fits import require_direction, require_fits, require_interventions
+from mechlens.methods.steering.interventions import ALL, Act, Intervention
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.starts import SteeredRow
 from mechlens.methods.steering.steered_batch import Engine, Interventions, Keyed, Reduce, steered_batch
 from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, loaded, n_layers
 from mechlens.models.engine.forward import Row, batch_tokens
 from mechlens.models.engine.generate import Decided, Pick, greedy_batch, prompt_logits
-from mechlens.models.engine.intervene import EveryToken, TokenMask, changed
+from mechlens.models.engine.intervene.changed import changed
+from mechlens.models.engine.intervene.token_mask import EveryToken, TokenMask
 from mechlens.models.engine.reference import recomputed_greedy, whole_logits
 from mechlens.models.engine.shared_rows import SharedRows
 from mechlens.models.orthogonal import orthogonalised
@@ -258,7 +254,7 @@ def applied(
         if len(everywhere) < len(interventions) or any(not _everywhere(o) for o in everywhere):
             raise UserError(
                 "without a batch nothing says which tokens are run: give the batch, use answer_under or "
-                "logits_under, or intervene with positions='all' and phase='both' and no answer_tokens"
+                "logits_under, or intervene with positions='all' and phase='both', no answer_tokens and no condition"
             )
         require_fits(model, everywhere, None, force=force)
         rows, token_mask = [Placement(n_layers(model), None).changes(0, everywhere)], EveryToken()
@@ -271,7 +267,9 @@ def applied(
 
 
 def _everywhere(one: Intervention) -> bool:
-    return (one.positions, one.phase) == (ALL, "both") and getattr(one, "answer_tokens", None) is None
+    if not isinstance(one, Act) or getattr(one, "answer_tokens", None) is not None:
+        return False
+    return (one.positions, one.phase) == (ALL, "both")
 
 
 @contextlib.contextmanager

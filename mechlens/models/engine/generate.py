@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
 from mechlens.models.engine.caches import roomy, with_cache
 from mechlens.models.engine.forward import Reader, Row, Stop, right_padded
-from mechlens.models.engine.intervene import TokenMask
+from mechlens.models.engine.intervene.token_mask import TokenMask
 from mechlens.models.engine.packed.packing import pack_prompts, packed_pass, packs
 from mechlens.models.engine.probes import finite_on_cpu, not_finite
 from mechlens.models.engine.shared_rows import SharedRows

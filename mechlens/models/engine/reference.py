@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, has_hooks, is_bridge, loaded, regime
 from mechlens.models.engine.forward import Row
 from mechlens.models.engine.generate import Decided, Pick, Rest, stop_tokens
-from mechlens.models.engine.intervene import TokenMask
+from mechlens.models.engine.intervene.token_mask import TokenMask
 from mechlens.models.engine.probes import decode_gap, loses, require_finite_logits, tolerance
 from mechlens.models.native import native
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, n_layers
 from mechlens.models.engine.caches import with_cache
-from mechlens.models.engine.intervene import TokenMask
+from mechlens.models.engine.intervene.token_mask import TokenMask
 from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, spread_tokens, tolerance
 from mechlens.models.native import native, native_blocks
 

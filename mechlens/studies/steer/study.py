@@ -15,7 +15,8 @@ from mechlens.methods.behaviour.drawing import Draws
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.heartbeat import heartbeat
 from mechlens.methods.progress import phase, timed
-from mechlens.methods.steering.interventions import ALL, ANEW, EVERYWHERE, Ablate, Add
+from mechlens.methods.steering.fits import ANEW
+from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
 from mechlens.methods.steering.side_by_side import IN_WORDS, addition_at
 from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import LanguageModel, loaded

@@ -21,7 +21,7 @@ from mechlens.methods.directions.change import (
 )
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import progress_bar
-from mechlens.methods.steering.interventions import require_direction
+from mechlens.methods.steering.fits import require_direction
 from mechlens.models.bridge import LanguageModel, checkpoint_now
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import CheckpointSwapper

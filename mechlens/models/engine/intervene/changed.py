@@ -9,89 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, device_of, is_bridge
+from mechlens.models.engine.intervene.gates import Decisions, Gate
+from mechlens.models.engine.intervene.token_mask import TokenMask
 from mechlens.models.native import native, plain_module
 from mechlens.models.sites import Place, place_hooks
-
-
-class TokenMask:
-    """Which tokens the running pass holds: a runner says so before each pass, and nobody guesses it from a shape.
-
-    So prompt and answer are told apart alike with a key/value cache, where a pass holds the prompt or one token, and
-    without one, where it holds everything so far. It is all kept on the CPU, where it can be looked at without waiting
-    for a GPU.
-    """
-
-    def __init__(self, lengths: Int[Tensor, " row"], starts: Int[Tensor, " row"]) -> None:
-        self.lengths = lengths
-        self.rows = torch.arange(len(lengths))
-        self._placed: dict[torch.device, Tensor] = {}
-        self._sent: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self.advance(self.rows, starts, 0)
-
-    def advance(self, rows: Int[Tensor, " running"], start: Int[Tensor, " running"], generated: int) -> None:
-        """The next pass has these rows; its first column is token `start` of each; `generated` answer tokens are in."""
-        if not torch.equal(rows, self.rows):
-            self._placed = {}
-        self.rows, self.start = rows, start
-        self.end = self.lengths[rows] + generated
-        self._touched: dict[tuple[int, int, torch.device], Tensor | bool] = {}
-
-    def rows_on(self, device: torch.device) -> Int[Tensor, " running"]:
-        """The rows of the running pass, on a device."""
-        if device not in self._placed:
-            self._placed[device] = self.rows.to(device)
-        return self._placed[device]
-
-    def touched(
-        self, table: Bool[Tensor, "row token"], width: int, device: torch.device
-    ) -> Bool[Tensor, "running seq"] | bool:
-        """Where a change acts in this pass: everywhere, nowhere, or at the tokens marked.
-
-        The last column of `table` is all later tokens.
-        """
-        key = (id(table), width, device)
-        if key not in self._touched:
-            index = self.start.unsqueeze(1) + torch.arange(width)
-            inside = (index >= 0) & (index < self.end.unsqueeze(1))
-            found = table[self.rows].gather(1, index.clamp(0, table.shape[1] - 1)) & inside
-            self._touched[key] = bool(found.any()) if found.all() or not found.any() else self._on(found, table, device)
-        return self._touched[key]
-
-    def _on(self, found: Tensor, table: Tensor, device: torch.device) -> Tensor:
-        """Sent to a device unless it is what the last pass had there, as from one answer token to the next."""
-        last = self._sent.get((id(table), device))
-        if last is None or not torch.equal(last[0], found):
-            last = self._sent[id(table), device] = found, found.to(device)
-        return last[1]
-
-    def laid_out(self, hidden: Tensor) -> Float[Tensor, "running seq d_model"]:
-        """The site's value by row and column: some architectures flatten the two."""
-        x = hidden if hidden.ndim == 3 else hidden.reshape(len(self.rows), -1, hidden.shape[-1])
-        if len(x) != len(self.rows):
-            raise UserError(
-                f"the interventions were placed in a batch of {len(self.rows)} prompts and the model was run on "
-                f"{len(x)}; run it on that batch, or use answer_under and logits_under"
-            )
-        return x
-
-
-class EveryToken(TokenMask):
-    """For changes that act on every token of every row, whatever is run."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-
-    def touched(self, table: Bool[Tensor, "row token"], width: int, device: torch.device) -> bool:
-        return True
-
-    def laid_out(self, hidden: Tensor) -> Float[Tensor, "running seq d_model"]:
-        return hidden if hidden.ndim == 3 else hidden.unsqueeze(0)
-
 
 _Edit = Callable[[Tensor], Tensor]
 
@@ -126,6 +51,8 @@ class Change:
     """Whether answer tokens are changed too."""
     answer_tokens: int | None = None
     """Of those only the first so many; None is all."""
+    gate: Gate | None = None
+    """How much of it happens, decided while the prompt runs; None is all of it."""
 
 
 @contextlib.contextmanager
@@ -137,7 +64,12 @@ def changed(
     `fast` puts the plain Hugging Face modules in place (see `native`) and acts on those; otherwise the changes
     act at TransformerLens' hook points, which a HookedTransformer has too.
     """
-    plan = {place: _through(steps, token_mask) for place, steps in _steps(rows, token_mask, device_of(model)).items()}
+    decisions = Decisions([[one.gate for one in changes if one.gate is not None] for changes in rows])
+    steps = _steps(rows, token_mask, device_of(model), decisions)
+    reads: dict[Place, int] = {("resid_pre", level): level for level in decisions.levels}
+    plan = {
+        place: _through(steps.get(place, []), token_mask, decisions, reads.get(place)) for place in {**reads, **steps}
+    }
     hooks = place_hooks(model, plan)
     modules = _modules(model, hooks) if fast else {}  # before `native` hides TransformerLens' components
     with contextlib.ExitStack() as stack:
@@ -159,11 +91,13 @@ def bears_fast(model: LanguageModel, places: Sequence[Place]) -> bool:
     return len(_modules(model, hooks)) == len(hooks)
 
 
-def _through(steps: list["_Step"], token_mask: TokenMask) -> _Edit:
-    """All steps of one place, one after the other."""
+def _through(steps: list["_Step"], token_mask: TokenMask, decisions: Decisions, level: int | None) -> _Edit:
+    """All steps of one place, one after the other, once gates have read what came there."""
 
     def edit(hidden: Tensor) -> Tensor:
         x = token_mask.laid_out(hidden)
+        if level is not None:
+            decisions.look(level, x, token_mask)
         for step in steps:
             x = step(x, token_mask)
         return x.reshape(hidden.shape)
@@ -210,7 +144,9 @@ def _modules(model: LanguageModel, hooks: Mapping[Place, str]) -> dict[Place, nn
 _Step = Callable[[Tensor, TokenMask], Tensor]
 
 
-def _steps(rows: Sequence[Sequence[Change]], token_mask: TokenMask, device: torch.device) -> dict[Place, list[_Step]]:
+def _steps(
+    rows: Sequence[Sequence[Change]], token_mask: TokenMask, device: torch.device, decisions: Decisions
+) -> dict[Place, list[_Step]]:
     """At every place the first change of each row, then the second of each row, and so on."""
     order: dict[Place, list[dict[int, Change]]] = {}
     for row, changes in enumerate(rows):
@@ -230,15 +166,15 @@ def _steps(rows: Sequence[Sequence[Change]], token_mask: TokenMask, device: torc
         for step in steps:
             key = tuple((row, id(change)) for row, change in step.items())
             if key not in known:
-                known[key] = _made(step, tables)
+                known[key] = _made(step, tables, decisions)
             found[place] += known[key]
     return found
 
 
-def _made(step: dict[int, Change], tables: "_Tables") -> list[_Step]:
+def _made(step: dict[int, Change], tables: "_Tables", decisions: Decisions) -> list[_Step]:
     along = {row: change for row, change in step.items() if isinstance(change.what, AddAlong)}
     put = {row: change for row, change in step.items() if isinstance(change.what, SetVector)}
-    return ([_moving(along, tables)] if along else []) + ([_putting(put, tables)] if put else [])
+    return ([_moving(along, tables, decisions)] if along else []) + ([_putting(put, tables, decisions)] if put else [])
 
 
 class _Tables:
@@ -262,7 +198,7 @@ class _Tables:
         return self.made[key]
 
 
-def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
+def _moving(step: dict[int, Change], tables: _Tables, decisions: Decisions) -> _Step:
     whats = {row: change.what for row, change in step.items() if isinstance(change.what, AddAlong)}
     table, device = tables.of(step), tables.device
     distinct = {id(what.unit): what.unit for what in whats.values()}
@@ -273,6 +209,8 @@ def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
     amount = torch.tensor([what.amount if what else 0.0 for what in every], device=device)
     erases = torch.tensor([what is not None and what.erases for what in every], device=device)
     any_erases = any(what is not None and what.erases for what in every)
+    gates = [step[row].gate if row in step else None for row in range(len(every))]
+    is_gated = any(gate is not None for gate in gates)
 
     def move(x: Tensor, token_mask: TokenMask) -> Tensor:
         touched = token_mask.touched(table, x.shape[1], x.device)
@@ -287,15 +225,21 @@ def _moving(step: dict[int, Change], tables: _Tables) -> _Step:
             shift = shift - erases[rows].to(wide).unsqueeze(1) * (wide * unit).sum(dim=-1)
         if isinstance(touched, Tensor):
             shift = torch.where(touched, shift, 0.0)
-        return wide.addcmul(shift.unsqueeze(-1), unit).to(x.dtype)
+        if not is_gated:
+            return wide.addcmul(shift.unsqueeze(-1), unit).to(x.dtype)
+        own = token_mask.rows.tolist()
+        share = decisions.shares(own, [gates[row] for row in own], x.device).to(wide)[:, None, None]
+        # Not x + 0: what a gate leaves alone stays as it is to the bit.
+        return torch.where(share == 0, x, wide.addcmul(share * shift.unsqueeze(-1), unit).to(x.dtype))
 
     return move
 
 
-def _putting(step: dict[int, Change], tables: _Tables) -> _Step:
+def _putting(step: dict[int, Change], tables: _Tables, decisions: Decisions) -> _Step:
     row = torch.tensor([r for r, c in step.items() for _ in c.tokens or ()])
     token = torch.tensor([t for c in step.values() for t in c.tokens or ()])
     values = torch.cat([c.what.values for c in step.values() if isinstance(c.what, SetVector)]).to(tables.device)
+    is_gated = any(change.gate is not None for change in step.values())
 
     def put(x: Tensor, token_mask: TokenMask) -> Tensor:
         slot = torch.full((len(tables.lengths),), -1)
@@ -303,6 +247,9 @@ def _putting(step: dict[int, Change], tables: _Tables) -> _Step:
         place = slot[row]
         column = token - token_mask.start[place]
         here = ((place >= 0) & (column >= 0) & (column < x.shape[1])).nonzero().squeeze(1)
+        if is_gated:
+            rows = row[here].tolist()
+            here = here[decisions.shares(rows, [step[one].gate for one in rows], here.device) > 0]
         if not len(here):
             return x
         out = x.clone()
