@@ -53,6 +53,8 @@ from mechlens.methods.behaviour.traces import names_string as names_string
 from mechlens.methods.behaviour.traces import thought_of as thought_of
 from mechlens.methods.directions.adapter_path import AdapterPath as AdapterPath
 from mechlens.methods.directions.adapter_path import adapter_path as adapter_path
+from mechlens.methods.directions.arithmetic import merge_directions as merge_directions
+from mechlens.methods.directions.arithmetic import project_out as project_out
 from mechlens.methods.directions.change import ChangeDirections as ChangeDirections
 from mechlens.methods.directions.change import change_cosine as change_cosine
 from mechlens.methods.directions.change import change_directions as change_directions

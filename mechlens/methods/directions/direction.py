@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,7 +19,8 @@ from mechlens.prompts.same import Comparable
 class Direction(Comparable):
     """A residual-stream vector at one level and position, in the model's own units (never normalised).
 
-    `ml.steer(model, direction, "Hello")` shows what it does to answers.
+    `ml.steer(model, direction, "Hello")` shows what it does to answers. Directions of one place can be added,
+    subtracted and scaled (`a + 0.5 * b`); `parts` says what a sum was made of.
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
@@ -45,6 +47,11 @@ class Direction(Comparable):
     """Prompts it was fitted on; no number reported with it may come from these."""
     residual_norm: float | None = None
     """Median length of those prompts' vectors, there: what a strength in shares is a share of. None isn't known."""
+    parts: tuple[tuple[float, "Direction"], ...] = ()
+    """Of a sum, the directions that it was made of and how much of each; see `combined`."""
+
+    __array_ufunc__ = None
+    """So that a number of numpy's leaves the product to us."""
 
     def __post_init__(self) -> None:
         require_contrast(self.contrast)
@@ -62,12 +69,39 @@ class Direction(Comparable):
         """The same direction with length 1; a zero direction stays zero."""
         return self.vector / self.norm if self.norm > 0 else self.vector
 
+    def __add__(self, other: object) -> "Direction":
+        return _combined((1, self), (1, other))
+
+    def __sub__(self, other: object) -> "Direction":
+        return _combined((1, self), (-1, other))
+
+    def __mul__(self, factor: object) -> "Direction":
+        return _combined((factor, self))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> "Direction":
+        return _combined((1 / divisor, self))
+
+    def __neg__(self) -> "Direction":
+        return _combined((-1, self))
+
     def __repr__(self) -> str:
         made = f"{self.method} of {len(self.train_ids)} prompts" if self.train_ids else self.method
+        if self.parts:
+            made = " + ".join(
+                f"{weight:.4g} ({' - '.join(one.contrast)}, {one.position})" for weight, one in self.parts
+            )
         return (
             f"Direction({' - '.join(self.contrast)} at level {self.level}, {self.position}; norm {self.norm:.4g}, "
             f"d_model {len(self.vector)}; {made}; {self.checkpoint.name}, {self.site})"
         )
+
+
+def _combined(*terms: tuple[object, object]) -> Direction:
+    from mechlens.methods.directions.arithmetic import combined  # which is about directions and imports them
+
+    return combined(terms)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -281,7 +315,7 @@ def random_like(direction: Direction, n: int, seed: int) -> tuple[Direction, ...
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(n, len(direction.vector), generator=generator, dtype=torch.float64)
     scaled = draws / draws.norm(dim=1, keepdim=True) * direction.norm
-    return tuple(replace(direction, vector=v.to(direction.vector.dtype), method="random") for v in scaled)
+    return tuple(replace(direction, vector=v.to(direction.vector.dtype), method="random", parts=()) for v in scaled)
 
 
 def project(values: Float[Tensor, "*batch d_model"], direction: Direction) -> Float[Tensor, "*batch"]:
