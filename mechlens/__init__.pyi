@@ -99,6 +99,17 @@ from mechlens.methods.probing.detect import detect as detect
 from mechlens.methods.probing.prompt_identity import BehaviourProbe as BehaviourProbe
 from mechlens.methods.probing.prompt_identity import behaviour_probe as behaviour_probe
 from mechlens.methods.probing.prompt_identity import prompt_identity_auroc as prompt_identity_auroc
+from mechlens.methods.sinks.backcopy.task import BackcopyTask as BackcopyTask
+from mechlens.methods.sinks.backcopy.task import backcopy_task as backcopy_task
+from mechlens.methods.sinks.backcopy.training import BackcopyRun as BackcopyRun
+from mechlens.methods.sinks.backcopy.training import BackcopyTraining as BackcopyTraining
+from mechlens.methods.sinks.backcopy.training import train_backcopy as train_backcopy
+from mechlens.methods.sinks.backcopy.transformer import BackcopyShape as BackcopyShape
+from mechlens.methods.sinks.backcopy.transformer import BackcopyTransformer as BackcopyTransformer
+from mechlens.methods.sinks.found import Sinks as Sinks
+from mechlens.methods.sinks.found import find_sinks as find_sinks
+from mechlens.methods.sinks.reading import measure_sinks as measure_sinks
+from mechlens.methods.sinks.result import SinkMap as SinkMap
 from mechlens.methods.statistics.change_point import ChangePoint as ChangePoint
 from mechlens.methods.statistics.change_point import change_point as change_point
 from mechlens.methods.statistics.cliff import Cliff as Cliff

@@ -21,12 +21,14 @@ from mechlens.methods.activations.collect import collect
 from mechlens.methods.activations.token_scores import Line
 from mechlens.methods.activations.trace_tokens import up_to_answers
 from mechlens.methods.progress import progress_bar
-from mechlens.models.bridge import LanguageModel, d_model, device_of, loaded, n_layers, regime
+from mechlens.models.attention.outputs import by_head as heads_apart
+from mechlens.models.attention.outputs import output_matrix, output_taps
+from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
 from mechlens.models.engine import forward
 from mechlens.models.engine.caches import with_cache
 from mechlens.models.engine.forward import Reader, Stop
 from mechlens.models.engine.shared_rows import SharedRows
-from mechlens.models.engine.site_reader import by_head, tapped, taps_of
+from mechlens.models.engine.site_reader import by_head, tapped
 from mechlens.models.native import native, native_blocks
 from mechlens.models.sites import n_heads
 from mechlens.prompts.batch import TokenBatch
@@ -75,7 +77,7 @@ def head_scores(model: LanguageModel, batch: TokenBatch, line: Line) -> HeadScor
     (True, True)
     """
     layers = range(min(line.direction.level, n_layers(model)))
-    taps = _taps(model, layers)
+    taps = output_taps(model, layers)
     if not taps:
         raise UserError("no head comes before level 0, the embedding; choose a line of a higher level")
     if not forward.fits_fast_path(model):
@@ -86,7 +88,7 @@ def head_scores(model: LanguageModel, batch: TokenBatch, line: Line) -> HeadScor
     values = collect(model, cut, site="z", levels=list(layers), positions=["answer[-1]"]).values[:, :, 0].double()
     unit, scale = line.direction.unit.double(), line.one - line.zero
     for layer, tap in taps.items():
-        along = (_matrix(model, tap).cpu().double() @ unit).reshape(shape[2], -1)
+        along = (output_matrix(model, tap).cpu().double() @ unit).reshape(shape[2], -1)
         written[:, layer] = torch.einsum("phd,hd->ph", values[:, layer], along) / scale
     bar = progress_bar(total=shape[0], title="heads one by one", unit="prompt")
     with bar:
@@ -157,7 +159,7 @@ def without_heads(model: LanguageModel, heads: Sequence[Head], *, renormalise: b
             f"there is no head {wrong[0][1]} in layer {wrong[0][0]}; there are layers 0 to {n_layers(model) - 1} with "
             f"heads 0 to {n_heads(model, 'z') - 1}"
         )
-    taps = _taps(model, sorted({layer for layer, _ in heads}))
+    taps = output_taps(model, sorted({layer for layer, _ in heads}))
     kept: list[tuple[nn.Module, nn.Parameter, Any]] = []
     try:
         for layer, tap in taps.items():
@@ -165,7 +167,7 @@ def without_heads(model: LanguageModel, heads: Sequence[Head], *, renormalise: b
             assert original is not None
             kept.append((tap, original, tap.__dict__.get("forward")))  # that of a block around this one
             weight = original.detach().clone()
-            _by_head(weight if isinstance(tap, Conv1D) else weight.T, n_heads(model, "z"))[
+            heads_apart(weight if isinstance(tap, Conv1D) else weight.T, n_heads(model, "z"))[
                 [head for at, head in heads if at == layer]
             ] = 0
             tap._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -210,31 +212,3 @@ def chosen_heads(
     order = scores.flatten().argsort(descending=which == "positive", stable=True).tolist()
     picked = random.Random(seed).sample(order, n) if which == "random" else order[:n]
     return tuple((i // scores.shape[1], i % scores.shape[1]) for i in picked)
-
-
-def _taps(model: LanguageModel, layers: Sequence[int]) -> dict[int, nn.Module]:
-    """The output matrices of the layers' heads; UserError where a model has none that can be read and changed."""
-    if regime(model) != "raw":
-        raise UserError(f"the weights are {regime(model)}; load the model with raw ones to take its heads apart")
-    taps = taps_of(model, "z", layers)
-    for tap in (taps or {}).values():
-        _matrix(model, tap)
-    if taps is None:
-        raise UserError("the heads of this model don't end in a matrix of their own; choose another model")
-    return taps
-
-
-def _matrix(model: LanguageModel, tap: nn.Module) -> Float[Tensor, "head_and_dimension d_model"]:
-    """What the heads' values are multiplied by, side by side."""
-    weight = tap._parameters.get("weight")
-    if not isinstance(tap, nn.Linear | Conv1D) or weight is None or not weight.is_floating_point():
-        raise UserError(f"the heads of this model end in {type(tap).__name__}, not in a plain matrix; choose another")
-    found = weight.detach() if isinstance(tap, Conv1D) else weight.detach().T
-    if found.shape[1] != d_model(model):
-        raise UserError("what the heads of this model write isn't the residual stream's width; choose another model")
-    return found
-
-
-def _by_head(matrix: Float[Tensor, "head_and_dimension d_model"], heads: int) -> Float[Tensor, "head dimension d"]:
-    """A view of it with the heads apart."""
-    return matrix.view(heads, -1, matrix.shape[1])

@@ -7,7 +7,7 @@ attention implementation; an architecture whose attention can't be named so is f
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mechlens.models.bridge import LanguageModel, device_of, n_layers
@@ -253,18 +254,23 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | No
 
 
 @contextlib.contextmanager
-def attending(hf_model: nn.Module, attention: PackedAttention) -> Iterator[None]:
-    """The plain model with this attention in every block."""
+def attending(
+    hf_model: nn.Module, attention: Callable[..., Any], mask: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """The plain model with this attention in every block; it is given what `mask` makes, by default no mask."""
     config: Any = hf_model.config
     before = config._attn_implementation
     name = f"{NAME}_{next(_PASSES)}"  # the names are the process's, and another thread may run another model
     try:
         ALL_ATTENTION_FUNCTIONS.register(name, attention)
+        if mask is not None:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
         config._attn_implementation = name
         yield
     finally:
         config._attn_implementation = before
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
 def packed_pass(

@@ -1,0 +1,307 @@
+"""Sinks: found where they were planted, and every measure as it is defined, by hand and on plain transformers."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from planted_sinks import DIMENSION, SINK_HEADS, SIZE, planted_sinks
+from tiny import tiny_hf, tiny_tokenizer
+
+from mechlens.errors import UserError
+from mechlens.methods.patching.heads import without_heads
+from mechlens.methods.sinks import measures
+from mechlens.methods.sinks.found import find_sinks
+from mechlens.methods.sinks.reading import measure_sinks
+from mechlens.models.attention.watch import watch
+from mechlens.models.bridge import bridge
+from mechlens.models.checkpoint import Checkpoint
+
+TEXTS = ["abc def x ghi jkl mno pqr stu", "one thing x and another thing after it", "the x stands here near the start"]
+
+
+def causal(n: int, window: int = 1000) -> torch.Tensor:
+    own, key = torch.arange(n)[:, None], torch.arange(n)
+    return (key <= own) & (own - key < window)
+
+
+def even(n: int, visible: torch.Tensor) -> torch.Tensor:
+    return (visible / visible.sum(dim=1, keepdim=True)).expand(1, n, n)
+
+
+def to_one(n: int, sink: int, share: float) -> torch.Tensor:
+    """Each query after the sink gives it a share of its attention and the rest to itself."""
+    pattern = torch.eye(n)
+    pattern[sink + 1 :, sink] = share
+    pattern[range(sink + 1, n), range(sink + 1, n)] = 1 - share
+    return pattern[None]
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sink", [0, 3])
+def test_a_planted_sink_has_its_share_of_the_mass_wherever_it_stands(sink: int) -> None:
+    pattern, visible = to_one(64, sink, 0.6), causal(64)
+    # Queries before it see no sink, and it and they have no choice.
+    chosen = 63 - sink + (1 if sink else 0)
+    expected = (0.6 * (63 - sink) + (1 if sink else 0)) / chosen
+    assert float(measures.sink_mass(pattern, visible, [sink])) == pytest.approx(expected)
+    assert float(measures.sink_rate(pattern, visible, [sink])) == 1
+    assert float(measures.received(pattern, visible)[0, sink]) == pytest.approx((0.6 * (63 - sink) + 1) / (64 - sink))
+    assert float(measures.first_share(pattern)) == pytest.approx(0.6 if sink == 0 else 0.0)
+
+
+def test_even_attention_has_no_sink() -> None:
+    pattern, visible = even(64, causal(64)), causal(64)
+    harmonic = sum(1 / k for k in range(1, 65))
+    assert float(measures.received(pattern, visible)[0, 0]) == pytest.approx(harmonic / 64)  # .074
+    assert float(measures.sink_rate(pattern, visible, [0])) == 0
+    assert float(measures.row_entropy(pattern, visible)) == pytest.approx(1.0, abs=1e-5)
+    assert float(measures.sink_mass(pattern, visible, [0])) == pytest.approx((harmonic - 1) / 63)
+
+
+def test_a_query_whose_window_has_no_sink_is_not_counted() -> None:
+    visible = causal(32, window=8)
+    pattern = even(32, visible)
+    assert float(measures.sink_mass(pattern, visible, [0])) == pytest.approx(sum(1 / k for k in range(2, 9)) / 7)
+    far = visible.clone()
+    far[:, 0] = False
+    assert measures.sink_mass(even(32, far | torch.eye(32, dtype=torch.bool)), far, [0]).isnan().all()
+
+
+def test_the_rate_is_of_the_first_64_tokens() -> None:
+    pattern = torch.cat([to_one(64, 0, 0.9), torch.zeros(1, 136, 64)], dim=1)
+    pattern = torch.nn.functional.pad(pattern, (0, 136))
+    pattern[0, range(64, 200), range(64, 200)] = 1.0
+    assert float(measures.sink_rate(pattern, causal(200), [0])) == 1
+    assert float(measures.sink_rate(pattern, causal(200), [100])) == 0
+
+
+def test_the_sink_logit_is_a_difference_of_logits() -> None:
+    visible = causal(16)
+    logits = torch.zeros(1, 16, 16).masked_fill(~visible, -torch.inf)
+    logits[:, :, 2] += 5.0
+    assert float(measures.sink_logit(logits, visible, [2])) == pytest.approx(5.0)
+    assert float(measures.sink_logit(logits + 7.0, visible, [2])) == pytest.approx(5.0)
+
+
+def test_drained_values_and_peaks_are_what_was_planted() -> None:
+    norms = torch.ones(2, 20)
+    norms[0, [0, 3]], norms[1, 3] = 0.1, 12.0
+    assert measures.sinks_against_others(norms, [0, 3]).tolist() == pytest.approx([0.1, 6.5])
+    assert measures.residual_peak(norms, [0, 3]).tolist() == pytest.approx([0.1, 12.0])
+    residual = torch.ones(6, 8)
+    residual[0, 5], residual[4, 2] = -40.0, 20.0
+    assert float(measures.massive(residual)) == pytest.approx(40.0)
+    assert measures.massive_dimensions(residual, 2) == [(0, 5, -40.0), (4, 2, 20.0)]
+
+
+def test_entropies_tell_a_sink_head_from_one_that_looks_back_and_an_even_one() -> None:
+    visible = causal(64)
+    back = torch.zeros(1, 64, 64)
+    back[0, range(1, 64), range(63)] = 1.0
+    back[0, 0, 0] = 1.0
+    sink, evenly = to_one(64, 0, 1.0), even(64, visible)
+    rows = [float(measures.row_entropy(one, visible)) for one in (sink, back, evenly)]
+    columns = [float(measures.column_entropy(one, visible)) for one in (sink, back, evenly)]
+    assert rows == pytest.approx([0.0, 0.0, 1.0], abs=1e-5)
+    assert columns[0] == pytest.approx(1.0, abs=1e-5)
+    assert columns[1] < 0.2
+
+
+# --- a planted model -------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_sink_is_found_that_is_not_the_first_token() -> None:
+    model = planted_sinks("x")
+    found = measure_sinks(model, TEXTS, template=None)
+    ids = [model.tokenizer(text)["input_ids"] for text in TEXTS]
+    token = model.tokenizer("x")["input_ids"][0]
+    assert found.sinks.places == tuple((row.index(token),) for row in ids)
+    assert all(found.sinks.sure)
+    assert list(found.sinks.table()["token"]) == ["x"]
+    mass = found.of("mass").mean(dim=(0, 1))
+    others = [head for head in range(4) if head not in SINK_HEADS]
+    assert float(mass[list(SINK_HEADS)].min()) > 0.99
+    assert float(mass[others].max()) < 0.15
+    # Half of the heads look nowhere else: the first token gets nearly nothing from them.
+    assert float(found.of("first")[:, :, list(SINK_HEADS)].max()) < 0.2
+    assert bool((found.of("rate")[:, :, list(SINK_HEADS)] == 1).all())
+    assert float(found.of("value").max()) < 0.02
+    assert float(found.of("peak").min()) > 4
+    first = found.dimensions().iloc[0]
+    assert (first["dimension"], first["texts"], first["at_sink"]) == (DIMENSION, 1.0, 1.0)
+    assert float(found.of("largest").max()) == pytest.approx(SIZE, rel=1e-2)
+    assert bool((found.sink_heads == torch.tensor([head in SINK_HEADS for head in range(4)])).all())
+
+
+def test_a_model_without_sinks_says_so() -> None:
+    checkpoint = Checkpoint("tiny", "tests/tiny")
+    hf_model = tiny_hf("gpt2")
+    with torch.no_grad():
+        for block in hf_model.transformer.h:
+            block.attn.c_attn.weight[:, :64] = 0.0
+            block.attn.c_attn.bias[:64] = 0.0
+    sinks = find_sinks(bridge(hf_model, tiny_tokenizer(None), checkpoint), TEXTS, template=None)
+    assert not any(sinks.sure)
+    assert len(sinks.table()) == 0
+    assert all(len(own) == 1 for own in sinks.places)  # the one that receives most stands in
+
+
+def test_what_can_not_be_measured_is_said() -> None:
+    model = planted_sinks()
+    with pytest.raises(UserError, match=r"'prompt-0001' has 2 tokens .*; at least 16 are needed"):
+        find_sinks(model, [TEXTS[0], "ab"], template=None)
+    found = measure_sinks(model, TEXTS, template=None)
+    with pytest.raises(UserError, match=r"there is no measure 'maas' \(did you mean 'mass'\?\)"):
+        found.of("maas")
+    with pytest.raises(UserError, match="the sinks are of 3 texts, and 2 came"):
+        measure_sinks(model, TEXTS[:2], sinks=found.sinks, template=None)
+
+
+# --- plain transformers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "olmo2", "gpt_oss", "qwen3_next", "gpt2"])
+def test_every_measure_is_that_of_plain_transformers(architecture: str) -> None:
+    """From `output_attentions`, its cache and hidden states, with loops."""
+    hf_model, plain = tiny_hf(architecture), tiny_hf(architecture)
+    model = bridge(hf_model, tiny_tokenizer(None), Checkpoint("tiny", "tests/tiny"))
+    text = "the thing is that the king sees a thing and another thing."
+    found = measure_sinks(model, [text], template=None)
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = plain(ids, output_attentions=True, output_hidden_states=True, use_cache=True)
+    layers = [i for i in range(3) if not found.of("mass")[0, i].isnan().any()]
+    attentions = [one for one in out.attentions if one is not None]
+    (places,) = found.sinks.places
+    for layer, one in zip(layers, attentions, strict=True):
+        pattern = one[0].double()
+        visible = pattern[0] > 0
+        rows, first = [], []
+        for i in range(ids.shape[1]):
+            keys = set(visible[i].nonzero().flatten().tolist())
+            if keys & set(places) and keys - set(places):
+                rows.append(sum(pattern[:, i, place] for place in places))
+            if i:
+                first.append(pattern[:, i, 0])
+        assert torch.allclose(found.of("mass")[0, layer].double(), torch.stack(rows).mean(dim=0), atol=1e-5)
+        assert torch.allclose(found.of("first")[0, layer].double(), torch.stack(first).mean(dim=0), atol=1e-5)
+        missing = 1 - pattern.sum(dim=2).mean(dim=1)
+        assert torch.allclose(found.of("learned")[0, layer].double(), missing, atol=1e-5)
+        entropy = [
+            -sum(p * math.log(p) for p in row[row > 0].tolist()) / math.log(int(visible[i].sum()))
+            for i, row in enumerate(pattern[0]) if int(visible[i].sum()) > 1
+        ]  # fmt: skip
+        assert float(found.of("row_entropy")[0, layer, 0]) == pytest.approx(sum(entropy) / len(entropy), rel=1e-4)
+        _, cached = _cached(out.past_key_values, layer)
+        if cached.shape[2] == ids.shape[1]:  # a sliding window drops the first ones
+            assert torch.allclose(found.of("value")[0, layer], _drain(plain, layer, cached[0], places), rtol=1e-4)
+    for level, hidden in enumerate(out.hidden_states[:-1]):  # the last one is normed
+        norms = hidden[0].norm(dim=1)
+        others = [i for i in range(ids.shape[1]) if i not in places]
+        assert float(found.of("peak")[0, level]) == pytest.approx(
+            float(norms[list(places)].max() / norms[others].max()), rel=1e-4
+        )
+        assert float(found.of("largest")[0, level]) == pytest.approx(float(hidden.abs().max()), rel=1e-4)
+    gated = architecture == "qwen3_next"
+    assert (float(found.of("gate").nanmean()) < 0.9) == gated
+    assert (float(found.of("learned").nanmean()) > 0.01) == (architecture == "gpt_oss")
+
+
+def _cached(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return cache.layers[layer].keys, cache.layers[layer].values
+
+
+def _drain(plain: Any, layer: int, values: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
+    """Norms of W_O v by head, at the sinks against elsewhere."""
+    if hasattr(plain, "transformer"):
+        matrix = plain.transformer.h[layer].attn.c_proj.weight.detach().T
+    else:
+        matrix = plain.model.layers[layer].self_attn.o_proj.weight.detach()
+    size = values.shape[-1]
+    heads = matrix.shape[1] // size
+    norms = torch.stack([
+        (values[head * len(values) // heads] @ matrix[:, head * size : (head + 1) * size].T).norm(dim=1)
+        for head in range(heads)
+    ])  # fmt: skip
+    others = [i for i in range(norms.shape[1]) if i not in places]
+    return norms[:, list(places)].mean(dim=1) / norms[:, others].mean(dim=1)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])
+def test_eager_and_sdpa_show_the_same_numbers(architecture: str) -> None:
+    found = []
+    for attention in ("eager", "sdpa"):
+        hf_model = tiny_hf(architecture)
+        hf_model.set_attn_implementation(attention)
+        model = bridge(hf_model, tiny_tokenizer(None), Checkpoint("tiny", "tests/tiny"))
+        found.append(measure_sinks(model, TEXTS, template=None))
+    assert found[0].sinks.places == found[1].sinks.places
+    assert torch.allclose(found[0].heads, found[1].heads, atol=1e-5, equal_nan=True)
+    assert torch.allclose(found[0].levels, found[1].levels, rtol=1e-4)
+
+
+@pytest.mark.exact
+def test_a_text_has_the_same_numbers_alone_and_padded_on_either_side() -> None:
+    from mechlens.methods.activations.collect import template_of
+    from mechlens.prompts.batch import tokenize
+
+    model = planted_sinks()
+    right, left = (tokenize(TEXTS, template_of(model, None), padding_side=side) for side in ("right", "left"))
+    found = [measure_sinks(model, batch) for batch in (right, left)]
+    alone = [measure_sinks(model, [text], template=None) for text in TEXTS]
+    assert torch.equal(found[0].heads, found[1].heads)
+    assert torch.equal(found[0].heads, torch.cat([one.heads for one in alone], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("bloom", "it isn't computed where transformers lets it be named"),
+        ("bitnet", "what its heads find is normed before it reaches their output matrix"),
+        ("mamba", "no block of it has attention"),
+        ("glm_moe_dsa", "it isn't a softmax of its queries and keys"),
+    ],
+)
+def test_attention_that_can_not_be_read_is_refused(architecture: str, reason: str) -> None:
+    model = bridge(tiny_hf(architecture), tiny_tokenizer(None), Checkpoint("tiny", "tests/tiny"))
+    with pytest.raises(UserError, match=f"the attention of tiny can't be read: {reason}.*; choose another model"):
+        find_sinks(model, TEXTS, template=None)
+
+
+def test_a_users_hook_is_not_gone_past_in_silence() -> None:
+    model = planted_sinks()
+    hook = ("blocks.0.hook_resid_pre", lambda value, hook: value)
+    with model.hooks(fwd_hooks=[hook]), pytest.raises(UserError, match="hooks are attached to the model"):
+        find_sinks(model, TEXTS, template=None)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("architecture", ["llama", "gpt_oss"])
+def test_what_takes_a_patterns_place_is_what_the_model_goes_on_with(tiny_model: Any, architecture: str) -> None:
+    model, ids = tiny_model(architecture), list(range(5, 30))
+
+    def off(layer: int, pattern: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        assert bool(visible.tril().eq(visible).all())
+        return pattern * (torch.arange(4) != 1)[:, None, None] if layer == 0 else pattern
+
+    with without_heads(model, [(0, 1)]):
+        right = watch(model, ids)
+    assert torch.allclose(watch(model, ids, change=off), right, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(watch(model, ids), right, rtol=1e-2)
+    levels: dict[int, torch.Tensor] = {}
+
+    def doubled(level: int, residual: torch.Tensor) -> torch.Tensor | None:
+        levels[level] = residual
+        return 2 * residual if level == 2 else None
+
+    watch(model, ids, residual=doubled)
+    assert sorted(levels) == [0, 1, 2]
+    last = watch(model, ids, residual=lambda level, residual: 2 * levels[2] if level == 2 else None)
+    assert torch.allclose(last, watch(model, ids, residual=doubled))
+    assert not torch.allclose(last, watch(model, ids), rtol=1e-2)
