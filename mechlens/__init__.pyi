@@ -123,6 +123,11 @@ from mechlens.methods.steering.candidates import score_candidates as score_candi
 from mechlens.methods.steering.conditions import Flagged as Flagged
 from mechlens.methods.steering.conditions import Projection as Projection
 from mechlens.methods.steering.conditions import When as When
+from mechlens.methods.steering.controllers.controller import Controlled as Controlled
+from mechlens.methods.steering.controllers.controller import Controller as Controller
+from mechlens.methods.steering.controllers.fit import fit_controller as fit_controller
+from mechlens.methods.steering.controllers.plan import PUBLISHED as PUBLISHED
+from mechlens.methods.steering.controllers.plan import ControllerPlan as ControllerPlan
 from mechlens.methods.steering.interventions import ALL as ALL
 from mechlens.methods.steering.interventions import EVERYWHERE as EVERYWHERE
 from mechlens.methods.steering.interventions import Ablate as Ablate

@@ -63,8 +63,12 @@ def site_hook(site: str, layer: int) -> str:
 
 def level_hook(model: LanguageModel, level: int) -> str:
     """Hook name of a residual level: `resid_pre` of block `level`, or the last block's `resid_post`."""
-    last = n_layers(model) - 1
-    return site_hook("resid_pre", level) if level <= last else site_hook("resid_post", last)
+    return site_hook(*level_place(n_layers(model), level))
+
+
+def level_place(n_layers: int, level: int) -> "Place":
+    """Where a residual level lies: the input of the block of its number, or the last block's output."""
+    return ("resid_pre", level) if level < n_layers else ("resid_post", n_layers - 1)
 
 
 def n_heads(model: LanguageModel, site: str) -> int:

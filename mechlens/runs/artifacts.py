@@ -150,11 +150,17 @@ class _Header2(_Header1):
 _HEADERS = {1: _Header1, 2: _Header2}
 RENAMED = {("PatchResult", "direction"): "mode"}
 """Fields, by class, that older files know by another name."""
-IN_WORDS = {"FittedGuard": "guard", "Direction": "direction", "DirectionGrid": "grid of directions"}
+IN_WORDS = {
+    "FittedGuard": "guard",
+    "Direction": "direction",
+    "Controller": "controller",
+    "DirectionGrid": "grid of directions",
+}
 """What a class of files is called where people read it; others by their names."""
 WRITTEN_AS = {
     "FittedGuard": "the guard.safetensors that `guard fit` writes",
     "Direction": "the direction.safetensors that `direction` writes",
+    "Controller": "the controller.safetensors that `steer train` writes",
 }
 REMEDY = "make it again, or take it from where it came from"
 

@@ -43,7 +43,7 @@ def require_fits(
     distinct = [act for one in given for act in acts_of(one)]
     for gated in given:
         if not isinstance(gated, Act):
-            _require_gate(gated, now, width, template, force)
+            _require_gate(model, gated, template, force)
     for one in distinct:
         wrong = [layer for layer in (() if one.layers == ALL else one.layers) if not 0 <= layer <= last]
         if wrong:
@@ -60,8 +60,9 @@ def require_fits(
         require_seen(model)
 
 
-def _require_gate(one: Gated, now: Checkpoint, width: int, template: str | None, force: bool) -> None:
+def _require_gate(model: LanguageModel, one: Gated, template: str | None, force: bool) -> None:
     """UserError for what decides by another width, or (unless forced) was made for another model or template."""
+    now, width = checkpoint_now(model), d_model(model)
     for what, own, made, its_template in one.made:
         if own != width:
             raise other_width(what, own, made, width, now)
@@ -69,8 +70,12 @@ def _require_gate(one: Gated, now: Checkpoint, width: int, template: str | None,
             require_same_weights(what, made, now, ANEW)
             if template is not None:
                 require_same_template(what, its_template, template, ANEW)
-    first = min(min(act.layers) if act.layers != ALL else 0 for act, _ in one.acts)
-    read = max(level for level, _ in one.places)
+    read, top = max(level for level, _ in one.places), n_layers(model)
+    if not 0 <= read <= top:
+        raise UserError(f"what decides reads level {read}, and the model's levels are 0 to {top}; read one of them")
+    # What is done to answers alone comes after the whole prompt was read.
+    in_prompt = [act for act, _ in one.acts if act.phase != "generation"]
+    first = min((min(act.layers) if act.layers != ALL else 0 for act in in_prompt), default=read)
     if read > first:
         raise UserError(
             f"what decides reads level {read}, and what it decides on begins at layer {first}; read at a lower level, "

@@ -29,7 +29,7 @@ from mechlens.models.engine.generate import start_cache
 from mechlens.models.engine.intervene.changed import AddAlong, Change, bears_fast, changed
 from mechlens.models.engine.intervene.token_mask import TokenMask
 from mechlens.models.engine.shared_rows import SharedRows, shares_rows
-from mechlens.models.sites import Place
+from mechlens.models.sites import Place, level_place
 from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.templates.template import TemplateChoice
@@ -109,7 +109,7 @@ def steered_batch(
     changes = [placement.changes(i, [one for one in row if not changes_nothing(one)]) for i, row in enumerate(lists)]
     places = {(site, layer) for row in changes for change in row for site in change.sites for layer in change.layers}
     gates = [change.gate for row in changes for change in row if change.gate is not None]
-    places |= {("resid_pre", level) for gate in gates for level, _ in gate.reads}
+    places |= {level_place(n_layers(model), level) for gate in gates for level, _ in gate.reads}
     fast = forward.fits_fast_path(model) and bears_fast(model, sorted(places))
     reason = "" if fast else _why_plain(model, sorted(places))
     forward.warn_plain(model, reason)
@@ -237,7 +237,8 @@ class SteeredBatch:
         done = [by_layer(self.changes[row.number], blocks, end) for row in rows]
         for row, did in zip(rows, done, strict=True):
             for gate in (change.gate for change in self.changes[row.number] if change.gate and end is None):
-                did[gate.level] = (*did[gate.level], row.number)  # every row is decided by itself
+                at = min(gate.level, blocks - 1)
+                did[at] = (*did[at], row.number)  # every row is decided by itself
         classes = []
         for layer in range(blocks):
             number = {}

@@ -26,6 +26,7 @@ KINDS = {
     "Centroids": "mechlens.methods.probing.beliefs:Centroids",
     "Detection": "mechlens.methods.probing.detect:Detection",
     "FittedGuard": "mechlens.methods.guard.fitted:FittedGuard",
+    "Controller": "mechlens.methods.steering.controllers.controller:Controller",
     "PatchResult": "mechlens.methods.patching.result:PatchResult",
     "Checkpoint": "mechlens.models.checkpoint:Checkpoint",
     "Split": "mechlens.prompts.split:Split",

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mechlens.models.bridge import LanguageModel, device_of, is_bridge
+from mechlens.models.bridge import LanguageModel, device_of, is_bridge, n_layers
 from mechlens.models.engine.intervene.gates import Decisions, Gate
 from mechlens.models.engine.intervene.token_mask import TokenMask
 from mechlens.models.native import native, plain_module
-from mechlens.models.sites import Place, place_hooks
+from mechlens.models.sites import Place, level_place, place_hooks
 
 _Edit = Callable[[Tensor], Tensor]
 
@@ -66,7 +66,7 @@ def changed(
     """
     decisions = Decisions([[one.gate for one in changes if one.gate is not None] for changes in rows])
     steps = _steps(rows, token_mask, device_of(model), decisions)
-    reads: dict[Place, int] = {("resid_pre", level): level for level in decisions.levels}
+    reads: dict[Place, int] = {level_place(n_layers(model), level): level for level in decisions.levels}
     plan = {
         place: _through(steps.get(place, []), token_mask, decisions, reads.get(place)) for place in {**reads, **steps}
     }
