@@ -22,8 +22,8 @@ def command_of(argv: Sequence[str], known: Iterable[str]) -> str:
     if not words:
         return ""
     first, pair = words[0], " ".join(words)
-    if first in names:
-        return first
+    if first in names:  # which may be the first word of others, too
+        return pair if pair in names else first
     inner = [name.partition(" ")[2] for name in names if name.startswith(f"{first} ")]
     if not inner:
         raise unknown_name("command", first, list(dict.fromkeys(name.partition(" ")[0] for name in names)))

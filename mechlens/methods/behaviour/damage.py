@@ -10,9 +10,9 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.reading import halving
 from mechlens.methods.behaviour.answers import Answers
-from mechlens.methods.steering.interventions import ALL, Ablate, Add
+from mechlens.methods.steering.interventions import ALL, Ablate, Add, Intervention
 from mechlens.methods.steering.steering import applied
-from mechlens.models.bridge import LanguageModel, device_of, embedding_rows, is_bridge, loaded
+from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, embedding_rows, is_bridge, loaded
 from mechlens.models.engine.probes import require_finite_logits
 from mechlens.prompts.batch import TokenBatch, require_rows_for
 
@@ -69,20 +69,40 @@ def damage_of_each(
     texts: Sequence[str] = PLAIN_TEXT,
 ) -> list[Damage]:
     """`damage` of several interventions, for all of which the unsteered model is run once."""
+    ids = _ids_of(model, texts)
+    losses = answer_losses(model, [[] if one is None else [one] for one in interventions], batch, answers)
+    return [Damage(_on_texts(model, one, ids), own, kl) for one, (own, kl) in zip(interventions, losses, strict=True)]
+
+
+def answer_losses(
+    model: LanguageModel, conditions: Sequence[Sequence[Intervention]], batch: TokenBatch, answers: Answers
+) -> Float[Tensor, "condition 2 prompt"]:
+    """Cross-entropy of given answers under each condition (nats per token), and KL(unsteered || steered) over them.
+
+    Answers that hold no token are left out; UserError where none does.
+    """
     rows = [i for i, tokens in enumerate(answers.tokens) if tokens]
     if not rows:
         raise UserError("the model said nothing to any of the prompts, so there is no answer to be damaged")
-    ids = _ids_of(model, texts)
     longest = max(len(batch.row(i)) + len(answers.tokens[i]) for i in rows)
 
     def run(chunk: list[int]) -> Tensor:
-        return _on_answers(model, interventions, batch, answers, chunk)
+        return _on_answers(model, conditions, batch, answers, chunk)
 
-    found = torch.cat([halving(run, chunk, longest) for chunk in _chunks(rows)])
-    return [
-        Damage(_on_texts(model, one, ids), own, kl)
-        for one, (own, kl) in zip(interventions, found.permute(1, 2, 0), strict=True)
-    ]
+    return torch.cat([halving(run, chunk, longest) for chunk in _chunks(rows)]).permute(1, 2, 0)
+
+
+def said_texts(model: LanguageModel, batch: TokenBatch, texts: Sequence[str]) -> Answers:
+    """Texts as if they were the answers to a batch, one to each prompt, for `answer_losses`."""
+    return Answers(
+        ids=tuple(prompt.id for prompt in batch.prompts),
+        texts=tuple(texts),
+        tokens=tuple(tuple(row) for row in _ids_of(model, texts)),
+        max_new_tokens=max(map(len, texts)),
+        checkpoint=checkpoint_now(model),
+        template=batch.template,
+        engine="plain",
+    )
 
 
 def plain_loss(
@@ -95,7 +115,7 @@ def plain_loss(
 @torch.inference_mode()
 def _on_answers(
     model: LanguageModel,
-    interventions: Sequence[Add | Ablate | None],
+    interventions: Sequence[Sequence[Intervention]],
     batch: TokenBatch,
     answers: Answers,
     rows: list[int],
@@ -118,8 +138,8 @@ def _on_answers(
     found = []
     for one in interventions:
         steered = clean
-        if one is not None:
-            with applied(model, [one], bare):
+        if one:
+            with applied(model, list(one), bare):
                 steered = _told(_logits(model, tokens), ids, starts)
         for i, (p, q) in enumerate(zip(clean, steered, strict=True)):
             said = torch.tensor(ids[i][starts[i] :])

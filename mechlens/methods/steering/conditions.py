@@ -115,7 +115,8 @@ class When:
     """
 
     condition: Projection | Flagged | FittedGuard | GuardEstimator
-    act: Act
+    act: Act | tuple[Act, ...]
+    """What happens; several, one after the other, are decided on once."""
     _: KW_ONLY
     holds: bool = True
     """False: act where the condition doesn't hold."""
@@ -130,8 +131,10 @@ class When:
             raise UserError(
                 f"the condition is {kind_of(given)}; give ml.Projection(direction, threshold=0.5) or a guard"
             )
-        if not isinstance(self.act, Act):
-            raise UserError(f"what happens then is {kind_of(self.act)}; give ml.Add, ml.Ablate or ml.Replace")
+        wrong = [one for one in self._listed if not isinstance(one, Act)]
+        if wrong or not self._listed:
+            said = kind_of(wrong[0]) if wrong else "nothing"
+            raise UserError(f"what happens then is {said}; give ml.Add, ml.Ablate or ml.Replace")
         object.__setattr__(self, "condition", given)
 
     @property
@@ -147,8 +150,12 @@ class When:
 
     @property
     def acts(self) -> tuple[tuple[Act, int], ...]:
-        """The act, by the one share there is."""
-        return ((self.act, 0),)
+        """By the one share there is."""
+        return tuple((one, 0) for one in self._listed)
+
+    @property
+    def _listed(self) -> tuple[Act, ...]:
+        return (self.act,) if isinstance(self.act, Act) else tuple(self.act)
 
     @property
     def made(self) -> tuple[tuple[str, int, Checkpoint, str], ...]:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from mechlens.errors import UserError
 from mechlens.models.bridge import LanguageModel, d_model, regime
 from mechlens.models.engine.site_reader import taps_of
+from mechlens.models.sites import n_heads
 
 
 def output_taps(model: LanguageModel, layers: Sequence[int]) -> dict[int, nn.Module]:
@@ -33,6 +34,16 @@ def output_matrix(model: LanguageModel, tap: nn.Module) -> Float[Tensor, "head_a
     if found.shape[1] != d_model(model):
         raise UserError("what the heads of this model write isn't the residual stream's width; choose another model")
     return found
+
+
+def head_matrices(model: LanguageModel, layers: Sequence[int]) -> dict[int, Float[Tensor, "head dimension d_model"]]:
+    """By layer what each head's value is multiplied by before it is added to the residual stream (float32, CPU).
+
+    UserError for a model whose heads' output isn't a plain matrix product.
+    """
+    heads = n_heads(model, "z")
+    taps = output_taps(model, layers)
+    return {layer: by_head(output_matrix(model, tap).float().cpu(), heads) for layer, tap in taps.items()}
 
 
 def by_head(matrix: Float[Tensor, "head_and_dimension d_model"], heads: int) -> Float[Tensor, "head dimension d"]:

@@ -100,9 +100,10 @@ def _trained(
     parts = ("inner", "inner_bias", "outer", "outer_bias")
     own = [nn.Parameter(getattr(start.network, name).clone()) for name in parts]
     optimizer = torch.optim.AdamW(own, lr=plan.learning_rate)
-    known = digest([start, taught, plan])
+    known = digest(["controller", start, taught, plan])
     for epoch in progress_bar(range(plan.epochs), title="fitting the controller", unit="epoch"):
-        kept = None if cache is None else cache.get(f"controller {known} {epoch}")
+        key = digest([known, epoch])
+        kept = None if cache is None else cache.get(key)
         if kept is not None:
             _restore(kept, own, optimizer)
             continue
@@ -113,7 +114,7 @@ def _trained(
             nn.utils.clip_grad_norm_(own, CLIP)
             optimizer.step()
         if cache is not None:
-            cache.put(f"controller {known} {epoch}", _state(own, optimizer))
+            cache.put(key, _state(own, optimizer))
     return replace(start.network, **{name: one.detach() for name, one in zip(parts, own, strict=True)})
 
 

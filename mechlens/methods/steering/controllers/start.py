@@ -32,7 +32,7 @@ def start_of(
     cache: Cache | None = None,
 ) -> Controller:
     """The controller of a plan, untaught; UserError for levels and layers that the model lacks or that can't be."""
-    reads, layers = _places(plan, n_layers(model))
+    reads, layers = places_of(plan, n_layers(model))
     steered = [layer + int(plan.published) for layer in layers]
     acts = collect(model, batch, positions=[POSITION], levels=sorted({*reads, *steered}), cache=cache)
     at = [acts.at(level, POSITION).double() for level in steered]
@@ -65,8 +65,8 @@ def start_of(
     )
 
 
-def _places(plan: ControllerPlan, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Levels that are read and layers that are steered."""
+def places_of(plan: ControllerPlan, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Levels that are read and layers that are steered; UserError for those that can't be, in a model of so many."""
     third = max(1, blocks // 3)
     if plan.published:
         reads, layers = plan.reads or tuple(range(blocks - third + 1, blocks + 1)), plan.layers or tuple(range(blocks))
