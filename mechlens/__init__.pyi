@@ -218,6 +218,8 @@ from mechlens.studies.causal.verdict import causal_verdict as causal_verdict
 from mechlens.studies.cliff.config import CliffPlan as CliffPlan
 from mechlens.studies.cliff.config import FindCliff as FindCliff
 from mechlens.studies.compare.config import Compare as Compare
+from mechlens.studies.controllers.config import RivalsPlan as RivalsPlan
+from mechlens.studies.controllers.config import SteerTrain as SteerTrain
 from mechlens.studies.direction.config import FindDirection as FindDirection
 from mechlens.studies.direction.study import Concept as Concept
 from mechlens.studies.direction.study import find_concept as find_concept
