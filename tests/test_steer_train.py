@@ -13,8 +13,8 @@ from test_steering import batch_of, made
 
 import mechlens as ml
 from mechlens.cli import main
-from mechlens.models.attention.outputs import head_matrices
 from mechlens.methods.steering.steering import logits_under
+from mechlens.models.attention.outputs import head_matrices
 from mechlens.models.sites import site_hook
 from mechlens.studies.controllers.head_shifts import head_shifts
 from mechlens.studies.controllers.measured import chosen_strengths

@@ -13,9 +13,9 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
-from mechlens.models.attention.outputs import head_matrices
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.steering.interventions import Add
+from mechlens.models.attention.outputs import head_matrices
 from mechlens.models.bridge import LanguageModel, checkpoint_now, n_layers
 from mechlens.prompts.batch import TokenBatch
 
