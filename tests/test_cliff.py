@@ -80,6 +80,12 @@ def test_a_planted_suppressor_is_a_cliff_and_switching_it_off_undoes_it(tmp_path
     assert ((ablation["refused"] >= 0) & (ablation["refused"] <= 1)).all()
     assert score["negative"] > 2 * score["none"]
     assert abs(score["positive"]) < 0.5 * score["none"]
+    draws = found.tables["random_heads"]
+    assert list(draws["draw"]) == [1, 2, 3, 4, 5]
+    # One of eight heads that the line hears suppresses: without it the score is the negative choice's.
+    restored = (draws["score"] - score["negative"]).abs() < 0.1 * abs(score["negative"])
+    assert not restored.all()
+    assert ablation.loc["random", "draws_low"] <= draws["score"].median() <= ablation.loc["random", "draws_high"]
     cliffs = found.tables["cliffs"]
     assert set(cliffs["group"]) == {"refused_harmful", "accepted_harmless"}
     harmful = cliffs[cliffs["group"] == "refused_harmful"]

@@ -5,7 +5,10 @@ from typing import Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
+from mechlens.methods.activations.collect import collect
 from mechlens.methods.activations.token_scores import Line, token_scores
 from mechlens.methods.activations.trace_tokens import up_to_answers
 from mechlens.methods.behaviour.answers import answer
@@ -13,6 +16,7 @@ from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
 from mechlens.methods.behaviour.damage import PLAIN_TEXT
 from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.behaviour.thought import AnswerText
+from mechlens.methods.directions.direction import project
 from mechlens.methods.patching.heads import Head, chosen_heads, head_scores, without_heads
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.resample import mean_estimate, rate_estimate
@@ -31,7 +35,9 @@ class HeadTables:
     """What every head writes along refusal, and does alone, on validation traces."""
     ablation: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Of test traces without some heads: the score, how many answers after their own thoughts refuse, and the loss on
-    plain text."""
+    plain text. Beside random heads, between which scores of 95% of the other draws lie."""
+    random: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Every other draw of random heads: share, draw, score and loss on plain text; no answers are written."""
 
 
 def heads_of(
@@ -59,7 +65,34 @@ def heads_of(
     table = pd.DataFrame(rows)
     first = ["heads", "share", "n_heads"]
     table = table[[*first, *(name for name in table.columns if name not in first)]]
-    return HeadTables(pd.DataFrame(heads).assign(agreement=found.agreement), table)
+    random = _other_draws(model, testing, line, below, mean.numel() / below.numel(), plan)
+    for share in plan.heads:
+        at = (table["heads"] == "random") & (table["share"] == share)
+        scores = random.loc[random["share"] == share, "score"]
+        table.loc[at, ["draws_low", "draws_high"]] = scores.quantile([0.025, 0.975]).to_numpy()
+    return HeadTables(pd.DataFrame(heads).assign(agreement=found.agreement), table, random)
+
+
+def _other_draws(
+    model: LanguageModel,
+    testing: TokenBatch,
+    line: Line,
+    below: Float64[Tensor, "layer head"],
+    larger: float,
+    plan: CliffPlan,
+) -> pd.DataFrame:
+    """Scores and losses on plain text without as many heads at random, draw by draw."""
+    cut = up_to_answers(testing, loaded(model).tokenizer)
+    asked = [(share, draw) for share in plan.heads for draw in range(1, plan.random_directions + 1)]
+    rows = []
+    for share, draw in progress_bar(asked, title="other heads at random", unit="draw"):
+        own = chosen_heads(below, min(share * larger, 1.0), "random", seed=plan.seed + draw)
+        with without_heads(model, own, renormalise=plan.renormalise):
+            values = collect(model, cut, levels=[line.direction.level], positions=["answer[-1]"]).values[:, 0, 0]
+            loss = float(text_loss(model, PLAIN_TEXT).mean())
+        score = line(project(values, line.direction)).mean().item()
+        rows.append({"share": share, "draw": draw, "score": score, "plain_loss": loss})
+    return pd.DataFrame(rows)
 
 
 def _without(

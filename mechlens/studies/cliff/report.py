@@ -160,7 +160,8 @@ def _heads(writer: RunWriter, result: CliffResult) -> Section:
         "Heads are ranked by what they write on validation traces, and switched off on test traces of harmful requests "
         "at every token. The exact effect of each alone goes with what it writes by a correlation of "
         f"{result.heads.heads['agreement'].iloc[0]:.2f}. Answers begin after the trace's own thought. Damage is the "
-        "loss on plain text (nats a token).",
+        "loss on plain text (nats a token). Between draws_low and draws_high lie 95% of the scores without other "
+        "heads at random.",
         tuple(shown),
         table=table,
     )

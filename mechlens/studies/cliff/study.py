@@ -103,6 +103,7 @@ class CliffResult:
             "curves": self.curves,
             "heads": self.heads.heads,
             "ablation": self.heads.ablation,
+            "random_heads": self.heads.random,
         }
         said = [(one.prompt.id, one.prompt.label, one.thinking, one.answer) for one in self.traces.kept]
         found["traces"] = pd.DataFrame(said, columns=["id", "label", "thinking", "answer"])
