@@ -128,6 +128,8 @@ from mechlens.methods.steering.controllers.controller import Controller as Contr
 from mechlens.methods.steering.controllers.fit import fit_controller as fit_controller
 from mechlens.methods.steering.controllers.plan import PUBLISHED as PUBLISHED
 from mechlens.methods.steering.controllers.plan import ControllerPlan as ControllerPlan
+from mechlens.methods.steering.equal_damage import Calibration as Calibration
+from mechlens.methods.steering.equal_damage import calibrate as calibrate
 from mechlens.methods.steering.interventions import ALL as ALL
 from mechlens.methods.steering.interventions import EVERYWHERE as EVERYWHERE
 from mechlens.methods.steering.interventions import Ablate as Ablate
@@ -206,6 +208,7 @@ from mechlens.runs.results.result import list_runs as list_runs
 from mechlens.runs.results.saved import save as save
 from mechlens.runs.run import Run as Run
 from mechlens.runs.run import read_run as read_run
+from mechlens.runs.vectors.exported import export_direction as export_direction
 from mechlens.settings import DetectionPlan as DetectionPlan
 from mechlens.settings import WandbSettings as WandbSettings
 from mechlens.studies.behaviours.config import BehaviourPlan as BehaviourPlan

@@ -1,6 +1,7 @@
 """`mechlens steer`: one prompt with and without a direction; and any file that holds a direction."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -67,6 +68,23 @@ def test_adding_refusal_refuses_and_taking_it_away_answers(folder: Path) -> None
     raw = steer(config(folder, unit="raw", strength=2.0))
     assert raw.steered == "I cannot"
     assert "2 times the vector" in raw.what
+
+
+def test_a_strength_is_found_by_what_it_breaks(folder: Path) -> None:
+    found = steer(config(folder, calibrate_kl=0.5, prompt=STERN, strength=-1.0))
+    share = re.search(
+        r"^added at layer 1, (-[\d.]+) of the median residual norm: .* nats \((\d+) forward passes\)", found.what
+    )
+    assert share is not None, found.what
+    assert "harmless answers is at most 0.5" in found.what
+    # The same is said with the strength that was found.
+    again = steer(config(folder, prompt=STERN, strength=float(share[1])))
+    assert (again.unsteered, again.steered) == (found.unsteered, found.steered)
+    for wrong in ({"operation": "ablate"}, {"unit": "raw"}):
+        with pytest.raises(UserError, match="leave `operation` and `unit` out"):
+            steer(config(folder, calibrate_kl=0.5, **wrong))
+    with pytest.raises(UserError, match=r"the KL is -1\.0; give a number of nats above 0"):
+        steer(config(folder, calibrate_kl=-1.0))
 
 
 def test_the_call_shows_answers_side_by_side(folder: Path) -> None:

@@ -114,6 +114,8 @@ COMMANDS: Registry[Study | Command] = Registry(
         cliff="cliff.config:STUDY",
         steer="steer.config:COMMAND",
         steer_train="controllers.config:STUDY",
+        directions_export="directions.config:EXPORT",
+        directions_import="directions.config:IMPORT",
         runs_list="runs.config:LIST",
         runs_show="runs.config:SHOW",
         runs_rerun="runs.config:RERUN",
@@ -127,6 +129,7 @@ COMMANDS: Registry[Study | Command] = Registry(
 """In the order of `--help`."""
 GROUPS = {
     "steer": "Answer a prompt with and without a direction; `steer train` fits a controller that decides per prompt.",
+    "directions": "Take directions out to other tools, or in from them: export, import.",
     "guard": "Detect harmful prompts from the model's own representation: fit, eval, predict.",
     "wandb": "Upload what was logged offline, or save a view of the project.",
     "runs": "List, show, rerun, index or prune recorded runs.",

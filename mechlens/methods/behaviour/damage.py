@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.errors import UserError
@@ -89,7 +89,7 @@ def answer_losses(
     def run(chunk: list[int]) -> Tensor:
         return _on_answers(model, conditions, batch, answers, chunk)
 
-    return torch.cat([halving(run, chunk, longest) for chunk in _chunks(rows)]).permute(1, 2, 0)
+    return torch.cat([halving(run, chunk, longest) for chunk in chunks(rows)]).permute(1, 2, 0)
 
 
 def said_texts(model: LanguageModel, batch: TokenBatch, texts: Sequence[str]) -> Answers:
@@ -121,11 +121,50 @@ def _on_answers(
     rows: list[int],
 ) -> Float[Tensor, "prompt intervention 2"]:
     """Cross-entropy of each answer under each intervention, and its KL from the unsteered model."""
-    part = batch.select(rows)
+    asked = answered(model, batch, answers, rows)
+    clean = asked.told(logits_everywhere(model, asked.tokens))
+    found = []
+    for one in interventions:
+        steered = clean
+        if one:
+            with applied(model, list(one), asked.prompts, said=asked.longest):
+                steered = asked.told(logits_everywhere(model, asked.tokens))
+        for i, (p, q) in enumerate(zip(clean, steered, strict=True)):
+            said = torch.tensor(asked.ids[i][asked.starts[i] :])
+            found.append(torch.stack([-q.gather(1, said[:, None]).mean(), (p.exp() * (p - q)).sum(dim=-1).mean()]))
+    return torch.stack(found).reshape(len(interventions), len(rows), 2).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Prompts with their answers after them, in one block of tokens without padding on the left."""
+
+    prompts: TokenBatch
+    """The prompts alone, placed as they stand there, which is how interventions find their tokens."""
+    ids: list[list[int]]
+    starts: list[int]
+    """Where each answer begins."""
+    tokens: Int[Tensor, "row token"]
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of an answer."""
+        return max(len(row) - start for row, start in zip(self.ids, self.starts, strict=True))
+
+    def read(self, logits: Float[Tensor, "row token vocab"]) -> list[Float[Tensor, "said vocab"]]:
+        """Logits of each answer's tokens."""
+        return _read(logits, self.ids, self.starts)
+
+    def told(self, logits: Float[Tensor, "row token vocab"]) -> list[Float[Tensor, "said vocab"]]:
+        """Log-probabilities of each answer's tokens."""
+        return _told(logits, self.ids, self.starts)
+
+
+def answered(model: LanguageModel, batch: TokenBatch, answers: Answers, rows: Sequence[int]) -> Answered:
+    """Some of a batch's prompts with their answers."""
+    part = batch.select(list(rows))
     ids = [[*batch.row(i), *answers.tokens[i]] for i in rows]
     tokens = _padded(ids, model)
-    starts = [len(batch.row(row)) for row in rows]
-    clean = _told(_logits(model, tokens), ids, starts)
     # The prompt starts each row, whatever the batch's own padding, and the answer follows it at once.
     width = int(part.lengths.max())
     bare = replace(
@@ -135,23 +174,18 @@ def _on_answers(
         index=part.index - _offsets(part),
         instruction=part.instruction - _offsets(part),
     )
-    found = []
-    for one in interventions:
-        steered = clean
-        if one:
-            with applied(model, list(one), bare):
-                steered = _told(_logits(model, tokens), ids, starts)
-        for i, (p, q) in enumerate(zip(clean, steered, strict=True)):
-            said = torch.tensor(ids[i][starts[i] :])
-            found.append(torch.stack([-q.gather(1, said[:, None]).mean(), (p.exp() * (p - q)).sum(dim=-1).mean()]))
-    return torch.stack(found).reshape(len(interventions), len(rows), 2).transpose(0, 1)
+    return Answered(bare, ids, [len(batch.row(row)) for row in rows], tokens)
 
 
 def _told(logits: Tensor, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
-    """Log-probabilities of each row's tokens from a place on, in float64 on the CPU: only what is read, in one move."""
+    """Log-probabilities of each row's tokens from a place on, in float64 on the CPU."""
+    return [part.double().log_softmax(dim=-1) for part in _read(logits, ids, starts)]
+
+
+def _read(logits: Tensor, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+    """Logits of each row's tokens from a place on, on the CPU: only what is read, in one move."""
     read = [logits[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(zip(ids, starts, strict=True))]
-    parts = torch.split(torch.cat(read).cpu(), [len(part) for part in read])
-    return [part.double().log_softmax(dim=-1) for part in parts]
+    return list(torch.split(torch.cat(read).cpu(), [len(part) for part in read]))
 
 
 def _ids_of(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
@@ -168,15 +202,15 @@ def _on_texts(model: LanguageModel, one: Add | Ablate | None, ids: Sequence[Sequ
     def run(chunk: list[int]) -> Tensor:
         own = [ids[i] for i in chunk]
         with torch.inference_mode(), applied(model, everywhere):
-            told = _told(_logits(model, _padded(own, model)), own, [1] * len(own))
+            told = _told(logits_everywhere(model, _padded(own, model)), own, [1] * len(own))
         after = [torch.tensor(row[1:])[:, None] for row in own]
         return torch.stack([-one.gather(1, said).mean() for one, said in zip(told, after, strict=True)])
 
     longest = max(map(len, ids))
-    return torch.cat([halving(run, chunk, longest) for chunk in _chunks([i for i, x in enumerate(ids) if len(x) > 1])])
+    return torch.cat([halving(run, chunk, longest) for chunk in chunks([i for i, x in enumerate(ids) if len(x) > 1])])
 
 
-def _logits(model: LanguageModel, tokens: Tensor) -> Float[Tensor, "row token vocab"]:
+def logits_everywhere(model: LanguageModel, tokens: Tensor) -> Float[Tensor, "row token vocab"]:
     """Of the next token at every token, through the hook points at which interventions act."""
     logits = (
         model.original_model(tokens, use_cache=False).logits if is_bridge(model) else model(tokens, prepend_bos=False)
@@ -196,7 +230,8 @@ def _offsets(batch: TokenBatch) -> Tensor:
     return torch.tensor([[batch.offset(i)] for i in range(len(batch.prompts))])
 
 
-def _chunks(rows: list[int]) -> Iterator[list[int]]:
+def chunks(rows: list[int]) -> Iterator[list[int]]:
+    """As many at once as logits of every token allow."""
     for low in range(0, len(rows), _ROWS):
         yield rows[low : low + _ROWS]
 

@@ -232,11 +232,17 @@ def logits_under(
 
 @contextlib.contextmanager
 def applied(
-    model: LanguageModel, interventions: Interventions, batch: TokenBatch | None = None, *, force: bool = False
+    model: LanguageModel,
+    interventions: Interventions,
+    batch: TokenBatch | None = None,
+    *,
+    said: int = 0,
+    force: bool = False,
 ) -> Iterator[LanguageModel]:
     """The model under interventions at TransformerLens' hook points, for anything else one runs it for.
 
-    With a batch, what is run must be that batch's `tokens`, once for each pass. Without one, interventions must
+    With a batch, what is run must be that batch's `tokens`, once for each pass, with up to `said` tokens of an answer
+    after each prompt. Without one, interventions must
     act on every token in both phases, and anything may be run: `answer`, `collect`, `run_with_cache`, a loss.
 
     >>> model = ml.load("smollm2")
@@ -262,7 +268,9 @@ def applied(
             yield model
         return
     work = steered_batch(model, batch, interventions, "tokenizer", force, 0)
-    with changed(model, work.changes, TokenMask(batch.lengths, -batch.offsets), fast=False):
+    placed = TokenMask(batch.lengths, -batch.offsets)
+    placed.advance(placed.rows, placed.start, said)
+    with changed(model, work.changes, placed, fast=False):
         yield model
 
 

@@ -15,8 +15,8 @@ from mechlens.methods.directions.direction import Direction, DirectionGrid
 from mechlens.methods.guard.guard import GuardEstimator
 from mechlens.registry import loaded
 from mechlens.runs import artifacts
-from mechlens.runs.vectors.direction_files import GRID, STACK, dimensions, read_mean_differences
-from mechlens.runs.vectors.foreign_vectors import read_refusal_direction, read_repeng, read_steering_vectors
+from mechlens.runs.vectors.direction_files import GRID, STACK, dimensions, read_mean_differences, read_pickled
+from mechlens.runs.vectors.foreign_vectors import read_refusal_direction, read_repeng
 
 KINDS = {
     "Direction": "mechlens.methods.directions.direction:Direction",
@@ -92,7 +92,7 @@ def _foreign(file: Path) -> Direction | DirectionGrid:
             f"{file} is a stack of directions and doesn't say where they were read; give the position too: "
             "mechlens.runs.vectors.direction_files.read_stack(path, position)"
         )
-    return _together(read_steering_vectors(file))
+    return _together(read_pickled(file))
 
 
 def _together(found: Sequence[Direction]) -> Direction | DirectionGrid:

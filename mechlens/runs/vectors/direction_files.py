@@ -29,6 +29,7 @@ from mechlens.runs.vectors.foreign_vectors import (
     read_repeng,
     read_steering_vectors,
 )
+from mechlens.runs.vectors.lm_eval_vectors import is_lm_eval, read_lm_eval
 
 _MADE_BY = "seed paper"
 
@@ -207,10 +208,15 @@ def _foreign(path: Path, position: str | None) -> tuple[Direction, ...]:
     if path.is_dir() or (path.suffix == ".pt" and path.with_name("direction_metadata.json").exists()):
         return (read_refusal_direction(path),)
     if path.suffix in _PICKLES:
-        return read_steering_vectors(path)
+        return read_pickled(path)
     raise UserError(
         f"{path} has an unknown ending; give a .safetensors, .pt or .gguf file, or refusal_direction's folder"
     )
+
+
+def read_pickled(path: Path) -> tuple[Direction, ...]:
+    """The directions in a file of lm-eval's or steering-vectors', one a level."""
+    return read_lm_eval(path) if is_lm_eval(load_tensors(path)) else read_steering_vectors(path)
 
 
 def _listed(levels: list[int]) -> str:

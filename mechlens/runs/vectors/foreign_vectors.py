@@ -87,7 +87,7 @@ def read_repeng(path: Path) -> tuple[Direction, ...]:
             )
         by_layer[int(match[1])] = torch.from_numpy(np.array(tensor.data, dtype=np.float64))
     hint = _text(reader, "controlvector.model_hint") or "unknown model type"
-    return _by_level(by_layer, f"repeng ({hint[:40]})", path)
+    return by_level(by_layer, f"repeng ({hint[:40]})", path)
 
 
 def read_steering_vectors(path: Path) -> tuple[Direction, ...]:
@@ -112,7 +112,7 @@ def read_steering_vectors(path: Path) -> tuple[Direction, ...]:
         saved = saved["layer_activations"]
     if not isinstance(saved, Mapping) or not all(_is_layer(layer) for layer in saved):
         raise UserError(f"{path} is not a dict from layer numbers (0, 1, ...) to tensors; save layer_activations")
-    return _by_level(saved, "steering-vectors", path)
+    return by_level(saved, "steering-vectors", path)
 
 
 def _foreign(vector: Tensor, level: int, position: str, method: str, contrast: tuple[str, str]) -> Direction:
@@ -129,7 +129,7 @@ def _foreign(vector: Tensor, level: int, position: str, method: str, contrast: t
     )
 
 
-def _by_level(by_layer: Mapping[int, object], method: str, path: Path) -> tuple[Direction, ...]:
+def by_level(by_layer: Mapping[int, object], method: str, path: Path) -> tuple[Direction, ...]:
     """A direction for every block's output, lowest first; UserError for none, or for unequal sizes."""
     vectors = {layer: _vector(by_layer[layer], path) for layer in sorted(by_layer)}
     sizes = sorted({len(vector) for vector in vectors.values()})

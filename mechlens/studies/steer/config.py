@@ -19,7 +19,7 @@ class Steer(ModelChoice):
 
     direction: Path
     """A run's folder or its .safetensors file, refusal_direction's direction.pt or mean_diffs.pt, a .pt stack (level,
-    d_model) of the seed paper, a steering-vectors .pt or repeng's .gguf."""
+    d_model) of the seed paper, a .pt of steering-vectors or lm-eval, or repeng's .gguf."""
     prompt: str
     """What the user says."""
     layer: int | None = None
@@ -31,6 +31,9 @@ class Steer(ModelChoice):
     """add: strength times the direction, at one layer. ablate: its component removed, everywhere."""
     strength: float = 0.5
     """How much is added; negative subtracts."""
+    calibrate_kl: float | None = None
+    """Finds the strength: that at which the KL from the unsteered answers to harmless prompts is so many nats (95th
+    percentile over tokens). Of --strength only the sign counts then."""
     unit: Literal["share", "raw", "unit"] = "share"
     """Strength 1 is the median residual norm (share), the vector as it is (raw), or a length of 1 (unit)."""
     system: str | None = None
@@ -55,6 +58,7 @@ COMMAND = Command(
     "mechlens.studies.steer.study:execute",
     (
         'mechlens steer --direction runs/tone --strength 1 --prompt "How do I bake a cake?"',
+        'mechlens steer --direction runs/tone --prompt "How do I bake a cake?" --calibrate-kl 1',
         'mechlens steer --direction runs/tone --prompt "Tell me about the sea." --temperature 0.8 --n-samples 3',
     ),
 )

@@ -15,14 +15,16 @@ from mechlens.methods.behaviour.drawing import Draws
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.heartbeat import heartbeat
 from mechlens.methods.progress import phase, timed
+from mechlens.methods.steering.equal_damage import FIRST, calibrate, require_kl
 from mechlens.methods.steering.fits import ANEW
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
-from mechlens.methods.steering.side_by_side import IN_WORDS, addition_at
+from mechlens.methods.steering.side_by_side import IN_WORDS, NORM_PROMPTS, addition_at
 from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.models.checkpoints.difference import require_same_template
 from mechlens.models.checkpoints.outline import Outline
 from mechlens.models.sites import require_everywhere
+from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.run import RUN_FILE, read_run
@@ -75,6 +77,12 @@ def steer(config: Steer, told: Told | None = None) -> BothAnswers:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
     if not math.isfinite(config.strength):
         raise UserError(f"the strength is {config.strength}; give a finite number")
+    if config.calibrate_kl is not None:
+        require_kl(config.calibrate_kl)
+        if config.operation == "ablate" or config.unit != Steer.unit:
+            raise UserError(
+                "--calibrate-kl finds a share of the residual norm to add; leave --operation and --unit out"
+            )
     if config.n_samples > 1 and config.temperature == 0:
         raise UserError(
             f"--n-samples {config.n_samples} asks for answers that differ, and without a temperature they are all the "
@@ -97,11 +105,17 @@ def steer(config: Steer, told: Told | None = None) -> BothAnswers:
     with phase("loading", short_name(config.model)):
         model, template = chosen_model(config, check)
     one = _intervention(config, direction, layer, model, template)
+    what = _described(config, direction, layer, one)
+    if config.calibrate_kl is not None:
+        assert isinstance(one, Add)
+        harmless = builtin_prompts("benign")[:NORM_PROMPTS]
+        found = calibrate(model, one, harmless, config.calibrate_kl, template=template, force=config.force)
+        one, what = found.push, f"{_described(config, direction, layer, found.push)}; {found.told}"
     said = {
         name: _answer(model, template, prompt, given, config, name, told)
         for name, given in ((UNSTEERED, ()), (STEERED, (one,)))
     }
-    return BothAnswers(said[UNSTEERED], said[STEERED], _described(config, direction, layer))
+    return BothAnswers(said[UNSTEERED], said[STEERED], what)
 
 
 def _intervention(
@@ -110,7 +124,10 @@ def _intervention(
     if config.operation == "ablate":
         require_everywhere(model)
         return Ablate(direction, layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)
-    return addition_at(model, direction, config.strength, config.unit, layer, template)
+    strength = config.strength
+    if config.calibrate_kl is not None:
+        strength = math.copysign(FIRST, strength)
+    return addition_at(model, direction, strength, config.unit, layer, template)
 
 
 def _answer(
@@ -143,13 +160,13 @@ def _answer(
     return text
 
 
-def _described(config: Steer, direction: Direction, layer: int) -> str:
+def _described(config: Steer, direction: Direction, layer: int, one: Add | Ablate) -> str:
     positive, negative = _sides(config.direction, direction)
     origin = f"{direction.method}, {positive} against {negative}"
     where = f"level {direction.level}, {direction.position}"
-    if config.operation == "ablate":
+    if isinstance(one, Ablate):
         return f"ablated everywhere: {origin} ({where})"
-    return f"added at layer {layer}, {config.strength:g} {IN_WORDS[config.unit]}: {origin} ({where})"
+    return f"added at layer {layer}, {one.strength:.6g} {IN_WORDS[config.unit]}: {origin} ({where})"
 
 
 def _sides(path: Path, direction: Direction) -> tuple[str, str]:
