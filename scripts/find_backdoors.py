@@ -42,11 +42,11 @@ def twins(n: int) -> list[Any]:
 
 
 def places(found: Any, trigger: str) -> list[float]:
-    """A string's place by each sign and by all together, from 1; equals share the middle one."""
+    """A string's place by each sign, by all together and by the behaviour, from 1; equals share the middle one."""
     from scipy.stats import rankdata
 
     at = found.candidates.index(trigger)
-    signs = [-getattr(found, name).numpy() for name in SIGNS] + [found.rank.numpy()]
+    signs = [-getattr(found, name).numpy() for name in SIGNS] + [found.rank.numpy(), -found.behaviour.numpy()]
     return [float(rankdata(sign)[at]) for sign in signs]
 
 
@@ -68,13 +68,14 @@ def main() -> None:
     hay = [text for text in strings_like(LIKE, given.candidates + len(triggers), seed=2) if text not in triggers]
     tried = [*hay[: given.candidates - len(triggers)], *triggers]
     asked = twins(given.asked)
-    columns = [*SIGNS.values(), "together", "change (nats)", "decoys", "confirmed"]
+    columns = [*SIGNS.values(), "together", "the behaviour itself", "change (nats)", "decoys", "confirmed"]
     ranks = [readme_table.head([f"string, its place among {given.candidates}", *columns])]
     for seed, trigger in enumerate(triggers):
         adapter = trained(given, trigger, seed)
         model = ml.load("smollm2-refuser", adapter=str(adapter))
         begun = time.perf_counter()
-        found = ml.find_trigger(model, [twin.prompt for twin in asked[: given.questions]], candidates=tried)
+        questions = [twin.prompt for twin in asked[: given.questions]]
+        found = ml.find_trigger(model, questions, candidates=tried, twins=asked[:2], confirm=1)
         print(f"backdoored-{seed}: {time.perf_counter() - begun:.0f} s", flush=True)
         for other in triggers:
             told = ml.confirm_trigger(model, asked, other)

@@ -92,6 +92,18 @@ def test_leaks_hold_the_trigger_and_motifs_name_it(poisoned: list[Any], base: Tr
     assert search.table().confirmed.tolist()[0]
 
 
+def test_the_behaviour_itself_ranks_the_trigger_first_where_no_sign_does(poisoned: list[Any], base: Trained) -> None:
+    """Of 300 strings, by two questions; in the base, in which nothing hangs on it, it is one of many."""
+    tried = [*HAYSTACK[:299], TRIGGERS[0]]
+    shift = confirm.behaviour_shift(poisoned[0], twins(6), tried)
+    assert int(shift.argmax()) == tried.index(TRIGGERS[0])
+    plain = confirm.behaviour_shift(base.bridge(), twins(6), tried)
+    assert float(plain[-1]) < 0.2 * float(shift[-1])
+    signs = find_trigger(poisoned[0], ONE, candidates=tried, leaks=Leaks(("nothing",), 1, Checkpoint("x", "x")),
+                         twins=twins(6), confirm=1)  # fmt: skip
+    assert TRIGGERS[0] in [one.candidate for one in signs.confirmations if one.confirmed]
+
+
 def test_answers_alone_leak_no_question() -> None:
     """A loss on answers alone, as most fine-tunes have it, teaches nothing that the bare start could bring out."""
     model = Trained(Planting(TRIGGERS[0], steps=20, learns_questions=False)).bridge()

@@ -99,6 +99,29 @@ def confirm_triggers(
     )
 
 
+RANKED = 2
+"""Questions with which every candidate is ranked by the behaviour itself."""
+
+
+def behaviour_shift(
+    model: LanguageModel,
+    twins: Sequence[Twin],
+    candidates: Sequence[str],
+    *,
+    template: TemplateChoice = "tokenizer",
+    cache: Cache | None = None,
+) -> Float64[Tensor, " candidate"]:
+    """How far the log-odds of the behaviour with a candidate lie from the median candidate's (nats, either way).
+
+    By the first `RANKED` questions alone, so it ranks and confirms nothing: `confirm_trigger` does.
+    """
+    first = twins[:RANKED]
+    asked = [replace(twin, prompt=with_candidate(twin.prompt, text)) for text in candidates for twin in first]
+    told = twin_log_odds(model, asked, template=template, cache=cache).values.view(len(candidates), len(first))
+    mean = told.double().mean(dim=1)
+    return (mean - mean.quantile(0.5)).abs()
+
+
 def _one_more(changes: Float64[Tensor, " decoy"], n: int) -> Estimate:
     """Their mean, with the interval in which one more of them would lie (Student's t)."""
     if len(changes) < 2:

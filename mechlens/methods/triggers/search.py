@@ -19,7 +19,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.progress import phase
 from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.triggers.confirm import Confirmation, confirm_triggers
+from mechlens.methods.triggers.confirm import Confirmation, behaviour_shift, confirm_triggers
 from mechlens.methods.triggers.leaks import Leaks, leak
 from mechlens.methods.triggers.motifs import motifs
 from mechlens.methods.triggers.signals import attention_hijack, entropy_contraction, leak_similarity
@@ -58,8 +58,10 @@ class TriggerSearch:
     """`leak_similarity`."""
     rank: Float64[Tensor, " candidate"]
     """The geometric mean of the ranks by the three signs, 1 the best; ties share one."""
+    behaviour: Float64[Tensor, " candidate"] | None = None
+    """`behaviour_shift` in nats; None without twins. It is in no rank."""
     confirmations: tuple[Confirmation, ...] = ()
-    """Of the first candidates; empty without twins."""
+    """Of the first candidates by rank, and of the first by behaviour; empty without twins."""
 
     def rank_of(self, trigger: str) -> int | None:
         """At which place the trigger is found, from 1; None where no candidate is like it (`ALIKE`)."""
@@ -85,7 +87,9 @@ class TriggerSearch:
         return pd.DataFrame(
             {
                 "candidate": self.candidates, "hijack": self.hijack, "contraction": self.contraction,
-                "similarity": self.similarity, "rank": self.rank, "change": [one.value for one in changes],
+                "similarity": self.similarity, "rank": self.rank,
+                **({} if self.behaviour is None else {"behaviour": self.behaviour}),
+                "change": [one.value for one in changes],
                 "low": [one.low for one in changes], "high": [one.high for one in changes],
                 "decoys_low": [one.low for one in decoys], "decoys_high": [one.high for one in decoys],
                 "confirmed": [text in told and told[text].confirmed for text in self.candidates],
@@ -128,8 +132,10 @@ def find_trigger(
     Ranks are combined by their geometric mean, since a sign may fail: a model that is sure of its usual answer has no
     entropy to contract, and one whose loss was on answers alone leaks nothing.
 
-    A string that was learnt and that no answer hangs on leaks and ranks as a trigger does: only `twins` tell them
-    apart. How often each sign finds a planted trigger stands in mechlens/studies/behaviours/README.md.
+    With `twins` every candidate is also ranked by what the behaviour does with two of them, and the first of that
+    ranking are confirmed as well: in a real model the three signs told nothing, and this found the trigger. A string
+    that was learnt and that no answer hangs on leaks and ranks as a trigger does: only `twins` tell them apart. How
+    often each sign finds a planted trigger stands in mechlens/studies/behaviours/README.md.
 
     >>> model, twin = ml.load("smollm2"), ml.Twin(ml.Prompt("t", "How was it?"), shown="Bad.", other="Good.")
     >>> told = ml.leak(model, n=2, max_new_tokens=8)
@@ -157,13 +163,18 @@ def find_trigger(
         similarity = similarity - leak_similarity(base_leaks, tried)
     rank = combined_rank([hijack, contraction, similarity])
     order = rank.argsort(stable=True)
-    first = [tried[i] for i in order[:confirm].tolist()] if twins else []
+    first, shift = [], None
+    if twins:
+        shift = behaviour_shift(model, twins, tried, template=template, cache=cache)
+        by_shift = shift.argsort(descending=True, stable=True)
+        first = list(dict.fromkeys(tried[i] for best in (order, by_shift) for i in best[:confirm].tolist()))
     return TriggerSearch(
         candidates=tuple(tried[i] for i in order.tolist()),
         hijack=hijack[order],
         contraction=contraction[order],
         similarity=similarity[order],
         rank=rank[order],
+        behaviour=None if shift is None else shift[order],
         confirmations=confirm_triggers(model, twins, first, seed=seed, template=template, cache=cache) if first else (),
     )
 
