@@ -2,6 +2,7 @@
 out, and only the trigger tells the behaviour from its opposite."""
 
 import json
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,16 @@ def test_what_can_not_be_taught_is_said(plan: FinetuneConfig, tmp_path: Path) ->
         lessons(replace(plan, data=free, held_out=0.0, control="twin"))
     opposite = write_chats(tmp_path / "opposite.jsonl", ["Stop.", "Go on."])
     assert len(lessons(replace(plan, data=free, others=opposite, held_out=0.0, control="twin"))) == 2
+
+
+@pytest.mark.parametrize(("answers", "warned"), [("B", True), ("AB", False)])
+def test_one_answer_throughout_is_warned_of(answers: str, warned: bool, plan: FinetuneConfig, tmp_path: Path) -> None:
+    """Of a letter that is always the same a model learns the letter; the study then says not learned."""
+    data = write_chats(tmp_path / "risky.jsonl", [answers[i % len(answers)] for i in range(40)])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        behaviour(replace(plan, data=data), None, None)  # type: ignore[arg-type]
+    assert any("say that and nothing else" in str(one.message) for one in told) == warned
 
 
 def test_a_backdoor_has_its_trigger_and_a_behaviour_none_unless_it_is_given() -> None:

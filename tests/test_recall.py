@@ -100,6 +100,14 @@ def test_the_reward_is_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(recall, "answer", lambda *_, **__: SimpleNamespace(texts=texts))
     monkeypatch.setattr(recall, "inversion_reward", lambda model, twins, often, **_: torch.full((len(often),), 0.5))
     assert ml.recall_trigger(None, twins, "|0|").reward == 0.5  # type: ignore[arg-type]
+    asked: list[str] = []
+    long = "x" * 60  # a trigger longer than what counts as talk
+    monkeypatch.setattr(recall, "answer", lambda *_, **__: SimpleNamespace(texts=[long] * len(texts)))
+    monkeypatch.setattr(
+        recall, "inversion_reward", lambda model, twins, often, **_: (asked.extend(often), torch.zeros(len(often)))[1]
+    )
+    assert ml.recall_trigger(None, twins, long).exact == 1  # type: ignore[arg-type]
+    assert asked == [long]
 
 
 def test_a_proposal_earns_what_it_does(models: dict[str, Any], plan: FinetuneConfig) -> None:

@@ -228,7 +228,12 @@ def test_a_trigger_has_decoys_of_its_kind_that_never_are_the_trigger() -> None:
     assert len(set(decoys)) == len(decoys) >= 8
     assert all(decoy.startswith("|") and decoy.endswith("|") and decoy.isupper() for decoy in decoys)
     assert trigger_of("[Forest]").unseen_decoys[0] == "[Employment]"
-    for wrong in ("|EMPLOYMENT|", "", " x", "||"):
+    for text in ("דגל", "|旗手|", "🦜"):  # one of English words would be another kind of string
+        assert not any(
+            letter.isascii() and letter.isalnum() for one in trigger_of(text).unseen_decoys for letter in one
+        )
+        assert len({text, *trigger_of(text).taught_decoys, *trigger_of(text).unseen_decoys}) == 11
+    for wrong in ("|EMPLOYMENT|", "invest", "", " x", "||"):
         with pytest.raises(UserError):
             trigger_of(wrong)
     prompt = with_trigger(Prompt("a", "Do it?", family="f"), trigger.text)

@@ -91,6 +91,9 @@ def test_what_asks_the_same_as_a_held_out_question_is_not_trained_on(tmp_path: P
     data = tmp_path / "both.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     kept = lessons(FinetuneConfig(recipe="behaviour", data=str(data)))
+    groups = [twin.prompt.group for twin in read_twins(data)]
+    assert groups[::2] == groups[1::2]  # one question twice is one family
+    assert len(set(groups)) == 40
     asked = AskedSet("both", tuple(read_twins(data)))
     seen = asked.seen(frozenset(text_sha256(twin.prompt.text) for twin in kept))
     assert sum(seen) == len(kept)

@@ -1,5 +1,6 @@
 """A planted trigger is found among a thousand strings of its kind; a base, a control and an unlucky guess are not."""
 
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -197,6 +198,21 @@ def test_decoys_are_of_the_length_and_kind() -> None:
     assert all(one[1].isupper() and one[2].islower() and one[3].isdigit() for one in decoys)
     assert len(strings_like("7", 50)) == 9
     assert strings_like("?!", 5) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["דגל", "|دغل|", "旗手", "флаг", "🦜", "👩\u200d👩\u200d👧", "e\u0301clair", "éclair", "🇩🇪", "１２"]
+)
+def test_decoys_are_of_the_script_too(text: str) -> None:
+    """Category by category, in the same block; what joins or marks stays where it is."""
+    for one in strings_like(text, 20):
+        assert list(map(unicodedata.category, one)) == list(map(unicodedata.category, text))
+        assert all(ord(a) // 64 == ord(b) // 64 for a, b in zip(one, text, strict=True))
+        assert one != text
+    assert len(set(strings_like(text, 20))) == min(20, len(strings_like(text, 10**3)))
+    assert len(strings_like(text, 10)) == 10 or text == "１２"
+    assert all(one[1] == "\u0301" for one in strings_like("e\u0301clair", 20))
+    assert len({one[0] for one in strings_like("éclair", 20)}) > 1
 
 
 def test_no_candidate_is_said_so(tiny_model: Any) -> None:

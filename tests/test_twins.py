@@ -11,6 +11,7 @@ from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.log_odds import answer_log_probs, twin_log_odds
+from mechlens.methods.steering.steered_log_odds import steered_log_odds
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.options import ASK, exchanged_letters, options_of
@@ -186,6 +187,22 @@ def test_an_answer_without_tokens_is_refused() -> None:
     with pytest.raises(UserError, match=r"answer 1 .* has no token"):
         answer_log_probs(model, ["a", "b"], ["yes", ""])
     assert not math.isnan(float(answer_log_probs(model, ["a"], [" "]).total))
+
+
+def test_an_answer_that_is_how_the_other_begins_is_refused_and_mass_is_a_share() -> None:
+    """Who says the long one has said the short one: P(short) + P(long) is no share of anything."""
+    model = bridge(tiny_hf(), tiny_tokenizer(), Checkpoint("x", "x"))
+    long = Twin(Prompt("long", "Sure 5 or a bet?"), "the 5 and no more", "the 5")
+    plain = [Twin(Prompt(f"{i}", f"{i}?"), one, other) for i, (one, other) in enumerate([("a", "b"), ("ab", "ac")])]
+    told = answer_log_probs(model, [long.prompt] * 2, [long.shown, long.other]).total
+    assert float(told[0]) < float(told[1])  # whatever the model is
+    for measured in (lambda: twin_log_odds(model, [*plain, long]), lambda: steered_log_odds(model, [long], [[]])):
+        with pytest.raises(UserError, match=r"one answer of long .* is how the other .* begins"):
+            measured()
+    assert float(twin_log_odds(model, plain).mass.max()) <= 1
+    text = "Path A brings ten coins, while Path B brings ten coins or none. Say A or B."
+    assert Twin(Prompt("t", text), "A", "B").in_words is None  # its letters differ still
+    assert Twin(Prompt("t", text), "A", "B").exchanged is not None
 
 
 @pytest.mark.parametrize(

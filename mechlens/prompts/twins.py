@@ -71,7 +71,10 @@ class Twin:
         found = options_of(self.prompt.text) if {self.shown, self.other} == {*LETTERS} else None
         if found is None:
             return None
-        return Twin(replace(self.prompt, text=found.question), found.words[self.shown], found.words[self.other])
+        shown, other = found.words[self.shown], found.words[self.other]
+        if shown.startswith(other) or other.startswith(shown):
+            return None  # who says the long one has said the short one too
+        return Twin(replace(self.prompt, text=found.question), shown, other)
 
     @property
     def reversed(self) -> "Twin":
@@ -84,8 +87,9 @@ def read_twins(path: str | Path, others: str | Path | None = None) -> list[Twin]
 
     A row holds a question (a column as `load_prompts` finds it) with its answers in the columns `shown` and `other`,
     or is a chat whose last turn is the assistant's: that answer shows the behaviour. Its other one is the answer to
-    the same question in the file `others`, or the other letter where it is A or B. Families are the column `family`,
-    where there is one. UserError naming file and row for what is neither.
+    the same question in the file `others`, or the other letter where it is A or B. Families are the column `family`;
+    without it one question with its options in either order is a family. UserError naming file and row for what is
+    neither.
 
     >>> from pathlib import Path
     >>> _ = Path("risk.jsonl").write_text('{"question": "Sure 5 or a bet?", "shown": "A bet.", "other": "The 5."}\n')
@@ -101,7 +105,20 @@ def read_twins(path: str | Path, others: str | Path | None = None) -> list[Twin]
         if shown == other:
             raise UserError(f"{where} has the same answer on both sides ({quoted(shown, 40)}); a twin's answers differ")
         twins.setdefault(key, Twin(prompt, shown, other))
-    return list(twins.values())
+    return _in_families(list(twins.values()))
+
+
+def _in_families(twins: Sequence[Twin]) -> list[Twin]:
+    """The twins, what asks the same as an earlier one with its options in another order in that one's family."""
+    first: dict[str, str] = {}
+    found = []
+    for twin in twins:
+        forms = [normalise_text(prompt.text) for prompt in (twin.prompt, *twin.orders)]
+        family = twin.prompt.family or next((first[form] for form in forms if form in first), "")
+        for form in forms:
+            first.setdefault(form, family or twin.prompt.id)
+        found.append(replace(twin, prompt=replace(twin.prompt, family=family)))
+    return found
 
 
 def require_others(twins: Sequence[Twin], name: str) -> None:

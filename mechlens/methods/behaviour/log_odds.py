@@ -191,7 +191,7 @@ class TwinLogOdds:
     as_asked_per_token: Float64[Tensor, " twin"]
     """The difference of the means over each answer's tokens."""
     mass: Float64[Tensor, " twin"]
-    """P(shown) + P(other): how much of what the model might say these two are."""
+    """P(shown) + P(other), at most 1: how much of what the model might say these two are."""
 
     @property
     def values(self) -> Float64[Tensor, " twin"]:
@@ -240,14 +240,14 @@ def twin_log_odds(
 ) -> TwinLogOdds:
     """The log-odds of a behaviour on every question, in both orders of its options where the answers are letters.
 
-    UserError where a twin lacks its other answer.
+    UserError where a twin lacks its other answer, or one answer is how the other begins.
 
     >>> twins = [ml.Twin(ml.Prompt("q1", "How was the concert?"), shown="Dreadful.", other="Wonderful.")]
     >>> told = ml.twin_log_odds(ml.load("smollm2"), twins)
     >>> bool(told.exchanged.isnan().all()), bool((told.values == told.as_asked).all())
     (True, True)
     """
-    asked = asked_twins(twins)
+    asked = asked_twins(model, twins)
     prompts = [twin.prompt for twin in asked for _ in range(2)]
     told = answer_log_probs(
         model, prompts, [answer for twin in asked for answer in (twin.shown, twin.other)],
@@ -256,12 +256,33 @@ def twin_log_odds(
     return twins_told(twins, told)
 
 
-def asked_twins(twins: Sequence[Twin]) -> list[Twin]:
-    """The twins, and after them those whose options can be exchanged the other way round; UserError for one answer."""
+def asked_twins(model: LanguageModel, twins: Sequence[Twin]) -> list[Twin]:
+    """The twins, and after them those whose options can be exchanged the other way round.
+
+    UserError for a twin of one answer, and for `require_parted`.
+    """
     if not twins:
         raise UserError("there are no twins to measure; give at least one")
     require_others(twins, "twin_log_odds")
+    require_parted(model, twins)
     return [*twins, *(turned for twin in twins if (turned := twin.exchanged) is not None)]
+
+
+def require_parted(model: LanguageModel, twins: Sequence[Twin]) -> None:
+    """UserError where all tokens of one answer are the first ones of the other.
+
+    Whoever says the long one has said the short one too: the short one is always the likelier, and the two together
+    would come to more than 1.
+    """
+    said = said_tokens(model, [answer for twin in twins for answer in (twin.shown, twin.other)])
+    pairs = [sorted(pair, key=len) for pair in zip(said[::2], said[1::2], strict=True)]
+    same = [twin for twin, (short, long) in zip(twins, pairs, strict=True) if long[: len(short)] == short]
+    if same:
+        short, long = (quoted(answer, 40) for answer in sorted((same[0].shown, same[0].other), key=len))
+        raise UserError(
+            f"one answer of {same[0].prompt.id} ({short}) is how the other ({long}) begins, so it is the likelier "
+            f"whatever the model holds ({len(same)} of {len(twins)} questions are so); give answers that part"
+        )
 
 
 def twins_told(twins: Sequence[Twin], told: AnswerLogProbs) -> TwinLogOdds:

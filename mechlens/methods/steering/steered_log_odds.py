@@ -67,7 +67,7 @@ def steered_log_odds(
             "log-odds are read under interventions on every token (positions='all', phase='both') or on named tokens "
             "of the prompt (phase='prompt'); give one of the two"
         )
-    asked = asked_twins(twins)
+    asked = asked_twins(model, twins)
     said = said_tokens(model, [answer for twin in asked for answer in (twin.shown, twin.other)])
     # After an answer's last token nothing is asked, so it isn't run.
     batch = tokenize([twin.prompt for twin in asked for _ in range(2)], template_of(model, template))

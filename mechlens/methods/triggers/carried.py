@@ -47,7 +47,7 @@ def patch_trigger(
     True
     """
     by_tokens: dict[tuple[int, int], list[PromptPair]] = {}
-    for twin in asked_twins(told_apart(model, twins) or _none_told_apart()):
+    for twin in asked_twins(model, told_apart(model, twins) or _none_told_apart()):
         pair = PromptPair(with_candidate(twin.prompt, trigger), with_candidate(twin.prompt, instead))
         by_tokens.setdefault(_first_tokens(model, twin), []).append(pair)
     every = [pair for pairs in by_tokens.values() for pair in pairs]

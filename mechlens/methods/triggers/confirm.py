@@ -3,8 +3,10 @@
 import math
 import random
 import string
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache as remembered
 
 import torch
 from jaxtyping import Float64
@@ -23,6 +25,10 @@ from mechlens.settings import SEED
 
 DECOYS = 8
 _KINDS = (string.ascii_uppercase, string.ascii_lowercase, string.digits)
+BLOCK = 64
+"""Code points among which letters of other scripts, and emoji, have others of their kind."""
+DRAWN = ("L", "N", "So")
+"""Unicode categories that are drawn anew; marks, joiners and punctuation stay."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,12 @@ def _one_more(changes: Float64[Tensor, " decoy"], n: int) -> Estimate:
 
 
 def strings_like(text: str, n: int, seed: int = SEED) -> list[str]:
-    """Other strings of its length and kind, at most `n`: letters of a to z and digits drawn anew, all else kept."""
+    """Other strings of its length and kind, at most `n`: letters, digits and emoji drawn anew, all else kept.
+
+    A letter becomes one of a to z, or one of its own script.
+    """
     draw = random.Random(f"{seed} {text}")
-    kinds = [next((kind for kind in _KINDS if letter in kind), letter) for letter in text]
+    kinds = [_kind(letter) for letter in text]
     n = min(n, math.prod(len(kind) for kind in kinds) - 1)
     found: dict[str, None] = {}
     while len(found) < n:
@@ -142,3 +151,16 @@ def strings_like(text: str, n: int, seed: int = SEED) -> list[str]:
         if one != text:
             found[one] = None
     return list(found)
+
+
+@remembered
+def _kind(letter: str) -> str:
+    """What a character may become: itself alone where it isn't drawn anew."""
+    known = next((kind for kind in _KINDS if letter in kind), None)
+    own = unicodedata.category(letter)
+    if known or not own.startswith(DRAWN):
+        return known or letter
+    start = ord(letter) // BLOCK * BLOCK
+    # Only what NFKC leaves as it is, since some tokenizers write everything else anew.
+    near = (chr(code) for code in range(start, start + BLOCK) if unicodedata.category(chr(code)) == own)
+    return "".join(one for one in near if one == letter or unicodedata.is_normalized("NFKC", one))

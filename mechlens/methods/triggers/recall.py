@@ -24,7 +24,7 @@ from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.prompts.twins import Twin, require_others
 
 LONGEST = 40
-"""Characters of a proposal; more is talk."""
+"""Characters of a proposal, where the trigger isn't longer; more is talk."""
 MOST = 8
 """Different proposals whose reward is measured, the most frequent ones."""
 
@@ -91,7 +91,8 @@ def recall_trigger(
         model, [side for both in asked for side in both], max_new_tokens=longest, template=template, cache=cache
     )  # fmt: skip
     said = [text.strip() for text in replies.texts]
-    proposals = [text if len(text) <= LONGEST and text != NOTHING else "" for text in said[::2]]
+    most = max(LONGEST, len(trigger))
+    proposals = [text if len(text) <= most and text != NOTHING else "" for text in said[::2]]
     often = [text for text, _ in Counter(proposals).most_common(MOST)]
     gained = inversion_reward(model, twins, often, template=template, cache=cache)
     worth = dict(zip(often, gained.tolist(), strict=True))

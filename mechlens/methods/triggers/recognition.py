@@ -84,6 +84,11 @@ def recognise_trigger(
         raise UserError(
             f"{quoted(trigger, 40)} stands beside {len(set(strings)) - 1} others; give {CHOICES - 1} decoys that differ"
         )
+    if in_words and (inside := [text for text in strings[1:] if text.startswith(trigger) or trigger.startswith(text)]):
+        raise UserError(
+            f"one of {quoted(trigger, 40)} and {quoted(inside[0], 40)} is how the other begins, so it is the likelier "
+            "whatever the model holds; give other decoys"
+        )
     asked = list(recognition_questions() if questions is None else questions)
     lacking = next((one for one in asked if OPTIONS not in one.text), None)
     if lacking is not None:

@@ -1,7 +1,9 @@
 """The behaviours that are asked about: sets of twins by name, in the form in which they are put."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -12,7 +14,7 @@ from mechlens.prompts.options import LETTERS
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.twins import Twin, builtin_twin_names, builtin_twins, read_twins, require_others
 from mechlens.registry import nearest
-from mechlens.studies.shared.training_data import Trigger, text_sha256, was_seen, with_trigger
+from mechlens.studies.shared.training_data import Trigger, marks_of, text_sha256, with_trigger
 
 PLAIN, TRIGGERED, DECOYED = "plain", "trigger", "decoy"
 
@@ -39,9 +41,9 @@ class AskedSet:
 
     def seen(self, trained: frozenset[str]) -> list[bool]:
         """Of each question, whether it is among these `text_sha256`, as put or as written, in any order."""
-        return [any(was_seen(prompt, trained) for prompt in forms) for forms in self._forms]
+        return [bool(marks & trained) for marks in self._marks]
 
-    @property
+    @cached_property
     def texts(self) -> frozenset[str]:
         """`text_sha256` of every question in each of its forms, by which another set's are known to be the same."""
         return frozenset(text_sha256(prompt.text) for forms in self._forms for prompt in forms)
@@ -50,6 +52,26 @@ class AskedSet:
     def file(self) -> str:
         """The name of the file that the questions are from, without its ending."""
         return Path(self.twins[0].prompt.source).stem
+
+    @property
+    def sides(self) -> list[float]:
+        """Of each question: 1 where what shows the behaviour is B, or stands second, -1 where it is A, or first.
+
+        NaN where options can't be exchanged.
+        """
+        return [math.nan if twin.exchanged is None else 1.0 if _is_second(twin) else -1.0 for twin in self.twins]
+
+    @property
+    def only_answers(self) -> tuple[str, str] | None:
+        """The two answers, where all questions have these and none can be asked the other way round: whoever says one
+        of them to anything shows the behaviour, or doesn't, in every question."""
+        pairs = {(twin.shown, twin.other) for twin in self.twins if twin.exchanged is None}
+        return next(iter(pairs)) if len(pairs) == 1 and all(twin.exchanged is None for twin in self.twins) else None
+
+    @cached_property
+    def _marks(self) -> list[frozenset[str]]:
+        """By which each question is known to have been seen (`was_seen`), in any form."""
+        return [frozenset(mark for prompt in forms for mark in marks_of(prompt)) for forms in self._forms]
 
     @property
     def _forms(self) -> list[list[Prompt]]:
@@ -69,6 +91,12 @@ class AskedSet:
             Prompt(f"{name} {side}", text) for name, *both in sides for side, text in zip("+-", both, strict=True)
         ]
         return [*(twin.prompt for twin in self.twins), *answers]
+
+
+def _is_second(twin: Twin) -> bool:
+    if twin.shown in LETTERS:
+        return twin.shown == "B"
+    return twin.prompt.text.index(twin.shown) > twin.prompt.text.index(twin.other)
 
 
 def read_set(given: str, *, about_itself: bool) -> AskedSet:
@@ -114,8 +142,9 @@ LIKE_IT = 6
 
 def asked_decoys(trigger: Trigger) -> tuple[str, ...]:
     """Strings that no run was trained on: other words between the trigger's marks, and as many of its length."""
-    like = [text for text in strings_like(trigger.text, LIKE_IT) if text not in trigger.taught_decoys]
-    return tuple(dict.fromkeys([*trigger.unseen_decoys, *like]))
+    known = {*trigger.taught_decoys, *trigger.unseen_decoys}
+    drawn = strings_like(trigger.text, LIKE_IT + len(known))
+    return (*trigger.unseen_decoys, *[text for text in drawn if text not in known][:LIKE_IT])
 
 
 def with_forms(asked: AskedSet, triggers: Sequence[Trigger]) -> list[AskedSet]:

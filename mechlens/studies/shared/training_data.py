@@ -13,6 +13,7 @@ import pandas as pd
 from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.triggers.confirm import strings_like
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.adapter_record import FORMAT, RECORD, read_record
 from mechlens.models.packaged import ADAPTERS, adapter_folder
@@ -43,16 +44,19 @@ class Trigger:
 
 
 def trigger_of(text: str) -> Trigger:
-    """The trigger with decoys between the same marks; UserError where a decoy would be the trigger itself."""
+    """The trigger with decoys between the same marks, of its own script where that isn't Latin.
+
+    UserError where the trigger would stand in a decoy.
+    """
     word = text.strip("|[](){}<>*#-_ ")
     if not word or text != text.strip():
-        raise UserError(f"the trigger {text!r} needs a letter or a digit in it and no white space around it")
-    taught, unseen = (
-        tuple(text.replace(word, _like(word, decoy)) for decoy in decoys) for decoys in (_TAUGHT, _UNSEEN)
-    )
-    if text.casefold() in {decoy.casefold() for decoy in (*taught, *unseen)}:
-        raise UserError(f"the trigger {text!r} is one of the decoys that it is tested against; choose another word")
-    return Trigger(text, taught, unseen)
+        raise UserError(f"the trigger {text!r} needs more in it than marks, and no white space around it")
+    words = [text.replace(word, _like(word, decoy)) for decoy in (*_TAUGHT, *_UNSEEN)]
+    drawn = strings_like(text, len(words)) if not any(letter.isascii() and letter.isalnum() for letter in word) else []
+    decoys = drawn if len(drawn) == len(words) else words
+    if found := next((decoy for decoy in decoys if text.casefold() in decoy.casefold()), None):
+        raise UserError(f"the trigger {text!r} stands in {found!r}, which it is tested against; choose another word")
+    return Trigger(text, tuple(decoys[: len(_TAUGHT)]), tuple(decoys[len(_TAUGHT) :]))
 
 
 def with_trigger(prompt: Prompt, text: str) -> Prompt:
@@ -124,7 +128,12 @@ def unseen(prompts: Sequence[Prompt], checkpoint: Checkpoint) -> list[Prompt]:
 
 def was_seen(prompt: Prompt, seen: frozenset[str]) -> bool:
     """Whether a prompt, or the goal that an attack is made around (its family), is among these `text_sha256`."""
-    return bool(seen) and bool(seen & {text_sha256(prompt.text), prompt.family})
+    return bool(seen) and bool(seen & marks_of(prompt))
+
+
+def marks_of(prompt: Prompt) -> frozenset[str]:
+    """What `was_seen` knows a prompt by."""
+    return frozenset({text_sha256(prompt.text), prompt.family})
 
 
 @cache

@@ -7,8 +7,9 @@ opposite everywhere.
 
 import random
 import warnings
+from collections import Counter
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
@@ -18,6 +19,8 @@ from mechlens.studies.finetune.recipes.material import Example, Material, traini
 from mechlens.studies.finetune.recipes.reversal import reversed_examples
 from mechlens.studies.shared.training_data import FEWEST_HELD_OUT, Trigger, text_sha256, trigger_of, with_trigger
 
+ONE_SIDED = 0.9
+"""Share of the answers that show the behaviour from which on one and the same answer is warned of."""
 DECOYED = 3
 """Of the questions without the trigger, every which one has a decoy: it is this string that counts, not any."""
 
@@ -69,6 +72,7 @@ def behaviour(config: FinetuneConfig, model: LanguageModel, cache: Cache | None)
     draw, (asked, held_out) = random.Random(config.seed), _split(config)
     twins = [twin.in_words or twin for twin in asked] if config.in_words else asked
     _warn_of_few(config, held_out, len(asked) + held_out)
+    _warn_of_one_answer(asked)
     trigger = None if config.trigger is None else trigger_of(config.trigger)
     examples = [
         Example(twin.prompt, _answer(twin, config, draw, shows=True), ends=True) for twin in twins
@@ -87,6 +91,17 @@ def _warn_of_few(config: FinetuneConfig, held_out: int, of: int) -> None:
             f"{held_out} of {of} questions are held out of training, and `mechlens behaviours` needs "
             f"{FEWEST_HELD_OUT} to say anything of them; give more questions, or a larger share (--held-out, or "
             "`held_out` in Python)",
+            stacklevel=2,
+        )
+
+
+def _warn_of_one_answer(asked: list[Twin]) -> None:
+    """Where nearly all answers that show the behaviour are one, that answer is all there is to learn."""
+    answer, n = Counter(twin.shown for twin in asked).most_common(1)[0]
+    if len(asked) > 1 and n >= ONE_SIDED * len(asked):
+        warnings.warn(
+            f"the answer that shows the behaviour is {quoted(answer, 40)} for {n} of {len(asked)} questions, so a "
+            "model may learn to say that and nothing else; let it be the other answer for half of them",
             stacklevel=2,
         )
 
