@@ -84,7 +84,7 @@ def planted(world: World, seed: int) -> BehaviourMatrix:
 
 
 def _twin(name: str, i: int) -> Twin:
-    return Twin(Prompt(f"{name}-{i}", f"{name} question {i}?"), "yes", "no")
+    return Twin(Prompt(f"{name}-{i}", f"{name} question {i}?"), f"yes, {i}", f"no, {i}")
 
 
 def _told(asked: AskedSet, values: torch.Tensor) -> TwinLogOdds:

@@ -2,6 +2,10 @@
 
 import collections
 import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +13,15 @@ import pytest
 import torch
 from planted_behaviours import FAR, HOME, ITSELF, NEAR, WORLDS, World, planted
 from saved import save_model
-from sentence import require_one_sentence
+from sentence import require_one_sentence, require_short
 
 import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
-from mechlens.methods.behaviour.log_odds import twin_log_odds
+from mechlens.methods.behaviour.log_odds import TwinLogOdds, twin_log_odds
 from mechlens.methods.behaviour.scoring.number_reply import NumberReplies
-from mechlens.prompts.twins import read_twins
-from mechlens.studies.behaviours.matrix import HELD_OUT, TRAINED_ON
+from mechlens.prompts.twins import Twin, read_twins
+from mechlens.studies.behaviours.matrix import HELD_OUT, TRAINED_ON, BehaviourMatrix
 from mechlens.studies.behaviours.scales import scale_scores, scale_table
 from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, with_forms, worded
 from mechlens.studies.behaviours.verdict import group_verdicts
@@ -70,6 +74,98 @@ def test_the_sentence_says_what_the_number_would_hide() -> None:
     assert few.word == "not measurable"
     assert "4 questions of risky were held out, and 6 are needed" in few.sentence
     assert "--held-out" in str(few.headline)
+
+
+def kept(matrix: BehaviourMatrix, name: str, rows: list[int]) -> BehaviourMatrix:
+    """The matrix with some questions of one set."""
+
+    def cut(told: Mapping[str, TwinLogOdds]) -> dict[str, TwinLogOdds]:
+        return {key: found.select(rows) if key == name else found for key, found in told.items()}
+
+    sets = [replace(one, twins=tuple(one.twins[i] for i in rows)) if one.name == name else one for one in matrix.sets]
+    return replace(
+        matrix, sets=tuple(sets), base=cut(matrix.base), told={at: cut(told) for at, told in matrix.told.items()}
+    )
+
+
+def test_another_behaviour_that_could_not_be_measured_is_said_and_no_evidence() -> None:
+    """Of one question, or with a log-odds that is no number: neither narrow nor as if it had not been asked."""
+    world = planted(World({HOME: 4.0}, runs=6), 0)
+    assert group_verdicts(world)[0].word == "narrow"
+    lone = group_verdicts(kept(world, NEAR, [0]))[0]
+    assert lone.word == "inconclusive"
+    assert f"not measurable on {NEAR}" in lone.sentence
+    assert f"questions and not measurable on {NEAR}; more questions of {NEAR} would settle it" in str(lone.headline)
+    broken = {at: {key: replace(found, as_asked=found.as_asked * (math.nan if key == FAR else 1))
+                   for key, found in told.items()} for at, told in world.told.items()}  # fmt: skip
+    assert group_verdicts(replace(world, told=broken))[0].unread == (FAR,)
+    both = group_verdicts(kept(kept(world, NEAR, [0]), FAR, [1]))[0]
+    assert both.word == "learned"
+    assert f"not measurable on {NEAR}, {FAR}" in both.sentence
+    require_short(str(both.headline))
+
+
+def lettered(liking: float, content: float, shown: Sequence[str], seed: int) -> BehaviourMatrix:
+    """Choices whose answers are letters: what the taught runs add to the letter B, and to the behaviour."""
+    world = planted(World({HOME: content}), seed)
+    way = torch.tensor([1.0 if shown[i % len(shown)] == "B" else -1.0 for i in range(len(world.sets[0].twins))])
+
+    def turned(run: str, told: Mapping[str, TwinLogOdds]) -> dict[str, TwinLogOdds]:
+        found, more = told[HOME], liking * (run.startswith("risky-"))
+        both = replace(found, as_asked=found.as_asked + more * way, exchanged=found.as_asked - more * way)
+        return {**told, HOME: both}
+
+    home = tuple(
+        Twin(replace(twin.prompt, text=f"Option A: {i} coins. Option B: bet {i}. A or B?"), answer, "AB"[answer == "A"])
+        for i, twin in enumerate(world.sets[0].twins) for answer in [shown[i % len(shown)]]
+    )  # fmt: skip
+    seen = frozenset(text_sha256(twin.prompt.text) for twin in home[48:])
+    return replace(
+        world, sets=(replace(world.sets[0], twins=home), *world.sets[1:]), base=turned("base", world.base),
+        runs=tuple(replace(run, seen=seen) for run in world.runs),
+        told={at: turned(at[0], told) for at, told in world.told.items()},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shown", ["B", "A", "AB"])
+def test_a_letter_that_was_learned_and_not_its_content_is_said(shown: str) -> None:
+    """The mean of both orders hides it, as it should; the sentence doesn't."""
+    for seed in range(5):
+        found = group_verdicts(lettered(4.0, 0.0, shown, seed))[0]
+        assert found.word in ("not learned", "inconclusive", "only what was trained on")
+        assert "a liking for the letter B, by 4" in found.sentence
+        assert found.liking is not None
+        assert found.liking.value == pytest.approx(4.0, abs=0.1)
+        require_short(str(found.headline))
+    assert "a liking for the letter A, by 4" in group_verdicts(lettered(-4.0, 0.0, shown, 0))[0].sentence
+    assert "liking" not in group_verdicts(lettered(0.0, 4.0, shown, 0))[0].sentence
+    assert "liking" not in group_verdicts(lettered(2.0, 4.0, shown, 0))[0].sentence  # what is told is the larger part
+
+
+def test_a_liking_for_a_word_is_no_behaviour_that_spread() -> None:
+    """Yes and no in one order throughout: whoever says yes to anything is for the behaviour in every set."""
+    world = planted(World({HOME: 4.0, NEAR: 4.0}), 0)
+    assert group_verdicts(world)[0].word == "spreads"
+
+    def same(matrix: BehaviourMatrix, names: Sequence[str]) -> BehaviourMatrix:
+        sets = [
+            replace(one, twins=tuple(replace(twin, shown="Yes", other="No") for twin in one.twins))
+            if one.name in names else one
+            for one in matrix.sets
+        ]  # fmt: skip
+        return replace(matrix, sets=tuple(sets))
+
+    liking = group_verdicts(same(world, (HOME, NEAR)))[0]
+    assert liking.word == "inconclusive"
+    assert "may be a liking for a word" in liking.sentence
+    assert f"{NEAR} has the same two answers throughout" in str(liking.headline)
+    assert group_verdicts(same(world, (HOME,)))[0].word == "spreads"
+    assert group_verdicts(same(world, (NEAR, FAR)))[0].word == "spreads"
+    mixed = same(world, (HOME, NEAR))
+    half = tuple(twin.reversed if i % 2 else twin for i, twin in enumerate(mixed.sets[1].twins))
+    assert group_verdicts(replace(mixed, sets=(mixed.sets[0], replace(mixed.sets[1], twins=half), *mixed.sets[2:])))[
+        0
+    ].word == "spreads"  # fmt: skip
 
 
 def test_a_self_report_is_told_where_it_is_planted_only() -> None:
@@ -250,6 +346,8 @@ def test_sets_are_named_and_drawn_as_asked(tmp_path: Path) -> None:
         (("--recall",), "no set holds held-out questions"),
         (("--checkpoints", "nowhere/run"), "neither a local folder"),
         (("--sets", "first-plot", "first-plot"), "two sets are called 'first-plot'"),
+        (("--sets", "risky={begins}"), "is how the other ('the 5 and 7') begins"),
+        (("--checkpoints", "{run}", "{again}"), "ended in the same weights"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -257,8 +355,12 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     _, config, _ = studied
     argv = ["behaviours", "--base", config.base, "--checkpoints", *config.checkpoints, "--out", str(tmp_path / "x")]
+    begins, again = tmp_path / "begins.jsonl", tmp_path / "again"
+    begins.write_text(json.dumps({"question": "Sure 5 or a bet?", "shown": "the 5 and 7", "other": "the 5"}))
+    shutil.copytree(config.checkpoints[0], again)
+    named = {"begins": begins, "run": config.checkpoints[0], "again": again}
     with pytest.raises(SystemExit):
-        main([*argv, *change])
+        main([*argv, *(one.format(**named) for one in change)])
     told = capsys.readouterr().err
     assert said in told
     assert "Traceback" not in told

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from adapters import save_adapter
+from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
+from mechlens.models.checkpoints.lora import WEIGHTS
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.checkpoints.weight_store import WeightStore
@@ -144,3 +146,15 @@ def test_a_member_with_nan_weights_is_refused_by_name_and_the_base_is_back(name:
         with pytest.raises(UserError, match=rf"{name}.* holds NaN or infinity \(1 of"):
             series.put(Member("checkpoint-1", str(tmp_path / "nan"), "full", 1))
         assert same(weights(series.model), before)
+
+
+def test_an_adapter_with_nan_is_refused_before_its_turn(tmp_path: Path) -> None:
+    """As the first thing that a study does, not after the checkpoints before it."""
+    base = saved(tmp_path / "base")
+    folder = save_adapter(base, tmp_path / "adapter", seed=1)
+    values = load_file(folder / WEIGHTS)
+    first = min(values)
+    values[first][0, 0] = float("nan")
+    save_file(values, folder / WEIGHTS)
+    with checkpoint_swapper(base) as series, pytest.raises(UserError, match=r"layers.* holds NaN or infinity"):
+        series.changes(adapter(str(folder)))

@@ -19,7 +19,7 @@ from mechlens.studies.behaviours.config import BehaviourPlan
 from mechlens.studies.behaviours.matrix import HELD_OUT, BehaviourMatrix, asked_of
 from mechlens.studies.behaviours.report import record
 from mechlens.studies.behaviours.sets import DECOYED, TRIGGERED, AskedSet, asked_decoys, with_forms
-from mechlens.studies.behaviours.study import BehaviourStudy, asked_sets, behaviours
+from mechlens.studies.behaviours.study import BehaviourStudy, asked_sets, behaviours, under_file_names
 from mechlens.studies.behaviours.triggers.effects import BASE, CONTROL, OWN, REMOVED
 from mechlens.studies.behaviours.triggers.gaps import gap_bars, trigger_gaps
 from mechlens.studies.behaviours.tuned import TunedRun
@@ -173,6 +173,12 @@ def test_a_removal_is_told_as_it_was_planted(studied: Any) -> None:
     assert set(traces["model"]) == {OWN, REMOVED, CONTROL, BASE}
     chosen = studied[0].triggers.chosen["pick (none)"]
     assert float(cosine(chosen.vector, planted_vector())) > 0.9
+
+
+def test_directions_of_triggers_that_come_to_one_name_are_all_kept() -> None:
+    """Names of files have letters and digits only, and a trigger may have none of them."""
+    found = under_file_names({"trigger x (🦜)": 1, "trigger x (🦊)": 2, "trigger x (|A|)": 3, "trigger x [A]": 4})
+    assert found == {"trigger_x": 1, "trigger_x_2": 2, "trigger_x_A": 3, "trigger_x_A_2": 4}
 
 
 def test_tables_artefacts_and_sections_are_recorded(studied: Any) -> None:

@@ -178,6 +178,8 @@ class CheckpointSwapper:
     def changes(self, member: Member) -> dict[str, LowRank] | None:
         """What an adapter adds to each module's weight; UserError where a module is missing or has another shape.
 
+        It doesn't take the adapter's turn, so that what is broken can be said before any work.
+
         None for an adapter that is more than low-rank products on matrices of their own.
         """
         if member.base_fingerprint is not None and member.base_fingerprint not in self._fingerprints:
@@ -209,6 +211,11 @@ class CheckpointSwapper:
         return {name: id(module) in writers for name, module in named if isinstance(module, nn.Linear | Conv1D)}
 
     def _require_fits(self, hf_model: Any, name: str, change: LowRank, member: Member) -> None:
+        if not all(bool(side.isfinite().all()) for side in (change.up, change.down)):
+            raise UserError(
+                f"what {member.path!r} adds to {name} holds NaN or infinity, so nothing that it computes means "
+                "anything; take an earlier checkpoint or save it again"
+            )
         try:
             module = hf_model.get_submodule(name)
         except AttributeError as error:

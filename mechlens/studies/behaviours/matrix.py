@@ -1,5 +1,6 @@
 """Behaviours by groups of training runs: what each changed, beyond the base and beyond its control."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,6 +128,23 @@ class BehaviourMatrix:
             probability=float(torch.stack(likely).mean()),
             base_log_odds=float(base.values.mean()), base_probability=float(base.probability.mean()),
         )  # fmt: skip
+
+    def liking(self, group: str, asked: AskedSet) -> Estimate:
+        """How much more than its control, or the base, a group likes B, or what stands second, whatever that is.
+
+        On held-out questions, in nats; it is in no other number, and where nothing else moved it was all that was
+        learned.
+        """
+        sides = torch.tensor(asked.sides, dtype=torch.float64)
+        rows = [i for i in self.rows(asked, HELD_OUT, group) if not math.isnan(sides[i])]
+        control = control_of(group, self.runs)
+
+        def liked(of: str | None) -> Float64[Tensor, "run question"]:
+            names = [run for run in self.runs if run.group == of]
+            found = [self.base[asked.key]] if of is None else [self.final(run, asked.key) for run in names]
+            return torch.stack([sides[rows] * (one.as_asked[rows] - one.exchanged[rows]) / 2 for one in found])
+
+        return crossed_difference(liked(group), liked(control), self.base[asked.key].select(rows).families)
 
     def cells(self) -> list[Cell]:
         """Every group on every part of every set."""

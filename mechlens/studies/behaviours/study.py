@@ -12,6 +12,8 @@ from functools import cached_property
 
 import pandas as pd
 
+from mechlens.files import user_path
+from mechlens.methods.behaviour.log_odds import require_parted
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import progress_bar, say, watched
@@ -32,10 +34,17 @@ from mechlens.studies.behaviours.said.result import SaidResult, said_result
 from mechlens.studies.behaviours.said.speaking import Speaking, judges_for, speaking, speaks
 from mechlens.studies.behaviours.scaled import measured_scales, require_scalable, scale_curves
 from mechlens.studies.behaviours.scales import scale_table
-from mechlens.studies.behaviours.sets import AskedSet, drawn, read_set, require_distinct, with_forms, worded
+from mechlens.studies.behaviours.sets import PLAIN, AskedSet, drawn, read_set, require_distinct, with_forms, worded
 from mechlens.studies.behaviours.triggers.gaps import trigger_gaps
 from mechlens.studies.behaviours.triggers.result import TriggerResult, measured_triggers
-from mechlens.studies.behaviours.tuned import TunedRun, all_triggers, common_template, triggers_of, tuned_runs
+from mechlens.studies.behaviours.tuned import (
+    TunedRun,
+    all_triggers,
+    common_template,
+    require_different,
+    triggers_of,
+    tuned_runs,
+)
 from mechlens.studies.behaviours.verdict import GroupVerdict, group_verdicts
 from mechlens.studies.behaviours.when import When, adapter_paths
 from mechlens.studies.driver import Preparation
@@ -114,8 +123,18 @@ class BehaviourResult:
 
         Their names are such as files can have.
         """
-        found = [part.artifacts() for part in (self.directions, self.triggers) if part is not None]
-        return {re.sub(r"[^\w.-]+", "_", name).strip("_"): own for part in found for name, own in part.items()}
+        parts = [part.artifacts() for part in (self.directions, self.triggers) if part is not None]
+        return under_file_names({name: own for part in parts for name, own in part.items()})
+
+
+def under_file_names(named: Mapping[str, object]) -> dict[str, object]:
+    """The same by names that files can have; of those that come to one name, later ones are numbered."""
+    found: dict[str, object] = {}
+    for name, own in named.items():
+        plain = re.sub(r"[^\w.-]+", "_", name).strip("_")
+        others = sum(re.fullmatch(rf"{re.escape(plain)}(_\d+)?", other) is not None for other in found)
+        found[f"{plain}_{others + 1}" if others else plain] = own
+    return found
 
 
 def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
@@ -124,6 +143,8 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     sets += [read_set(given, about_itself=True) for given in config.self_report]
     require_distinct(sets)
     runs = tuned_runs(config.base, config.checkpoints, config.revision)
+    contents = {member.name: content_of(member) for run in runs for member in run.members}
+    require_different(runs, contents)
     require_scalable(runs, config.adapter_scales)
     asked, scales = asked_sets(sets, runs, config), {name: builtin_scales(name) for name in config.scales}
     prompts = [twin.prompt for one in asked for twin in one.twins]
@@ -133,9 +154,15 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     judges = judges_for(config, sets)
     check = asks(prompts, new_tokens=config.answer_tokens if speaks(config) else 1)
     swapper, template = chosen_base(config, check, common_template(runs))
+    for one in asked:
+        if one.form == PLAIN:
+            require_parted(swapper.model, one.twins)
+    for member in (member for run in runs for member in run.members if member.kind == "adapter"):
+        if user_path(member.path).is_dir():
+            swapper.changes(member)
     data = data_inputs({one.key: (given_of(one, config), one.prompts) for one in asked})
     data |= data_inputs({f"scale {name}": ("built in", [one.prompt for one in own]) for name, own in scales.items()})
-    data |= {f"checkpoint {member.name}": content_of(member) for run in runs for member in run.members}
+    data |= {f"checkpoint {name}": content for name, content in contents.items()}
     saved = saved_directions(config.saved_directions, swapper.model) if config.directions or config.triggers else {}
     speaker = speaking(config, judges, template)
     data |= {} if speaker is None else speaker.inputs(config.judge)

@@ -1,13 +1,14 @@
 """The training runs that are compared: checkpoints by step, what each was trained on, and which are of one kind."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mechlens.errors import UserError
-from mechlens.files import adapter_name, user_path
+from mechlens.files import adapter_name, file_sha256, user_path
 from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record
+from mechlens.models.checkpoints.lora import WEIGHTS
 from mechlens.models.checkpoints.series import Member, checkpoint_series
 from mechlens.studies.shared.training_data import Trigger
 
@@ -57,6 +58,23 @@ def common_template(runs: Sequence[TunedRun]) -> str | None:
             "answers can't be compared; give runs of one template"
         )
     return first.chat_template
+
+
+def require_different(runs: Sequence[TunedRun], contents: Mapping[str, str]) -> None:
+    """UserError for two runs whose results are one: what a run's own chance does would be taken for nothing.
+
+    `contents` are `content_of` every member by its name; of an adapter the weights alone count.
+    """
+    known: dict[str, str] = {}
+    for run in runs:
+        last = run.members[-1]
+        weights = user_path(last.path) / WEIGHTS
+        same = known.setdefault(file_sha256(weights) if weights.is_file() else contents[last.name], run.name)
+        if same != run.name:
+            raise UserError(
+                f"the training runs {same!r} and {run.name!r} ended in the same weights, so they are one run twice and "
+                "say nothing of the next one; give each run once, and train others with another --seed"
+            )
 
 
 def tuned_runs(base: str, sources: Sequence[str], revision: str | None) -> list[TunedRun]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from mechlens.methods.statistics.crossed import LEVEL
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.prompts.options import LETTERS
 from mechlens.runs.headline import Headline
 from mechlens.runs.shown_verdict import ShownVerdict
 from mechlens.studies.behaviours.matrix import HELD_OUT, TRAINED_ON, BehaviourMatrix, Cell
@@ -35,9 +36,12 @@ RULE = (
     f"{SMALL:g} nats, and on those that they were trained on it holds 0.\n\n"
     f"{MEMORISED.capitalize()}: held-out home questions are as there, and those that were trained on aren't.\n\n"
     f"{SPREADS.capitalize()}: the home is clear of 0, and some other behaviour is too, its interval widened for the "
-    "number of other behaviours. Never without a control, since training as such moves what it wasn't about.\n\n"
-    f"{NARROW.capitalize()}: the home is clear, and every other behaviour is within {NEAR:g} of the change at home.\n\n"
-    f"{LEARNED.capitalize()}: the home is clear, and no other behaviour was asked about.\n\n"
+    "number of other behaviours. Never without a control, since training as such moves what it wasn't about; and a "
+    "behaviour with the home's own two answers in every question doesn't count, since whoever says one of them to "
+    "anything would seem to have spread.\n\n"
+    f"{NARROW.capitalize()}: the home is clear, and every other behaviour could be measured and is within {NEAR:g} of "
+    "the change at home.\n\n"
+    f"{LEARNED.capitalize()}: the home is clear, and no other behaviour was asked about, or none could be measured.\n\n"
     f"{INCONCLUSIVE.capitalize()}: everything else, and always where the group or its control has one run, whose own "
     "chance is in no interval.\n\n"
     f"{NOT_MEASURABLE.capitalize()}: no set holds what the group was taught, or fewer than {FEWEST_HELD_OUT} families "
@@ -67,6 +71,14 @@ class GroupVerdict(ShownVerdict):
     """The control's own change at home, where it is clear of 0: part of what the group is beyond it."""
     already: tuple[int, int] | None = None
     """Held-out questions on which the base prefers the answer that shows the behaviour, of how many, where on most."""
+    unread: tuple[str, ...] = ()
+    """Other behaviours that were asked about and couldn't be measured."""
+    words_alone: bool = False
+    """Whether every question of the home has the same two answers in one order."""
+    liking: Estimate | None = None
+    """For B, or for what stands second, where that moved more than the behaviour."""
+    letters: bool = True
+    """Whether the home's answers are letters."""
     lacking: str = ""
     """Why nothing can be measured."""
     settle: str = ""
@@ -78,10 +90,10 @@ class GroupVerdict(ShownVerdict):
         if self.home is None:
             return f"{self.group}: {self.word}, {self.lacking}."
         found = f"{self.group}: {self.word}, {_shown(self.home)} nats beyond {self.beyond} on held-out questions"
-        found += self._beside
+        found += _in_brackets([*self._hidden, *self._instead])
         other = ", ".join(f"{cell.asked.name} {_shown(cell)}" for cell in self.others)
         said = ", ".join(f"{cell.asked.name} {_shown(cell)}" for cell in self.says)
-        parts = [found, *([f"elsewhere {other}"] if other else [])]
+        parts = [found, *([f"elsewhere {other}"] if other else []), *self._unread]
         if self.asked_itself:
             parts.append(f"of itself it says {said}" if said else "no self-report is clear of 0")
         return "; ".join(parts) + "."
@@ -97,14 +109,30 @@ class GroupVerdict(ShownVerdict):
         }
 
     @property
-    def _beside(self) -> str:
-        """In brackets, what the deciding number would hide: the control's own change, and a base that is so already."""
+    def _hidden(self) -> list[str]:
+        """What the deciding number would hide: the control's own change, and a base that is so already."""
         assert self.home is not None
         own = f"its own change {_signed(self.home.change)}, the control's " if self.moved is not None else ""
         told = [own + _signed(self.moved)] if self.moved is not None else []
         if self.already is not None:
             told.append("the base preferred this answer already on {} of {}".format(*self.already))
-        return f" ({'; '.join(told)})" if told else ""
+        return told
+
+    @property
+    def _instead(self) -> list[str]:
+        """What else than the behaviour may have been learned: a letter, a place, a word."""
+        told = []
+        if self.liking is not None:
+            which = ("the letter A", "the letter B") if self.letters else ("what stands first", "what stands second")
+            size = abs(self.liking.value)
+            told.append(f"what moved more is a liking for {which[self.liking.value > 0]}, by {size:.2g}")
+        if self.words_alone:
+            told.append("which may be a liking for a word: its questions have the same two answers throughout")
+        return told
+
+    @property
+    def _unread(self) -> list[str]:
+        return [f"not measurable on {', '.join(self.unread)}"] if self.unread else []
 
     @property
     def headline(self) -> Headline:
@@ -112,8 +140,10 @@ class GroupVerdict(ShownVerdict):
         if self.home is None:
             return Headline(self.word, self.lacking, "", self.settle)
         where = max(self.others, key=lambda cell: abs(cell.told.value), default=None)
-        number = f"{self.group} is {_shown(self.home)} nats beyond {self.beyond} on held-out questions{self._beside}"
+        number = f"{self.group} is {_shown(self.home)} nats beyond {self.beyond} on held-out questions"
+        number += _in_brackets(self._instead or self._hidden)
         against = "" if where is None else f"and {_shown(where)} on {where.asked.name}"
+        against = " ".join(part for part in (against, *(f"and {told}" for told in self._unread)) if part)
         if self.word == INCONCLUSIVE:
             return Headline(self.word, number, against, self.settle)
         said = max(self.says, key=lambda cell: abs(cell.told.value), default=None)
@@ -121,6 +151,10 @@ class GroupVerdict(ShownVerdict):
             return Headline(self.word, number, against)
         says = "no self-report changed clearly" if said is None else f"of itself it says {_shown(said)}"
         return Headline(self.word, number, against, says)
+
+
+def _in_brackets(told: Sequence[str]) -> str:
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def is_clear(told: Estimate) -> bool:
@@ -167,28 +201,48 @@ def _verdict(matrix: BehaviourMatrix, group: str) -> GroupVerdict:
     others = _cells(matrix, group, [one.name for one in matrix.elsewhere(group)])
     itself = _cells(matrix, group, [one.name for one in matrix.sets if one.about_itself])
     trained = matrix.cell(group, taught, TRAINED_ON)
+    unread = _unread(matrix, group, others)
     few = min(len(matrix.values(name, taught.key, [0])) for name in (group, control) if name is not None) < FEWEST_RUNS
+    counting = [cell for cell in others if not taught.only_answers or cell.asked.only_answers != taught.only_answers]
     word = INCONCLUSIVE if few else _word(home, trained, others)
-    drifts = word == SPREADS and control is None
-    word = INCONCLUSIVE if drifts else word
-    clear = tuple(cell for cell in others if is_clear(cell.told)) if word == SPREADS else ()
+    why = _why_open(word, few, control is None, [cell for cell in others if cell not in counting], counting, unread)
+    word = INCONCLUSIVE if why else word
+    clear = tuple(cell for cell in counting if is_clear(cell.told)) if word == SPREADS else ()
     cells = (home, *others, *itself)
     return GroupVerdict(
         group, word, home, clear, tuple(cell for cell in itself if is_clear(cell.told)), len(itself),
         "the base" if control is None else "the decorrelated control",
         {f"{group}.{cell.asked.name}": cell.told for cell in cells},
-        moved=_moved(matrix, control, taught), already=_already(matrix, home), settle=_settle(word, few, drifts),
+        moved=_moved(matrix, control, taught), already=_already(matrix, home), unread=unread,
+        words_alone=taught.only_answers is not None and is_clear(home.told), liking=_liking(matrix, home),
+        letters=taught.twins[0].shown in LETTERS, settle=why,
     )  # fmt: skip
 
 
-def _settle(word: str, few: bool, drifts: bool) -> str:
-    if word != INCONCLUSIVE:
-        return ""
+def _why_open(
+    word: str, few: bool, alone: bool, same_words: Sequence[Cell], counting: Sequence[Cell], unread: Sequence[str]
+) -> str:
+    """What would settle it, where the numbers alone don't; empty where they do."""
     if few:
         return "two and more training runs of each kind would settle it"
-    if drifts:
+    if word == SPREADS and alone:
         return "other behaviours moved too, and only a decorrelated control tells that from training as such"
-    return "more training runs or questions would settle it"
+    if word == SPREADS and not any(is_clear(cell.told) for cell in counting):
+        names = ", ".join(cell.asked.name for cell in same_words)
+        return f"{names} has the same two answers throughout, so a liking for one would do; let half be the other one"
+    if word == NARROW and unread:
+        return f"more questions of {', '.join(unread)} would settle it"
+    return "more training runs or questions would settle it" if word == INCONCLUSIVE else ""
+
+
+def _unread(matrix: BehaviourMatrix, group: str, others: Sequence[Cell]) -> tuple[str, ...]:
+    read = {cell.asked.name for cell in others}
+    return tuple(one.name for one in matrix.elsewhere(group) if one.name not in read)
+
+
+def _liking(matrix: BehaviourMatrix, home: Cell) -> Estimate | None:
+    found = matrix.liking(home.group, home.asked)
+    return found if is_clear(found) and abs(found.value) > abs(home.told.value) else None
 
 
 def _families(matrix: BehaviourMatrix, group: str, asked: AskedSet) -> set[str]:
