@@ -14,6 +14,7 @@ import mechlens as ml
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.answers import answer
+from mechlens.methods.behaviour.damage import answer_losses
 from mechlens.methods.steering.controllers.controller import Controlled, Controller
 from mechlens.methods.steering.controllers.fit import Taught, _trained, fit_controller, read_values
 from mechlens.methods.steering.controllers.plan import PUBLISHED, ControllerPlan
@@ -130,6 +131,27 @@ def seen(model: Any, batch: TokenBatch, given: list[Any], level: int) -> torch.T
         )
     found: torch.Tensor = cache[name]
     return found
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_answers_that_are_given_are_steered_as_those_that_are_written(published: bool) -> None:
+    """The loss of an answer's tokens in one pass is what they had when they were written, token by token."""
+    model, batch = made("llama"), batch_of("llama")
+    where: dict[str, Any] = {"reads": (), "layers": ()} if published else {}
+    given = [Controlled(opened(fitted("llama", published=published, **where), 1.0), strength=1.5)]
+    said = answer_under(model, batch, given, max_new_tokens=NEW)
+    loss = answer_losses(model, [given, []], batch, said)[:, 0]
+    by_hand = []
+    for i, tokens in enumerate(said.tokens):
+        if tokens:
+            one = batch.select([i])
+            gate, weights = given[0].controller.decide(read_values(model, one, given[0].controller))
+            acts = [
+                replace(act, strength=act.strength * float(gate[0] * weights[0, share])) for act, share in given[0].acts
+            ]
+            by_hand.append(float(answer_losses(model, [acts], one, said.select([i]))[0, 0, 0]))
+    assert torch.allclose(loss[0], torch.tensor(by_hand, dtype=loss.dtype), atol=1e-5)
+    assert float((loss[0] - loss[1]).abs().max()) > 1e-3
 
 
 def linear_model() -> Any:

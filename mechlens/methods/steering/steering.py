@@ -24,7 +24,7 @@ from mechlens.methods.steering.interventions import ALL, Act, Intervention
 from mechlens.methods.steering.placed import Placement
 from mechlens.methods.steering.starts import SteeredRow
 from mechlens.methods.steering.steered_batch import Engine, Interventions, Keyed, Reduce, steered_batch
-from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, loaded, n_layers
+from mechlens.models.bridge import LanguageModel, checkpoint_now, device_of, is_bridge, loaded, n_layers
 from mechlens.models.engine.forward import Row, batch_tokens
 from mechlens.models.engine.generate import Decided, Pick, greedy_batch, prompt_logits
 from mechlens.models.engine.intervene.changed import changed
@@ -242,8 +242,8 @@ def applied(
     """The model under interventions at TransformerLens' hook points, for anything else one runs it for.
 
     With a batch, what is run must be that batch's `tokens`, once for each pass, with up to `said` tokens of an answer
-    after each prompt. Without one, interventions must
-    act on every token in both phases, and anything may be run: `answer`, `collect`, `run_with_cache`, a loss.
+    after each prompt. Without one, interventions must act on every token in both phases, and anything may be run:
+    `answer`, `collect`, `run_with_cache`, a loss.
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
@@ -269,9 +269,22 @@ def applied(
         return
     work = steered_batch(model, batch, interventions, "tokenizer", force, 0)
     placed = TokenMask(batch.lengths, -batch.offsets)
-    placed.advance(placed.rows, placed.start, said)
     with changed(model, work.changes, placed, fast=False):
+        if said and any(change.gate for row in work.changes for change in row):
+            _decide(model, batch)
+        placed.advance(placed.rows, placed.start, said)
         yield model
+
+
+@torch.inference_mode()
+def _decide(model: LanguageModel, batch: TokenBatch) -> None:
+    """Runs the prompts alone, so that gates have decided before answers are run with them, at layers below too."""
+    device = device_of(model)
+    tokens, mask = batch.tokens.to(device), batch.mask.long().to(device)
+    if is_bridge(model):
+        model.original_model(tokens, attention_mask=mask, use_cache=False)
+    else:
+        model(tokens, attention_mask=mask, prepend_bos=False)
 
 
 def _everywhere(one: Intervention) -> bool:
