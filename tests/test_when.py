@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pandas as pd
 import pytest
 from planted_change import planted_vector, saved
 from planted_runs import TWINS, run_of, start_model, unrelated_vector
@@ -13,6 +14,7 @@ from mechlens.studies.behaviours.directions.paths import direction_paths
 from mechlens.studies.behaviours.sets import AskedSet
 from mechlens.studies.behaviours.study import behaviours
 from mechlens.studies.behaviours.when import When, adapter_paths
+from mechlens.studies.behaviours.when_report import of_its_largest
 
 N, PLANTED = 11, 5
 SIZE = 3.0
@@ -41,6 +43,13 @@ def when(tmp_path_factory: pytest.TempPathFactory) -> When:
         directions = direction_paths(again, found.matrix, template, None)
     assert found.when.directions == {}
     return When(found.matrix, adapter_paths(runs), directions)
+
+
+def test_a_curve_that_ends_near_where_it_began_is_drawn_within_1() -> None:
+    """As a share of its end a behaviour that came and went would be drawn a thousand times as high as all else."""
+    drawn = of_its_largest(pd.DataFrame({"step": [0, 1, 2, 3], "value": [0.0, -2.0, 1.0, 0.001]}))
+    assert drawn["value"].tolist() == pytest.approx([0.0, -1.0, 0.5, 0.0005])
+    assert of_its_largest(pd.DataFrame({"step": [0, 1], "value": [0.0, 0.0]})).empty
 
 
 def test_a_behaviour_that_comes_at_a_step_is_found_there(when: When) -> None:

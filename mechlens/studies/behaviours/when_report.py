@@ -41,9 +41,9 @@ def when_sections(writer: RunWriter, when: When) -> list[Section]:
     if together["curve"].nunique() > 1:
         figure = figures.lines(
             together, x="step", y="value", group="curve", hline=0.0, xlabel="training step",
-            ylabel="share of the end; cosine", title=f"Behaviour, adapter and direction: {when.matrix.groups[0]}",
+            ylabel="share of the largest; cosine", title=f"Behaviour, adapter and direction: {when.matrix.groups[0]}",
         )  # fmt: skip
-        caption = "Means over runs. The behaviour and both norms are shares of what they are at the end."
+        caption = "Means over runs. The behaviour and both norms are shares of the largest that they reach."
         names.append(writer.figure("when", figure, table="when", caption=caption))
     sections = [Section("When it came", TEXT, tuple(names), table=when.change_points)]
     if len(when.turning_points):
@@ -68,13 +68,13 @@ def _together(when: When) -> pd.DataFrame:
     group = when.matrix.groups[0]
     home = _homes(when.matrix, when.matrix.by_step)
     behaviour = home[home["curve"].str.startswith(f"{group}: ")]
-    parts = [_of_its_end(behaviour.assign(value=behaviour["change"], curve="behaviour"))]
+    parts = [of_its_largest(behaviour.assign(value=behaviour["change"], curve="behaviour"))]
     curves = when.curves[when.curves["group"] == group]
     for of, word in ((ADAPTER, "adapter"), (DIRECTION, "direction")):
         own = curves[curves["of"] == of]
         norm = _mean(own[own["measure"] == NORM])
         turn = _mean(own[(own["measure"] == COSINE) & (own["lag"] == LAGS[0])])
-        parts += [_of_its_end(norm.assign(curve=f"{word}'s norm")), turn.assign(curve=f"{word}'s local cosine")]
+        parts += [of_its_largest(norm.assign(curve=f"{word}'s norm")), turn.assign(curve=f"{word}'s local cosine")]
     joined: pd.DataFrame = pd.concat([part for part in parts if len(part)], ignore_index=True)
     return joined[["step", "curve", "value"]].dropna()
 
@@ -84,6 +84,7 @@ def _mean(curves: pd.DataFrame) -> pd.DataFrame:
     return mean
 
 
-def _of_its_end(curve: pd.DataFrame) -> pd.DataFrame:
-    end = float(rounded(curve)["value"].iloc[-1]) if len(curve) else 0.0
-    return curve.assign(value=curve["value"] / end) if end else curve[:0]
+def of_its_largest(curve: pd.DataFrame) -> pd.DataFrame:
+    """The end may be next to nothing, of which everything before it would be many times as much."""
+    largest = float(rounded(curve)["value"].abs().max()) if len(curve) else 0.0
+    return curve.assign(value=curve["value"] / largest) if largest else curve[:0]
