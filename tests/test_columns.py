@@ -11,6 +11,7 @@ from mechlens.errors import UserError
 from mechlens.settings import PromptSets
 from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.direction.study import _sides
+from mechlens.studies.possible import require_possible
 from mechlens.studies.separate.config import Separate
 from mechlens.studies.shared.harm_sets import read_harm_sets
 from mechlens.studies.shared.inputs import read_prompts
@@ -72,6 +73,27 @@ def test_a_column_is_of_files_and_not_of_built_in_sets(file: str, tmp_path: Path
     config = asked(tmp_path, positive=file, negative="benign", column="request")
     assert len(read_prompts(config.positive, "positive", config)) == 4
     assert len(read_prompts(config.negative, "negative", config)) > 4
+
+
+def test_a_text_file_has_no_columns_beside_a_file_that_has_some(file: str, tmp_path: Path) -> None:
+    (tmp_path / "ok.txt").write_text("one\ntwo\n")
+    plain = str(tmp_path / "ok.txt")
+    config = asked(tmp_path, positive=f"{file}+{plain}", negative=plain, column="request", family_column="tone")
+    mixed = read_prompts(config.positive, "positive", config)
+    assert [prompt.text for prompt in mixed] == [*(text for text, _ in ROWS), "one", "two"]
+    assert [prompt.text for prompt in read_prompts(config.negative, "negative", config)] == ["one", "two"]
+    require_possible(config)
+
+
+@pytest.mark.parametrize("option", ["column", "family_column"])
+def test_a_column_of_nothing_is_refused(option: str, tmp_path: Path) -> None:
+    for name in ("ok.txt", "no.txt"):
+        (tmp_path / name).write_text("one\ntwo\n")
+    plain = {"positive": f"harmful+{tmp_path / 'ok.txt'}", "negative": str(tmp_path / "no.txt")}
+    with pytest.raises(UserError, match=f"`{option}` was given, and none of harmful, .*ok.txt, .*no.txt has columns"):
+        require_possible(asked(tmp_path, **plain, **{option: "q"}))
+    with pytest.raises(UserError, match=r"`label_column` was given, and none of .*ok.txt has columns"):
+        require_possible(asked(tmp_path, data=str(tmp_path / "ok.txt"), label_column="tone"))
 
 
 @pytest.mark.parametrize(

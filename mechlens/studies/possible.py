@@ -4,6 +4,7 @@ Studies check the same where they use it, and more; here a slip of the hand is a
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -46,6 +47,7 @@ def require_possible(config: Any) -> None:
     given = vars(config)
     if "label_column" in given:
         require_both(given["data"], given["label_column"])
+        _require_columns(given)
     for name in FILES:
         if (file := given.get(name)) is not None and not user_path(file).exists():
             raise UserError(f"there is no file {file}; check the path")
@@ -63,6 +65,24 @@ def require_both(data: str | None, label_column: str | None) -> None:
         raise UserError(
             f"{has} was given without {lacks}; one file with both classes needs both, such as --data FILE "
             "--label-column tone, and the values of that column as the names of the classes"
+        )
+
+
+def _require_columns(given: Mapping[str, Any]) -> None:
+    """UserError for the name of a column where no source has any."""
+    named = [name for name in ("column", "label_column", "family_column") if given[name] is not None]
+    if not named:
+        return
+    from mechlens.prompts.builtin import builtin_names
+    from mechlens.prompts.files.rows import has_columns
+
+    wanted = SOURCES if given["data"] is None else ("data",)
+    sources = [part for name in wanted if isinstance(given.get(name), str) for part in given[name].split("+")]
+    if not any(part not in builtin_names() and has_columns(part) for part in sources):
+        raise UserError(
+            f"--{named[0].replace('_', '-')} was given, and none of {', '.join(dict.fromkeys(sources))} has columns "
+            "(text files have a prompt a line, and built-in sets are as they are); leave it out, or give a file with "
+            "columns, such as a .csv or .jsonl"
         )
 
 

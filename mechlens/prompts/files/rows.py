@@ -219,3 +219,8 @@ _READERS: dict[str, Callable[[Path, bytes], list[Record]]] = {
 
 FILE_ENDINGS = tuple(_READERS)
 """Endings of the files that `read_rows` can read."""
+
+
+def has_columns(source: str) -> bool:
+    """False for a plain text file, which has a prompt a line and nothing to choose a column from."""
+    return Path(source).suffix.lower() != ".txt"

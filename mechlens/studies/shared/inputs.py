@@ -18,6 +18,7 @@ from mechlens.models.load import load, tokenizer_of
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import joined_sources, load_prompts
+from mechlens.prompts.files.rows import has_columns
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
 from mechlens.prompts.text import normalise_text
@@ -65,7 +66,8 @@ def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data:
     """Prompts of one class from any source, relabelled, with the system prompt where one is given.
 
     A plus joins sources ("harmful+looks-harmless"); `config.n` prompts are then drawn of each. With `config.data`,
-    which holds both classes, `source` is the class's value in its label column.
+    which holds both classes, `source` is the class's value in its label column. Columns are those of sources that have
+    some: built-in sets and plain text files have none.
     """
     require_both(config.data, config.label_column)
     read = functools.partial(load_prompts, label=label, sample=config.n, seed=config.seed, system=config.system)
@@ -74,7 +76,8 @@ def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data:
         return read(config.data, column=config.column, family_column=config.family_column, where=where)
     parts: dict[str, list[Prompt]] = {}
     for part in joined_sources(source):
-        column, family = (None, None) if part in builtin_names() else (config.column, config.family_column)
+        bare = part in builtin_names() or not has_columns(part)
+        column, family = (None, None) if bare else (config.column, config.family_column)
         prompts = read(part, column=column, family_column=family)
         parts[part] = without_repeats(prompts, [prompt for before in parts.values() for prompt in before], part)
     return [prompt for prompts in distinct_ids(**parts) for prompt in prompts]
