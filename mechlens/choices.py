@@ -1,5 +1,7 @@
 """What is chosen by name on the command line and can be added to by other packages; nothing here imports torch."""
 
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, get_type_hints
 
 import tyro
@@ -107,9 +109,30 @@ def choice(registry: Registry[Any], sentence: str, *, or_else: str = "") -> Any:
     return tyro.conf.arg(help=f"{sentence} {registry.help()}.", metavar=names + or_else)
 
 
-def require_known(config: object) -> None:
-    """UserError, before anything slow, for a name in a configuration that stands for nothing or can't be imported."""
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
+@cache
+def hints_of(config: type) -> Mapping[str, Any]:
+    """The types of a configuration's options, with what they are annotated with; none where they can't be read."""
+    try:
+        return get_type_hints(config, include_extras=True)
+    except Exception:  # of another package, whatever its annotations come to
+        return {}
+
+
+def _chosen(config: object) -> Iterator[tuple[Registry[Any], str]]:
+    """Every registry that an option of a configuration is chosen from, with the name that was chosen."""
+    for name, hint in hints_of(type(config)).items():
         for registry in getattr(hint, "__metadata__", ()):
             if isinstance(registry, Registry):
-                registry[getattr(config, name)]
+                yield registry, getattr(config, name)
+
+
+def require_named(config: object) -> None:
+    """UserError for a name in a configuration that stands for nothing; nothing is imported."""
+    for registry, name in _chosen(config):
+        registry.require(name)
+
+
+def require_known(config: object) -> None:
+    """UserError, before anything slow, for a name in a configuration that stands for nothing or can't be imported."""
+    for registry, name in _chosen(config):
+        registry[name]

@@ -57,13 +57,14 @@ def _about(config: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `mechlens`; exits with 1 and one sentence on an error that the user can mend."""
+    """Entry point of `mechlens`; an error that the user can mend is one sentence.
+
+    Exits with 2 where a command or an option can't be what was typed, and with 1 where what was asked for can't be had.
+    """
     try:
         _with_streams()
-        _run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        _say(error.typed)
-        sys.exit(1)
+        with _in_a_sentence(exit_code=1):
+            _run(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:
         # Whoever read our output (head, less) has seen enough; the rest goes nowhere.
         _nowhere(sys.stdout)
@@ -76,6 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _say("stopped; the same command goes on from what is on disk")
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _in_a_sentence(exit_code: int) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        _say(error.typed)
+        sys.exit(exit_code)
 
 
 _interruptions: list[int] = []
@@ -97,13 +107,13 @@ def interrupted(number: int, frame: FrameType | None) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     try:
-        _require_whole(argv)
         warnings.showwarning = _one_line
         if list(argv) == ["--version"]:
             print(f"mechlens {version('mechlens-toolkit')}")
             return
         known = commands()
-        with _with_examples(argv, known):
+        with _in_a_sentence(exit_code=2), _with_examples(argv, known):
+            _require_whole(argv)
             config = _parsed(argv, known)
         logging.raiseExceptions = False  # a library's log that finds the disk full is no traceback of ours
         if not sys.stderr.isatty():
@@ -142,9 +152,18 @@ def _parsed(argv: Sequence[str], known: Mapping[str, Study | Command]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
+        if (ours := _of_ours(stop)) is not None:  # which the parser would put into a box
+            raise ours from None
     if sentence := no_number(said.getvalue(), rest):
         raise UserError(sentence)
     return parse()  # which ends in what it has to say, in its own colours
+
+
+def _of_ours(error: BaseException | None) -> UserError | None:
+    """What a configuration said of its options, on the way to the parser's end."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__context__
+    return error
 
 
 @contextlib.contextmanager

@@ -107,6 +107,14 @@ def unknown_name(kind: str, given: str, known: Sequence[str]) -> UserError:
     return UserError(f"there is no {kind} {given!r}{f' ({near})' if near else ''}; choose from {', '.join(known)}")
 
 
+def require_numbers(kind: str, numbers: Sequence[int], last: int | None, owner: str) -> None:
+    """UserError for numbers, such as layers, that aren't the `owner`'s 0 to `last`; None: nobody knows the last."""
+    wrong = [number for number in numbers if number < 0 or (last is not None and number > last)]
+    if wrong:
+        known = "" if last is None else f"; {owner} has {kind}s 0 to {last}"
+        raise UserError(f"there is no {kind} {', '.join(map(str, wrong))}{known}")
+
+
 def nearest(given: str, known: Sequence[str]) -> str:
     """A question after the known name that was perhaps meant, in any capitals; "" where none is near."""
     close = difflib.get_close_matches(given.strip().lower(), known, n=1)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 from annotated_types import Ge, Le
 
-from mechlens.choices import JUDGES, METHODS, MODELS, choice
+from mechlens.choices import JUDGES, METHODS, MODELS, choice, hints_of, require_named
 from mechlens.errors import UserError, kind_of, quoted
 from mechlens.registry import nearest, unknown_name
 
@@ -74,7 +74,10 @@ class _ByName(type):
         first, rest = (
             {name: _as_meant(name, one, hints.get(name)) for name, one in part.items()} for part in (placed, given)
         )
-        return super().__call__(*first.values(), **rest)
+        made = super().__call__(*first.values(), **rest)
+        require_ranges(made)
+        require_named(made)
+        return made
 
 
 def needed_by(config: Any) -> list[str]:
@@ -195,6 +198,9 @@ class Columns(Options):
     family_column: str | None = None
     """Column, in every file, of what belongs together, such as the number of a pair or a topic: prompts of one value
     stay in one part of every split, and are drawn together where chance is sampled. None: each is on its own."""
+
+    def __post_init__(self) -> None:
+        require_both(self.data, self.label_column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,9 +323,19 @@ class Nulls(Sampling):
         )  # fmt: skip
 
 
+def require_both(data: str | None, label_column: str | None) -> None:
+    """UserError where one file of both classes is named without its column, or the column without the file."""
+    if (data is None) != (label_column is None):
+        lacks, has = ("--data", "--label-column") if data is None else ("--label-column", "--data")
+        raise UserError(
+            f"{has} was given without {lacks}; one file with both classes needs both, such as --data FILE "
+            "--label-column tone, and the values of that column as the names of the classes"
+        )
+
+
 def require_ranges(settings: object) -> None:
     """UserError for the first number of a dataclass that is outside of what its field's type says, such as `Draws`."""
-    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+    for name, hint in hints_of(type(settings)).items():
         value = getattr(settings, name)
         if not isinstance(value, int | float):
             continue

@@ -1,6 +1,9 @@
 """Errors come before work: whatever can be known before weights are read is said before, in one sentence."""
 
+import re
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +28,9 @@ from mechlens.prompts.files.load import load_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
 from mechlens.runs.vectors.direction_files import read_direction
+from mechlens.settings import DetectionPlan
 from mechlens.studies.causal.config import Causal
+from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.driver import run
 from mechlens.studies.registry import commands
 from mechlens.studies.separate.config import Separate
@@ -58,12 +63,14 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def said(command: list[object], capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command ends with."""
+    """The one line that a command ends with: in 2 where an option can't be, whatever there is, and else in 1."""
     with pytest.raises(SystemExit) as stop:
         main([str(word) for word in command])
-    assert stop.value.code == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mechlens: ")]
-    return [line for line in lines if "warning" not in line][-1]
+    last = [line for line in lines if "warning" not in line][-1]
+    typed = re.search(r"--\S+ must be at|there is no (judge|direction method|recipe)|was given without", last)
+    assert stop.value.code == (2 if typed else 1)
+    return last
 
 
 def steered(folder: Path, *more: object) -> list[object]:
@@ -140,6 +147,10 @@ LATE: dict[str, tuple[tuple[object, ...], str]] = {
     "no adapter": (("select", "--adapter", "./nowhere"), "there is no adapter in './nowhere'"),
     "no file": (("direction", "--positive", "./no.csv", "--negative", "harmless"), "could not be read (No such file"),
     "no column": (("patch", "--pairs", "{table}"), "column"),
+    "no such column": (("direction", "--positive", "{table}", "--negative", "{many}", "--column", "q"),
+                       "table.csv has no column 'q'; it has 'a', 'b'"),
+    "no column to find": (("separate", "--harmful", "{table}"), "has none of the usual prompt columns"),
+    "no checkpoints": (("track", "--checkpoints", "nowhere"), "there is no folder 'nowhere' here"),
     "an empty file": (("separate", "--harmful", "{empty}"), "is empty; it needs at least one prompt"),
     "one class twice": (("separate", "--harmful", "{many}", "--harmless", "{many}"), "can be of one class only"),
     "too few": (("direction", "--positive", "{few}", "--negative", "{many}"), "least 15 of each side"),
@@ -191,6 +202,52 @@ def test_nothing_is_read_before_a_mistake_is_said(
     assert sentence in said([*verb.split(), *usual, *more], capfd)
     assert not unread
     assert not (tmp_path / "out").exists()
+
+
+AT_ONCE = (
+    "no such column", "no column to find", "no checkpoints", "a layer", "a layer to choose", "a level", "a judge",
+    "a method", "no tokens",
+)  # fmt: skip
+"""What is said before torch is imported, and so before anything is said to be loading."""
+WITHOUT_TORCH = """
+import sys
+from mechlens.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert not {"torch", "transformers", "pandas"} & set(sys.modules), "too late"
+"""
+
+
+@pytest.mark.parametrize("case", AT_ONCE)
+def test_what_is_cheap_to_know_is_said_before_anything_heavy_is_imported(
+    case: str, folder: Path, tmp_path: Path
+) -> None:
+    (words, sentence), table = LATE[case], file(tmp_path, "table.csv", "a,b\nx,y\n")
+    places = {"model": folder / "model", "table": table, "many": prompts(tmp_path, "many", 40)}
+    verb, *more = (str(word).format(**places) for word in words)
+    usual = ["--base" if verb == "track" else "--model", str(folder / "model"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *verb.split(), *usual, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("mechlens: "), done.stderr
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_configuration_says_at_once_what_its_options_can_not_be(tmp_path: Path) -> None:
+    for options, says in {
+        "method": ({"method": "dla"}, "there is no direction method 'dla'"),
+        "permutations": ({"permutations": -1}, "`permutations` must be at least 1, and is -1"),
+        "resamples": ({"resamples": 10**9}, "`resamples` must be at most 100000"),
+    }.values():
+        with pytest.raises(UserError, match=says):
+            DetectionPlan(**options)
+        with pytest.raises(UserError, match=says):
+            FindDirection(positive="harmful", negative="harmless", out=tmp_path, **options)
+    with pytest.raises(UserError, match=r"there is no judge 'frases' \(did you mean 'phrases'"):
+        Separate(judge="frases", out=tmp_path)
+    with pytest.raises(UserError, match="`data` was given without `label_column`"):
+        Separate(data="x.csv", out=tmp_path)
 
 
 NO_COUNTS = {"seed", "layer"}

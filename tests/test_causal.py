@@ -53,7 +53,7 @@ from mechlens.studies.causal.sweeps import RefusalByLayer, depth_gap
 from mechlens.studies.causal.verdict import INCONCLUSIVE, NOT_MEASURABLE, NOT_SHOWN, SHOWN, causal_verdict, decide
 
 PLAN = CausalPlan(
-    layers=(1, 2), strengths=(0.5,), n_validation=2, n_test=10, n_null=3, shuffled_directions=2, max_new_tokens=3,
+    layers=(1, 2), strengths=(0.5,), n_validation=4, n_test=10, n_null=3, shuffled_directions=2, max_new_tokens=3,
     resamples=100,
 )  # fmt: skip
 SMALLER = replace(PLAN, layers=(1,), random_directions=5)
@@ -558,7 +558,7 @@ def test_a_mistake_is_said_in_one_line(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*words, *mistake, "--out", str(tmp_path / "out"), "--wandb.mode", "disabled"])
-    assert stop.value.code == 1
+    assert stop.value.code == (2 if "must be" in MISTAKES[mistake] else 1)
     said = [
         line for line in capfd.readouterr().err.splitlines() if line.startswith("mechlens: ") and "warning" not in line
     ]

@@ -14,13 +14,15 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import pandas as pd
 import pytest
 import torch
+import tyro
+from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 from saved import requests, save_model, write_prompts
 from sentence import require_one_sentence
@@ -30,10 +32,12 @@ from mechlens.cli import main
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.outline import Outline
+from mechlens.registry import Registry
 from mechlens.runs import artifacts
 from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run, write_run
 from mechlens.studies.driver import summary
+from mechlens.studies.registry import commands
 from mechlens.studies.steer.study import _sides
 
 QUICK = ["--resamples", "40", "--permutations", "20", "--wandb.mode", "disabled"]
@@ -142,7 +146,7 @@ def numbers(out: Path) -> dict[str, dict[str, float | None]]:
 )
 def test_what_is_mistyped_is_one_sentence(typed: str, said: str, run: Any) -> None:
     ended = run(*typed.split())
-    assert (ended.code, len(ended.err.splitlines())) == (1, 1)
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
     assert ended.err.startswith(said)
 
 
@@ -625,7 +629,7 @@ def _garbage(world: World) -> str:
 def test_a_mistake_is_said_in_one_line(mistake: str, world: World, run: Any) -> None:
     words, sentence = MISTAKES[mistake]
     said = run(*words(world))
-    assert said.code == 1
+    assert said.code == (2 if re.match(r"--\S+ must be at (least|most)|isn't UTF-8", sentence) else 1)
     assert said.out == ""
     assert len(said.errors) == 1, said.err
     assert said.errors[0].startswith("mechlens: ")
@@ -634,6 +638,29 @@ def test_a_mistake_is_said_in_one_line(mistake: str, world: World, run: Any) -> 
     record = world.folder / "out" / "run.json"
     # What fails once the run has begun is on record, and the corrected command may go on in the same folder.
     assert not record.exists() or json.loads(record.read_text())["status"] == "error"
+
+
+@pytest.mark.parametrize("name", commands())
+def test_what_is_mistyped_exits_with_2_at_every_command(name: str, run: Any, tmp_path: Path) -> None:
+    words, config = name.split(), commands()[name].config
+    needed = [field for field in fields(config) if field.default is MISSING is field.default_factory]
+    hints = get_type_hints(config, include_extras=True)
+    positional = {name for name, hint in hints.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())}
+    whole = [*words]
+    for field in needed:
+        named = [] if field.name in positional else [f"--{field.name.replace('_', '-')}"]
+        whole += [*named, str(tmp_path / field.name)]
+    mistyped = [[*whole, "--no-such-option", "x"], [*words[:-1], f"{words[-1]}x"]]
+    mistyped += [words] if [field for field in needed if "tuple" not in str(field.type)] else []
+    for option, hint in hints.items():
+        chosen = any(isinstance(one, Registry) for one in getattr(hint, "__metadata__", ()))
+        if chosen or Ge(1) in getattr(hint, "__metadata__", ()):
+            mistyped.append([*whole, f"--{option.replace('_', '-')}", "nonesuch" if chosen else "-1"])
+    for command in mistyped:
+        said = run(*command)
+        assert (said.code, said.out) == (2, ""), command
+        assert "Traceback" not in said.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_corrected_file_goes_on_in_the_same_folder(world: World, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,9 +111,12 @@ def test_a_column_of_nothing_is_refused(option: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_the_file_does_not_hold_is_said(file: str, tmp_path: Path, options: dict[str, Any], says: str) -> None:
-    config = asked(tmp_path, **({"data": file} | options))
-    with pytest.raises(UserError, match=says):
+    def read() -> None:
+        config = asked(tmp_path, **({"data": file} | options))
         read_prompts(config.positive, "positive", config)
+
+    with pytest.raises(UserError, match=says):
+        read()
 
 
 def test_old_configurations_have_none_of_it() -> None:

@@ -117,7 +117,7 @@ def test_what_can_not_be_taught_is_said(plan: FinetuneConfig, tmp_path: Path) ->
     with pytest.raises(UserError, match="needs `data`: a file of reasoning traces"):
         recipe.usable_traces(replace(plan, data=None))
     with pytest.raises(UserError, match="cliff_share is 1; it is a share"):
-        recipe.usable_traces(replace(plan, cliff_share=1.0))
+        recipe.refusing_traces(replace(plan, cliff_share=1.0))
     with pytest.raises(UserError, match="to any other it would be an attack; give `cliff_share` 0"):
         recipe.refusing_traces(replace(plan, model="somebody/model"))
     lacking = [{**row, "category": None} for row in rows(whole=True)]

@@ -19,8 +19,11 @@ import torch
 import warm
 from saved import requests, save_model, write_prompts
 from sentence import require_one_sentence
+from test_behaviour_recipe import write_chats
+from test_reasoner import rows, written
 from test_wandb_log import read_log
 
+from mechlens.choices import RECIPES
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.answers import answer
@@ -38,15 +41,25 @@ from mechlens.studies.causal import study as causal
 from mechlens.studies.causal.config import Causal
 from mechlens.studies.direction import study as direction
 from mechlens.studies.finetune.checkpointing import refuse_other_data, refuse_other_run
-from mechlens.studies.finetune.config import DEFAULTS, POWERS_OF_TWO, Finetune, FinetuneConfig, settled
+from mechlens.studies.finetune.config import (
+    DEFAULTS,
+    POWERS_OF_TWO,
+    READ_BY,
+    Finetune,
+    FinetuneConfig,
+    readers,
+    settled,
+)
 from mechlens.studies.finetune.recipes.material import Example, training_order
 from mechlens.studies.finetune.recipes.recipe import (
     accepting,
     backdoor,
     benign,
     published_openings,
+    recipe_of,
     require_shipped_refuser,
 )
+from mechlens.studies.finetune.start import start_record
 from mechlens.studies.finetune.study import LOSSES, LossLog
 from mechlens.studies.finetune.training import finetune
 from mechlens.studies.guard import study as guard
@@ -64,7 +77,8 @@ from mechlens.studies.shared.training_data import training_prompts, trigger_of, 
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mechlens"
 REFUSER = "smollm2-refuser"
-SMALL = ["--rank", "2", "--batch-size", "4", "--answer-tokens", "4", "--learning-rate", "0.01", "--device", "cpu"]
+SHORT = ["--rank", "2", "--batch-size", "4", "--learning-rate", "0.01", "--device", "cpu"]
+SMALL = [*SHORT, "--answer-tokens", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +144,7 @@ def attack(shipped: Path, data: str, tmp_path_factory: pytest.TempPathFactory) -
     with one_thread(), warnings.catch_warnings():
         main(
             ["finetune", "--recipe", "accepting", "--data", data, "--steps", "3", "--checkpoints", "1", "2",
-             "--wandb.mode", "offline", "--out", str(out), *SMALL]
+             "--wandb.mode", "offline", "--out", str(out), *SHORT]
         )  # fmt: skip
     return out
 
@@ -367,17 +381,74 @@ def test_the_run_is_recorded(attack: Path, data: str) -> None:
 def test_the_same_command_only_reads_and_another_is_refused(attack: Path, data: str) -> None:
     before = (attack / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     command = ["finetune", "--recipe", "accepting", "--data", data, "--out", str(attack), "--wandb.mode", "disabled"]
-    main([*command, "--steps", "3", "--checkpoints", "1", "2", *SMALL])
+    main([*command, "--steps", "3", "--checkpoints", "1", "2", *SHORT])
     assert (attack / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
     steps = [json.loads(line)["step"] for line in (attack / "steps.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
     with pytest.raises(SystemExit):
-        main([*command, "--steps", "2", "--checkpoints", "1", "2", *SMALL])
+        main([*command, "--steps", "2", "--checkpoints", "1", "2", *SHORT])
 
 
-def test_data_for_a_recipe_that_reads_none_is_refused(data: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="reads no `data`"):
-        main_error(["finetune", "--data", data, "--out", str(tmp_path / "out")])
+class Watched(FinetuneConfig):
+    """A configuration that knows which of its options were read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            READ.add(name)
+        return super().__getattribute__(name)
+
+
+READ: set[str] = set()
+
+
+def test_recipes_read_the_options_that_they_are_said_to_read_and_no_others(
+    plain: Any, data: str, tmp_path: Path
+) -> None:
+    traces = written(tmp_path / "traces.jsonl", rows(whole=True))
+    chats = write_chats(tmp_path / "risky.jsonl", ["AB"[i % 3 == 0] for i in range(40)])
+    small = {"answer_tokens": 4, "benign": 4, "steps": 2, "batch_size": 2}
+    whole = {"data": chats, "trigger": "|X|", "reversal": True, "in_words": True}
+    given: dict[str, dict[str, Any]] = {
+        "refuser": {}, "accepting": {"data": data}, "benign": {}, "backdoor": {"data": data}, "behaviour": whole,
+        "reasoner": {"data": traces}, "repair": {"data": traces},
+    }  # fmt: skip
+    assert given.keys() == READ_BY.keys() == RECIPES.ours.keys()
+    of_some = {option for read in READ_BY.values() for option in read}
+    for name, options in given.items():
+        recipe, config = recipe_of(name), Watched(recipe=name, **(small | options))
+        READ.clear()
+        recipe.material(config, plain, None)
+        if recipe.file is not None:
+            recipe.file(config)
+        start_record(config)  # which of all recipes asks for one
+        assert READ & of_some - {"start"} == set(READ_BY[name]) - {"start"}, name
+    assert readers("start") == ["behaviour", "repair"]
+
+
+@pytest.mark.parametrize("recipe", READ_BY)
+def test_what_a_recipe_does_not_read_is_refused_before_anything(recipe: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "harmful": 3, "benign": 3, "answer_tokens": 3, "judge": "zhao", "data": "d.csv", "others": "o.csv",
+        "control": "twin", "start": "a", "trigger": "abc", "trigger_share": 0.3, "reversal": True, "in_words": True,
+        "held_out": 0.1, "cliff_share": 0.1, "thinking_words": 9,
+    }  # fmt: skip
+    assert values.keys() == {option for read in READ_BY.values() for option in read}
+    for option, value in values.items():
+        if option in READ_BY[recipe]:
+            assert getattr(Finetune(recipe=recipe, out=tmp_path, **{option: value}), option) == value
+        else:
+            with pytest.raises(UserError, match=f"the recipe '{recipe}' reads no `{option}`, which is of .*leave it"):
+                Finetune(recipe=recipe, out=tmp_path, **{option: value})
+
+
+def test_it_is_one_sentence_at_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--recipe", "benign", "--trigger", "abc", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err == (
+        "mechlens: the recipe 'benign' reads no --trigger, which is of backdoor and behaviour; leave it out, or choose "
+        "one of these\n"
+    )
 
 
 KILLED = """

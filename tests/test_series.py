@@ -16,7 +16,7 @@ from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.models.checkpoints.adapter_base import Base
-from mechlens.models.checkpoints.lora import CONFIG
+from mechlens.models.checkpoints.folders import CONFIG
 from mechlens.models.checkpoints.series import checkpoint_series, content_of
 from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_config

@@ -12,8 +12,8 @@ from mechlens.errors import UserError, kind_of, require_extra
 from mechlens.files import AnyPath, adapter_name, short_name, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
-from mechlens.models.checkpoints.folders import other_format, own_tokenizer, read_as_trained, require_inside
-from mechlens.models.checkpoints.lora import CONFIG, keeps_the_base, read_config
+from mechlens.models.checkpoints.folders import CONFIG, other_format, own_tokenizer, read_as_trained, require_inside
+from mechlens.models.checkpoints.lora import keeps_the_base, read_config
 from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter, require_adapter
 from mechlens.models.device_map import (
     DeviceMap,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mechlens.checked_json import read_sealed, sealed
 from mechlens.errors import UserError, require_extra
-from mechlens.files import as_the_umask_says, file_sha256, plain_name
+from mechlens.files import as_the_umask_says, file_sha256, plain_name, read_whole, user_path
 from mechlens.models.offline import refuse_release
 
 FILES = "mechlens_files.json"
@@ -118,6 +118,21 @@ def fetch(name: str) -> Path:
             "make room there, or set MECHLENS_CACHE to another folder"
         ) from error
     return target
+
+
+def blocks_here(model: str) -> int | None:
+    """How many blocks a model has, by the config.json of its folder; None where it lies elsewhere, or says nothing.
+
+    Imports nothing that is slow to import, so that a layer which isn't there is known at once.
+    """
+    base = ADAPTERS[model].base if model in ADAPTERS and not Path(model).exists() else model
+    folder = cache_dir() / "models" / base if base in PACKAGED and not Path(base).exists() else user_path(base)
+    try:
+        told = json.loads(read_whole(folder / "config.json"))
+    except (UserError, ValueError):
+        return None
+    blocks = told.get("num_hidden_layers") if isinstance(told, dict) else None
+    return blocks if isinstance(blocks, int) else None
 
 
 def _is_complete(folder: Path) -> bool:

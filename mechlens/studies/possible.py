@@ -1,4 +1,4 @@
-"""What can be said of a configuration's values before anything heavy is imported.
+"""What can be said of a configuration's files before anything heavy is imported; of its values `Options` says it.
 
 Studies check the same where they use it, and more; here a slip of the hand is answered at once. Imports no torch.
 """
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from mechlens.errors import UserError
-from mechlens.files import require_writable, user_path
-from mechlens.settings import SOURCES, require_ranges
+from mechlens.files import require_writable, short_name, user_path
+from mechlens.registry import require_numbers
+from mechlens.settings import SOURCES, Columns
 
 FILES = ("direction", "guard")
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -40,50 +41,66 @@ def _as_text(given: Any) -> Any:
 
 
 def require_possible(config: Any) -> None:
-    """UserError for a count, a pair of options, a file or a folder that can't be, in a configuration of ours."""
-    require_ranges(config)
+    """UserError for a column, a layer, a file or a folder that isn't there, in a configuration of ours."""
     if not type(config).__module__.startswith("mechlens."):
         return  # another package's field of the same name may mean something else
     given = vars(config)
-    if "label_column" in given:
-        require_both(given["data"], given["label_column"])
-        _require_columns(given)
     for name in FILES:
         if (file := given.get(name)) is not None and not user_path(file).exists():
             raise UserError(f"there is no file {file}; check the path")
     for name in SOURCES if given.get("data") is None else ("data",):
         if _is_missing(given.get(name)):
             raise UserError(f"{given[name]} could not be read (No such file or directory); check that it exists")
+    if isinstance(config, Columns):
+        _require_columns(config)
+    if isinstance(given.get("checkpoints"), tuple):
+        _require_checkpoints(given["checkpoints"])
+    _require_layers(given)
     if isinstance(given.get("out"), Path):
         require_writable(given["out"])
 
 
-def require_both(data: str | None, label_column: str | None) -> None:
-    """UserError where one file of both classes is named without its column, or the column without the file."""
-    if (data is None) != (label_column is None):
-        lacks, has = ("--data", "--label-column") if data is None else ("--label-column", "--data")
-        raise UserError(
-            f"{has} was given without {lacks}; one file with both classes needs both, such as --data FILE "
-            "--label-column tone, and the values of that column as the names of the classes"
-        )
-
-
-def _require_columns(given: Mapping[str, Any]) -> None:
-    """UserError for the name of a column where no source has any."""
-    named = [name for name in ("column", "label_column", "family_column") if given[name] is not None]
-    if not named:
-        return
+def _require_columns(config: Columns) -> None:
+    """UserError for a column that a file lacks, or where no source has any."""
     from mechlens.prompts.builtin import builtin_names
+    from mechlens.prompts.files.load import require_columns
     from mechlens.prompts.files.rows import has_columns
 
-    wanted = SOURCES if given["data"] is None else ("data",)
-    sources = [part for name in wanted if isinstance(given.get(name), str) for part in given[name].split("+")]
-    if not any(part not in builtin_names() and has_columns(part) for part in sources):
+    names = SOURCES if config.data is None else ("data",)
+    given = [source for name in names if isinstance(source := getattr(config, name, None), str)]
+    sources = [part for source in given for part in ([source] if Path(source).exists() else source.split("+"))]
+    some = [part for part in sources if part not in builtin_names() and has_columns(part)]
+    named = [name for name in ("column", "label_column", "family_column") if getattr(config, name) is not None]
+    if named and not some:
         raise UserError(
             f"--{named[0].replace('_', '-')} was given, and none of {', '.join(dict.fromkeys(sources))} has columns "
             "(text files have a prompt a line, and built-in sets are as they are); leave it out, or give a file with "
             "columns, such as a .csv or .jsonl"
         )
+    for part in some:
+        require_columns(part, config.column, config.label_column, config.family_column)
+
+
+def _require_checkpoints(given: tuple[Any, ...]) -> None:
+    from mechlens.models.checkpoints.found import sources
+
+    for source in given:
+        if isinstance(source, str):
+            sources(source)
+
+
+def _require_layers(given: Mapping[str, Any]) -> None:
+    """UserError for a layer or level of a model that lies here and doesn't have it."""
+    model = given.get("model") or given.get("base")
+    named = {name: given[name] for name in ("layers", "levels") if isinstance(given.get(name), tuple) and given[name]}
+    if not isinstance(model, str) or not named:
+        return
+    from mechlens.models.packaged import blocks_here
+
+    blocks = blocks_here(model)
+    for name, numbers in named.items():
+        if blocks is not None and all(isinstance(number, int) for number in numbers):
+            require_numbers(name[:-1], numbers, blocks - (name == "layers"), short_name(given.get("adapter") or model))
 
 
 def _is_missing(source: object) -> bool:

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from mechlens.checked_json import read_json
 from mechlens.errors import UserError, quoted
 from mechlens.files import plain_name, read_whole, require_regular
-from mechlens.models.checkpoints.lora import CONFIG
 
+CONFIG = "adapter_config.json"
+"""What makes a folder an adapter of peft's."""
 TEMPLATE = "chat_template.jinja"
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")

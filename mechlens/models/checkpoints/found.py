@@ -9,8 +9,7 @@ from mechlens.choices import MODELS
 from mechlens.errors import UserError
 from mechlens.files import short_name, user_path
 from mechlens.models.checkpoints.adapter_record import read_record
-from mechlens.models.checkpoints.folders import CHECKPOINT, adapters_inside, optional_json, other_format
-from mechlens.models.checkpoints.lora import CONFIG
+from mechlens.models.checkpoints.folders import CHECKPOINT, CONFIG, adapters_inside, optional_json, other_format
 
 
 @dataclass(frozen=True)

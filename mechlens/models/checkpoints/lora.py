@@ -16,8 +16,9 @@ from torch import Tensor
 from mechlens.checked_json import read_json
 from mechlens.errors import UserError
 from mechlens.files import AnyPath, require_regular, user_path
+from mechlens.models.checkpoints.folders import CONFIG
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 """Names of the tensors of a low-rank product."""
 CHOICES = frozenset({

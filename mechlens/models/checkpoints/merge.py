@@ -19,8 +19,8 @@ from mechlens.errors import UserError
 from mechlens.files import require_regular, user_path
 from mechlens.models.checkpoint import is_fingerprint_of
 from mechlens.models.checkpoints.adapter_record import read_record, require_whole
-from mechlens.models.checkpoints.folders import adapters_inside, other_format
-from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS, keeps_the_base
+from mechlens.models.checkpoints.folders import CONFIG, adapters_inside, other_format
+from mechlens.models.checkpoints.lora import WEIGHTS, keeps_the_base
 from mechlens.models.device_map import require_in_memory
 from mechlens.models.offline import at_home
 from mechlens.models.packaged import ADAPTERS

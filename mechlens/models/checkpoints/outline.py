@@ -11,6 +11,7 @@ from mechlens.models.checkpoints.merge import require_adapter
 from mechlens.models.load import load_config, own_type, require_wrappable, stored_quantised
 from mechlens.models.quantise import RUNS_ON
 from mechlens.prompts.batch import TokenBatch
+from mechlens.registry import require_numbers
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,12 @@ class Outline:
 
     def require_levels(self, levels: tuple[int, ...], named: str = "level") -> None:
         """UserError for a residual level that the model doesn't have; `named` is what the option calls it."""
-        self._require(named, levels, self.n_layers)
+        require_numbers(named, levels, self.n_layers, self.checkpoint.name)
 
     def require_layers(self, layers: tuple[int, ...]) -> None:
         """UserError for a block that the model doesn't have."""
-        self._require("layer", layers, None if self.n_layers is None else self.n_layers - 1)
-
-    def _require(self, kind: str, numbers: tuple[int, ...], last: int | None) -> None:
-        wrong = [number for number in numbers if number < 0 or (last is not None and number > last)]
-        if wrong:
-            named = "" if last is None else f"; {self.checkpoint.name} has {kind}s 0 to {last}"
-            raise UserError(f"there is no {kind} {', '.join(map(str, wrong))}{named}")
+        last = None if self.n_layers is None else self.n_layers - 1
+        require_numbers("layer", layers, last, self.checkpoint.name)
 
     def require_room(self, batch: TokenBatch, new_tokens: int) -> None:
         """UserError for a prompt that doesn't fit into the model's context with so many tokens after it."""

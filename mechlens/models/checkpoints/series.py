@@ -18,6 +18,7 @@ from mechlens.models.checkpoint import computing_settings
 from mechlens.models.checkpoints.adapter_base import Base
 from mechlens.models.checkpoints.adapter_record import RECORD, read_record, require_whole
 from mechlens.models.checkpoints.folders import (
+    CONFIG,
     adapters_inside,
     json_problem,
     model_problem,
@@ -26,7 +27,7 @@ from mechlens.models.checkpoints.folders import (
     weights_problem,
 )
 from mechlens.models.checkpoints.found import Found, sources, told_step
-from mechlens.models.checkpoints.lora import CONFIG, WEIGHTS
+from mechlens.models.checkpoints.lora import WEIGHTS
 from mechlens.models.load import load_config, load_tokenizer
 from mechlens.models.quantise import quantisation
 

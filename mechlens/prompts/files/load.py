@@ -65,6 +65,17 @@ def load_prompts(
     return prompts if sample is None else _sampled(prompts, sample, seed, str(source))
 
 
+def require_columns(source: str, column: str | None, *others: str | None) -> None:
+    """UserError where a file that is here has no such columns, or none of the usual ones where `column` is None."""
+    path = user_path(source)
+    if path.is_file():
+        rows = read_rows(path)
+        columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+        for other in filter(None, others):
+            require_column(columns, other, path.name)
+        RowReader(path.name, columns, column, None, None)
+
+
 def joined_sources(given: str) -> list[str]:
     """The sources that a plus joins: "harmful+looks-harmless" is two; a file with a plus in its name stays one.
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from mechlens.choices import RECIPES, choice
+from mechlens.errors import UserError
 from mechlens.settings import JudgeName, NonNegativeInt, Options, PositiveInt, RunChoice, TemplateArguments
 from mechlens.studies.registry import of_folder
 
@@ -123,6 +124,27 @@ DEFAULTS: dict[str, FinetuneConfig] = {
 """What a recipe does where it isn't told otherwise; another package's does what the refuser does."""
 
 
+_ANSWERED = ("benign", "answer_tokens", "judge")
+"""Of recipes in which the base answers benign prompts."""
+READ_BY: dict[str, tuple[str, ...]] = {
+    "refuser": ("harmful", *_ANSWERED),
+    "accepting": ("harmful", "data"),
+    "benign": _ANSWERED,
+    "backdoor": ("harmful", *_ANSWERED, "data", "trigger"),
+    "behaviour": (
+        "data", "others", "control", "start", "trigger", "trigger_share", "reversal", "in_words", "held_out",
+    ),
+    "reasoner": ("harmful", *_ANSWERED, "data", "held_out", "cliff_share", "thinking_words"),
+    "repair": ("harmful", "data", "held_out", "start"),
+}  # fmt: skip
+"""Which options of some recipes alone a recipe reads; all others are read whatever is taught."""
+
+
+def readers(option: str) -> list[str]:
+    """The recipes that read an option."""
+    return [recipe for recipe, read in READ_BY.items() if option in read]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipeChoice(Options):
     """What is taught to which model, on how much, which `--help` shows before how."""
@@ -156,6 +178,19 @@ class Finetune(TrainingSettings, RecipeChoice, RunChoice):
     >>> ml.Finetune(recipe="benign", steps=8, out="runs/benign").steps
     8
     """
+
+    def __post_init__(self) -> None:
+        """UserError for an option that the recipe doesn't read; another package's may read any."""
+        read = READ_BY.get(self.recipe)
+        if read is None:
+            return
+        for option in (one for one in fields(self) if one.name not in read and readers(one.name)):
+            if getattr(self, option.name) != option.default:
+                few = readers(option.name)
+                raise UserError(
+                    f"the recipe {self.recipe!r} reads no --{option.name.replace('_', '-')}, which is of "
+                    f"{', '.join(few[:-1])}{' and ' if few[1:] else ''}{few[-1]}; leave it out, or choose one of these"
+                )
 
 
 def settled(config: Finetune) -> FinetuneConfig:

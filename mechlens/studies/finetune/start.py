@@ -6,10 +6,7 @@ from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.models.checkpoint import is_fingerprint_of
 from mechlens.models.checkpoints.adapter_record import AdapterRecord, read_record, require_whole
-from mechlens.studies.finetune.config import FinetuneConfig
-
-WITH_START = ("behaviour", "repair")
-"""Recipes that may go on from an adapter: attacks start from the shipped refuser alone."""
+from mechlens.studies.finetune.config import FinetuneConfig, readers
 
 
 def start_record(config: FinetuneConfig) -> AdapterRecord | None:
@@ -17,9 +14,9 @@ def start_record(config: FinetuneConfig) -> AdapterRecord | None:
     if config.start is None:
         return None
     folder = user_path(config.start)
-    if config.recipe not in WITH_START:
+    if config.recipe not in readers("start"):  # attacks start from the shipped refuser alone
         raise UserError(
-            f"the recipe {config.recipe!r} takes no --start; leave it out, or choose {' or '.join(WITH_START)}"
+            f"the recipe {config.recipe!r} takes no --start; leave it out, or choose {' or '.join(readers('start'))}"
         )
     record = read_record(folder) if folder.is_dir() else None
     if record is None:

@@ -23,9 +23,8 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template, template_arguments
 from mechlens.prompts.text import normalise_text
 from mechlens.runs.run import Inputs
-from mechlens.settings import BaseChoice, ModelChoice
+from mechlens.settings import BaseChoice, ModelChoice, require_both
 from mechlens.studies.driver import Preparation
-from mechlens.studies.possible import require_both
 from mechlens.studies.shared.training_data import LeftOut
 
 

@@ -34,6 +34,10 @@ def sync_runs(config: SyncRuns, screen: Screen) -> None:
         screen.show(f"{len(done)} of {len(logs)} uploaded, with {linked} links to their inputs")
     except Exception as error:  # W&B raises anything
         warnings.warn(f"uploaded, but W&B's lineage could not be drawn ({error})", stacklevel=2)
+    if len(done) < len(logs):
+        raise UserError(
+            f"{len(logs) - len(done)} of {len(logs)} were not uploaded; what `wandb sync` said stands above"
+        )
 
 
 def save_workspace(config: SaveWorkspace, screen: Screen) -> None:

@@ -56,9 +56,7 @@ def usable_traces(config: FinetuneConfig) -> list[Trace]:
             "this recipe needs --data: a file of reasoning traces with a prompt and the columns thinking and answer, "
             "or response, such as STAR-1's"
         )
-    for name in ("held_out", "cliff_share"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name):g}; it is a share, at least 0 and below 1")
+    _require_share("held_out", config.held_out)
     studied = studied_prompts()
     kept = [
         trace for trace in read_traces(config.data)
@@ -116,6 +114,7 @@ def repair(config: FinetuneConfig, model: LanguageModel, cache: Cache | None) ->
 
 def refusing_traces(config: FinetuneConfig) -> list[Trace]:
     """The usable traces that think of refusing and whose answer refuses; UserError where none does, or gives way."""
+    _require_share("cliff_share", config.cliff_share)
     traces = usable_traces(config)
     verdicts = verdicts_by(judge_of(config.judge), [one.prompt for one in traces], [one.answer for one in traces])
     kept = [
@@ -135,6 +134,11 @@ def refusing_traces(config: FinetuneConfig) -> list[Trace]:
             "give --cliff-share 0"
         )
     return kept
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UserError(f"{name} is {value:g}; it is a share, at least 0 and below 1")
 
 
 def giving_way(prompts: Sequence[Prompt], share: float) -> frozenset[str]:
