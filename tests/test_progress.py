@@ -1,5 +1,6 @@
 """Phases and bars: where the time goes, and how far along the whole is."""
 
+import re
 import time
 from collections.abc import Callable
 
@@ -80,7 +81,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_in_a_log_there_is_a_line_from_the_first_batch_on_and_then_every_half_minute(
+def test_in_a_log_there_is_a_line_from_the_second_batch_on_and_then_every_half_minute(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bar = steps(608, "answering", "prompt", 608)
@@ -91,9 +92,45 @@ def test_in_a_log_there_is_a_line_from_the_first_batch_on_and_then_every_half_mi
     said = capsys.readouterr().err
     lines = said.splitlines()
     assert "\r" not in said
-    assert lines[0] == "answering: 8 of 608 prompts, 4 s gone, about 5 min 0 s to go"
-    assert lines[1] == "answering: 72 of 608 prompts, 36 s gone, about 4 min 28 s to go"
+    assert lines[0] == "answering: 16 of 608 prompts, 8 s gone, about 4 min 56 s to go"
+    assert lines[1] == "answering: 80 of 608 prompts, 40 s gone, about 4 min 24 s to go"
     assert len(lines) == 10
+
+
+def to_go(line: str) -> float:
+    minutes, seconds = re.search(r"about (?:(\d+) min )?(?:(\d+) s )?to go", line).groups()  # type: ignore[union-attr]
+    return 60 * float(minutes or 0) + float(seconds or 0)
+
+
+@pytest.mark.parametrize("warm_up", [0.0, 5.0, 20.0])
+def test_what_is_said_to_be_left_is_what_is_left_whatever_the_first_batch_waited_for(
+    warm_up: float, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, tokens, batches = 8, 24, 20
+    reads, writes = 2.0, 0.1  # seconds that a batch waits before its first token, and that a token takes
+    bar, ends = steps(rows * batches, "answering", "prompt", 1.0), []
+    for k in range(batches):
+        clock[0] += reads + (warm_up if k == 0 else 0.0)
+        with progress.batch_of(bar, rows, tokens):
+            told = progress.told(None)
+            for token in range(tokens):
+                clock[0] += writes
+                for _ in range(rows):
+                    told([token])
+                ends += [(line, clock[0]) for line in capsys.readouterr().err.splitlines()]
+        ends += [(line, clock[0]) for line in capsys.readouterr().err.splitlines()]
+    with_estimate = [(line, at) for line, at in ends if "to go" in line]
+    assert len(with_estimate) >= 2
+    for line, at in with_estimate:
+        assert to_go(line) == pytest.approx(clock[0] - at, abs=1.5), line
+    assert all(" 0 of" not in line for line, _ in with_estimate)
+
+
+def test_a_first_batch_that_lasts_is_estimate_enough(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    bar = steps(3, "patching", "site", 3.0)
+    clock[0] += 40.0
+    bar.update(1)
+    assert capsys.readouterr().err == "patching: 1 of 3 sites, 40 s gone, about 1 min 20 s to go\n"
 
 
 def test_a_log_says_what_has_begun_and_that_it_goes_on(
@@ -169,7 +206,9 @@ def test_one_batch_moves_its_bar_token_by_token(page: Callable[[], str]) -> None
         assert bar.n == pytest.approx(0.8)
     assert bar.n == pytest.approx(2.0)
     bar.close()
-    assert "| 1/2 [" in page()
+    said = page()
+    assert "| 0/2 [" in said  # a prompt is done with its last token
+    assert "| 1/2 [" not in said
     assert progress.told(lambda answer: len(answer) > 1)([1, 2])
 
 
@@ -181,10 +220,7 @@ def test_what_was_done_before_says_nothing_of_the_rest(clock: list[float], capsy
     bar.update(1)
     clock[0] += 30.0
     bar.update(3)
-    assert capsys.readouterr().err.splitlines() == [
-        "steering: 81 of 100 prompts, 10 s gone, about 3 min 10 s to go",
-        "steering: 84 of 100 prompts, 40 s gone, about 2 min 40 s to go",
-    ]
+    assert capsys.readouterr().err.splitlines() == ["steering: 84 of 100 prompts, 40 s gone, about 2 min 40 s to go"]
 
 
 def test_a_resumed_bar_begins_where_the_run_was_killed(page: Callable[[], str]) -> None:

@@ -6,6 +6,7 @@ either, a loop has a bar of its own. Where nobody watches, in a log or a pipe, a
 `mechlens.methods.heartbeat` adds lines of what has no steps.
 """
 
+import math
 import sys
 import time
 import warnings
@@ -49,6 +50,9 @@ class Steps(Protocol):
     def update(self, n: int | float, /) -> object:
         """So many more are done."""
 
+    def move(self, n: int | float, /) -> object:
+        """So much more of the batch that is under way is done; how long the rest takes is told by whole ones."""
+
     def found(self, n: int, /) -> None:
         """So many more were done before, by a run that was killed: they say nothing of how long the rest takes."""
 
@@ -56,16 +60,43 @@ class Steps(Protocol):
         """All are done."""
 
 
-class Lines(Generic[T]):
-    """A loop's bar where nobody watches: the first step says how long it will take, and then a line every half minute.
+class Pace:
+    """How long the rest of a loop takes, told by whole batches.
 
-    Loops that are over sooner say nothing.
+    The first also waits for what is made once (kernels, caches), and within a batch what every row waits for comes
+    first: told by these a loop seems several times as long. A first batch of half a minute tells enough.
+    """
+
+    def __init__(self, done: int | float) -> None:
+        self._marks = [(float(done), time.monotonic())]
+
+    def mark(self, done: int | float) -> None:
+        """A batch has ended, with which so many are done."""
+        if done > self._marks[-1][0]:
+            self._marks = [*self._marks[:2], (done, time.monotonic())]
+
+    def found(self, n: int | float) -> None:
+        """So many more were done before."""
+        self._marks = [(done + n, when) for done, when in self._marks]
+
+    def left(self, total: int | float) -> float | None:
+        """Seconds; None while nobody can tell."""
+        first, last = self._marks[1 if len(self._marks) > 2 else 0], self._marks[-1]
+        done, took = last[0] - first[0], last[1] - first[1]
+        if done <= 0 or (len(self._marks) == 2 and took < EVERY):
+            return None
+        return max(took * (total - last[0]) / done - (time.monotonic() - last[1]), 0.0)
+
+
+class Lines(Generic[T]):
+    """A loop's bar where nobody watches: as soon as its pace is known it says how long it will take, and then every
+    half minute. Loops that are over sooner say nothing.
     """
 
     def __init__(self, total: int | float, title: str, unit: str = "", done: int = 0, over: Iterable[T] = ()) -> None:
         self.total, self.n, self._title, self._unit, self._over = float(total), float(done), title, unit, over
         self.over = False
-        self._before, self._began, self._last = self.n, time.monotonic(), 0.0
+        self._pace, self._began, self._last = Pace(self.n), time.monotonic(), 0.0
         clock = _CLOCK.get()
         self._inside = () if clock is None else tuple(name for name, _ in clock.now)
         _LOOPS.append(weakref.ref(self))
@@ -83,27 +114,31 @@ class Lines(Generic[T]):
 
     def update(self, n: int | float = 1, /) -> None:
         """So many more are done."""
+        self._pace.mark(self.n + n)
+        self.move(n)
+
+    def move(self, n: int | float, /) -> None:
+        """So much more of a batch is done."""
         self.n += n
         now = time.monotonic()
-        gone, done = now - self._began, self.n - self._before
-        left = gone * (self.total - self.n) / done if done > 0 else 0.0
-        # What its first tokens took says little of a batch.
-        due = now - self._last >= EVERY if self._last else gone >= EVERY or (left >= EVERY and done >= 1)
-        if due and done > 0 and self.n < self.total:
+        due = now - self._last if self._last else max(now - self._began, self._pace.left(self.total) or 0.0)
+        if due >= EVERY and self.n < self.total:
             self.say()
 
     def found(self, n: int | float, /) -> None:
         """So many more were done before."""
-        self.n, self._before = self.n + n, self._before + n
+        self.n += n
+        self._pace.found(n)
 
     def say(self) -> None:
         """The line of how far it is."""
-        now = self._last = time.monotonic()
-        gone, done = now - self._began, self.n - self._before
+        self._last = time.monotonic()
         units = f" {self._unit}s" if self._unit else ""
-        far = f"{self.n:.0f} of {self.total:.0f}{units}" if units else f"{self.n / self.total:.0%}"
-        left = f", about {spoken(gone * (self.total - self.n) / done)} to go" if done > 0 else ""
-        say(f"{': '.join(dict.fromkeys((*self._inside, self._title)))}: {far}, {spoken(gone)} gone{left}")
+        far = f"{counted(self.n)} of {self.total:.0f}{units}" if units else f"{math.floor(100 * self.n / self.total)}%"
+        rest = self._pace.left(self.total)
+        left = "" if rest is None else f", about {spoken(rest)} to go"
+        gone = spoken(self._last - self._began)
+        say(f"{': '.join(dict.fromkeys((*self._inside, self._title)))}: {far}, {gone} gone{left}")
 
     def set_description_str(self, title: str) -> None:
         """Another title from now on."""
@@ -134,6 +169,11 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def counted(n: int | float) -> int:
+    """How many are done of which the last may be under way; sums of shares are a hair off."""
+    return math.floor(n + 1e-6)
+
+
 def last_said() -> float:
     """When the last line was written, by `time.monotonic`."""
     return _SAID[0]
@@ -150,18 +190,35 @@ def spoken(seconds: float) -> str:
 
 
 class Bar(tqdm):  # type: ignore[misc]
-    """tqdm's bar, which counts in whole steps while a batch of them is under way.
+    """tqdm's bar, which counts what is whole while a batch is under way, and tells the rest by its `Pace`.
 
     Where cells of characters can't be addressed, as in a notebook without ipywidgets, bars inside others take their
     line in turn: tqdm would move the cursor, which such a page prints as "[A".
     """
 
     def __init__(self, **what: Any) -> None:
+        self._pace = Pace(what.get("initial", 0))
         here = {} if sys.stderr is not None and sys.stderr.isatty() else {"position": 0}
         super().__init__(**{"bar_format": COUNTED, "delay": DELAY, "leave": False} | here | what)
 
+    @property
+    def format_dict(self) -> Any:
+        told = super().format_dict
+        left = self._pace.left(told["total"] or 0)
+        return told | {"whole": counted(told["n"]), "left": "?" if left is None else tqdm.format_interval(left)}
+
+    def update(self, n: int | float | None = 1) -> Any:
+        """So many more are done."""
+        self._pace.mark(self.n + (n or 0))
+        return super().update(n)
+
+    def move(self, n: int | float, /) -> None:
+        """So much more of a batch is done."""
+        super().update(n)
+
     def found(self, n: int | float, /) -> None:
         """So many more were done before."""
+        self._pace.found(n)
         if not self.disable:  # as TQDM_DISABLE has it, which leaves a bar without these
             self.initial += n
             self.last_print_n += n
@@ -170,7 +227,7 @@ class Bar(tqdm):  # type: ignore[misc]
 
 DELAY = 2
 """Seconds before a bar is shown: what is over sooner needs none."""
-COUNTED = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+COUNTED = "{l_bar}{bar}| {whole}/{total:.0f} [{elapsed}<{left}, {rate_fmt}]"
 
 
 def watched() -> bool:
@@ -239,7 +296,7 @@ class WholeBar:
         self._now: str | None = None
         self._bar: Any = Lines[None](sum(costs.values()), title) if not watched() else Bar(
             total=sum(costs.values()), smoothing=0.1, dynamic_ncols=True, desc=title, leave=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} to go",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, about {left} to go",
         )  # fmt: skip
 
     def expect(self, costs: Mapping[str, float]) -> None:
@@ -254,11 +311,11 @@ class WholeBar:
             self._now, self._within = name, 0.0
             self._bar.set_description_str(f"{self._title}: {name}")
 
-    def advance(self, cost: int | float) -> None:
-        """So much of the phase is done; more than was guessed waits for its end."""
+    def advance(self, cost: int | float, *, batch: bool) -> None:
+        """So much of the phase is done, with a whole batch or within one; more than was guessed waits for its end."""
         if self._now is not None:
             self._within = min(self._within + cost, self._ahead[self._now])
-            self._show()
+            self._show(batch=batch)
 
     def found(self, cost: int | float) -> None:
         """So much of the phase was done before."""
@@ -271,17 +328,18 @@ class WholeBar:
         """The phase is done, whatever it cost."""
         if self._now == name:
             self._done, self._within, self._now = self._done + self._ahead.pop(name), 0.0, None
-            self._show()
+            self._show(batch=True)
 
     def close(self, *, finished: bool) -> None:
         """Takes the bar away, full where everything is done."""
         if finished:
             self._done, self._within = float(self._bar.total), 0.0
-            self._show()
+            self._show(batch=True)
         self._bar.close()
 
-    def _show(self) -> None:
-        self._bar.update(self._done + self._within - self._bar.n)
+    def _show(self, *, batch: bool) -> None:
+        step = self._bar.update if batch else self._bar.move
+        step(self._done + self._within - self._bar.n)
 
 
 @contextmanager
@@ -307,7 +365,10 @@ class _Part:
     """Of one step."""
 
     def update(self, n: int | float, /) -> None:
-        self.whole.advance(n * self.cost)
+        self.whole.advance(n * self.cost, batch=True)
+
+    def move(self, n: int | float, /) -> None:
+        self.whole.advance(n * self.cost, batch=False)
 
     def found(self, n: int, /) -> None:
         self.whole.found(n * self.cost)
@@ -335,7 +396,7 @@ class Batch:
         """One row has one more token."""
         if self._done + self._share <= self._rows:  # a batch that didn't fit into memory is written anew, in halves
             self._done += self._share
-            self._bar.update(self._share)
+            self._bar.move(self._share)
 
     def close(self) -> None:
         """All its rows are done, however short."""
