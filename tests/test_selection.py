@@ -1,5 +1,6 @@
 """Selecting a refusal direction: on a planted model it is the planted one, and the scores are the published loop's."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -39,9 +40,10 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
 from mechlens.runs.run import read_run
+from mechlens.settings import FRACTIONS
 from mechlens.studies import driver
 from mechlens.studies.select.config import Select, SelectionPlan
-from mechlens.studies.select.study import Selection, select_direction
+from mechlens.studies.select.study import FEWEST, Selection, prepare, select_direction
 from mechlens.studies.select.verdict import selection_verdict
 
 PLAN = SelectionPlan(seed=0, max_new_tokens=3, resamples=100)
@@ -513,8 +515,10 @@ def test_a_run_goes_on_from_its_shelf_with_the_same_numbers(
     ("more", "said"),
     [
         (["--resamples", "0"], "--resamples must be at least 1, and is 0"),
-        (["--last-layers", "1.5"], "last_layers is 1.5; give a share"),
+        (["--last-layers", "1.5"], "--last-layers is a share below 1, and was given as 1.5"),
         (["--highest-kl", "-1"], "--highest-kl must be at least 0, and is -1"),
+        (["--last-layers", "2"], "--last-layers is a share below 1, and was given as 2"),
+        (["--n", "5"], "there are 5 families of harmful prompts, and the study needs 15 of each class; give more "),
         (["--harmless", "harmful"], "share"),
     ],
 )
@@ -526,7 +530,7 @@ def test_mistakes_are_said_in_one_sentence(
         words += ["--harmful", "harmful"]
     with pytest.raises(SystemExit) as stop:
         main([str(word) for word in words])
-    assert stop.value.code == (2 if "must be at least" in said else 1)
+    assert stop.value.code == (2 if said.startswith("--") else 1)
     error = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
     assert len(error) == 1
     assert said in error[0]
@@ -542,3 +546,24 @@ def test_a_model_without_refusals_ends_in_an_error_that_counts(
         main([str(word) for word in words])
     assert "of 10 harmful train prompts 0 have a refusal score above 0" in capsys.readouterr().err
     assert read_run(tmp_path / "out").status == "error"
+
+
+def test_few_prompts_are_warned_about_with_how_many_it_takes(recorded: Path) -> None:
+    sides = {side: str(recorded / f"{side}.jsonl") for side in ("harmful", "harmless")}
+    config = Select(model=str(recorded / "model"), out=recorded / "few", punctuation="keep", **sides)
+    with pytest.warns(UserWarning, match=r"of 20 prompts of a class 4 choose and 6 test, .*needs 10; take at least 34"):
+        prepare(config)
+    assert round(FRACTIONS[2] * FEWEST) == 10
+
+
+def test_the_log_says_which_part_it_is_at(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    @contextlib.contextmanager
+    def noted(name: str, of: str) -> Iterator[None]:
+        begun.append(f"{name} {of}".partition(" (")[0])
+        yield
+
+    monkeypatch.setattr("mechlens.studies.select.study.phase", noted)
+    select_direction(model, *prompts(), PLAN)
+    assert begun == [f"selecting {k} of 3" for k in (1, 2, 3)]

@@ -5,7 +5,7 @@ All error rates are in this folder's README.md.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mechlens.methods.probing.ahead import SURFACE, TOKEN, Ahead
@@ -113,9 +113,14 @@ def steering_headline(steered: SteeringTest, read: DirectionVerdict) -> Headline
 def direction_verdict(found: Detection) -> DirectionVerdict:
     """Not read: not above chance by the lower bound. More: ahead of every baseline, each by the lower bound of the
     paired gain. No more: the nearest baseline is as good, or ahead of by less than `MARGIN` by the upper bound.
+
+    An effect size that isn't measurable on the test prompts is none out of fold either.
     """
     ahead = next((one for one in found.ahead if one.clear), found.ahead[0])
-    return DirectionVerdict(_outcome(ahead), ahead, found.at(ahead.position).level)
+    kept = found.at(ahead.position)
+    if not kept.effect.measurable:  # out of fold, few prompts' spread is mostly that of the folds' directions
+        ahead = replace(ahead, effect=kept.effect)
+    return DirectionVerdict(_outcome(ahead), ahead, kept.level)
 
 
 def _outcome(ahead: Ahead) -> Outcome:

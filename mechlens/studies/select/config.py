@@ -1,6 +1,9 @@
 """`mechlens select`."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Lt
 
 from mechlens.settings import (
     RANDOM_DIRECTIONS,
@@ -24,8 +27,8 @@ class SelectionPlan(Sampling, Answering):
     0.1
     """
 
-    last_layers: float = 0.2
-    """Share of the layers, from the top, whose candidates are dropped."""
+    last_layers: Annotated[float, Ge(0), Lt(1)] = 0.2
+    """Share of the layers, from the top, whose candidates are dropped; 0.2 is a fifth of them."""
     highest_kl: NonNegativeFloat = 0.1
     """Candidates whose ablation changes harmless prompts by more (mean KL in nats) are dropped."""
     least_induce: float = 0.0

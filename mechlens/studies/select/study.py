@@ -6,6 +6,7 @@ layer (Arditi et al. 2024). Beside them as many random directions of the same le
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.chosen_judge import judges_of, verdicts_by
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, direction_grid, random_like
+from mechlens.methods.progress import phase
 from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.candidates import (
@@ -49,6 +51,8 @@ from mechlens.studies.shared.quadrants import FirstTokenJudgement, JudgedAnswers
 HARMFUL, HARMLESS = "harmful", "harmless"
 MIN_KEPT = 3
 """Fewer prompts than this of one class in training or validation don't choose a direction."""
+FEWEST = 34
+"""Prompts of a class of which three in ten, which test, are ten."""
 
 
 @dataclass(frozen=True)
@@ -243,22 +247,23 @@ def select_direction(
     kept = _kept(labels, first_token.log_odds, split)
     candidates = _candidates(acts, kept["train"], n_layers(model))
     matched_controls = [random_like(candidate, 1, plan.seed + 1 + i)[0] for i, candidate in enumerate(candidates)]
-    ranked, random = (
-        _ranked(model, some, batch, kept["validation"], first_token.tokens.ids, plan, cache)
-        for some in (candidates, matched_controls)
-    )
+    with phase("selecting", f"1 of 3 ({len(candidates)} candidates)"):
+        ranked = _ranked(model, candidates, batch, kept["validation"], first_token.tokens.ids, plan, cache)
+    with phase("selecting", "2 of 3 (as many random directions)"):
+        random = _ranked(model, matched_controls, batch, kept["validation"], first_token.tokens.ids, plan, cache)
     test = None
     if ranked.best is not None:
-        test = run_selection_test(
-            model,
-            batch.select(split.test),
-            [judged.refused[i] for i in split.test],
-            ranked.best,
-            random.random_controls(),
-            first_token.tokens.ids,
-            plan,
-            cache=cache,
-        )
+        with phase("selecting", "3 of 3 (the chosen one on test prompts)"):
+            test = run_selection_test(
+                model,
+                batch.select(split.test),
+                [judged.refused[i] for i in split.test],
+                ranked.best,
+                random.random_controls(),
+                first_token.tokens.ids,
+                plan,
+                cache=cache,
+            )
     return Selection(judged, first_token, split, kept, ranked, random, test, plan)
 
 
@@ -311,11 +316,18 @@ def _ranked(
 
 def prepare(config: Select) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    if not 0 <= config.last_layers < 1:
-        raise UserError(
-            f"last_layers is {config.last_layers}; give a share of the layers from 0 to below 1, such as 0.2"
+    least = math.ceil(MIN_KEPT / FRACTIONS[1])
+    found = prepare_harm_study(config, config, new_tokens=config.max_new_tokens, least=least)
+    sides = (found.content.positive, found.content.negative)
+    few = min(len({prompt.group for prompt in side}) for side in sides)
+    if few < FEWEST:
+        chosen, tested = (round(share * few) for share in FRACTIONS[1:])
+        warnings.warn(
+            f"of {few} prompts of a class {chosen} choose and {tested} test, and an interval needs 10; take at least "
+            f"{FEWEST} (--n {FEWEST}, n={FEWEST} in Python)",
+            stacklevel=2,
         )
-    return prepare_harm_study(config, config, new_tokens=config.max_new_tokens)
+    return found
 
 
 def execute(config: Select, sets: ContrastSets, writer: RunWriter) -> Selection:

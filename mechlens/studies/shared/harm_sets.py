@@ -138,7 +138,7 @@ def prepare_harm_study(
         if families < least:
             raise UserError(
                 f"there are {families} families of {name} prompts, and the study needs {least} of each class; "
-                "give more prompts"
+                "give more prompts, or a larger --n"
             )
     chosen = chosen_model(model, asks(prompts, layers=layers, new_tokens=new_tokens))
     content = ContrastSets(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)
