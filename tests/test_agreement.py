@@ -33,7 +33,13 @@ def test_equals_scikit_learn_and_counts_every_pair() -> None:
 def test_independent_judges_have_kappa_zero_and_equal_ones_one() -> None:
     first, _ = _verdicts(1, agree=1.0)
     unrelated, _ = _verdicts(2, agree=1.0)
-    assert agreement(first, first, FAMILIES, seed=0, resamples=50).kappa.value == 1.0
+    alike = agreement(first, first, FAMILIES, seed=0, resamples=50).kappa
+    assert (alike.value, alike.high) == (1.0, 1.0)
+    assert 0.5 < alike.low < 0.95  # as a share of 60 of 60 has: [0.94, 1], beyond chance
+    fewer = agreement(first[:12], first[:12], FAMILIES[:12], seed=0, resamples=50).kappa
+    assert fewer.low < alike.low
+    once_apart = ["accepted" if first[0] == "refused" else "refused", *first[1:]]
+    assert agreement(first, once_apart, FAMILIES, seed=0, resamples=50).kappa.low < alike.value
     by_chance = agreement(first, unrelated, FAMILIES, seed=0, resamples=200).kappa
     assert by_chance.low < 0.0 < by_chance.high
 

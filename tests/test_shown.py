@@ -1,16 +1,18 @@
 """Results show themselves in a few lines, whatever their size, and in a notebook with a table of escaped text."""
 
 import ast
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from planted import CHECKPOINT, planted_activations
 from shown import require_shown
 
 import mechlens as ml
-from mechlens.methods.shown import cut, few, lines
+from mechlens.methods.shown import cut, few, html_with, lines
 from mechlens.methods.steering.steering import SteeredAnswers
 from mechlens.models.bridge import Loaded
 
@@ -56,6 +58,27 @@ def test_what_a_prompt_or_an_answer_says_is_cut_and_escaped() -> None:
     recovery = patched.table(seed=0, resamples=2, n_flips=1)["recovery"].max()
     assert f"recovery {recovery:.3f}".rstrip("0") in repr(patched)
     assert "250 refused harmful, 250 accepted harmful" in repr(judged)
+
+
+def test_a_column_s_numbers_have_as_many_decimals() -> None:
+    table = pd.DataFrame(
+        {"share": [0.5, 0.48, math.nan], "n": [3, 4, 5], "wide": [1e-6, 3.0, 1e5], "mixed": [1.0, "x", None]}
+    )
+    page = html_with("A", table)
+    assert [re.findall(rf"<td>({cell})</td>", page) for cell in ("0.500", "0.480", "0.5", "0.48")] == [
+        ["0.500"], ["0.480"], [], [],
+    ]  # fmt: skip
+    assert page.count("<td>–</td>") >= 1
+    shown = re.findall(r"<td>([^<]*)</td>", page)
+    assert {len(cell.partition(".")[2]) for cell in shown[::4] if cell != "–"} == {3}
+
+
+def test_prompts_without_a_label_are_not_said_to_have_one() -> None:
+    acts = planted_activations(separation=1.0, n_per_class=3, n_levels=2, d_model=4, positions=("inst",)).acts
+    assert "labels" not in repr(replace(acts, labels=("",) * 6))
+    assert "labels: 3 harmful, 3 without one" in repr(
+        replace(acts, labels=("harmful", "", "harmful", "", "", "harmful"))
+    )
 
 
 def test_no_public_class_prints_its_tensors() -> None:

@@ -187,7 +187,7 @@ class Activations(Comparable):
             "levels": few(self.levels),
             "positions": few(self.positions),
             "last": self.last,
-            "labels": counts(self.labels),
+            "labels": counts([label or "without one" for label in self.labels]) if any(self.labels) else "",
             "on disk": repr(self.values) if isinstance(self.values, StreamedTensor) else "",
         }
         return lines(f"Activations of {self.checkpoint.name} at {self.site}", facts)

@@ -1,7 +1,7 @@
 """The judge that was asked for by name, what every judge's verdicts have to be, and whether two judges say the same."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -16,7 +16,7 @@ from mechlens.errors import UserError, kind_of
 from mechlens.methods.behaviour.judges import ARDITI, ZHAO, Judge, OnceRefused, OnceSettled, SubstringJudge, Verdict
 from mechlens.methods.behaviour.thought import after_thought, knows_thoughts, opens_thought
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import family_weights, with_interval
+from mechlens.methods.statistics.resample import family_weights, rate_estimate, with_interval
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.prompt import Prompt
 from mechlens.settings import RESAMPLES
@@ -134,7 +134,8 @@ def agreement(
 ) -> Agreement:
     """Cohen's kappa between two judges of the same answers, bootstrapped over prompt families.
 
-    Resamples in which kappa has no value (one verdict left) are not counted.
+    Resamples in which kappa has no value (one verdict left) are not counted. Of judges that always agree the interval
+    begins at the kappa that goes with the least share of agreement that so many answers allow (see `rate_estimate`).
 
     >>> first = ["refused", "refused", "accepted", "accepted"]
     >>> found = ml.agreement(first, first, families=["a", "b", "c", "d"], seed=0, resamples=100)
@@ -153,7 +154,13 @@ def agreement(
     weights = family_weights(families, resamples, seed)
     samples = kappas(torch.einsum("rp,pab->rab", weights, torch.from_numpy(joint)))
     value = float(cohen_kappa_score(list(first), list(second), labels=verdicts))
-    return Agreement(with_interval(value, samples, len(first)), counts)
+    found = with_interval(value, samples, len(first))
+    if first == second:  # a bootstrap has no width then
+        both = table.sum(axis=1) * table.sum(axis=0)
+        by_chance = float(both.sum()) / len(first) ** 2
+        least = rate_estimate(torch.ones(len(first), dtype=torch.bool), families, seed).low
+        found = replace(found, low=(least - by_chance) / (1 - by_chance))
+    return Agreement(found, counts)
 
 
 def kappas(tables: Float[Tensor, "table verdict verdict"]) -> Float[Tensor, " table"]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechlens.methods.shown import decimals_of, number_text
 from mechlens.runs.privacy import names_text
 
 NAMES = {
@@ -18,8 +19,6 @@ KEPT = frozenset(["id", "file", "path", "folder", "model", "parameter", "matrix"
 """Columns whose names are looked for as they are."""
 DIGITS = 4
 """Of nats, shares and cosines: what is below a ten-thousandth is rounding."""
-WIDE = 1e4
-"""Where a column's numbers differ by more than this, no fixed number of decimals shows them all."""
 
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:
@@ -67,7 +66,7 @@ def in_words(name: str) -> str:
 
 
 def _column(name: str, column: "pd.Series[Any]") -> list[str]:
-    decimals = _decimals([value for value in column if isinstance(value, float) and math.isfinite(value)])
+    decimals = decimals_of([value for value in column if isinstance(value, float) and math.isfinite(value)])
     plain = names_text(name) or name.rpartition("_")[2] in KEPT
     return [_cell(value, decimals, plain=plain) for value in column]
 
@@ -76,27 +75,8 @@ def _cell(value: Any, decimals: int | None, *, plain: bool) -> str:
     if value is None or value is pd.NaT or value is pd.NA:
         return "–"
     if isinstance(value, float):
-        return _number(value, decimals)
+        return number_text(value, decimals)
     if pd.api.types.is_bool(value):
         return "yes" if value else "no"
     text = str(value)
     return text if plain or not isinstance(value, str) else in_words(text)
-
-
-def _decimals(values: list[float]) -> int | None:
-    """Digits behind the point with which the largest has four or so; None where three digits of each must do."""
-    sizes = [abs(value) for value in values if value]
-    if not sizes or max(sizes) / min(sizes) > WIDE or max(sizes) < 1e-4:
-        return None
-    if all(value.is_integer() for value in values):  # counts and steps, read as floats where some are missing
-        return 0
-    digits = math.floor(math.log10(max(sizes)))
-    return 2 - digits if digits < -1 else max(0, 3 - max(0, digits))
-
-
-def _number(value: float, decimals: int | None) -> str:
-    """A dash for NaN, a real minus sign."""
-    if math.isnan(value):
-        return "–"
-    text = f"{value:.3g}" if decimals is None else f"{value:z.{decimals}f}"
-    return text.replace("-", "−")

@@ -1,7 +1,6 @@
 """`mechlens patch`."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from mechlens.settings import Answering, PositiveInt, RefusingModel, RunChoice
 from mechlens.studies.registry import of_folder
@@ -10,6 +9,8 @@ from mechlens.studies.registry import of_folder
 @dataclass(frozen=True, kw_only=True)
 class Patch(Answering, RefusingModel, RunChoice):
     """Activation patching on matched pairs: where does the difference between refused and accepted travel?
+
+    What is recovered are the log-odds of refusing; in Python `patch_sweep` takes any metric.
 
     >>> ml.Patch(model="smollm2", site="attn_out", out="runs/patch").positions
     ('instruction[*]', 'post[*]')
@@ -27,8 +28,6 @@ class Patch(Answering, RefusingModel, RunChoice):
     """Named positions: inst, instruction[*], post[*], last, token[k], or all."""
     layers: tuple[int, ...] = ()
     """Layers to patch; none given is every layer."""
-    metric: Literal["refusal_logodds"] = "refusal_logodds"
-    """What is recovered; other metrics are for Python (`patch_sweep`)."""
     seed: int = 0
     """Decides the candidates, resamples and controls."""
 
