@@ -120,7 +120,8 @@ def hints_of(config: type) -> Mapping[str, Any]:
 
 def _chosen(config: object) -> Iterator[tuple[Registry[Any], str]]:
     """Every registry that an option of a configuration is chosen from, with the name that was chosen."""
-    for name, hint in hints_of(type(config)).items():
+    kind: Any = type(config)
+    for name, hint in hints_of(kind).items():
         for registry in getattr(hint, "__metadata__", ()):
             if isinstance(registry, Registry):
                 yield registry, getattr(config, name)

@@ -335,7 +335,8 @@ def require_both(data: str | None, label_column: str | None) -> None:
 
 def require_ranges(settings: object) -> None:
     """UserError for the first number of a dataclass that is outside of what its field's type says, such as `Draws`."""
-    for name, hint in hints_of(type(settings)).items():
+    kind: Any = type(settings)
+    for name, hint in hints_of(kind).items():
         value = getattr(settings, name)
         if not isinstance(value, int | float):
             continue

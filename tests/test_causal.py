@@ -518,7 +518,7 @@ def test_the_run_folder_holds_the_finding(out: Path) -> None:
     html = (out / "report.html").read_text()
     assert "Harmless requests that are refused, by layer (Fig. 4)" in html
     assert "Replies about harmful requests that say No, by layer (Fig. 5)" in html
-    assert "dissociation shown: (1)" in html
+    assert "<li>Dissociation shown: all three hold.</li>" in html
     assert "both replies, harmfulness added to harmless, before the question" in html
     assert (out / "direction_harmfulness.safetensors").exists()
     assert (out / "direction_refusal.safetensors").exists()

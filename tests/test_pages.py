@@ -5,6 +5,7 @@ The reports are those that other tests have made: `scripts/test` runs these afte
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,18 @@ import pytest
 
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.report import figures
+from mechlens.runs.report.parts import paragraphs
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
+from mechlens.studies.behaviours import verdict as behaviours
+from mechlens.studies.causal import verdict as causal
+from mechlens.studies.cliff import verdict as cliff
+from mechlens.studies.compare import verdict as compare
+from mechlens.studies.jailbreaks import report as jailbreaks
+from mechlens.studies.select import verdict as select
+from mechlens.studies.separate import verdict as separate
+from mechlens.studies.track import verdict as track
 
 REPORTS = "MECHLENS_TEST_REPORTS"
 """The environment variable that names the folder (pytest's --basetemp) in which the other tests have left reports."""
@@ -130,6 +140,46 @@ def test_figures_are_drawn_when_they_come_near_and_all_of_them_on_paper(
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(CHECKS) == []
     assert page.said == []
+
+
+RULES = {
+    "separate": separate.RULE, "causal": causal.RULE, "select": select.RULE, "cliff": cliff.RULE, "track": track.RULE,
+    "compare": compare.RULE, "behaviours": behaviours.RULE, "jailbreaks": jailbreaks.RULE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("study", RULES)
+def test_a_rule_is_sentences_and_a_list_with_a_line_for_each_word(study: str) -> None:
+    blocks = paragraphs(RULES[study])
+    items = ["".join(text for _, text in item) for listed, run in blocks if listed for item in run]
+    assert len(items) >= 3
+    for text in [*items, *("".join(text for _, text in part) for listed, run in blocks if not listed for part in run)]:
+        assert text[0].isupper() or text[0] == "(", text
+        assert text[-1] in ".:", text
+        assert len(text) < 620, text
+    assert all(re.match(r"(\(\d\) )?[A-Z][^.:]*[:,.a-z]", item) for item in items)
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_a_rule_is_a_list_on_the_page_too(page: Any, size: dict[str, int], tmp_path: Path) -> None:
+    where = WandbSettings(mode="disabled")
+    with open_run(verb="v", config=Prompt("a", "b"), out=tmp_path / "run", wandb=where, argv=["v"]) as run:
+        sections = tuple(Section(name, rule) for name, rule in RULES.items())
+        report = run.report(Report("Rules", "Which?", "These.", sections=sections, how=RULES["causal"]))
+    page.set_viewport_size(size)
+    page.emulate_media(color_scheme="light")
+    page.goto(report.as_uri())
+    items = page.locator(".rules li")
+    assert items.count() > 3 * len(RULES)
+    assert {box["x"] >= 0 and box["x"] + box["width"] <= size["width"] for box in map(_box, items.all())} == {True}
+    assert page.evaluate(CHECKS) == []
+    if folder := os.environ.get("MECHLENS_TEST_PICTURES"):
+        page.screenshot(path=f"{folder}/rules-{size['width']}.png", full_page=True)
+
+
+def _box(item: Any) -> dict[str, float]:
+    found: dict[str, float] = item.bounding_box()
+    return found
 
 
 def test_the_checks_find_what_they_are_for(page: Any) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 from mechlens.methods.statistics.estimate import NO_INTERVAL, Estimate
@@ -178,10 +179,21 @@ def in_words(metric: str) -> str:
     return ", ".join(map(heading, (first, *rest)))
 
 
-def paragraphs(text: str) -> list[list[tuple[bool, str]]]:
-    """Paragraphs, each as pieces of (is code, text), code being what stands between backticks."""
+ITEM = "- "
+"""What a paragraph begins with that is an item of a list."""
+Pieces = list[tuple[bool, str]]
+"""A paragraph as (is code, text), code being what stands between backticks."""
+
+
+def paragraphs(text: str) -> list[tuple[bool, list[Pieces]]]:
+    """Paragraphs in runs of one kind, each with whether it is a list."""
     parts = [part.strip() for part in text.split("\n\n") if part.strip()]
-    return [[(i % 2 == 1, piece) for i, piece in enumerate(part.split("`"))] for part in parts]
+    runs = groupby(parts, key=lambda part: part.startswith(ITEM))
+    return [(listed, [_pieces(part.removeprefix(ITEM)) for part in run]) for listed, run in runs]
+
+
+def _pieces(part: str) -> Pieces:
+    return [(i % 2 == 1, piece) for i, piece in enumerate(part.split("`"))]
 
 
 def _number(value: float) -> str:

@@ -25,10 +25,14 @@ RULE = (
     "of refused ones. Where no class has both, it is that of all, and refusal is one with harm. A drop is the median "
     "over the middle half of a thought minus the score at that token, of test traces. The excess is the mean drop of "
     "harmful requests minus that of harmless ones, behind which stand the same template tokens.\n\n"
-    f"{FALLS}: drop and excess of harmful requests are above 0 by their lower bounds, and the excess is above {MARGIN} "
-    f"and above that along every random direction. {TEMPLATE}: the drop is above 0, and the excess below {MARGIN} by "
-    f"its upper bound: the fall is what these tokens look like after any thought. {NONE}: the drop is below {MARGIN} "
-    f"by its upper bound. {INCONCLUSIVE}: everything else. {NOT_MEASURABLE}: fewer than {FEWEST} test traces of either "
+    f"- {FALLS.capitalize()}: drop and excess of harmful requests are above 0 by their lower bounds, and the excess "
+    f"is above {MARGIN} "
+    "and above that along every random direction.\n\n"
+    f"- {TEMPLATE.capitalize()}: the drop is above 0, and the excess below {MARGIN} by its upper bound: the fall is "
+    "what these tokens look like after any thought.\n\n"
+    f"- {NONE.capitalize()}: the drop is below {MARGIN} by its upper bound.\n\n"
+    f"- {INCONCLUSIVE.capitalize()}: everything else.\n\n"
+    f"- {NOT_MEASURABLE.capitalize()}: fewer than {FEWEST} test traces of either "
     "class have a thought that is long enough, or refusal isn't read above chance there (AUROC)."
 )
 

@@ -42,9 +42,13 @@ RULE = (
     "from A's own at the same place; and each prompt's place (layer and token) is the best one of the other prompts, "
     "because the largest of a grid is flattered. A place carries the behaviour if this is at least "
     f"{HALF:g} and its interval lies above {QUARTER:g}, and doesn't if its interval lies below {HALF:g}.\n\n"
-    f"{EARLIER}: a place before the last token carries it. {LAST}: none before it does, and the last token does, where "
-    "late layers hold whatever the model is about to say. "
-    f"{NOWHERE}: neither does. {INCONCLUSIVE}: everything else. {NOT_MEASURABLE}: fewer than {FEWEST} prompts that "
+    f"- {EARLIER.capitalize()}: a place before the last token carries it.\n\n"
+    f"- {LAST.capitalize()}: none before it does, and the last token does, where late layers hold whatever the model "
+    "is "
+    "about to say.\n\n"
+    f"- {NOWHERE.capitalize()}: neither does.\n\n"
+    f"- {INCONCLUSIVE.capitalize()}: everything else.\n\n"
+    f"- {NOT_MEASURABLE.capitalize()}: fewer than {FEWEST} prompts that "
     "one checkpoint refuses and the other accepts have anything to recover."
 )
 
