@@ -550,7 +550,7 @@ def test_a_model_without_refusals_ends_in_an_error_that_counts(
 
 def test_few_prompts_are_warned_about_with_how_many_it_takes(recorded: Path) -> None:
     sides = {side: str(recorded / f"{side}.jsonl") for side in ("harmful", "harmless")}
-    config = Select(model=str(recorded / "model"), out=recorded / "few", punctuation="keep", **sides)
+    config = Select(model=str(recorded / "model"), out=recorded / "few", punctuation="keep", n=20, **sides)
     with pytest.warns(UserWarning, match=r"of 20 prompts of a class 4 choose and 6 test, .*needs 10; take at least 34"):
         prepare(config)
     assert round(FRACTIONS[2] * FEWEST) == 10

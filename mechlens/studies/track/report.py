@@ -24,7 +24,7 @@ from mechlens.studies.track.study import TrackResult
 from mechlens.studies.track.verdict import RULE, TITLES, headline_of
 
 FEW_REFUSALS = 20
-"""Of fewer the first tokens may be chance."""
+"""Of fewer the first tokens may be chance: a plain count, chosen by eye; how often it errs was not measured."""
 LISTED = "refusal_rate_by."
 """How the numbers of the published lists begin."""
 
@@ -203,7 +203,7 @@ def _tokens_text(result: Tracking) -> str:
     said = f"The base refuses {refusals} of {many(len(train), 'training prompt')}"
     if tokens.origin == "fallback":
         return f"{said}, in which no first tokens of its own are found; common ones stand in: {tokens.named}."
-    few = ": read log-odds with care, for so few may start so by chance" if refusals < FEW_REFUSALS else ""
+    few = f"; fewer than {FEW_REFUSALS} (a plain count) may start so by chance: read log-odds with care" if refusals < FEW_REFUSALS else ""
     return f"{said}; the first tokens of these refusals are {tokens.named}{few}."
 
 
