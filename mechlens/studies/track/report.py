@@ -203,7 +203,8 @@ def _tokens_text(result: Tracking) -> str:
     said = f"The base refuses {refusals} of {many(len(train), 'training prompt')}"
     if tokens.origin == "fallback":
         return f"{said}, in which no first tokens of its own are found; common ones stand in: {tokens.named}."
-    few = f"; fewer than {FEW_REFUSALS} (a plain count) may start so by chance: read log-odds with care" if refusals < FEW_REFUSALS else ""
+    care = f"; fewer than {FEW_REFUSALS} (a plain count) may start so by chance: read log-odds with care"
+    few = care if refusals < FEW_REFUSALS else ""
     return f"{said}; the first tokens of these refusals are {tokens.named}{few}."
 
 
