@@ -106,8 +106,14 @@ from mechlens.methods.sinks.backcopy.training import BackcopyTraining as Backcop
 from mechlens.methods.sinks.backcopy.training import train_backcopy as train_backcopy
 from mechlens.methods.sinks.backcopy.transformer import BackcopyShape as BackcopyShape
 from mechlens.methods.sinks.backcopy.transformer import BackcopyTransformer as BackcopyTransformer
+from mechlens.methods.sinks.contrast import DomainContrast as DomainContrast
+from mechlens.methods.sinks.contrast import domain_contrast as domain_contrast
 from mechlens.methods.sinks.found import Sinks as Sinks
 from mechlens.methods.sinks.found import find_sinks as find_sinks
+from mechlens.methods.sinks.interventions import all_on_sink as all_on_sink
+from mechlens.methods.sinks.interventions import losses_under as losses_under
+from mechlens.methods.sinks.interventions import without_dimensions as without_dimensions
+from mechlens.methods.sinks.interventions import zeroed as zeroed
 from mechlens.methods.sinks.reading import measure_sinks as measure_sinks
 from mechlens.methods.sinks.result import SinkMap as SinkMap
 from mechlens.methods.statistics.change_point import ChangePoint as ChangePoint
@@ -182,6 +188,7 @@ from mechlens.prompts.batch import TokenBatch as TokenBatch
 from mechlens.prompts.batch import tokenize as tokenize
 from mechlens.prompts.builtin import builtin_pairs as builtin_pairs
 from mechlens.prompts.builtin import builtin_prompts as builtin_prompts
+from mechlens.prompts.builtin import domain_texts as domain_texts
 from mechlens.prompts.files.load import load_prompts as load_prompts
 from mechlens.prompts.prompt import Prompt as Prompt
 from mechlens.prompts.prompt import PromptPair as PromptPair

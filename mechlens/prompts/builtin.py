@@ -1,4 +1,4 @@
-"""Prompt sets that come with mechlens: matched harmful and harmless requests, benign ones, and misleading ones."""
+"""Prompt sets that come with mechlens: matched harmful and harmless requests, benign and misleading ones, and texts."""
 
 from functools import cache
 from pathlib import Path
@@ -63,6 +63,22 @@ def builtin_pairs() -> list[PromptPair]:
     ('harmful', 'harmless', True)
     """
     return list(_pairs("pairs"))
+
+
+DOMAINS = ("prose", "code")
+"""The built-in kinds of plain text."""
+
+
+def domain_texts(name: str) -> list[Prompt]:
+    """Plain texts of one kind, of our own writing: "prose", or "code" in several languages.
+
+    >>> len(ml.domain_texts("prose")), len(ml.domain_texts("code"))
+    (16, 16)
+    """
+    if name not in DOMAINS:
+        raise UserError(f"there are no built-in texts {name!r}; choose one of {', '.join(DOMAINS)}")
+    rows = packaged_rows(_DATA / "domains.jsonl")
+    return [Prompt(row["id"], row["text"], source=_SOURCE) for row in rows if row["set"] == name]
 
 
 @cache

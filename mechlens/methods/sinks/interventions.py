@@ -1,0 +1,118 @@
+"""What is lost without a head, with all its attention on the sink, or without the largest dimensions."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.errors import UserError, many
+from mechlens.methods.activations.collect import refuse_too_long
+from mechlens.methods.patching.heads import Head
+from mechlens.models.attention.watch import Change, watch
+from mechlens.models.bridge import LanguageModel, unembed
+from mechlens.prompts.batch import TokenBatch
+
+CHUNK = 64
+"""Tokens whose logits are held at once: a large vocabulary times a long text doesn't fit into memory."""
+Edit = Callable[[int, Float[Tensor, "token d_model"]], Tensor]
+"""A level and its residual stream -> what to put in its place."""
+
+
+def zeroed(heads: Collection[Head]) -> Change:
+    """These heads attend to nothing, so that they write nothing.
+
+    >>> model = ml.load("smollm2")
+    >>> batch = ml.tokenize(["Bake a small cake.", "Say hello."], ml.template_of(model))
+    >>> plain = ml.losses_under(model, batch)
+    >>> off = ml.losses_under(model, batch, [ml.zeroed([(0, 1)]), ml.all_on_sink([(0, 1)], 0)])
+    >>> without = ml.losses_under(model, batch, edits=[ml.without_dimensions([3], [0])] * 2)
+    >>> bool((off != plain).all()), bool((without != plain).all())
+    (True, True)
+    """
+
+    def change(layer: int, pattern: Tensor, visible: Tensor) -> Tensor:
+        own = [head for at, head in heads if at == layer]
+        if own:
+            pattern = pattern.clone()
+            pattern[own] = 0.0
+        return pattern
+
+    return change
+
+
+def all_on_sink(heads: Collection[Head], sink: int) -> Change:
+    """These heads attend to the sink alone, from every query that can see it.
+
+    >>> model = ml.load("smollm2")
+    >>> batch = ml.tokenize(["Bake a small cake.", "Say hello."], ml.template_of(model))
+    >>> plain = ml.losses_under(model, batch)
+    >>> off = ml.losses_under(model, batch, [ml.zeroed([(0, 1)]), ml.all_on_sink([(0, 1)], 0)])
+    >>> without = ml.losses_under(model, batch, edits=[ml.without_dimensions([3], [0])] * 2)
+    >>> bool((off != plain).all()), bool((without != plain).all())
+    (True, True)
+    """
+
+    def change(layer: int, pattern: Tensor, visible: Tensor) -> Tensor:
+        own = [head for at, head in heads if at == layer]
+        if own:
+            pattern = pattern.clone()
+            moved = torch.zeros_like(pattern[own])
+            moved[:, :, sink] = 1.0
+            pattern[own] = torch.where(visible[:, sink].view(1, -1, 1), moved, pattern[own])
+        return pattern
+
+    return change
+
+
+def without_dimensions(dimensions: Sequence[int], places: Sequence[int]) -> Edit:
+    """These dimensions are zero at these tokens, at every level below the last.
+
+    >>> model = ml.load("smollm2")
+    >>> batch = ml.tokenize(["Bake a small cake.", "Say hello."], ml.template_of(model))
+    >>> plain = ml.losses_under(model, batch)
+    >>> off = ml.losses_under(model, batch, [ml.zeroed([(0, 1)]), ml.all_on_sink([(0, 1)], 0)])
+    >>> without = ml.losses_under(model, batch, edits=[ml.without_dimensions([3], [0])] * 2)
+    >>> bool((off != plain).all()), bool((without != plain).all())
+    (True, True)
+    """
+
+    def edit(level: int, residual: Tensor) -> Tensor:
+        changed = residual.clone()
+        rows = torch.tensor(list(places), device=residual.device)
+        changed[rows[:, None], torch.tensor(list(dimensions), dtype=torch.long, device=residual.device)] = 0.0
+        return changed
+
+    return edit
+
+
+def losses_under(
+    model: LanguageModel,
+    batch: TokenBatch,
+    changes: Sequence[Change] | None = None,
+    edits: Sequence[Edit] | None = None,
+) -> Float[Tensor, " text"]:
+    """Mean of -log P(token | all before it) over each text's tokens but the first (nats, float64); `changes` and
+    `edits` hold what is done to each text.
+
+    >>> model = ml.load("smollm2")
+    >>> batch = ml.tokenize(["Bake a small cake.", "Say hello."], ml.template_of(model))
+    >>> plain = ml.losses_under(model, batch)
+    >>> off = ml.losses_under(model, batch, [ml.zeroed([(0, 1)]), ml.all_on_sink([(0, 1)], 0)])
+    >>> without = ml.losses_under(model, batch, edits=[ml.without_dimensions([3], [0])] * 2)
+    >>> bool((off != plain).all()), bool((without != plain).all())
+    (True, True)
+    """
+    refuse_too_long(model, batch)
+    n = len(batch.prompts)
+    wrong = next((own for own in (changes, edits) if own is not None and len(own) != n), None)
+    if wrong is not None:
+        raise UserError(f"what is done is given for {many(len(wrong), 'text')}, and {n} came; give one for each")
+    found = []
+    for i in range(n):
+        ids = batch.row(i)
+        residual = watch(model, ids, None, edits[i] if edits else None, changes[i] if changes else None)
+        parts = zip(torch.split(residual[:-1], CHUNK), torch.split(torch.tensor(ids[1:]), CHUNK), strict=True)
+        told = [unembed(model, part).double().log_softmax(dim=-1).gather(1, after[:, None]) for part, after in parts]
+        found.append(-torch.cat(told).mean())
+    return torch.stack(found).cpu()

@@ -1,0 +1,103 @@
+"""Heads that sleep on one kind of text: what is lost without them, and the contrast between kinds."""
+
+from typing import Any
+
+import pytest
+import torch
+from planted_sinks import planted_sinks
+from test_sinks import TEXTS
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.collect import template_of
+from mechlens.methods.behaviour.perplexity import text_loss
+from mechlens.methods.patching.heads import without_heads
+from mechlens.methods.sinks.contrast import domain_contrast
+from mechlens.methods.sinks.interventions import all_on_sink, losses_under, without_dimensions, zeroed
+from mechlens.models.attention.watch import Attended, watch
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.builtin import DOMAINS, domain_texts
+
+# --- interventions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_oss", "gpt2"])
+def test_losses_are_those_of_the_model_with_and_without_heads(tiny_model: Any, architecture: str) -> None:
+    model, texts = tiny_model(architecture), [text.replace("x", "k") for text in TEXTS]
+    batch = tokenize(texts, template_of(model, None))
+    assert torch.allclose(losses_under(model, batch), text_loss(model, texts), rtol=1e-5)
+    heads = [(0, 1), (2, 3)]
+    off = losses_under(model, batch, [zeroed(heads)] * len(texts))
+    with without_heads(model, heads):
+        right = text_loss(model, texts)
+    assert torch.allclose(off, right, rtol=1e-5)
+    assert not torch.allclose(off, losses_under(model, batch), rtol=1e-4)
+
+
+def test_a_head_that_is_put_on_the_sink_attends_to_nothing_else() -> None:
+    model = planted_sinks()
+    ids, seen = model.tokenizer(TEXTS[1])["input_ids"], {}
+    place = ids.index(model.tokenizer("x")["input_ids"][0])
+
+    def see(one: Attended) -> None:
+        seen[one.layer] = one.pattern
+
+    before: dict[int, torch.Tensor] = {}
+    watch(model, ids, lambda one: before.__setitem__(one.layer, one.pattern))
+    watch(model, ids, see, change=all_on_sink([(1, 2)], place))
+    assert bool((seen[1][2, place:, place] == 1).all())
+    assert torch.equal(seen[1][2, :place], before[1][2, :place])  # queries that can't see it are left as they were
+    assert torch.allclose(seen[1][[0, 1, 3]], before[1][[0, 1, 3]], atol=1e-6)
+
+
+def test_removed_dimensions_are_zero_at_the_sinks_alone() -> None:
+    residual = torch.ones(6, 8)
+    changed = without_dimensions([2, 5], [0, 3])(1, residual)
+    assert changed.sum() == 48 - 4
+    assert bool((changed[[0, 0, 3, 3], [2, 5, 2, 5]] == 0).all())
+    assert bool((residual == 1).all())
+    model = planted_sinks()
+    batch = tokenize(TEXTS, template_of(model, None))
+    same = losses_under(model, batch, edits=[without_dimensions([], [0])] * len(TEXTS))
+    assert torch.equal(same, losses_under(model, batch))
+    with pytest.raises(UserError, match="what is done is given for 1 text, and 3 came; give one for each"):
+        losses_under(model, batch, [zeroed([])])
+
+
+# --- the contrast -----------------------------------------------------------------------------------------------------
+
+
+def test_the_contrast_finds_the_planted_head_and_shuffled_kinds_find_none() -> None:
+    kinds = ["prose"] * 12 + ["code"] * 12
+    p, right = [], 0
+    for seed in range(20):
+        mass = torch.rand(24, 3, 4, generator=torch.Generator().manual_seed(seed))
+        p.append(float(domain_contrast(mass, kinds, shuffles=99, seed=seed).p.min()))
+        mass[:12, 1, 2] = mass[:12, 1, 2] / 4 + 0.7
+        mass[12:, 1, 2] /= 4
+        found = domain_contrast(mass, kinds, shuffles=99, seed=seed)
+        right += found.strongest(1) == ((1, 2),) and float(found.p[1, 2]) == pytest.approx(0.01)
+        assert found.domains[int(found.dormant[1, 2])] == "prose"
+        assert found.domains[int(found.active[1, 2])] == "code"
+    assert right == 20
+    assert sum(one <= 0.05 for one in p) <= 4
+
+
+def test_heads_that_are_not_there_have_no_contrast() -> None:
+    mass = torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(0))
+    mass[:, 0] = torch.nan
+    found = domain_contrast(mass, ["a"] * 4 + ["b"] * 4, shuffles=19, seed=0)
+    assert bool(found.p[0].isnan().all())
+    assert not bool(found.p[1].isnan().any())
+    assert {layer for layer, _ in found.strongest(2)} == {1}
+    with pytest.raises(UserError, match="two kinds of text with two texts each"):
+        domain_contrast(mass, ["a"] * 8, shuffles=19, seed=0)
+
+
+def test_texts_come_by_kind() -> None:
+    for kind in DOMAINS:
+        texts = domain_texts(kind)
+        assert len({one.text for one in texts}) == len(texts) == 16
+        assert min(len(one.text.split()) for one in texts) > 20
+    with pytest.raises(UserError, match="there are no built-in texts 'poems'; choose one of prose, code"):
+        domain_texts("poems")
