@@ -22,9 +22,18 @@ def verdicts(draws: int) -> dict[str, str]:
     """Shares of words by world and test prompts of a class, of both questions."""
     from planted_steering import LAYERS, WORLDS, planted
 
-    from mechlens.studies.controllers.verdict import DO_NOT, HELPS, INCONCLUSIVE, MATTER, NEITHER, NO_BETTER, WORSE
+    from mechlens.studies.controllers.verdict import (
+        DO_NOT,
+        HELPS,
+        INCONCLUSIVE,
+        MATTER,
+        NEITHER,
+        NO_BETTER,
+        OVER_CONSTANT,
+        WORSE,
+    )
 
-    words, some = (HELPS, NO_BETTER, WORSE, NEITHER, INCONCLUSIVE), next(iter(LAYERS.values()))
+    words, some = (HELPS, OVER_CONSTANT, NO_BETTER, WORSE, NEITHER, INCONCLUSIVE), next(iter(LAYERS.values()))
     lines = [readme_table.head(["truth", "prompts of a class", *words])]
     for name, world in WORLDS.items():
         for n in PROMPTS:

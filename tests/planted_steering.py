@@ -12,10 +12,11 @@ ORDERS = 20
 
 @dataclass(frozen=True)
 class World:
-    """Chances of refusal: harmful and harmless prompts under the controller, then under constant steering."""
+    """Chances of refusal: harmful and harmless prompts under the controller, under a constant, and unsteered."""
 
     controller: tuple[float, float]
     constant: tuple[float, float]
+    none: tuple[float, float] = (0.4, 0.05)
     alike: float = 0.7
     """Share of prompts on which both come from one draw: easy ones are easy for both."""
 
@@ -35,9 +36,10 @@ WORLDS = {
     "deciding helps a little": World((0.85, 0.15), (0.8, 0.2)),
     "both alike": World((0.8, 0.2), (0.8, 0.2)),
     "both alike, prompt by prompt apart": World((0.8, 0.2), (0.8, 0.2), alike=0.0),
-    "neither refuses anything": World((0.02, 0.02), (0.02, 0.02)),
+    "neither refuses anything": World((0.02, 0.02), (0.02, 0.02), (0.02, 0.02)),
     "both refuse everything": World((0.98, 0.98), (0.98, 0.98)),
-    "refusal by chance": World((0.5, 0.5), (0.5, 0.5), alike=0.0),
+    "refusal by chance": World((0.5, 0.5), (0.5, 0.5), (0.5, 0.5), alike=0.0),
+    "a constant breaks what was there": World((0.8, 0.3), (0.98, 0.98), (0.75, 0.25)),
     "a constant does better": World((0.6, 0.2), (0.9, 0.2)),
 }
 LAYERS = {
@@ -58,7 +60,11 @@ def planted(world: World, weights: Weights, seed: int, n: int) -> SteeringVerdic
     def flags(chances: tuple[float, float], own: Tensor) -> Tensor:
         return torch.where(shared, common, own) < torch.where(harmful, chances[0], chances[1])
 
-    refused = {"controller": flags(world.controller, one), "constant": flags(world.constant, other)}
+    third = torch.rand(2 * n, generator=drawn)
+    refused = {
+        "controller": flags(world.controller, one), "constant": flags(world.constant, other),
+        "no steering": flags(world.none, third),
+    }  # fmt: skip
     shifts = weights.spread * torch.randn(1 + ORDERS, generator=drawn)
     shifts[0] = shifts[0] if weights.drawn else weights.own
     base = torch.where(harmful, 0.7, 0.3) + 0.15 * torch.randn(2 * n, generator=drawn)

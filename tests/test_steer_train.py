@@ -18,7 +18,7 @@ from mechlens.models.attention.outputs import head_matrices
 from mechlens.models.sites import site_hook
 from mechlens.studies.controllers.head_shifts import head_shifts
 from mechlens.studies.controllers.measured import chosen_strengths
-from mechlens.studies.controllers.verdict import DO_NOT, HELPS, MATTER, NEITHER, NO_BETTER, WORSE
+from mechlens.studies.controllers.verdict import DO_NOT, HELPS, MATTER, NEITHER, NO_BETTER, OVER_CONSTANT, WORSE
 
 DRAWS = 40
 
@@ -31,6 +31,7 @@ DRAWS = 40
         ("both alike, prompt by prompt apart", {HELPS: 0.1, WORSE: 0.1}, {}),
         ("neither refuses anything", {HELPS: 0.0, WORSE: 0.0}, {NEITHER: 0.5}),
         ("refusal by chance", {HELPS: 0.1, WORSE: 0.1}, {}),
+        ("a constant breaks what was there", {HELPS: 0.15, WORSE: 0.0}, {OVER_CONSTANT: 0.8}),
         ("a constant does better", {HELPS: 0.0}, {WORSE: 0.8}),
     ],
 )

@@ -17,7 +17,7 @@ class RivalsPlan(ControllerPlan, Answering):
 
     seed: int = 0
     """Decides the sample, the split, the first weights, the order of training, every resample and every null."""
-    strengths: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2)
+    strengths: tuple[float, ...] = (0.01, 0.025, 0.05, 0.1)
     """Shares of the residual norm that a layer adds at most; each rival takes the one that tells validation prompts
     apart best."""
     heads: float = 0.1

@@ -19,6 +19,7 @@ WORDS = {
     "gap.controller": "controller: refused harmful minus refused harmless",
     "gap.constant": "constant steering: refused harmful minus refused harmless",
     "beyond_constant": "controller minus constant",
+    "beyond_none": "controller minus no steering",
     "beyond_shuffled": "first token: own layer weights minus the same in other orders",
     "shuffled_p": "first token: p of the own layer weights among other orders",
 }

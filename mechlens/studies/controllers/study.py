@@ -66,6 +66,7 @@ class ControllerResult:
         own = self.verdict
         found = {
             "gap.controller": own.controller, "gap.constant": own.constant, "beyond_constant": own.beyond_constant,
+            "beyond_none": own.beyond_none,
             "beyond_shuffled": own.beyond_shuffled,
         }  # fmt: skip
         if own.beyond_shuffled.measurable:
