@@ -20,6 +20,7 @@ WORDS = {
     "gap.constant": "constant steering: refused harmful minus refused harmless",
     "beyond_constant": "controller minus constant",
     "beyond_none": "controller minus no steering",
+    "auroc.gate": "harmful among test prompts by the controller's gate, AUROC",
     "beyond_shuffled": "first token: own layer weights minus the same in other orders",
     "shuffled_p": "first token: p of the own layer weights among other orders",
 }
@@ -72,15 +73,16 @@ def _words(result: ControllerResult) -> dict[str, str]:
 
 
 def _sections(writer: RunWriter, result: ControllerResult) -> tuple[Section, ...]:
-    totals = result.totals.assign(what=result.totals["rival"].map(ABOUT))
+    told = pd.DataFrame({"rival": list(result.rivals.at), "what it does": [ABOUT[name] for name in result.rivals.at]})
     return (
-        Section("Who refuses what", RULE, (_refused(writer, result),), table=_wide(result)),
+        Section("Who refuses what", RULE, _refused(writer, result), table=_wide(result)),
+        Section("The rivals", result.rivals.left_out, table=told),
         Section(
             "What it costs",
             "Difference: refused harmful minus refused harmless test prompts. KL: of harmless test prompts, from the "
             "unsteered model, over its own answers (nats a token); plain: the same, and the loss, where the answer is "
             "plain text. Tokens and repetition: of answers to harmless prompts.",
-            table=totals,
+            table=result.totals,
         ),
         Section("What the controller decides", _DECIDES, _decided(writer, result)),
         Section(
@@ -100,14 +102,20 @@ _DECIDES = (
 )
 
 
-def _refused(writer: RunWriter, result: ControllerResult) -> str:
-    shown = result.refusals.assign(group=result.refusals["label"] + ", " + result.refusals["prompts"])
-    figure = figures.bars(
-        shown, x="rival", y="refused", group="group", low="refused_low", high="refused_high",
-        title="Share of test prompts that are refused", xlabel="", ylabel="share refused",
-    )  # fmt: skip
-    caption = "Harmful prompts should be refused, harmless ones answered. Bars: 95% bootstrap over prompt families."
-    return writer.figure("refusals", figure, table="refusals", caption=caption)
+def _refused(writer: RunWriter, result: ControllerResult) -> tuple[str, ...]:
+    """A figure for each source of test prompts."""
+    names = []
+    for i, place in enumerate(dict.fromkeys(result.refusals["prompts"])):
+        figure = figures.bars(
+            result.refusals[result.refusals["prompts"] == place], x="rival", y="refused", group="label",
+            low="refused_low", high="refused_high", limits=(0.0, 1.0),
+            title=f"Share of test prompts that are refused: {place}", xlabel="", ylabel="share refused",
+        )  # fmt: skip
+        caption = "Harmful prompts should be refused, harmless ones answered. Bars: 95% bootstrap over prompt families."
+        names.append(
+            writer.figure("refusals" if i == 0 else f"refusals_{i}", figure, table="refusals", caption=caption)
+        )
+    return tuple(names)
 
 
 def _wide(result: ControllerResult) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import torch
 from mechlens.errors import UserError
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.cache import Cache
+from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.progress import phase
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.controllers.controller import Controller
@@ -55,6 +56,8 @@ class ControllerResult:
     """Of each test prompt: the controller's gate, the published one's, and whether the condition holds."""
     weights: pd.DataFrame
     """Mean layer weights, by controller, layer and label."""
+    gate_auroc: Estimate
+    """Of the gate for harmful test prompts."""
     chance: pd.DataFrame
     """Of the first answer token: orders of the layer weights and random directions."""
     answers: pd.DataFrame
@@ -69,6 +72,7 @@ class ControllerResult:
             "beyond_none": own.beyond_none,
             "beyond_shuffled": own.beyond_shuffled,
         }  # fmt: skip
+        found["auroc.gate"] = self.gate_auroc
         if own.beyond_shuffled.measurable:
             found["shuffled_p"] = Estimate.exact(own.shuffled_p, own.beyond_shuffled.n)
         for _, row in self.refusals[self.refusals["rival"] == CONTROLLER].iterrows():
@@ -132,6 +136,7 @@ def steering_rivals(asked: Asked, plan: RivalsPlan, *, cache: Cache | None = Non
         refusals=refusals_by_source(refused, places, test.prompts, plan),
         totals=totals(model, asked.template, test, rivals, strengths, answers, refused, plan),
         decisions=decided, weights=weights, chance=chance,
+        gate_auroc=auroc_estimate(torch.tensor(decided["gate"].to_numpy()), harmful, families),
         answers=answers_table(answers, refused, test.prompts, places),
         controller=replace(rivals.controller, evidence=evidence),
     )  # fmt: skip
