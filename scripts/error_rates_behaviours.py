@@ -82,7 +82,7 @@ def verdict_table(draws: int, pool: Executor) -> str:
     lines = [readme_table.head(["truth", "runs", *WORDS])]
     for name in names:
         for runs in RUNS:
-            shares = [_share(found[name, runs, word], draws) for word in WORDS]
+            shares = [readme_table.percent(found[name, runs, word] / draws) for word in WORDS]
             lines.append(readme_table.row([name.removesuffix(", three runs"), runs, *shares]))
     return "\n".join(lines)
 
@@ -96,13 +96,9 @@ def when_table(draws: int, pool: Executor) -> str:
     found = collections.Counter(pool.map(said_in, cells, chunksize=20))
     lines = [readme_table.head(["asked about", "truth", *(f"{n} checkpoints" for n in POINTS)])]
     for kind, name in asked:
-        shares = [_share(found[kind, name, n, True], draws) for n in POINTS]
+        shares = [readme_table.percent(found[kind, name, n, True] / draws) for n in POINTS]
         lines.append(readme_table.row([ASKED[kind], name, *shares]))
     return "\n".join(lines)
-
-
-def _share(count: int, draws: int) -> str:
-    return f"{count / draws:.1%}".replace(".0%", "%")
 
 
 MAKERS = {"verdicts": verdict_table, "when": when_table}

@@ -34,7 +34,7 @@ def verdicts(draws: int) -> str:
     for name, (world, _) in WORLDS.items():
         for n in TRACES:
             found = collections.Counter(planted(world, seed, n).word for seed in range(draws))
-            lines.append(readme_table.row([name, n, *(_share(found[word] / draws) for word in words)]))
+            lines.append(readme_table.row([name, n, *(readme_table.percent(found[word] / draws) for word in words)]))
     return "\n".join(lines)
 
 
@@ -52,14 +52,10 @@ def cuts(draws: int) -> str:
                     noise[i] = likeness * noise[i - 1] + (1 - likeness**2) ** 0.5 * noise[i]
                 noise[-LAST:] -= fall
                 found = [chance_among_neighbours(row.tolist(), series=99, seed=k) for k, row in enumerate(noise.T)]
-                shares.append(_share(sum(p <= 0.05 for p in found) / draws))
+                shares.append(readme_table.percent(sum(p <= 0.05 for p in found) / draws))
             truth = f"the last {LAST} fall by {fall:g} standard deviations" if fall else "noise"
             lines.append(readme_table.row([truth, likeness, *shares]))
     return "\n".join(lines)
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}".replace(".0%", "%")
 
 
 def main() -> None:

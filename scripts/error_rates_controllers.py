@@ -38,18 +38,14 @@ def verdicts(draws: int) -> dict[str, str]:
     for name, world in WORLDS.items():
         for n in PROMPTS:
             found = collections.Counter(planted(world, some, seed, n).word for seed in range(draws))
-            lines.append(readme_table.row([name, n, *(_share(found[word] / draws) for word in words)]))
+            lines.append(readme_table.row([name, n, *(readme_table.percent(found[word] / draws) for word in words)]))
     layers, other = (MATTER, DO_NOT, ""), next(iter(WORLDS.values()))
     told = [readme_table.head(["truth", "prompts of a class", MATTER, DO_NOT, "open"])]
     for name, weights in LAYERS.items():
         for n in PROMPTS:
             found = collections.Counter(planted(other, weights, seed, n).layers for seed in range(draws))
-            told.append(readme_table.row([name, n, *(_share(found[word] / draws) for word in layers)]))
+            told.append(readme_table.row([name, n, *(readme_table.percent(found[word] / draws) for word in layers)]))
     return {"verdicts": "\n".join(lines), "layers": "\n".join(told)}
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}".replace(".0%", "%")
 
 
 def main() -> None:

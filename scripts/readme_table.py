@@ -15,6 +15,11 @@ def head(columns: Sequence[str]) -> str:
     return f"{row(columns)}\n|---|{'--:|' * (len(columns) - 1)}"
 
 
+def percent(share: float) -> str:
+    """A share in percent, without a zero behind the point."""
+    return f"{share:.1%}".replace(".0%", "%")
+
+
 def show(script: str, tables: Mapping[str, str], readme: Path | None) -> None:
     """Prints tables by their labels, and puts them into a README where one is given."""
     for label, table in tables.items():
