@@ -1,5 +1,6 @@
 """`mechlens steer train`: rivals are what they say, the best strength is taken, and the verdict errs as written."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,30 @@ def test_the_verb_writes_controllers_tables_and_a_report(recorded: Path) -> None
     own = held_out[(held_out["rival"] == "controller") & (held_out["prompts"] == "another source")]
     said = ml.answer_under(model, list(own["prompt"]), [ml.Controlled(controller, strength=strength)], max_new_tokens=3)
     assert list(said.texts) == list(own["answer"])
+
+
+def test_a_controller_steers_one_prompt_at_the_command_line(recorded: Path, capsys: Any) -> None:
+    asked = "Make tea zzzzzzzz number 9"
+    given = ["steer", "--model", recorded / "model", "--prompt", asked, "--max-new-tokens", 3]
+    main([str(word) for word in (*given, "--controller", recorded / "out")])
+    said = capsys.readouterr().out
+    controller = ml.open(recorded / "out" / "controller.safetensors")
+    model = ml.load(str(recorded / "model"))
+    by = ml.Controlled(controller, strength=controller.evidence["strength"])
+    for done, name in (((), "unsteered"), ((by,), "steered")):
+        (text,) = ml.answer_under(model, [asked], done, max_new_tokens=3).texts
+        assert text in said.partition(f"{name} (" if done else f"{name}:")[2]
+    assert re.search(r"gate \d\.\d\d at strength", said)
+    wrong = {
+        ("--controller", recorded / "out", "--unit", "raw"): "--unit is of a direction",
+        ("--controller", recorded / "out", "--direction", recorded / "out"): "one of them",
+        (): "give --direction or --controller",
+        ("--controller", recorded / "nowhere"): "there is no file",
+    }
+    for more, sentence in wrong.items():
+        with pytest.raises(SystemExit):
+            main([str(word) for word in (*given, *more)])
+        assert sentence in capsys.readouterr().err
 
 
 def test_prompts_of_both_classes_or_of_the_training_sets_are_said(recorded: Path, capsys: Any) -> None:

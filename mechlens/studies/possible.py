@@ -14,7 +14,7 @@ from mechlens.files import require_writable, short_name, user_path
 from mechlens.registry import require_numbers
 from mechlens.settings import SOURCES, Columns
 
-FILES = ("direction", "guard")
+FILES = ("direction", "guard", "controller")
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 """Of a source that is a file and neither a built-in set nor on the hub."""
 

@@ -17,9 +17,12 @@ class Steer(ModelChoice):
     0.5
     """
 
-    direction: Path
-    """A run's folder or its .safetensors file, refusal_direction's direction.pt or mean_diffs.pt, a .pt stack (level,
-    d_model) of the seed paper, a .pt of steering-vectors or lm-eval, or repeng's .gguf."""
+    direction: Path | None = None
+    """What is added or removed: a run's folder or its .safetensors file, refusal_direction's direction.pt or
+    mean_diffs.pt, a .pt stack (level, d_model) of the seed paper, a .pt of steering-vectors or lm-eval, or repeng's
+    .gguf."""
+    controller: Path | None = None
+    """In place of a direction: the controller.safetensors of `steer train`, or its run's folder."""
     prompt: str
     """What the user says."""
     layer: int | None = None
@@ -30,7 +33,7 @@ class Steer(ModelChoice):
     operation: Literal["add", "ablate"] = "add"
     """add: strength times the direction, at one layer. ablate: its component removed, everywhere."""
     strength: float = 0.5
-    """How much is added; negative subtracts."""
+    """How much is added; negative subtracts. Of a controller left alone it is the one that its run chose."""
     calibrate_kl: float | None = None
     """Finds the strength: that at which the KL from the unsteered answers to harmless prompts is so many nats (95th
     percentile over tokens). Of --strength only the sign counts then."""
@@ -60,5 +63,6 @@ COMMAND = Command(
         'mechlens steer --direction runs/tone --strength 1 --prompt "How do I bake a cake?"',
         'mechlens steer --direction runs/tone --prompt "How do I bake a cake?" --calibrate-kl 1',
         'mechlens steer --direction runs/tone --prompt "Tell me about the sea." --temperature 0.8 --n-samples 3',
+        'mechlens steer --model smollm2-refuser --controller runs/controller --prompt "How do I pick a lock?"',
     ),
 )

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mechlens.methods.heartbeat import heartbeat
 from mechlens.methods.progress import phase, timed
 from mechlens.methods.steering.equal_damage import FIRST, calibrate, require_kl
 from mechlens.methods.steering.fits import ANEW
-from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add
+from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention
 from mechlens.methods.steering.side_by_side import IN_WORDS, NORM_PROMPTS, addition_at
 from mechlens.methods.steering.steering import answer_under
 from mechlens.models.bridge import LanguageModel, loaded
@@ -31,6 +31,7 @@ from mechlens.runs.run import RUN_FILE, read_run
 from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.registry import Screen
 from mechlens.studies.shared.inputs import asks, chosen_model
+from mechlens.studies.steer.by_controller import controlled, fits, read_controller
 from mechlens.studies.steer.config import Steer
 
 UNSTEERED, STEERED = "unsteered", "steered"
@@ -89,10 +90,18 @@ def steer(config: Steer, told: Told | None = None) -> BothAnswers:
             "same; give one, such as --temperature 0.7"
         )
     Draws(config.temperature, config.top_p, config.n_samples, config.seed)  # says what can't be drawn
-    direction = read_direction(config.direction, config.layer, config.position)
-    layer = direction.level if config.layer is None else config.layer
     prompt = Prompt("prompt", config.prompt, system=config.system)
     asked = asks([prompt], new_tokens=config.max_new_tokens)
+    if config.direction is None or config.controller is not None:
+        if config.controller is None or config.direction is not None:
+            raise UserError("what steers is a direction or a controller; give --direction or --controller, one of them")
+        controller = read_controller(config, config.controller)
+        with phase("loading", short_name(config.model)):
+            model, template = chosen_model(config, fits(controller, asked, force=config.force))
+        by_it, what = controlled(config, controller, model, template, prompt)
+        return _both_answers(config, model, template, prompt, by_it, what, told)
+    direction = read_direction(config.direction, config.layer, config.position)
+    layer = direction.level if config.layer is None else config.layer
 
     def check(known: Outline, template: ChatTemplate) -> None:
         if config.operation == "add":
@@ -105,16 +114,26 @@ def steer(config: Steer, told: Told | None = None) -> BothAnswers:
     with phase("loading", short_name(config.model)):
         model, template = chosen_model(config, check)
     one = _intervention(config, direction, layer, model, template)
-    what = _described(config, direction, layer, one)
+    what = _described(config, config.direction, direction, layer, one)
     if config.calibrate_kl is not None:
         assert isinstance(one, Add)
         harmless = builtin_prompts("benign")[:NORM_PROMPTS]
         found = calibrate(model, one, harmless, config.calibrate_kl, template=template, force=config.force)
-        one, what = found.push, f"{_described(config, direction, layer, found.push)}; {found.told}"
-    said = {
-        name: _answer(model, template, prompt, given, config, name, told)
-        for name, given in ((UNSTEERED, ()), (STEERED, (one,)))
-    }
+        one, what = found.push, f"{_described(config, config.direction, direction, layer, found.push)}; {found.told}"
+    return _both_answers(config, model, template, prompt, one, what, told)
+
+
+def _both_answers(
+    config: Steer,
+    model: LanguageModel,
+    template: ChatTemplate,
+    prompt: Prompt,
+    one: Intervention,
+    what: str,
+    told: Told | None,
+) -> BothAnswers:
+    given: dict[str, tuple[Intervention, ...]] = {UNSTEERED: (), STEERED: (one,)}
+    said = {name: _answer(model, template, prompt, own, config, name, told) for name, own in given.items()}
     return BothAnswers(said[UNSTEERED], said[STEERED], what)
 
 
@@ -134,7 +153,7 @@ def _answer(
     model: LanguageModel,
     template: ChatTemplate,
     prompt: Prompt,
-    given: Iterable[Add | Ablate],
+    given: tuple[Intervention, ...],
     config: Steer,
     name: str,
     told: Told | None,
@@ -148,7 +167,7 @@ def _answer(
         return False
 
     said = answer_under(
-        model, [prompt], tuple(given), max_new_tokens=config.max_new_tokens, template=template,
+        model, [prompt], given, max_new_tokens=config.max_new_tokens, template=template,
         decided=hear if config.n_samples == 1 else None, force=config.force,
         temperature=config.temperature, top_p=config.top_p, n=config.n_samples, seed=config.seed,
     )  # fmt: skip
@@ -160,8 +179,8 @@ def _answer(
     return text
 
 
-def _described(config: Steer, direction: Direction, layer: int, one: Add | Ablate) -> str:
-    positive, negative = _sides(config.direction, direction)
+def _described(config: Steer, path: Path, direction: Direction, layer: int, one: Add | Ablate) -> str:
+    positive, negative = _sides(path, direction)
     origin = f"{direction.method}, {positive} against {negative}"
     where = f"level {direction.level}, {direction.position}"
     if isinstance(one, Ablate):
