@@ -30,7 +30,8 @@ def said_sections(writer: RunWriter, found: SaidResult, plan: BehaviourPlan) -> 
     if len(rates):
         several = rates["trigger"].replace("", pd.NA).nunique() > 1
         put = rates["form"] + (" " + rates["trigger"]).where(several & rates["trigger"].ne(""), "")
-        shown = rates.assign(asked=rates["set"] + ", " + put + ": " + rates["rate"])
+        in_words = rates["rate"].replace("misaligned_at_all", "misaligned, however coherent")
+        shown = rates.assign(asked=rates["set"] + ", " + put + ": " + in_words)
         figure = figures.bars(
             shown, x="asked", y="value", group="group", low="low", high="high", hline=0.0, xlabel="",
             ylabel="share of answers", title=f"Free answers, judged by {found.judge}", limits=(0.0, 1.0),
