@@ -26,10 +26,10 @@ class Projection:
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:20], *ml.builtin_prompts("harmless")[:20]]
     >>> acts = ml.collect(model, prompts)
-    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=10, position="last")
-    >>> along = ml.project(acts.at(10, "last"), direction)
+    >>> direction = ml.mean_difference(acts, "harmful", "harmless", level=1, position="last")
+    >>> along = ml.project(acts.at(1, "last"), direction)
     >>> condition = ml.Projection(direction, threshold=float(along.median()))
-    >>> bool(condition(acts.at(10, "last").unsqueeze(1)).float().mean() == 0.5)
+    >>> bool(condition(acts.at(1, "last").unsqueeze(1)).float().mean() == 0.5)
     True
     """
 
@@ -105,9 +105,9 @@ class When:
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
     >>> acts = ml.collect(model, prompts)
-    >>> harm = ml.mean_difference(acts, "harmful", "harmless", level=10, position="inst")
-    >>> along = ml.project(acts.at(10, "inst"), harm)
-    >>> push = ml.Add(harm, strength=1.0, unit="raw", layers=(10,))
+    >>> harm = ml.mean_difference(acts, "harmful", "harmless", level=1, position="inst")
+    >>> along = ml.project(acts.at(1, "inst"), harm)
+    >>> push = ml.Add(harm, strength=1.0, unit="raw", layers=(1,))
     >>> never = ml.When(ml.Projection(harm, threshold=float(along.max())), push)
     >>> said = ml.answer_under(model, prompts[:2], [never], max_new_tokens=4)
     >>> said.texts == ml.answer(model, prompts[:2], max_new_tokens=4).texts

@@ -51,11 +51,11 @@ class Controller(Comparable):
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:12], *ml.builtin_prompts("harmless")[:12]]
-    >>> plan = ml.ControllerPlan(reads=(8,), layers=(12, 16), epochs=1, hidden=8)
+    >>> plan = ml.ControllerPlan(reads=(1,), layers=(1, 2), epochs=1, hidden=8)
     >>> controller = ml.fit_controller(model, prompts, plan)
     >>> said = ml.answer_under(model, prompts[:2], [ml.Controlled(controller, strength=0.1)], max_new_tokens=4)
     >>> len(said.texts), controller.layers
-    (2, (12, 16))
+    (2, (1, 2))
     """
 
     network: Network
@@ -127,7 +127,7 @@ class Controlled:
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:12], *ml.builtin_prompts("harmless")[:12]]
-    >>> controller = ml.fit_controller(model, prompts, ml.ControllerPlan(reads=(8,), layers=(12,), epochs=1, hidden=8))
+    >>> controller = ml.fit_controller(model, prompts, ml.ControllerPlan(reads=(1,), layers=(2,), epochs=1, hidden=8))
     >>> nothing = ml.logits_under(model, prompts[:2], [ml.Controlled(controller, strength=0.0)])
     >>> bool((nothing == ml.logits_under(model, prompts[:2], [])).all())
     True

@@ -64,7 +64,7 @@ def fit_controller(
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:12], *ml.builtin_prompts("harmless")[:12]]
-    >>> plan = ml.ControllerPlan(reads=(8,), layers=(12, 16), epochs=1, hidden=8)
+    >>> plan = ml.ControllerPlan(reads=(1,), layers=(1, 2), epochs=1, hidden=8)
     >>> ml.fit_controller(model, prompts, plan) == ml.fit_controller(model, prompts, plan)
     True
     """
