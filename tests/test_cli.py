@@ -244,7 +244,7 @@ def test_the_report_is_one_page_that_asks_the_network_for_nothing(separated: Pat
     tags = re.findall(r"<(?:script|link|img|iframe|source|object|embed)\b[^>]*>", page)
     assert [tag for tag in tags if re.search(r"\b(src|href|data)\s*=\s*[\"']?(https?:)?//", tag)] == []
     assert "@import" not in page
-    assert "one variable suffices:" in page  # the rule stands in it
+    assert "One variable suffices:" in page  # the rule stands in it
     for figure in (separated / "figures").glob("*.json"):
         assert f'id="figure-{figure.stem}"' in page
     assert 'class="status success"' in page

@@ -336,7 +336,7 @@ def test_a_folder_of_an_earlier_version_is_opened(made: Path) -> None:
 
 
 def test_every_kind_that_can_be_saved_is_tried_here_or_by_name() -> None:
-    assert set(KINDS) - set(THINGS) == {"Centroids", "Detection", "TokenBatch"}
+    assert set(KINDS) - set(THINGS) == {"Centroids", "Controller", "Detection", "TokenBatch"}
 
 
 @pytest.mark.parametrize("kind", list(THINGS))

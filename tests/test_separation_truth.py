@@ -492,7 +492,7 @@ def test_prompts_that_would_fill_an_empty_quadrant_are_of_the_kind_that_lands_th
 
 def test_the_rule_names_every_verdict() -> None:
     words = ("two variables", "one variable suffices", "explained by the words", "inconclusive", "not measurable")
-    assert all(f"{word}:" in RULE for word in words)
+    assert all(f"- {word.capitalize()}:" in RULE for word in words)
 
 
 def test_where_one_variable_reaches_more_than_two_could_no_number_of_times_is_named() -> None:

@@ -82,7 +82,7 @@ class Battery:
     >>> model = ml.load("smollm2")
     >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
     >>> plan = ml.CausalPlan(
-    ...     n_train=16, n_validation=4, n_test=4, n_null=2, shuffled_directions=2, random_directions=2
+    ...     n_train=16, n_validation=4, n_test=10, n_null=2, shuffled_directions=2, random_directions=2
     ... )
     >>> battery = ml.run_battery(model, harmful, harmless, plan)
     >>> ml.causal_verdict(battery).sentence != ""
@@ -188,7 +188,7 @@ def run_battery(
     >>> model = ml.load("smollm2")
     >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
     >>> plan = ml.CausalPlan(
-    ...     n_train=16, n_validation=4, n_test=4, n_null=2, shuffled_directions=2, random_directions=2
+    ...     n_train=16, n_validation=4, n_test=10, n_null=2, shuffled_directions=2, random_directions=2
     ... )
     >>> battery = ml.run_battery(model, harmful, harmless, plan)
     >>> ml.causal_verdict(battery).sentence != ""
