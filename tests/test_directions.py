@@ -1,7 +1,10 @@
 """Mean-difference directions recover what was planted, as far as theory says, and no further."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from planted import activations, planted_activations, planted_two_by_two, relabe
 
 from mechlens.errors import UserError
 from mechlens.methods.directions.direction import (
+    Direction,
     cosine,
     direction_cosine,
     direction_grid,
@@ -16,6 +20,7 @@ from mechlens.methods.directions.direction import (
     mean_differences,
     project,
     random_like,
+    require_is_direction,
     require_real,
 )
 from mechlens.methods.directions.nulls import corrected_cosine, split_half
@@ -213,3 +218,16 @@ def test_positions_have_the_same_names_everywhere() -> None:
         for ask in (lambda name: acts.at(1, name), lambda name: centroids(acts, "a", "b", name)):
             with pytest.raises(UserError, match="was not collected"):
                 ask(wrong)
+
+
+def test_a_run_in_the_place_of_a_direction_is_told_where_its_directions_are(tmp_path: Path) -> None:
+    class Run:
+        directions: ClassVar[dict[str, Direction]] = {}
+
+    for given, sentence in (
+        (str(tmp_path), rf"give one of those that it holds: ml.open\('{re.escape(str(tmp_path))}'\).directions"),
+        (str(tmp_path / "it.safetensors"), r"give what it holds: direction = ml.open\("),
+        (Run(), "give one of its .directions, by name"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            require_is_direction(given)

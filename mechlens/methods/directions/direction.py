@@ -173,6 +173,10 @@ def require_is_direction(given: object) -> None:
     there = "its .direction" if holds else "the Direction, not its vector"
     if isinstance(given, str | os.PathLike):
         there = f"what it holds: direction = ml.open({os.fspath(given)!r})"
+        if os.path.isdir(given):  # a run's folder
+            there = f"one of those that it holds: ml.open({os.fspath(given)!r}).directions, by name"
+    if hasattr(given, "directions"):
+        there = "one of its .directions, by name"
     if hasattr(given, "detection"):  # a concept has several
         there = "one of its: .best.direction, or .detection.strongest.direction where best is None"
     if given is None:

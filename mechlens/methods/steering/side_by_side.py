@@ -154,7 +154,10 @@ def addition_at(
     """The direction added to every token at the input of a block, or at the output of the last one."""
     last = n_layers(model)
     if not 0 <= layer <= last:
-        raise UserError(f"there is no layer {layer} to intervene at, only 0 to {last - 1}; choose one")
+        raise UserError(
+            f"there is no layer {layer} to intervene at, only 0 to {last - 1}, and {last} for the last one's output; "
+            "choose one"
+        )
     # The last level is no block's input, but the last block's output.
     block, site = (layer, "resid_pre") if layer < last else (last - 1, "resid_post")
     known = unit != "share" or (direction.residual_norm is not None and layer == direction.level)
