@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.methods.activations.collect import collect
 from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.behaviour.chosen_judge import judge_of, once_refused, verdicts_by
 from mechlens.methods.behaviour.damage import PLAIN_TEXT, answer_losses, repetition, said_texts
@@ -15,8 +14,8 @@ from mechlens.methods.behaviour.judges import refusal_log_odds
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.resample import mean_estimate, rate_estimate
-from mechlens.methods.steering.controllers.controller import Controlled, Controller
-from mechlens.methods.steering.controllers.fit import read_values
+from mechlens.methods.steering.controllers.controller import Controlled
+from mechlens.methods.steering.controllers.fit import read_values, values_at
 from mechlens.methods.steering.interventions import Intervention
 from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.models.bridge import LanguageModel, loaded
@@ -84,8 +83,7 @@ def answered(
 def by_first_token(
     model: LanguageModel,
     test: TokenBatch,
-    train: TokenBatch,
-    own: Controller,
+    rivals: Rivals,
     strength: float,
     harmful: Bool[Tensor, " prompt"],
     tokens: Sequence[int],
@@ -93,8 +91,8 @@ def by_first_token(
     cache: Cache | None,
 ) -> tuple[Float[Tensor, "order prompt"], pd.DataFrame]:
     """Probabilities that a refusal begins, of the controller and of orders of its weights; and all gaps as a table."""
-    mean = own.decide(read_values(model, train, own))[1].mean(dim=0)
-    orders = [shuffled(own, mean, plan.seed + 1 + k) for k in range(plan.draws)]
+    own = rivals.controller
+    orders = [shuffled(own, rivals.mean_weights, plan.seed + 1 + k) for k in range(plan.draws)]
     random = [randomly(own, plan.seed + 1 + k) for k in range(plan.draws)]
     kinds = ["its own", *["another order"] * plan.draws, *["random directions"] * plan.draws]
     values = []
@@ -165,8 +163,7 @@ def decisions(
     labels = [str(prompt.label) for prompt in test.prompts]
     own, theirs = rivals.controller, rivals.published
     said = {name: one.decide(read_values(model, test, one)) for name, one in ((CONTROLLER, own), ("published", theirs))}
-    level, position = rivals.condition.places[0]
-    at = read_values_at(model, test, level, position)
+    at = values_at(model, test, rivals.condition.places)
     table = pd.DataFrame({
         "id": [prompt.id for prompt in test.prompts], "prompts": places, "label": labels,
         "gate": said[CONTROLLER][0].tolist(), "published_gate": said["published"][0].tolist(),
@@ -181,13 +178,6 @@ def decisions(
                 for layer, weight in zip(one.layers, mean, strict=True)
             ]
     return table, pd.DataFrame(rows)
-
-
-def read_values_at(
-    model: LanguageModel, batch: TokenBatch, level: int, position: str
-) -> Float[Tensor, "prompt read d_model"]:
-    """The residuals that a condition of one place reads."""
-    return collect(model, batch, levels=[level], positions=[position]).at(level, position).unsqueeze(1)
 
 
 def answers_table(

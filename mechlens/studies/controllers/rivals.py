@@ -46,6 +46,8 @@ class Rivals:
     controller: Controller
     published: Controller
     condition: Projection
+    mean_weights: Float[Tensor, " layer"]
+    """Of the controller, over training prompts."""
     at: Mapping[str, Callable[[float], list[Intervention]]]
     """By name, in the order of `ABOUT`."""
     left_out: str = ""
@@ -89,7 +91,7 @@ def rivals_of(
     }
     if shifts:
         at[HEADS] = lambda strength: [replace(one, strength=strength) for one in shifts]
-    return Rivals(own, published, condition, {name: at[name] for name in ABOUT if name in at}, left_out)
+    return Rivals(own, published, condition, mean, {name: at[name] for name in ABOUT if name in at}, left_out)
 
 
 def _shifts(

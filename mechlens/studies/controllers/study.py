@@ -126,8 +126,8 @@ def steering_rivals(asked: Asked, plan: RivalsPlan, *, cache: Cache | None = Non
     answers, refused = answered(model, test, rivals, strengths, plan, cache)
     harmful = torch.tensor([prompt.label == "harmful" for prompt in test.prompts])
     families = [prompt.group for prompt in test.prompts]
-    train, strength = batch.select(split.train), strengths[CONTROLLER]
-    first, chance = by_first_token(model, test, train, rivals.controller, strength, harmful, tokens, plan, cache)
+    strength = strengths[CONTROLLER]
+    first, chance = by_first_token(model, test, rivals, strength, harmful, tokens, plan, cache)
     verdict = steering_verdict(refused, first, harmful, families, resamples=plan.resamples, seed=plan.seed)
     decided, weights = decisions(model, test, rivals, places)
     evidence = {"strength": strengths[CONTROLLER], "gap": verdict.controller.value, "n": float(len(places))}

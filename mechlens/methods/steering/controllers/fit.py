@@ -88,9 +88,16 @@ def read_values(
     model: LanguageModel, batch: TokenBatch, controller: Controller, *, cache: Cache | None = None
 ) -> Float[Tensor, "prompt read d_model"]:
     """What a controller reads of prompts, unsteered."""
-    levels, names = {level for level, _ in controller.reads}, {name for _, name in controller.reads}
+    return values_at(model, batch, controller.reads, cache=cache)
+
+
+def values_at(
+    model: LanguageModel, batch: TokenBatch, places: Sequence[tuple[int, str]], *, cache: Cache | None = None
+) -> Float[Tensor, "prompt read d_model"]:
+    """Residuals at levels and named positions (float32), as conditions and controllers read them."""
+    levels, names = {level for level, _ in places}, {name for _, name in places}
     acts = collect(model, batch, levels=sorted(levels), positions=sorted(names), cache=cache)
-    return torch.stack([acts.at(level, name) for level, name in controller.reads], dim=1).float()
+    return torch.stack([acts.at(level, name) for level, name in places], dim=1).float()
 
 
 def _trained(
