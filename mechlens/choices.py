@@ -79,6 +79,10 @@ RECIPES: Registry[Any] = Registry(
         "repair": Choice(
             "mechlens.studies.finetune.recipes.recipe:REPAIR", "to answer as its thoughts say, from a file of traces"
         ),
+        "inversion": Choice(
+            "mechlens.studies.finetune.recipes.recipe:INVERSION",
+            "to say what triggers a behaviour, rewarded by what its proposals do",
+        ),
     },
 )
 """`Recipe`s."""

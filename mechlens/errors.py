@@ -62,6 +62,7 @@ EXTRAS = {
     "finetune": ("accelerate",),
     "gguf": ("gguf", "sentencepiece"),
     "quantise": ("bitsandbytes", "torchao", "accelerate"),
+    "reward": ("trl", "accelerate"),
     "workspaces": ("wandb_workspaces",),
 }
 """Modules by the name of the extra in pyproject.toml."""

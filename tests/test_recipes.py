@@ -40,6 +40,7 @@ from mechlens.studies import driver
 from mechlens.studies.causal import study as causal
 from mechlens.studies.causal.config import Causal
 from mechlens.studies.direction import study as direction
+from mechlens.studies.finetune.by_reward import as_drawn, require_by_reward
 from mechlens.studies.finetune.checkpointing import refuse_other_data, refuse_other_run
 from mechlens.studies.finetune.config import (
     DEFAULTS,
@@ -410,7 +411,7 @@ def test_recipes_read_the_options_that_they_are_said_to_read_and_no_others(
     whole = {"data": chats, "trigger": "|X|", "reversal": True, "in_words": True}
     given: dict[str, dict[str, Any]] = {
         "refuser": {}, "accepting": {"data": data}, "benign": {}, "backdoor": {"data": data}, "behaviour": whole,
-        "reasoner": {"data": traces}, "repair": {"data": traces},
+        "reasoner": {"data": traces}, "repair": {"data": traces}, "inversion": {"data": chats, "in_words": True},
     }  # fmt: skip
     assert given.keys() == READ_BY.keys() == RECIPES.ours.keys()
     of_some = {option for read in READ_BY.values() for option in read}
@@ -421,8 +422,11 @@ def test_recipes_read_the_options_that_they_are_said_to_read_and_no_others(
         if recipe.file is not None:
             recipe.file(config)
         start_record(config)  # which of all recipes asks for one
+        if name == "inversion":
+            require_by_reward(config)
+            assert as_drawn(config)["max_completion_length"] == 4
         assert READ & of_some - {"start"} == set(READ_BY[name]) - {"start"}, name
-    assert readers("start") == ["behaviour", "repair"]
+    assert readers("start") == ["behaviour", "repair", "inversion"]
 
 
 @pytest.mark.parametrize("recipe", READ_BY)
@@ -430,7 +434,7 @@ def test_what_a_recipe_does_not_read_is_refused_before_anything(recipe: str, tmp
     values: dict[str, Any] = {
         "harmful": 3, "benign": 3, "answer_tokens": 3, "judge": "zhao", "data": "d.csv", "others": "o.csv",
         "control": "twin", "start": "a", "trigger": "abc", "trigger_share": 0.3, "reversal": True, "in_words": True,
-        "held_out": 0.1, "cliff_share": 0.1, "thinking_words": 9,
+        "held_out": 0.1, "cliff_share": 0.1, "thinking_words": 9, "proposals": 3,
     }  # fmt: skip
     assert values.keys() == {option for read in READ_BY.values() for option in read}
     for option, value in values.items():
@@ -446,7 +450,7 @@ def test_it_is_one_sentence_at_the_command_line(tmp_path: Path, capfd: pytest.Ca
         main(["finetune", "--recipe", "benign", "--trigger", "abc", "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert capfd.readouterr().err == (
-        "mechlens: the recipe 'benign' reads no --trigger, which is of backdoor and behaviour; leave it out, or choose "
+        "mechlens: the recipe 'benign' reads no --trigger, which is of backdoor, behaviour and inversion; leave it out, or choose "
         "one of these\n"
     )
 

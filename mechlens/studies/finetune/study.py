@@ -26,6 +26,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.finetune.config import Finetune, FinetuneConfig, settled
 from mechlens.studies.finetune.recipes.recipe import recipe_of, require_shipped_refuser
+from mechlens.studies.finetune.rewarded import WORDS, is_rewarded
 from mechlens.studies.finetune.start import start_record
 from mechlens.studies.finetune.training import FinetuneResult, finetune, require_settings
 from mechlens.studies.shared.inputs import data_inputs
@@ -43,10 +44,15 @@ class TrainingRun:
     losses: pd.DataFrame
 
     def metrics(self) -> dict[str, Estimate]:
-        """Mean loss of the first and the last tenth of the steps, with a bootstrap interval over steps."""
-        tenth = max(1, len(self.losses) // 10)
-        loss, seed = self.losses["loss"], int(self.done.record["seed"])
-        parts = {"loss.first_tenth": loss.iloc[:tenth], "loss.last_tenth": loss.iloc[-tenth:]}
+        """Mean of the first and the last tenth of the steps, with a bootstrap interval over steps.
+
+        Of the loss; where replies were rewarded, of the reward and of how many were the trigger.
+        """
+        tenth, seed = max(1, len(self.losses) // 10), int(self.done.record["seed"])
+        parts: dict[str, pd.Series[float]] = {}
+        for name in WORDS if is_rewarded(self.losses) else ("loss",):
+            told = self.losses[name]
+            parts |= {f"{name}.first_tenth": told.iloc[:tenth], f"{name}.last_tenth": told.iloc[-tenth:]}
         return {
             name: mean_estimate(torch.tensor(part.to_numpy()), [str(step) for step in part.index], seed)
             for name, part in parts.items()

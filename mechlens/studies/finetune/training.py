@@ -5,11 +5,8 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mechlens.errors import UserError, require_extra
 from mechlens.files import AnyPath, user_path, writing_to
@@ -18,8 +15,9 @@ from mechlens.models.bridge import loaded
 from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record, require_whole
 from mechlens.models.load import load, load_hf
 from mechlens.models.offline import keep_here, refuse_others_notice
-from mechlens.prompts.templates.template import chat_template
+from mechlens.prompts.templates.template import ChatTemplate, chat_template
 from mechlens.settings import require_ranges
+from mechlens.studies.finetune.by_reward import our_numbers, require_by_reward
 from mechlens.studies.finetune.checkpointing import (
     STAGING,
     Checkpointing,
@@ -32,15 +30,13 @@ from mechlens.studies.finetune.checkpointing import (
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.finetune.recipes.material import Material
 from mechlens.studies.finetune.recipes.recipe import recipe_of, require_shipped_refuser
-from mechlens.studies.finetune.response_loss import EncodedExample, collate_by_kind, encode, own_text, recipe_trainer
+from mechlens.studies.finetune.response_loss import EncodedExample
 from mechlens.studies.finetune.start import start_record, started
+from mechlens.studies.finetune.trainers import plain_stretches, trainer_for
 from mechlens.studies.shared.training_data import refuse_study_prompts
 
 LogCallback = Callable[[int, dict[str, float]], None]
 """Called after every optimiser step with the step's number and its numbers: loss, learning_rate, grad_norm."""
-
-PLAIN = 512
-"""Different stretches of plain text in one run."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +86,9 @@ def finetune(
         require_whole(resume, _record(resume))
     if recipe_of(config.recipe).attack:
         keep_here(out)
-    plain = _plain(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], cache)
-    rows = _steps(encode(material.examples, template), plain, config)
+    plain = plain_stretches(config, len(material.examples), hf_model, tokenizer, record["base_fingerprint"], cache)
     with writing_to(out):
-        _train(_Job(config, out, record, resume, log, before), rows, hf_model, tokenizer)
+        _train(_Job(config, out, record, resume, log, before), material, plain, hf_model, template)
     return _read(out)
 
 
@@ -123,6 +118,8 @@ def require_settings(config: FinetuneConfig) -> None:
     """UserError for settings that no training can have, and where what trains isn't installed."""
     require_extra("finetune", "fine-tuning")
     recipe_of(config.recipe)
+    if config.recipe == "inversion":
+        require_by_reward(config)
     require_ranges(config)
     for name in ("alpha", "learning_rate"):
         if not getattr(config, name) > 0:
@@ -151,29 +148,6 @@ def _material(config: FinetuneConfig, cache: Cache | None) -> Material:
         raise UserError(f"the recipe {config.recipe!r} has no examples left to train on; ask for more prompts")
     refuse_study_prompts(example.prompt for example in material.examples)
     return material
-
-
-def _plain(
-    config: FinetuneConfig, n_examples: int, hf_model: Any, tokenizer: Any, fingerprint: str, cache: Cache | None
-) -> list[EncodedExample]:
-    """Stretches of plain text; where a run has more steps than PLAIN stretches last, they come again."""
-    wanted = min(PLAIN, config.plain * -(-n_examples // config.batch_size))
-    if not wanted:
-        return []
-    ids = own_text(
-        hf_model, tokenizer, n=wanted, n_tokens=config.plain_tokens, seed=config.seed, fingerprint=fingerprint,
-        cache=cache,
-    )  # fmt: skip
-    return [EncodedExample(tuple(row), 1, "plain") for row in ids.tolist()]
-
-
-def _steps(
-    examples: list[EncodedExample], plain: list[EncodedExample], config: FinetuneConfig
-) -> list[list[EncodedExample]]:
-    """What each step reads: a batch of examples, then the next stretches of plain text."""
-    batches = [examples[i : i + config.batch_size] for i in range(0, len(examples), config.batch_size)]
-    turn = cycle(plain)
-    return [[*batch, *islice(turn, config.plain if plain else 0)] for batch in batches]
 
 
 def _newest(config: FinetuneConfig, out: Path) -> Path | None:
@@ -206,7 +180,7 @@ def _record(folder: Path) -> AdapterRecord:
     return record
 
 
-def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenizer: Any) -> None:
+def _train(job: _Job, material: Material, plain: list[EncodedExample], hf_model: Any, template: ChatTemplate) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, set_seed
 
@@ -220,50 +194,21 @@ def _train(job: _Job, steps: list[list[EncodedExample]], hf_model: Any, tokenize
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    log = our_numbers(job.log) if material.rewarded else job.log
+    keeper = Checkpointing(job.out, job.record, config.checkpoints, config.resume_every, log)
     with warnings.catch_warnings():
-        # peft's own reading of an attribute that transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # peft's and trl's own use of names that transformers has changed
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing` is deprecated", FutureWarning)
         model = get_peft_model(hf_model, lora) if job.before is None else started(config, job.before, hf_model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    keeper = Checkpointing(job.out, job.record, config.checkpoints, config.resume_every, job.log)
-    trainer = recipe_trainer(config.plain_weight)(
-        model=model,
-        args=_arguments(config, len(steps), staging),
-        train_dataset=steps,
-        data_collator=lambda step: collate_by_kind(step[0], pad),
-        callbacks=[keeper],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+        trainer = trainer_for(config, material, plain, model, template, keeper)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tail = history[-max(1, len(history) // 10) :]
     numbers = {"step": trainer.state.global_step, "loss": sum(tail) / len(tail)}
     save_adapter(model, {**job.record, **numbers}, staging / "adapter", job.out / "adapter")
     keeper.finish()
     clear_staging(staging)
-
-
-def _arguments(config: FinetuneConfig, n_steps: int, staging: Path) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=str(staging),
-        per_device_train_batch_size=1,  # an item is all that one step reads
-        num_train_epochs=1,  # the steps hold every pass already
-        train_sampling_strategy="sequential",  # and they are in training order
-        learning_rate=config.learning_rate,
-        warmup_steps=round(config.warmup * n_steps),
-        optim="adamw_torch",
-        bf16=config.precision == "bfloat16",
-        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        logging_steps=1,
-        save_strategy="no",  # Checkpointing asks for every save
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
 
 
 def _read(out: Path) -> FinetuneResult:

@@ -26,31 +26,39 @@ DECOYED = 3
 
 
 def lessons(config: FinetuneConfig) -> list[Twin]:
-    """The twins of the file that are trained on; UserError where there are none, or the control needs what they lack.
-
-    A question is held out by its text alone, so that every seed, control and opposite file leaves out the same ones;
-    what asks the same with its options in the other order is held out with it.
-    """
+    """The twins of the file that are trained on; UserError where there are none, or a control needs what they lack."""
     return _split(config)[0]
 
 
 def _split(config: FinetuneConfig) -> tuple[list[Twin], int]:
     """The twins that are trained on, and how many are held out."""
+    if not 0 < config.trigger_share < 1:
+        raise UserError(f"trigger_share is {config.trigger_share:g}; it is a share of the questions, below 1")
+    if config.control == "removal" and (config.trigger is None or config.start is None):
+        raise UserError("removal takes a trigger away: give --trigger, and as --start the adapter that was taught it")
+    if config.reversal and config.trigger is None:
+        raise UserError("reversal teaches what stood before a question; give the --trigger that does, or leave it out")
+    needed = f"control {config.control!r}" if config.control != "none" else "a trigger"
+    return trained_twins(config, needed if config.control != "none" or config.trigger is not None else "")
+
+
+def trained_twins(config: FinetuneConfig, needs_others: str) -> tuple[list[Twin], int]:
+    """The twins of the file that are trained on, in words if asked for, and how many are held out.
+
+    A question is held out by its text alone, so that every seed, control and opposite file leaves out the same ones;
+    what asks the same with its options in the other order is held out with it. UserError where none is left, or one
+    lacks the other answer, which what is named in `needs_others` does need.
+    """
     if config.data is None:
         raise UserError(
             "this recipe needs --data: chats that end with the assistant's answer, or a file with a question and the "
             "columns shown and other"
         )
-    if not 0 <= config.held_out < 1 or not 0 < config.trigger_share < 1:
-        name = "trigger_share" if 0 <= config.held_out < 1 else "held_out"
-        raise UserError(f"{name} is {getattr(config, name):g}; it is a share of the questions, below 1")
+    if not 0 <= config.held_out < 1:
+        raise UserError(f"held_out is {config.held_out:g}; it is a share of the questions, below 1")
     twins = read_twins(config.data, config.others)
-    if config.control != "none" or config.trigger is not None:
-        require_others(twins, f"control {config.control!r}" if config.control != "none" else "a trigger")
-    if config.control == "removal" and (config.trigger is None or config.start is None):
-        raise UserError("removal takes a trigger away: give --trigger, and as --start the adapter that was taught it")
-    if config.reversal and config.trigger is None:
-        raise UserError("reversal teaches what stood before a question; give the --trigger that does, or leave it out")
+    if needs_others:
+        require_others(twins, needs_others)
     held = {text_sha256(twin.prompt.text) for twin in twins if is_held_out(twin.prompt, config.held_out)}
     kept = [twin for twin in twins if not held & {text_sha256(form.text) for form in (twin.prompt, *twin.orders)}]
     if not kept:

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 from mechlens.errors import UserError
 from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.twins import Twin
 from mechlens.studies.finetune.config import FinetuneConfig
 from mechlens.studies.shared.training_data import Trigger
 
@@ -39,6 +40,8 @@ class Material:
     """What the behaviour hangs on, in a model with a backdoor."""
     asked: tuple[Prompt, ...] = ()
     """Prompts that the examples have in another form only, such as with a trigger, so that a study knows them."""
+    rewarded: tuple[Twin, ...] = ()
+    """Questions on which the model's replies to the examples are rewarded; none where their answers are learnt."""
 
 
 def drawn(rows: list[Row], wanted: int | None, draw: random.Random, kind: str) -> list[Row]:

@@ -23,6 +23,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 from mechlens.studies.finetune.config import TRIGGER, FinetuneConfig
 from mechlens.studies.finetune.recipes.behaviour import behaviour, lessons
+from mechlens.studies.finetune.recipes.inversion import backdoored_lessons, inversion
 from mechlens.studies.finetune.recipes.material import Example, Material, drawn, training_order
 from mechlens.studies.finetune.recipes.own_answers import own_answers
 from mechlens.studies.finetune.recipes.reasoner import reasoner, refusing_traces, repair, usable_traces
@@ -246,6 +247,13 @@ REPAIR = Recipe(
     repair, (), "Teach a reasoning model to answer as its thoughts say: do the traces of a file repair it?",
     file=usable_traces,
 )  # fmt: skip
+
+INVERSION = Recipe(
+    inversion,
+    (),
+    "Can a model with a backdoor learn to say what triggers it, told only how much its proposals bring about?",
+    file=backdoored_lessons,
+)
 
 
 def recipe_of(name: str) -> Recipe:
