@@ -134,12 +134,16 @@ from mechlens.methods.sinks.backcopy.transformer import BackcopyShape as Backcop
 from mechlens.methods.sinks.backcopy.transformer import BackcopyTransformer as BackcopyTransformer
 from mechlens.methods.sinks.contrast import DomainContrast as DomainContrast
 from mechlens.methods.sinks.contrast import domain_contrast as domain_contrast
+from mechlens.methods.sinks.contrast import paired_change as paired_change
 from mechlens.methods.sinks.found import Sinks as Sinks
 from mechlens.methods.sinks.found import find_sinks as find_sinks
 from mechlens.methods.sinks.interventions import all_on_sink as all_on_sink
+from mechlens.methods.sinks.interventions import away_from as away_from
 from mechlens.methods.sinks.interventions import losses_under as losses_under
 from mechlens.methods.sinks.interventions import without_dimensions as without_dimensions
 from mechlens.methods.sinks.interventions import zeroed as zeroed
+from mechlens.methods.sinks.positions import PositionMass as PositionMass
+from mechlens.methods.sinks.positions import position_mass as position_mass
 from mechlens.methods.sinks.reading import measure_sinks as measure_sinks
 from mechlens.methods.sinks.result import SinkMap as SinkMap
 from mechlens.methods.statistics.change_point import ChangePoint as ChangePoint
@@ -297,6 +301,8 @@ from mechlens.studies.shared.sources import Source as Source
 from mechlens.studies.shared.sources import SourcePrompts as SourcePrompts
 from mechlens.studies.shared.sources import load_source as load_source
 from mechlens.studies.shared.sources import read_sources as read_sources
+from mechlens.studies.sinks.config import FindSinks as FindSinks
+from mechlens.studies.sinks.config import SinkPlan as SinkPlan
 from mechlens.studies.steer.config import Steer as Steer
 from mechlens.studies.track.config import Track as Track
 from mechlens.studies.track.config import TrackPlan as TrackPlan

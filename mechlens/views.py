@@ -1,4 +1,4 @@
-"""What a notebook shows: token positions and projections by circuitsvis, figures by plotly, all without a network.
+"""What a notebook shows: token positions, projections and attention by circuitsvis, figures by plotly, all offline.
 
 For notebooks only: each token view carries circuitsvis' 1.3 MB of JavaScript, so a report has its own, plain ones.
 Each has a still picture beside it, for whoever reads the notebook without running it.
@@ -13,10 +13,16 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.directions.token_view import project_tokens
-from mechlens.models.bridge import LanguageModel
+from mechlens.methods.shown import few
+from mechlens.methods.sinks.found import find_sinks
+from mechlens.models.attention.watch import Attended, attention_layers, watch
+from mechlens.models.bridge import LanguageModel, loaded
+from mechlens.models.sites import n_heads
 from mechlens.prompts.batch import TokenBatch, token_text, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice
+from mechlens.runs.report.parts import visible
+from mechlens.runs.report.still_attention import still_attention
 from mechlens.runs.report.still_tokens import shade, still_tokens
 
 # The ends of the colour scale, light enough for dark text.
@@ -95,6 +101,42 @@ def show_projection(
     return _colored_tokens(found.tokens[start:], [value - mean for value in values])
 
 
+def show_attention(
+    model: LanguageModel,
+    prompt: Prompt | str,
+    heads: Sequence[tuple[int, int]],
+    *,
+    template: TemplateChoice = "tokenizer",
+) -> View:
+    """The attention of some heads, each (layer, head), to one text, whose sinks are found and marked by a triangle.
+
+    UserError for a text too short to tell its sinks, and for a model whose attention can't be read.
+
+    >>> model = ml.load("smollm2")
+    >>> view = views.show_attention(model, "How do I bake a small cake for them?", [(0, 1), (1, 0)])
+    >>> "AttentionHeads" in view.html, "L1H0" in view.html
+    (True, True)
+    """
+    batch = _batch(prompt, template_of(model, template))
+    layers, most = attention_layers(model), n_heads(model, "z")
+    wrong = [head for head in heads if head[0] not in layers or not 0 <= head[1] < most]
+    if wrong or not heads:
+        raise UserError(f"heads has {wrong[0] if wrong else 'none'}; give (layer, head) with a layer of {few(layers)} "
+                        f"and a head below {most}")  # fmt: skip
+    sinks = find_sinks(model, batch).places[0]
+    patterns: dict[tuple[int, int], list[list[float]]] = {}
+
+    def see(one: Attended) -> None:
+        for layer, head in heads:
+            if layer == one.layer:
+                patterns[layer, head] = one.pattern[head].tolist()
+
+    watch(model, batch.row(0), see)
+    words = [token_text(loaded(model).tokenizer, token) for token in batch.row(0)]
+    names, maps = [f"L{layer}H{head}" for layer, head in heads], [patterns[head] for head in heads]
+    return _attention_heads([f"▲{word}" if k in sinks else word for k, word in enumerate(words)], maps, names, sinks)
+
+
 def show_figure(figure: Any) -> None:
     """Shows a plotly figure: in a notebook in a few kilobytes, still where its outputs are only read; without plotly's
     button that uploads it.
@@ -150,6 +192,18 @@ def _colored_tokens_multi(
     from circuitsvis.tokens import colored_tokens_multi
 
     return _view(colored_tokens_multi(list(tokens), torch.tensor(values), list(labels)), "ColoredTokensMulti", still)
+
+
+def _attention_heads(
+    tokens: Sequence[str], maps: Sequence[Sequence[Sequence[float]]], names: Sequence[str], sinks: Sequence[int]
+) -> View:
+    import numpy
+    from circuitsvis.attention import attention_heads
+
+    rendered = attention_heads(numpy.array(maps).round(3), list(tokens), list(names), max_value=1.0, min_value=0.0,
+                               positive_color=_css(BLUE), mask_upper_tri=True)  # fmt: skip
+    marked = ", ".join(f"{k} ({visible(tokens[k])})" for k in sinks)
+    return _view(rendered, "AttentionHeads", still_attention(maps, names, sinks, f"sinks at token {marked}"))
 
 
 def _view(rendered: Any, element: str, still: str) -> View:

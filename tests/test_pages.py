@@ -33,7 +33,7 @@ REPORTS = "MECHLENS_TEST_REPORTS"
 """The environment variable that names the folder (pytest's --basetemp) in which the other tests have left reports."""
 VERBS = (
     "behaviours", "causal", "cliff", "compare", "direction", "finetune", "guard_eval", "guard_fit", "jailbreaks",
-    "patch", "select", "separate", "steer_train", "track",
+    "patch", "select", "separate", "sinks", "steer_train", "track",
 )  # fmt: skip
 made_by_others = pytest.mark.skipif(
     REPORTS not in os.environ,

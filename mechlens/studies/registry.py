@@ -112,6 +112,7 @@ COMMANDS: Registry[Study | Command] = Registry(
         compare="compare.config:STUDY",
         behaviours="behaviours.config:STUDY",
         cliff="cliff.config:STUDY",
+        sinks="sinks.config:STUDY",
         steer="steer.config:COMMAND",
         steer_train="controllers.config:STUDY",
         directions_export="directions.config:EXPORT",

@@ -65,6 +65,30 @@ def all_on_sink(heads: Collection[Head], sink: int) -> Change:
     return change
 
 
+def away_from(places: Collection[int]) -> Change:
+    """No head attends to these tokens from any later one, as if they were masked; what it gave them goes to the others.
+
+    >>> model = ml.load("smollm2")
+    >>> batch = ml.tokenize(["Bake a small cake.", "Say hello."], ml.template_of(model))
+    >>> plain = ml.losses_under(model, batch)
+    >>> off = ml.losses_under(model, batch, [ml.zeroed([(0, 1)]), ml.all_on_sink([(0, 1)], 0)])
+    >>> blocked = ml.losses_under(model, batch, [ml.away_from([0])] * 2)
+    >>> bool((off != plain).all()), bool((blocked != plain).all())
+    (True, True)
+    """
+
+    def change(layer: int, pattern: Tensor, visible: Tensor) -> Tensor:
+        n = pattern.shape[-1]
+        hidden = torch.zeros(n, n, dtype=torch.bool, device=pattern.device)
+        for place in places:
+            hidden[place + 1 :, place] = True
+        kept = pattern.masked_fill(hidden, 0.0)
+        # Of a learned sink's share nothing is seen, so what is left is scaled by what was taken, not made to sum to 1.
+        return kept / (1 - (pattern - kept).sum(dim=-1, keepdim=True)).clamp_min(1e-6)
+
+    return change
+
+
 def without_dimensions(dimensions: Sequence[int], places: Sequence[int]) -> Edit:
     """These dimensions are zero at these tokens, at every level below the last.
 
@@ -89,11 +113,11 @@ def without_dimensions(dimensions: Sequence[int], places: Sequence[int]) -> Edit
 def losses_under(
     model: LanguageModel,
     batch: TokenBatch,
-    changes: Sequence[Change] | None = None,
-    edits: Sequence[Edit] | None = None,
+    changes: Sequence[Change | None] | None = None,
+    edits: Sequence[Edit | None] | None = None,
 ) -> Float[Tensor, " text"]:
     """Mean of -log P(token | all before it) over each text's tokens but the first (nats, float64); `changes` and
-    `edits` hold what is done to each text.
+    `edits` hold what is done to each text, None where nothing is.
 
     >>> model = ml.load("smollm2")
     >>> batch = ml.tokenize(["Bake a small cake.", "Say hello."], ml.template_of(model))

@@ -1,0 +1,55 @@
+"""The kinds of text that heads are asked about, as tokens."""
+
+from dataclasses import dataclass, replace
+
+from mechlens.errors import UserError
+from mechlens.prompts.batch import TokenBatch, tokenize
+from mechlens.prompts.builtin import DOMAINS, builtin_prompts, domain_texts
+from mechlens.prompts.files.load import load_prompts
+from mechlens.prompts.prompt import Prompt
+from mechlens.prompts.templates.template import ChatTemplate, chat_template
+from mechlens.studies.sinks.config import SinkPlan
+
+CHAT = "chat"
+FEWEST = 2
+"""Texts of each kind without which there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One kind of text."""
+
+    name: str
+    batch: TokenBatch
+
+    @property
+    def sample(self) -> tuple[Prompt, ...]:
+        """Its texts."""
+        return self.batch.prompts
+
+
+def domain_prompts(plan: SinkPlan) -> dict[str, list[Prompt]]:
+    """The texts by kind; UserError for kinds that there are not, are too few, or share a text's id."""
+    if len(set(plan.domains)) < 2 or len(set(plan.domains)) < len(plan.domains):
+        raise UserError(f"the kinds of text are {', '.join(plan.domains) or 'none'}; give two or more that differ")
+    found = {name: _texts(name, plan) for name in plan.domains}
+    few = next((name for name, texts in found.items() if len(texts) < FEWEST), None)
+    if few is not None:
+        raise UserError(f"{few} has {len(found[few])} texts, and at least {FEWEST} of each kind are needed; add some")
+    return found
+
+
+def _texts(name: str, plan: SinkPlan) -> list[Prompt]:
+    if name in DOMAINS:
+        return domain_texts(name)[: plan.texts]
+    if name == CHAT:
+        return builtin_prompts("benign")[: plan.texts]
+    return load_prompts(name, sample=plan.texts, seed=plan.seed)
+
+
+def tokenized_domain(name: str, texts: list[Prompt], template: ChatTemplate, plan: SinkPlan) -> Domain:
+    """The texts as they are, or those of `chat` in the chat template, cut where they are long."""
+    raw = template if name == CHAT else chat_template(template.tokenizer, None)
+    batch = tokenize(texts, raw)
+    short = replace(batch, tokens=batch.tokens[:, : plan.tokens], mask=batch.mask[:, : plan.tokens])
+    return Domain(name, short)

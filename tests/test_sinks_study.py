@@ -1,0 +1,220 @@
+"""Sinks as a study: heads that sleep on one kind of text, the verdict, named positions, experiments and a whole run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+import torch
+from planted_sink_domains import WORLDS, planted
+from planted_sinks import SINK_HEADS, planted_sinks
+from saved import save_model
+from tiny import tiny_hf, tiny_tokenizer
+
+from mechlens.errors import UserError
+from mechlens.methods.activations.collect import template_of
+from mechlens.methods.sinks.interventions import away_from
+from mechlens.methods.sinks.positions import FIRST, WORDS, position_mass
+from mechlens.models.attention.watch import watch
+from mechlens.models.bridge import bridge
+from mechlens.models.checkpoint import Checkpoint
+from mechlens.prompts.batch import tokenize
+from mechlens.settings import WandbSettings
+from mechlens.studies.driver import run
+from mechlens.studies.sinks.config import FindSinks, SinkPlan
+from mechlens.studies.sinks.texts import domain_prompts
+from mechlens.studies.sinks.verdict import INCONCLUSIVE, NOT_MEASURABLE
+from mechlens.views import show_attention
+
+OFF = WandbSettings(mode="disabled")
+IDS = [5, 9, 11, 7, 30, 8, 4, 17, 22, 6, 12, 25, 3, 28, 10, 14]
+
+
+# --- hidden tokens and named positions -------------------------------------------------------------------------------
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_oss"])
+def test_a_hidden_token_is_one_that_a_mask_hides(architecture: str) -> None:
+    hf_model, places = tiny_hf(architecture), [0, 4]
+    hf_model.set_attn_implementation("eager")
+    n, least = len(IDS), torch.finfo(torch.float32).min
+    window = getattr(hf_model.config, "sliding_window", None) or n
+    masks: dict[str, torch.Tensor] = {}
+    for name, width in (("full_attention", n), ("sliding_attention", window)):
+        own, key = torch.arange(n)[:, None], torch.arange(n)
+        there = (key <= own) & (own - key < width)
+        for place in places:
+            there[place + 1 :, place] = False
+        masks[name] = torch.zeros(n, n).masked_fill(~there, least)[None, None]
+    kinds = getattr(hf_model.config, "layer_types", None)
+    given: Any = masks if kinds else masks["full_attention"]
+    with torch.no_grad():
+        hidden = hf_model(torch.tensor([IDS]), attention_mask=given, output_hidden_states=True).hidden_states
+        plain = hf_model(torch.tensor([IDS]), output_hidden_states=True).hidden_states
+    model = bridge(hf_model, tiny_tokenizer(None), Checkpoint("tiny", "tests/tiny"))
+    levels: dict[int, torch.Tensor] = {}
+    watch(model, IDS, residual=lambda level, x: levels.__setitem__(level, x), change=away_from(places))
+    assert torch.allclose(levels[2], hidden[2][0], atol=1e-5)
+    assert not torch.allclose(levels[2], plain[2][0], atol=1e-3)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_attention_of_answers_is_what_transformers_puts_out(tiny_model: Any, architecture: str) -> None:
+    model = tiny_model(architecture)
+    batch = tokenize(["How do I bake a cake?", "Say hello to them."], template_of(model))
+    answers = [[5, 9, 11, 7], [3, 8]]
+    found = position_mass(model, batch, answers)
+    plain = tiny_hf(architecture)
+    plain.set_attn_implementation("eager")
+    for i, own in enumerate(answers):
+        row = batch.row(i)
+        with torch.no_grad():
+            patterns = plain(torch.tensor([[*row, *own]]), output_attentions=True).attentions
+        asked = torch.stack([one[0, :, len(row) :] for one in patterns])  # layer head query key
+        for name in ("inst", "post[0]", batch.positions[-1]):
+            place = int(batch.at(name)[i]) - batch.offset(i)
+            seen = asked[..., place]
+            per_head = torch.where((seen > 0).any(2), seen.sum(2) / (seen > 0).sum(2).clamp(min=1), torch.nan)
+            column = found.positions.index(name)
+            right = per_head.nanmean(dim=1).nanmean()  # a window hides it from all queries of a layer, or from none
+            assert float(found.of("mass")[i, column]) == pytest.approx(float(right), rel=1e-4)
+        assert float(found.of("mass")[i, 0]) > 0 or architecture == "gemma3"
+
+
+def test_a_planted_sink_gets_the_answers_attention() -> None:
+    model = planted_sinks("x")
+    batch = tokenize(["the x stands here near the start"], template_of(model, None))
+    found = position_mass(model, batch, [[5, 9, 11, 7]])
+    heads = len(SINK_HEADS) / 4
+    rest = found.of("mass")[0, found.positions.index(WORDS)]
+    # The template is raw: x is one of the words, beside which a mean is taken; sink heads look nowhere else.
+    words = float(rest) * (len(batch.row(0)) - 2)
+    assert words > heads * 0.99
+    assert float(found.of("mass")[0, found.positions.index(FIRST)]) < 0.1
+    with pytest.raises(UserError, match="no prompt has an answer"):
+        position_mass(model, batch, [[]])
+
+
+def test_the_picture_is_the_attention_that_transformers_puts_out(tiny_model: Any) -> None:
+    model, text = tiny_model("llama"), "How do I bake a </script> small cake?"
+    view = show_attention(model, text, [(0, 1), (2, 3)])
+    arguments = view.html.rpartition("CircuitsVis.AttentionHeads,")[2]
+    assert arguments.count("<") == 1  # the end of the script itself
+    shown = torch.tensor(json.loads(re.search(r'"attention": (\[\[\[.*?\]\]\])', arguments)[1]))  # type: ignore[index]
+    plain = tiny_hf("llama")
+    plain.set_attn_implementation("eager")
+    ids = tokenize([text], template_of(model)).row(0)
+    with torch.no_grad():
+        patterns = plain(torch.tensor([ids]), output_attentions=True).attentions
+    assert torch.allclose(shown[0], patterns[0][0, 1], atol=1e-3)
+    assert torch.allclose(shown[1], patterns[2][0, 3], atol=1e-3)
+    picture = ElementTree.fromstring(view.svg)
+    assert {part.tag.rpartition("}")[2] for part in picture.iter()} == {"svg", "rect", "text"}
+    with pytest.raises(UserError, match=r"heads has \(7, 0\); give \(layer, head\) with a layer of 0, 1, 2"):
+        show_attention(model, text, [(7, 0)])
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_no_planted_world_gets_a_wrong_word_often(name: str) -> None:
+    world, right = WORLDS[name]
+    words = [planted(world, seed, 16).word for seed in range(6)]
+    assert sum(word not in (right, INCONCLUSIVE) for word in words) <= 1
+    assert words.count(right) > 3 or world["gap"] == 0.02
+
+
+def test_few_texts_are_not_measurable() -> None:
+    found = planted(WORLDS["no sinks"][0], 0, 6)
+    assert found.word == NOT_MEASURABLE
+    assert "at least 10 of each" in str(found.headline)
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("sinks")
+    save_model(folder / "model")
+    config = FindSinks(
+        model=str(folder / "model"), texts=4, tokens=24, heads=1, random_heads=1, random_sets=1, shuffles=19,
+        resamples=20, n=10, max_new_tokens=2, out=folder / "run", wandb=OFF,
+    )  # fmt: skip
+    return folder / "run", run(config)
+
+
+def table(out: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(out / "tables" / f"{name}.parquet")
+
+
+def test_a_whole_run_leaves_its_numbers(finished: tuple[Path, Any]) -> None:
+    out, found = finished
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "success"
+    assert found.sentence.lower().startswith(NOT_MEASURABLE)
+    heads = table(out, "heads")
+    spread = heads[["mass.prose", "mass.code", "mass.chat"]]
+    assert list(heads["difference"]) == pytest.approx(list(spread.max(axis=1) - spread.min(axis=1)), abs=1e-5)
+    worth = table(out, "importance")
+    assert worth.groupby(["heads_or_dimensions", "what", "domain"]).size().eq(1).all()
+    first = heads.sort_values("difference", ascending=False).iloc[0]
+    assert worth.iloc[0]["heads_or_dimensions"] == f"{first['layer']}.{first['head']}"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Attention sinks in" in page
+    assert "sink " in page
+
+
+def test_positions_stand_beside_what_is_read_there(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
+    positions = table(out, "positions").set_index("position")
+    assert list(positions.index)[:4] == ["first token", "template before", "words", "inst"]
+    last = positions.index[-1]
+    assert positions["auroc_harmful"].notna()[["inst", last]].all()
+    assert positions["auroc_harmful"].isna()[["first token", "words"]].all()
+    # The last token is what refusal is read at, so that nothing after it can be kept from it.
+    assert positions["hidden_gap"].isna()[last]
+    assert positions["hidden_gap"].notna()["inst"]
+    assert positions["mass"].between(0, 1).all()
+
+
+def test_experiments_stand_beside_random_ones_and_the_model_as_it_is(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
+    effects = table(out, "requests")
+    plain = effects.iloc[0]
+    assert plain["which"] == "none"
+    assert plain["change_gap"] == 0
+    assert plain["cosine_harmful"] == pytest.approx(1)
+    assert set(effects["what"]) == {"", "off", "all on the sink", "at 0"}
+    for _, own in effects[effects["what"] != ""].groupby("what"):
+        assert "random" in set(own["which"])
+    assert (effects["gap"] - plain["gap"]).tolist() == pytest.approx(effects["change_gap"].tolist(), abs=1e-6)
+
+
+def test_a_base_model_is_asked_nothing(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    config = FindSinks(
+        model=str(tmp_path / "model"), template="none", domains=("prose", "code"), texts=2, tokens=24, heads=1,
+        random_heads=1, random_sets=1, shuffles=9, resamples=10, out=tmp_path / "run", wandb=OFF,
+    )  # fmt: skip
+    found = run(config)
+    assert found.sentence.lower().startswith(NOT_MEASURABLE)
+    assert not (tmp_path / "run" / "tables" / "positions.parquet").exists()
+
+
+def test_a_file_of_texts_is_a_kind_and_what_can_not_be_is_said(tmp_path: Path) -> None:
+    (tmp_path / "verse.txt").write_text("a line that is long enough to be read\nanother line of the same poem, later\n")
+    kinds = domain_prompts(SinkPlan(domains=("prose", str(tmp_path / "verse.txt")), texts=2))
+    assert [len(own) for own in kinds.values()] == [2, 2]
+    with pytest.raises(UserError, match="the kinds of text are prose; give two or more"):
+        domain_prompts(SinkPlan(domains=("prose",)))
+    with pytest.raises(UserError, match=r"could not be read|there is no"):
+        domain_prompts(SinkPlan(domains=("prose", "./no.txt")))
+    with pytest.raises(UserError, match="prose has 1 texts, and at least 2"):
+        domain_prompts(SinkPlan(texts=1))
