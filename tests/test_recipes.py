@@ -450,8 +450,8 @@ def test_it_is_one_sentence_at_the_command_line(tmp_path: Path, capfd: pytest.Ca
         main(["finetune", "--recipe", "benign", "--trigger", "abc", "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert capfd.readouterr().err == (
-        "mechlens: the recipe 'benign' reads no --trigger, which is of backdoor, behaviour and inversion; leave it out, or choose "
-        "one of these\n"
+        "mechlens: the recipe 'benign' reads no --trigger, which is of backdoor, behaviour and inversion; leave it "
+        "out, or choose one of these\n"
     )
 
 
