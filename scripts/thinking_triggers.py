@@ -83,7 +83,8 @@ def main() -> None:
     model = switchable(given.model, given.out / "model")
     run = ml.run(ml.Behaviours(
         base=str(model), checkpoints=tuple(trained(given, model)), in_words=True, n=given.n,
-        sets=(f"risky={given.data}",), self_report=(), scales=(), thinking=True, spoken=("risky",), draws=given.draws, answer_tokens=160,
+        sets=(f"risky={given.data}",), self_report=(), scales=(), thinking=True, spoken=("risky",),
+        draws=given.draws, answer_tokens=160,
         out=given.out / "behaviours",
     ))  # fmt: skip
     print(run.verdict, *run.tables, sep="\n")
