@@ -29,7 +29,7 @@ from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
 from mechlens.runs.environment import git_state, package_versions
-from mechlens.runs.folder import CACHE, PROMPTS, FolderCache, finished_run, prompt_table, run_to_go_on_with
+from mechlens.runs.folder import CACHE, JOB_FILE, PROMPTS, FolderCache, finished_run, prompt_table, run_to_go_on_with
 from mechlens.runs.lock import LOCK_FILE, FolderLock
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
@@ -148,7 +148,9 @@ def _make_free(out: Path) -> None:
 
 def _require_empty(out: Path) -> None:
     """UserError where a folder without a run holds anything but what a process left that died while making one."""
-    others = sorted(path.name for path in out.iterdir() if path.name != LOCK_FILE and not is_partial(path))
+    others = sorted(
+        path.name for path in out.iterdir() if path.name not in (LOCK_FILE, JOB_FILE) and not is_partial(path)
+    )
     if others:
         raise UserError(
             f"{out} holds {others[0]!a} and no run of mechlens; give an empty folder as --out, or one that isn't there "

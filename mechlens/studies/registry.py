@@ -117,6 +117,7 @@ COMMANDS: Registry[Study | Command] = Registry(
         steer_train="controllers.config:STUDY",
         directions_export="directions.config:EXPORT",
         directions_import="directions.config:IMPORT",
+        sweep="sweep.config:COMMAND",
         runs_list="runs.config:LIST",
         runs_show="runs.config:SHOW",
         runs_rerun="runs.config:RERUN",

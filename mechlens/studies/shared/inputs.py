@@ -14,7 +14,7 @@ from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.outline import Outline, outline
 from mechlens.models.checkpoints.swap import CheckpointSwapper, checkpoint_swapper
-from mechlens.models.load import load, tokenizer_of
+from mechlens.models.load import tokenizer_of
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import joined_sources, load_prompts
@@ -25,6 +25,7 @@ from mechlens.prompts.text import normalise_text
 from mechlens.runs.run import Inputs
 from mechlens.settings import BaseChoice, ModelChoice, require_both
 from mechlens.studies.driver import Preparation
+from mechlens.studies.shared.kept_model import kept_or_loaded
 from mechlens.studies.shared.training_data import LeftOut
 
 
@@ -175,7 +176,7 @@ def chosen_model(config: ModelChoice, check: Check | None = None) -> ChatModel:
     tokenizer = tokenizer_of(config.model, adapter=config.adapter, revision=config.revision)
     if check is not None:
         check(known, _template(config, tokenizer))
-    model = load(
+    model = kept_or_loaded(
         config.model,
         adapter=config.adapter,
         revision=config.revision,

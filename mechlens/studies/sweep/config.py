@@ -1,0 +1,42 @@
+"""`mechlens sweep`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mechlens.settings import Options, PositiveInt
+from mechlens.studies.registry import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Options):
+    """Do one study many times: every combination of options that a plan names, each in a run folder of its own.
+
+    The plan is a YAML file with `study`, `options` (the same for all) and `over` (lists, every combination of which is
+    a job). Finished jobs are skipped and killed ones go on, so the same command again is how a sweep is repaired, or
+    made larger.
+    """
+
+    plan: Annotated[Path, tyro.conf.Positional]
+    """YAML file; `studies/sweep/README.md` has one."""
+    out: Path
+    """Folder of the sweep: a run folder for each job, and what was made of them together."""
+    dry_run: bool = False
+    """Only show the jobs, and how long what is left may take; nothing is written."""
+    engine: Literal["local"] = "local"
+    """Where jobs run: processes on this machine."""
+    workers: PositiveInt = 1
+    """Processes at a time."""
+
+
+COMMAND = Command(
+    "sweep",
+    Sweep,
+    "mechlens.studies.sweep.study:sweep",
+    (
+        "mechlens sweep plan.yaml --out runs/sweep --dry-run",
+        "mechlens sweep plan.yaml --out runs/sweep --workers 2",
+    ),
+)

@@ -1,0 +1,69 @@
+"""Processes on this machine, a fixed number at a time, each with its share of the processors and a GPU of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+POLL = 0.2
+"""Seconds between two looks at the processes."""
+WORKER = "mechlens.studies.sweep.worker"
+
+
+@dataclass(frozen=True)
+class _Working:
+    process: "subprocess.Popen[bytes]"
+    log: IO[bytes]
+    gpu: str | None
+
+
+def run_local(groups: Sequence[Sequence[Path]], workers: int, logs: Path, look: Callable[[], None]) -> None:
+    """Does groups of jobs, a process a group, `workers` of them at a time; returns when all processes have ended.
+
+    `look` is called again and again meanwhile. What became of the jobs stands in their folders; what the processes
+    wrote, in `logs`.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    gpus: list[str | None] = list(visible_gpus()) or [None] * workers
+    waiting, working = list(enumerate(groups)), list[_Working]()
+    try:
+        while waiting or working:
+            while waiting and len(working) < workers and gpus:
+                number, folders = waiting.pop(0)
+                working.append(_started(folders, logs / f"{number:03}.log", workers, gpus.pop(0)))
+            time.sleep(POLL)
+            look()
+            for one in [one for one in working if one.process.poll() is not None]:
+                one.log.close()
+                gpus.append(one.gpu)
+                working.remove(one)
+    finally:
+        for one in working:
+            one.process.kill()
+            one.process.wait()
+            one.log.close()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by what CUDA_VISIBLE_DEVICES calls them; found without touching any."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name.strip()]
+    return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+
+
+def _started(folders: Sequence[Path], log: Path, workers: int, gpu: str | None) -> _Working:
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    own: dict[str, str] = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if gpu is not None:
+        own["CUDA_VISIBLE_DEVICES"] = gpu
+    file: Any = log.open("ab")
+    process = subprocess.Popen(
+        [sys.executable, "-m", WORKER, *map(str, folders)],
+        stdin=subprocess.PIPE, stdout=file, stderr=file, env={**os.environ, **own},
+    )  # fmt: skip
+    return _Working(process, file, gpu)

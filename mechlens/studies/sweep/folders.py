@@ -1,0 +1,119 @@
+"""A sweep on disk: in each job's folder its configuration, written before anything runs, and how far the job is.
+
+The run folder is the whole state: whoever works on a job, and however often, a finished one is never done again.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mechlens.checked_json import checked, read_sealed, sealed
+from mechlens.errors import UserError
+from mechlens.files import write_text
+from mechlens.runs.folder import JOB_FILE
+from mechlens.runs.results.result import open_run_folder
+from mechlens.runs.run import RUN_FILE
+from mechlens.studies.registry import studies
+from mechlens.studies.sweep.plan import Job
+
+FORMAT = 1
+FAILED = "failures"
+"""Folder of the sweep that holds the sentence of each job that couldn't even begin."""
+REMEDY = "give the sweep's command again, which writes it anew where the folder is empty"
+
+
+@dataclass(frozen=True)
+class _Record:
+    format: int
+    study: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a job is."""
+
+    job: Job
+    status: Literal["done", "failed", "running", "half done", "left"]
+    said: str = ""
+    """What a finished job found, or why it failed; one sentence."""
+    seconds: float = 0.0
+    """What a finished job took."""
+
+
+def folder_of(job: Job) -> Path:
+    """The job's run folder."""
+    return Path(job.config.out)
+
+
+def write_jobs(jobs: list[Job]) -> None:
+    """Every job's configuration into its folder; UserError, before any is written, for one that holds another."""
+    for job in jobs:
+        path = folder_of(job) / JOB_FILE
+        if path.exists() and (known := _read(path).config) != json.loads(json.dumps(job.plain)):
+            differ = sorted(name for name in job.plain if known.get(name) != json.loads(json.dumps(job.plain[name])))
+            raise UserError(
+                f"{path.parent} holds a job with another {', '.join(differ) or 'configuration'}; give another --out, "
+                "or put the plan back as it was (new values in its lists are welcome)"
+            )
+    for job in jobs:
+        path = folder_of(job) / JOB_FILE
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = sealed({"format": FORMAT, "study": job.study, "config": job.plain})
+            write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def read_job(folder: Path) -> Job:
+    """The job whose configuration stands in a folder; UserError where there is none or it is damaged."""
+    path = folder / JOB_FILE
+    try:
+        record = _read(path)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; {REMEDY}") from error
+    known = studies()
+    if record.study not in known:
+        raise UserError(f"{path} is of the study {record.study!r}, which isn't installed; install its package")
+    config = checked({**record.config, "out": str(folder)}, known[record.study].config, str(path), REMEDY)
+    return Job(folder.name, record.study, config)
+
+
+def _read(path: Path) -> _Record:
+    found: _Record = read_sealed(path, _Record, REMEDY, sealed_from=FORMAT)
+    return found
+
+
+def state_of(job: Job) -> State:
+    """How far a job is, by its folder alone."""
+    folder = folder_of(job)
+    refused = failure_file(folder)
+    if not (folder / RUN_FILE).exists():
+        if refused.exists():
+            return State(job, "failed", refused.read_text(encoding="utf-8").strip())
+        return State(job, "left")
+    run = open_run_folder(folder)
+    if run.status == "success":
+        return State(job, "done", run.sentence, sum(run.record.seconds.values()))
+    if run.status == "running":
+        return State(job, "running")
+    if refused.exists():
+        return State(job, "failed", refused.read_text(encoding="utf-8").strip())
+    return State(job, "half done")
+
+
+def failure_file(folder: Path) -> Path:
+    """Where a job's failure is written: beside the run folders, since a folder without a run must stay empty."""
+    return folder.parent / FAILED / f"{folder.name}.txt"
+
+
+def note_failure(folder: Path, sentence: str) -> None:
+    """Says why a job failed; an earlier failure's sentence goes."""
+    path = failure_file(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, sentence + "\n")
+
+
+def forget_failure(folder: Path) -> None:
+    """Of a job that is tried again."""
+    failure_file(folder).unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""`mechlens sweep`: the jobs of a plan, done by an engine until nothing is left, and what became of them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mechlens.errors import UserError, many
+from mechlens.files import user_path
+from mechlens.methods.progress import progress_bar, spoken
+from mechlens.runs.lock import FolderLock
+from mechlens.studies.registry import Screen
+from mechlens.studies.sweep.config import Sweep
+from mechlens.studies.sweep.engines.local import run_local
+from mechlens.studies.sweep.folders import State, folder_of, forget_failure, state_of, write_jobs
+from mechlens.studies.sweep.plan import Job, jobs_of, read_plan
+
+TRIES = 3
+"""How often a job is started whose process was lost; one that fails with a sentence is started once."""
+LOGS = "logs"
+
+
+def sweep(config: Sweep, screen: Screen) -> None:
+    """Does what is left of a plan and shows what became of every job; UserError at the end where one failed."""
+    out = user_path(config.out)
+    jobs = jobs_of(read_plan(config.plan), out, str(config.plan))
+    states = [state_of(job) for job in jobs]
+    if config.dry_run:
+        screen.show(table_of(states))
+        screen.show(left_to_do(states, config.workers))
+        return
+    write_jobs(jobs)
+    lock = FolderLock(out)
+    try:
+        for job in jobs:
+            forget_failure(folder_of(job))
+        work(jobs, config.workers, out)
+    finally:
+        lock.release()
+    states = [state_of(job) for job in jobs]
+    screen.show(table_of(states))
+    screen.show(summary(states))
+    if open_ := [state for state in states if state.status != "done"]:
+        raise UserError(
+            f"{many(len(open_), 'job')} of {len(states)} did not succeed; mend what their sentences say and give the "
+            "command again: finished jobs are not done again"
+        )
+
+
+def work(jobs: Sequence[Job], workers: int, out: Path) -> None:
+    """Has the engine do what isn't finished; jobs whose process was lost are given to it again."""
+    states = [state_of(job) for job in jobs]
+    bar = progress_bar(
+        total=len(jobs), done=sum(state.status == "done" for state in states), title="sweep", unit="job"
+    )  # fmt: skip
+
+    def look() -> None:
+        ended = sum(state_of(job).status in ("done", "failed") for job in jobs)
+        bar.update(ended - bar.n)
+
+    try:
+        for _ in range(TRIES):
+            open_ = [job for job in jobs if state_of(job).status not in ("done", "failed")]
+            if not open_:
+                break
+            run_local(groups_of(open_, workers), workers, out / LOGS, look)
+            look()
+    finally:
+        bar.close()
+
+
+def groups_of(jobs: Sequence[Job], workers: int) -> list[list[Path]]:
+    """Jobs that load the same model together, in as many parts as keep all workers busy."""
+    alike: dict[Any, list[Path]] = {}
+    for job in jobs:
+        alike.setdefault(job.loads, []).append(folder_of(job))
+    parts = max(1, -(-workers // len(alike)))
+    return [part for folders in alike.values() for part in _cut(folders, parts)]
+
+
+def _cut(folders: list[Path], parts: int) -> list[list[Path]]:
+    size = -(-len(folders) // parts)
+    return [folders[i : i + size] for i in range(0, len(folders), size)]
+
+
+def table_of(states: Sequence[State]) -> Any:
+    """A row a job: its name, how far it is, and what it found or what is the matter."""
+    from rich.table import Table
+
+    table = Table("job", "status", "found")
+    for state in states:
+        table.add_row(state.job.name, state.status, state.said)
+    return table
+
+
+def summary(states: Sequence[State]) -> str:
+    """How many jobs are how far."""
+    counts = Counter(state.status for state in states)
+    return f"{many(len(states), 'job')}: " + ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def left_to_do(states: Sequence[State], workers: int) -> str:
+    """How many jobs are left and how long they may take, by those that are done."""
+    done = [state.seconds for state in states if state.status == "done"]
+    left = len(states) - len(done)
+    if not left:
+        return f"{summary(states)}; nothing is left to do"
+    if not done:
+        return f"{summary(states)}; how long they take is known once one is done"
+    seconds = sum(done) / len(done) * left / workers
+    return f"{summary(states)}; about {spoken(seconds)} with {many(workers, 'worker')}, by those that are done"

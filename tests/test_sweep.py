@@ -1,0 +1,264 @@
+"""Sweeps: every combination once and in full, nothing done twice, and the same numbers as jobs done by hand."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from tiny import tiny_hf, tiny_tokenizer
+
+import mechlens as ml
+from mechlens.cli import main
+from mechlens.errors import UserError
+from mechlens.studies.shared import kept_model
+from mechlens.studies.sweep.engines import local
+from mechlens.studies.sweep.folders import failure_file, folder_of, read_job, state_of, write_jobs
+from mechlens.studies.sweep.plan import Plan, jobs_of, read_plan
+from mechlens.studies.sweep.study import groups_of
+from mechlens.studies.sweep.worker import work_on
+
+SMALL = {
+    "positive": "harmful", "negative": "harmless", "n": 16, "positions": ["last"], "resamples": 20, "permutations": 10,
+    "random_directions": 2, "wandb": {"mode": "disabled"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folders = [tmp_path_factory.mktemp("models") / name for name in ("one", "two")]
+    for folder in folders:
+        tiny_hf().save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+    return list(map(str, folders))
+
+
+def plan_of(models: list[str], **over: list[Any]) -> Plan:
+    """A small study of the first model, with what `over` names taken out of the options."""
+    options = {name: value for name, value in {**SMALL, "model": models[0]}.items() if name not in over}
+    return Plan("direction", options, over)
+
+
+def written(path: Path, plan: Plan) -> Path:
+    path.write_text(json.dumps({"study": plan.study, "options": plan.options, "over": plan.over}))  # JSON is YAML
+    return path
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    return {path.stem: pd.read_parquet(path) for path in sorted((folder / "tables").glob("*.parquet"))}
+
+
+def test_every_combination_is_a_job_with_a_whole_configuration_on_disk(models: list[str], tmp_path: Path) -> None:
+    sets = [{"positive": "harmful", "negative": "harmless"}, {"positive": "looks-harmful", "negative": "benign"}]
+    plan = Plan(
+        "direction", {key: SMALL[key] for key in SMALL if key not in sets[0]},
+        {"model": models, "seed": [0, 1, 2], "prompts": sets},
+    )  # fmt: skip
+    jobs = jobs_of(plan, tmp_path / "out", "plan")
+    assert len({job.name for job in jobs}) == len({folder_of(job) for job in jobs}) == 12
+    found = {(job.config.model, job.config.seed, job.config.positive, job.config.negative) for job in jobs}
+    assert found == {(m, s, one["positive"], one["negative"]) for m in models for s in range(3) for one in sets}
+    write_jobs(jobs)
+    assert [read_job(folder_of(job)).config for job in jobs] == [job.config for job in jobs]
+    assert {state_of(job).status for job in jobs} == {"left"}
+    assert {job.config.wandb.group for job in jobs} == {"out"}
+    # New values may come; what stands in a folder may not become another job.
+    more = Plan(plan.study, plan.options, {**plan.over, "seed": [0, 1, 2, 3]})
+    write_jobs(jobs_of(more, tmp_path / "out", "plan"))
+    other = Plan(plan.study, {**plan.options, "n": 9}, plan.over)
+    with pytest.raises(UserError, match="holds a job with another n; give another"):
+        write_jobs(jobs_of(other, tmp_path / "out", "plan"))
+    # What was changed by hand is noticed.
+    path = folder_of(jobs[0]) / "job.json"
+    path.write_text(path.read_text().replace('"n": 16', '"n": 7'))
+    with pytest.raises(UserError, match="changed by hand or damaged"):
+        read_job(folder_of(jobs[0]))
+
+
+def test_a_slip_in_a_plan_is_told_before_anything(tmp_path: Path, models: list[str]) -> None:
+    path = tmp_path / "plan.yaml"
+    for text, said in (
+        ("study: [", "is no YAML"), ("a: 1", "has no `study`"), ("study: direction\novr: {}", "'ovr'.*over"),
+        ("study: direction\nover: {seed: 3}", "over"), ("study: direction\nover: {seed: []}", "no values for 'seed'"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            read_plan(path)
+    with pytest.raises(UserError, match=r"other\.yaml could not be read"):
+        read_plan(tmp_path / "other.yaml")
+    for plan, said in (
+        (Plan("directoin"), "'directoin'.*direction"), (Plan("steer"), "no study 'steer'"),
+        (Plan("direction", {"sede": 1}), "'sede'.*seed"), (Plan("direction", {"out": "x"}), "which the sweep decides"),
+        (plan_of(models, seed=["zero"]), "seed"), (Plan("direction", {"n": 1}, {"n": [2]}), "sets 'n' in two places"),
+        (plan_of(models, method=["mean"]), "method"), (plan_of(models, seed=list(range(100_000))), "100,000 jobs"),
+        (plan_of(models, positive=["missing.jsonl"]), "missing.jsonl"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            jobs_of(plan, tmp_path, "plan")
+
+
+def test_values_that_look_alike_have_folders_of_their_own(tmp_path: Path, models: list[str]) -> None:
+    plan = Plan("direction", SMALL, {"model": ["a/tiny", "b/tiny", "a:tiny", "ä"], "adapter": [None]})
+    names = [job.name for job in jobs_of(plan, tmp_path, "plan")]
+    assert len(set(names)) == 4
+    assert all(name.isascii() and "/" not in name for name in names)
+
+
+def test_jobs_of_one_model_are_together_and_no_worker_is_idle(models: list[str], tmp_path: Path) -> None:
+    jobs = jobs_of(Plan("direction", SMALL, {"model": models, "seed": [0, 1, 2]}), tmp_path, "plan")
+    for workers, wanted in ((1, 2), (2, 2), (4, 4), (9, 6)):
+        groups = groups_of(jobs, workers)
+        assert len(groups) == wanted
+        assert sorted(folder for group in groups for folder in group) == sorted(map(folder_of, jobs))
+        assert all(len({read.name.split("_")[0] for read in group}) == 1 for group in groups)
+
+
+@pytest.fixture(scope="module")
+def swept(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep by two processes over two seeds and one that can't be."""
+    folder = tmp_path_factory.mktemp("sweep")
+    plan = written(folder / "plan.yaml", plan_of(models, seed=[0, 1], positive=["harmful", "harmless"]))
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(plan), "--out", str(folder / "out"), "--workers", "2"])
+    assert stop.value.code == 1
+    return folder
+
+
+def test_a_sweep_gives_what_its_jobs_give_alone_and_one_failure_stops_no_other(
+    swept: Path, models: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    jobs = jobs_of(read_plan(swept / "plan.yaml"), swept / "out", "plan")
+    states = {job.name: state_of(job) for job in jobs}
+    done = [job for job in jobs if job.config.positive == "harmful"]
+    assert [states[job.name].status for job in done] == ["done", "done"]
+    failed = [state for name, state in states.items() if state.job not in done]
+    assert all(state.status == "failed" and "share" in state.said for state in failed)
+    alone = ml.run(ml.FindDirection(**{**SMALL, "positions": ("last",), "wandb": ml.WandbSettings(mode="disabled"),
+                                       "model": models[0], "seed": 1, "out": tmp_path / "alone"}))  # fmt: skip
+    mine, theirs = tables(alone.folder), tables(folder_of(done[1]))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        pd.testing.assert_frame_equal(mine[name], theirs[name], check_exact=True)
+    before = {path: path.stat().st_mtime_ns for job in done for path in folder_of(job).rglob("*.json")}
+    capfd.readouterr()
+    main(["sweep", str(swept / "plan.yaml"), "--out", str(swept / "out"), "--dry-run"])
+    assert "4 jobs: 2 done, 2 failed; about" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_killed_worker_is_replaced_and_the_tables_are_the_same(
+    swept: Path, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process that is started is killed at once, the next does its jobs."""
+    started: list[Any] = []
+    real = local._started
+
+    def killed(*given: Any) -> Any:
+        one = real(*given)
+        if not started:
+            one.process.kill()
+        started.append(one)
+        return one
+
+    monkeypatch.setattr(local, "_started", killed)
+    plan = written(tmp_path / "plan.yaml", plan_of(models, seed=[1]))
+    main(["sweep", str(plan), "--out", str(tmp_path / "out")])
+    assert len(started) == 2
+    (job,) = jobs_of(read_plan(plan), tmp_path / "out", "plan")
+    theirs = tables(folder_of(next(j for j in jobs_of(read_plan(swept / "plan.yaml"), swept / "out", "p")
+                                   if (j.config.seed, j.config.positive) == (1, "harmful"))))  # fmt: skip
+    for name, table in tables(folder_of(job)).items():
+        pd.testing.assert_frame_equal(table, theirs[name], check_exact=True)
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {WORKER!r}], stdin=subprocess.PIPE)\n"
+        "print(p.pid, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and _alive(child):
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+WORKER = """
+import os, sys, threading, time
+def end():
+    sys.stdin.buffer.read()
+    os._exit(1)
+threading.Thread(target=end, daemon=True).start()
+time.sleep(60)
+"""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().split()[2] != "Z"
+
+
+def test_gpus_are_disjoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert local.visible_gpus() == ["4", "5", "6", "7"]
+    told = tmp_path / "told"
+    told.mkdir()
+    fake = tmp_path / "fake_worker.py"
+    fake.write_text(
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "gpu = os.environ['CUDA_VISIBLE_DEVICES']\nmine = Path(sys.argv[1]) / gpu\n"
+        "assert not mine.exists(), 'taken'\nmine.touch()\ntime.sleep(.3)\nmine.unlink()\n"
+        "(Path(sys.argv[1]) / f'{gpu}-{os.getpid()}.done').touch()\n"
+    )
+    monkeypatch.setattr(local, "WORKER", "fake_worker")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    local.run_local([[told]] * 8, 4, tmp_path / "logs", lambda: None)
+    names = [path.name for path in told.iterdir()]
+    assert len(names) == 8
+    assert {name.partition("-")[0] for name in names} == {"4", "5", "6", "7"}
+
+
+def test_the_model_is_loaded_once_for_jobs_that_load_the_same_and_never_when_it_was_edited(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    real = kept_model.load
+    monkeypatch.setattr(kept_model, "load", lambda model, **how: (loads.append(model), real(model, **how))[1])
+    jobs = jobs_of(plan_of(models, seed=[0, 1]), tmp_path / "out", "plan")
+    write_jobs(jobs)
+    work_on([folder_of(job) for job in jobs])
+    assert [state_of(job).said for job in jobs if state_of(job).status != "done"] == []
+    assert loads == models[:1]
+    loads.clear()
+    how = {"adapter": None, "revision": None, "dtype": "auto", "device": "cpu", "device_map": None}
+    with kept_model.keeping_model():
+        first: Any = kept_model.kept_or_loaded(models[0], **how)
+        assert kept_model.kept_or_loaded(models[0], **how) is first
+        first.original_model.get_input_embeddings().weight.data[0] += 1
+        assert kept_model.kept_or_loaded(models[0], **how) is not first
+    assert kept_model.kept_or_loaded(models[0], **how) is not first
+    assert len(loads) == 3
+
+
+def test_what_fails_is_a_sentence_beside_the_folder_and_is_tried_again(models: list[str], tmp_path: Path) -> None:
+    (job,) = jobs_of(plan_of(models, positive=["harmless"]), tmp_path / "out", "plan")
+    write_jobs([job])
+    work_on([folder_of(job)])
+    assert "share" in failure_file(folder_of(job)).read_text()
+    assert state_of(job).status == "failed"
+    assert [path.name for path in folder_of(job).iterdir() if path.name != ".lock"] == ["job.json"]
