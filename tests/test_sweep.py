@@ -16,7 +16,7 @@ from tiny import tiny_hf, tiny_tokenizer
 import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
-from mechlens.studies.shared import kept_model
+from mechlens.methods import kept_model
 from mechlens.studies.sweep.engines import local
 from mechlens.studies.sweep.folders import failure_file, folder_of, read_job, state_of, write_jobs
 from mechlens.studies.sweep.plan import Plan, jobs_of, read_plan

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from mechlens.errors import UserError, many, quoted
 from mechlens.methods.activations.spans import spans_of
+from mechlens.methods.kept_model import kept_or_loaded
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.outline import Outline, outline
@@ -25,7 +26,6 @@ from mechlens.prompts.text import normalise_text
 from mechlens.runs.run import Inputs
 from mechlens.settings import BaseChoice, ModelChoice, require_both
 from mechlens.studies.driver import Preparation
-from mechlens.studies.shared.kept_model import kept_or_loaded
 from mechlens.studies.shared.training_data import LeftOut
 
 

@@ -10,8 +10,8 @@ import traceback
 from pathlib import Path
 
 from mechlens.errors import UserError
+from mechlens.methods.kept_model import keeping_model
 from mechlens.studies.driver import run
-from mechlens.studies.shared.kept_model import keeping_model
 from mechlens.studies.sweep.folders import forget_failure, note_failure, read_job
 
 
