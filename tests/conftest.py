@@ -31,15 +31,6 @@ torch.set_num_threads(1 if BESIDE_OTHERS else 2)
 if BESIDE_OTHERS:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
-EXACT = ("answers", "collect", "packing", "patching", "path_patching", "steered_sweeps", "steering", "swap")
-"""Subjects whose tests hold a fast path against the plain one; they are run on the oldest and newest libraries too."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem.removeprefix("test_") in EXACT:
-            item.add_marker(pytest.mark.exact)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def no_signs_of_life() -> None:

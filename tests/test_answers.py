@@ -24,6 +24,8 @@ from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.studies.shared.quadrants import judge_answers
 
+pytestmark = pytest.mark.exact
+
 NEW = 10
 
 

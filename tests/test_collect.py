@@ -26,6 +26,8 @@ from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
 
+pytestmark = pytest.mark.exact
+
 EVERY = ("inst", "post[*]")
 CLOSE = 1e-5
 

@@ -30,6 +30,8 @@ from mechlens.models.engine.packed.packing import NAME, PackedAttention, pack_pr
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 
+pytestmark = pytest.mark.exact
+
 CLOSE = 1e-5
 OWN_ATTENTION = ("bloom", "gptj")
 """Their blocks don't call an attention by name (GPT-J's do in newer releases)."""

@@ -44,6 +44,8 @@ from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.folder import FolderCache
 
+pytestmark = pytest.mark.exact
+
 CLOSE = 1e-5
 PARALLEL = ("phi", "neox", "gptj")
 """Attention and MLP read the same stream, so there is nothing in the middle."""

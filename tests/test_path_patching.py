@@ -17,6 +17,8 @@ from mechlens.methods.patching.sweep import patch_sweep
 from mechlens.models.bridge import has_hooks
 from mechlens.prompts.batch import tokenize
 
+pytestmark = pytest.mark.exact
+
 
 @torch.inference_mode()
 def by_hand(model: Any, start: list[int], source: list[int], sender: tuple[int, int], to: tuple[int, int]) -> Tensor:

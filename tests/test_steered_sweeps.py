@@ -27,6 +27,8 @@ from mechlens.models.native import native, native_blocks
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.fixture(autouse=True)
 def _no_hook_is_left() -> Iterator[None]:

@@ -39,6 +39,8 @@ from mechlens.models.sites import CHANGEABLE, level_hook, site_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 
+pytestmark = pytest.mark.exact
+
 NEW = 5
 MODELS: list[Any] = []
 FEW = ("llama", "mistral", "gemma2", "gpt2", "neox", "bloom", "opt")

@@ -21,6 +21,8 @@ from mechlens.models.load import load
 from mechlens.models.native import native
 from mechlens.prompts.prompt import Prompt
 
+pytestmark = pytest.mark.exact
+
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(("one the thing", "two", "and a third the thing in the end"))]
 
 
