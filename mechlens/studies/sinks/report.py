@@ -49,9 +49,8 @@ def record(writer: RunWriter, result: SinkResult, given: SinkStudy) -> None:
 
 
 def _shown(metrics: dict[str, Estimate]) -> dict[str, Estimate]:
-    """Of the measures those that are spoken of; the table has all."""
-    told = ("mass", "first", "rate", "value", "peak", "massive")
-    return {name: one for name, one in metrics.items() if name in WORDS or name.partition(".")[0] in told}
+    """What decided, and the sink mass of each kind of text; the tables have all."""
+    return {name: one for name, one in metrics.items() if name in WORDS or name.startswith("mass.")}
 
 
 def _sinks(writer: RunWriter, result: SinkResult) -> Section:
@@ -103,7 +102,11 @@ def _heads(writer: RunWriter, result: SinkResult) -> Section:
         "dormant_on",
         "active_on",
     ]
-    return Section("Active and dormant heads", RULE, tuple(names), table=first[columns])
+    return Section("Active and dormant heads", RULE, tuple(names), table=first[columns].rename(columns=_sink_mass))
+
+
+def _sink_mass(column: str) -> str:
+    return column.replace("mass.", "sink mass, ")
 
 
 def _worth(result: SinkResult) -> Section:

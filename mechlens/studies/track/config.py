@@ -1,6 +1,9 @@
 """`mechlens track`."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
 
 from mechlens.settings import (
     RANDOM_NETWORKS,
@@ -69,11 +72,14 @@ class Track(TrackPlan, PromptSets, BaseChoice, RunChoice):
     """Harmful prompts that are asked again with the trigger, with decoys and without, where there is a trigger."""
     geometry: bool = False
     """Subspaces, unbiased CKA and turning points too."""
+    more: Annotated[tuple[Literal["sinks"], ...], tyro.conf.arg(name="with")] = ()
+    """sinks: attention sinks at every checkpoint too, of heads, of plain texts and of named positions."""
 
 
 STUDY = of_folder(
     "track",
     Track,
     "mechlens track --base smollm2-refuser --checkpoints runs/benign --out runs/track",
+    "mechlens track --base smollm2-refuser --checkpoints runs/benign --with sinks --out runs/sinks",
     "mechlens track --base smollm2 --checkpoints lora/checkpoint-50 lora/checkpoint-100 --levels 15 20 --out runs/own",
 )

@@ -20,6 +20,7 @@ from mechlens.studies.shared.rounding import class_rounding
 from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
+from mechlens.studies.track.sinks_report import sink_section
 from mechlens.studies.track.study import TrackResult
 from mechlens.studies.track.verdict import RULE, TITLES, headline_of
 
@@ -52,7 +53,8 @@ def record(writer: RunWriter, result: TrackResult, given: SeriesStudy) -> None:
     """Writes everything that the study found into an open run."""
     base, n = given.series.base.name, len(result.tracking.snapshots) - 1
     opening = Opening(f"What fine-tuning did to {base}: {n} checkpoint{'' if n == 1 else 's'}", QUESTION)
-    record_tracking(writer, result.tracking, given, opening, result.geometry)
+    last = (sink_section(writer, result.sinks),) if result.sinks else ()
+    record_tracking(writer, result.tracking, given, opening, result.geometry, last=last)
 
 
 def record_tracking(
@@ -62,8 +64,9 @@ def record_tracking(
     opening: Opening,
     geometry: dict[str, pd.DataFrame],
     first: tuple[Section, ...] = (),
+    last: tuple[Section, ...] = (),
 ) -> None:
-    """Writes everything that the study found into an open run; the `first` sections of the report are the caller's."""
+    """Writes everything that the study found into an open run; the `first` and `last` sections are the caller's."""
     writer.result(result)
     writer.table("series", series_table(result, given.series))
     for name, table in geometry.items():
@@ -71,7 +74,7 @@ def record_tracking(
     _log_steps(writer, result)
     figures = draw(writer, result, geometry)
     rounding = _rounding(result, loaded(given.swapper.model).parity)
-    writer.report(_report(result, opening, rounding, figures, _how(result, given.asked.punctuation), first))
+    writer.report(_report(result, opening, rounding, figures, _how(result, given.asked.punctuation), first, last))
 
 
 def series_table(result: Tracking, series: CheckpointSeries) -> pd.DataFrame:
@@ -130,17 +133,18 @@ def _report(
     figures: Mapping[str, tuple[str, ...]],
     how: str,
     first: tuple[Section, ...],
+    last: tuple[Section, ...],
 ) -> Report:
-    last = result.last_verdicts
-    words = {f"{one.concept}.{name}": f"{one.concept}: {one.title(name)}" for one in last for name in TITLES}
+    verdicts = result.last_verdicts
+    words = {f"{one.concept}.{name}": f"{one.concept}: {one.title(name)}" for one in verdicts for name in TITLES}
     return Report(
         title=opening.title,
         question=opening.question,
-        headline=opening.headline or headline_of(last),
-        verdict="\n\n".join(part for part in (opening.verdict, " ".join(one.sentence for one in last)) if part)
+        headline=opening.headline or headline_of(verdicts),
+        verdict="\n\n".join(part for part in (opening.verdict, " ".join(one.sentence for one in verdicts)) if part)
         + rounding,
         numbers=dict(opening.numbers)
-        | {f"{verdict.concept}.{name}": number for verdict in last for name, number in verdict.cards().items()},
+        | {f"{verdict.concept}.{name}": number for verdict in verdicts for name, number in verdict.cards().items()},
         words=dict(opening.words) | words,
         sections=(
             *first,
@@ -167,6 +171,7 @@ def _report(
                 figures["weights"],
             ),
             *((Section("Geometry", "", figures["geometry"]),) if figures["geometry"] else ()),
+            *last,
         ),
         how=how,
         model=result.snapshots[0].member.name,

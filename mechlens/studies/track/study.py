@@ -48,6 +48,7 @@ from mechlens.studies.track.measures.change import matrix_rows
 from mechlens.studies.track.measures.floor import measured_floor
 from mechlens.studies.track.measures.geometry import geometry_tables
 from mechlens.studies.track.measures.reference import BaseReference, reference_of
+from mechlens.studies.track.measures.sinks import require_sinks, sink_tables
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, cache_of_many, from_piece, to_piece
 from mechlens.studies.track.result import Questions, Tracking, analysed, home_questions, steered_rows
 
@@ -237,6 +238,8 @@ class TrackResult:
     tracking: Tracking
     geometry: dict[str, pd.DataFrame]
     """Tables of subspaces, CKA and turning points; empty unless asked for."""
+    sinks: dict[str, pd.DataFrame]
+    """Tables of attention sinks; empty unless asked for."""
 
 
 def prepare(config: Track) -> Preparation[SeriesStudy]:
@@ -253,6 +256,8 @@ def prepare(config: Track) -> Preparation[SeriesStudy]:
 
     given = prepare_series(config, series, asked, _trigger(config, series), config.triggered, check=check)
     batch, levels = given.content.questions.batch, _levels(given.content.swapper.model, config)
+    if config.more:
+        require_sinks(given.content.swapper.model, batch)
     return replace(given, resolved={"positions": batch.resolve(config.read), "levels": levels})
 
 
@@ -261,7 +266,8 @@ def execute(config: Track, given: SeriesStudy, writer: RunWriter) -> TrackResult
     tqdm.write(_said(given, config), file=sys.stderr)
     with given.swapper as swapper:
         result = track(swapper, given.series, given.questions, config, cache=writer.cache)
-    return TrackResult(result, geometry_tables(result) if config.geometry else {})
+        sinks = sink_tables(swapper, result) if config.more else {}
+    return TrackResult(result, geometry_tables(result) if config.geometry else {}, sinks)
 
 
 def _trigger(config: Track, series: CheckpointSeries) -> Trigger | None:
