@@ -238,6 +238,8 @@ from mechlens.prompts.twins import builtin_twin_names as builtin_twin_names
 from mechlens.prompts.twins import builtin_twins as builtin_twins
 from mechlens.prompts.twins import read_twins as read_twins
 from mechlens.runs.folder import FolderCache as FolderCache
+from mechlens.runs.results.compared import RunComparison as RunComparison
+from mechlens.runs.results.compared import compare_runs as compare_runs
 from mechlens.runs.results.opened import open as open
 from mechlens.runs.results.result import RunList as RunList
 from mechlens.runs.results.result import RunResult as RunResult

@@ -120,6 +120,7 @@ COMMANDS: Registry[Study | Command] = Registry(
         sweep="sweep.config:COMMAND",
         runs_list="runs.config:LIST",
         runs_show="runs.config:SHOW",
+        runs_compare="runs.config:COMPARE",
         runs_rerun="runs.config:RERUN",
         runs_index="runs.config:INDEX",
         runs_prune="runs.config:PRUNE",
@@ -134,7 +135,7 @@ GROUPS = {
     "directions": "Take directions out to other tools, or in from them: export, import.",
     "guard": "Detect harmful prompts from the model's own representation: fit, eval, predict.",
     "wandb": "Upload what was logged offline, or save a view of the project.",
-    "runs": "List, show, rerun, index or prune recorded runs.",
+    "runs": "List, show, compare, rerun, index or prune recorded runs.",
 }
 """What the first of two words stands for."""
 

@@ -55,6 +55,16 @@ class PruneRuns:
     """Only say what would be removed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareRuns:
+    """Set runs of one study side by side: their numbers, the differences from the first, and what they differ in."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """The runs' folders, two or more."""
+    out: Path | None = None
+    """Folder for one page and the tables; None only prints what decides."""
+
+
 LIST = Command(
     "runs list",
     ListRuns,
@@ -69,4 +79,13 @@ RERUN = Command("runs rerun", Rerun, "mechlens.studies.runs.study:again", ("mech
 INDEX = Command("runs index", IndexRuns, "mechlens.studies.runs.study:index", ("mechlens runs index runs",))
 PRUNE = Command(
     "runs prune", PruneRuns, "mechlens.studies.runs.study:remove_superfluous", ("mechlens runs prune runs --dry-run",)
+)
+COMPARE = Command(
+    "runs compare",
+    CompareRuns,
+    "mechlens.studies.runs.study:compare",
+    (
+        "mechlens runs compare runs/seed-0 runs/seed-1",
+        "mechlens runs compare runs/a runs/b runs/c --out runs/compared",
+    ),
 )

@@ -1,10 +1,13 @@
 """`mechlens runs`: what recorded runs say, and the same numbers again."""
 
+import math
+from typing import Any
+
 from mechlens.errors import UserError
 from mechlens.runs.results.result import list_runs, open_run_folder
 from mechlens.runs.run import metric_text
 from mechlens.studies.registry import Screen
-from mechlens.studies.runs.config import IndexRuns, ListRuns, PruneRuns, Rerun, ShowRun
+from mechlens.studies.runs.config import CompareRuns, IndexRuns, ListRuns, PruneRuns, Rerun, ShowRun
 
 SAME = 1e-6
 """Numbers of a rerun that differ by more are other numbers."""
@@ -79,3 +82,39 @@ def remove_superfluous(config: PruneRuns, screen: Screen) -> None:
 def megabytes(size: int) -> str:
     """Bytes in words."""
     return f"{size / 1e6:.1f} MB"
+
+
+def compare(config: CompareRuns, screen: Screen) -> None:
+    """What decides in each run, with its difference from the first, and what the runs differ in."""
+    from rich.table import Table
+
+    from mechlens.runs.results.compared import compare_runs
+
+    found = compare_runs(*config.folders)
+    for name, run in zip(found.names, found.runs, strict=True):
+        screen.show(f"{name}: {run.sentence}")
+    deciding = {number for run in found.runs for number in run.record.deciding}
+    table = Table("number", *found.names)
+    told = found.metrics[found.metrics["name"].isin(deciding)]
+    for words, rows in told.groupby("words", sort=False):
+        by_run = {str(row["run"]): row for _, row in rows.iterrows()}
+        cells = [_number(by_run.get(name)) for name in found.names]
+        table.add_row(str(words), *cells)
+    screen.show(table)
+    for _, row in found.differs.iterrows():
+        screen.show(f"{row['of']} {row['name']}: {', '.join(str(row[name]) or 'none' for name in found.names)}")
+    if config.out is not None:
+        from mechlens.runs.results.compared_page import write_comparison
+
+        screen.show(f"page: {write_comparison(found, config.out).resolve()}")
+
+
+def _number(row: Any) -> str:
+    """A number with its interval, and below it the difference from the first run's."""
+    if row is None:
+        return "-"
+    difference = f"{row['difference']:+.2f}"
+    if not math.isnan(row["difference_low"]):
+        difference += f" [{row['difference_low']:.2f}, {row['difference_high']:.2f}]"
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['value']:.2f}{interval}\n{difference}"

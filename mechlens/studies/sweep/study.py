@@ -9,6 +9,8 @@ from mechlens.errors import UserError, many
 from mechlens.files import user_path
 from mechlens.methods.progress import progress_bar, spoken
 from mechlens.runs.lock import FolderLock
+from mechlens.runs.results.compared import compare_runs
+from mechlens.runs.results.compared_page import write_comparison
 from mechlens.studies.registry import Screen
 from mechlens.studies.sweep.config import Sweep
 from mechlens.studies.sweep.engines.local import run_local
@@ -18,6 +20,8 @@ from mechlens.studies.sweep.plan import Job, jobs_of, read_plan
 TRIES = 3
 """How often a job is started whose process was lost; one that fails with a sentence is started once."""
 LOGS = "logs"
+COMPARED = "compared"
+"""Folder of the page and the tables that set the finished jobs side by side."""
 
 
 def sweep(config: Sweep, screen: Screen) -> None:
@@ -40,6 +44,9 @@ def sweep(config: Sweep, screen: Screen) -> None:
     states = [state_of(job) for job in jobs]
     screen.show(table_of(states))
     screen.show(summary(states))
+    done = [folder_of(state.job) for state in states if state.status == "done"]
+    if len(done) > 1:
+        screen.show(f"compared: {write_comparison(compare_runs(*done), out / COMPARED).resolve()}")
     if open_ := [state for state in states if state.status != "done"]:
         raise UserError(
             f"{many(len(open_), 'job')} of {len(states)} did not succeed; mend what their sentences say and give the "
