@@ -15,6 +15,7 @@ from saved import left_unfinished, save_model, write_prompts
 from sentence import require_one_sentence, require_short
 from shown import require_shown
 
+import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
@@ -23,6 +24,7 @@ from mechlens.methods.directions.direction import cosine, mean_difference
 from mechlens.methods.directions.nulls import shuffled_like
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import one_thread
+from mechlens.methods.steering.equal_damage import TOLERANCE
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import bridge, has_hooks
@@ -30,7 +32,7 @@ from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.folder import FolderCache
 from mechlens.runs.run import read_run
-from mechlens.studies.causal.choice import best, choose, grid_layers
+from mechlens.studies.causal.choice import Strengths, best, choose, grid_layers
 from mechlens.studies.causal.config import CausalPlan, Grid, costs
 from mechlens.studies.causal.directions import (
     CELLS,
@@ -445,8 +447,14 @@ def test_the_whole_grid_is_every_layer_that_can_be_chosen_at_every_strength(mode
     who = subjects([found.judged.prompts[i] for i in found.split.validation], template_of(model))
     plan = replace(PLAN, layers=(), strengths=(0.25, 0.5))
     setup = Setup(model, residual_norms(acts), found.tokens, plan, None, believes=True)
-    coarse = choose(setup, who, contrasts, (2,), {})
-    whole = choose(replace(setup, plan=replace(plan, grid="all")), who, contrasts, (2,), {})
+    said = found.judged.answers.select(found.split.validation)
+
+    def chosen(layers: tuple[int, ...], **options: Any) -> Any:
+        own = replace(setup, plan=replace(plan, **options))
+        return choose(own, who, Strengths(own, contrasts, who.batch, said), layers, {})
+
+    coarse = chosen((2,))
+    whole = chosen((2,), grid="all")
     for choice, tried in ((coarse, 4), (whole, 6)):  # layers 1 to 3 of 4 at two strengths; at the best layer both
         known = choice.cells.set_index(["direction", "outcome"])["n"]
         assert known.groupby("direction").sum().tolist() == [6, 6]
@@ -457,8 +465,62 @@ def test_the_whole_grid_is_every_layer_that_can_be_chosen_at_every_strength(mode
     both = coarse.table.merge(whole.table, on=["direction", "layer", "strength"])
     assert len(both) == len(coarse.table)
     assert both["value_x"].tolist() == pytest.approx(both["value_y"].tolist(), abs=1e-5)
-    asked = choose(replace(setup, plan=replace(plan, layers=(1,))), who, contrasts, (1,), {}).cells
+    asked = chosen((1,), layers=(1,)).cells
     assert asked.set_index(["direction", "outcome"])["n"]["refusal", "not tried: layer not asked for"] == 4
+
+
+def kl_percentile(model: Any, push: Any, batch: Any, said: Any) -> float:
+    """Whole passes of each prompt with its answer, with a hook of PyTorch's that adds to the prompt's tokens."""
+    hf_model, kls = planted.planted_model()[0], []
+    for i, tokens in enumerate(said.tokens):
+        ids, start = torch.tensor([[*batch.row(i), *tokens]]), len(batch.row(i))
+        vector = push.strength * push.norms.at(push.layers[0], "all") * push.direction.unit
+
+        def add(module: Any, given: Any, vector: torch.Tensor = vector, start: int = start) -> Any:
+            hidden = given[0].clone()
+            hidden[:, :start] += vector
+            return (hidden, *given[1:])
+
+        with torch.inference_mode():
+            clean = hf_model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+            handle = hf_model.model.layers[push.layers[0]].register_forward_pre_hook(add)
+            steered = hf_model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+            handle.remove()
+        kls.append((clean.exp() * (clean - steered)).sum(-1))
+    return float(torch.cat(kls).quantile(0.95))
+
+
+def test_at_equal_damage_each_direction_has_its_own_strength_at_each_layer(model: Any, found: Battery) -> None:
+    """Put into the model by hand, every strength that was found damages harmless answers by the KL asked for."""
+    plan = replace(PLAN, layers=(1, 3), strengths=CausalPlan.strengths, calibrate_kl=0.05, n_null=2)
+    battery = run_battery(model, *planted.planted_requests(N), replace(plan, random_directions=2))
+    table = battery.calibration.set_index(["direction", "layer"])
+    assert set(table.index) == {(name, layer) for name in NAMES for layer in (1, 3)}
+    assert table["reached"].all()
+    rows = [i for i in battery.split.validation if battery.judged.prompts[i].label == HARMLESS]
+    asked = ml.tokenize([battery.judged.prompts[i] for i in rows], template_of(model))
+    said = battery.judged.answers.select(rows)
+    acts = collect(model, battery.judged.prompts, positions=["inst", "post[*]"])
+    contrasts = sources(battery.judged, acts, battery.split.train)
+    norms = residual_norms(acts.select(battery.split.train))
+    for (name, layer), row in table.iterrows():
+        push = intervene(contrasts[name].direction(layer), "add", Setting(layer, row["strength"]), norms)
+        assert kl_percentile(model, push, asked, said) == pytest.approx(row["kl"], rel=1e-3)
+        assert row["kl"] == pytest.approx(0.05, rel=TOLERANCE)
+    for at in NAMES:  # at one layer both directions damage alike, and so have strengths of their own
+        layer = battery.choice.chosen[at].layer
+        for name in NAMES:
+            assert battery.choice.places[at][name] == Setting(layer, table.loc[(name, layer), "strength"])
+    cells = battery.tables()["cells"]
+    assert len(cells.groupby(["at", "direction"])["strength"].unique()) == 4
+    whole = battery.choice.cells.set_index(["direction", "outcome"])["n"]
+    assert whole.groupby("direction").sum().tolist() == [3, 3]
+
+
+def test_a_kl_that_is_never_reached_and_strengths_beside_it_are_told(model: Any) -> None:
+    plan = replace(SMALLER, strengths=CausalPlan.strengths, calibrate_kl=1e6)
+    with pytest.raises(UserError, match=r"reaches 1e\+06 nats at none of the layers 1; give a smaller"):
+        run_battery(model, *planted.planted_requests(N), plan)
 
 
 # The command line

@@ -35,6 +35,9 @@ class CausalPlan(Sampling, Answering):
     strength."""
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Strengths to choose from, as shares of the median residual norm; layers are compared at the middle one."""
+    calibrate_kl: float | None = None
+    """In place of strengths: at each layer that at which adding the direction has a KL of so many nats from the
+    unsteered answers to harmless prompts (95th percentile over tokens), so that all is compared at equal damage."""
     coefficient: float = 1.0
     """What the raw directions are multiplied by in the figure of refusals over all layers; 1 as published."""
     every_position: bool = False
@@ -62,6 +65,9 @@ class Causal(CausalPlan, PromptSets, RefusingModel, RunChoice):
 
 
 ANSWERING, COLLECTING, UNSTEERED, BY_LAYER = "answering", "collecting", "unsteered replies", "refusal by layer"
+CALIBRATING = "calibrating"
+PASSES = 8
+"""That a calibration takes, about."""
 REPLIES, CHOOSING, HELD_OUT, IN_WORDS = "replies by layer", "choosing", "test prompts", "in words"
 REPLY_TOKENS = 8
 """Of a reply to a question: enough for the word, or for the phrase of a refusal."""
@@ -86,13 +92,16 @@ def costs(plan: CausalPlan, grid: Grid, request: float, question: float, *, beli
     asked = 2 * question / 2 if believes else 0.0
     read = request / 2 + 2 * asked
     nulls = plan.random_directions * read + plan.shuffled_directions * (asked or request / 2)
-    chosen = 2 * (grid.all * len(plan.strengths) if plan.grid == "all" else grid.tried + 2 + len(plan.strengths))
+    strengths = len(plan.strengths) if plan.calibrate_kl is None else 1
+    chosen = 2 * (grid.all * strengths if plan.grid == "all" else grid.tried + 2 + strengths)
+    calibrated = 0 if plan.calibrate_kl is None else 2 * grid.tried * PASSES * plan.n_validation
     everyone = 2 * plan.n_train + validation + test
     found = {
         ANSWERING: everyone * (request + plan.max_new_tokens),
         COLLECTING: everyone * request,
         UNSTEERED: 2 * test * (2 * question + REPLY_TOKENS),
         BY_LAYER: 2 * grid.all * plan.n_test * request / 2,
+        CALIBRATING: calibrated * (request + plan.max_new_tokens),
         REPLIES: 4 * grid.tried * validation * asked,
         CHOOSING: chosen * validation * (request / 2 + asked) / 2,
         HELD_OUT: 2 * (5 * test * read + few * nulls),
@@ -107,4 +116,5 @@ STUDY = of_folder(
     Causal,
     "mechlens causal --model smollm2-refuser --out runs/causal",
     "mechlens causal --model smollm2-refuser --layers 12 15 18 --n-test 16 --out runs/quick",
+    "mechlens causal --model smollm2-refuser --calibrate-kl 1 --out runs/equal-damage",
 )

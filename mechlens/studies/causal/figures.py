@@ -37,7 +37,7 @@ def _named(table: pd.DataFrame) -> list[str]:
 
 def _in_words(result: Battery) -> pd.DataFrame:
     """The table of cells with a column for the axis; the neglected cells stand right of the pushes."""
-    table = effect_table(result.effects, result.choice.chosen)
+    table = effect_table(result.effects, result.choice.places)
     if table.empty:
         return table
     named = [f"{DONE_WORDS[operation]} {label}" for operation, label in table[["operation", "label"]].to_numpy()]
@@ -113,6 +113,8 @@ def _fig5(writer: RunWriter, result: Battery, label: str) -> str:
     unsteered = float(table.loc[table["direction"] == "none", "value"].iloc[0])
     shown = table[table["direction"] != "none"]
     words = shown["operation"].map({"add": " added", "subtract": " subtracted"})
+    kl = result.plan.calibrate_kl
+    strength = f"{shown['strength'].iloc[0]:g} of the residual norm" if kl is None else f"a KL of {kl:g} nats"
     figure = figures.lines(
         shown.assign(curve=shown["direction"] + words), x="layer", y="value", low="low", high="high", group="curve",
         hline=unsteered, hline_label="unsteered",
@@ -122,7 +124,7 @@ def _fig5(writer: RunWriter, result: Battery, label: str) -> str:
     )  # fmt: skip
     caption = (
         "Away from the dashed line: the direction changes the reply about harm. No means harmless here. "
-        f"Validation prompts, {result.reply_layers.settings[0].strength:g} of the residual norm; the harmfulness "
+        f"Validation prompts, {strength}; the harmfulness "
         "direction before the question, the refusal direction everywhere, as published. In the "
         "table the reversed questions too, where it means harmful, and the belief that both bear out."
     )
@@ -132,16 +134,21 @@ def _fig5(writer: RunWriter, result: Battery, label: str) -> str:
 def _choice(writer: RunWriter, result: Battery, name: str) -> str:
     table = result.choice.table
     table = table[table["direction"] == name]
+    kl = result.plan.calibrate_kl
+    curve = "strength " + table["strength"].map("{:g}".format) if kl is None else f"{kl:g} nats"
+    taken = (
+        "Of what lies inside the interval of the highest point the weakest strength was taken." if kl is None
+        else "The highest point was taken: all points damage harmless answers alike."
+    )  # fmt: skip
     figure = figures.lines(
-        table.assign(curve="strength " + table["strength"].map("{:g}".format)), x="layer", y="value",
+        table.assign(curve=curve), x="layer", y="value",
         low="low", high="high", group="curve", hline=0.0, hline_label="unsteered",
         title=f"Pushes of the {name} direction by which layer and strength were chosen", xlabel="layer",
         ylabel="change towards the other class (log-odds)",
     )  # fmt: skip
     caption = (
-        "The higher, the better the push does what the direction is claimed to do. Of what lies inside the interval of "
-        "the highest point the weakest strength was taken. Validation prompts; strengths are shares of the residual "
-        "norm. Bands: 95% bootstrap over families."
+        f"The higher, the better the push does what the direction is claimed to do. {taken} Validation prompts; "
+        "strengths are shares of the residual norm. Bands: 95% bootstrap over families."
     )
     return writer.figure(f"choice_{name}", figure, table="choice", caption=caption)
 

@@ -63,17 +63,20 @@ class CellEffect:
 Effects = dict[EffectKey, CellEffect]
 
 
-def effects_at(setup: Setup, who: Subjects, sources: dict[str, ContrastSource], at: str, setting: Setting) -> Effects:
-    """All four cells of both directions at one of the two settings; refusal alone where belief isn't measurable.
+def effects_at(
+    setup: Setup, who: Subjects, sources: dict[str, ContrastSource], at: str, settings: Mapping[str, Setting]
+) -> Effects:
+    """All four cells of both directions at one of the two places; refusal alone where belief isn't measurable.
 
+    `settings`: how strongly each direction is put there; null directions as strongly as the one whose place it is.
     Null directions are tried on `n_null` prompts of each class. Random ones are added only: one and its opposite are
     equally random, so what adding does is what subtracting does.
     """
-    plan, norms = setup.plan, setup.norms
+    plan, norms, setting = setup.plan, setup.norms, settings[at]
     directions = {name: source.direction(setting.layer) for name, source in sources.items()}
     done: list[Condition] = [
-        [intervene(direction, operation, setting, norms)] * len(who.prompts)
-        for direction in directions.values()
+        [intervene(direction, operation, settings[name], norms)] * len(who.prompts)
+        for name, direction in directions.items()
         for operation in STEERED
     ]
     few = who.few(plan.n_null)
@@ -150,15 +153,15 @@ def _largest(changes: Float[Tensor, "direction prompt"]) -> float:
     return float(means.abs().max()) * math.sqrt(kept)
 
 
-def effect_table(effects: Effects, settings: Mapping[str, Setting]) -> pd.DataFrame:
+def effect_table(effects: Effects, places: Mapping[str, Mapping[str, Setting]]) -> pd.DataFrame:
     """One row a number: measure, direction, at, layer, strength, operation, label, value, low, high, n and nulls."""
     return pd.DataFrame(
         [
             {
-                "measure": key.measure, "direction": key.direction, "at": key.at, "layer": settings[key.at].layer,
-                "strength": settings[key.at].strength, "operation": key.cell.operation, "label": key.cell.label,
-                "is_push": key.cell in PUSHES, **effect.change.row(), "random_max": effect.random_max,
-                "shuffled_max": effect.shuffled_max,
+                "measure": key.measure, "direction": key.direction, "at": key.at,
+                "layer": places[key.at][key.direction].layer, "strength": places[key.at][key.direction].strength,
+                "operation": key.cell.operation, "label": key.cell.label, "is_push": key.cell in PUSHES,
+                **effect.change.row(), "random_max": effect.random_max, "shuffled_max": effect.shuffled_max,
             }
             for key, effect in effects.items()
         ]

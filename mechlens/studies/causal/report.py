@@ -77,13 +77,13 @@ def _report(result: Battery, verdict: CausalVerdict, drawn: dict[str, tuple[str,
                 "How layer and strength were chosen",
                 "On validation prompts, by the push of what each direction is claimed to do: harmfulness by the change "
                 "of belief that both questions bear out, before the question (by refusal where belief isn't "
-                f"measurable), refusal by the log-odds of refusal. {_search(result.plan)} Of the pushes inside the "
-                "interval of the largest the weakest strength is taken, and at it the layer that pushes most; not from "
-                "the last fifth of the depth. The table: what became of every cell of the whole grid, each layer below "
-                "the last fifth at each strength.",
+                f"measurable), refusal by the log-odds of refusal. {_search(result.plan)} Never from the last fifth of "
+                "the depth. The table: what became of every cell of the whole grid, each layer below the last fifth at "
+                "each strength.",
                 drawn["choice"],
                 table=result.choice.cells,
             ),
+            *_calibrated(result),
             *_positions(drawn),
             _answers(result),
             _damage(result, drawn),
@@ -126,9 +126,33 @@ def _layers(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
 
 
 def _search(plan: CausalPlan) -> str:
+    if plan.calibrate_kl is not None:
+        first = "" if plan.grid == "all" else " and the best one's neighbours"
+        return f"Layers{first} at strengths of equal damage (below); the largest push is taken."
+    tried = "First layers at the middle strength, then the best one's neighbours, then the other strengths there."
     if plan.grid == "all":
-        return "Every layer is tried at every strength."
-    return "First layers at the middle strength, then the best one's neighbours, then the other strengths there."
+        tried = "Every layer is tried at every strength."
+    return (
+        f"{tried} Of the pushes inside the interval of the largest the weakest strength is taken, and at it the layer "
+        "that pushes most."
+    )
+
+
+def _calibrated(result: Battery) -> tuple[Section, ...]:
+    """Strengths of equal damage, where they were asked for."""
+    table, kl = result.calibration, result.plan.calibrate_kl
+    if kl is None or table.empty:
+        return ()
+    missed = int((~table["reached"]).sum())
+    lacks = f" At {missed} of {len(table)} it isn't reached, and these can't be chosen." if missed else ""
+    text = (
+        f"At each layer a direction has the strength at which the 95th percentile, over tokens, of the KL from the "
+        f"unsteered model's answers to harmless validation prompts is {kl:g} nats where it is added to the prompt, as "
+        f"everywhere here; it is subtracted as strongly. So directions and layers are compared at equal damage, and "
+        f"the two directions also where both are put at one layer. Null directions are as long as the one that they "
+        f"stand beside.{lacks} Passes: over all prompts with their answers."
+    )
+    return (Section("Strengths of equal damage", text, table=table),)
 
 
 def _positions(drawn: dict[str, tuple[str, ...]]) -> tuple[Section, ...]:

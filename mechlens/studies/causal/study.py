@@ -4,6 +4,7 @@ Directions come from training prompts, layers and strengths from validation prom
 test prompts, beside random directions and null directions from shuffled labels (Zhao et al. 2025, sections 3.3, 3.4).
 """
 
+import contextlib
 import functools
 import itertools
 import random
@@ -22,6 +23,7 @@ from mechlens.methods.directions.direction import Direction
 from mechlens.methods.progress import one_bar, phase
 from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.steering.equal_damage import require_kl
 from mechlens.methods.steering.interventions import residual_norms
 from mechlens.methods.steering.steering import logits_under
 from mechlens.models.bridge import LanguageModel, loaded, n_layers
@@ -35,10 +37,11 @@ from mechlens.prompts.templates.template import TemplateChoice
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
 from mechlens.studies.causal.answers import answers_under, belief_table, beliefs_under, losses_under
-from mechlens.studies.causal.choice import Choice, choose, grid_layers, middle
+from mechlens.studies.causal.choice import Choice, Strengths, choose, grid_layers
 from mechlens.studies.causal.config import (
     ANSWERING,
     BY_LAYER,
+    CALIBRATING,
     CHOOSING,
     COLLECTING,
     HELD_OUT,
@@ -52,8 +55,10 @@ from mechlens.studies.causal.config import (
 )
 from mechlens.studies.causal.directions import (
     HARMFULNESS,
+    HARMLESS,
     NAMES,
     PUSH,
+    ContrastSource,
     Setting,
     class_counts,
     sources,
@@ -98,6 +103,8 @@ class Battery:
     depth: DepthGap
     reply_layers: RepliesByLayer | None
     """None where belief isn't measurable, or a direction isn't defined."""
+    calibration: pd.DataFrame
+    """Strengths of equal damage, where they were asked for; see `Strengths.table`."""
     choice: Choice
     directions: dict[str, Direction]
     """Those tested, by name; one that too few prompts define is missing."""
@@ -129,9 +136,10 @@ class Battery:
         """Every table of the record."""
         tables = {
             "refusals_by_layer": self.refusal_layers.table,
+            "calibration": self.calibration,
             "choice": self.choice.table,
             "choice_cells": self.choice.cells,
-            "cells": effect_table(self.effects, self.choice.chosen),
+            "cells": effect_table(self.effects, self.choice.places),
             "by_question": self.unsteered.by_question,
             "beliefs": self.beliefs,
             "steered_answers": self.answers,
@@ -153,7 +161,7 @@ class Battery:
         return lines(told, {"prompts": self.split.sizes, **self.directions})
 
     def _repr_html_(self) -> str:
-        return html_with(repr(self), effect_table(self.effects, self.choice.chosen))
+        return html_with(repr(self), effect_table(self.effects, self.choice.places))
 
 
 def work_ahead(model: LanguageModel, plan: CausalPlan, test: Subjects, *, believes: bool = True) -> dict[str, float]:
@@ -218,20 +226,21 @@ def run_battery(
         with phase(BY_LAYER):
             refusal_layers = refusal_by_layer(setup, test, contrasts)
             depth = depth_gap(refusal_layers, plan.seed, plan.resamples)
+        strengths = _strengths(setup, contrasts, validation, answers.select(split.validation))
+        compared = _compared(strengths, layers)
         reply_layers = None
         if setup.believes:
             with phase(REPLIES):
-                settings = [Setting(layer, middle(plan.strengths)) for layer in layers]
-                reply_layers = replies_by_layer(setup, validation, contrasts, settings)
+                reply_layers = replies_by_layer(setup, validation, contrasts, compared)
         with phase(CHOOSING):
             known = {HARMFULNESS: reply_layers.pushes[HARMFULNESS]} if reply_layers else {}
-            choice = choose(setup, validation, contrasts, layers, known)
+            choice = choose(setup, validation, strengths, layers, known)
             chosen = choice.chosen
             positions = by_position(setup, validation, contrasts, chosen) if plan.every_position else pd.DataFrame()
         with phase(HELD_OUT):
             effects: Effects = {}
-            for at, setting in chosen.items():
-                effects |= effects_at(setup, test, contrasts, at, setting)
+            for at, settings in choice.places.items():
+                effects |= effects_at(setup, test, contrasts, at, settings)
         with phase(IN_WORDS):
             directions = {name: source.direction(chosen[name].layer) for name, source in contrasts.items()}
             said = _in_words(setup, test, directions, chosen, unsteered, judged.answers.select(split.test))
@@ -244,6 +253,7 @@ def run_battery(
         refusal_layers=refusal_layers,
         depth=depth,
         reply_layers=reply_layers,
+        calibration=strengths.table(),
         choice=choice,
         directions=directions,
         effects=effects,
@@ -254,6 +264,18 @@ def run_battery(
         counts=class_counts(judged, split.train),
         plan=plan,
     )
+
+
+def _strengths(setup: Setup, contrasts: dict[str, ContrastSource], validation: Subjects, said: Answers) -> Strengths:
+    """Damage is measured on harmless validation prompts and what the model says to them."""
+    harmless = validation.of(HARMLESS)
+    return Strengths(setup, contrasts, validation.batch.select(harmless), said.select(harmless))
+
+
+def _compared(strengths: Strengths, layers: Sequence[int]) -> dict[str, list[Setting]]:
+    """By direction the settings at which layers are compared."""
+    with contextlib.nullcontext() if strengths.plan.calibrate_kl is None else phase(CALIBRATING):
+        return {name: strengths.compared(name, layers) for name in strengths.sources}
 
 
 def _tokens(model: LanguageModel, validation: Subjects, first_token: FirstTokenJudgement) -> ReadTokens:
@@ -330,6 +352,10 @@ def _require_choices(config: Causal) -> None:
     """UserError where there is no layer or strength to choose from, or two options that say different things."""
     if not config.strengths or min(config.strengths) <= 0:
         raise UserError(f"the strengths are {config.strengths}; give at least one, all above 0")
+    if config.calibrate_kl is not None:
+        require_kl(config.calibrate_kl)
+        if config.strengths != Causal.strengths:
+            raise UserError("--calibrate-kl finds the strengths; leave --strengths out")
     if config.coefficient == 0:
         raise UserError("the coefficient is 0, which adds nothing; the published one is 1")
     if min(config.layers, default=1) < 1:

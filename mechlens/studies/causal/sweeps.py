@@ -1,6 +1,6 @@
 """What the two directions do at every layer, and from every position: the figures of Zhao et al. 2025."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -130,7 +130,6 @@ def _scaled(profiles: Float[Tensor, "layer family"]) -> Float[Tensor, "layer fam
 class RepliesByLayer:
     """Each direction added and subtracted at some layers, in the paper's scope."""
 
-    settings: tuple[Setting, ...]
     pushes: dict[str, Float[Tensor, "setting prompt"]]
     """By direction: change of belief towards the other class, added to harmless and subtracted from harmful ones."""
     table: pd.DataFrame
@@ -138,14 +137,15 @@ class RepliesByLayer:
 
 
 def replies_by_layer(
-    setup: Setup, who: Subjects, sources: dict[str, ContrastSource], settings: Sequence[Setting]
+    setup: Setup, who: Subjects, sources: dict[str, ContrastSource], compared: Mapping[str, Sequence[Setting]]
 ) -> RepliesByLayer:
-    """All four cells at every setting, both questions each."""
+    """All four cells at every setting of each direction, both questions each."""
     n = len(who.prompts)
     rows: list[dict[str, object]] = []
     by_name = {}
     for name, source in sources.items():
         conditions: list[Condition] = [[None] * n]
+        settings = compared[name]
         for setting in settings:
             direction = source.direction(setting.layer)
             conditions += [[intervene(direction, operation, setting, setup.norms)] * n for operation in STEERED]
@@ -157,7 +157,7 @@ def replies_by_layer(
         for k, setting in enumerate(settings):
             for j, operation in enumerate(STEERED):
                 rows += _said(who, replies, 1 + 2 * k + j, (name, operation), setting, setup.plan)
-    return RepliesByLayer(tuple(settings), by_name, pd.DataFrame(rows))
+    return RepliesByLayer(by_name, pd.DataFrame(rows))
 
 
 def _said(
