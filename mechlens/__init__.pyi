@@ -103,6 +103,7 @@ from mechlens.methods.geometry.similarity.similarity import without_massive as w
 from mechlens.methods.guard.fitted import FittedGuard as FittedGuard
 from mechlens.methods.guard.fitted import GuardVerdict as GuardVerdict
 from mechlens.methods.guard.guard import GuardEstimator as GuardEstimator
+from mechlens.methods.guard.inspect_scorer import guard_scorer as guard_scorer
 from mechlens.methods.patching.heads import HeadScores as HeadScores
 from mechlens.methods.patching.heads import chosen_heads as chosen_heads
 from mechlens.methods.patching.heads import head_scores as head_scores

@@ -61,6 +61,7 @@ def many(n: int, what: str) -> str:
 EXTRAS = {
     "finetune": ("accelerate",),
     "gguf": ("gguf", "sentencepiece"),
+    "inspect": ("inspect_ai",),
     "quantise": ("bitsandbytes", "torchao", "accelerate"),
     "reward": ("trl", "accelerate"),
     "workspaces": ("wandb_workspaces",),
