@@ -39,6 +39,9 @@ def test_sums_are_sums_of_vectors() -> None:
     assert torch.equal((np.float64(0.5) * A).vector, (A * 0.5).vector)
     assert torch.allclose((A + 0.5 * B - 2 * C).vector, A.vector + 0.5 * B.vector - 2 * C.vector, atol=1e-6)
     assert (A / A.norm).norm == pytest.approx(1)
+    assert sum([A, B, C]) == A + B + C
+    with pytest.raises(ml.UserError, match="can't be divided by 0"):
+        A / 0
 
 
 def test_the_laws_of_a_vector_space_hold_to_the_bit() -> None:

@@ -15,7 +15,6 @@ from saved import left_unfinished, save_model, write_prompts
 from sentence import require_one_sentence, require_short
 from shown import require_shown
 
-import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
@@ -449,9 +448,9 @@ def test_the_whole_grid_is_every_layer_that_can_be_chosen_at_every_strength(mode
     setup = Setup(model, residual_norms(acts), found.tokens, plan, None, believes=True)
     said = found.judged.answers.select(found.split.validation)
 
-    def chosen(layers: tuple[int, ...], **options: Any) -> Any:
+    def chosen(first: tuple[int, ...], **options: Any) -> Any:
         own = replace(setup, plan=replace(plan, **options))
-        return choose(own, who, Strengths(own, contrasts, who.batch, said), layers, {})
+        return choose(own, who, Strengths(own, contrasts, who.batch, said), first, {})
 
     coarse = chosen((2,))
     whole = chosen((2,), grid="all")
@@ -469,7 +468,7 @@ def test_the_whole_grid_is_every_layer_that_can_be_chosen_at_every_strength(mode
     assert asked.set_index(["direction", "outcome"])["n"]["refusal", "not tried: layer not asked for"] == 4
 
 
-def kl_percentile(model: Any, push: Any, batch: Any, said: Any) -> float:
+def kl_percentile(push: Any, batch: Any, said: Any) -> float:
     """Whole passes of each prompt with its answer, with a hook of PyTorch's that adds to the prompt's tokens."""
     hf_model, kls = planted.planted_model()[0], []
     for i, tokens in enumerate(said.tokens):
@@ -492,35 +491,35 @@ def kl_percentile(model: Any, push: Any, batch: Any, said: Any) -> float:
 
 def test_at_equal_damage_each_direction_has_its_own_strength_at_each_layer(model: Any, found: Battery) -> None:
     """Put into the model by hand, every strength that was found damages harmless answers by the KL asked for."""
-    plan = replace(PLAN, layers=(1, 3), strengths=CausalPlan.strengths, calibrate_kl=0.05, n_null=2)
-    battery = run_battery(model, *planted.planted_requests(N), replace(plan, random_directions=2))
-    table = battery.calibration.set_index(["direction", "layer"])
-    assert set(table.index) == {(name, layer) for name in NAMES for layer in (1, 3)}
+    acts = collect(model, found.judged.prompts, positions=["inst", "post[*]"])
+    contrasts, norms = sources(found.judged, acts, found.split.train), residual_norms(acts)
+    who = subjects([found.judged.prompts[i] for i in found.split.validation], template_of(model))
+    harmless, said = who.of(HARMLESS), found.judged.answers.select(found.split.validation)
+    plan = replace(PLAN, layers=(1, 2), calibrate_kl=0.05)
+    setup = Setup(model, norms, found.tokens, plan, None, believes=False)
+
+    def strengths(plan: CausalPlan) -> Strengths:
+        own = replace(setup, plan=plan)
+        return Strengths(own, contrasts, who.batch.select(harmless), said.select(harmless))
+
+    own = strengths(plan)
+    choice = choose(setup, who, own, (1, 2), {})
+    table = own.table().set_index(["direction", "layer"])
+    assert set(table.index) == {(name, layer) for name in NAMES for layer in (1, 2)}
     assert table["reached"].all()
-    rows = [i for i in battery.split.validation if battery.judged.prompts[i].label == HARMLESS]
-    asked = ml.tokenize([battery.judged.prompts[i] for i in rows], template_of(model))
-    said = battery.judged.answers.select(rows)
-    acts = collect(model, battery.judged.prompts, positions=["inst", "post[*]"])
-    contrasts = sources(battery.judged, acts, battery.split.train)
-    norms = residual_norms(acts.select(battery.split.train))
     for (name, layer), row in table.iterrows():
         push = intervene(contrasts[name].direction(layer), "add", Setting(layer, row["strength"]), norms)
-        assert kl_percentile(model, push, asked, said) == pytest.approx(row["kl"], rel=1e-3)
+        assert kl_percentile(push, own.harmless, own.said) == pytest.approx(row["kl"], rel=1e-3)
         assert row["kl"] == pytest.approx(0.05, rel=TOLERANCE)
     for at in NAMES:  # at one layer both directions damage alike, and so have strengths of their own
-        layer = battery.choice.chosen[at].layer
-        for name in NAMES:
-            assert battery.choice.places[at][name] == Setting(layer, table.loc[(name, layer), "strength"])
-    cells = battery.tables()["cells"]
-    assert len(cells.groupby(["at", "direction"])["strength"].unique()) == 4
-    whole = battery.choice.cells.set_index(["direction", "outcome"])["n"]
-    assert whole.groupby("direction").sum().tolist() == [3, 3]
-
-
-def test_a_kl_that_is_never_reached_and_strengths_beside_it_are_told(model: Any) -> None:
-    plan = replace(SMALLER, strengths=CausalPlan.strengths, calibrate_kl=1e6)
+        layer = choice.chosen[at].layer
+        assert choice.places[at] == {name: Setting(layer, table.loc[(name, layer), "strength"]) for name in NAMES}
+        mine = choice.table[choice.table["direction"] == at]
+        assert layer == mine.loc[mine["value"].idxmax(), "layer"]  # simply the largest push
+    assert choice.cells.groupby("direction")["n"].sum().tolist() == [3, 3]
+    never = replace(plan, calibrate_kl=1e6)
     with pytest.raises(UserError, match=r"reaches 1e\+06 nats at none of the layers 1; give a smaller"):
-        run_battery(model, *planted.planted_requests(N), plan)
+        choose(replace(setup, plan=never), who, strengths(never), (1,), {})
 
 
 # The command line
@@ -628,13 +627,24 @@ def test_a_mistake_is_said_in_one_line(
     assert MISTAKES[mistake] in said[0]
 
 
-def test_a_model_that_answers_nothing_to_the_question_is_told_so(tmp_path: Path, words: list[str]) -> None:
+def test_a_model_that_answers_nothing_to_the_question_is_told_so(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_model(tmp_path / "noise")
     swapped = [str(model) if word == words[2] else word for word in words]
+    at = swapped.index("--strengths")
+    swapped[at : at + 2] = ["--calibrate-kl", "0.05"]
     main([*swapped, "--out", str(tmp_path / "out"), "--wandb.mode", "disabled"])
     run = read_run(tmp_path / "out")
     assert run.verdict is not None
     assert run.verdict.startswith("Not measurable. ")
+    calibrated = pd.read_parquet(tmp_path / "out" / "tables" / "calibration.parquet")
+    cells = pd.read_parquet(tmp_path / "out" / "tables" / "cells.parquet")
+    assert set(calibrated["strength"]) == set(cells["strength"])
+    assert "Strengths of equal damage" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        main([*swapped, "--strengths", "0.5", "--out", str(tmp_path / "both")])
+    assert "--calibrate-kl finds the strengths; leave --strengths out" in capsys.readouterr().err
 
 
 def test_of_pushes_that_do_as_much_the_weakest_is_chosen() -> None:

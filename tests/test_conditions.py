@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,3 +207,40 @@ def test_what_can_not_be_decided_is_said() -> None:
         logits_under(
             other, batch_of("gpt2"), [When(when, Add(direction("gpt2"), strength=1.0, unit="raw", layers=(2,)))]
         )
+
+
+def test_rows_that_act_before_others_are_decided() -> None:
+    """In one batch, at one layer: prompts outright and by an early condition, answers by one at the last level."""
+    model, batch = made("llama"), batch_of("llama")
+    early, late = condition("llama"), condition("llama", level=3)
+    push, turn = add("llama", 2.0), add("llama", -2.0, phase="generation")
+    rows = [[When(early, push)], [When(late, turn)], [push], [When(late, turn, holds=False)]]
+    held, at_end = holding("llama", early), holding("llama", late)
+    come_to: list[list[Intervention]] = [
+        [push] if held[0] else [], [turn] if at_end[1] else [], [push], [] if at_end[3] else [turn]
+    ]  # fmt: skip
+    got = answer_under(model, batch, rows, max_new_tokens=NEW)
+    assert got.tokens == told(model, batch, come_to, got.tokens)
+
+
+def test_a_condition_reads_what_another_has_left_below() -> None:
+    model, batch = made("llama"), batch_of("llama")
+    first, second = condition("llama"), condition("llama", level=2)
+    push, turn = add("llama", 2.0), add("llama", -1.0, layers=(2,), seed=3)
+    come_to: list[list[Intervention]] = []
+    for i, held in enumerate(holding("llama", first)):
+        one, own = batch.select([i]), [push] if held else []
+        with applied(model, own, one):
+            x = collect(model, one, levels=(2,), positions=("last",)).at(2, "last")
+        come_to.append([*own, turn] if bool(second(x.unsqueeze(1))[0]) else [*own])
+    assert len({len(own) for own in come_to}) > 1
+    got = answer_under(model, batch, [When(first, push), When(second, turn)], max_new_tokens=NEW)
+    assert got.tokens == told(model, batch, come_to, got.tokens)
+
+
+def test_what_is_no_condition_is_said() -> None:
+    own = condition("llama").direction
+    with pytest.raises(UserError, match="the condition's threshold is nan; give a number"):
+        Projection(own, threshold=math.nan)
+    with pytest.raises(UserError, match="read at attn_out, and a condition reads the residual stream"):
+        Projection(replace(own, site="attn_out"), threshold=0.0)

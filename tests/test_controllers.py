@@ -243,3 +243,49 @@ def test_what_can_not_be_fitted_or_used_is_said() -> None:
         fitted("llama", reads=(9,))
     with pytest.raises(UserError, match="controller"):
         logits_under(made("gpt2"), batch_of("gpt2"), [Controlled(fitted("llama"), strength=1.0)])
+
+
+def test_a_plan_that_leaves_no_layer_or_names_no_token_is_said() -> None:
+    with pytest.raises(UserError, match="level 3 is to be read and none of the layers 0 to 2 is above"):
+        fitted("llama", reads=(3,), layers=())
+    with pytest.raises(UserError, match="there is no token 99999, only 0 to 269"):
+        fit_controller(made("llama"), prompts(), ControllerPlan(reads=(1,), epochs=1), refusal_tokens=(99999,))
+    with pytest.raises(UserError, match="the strength is nan"):
+        Controlled(fitted("llama"), strength=float("nan"))
+
+
+def test_a_file_that_was_tampered_with_is_refused() -> None:
+    """Whatever number or size in it doesn't fit, before it steers."""
+    controller = fitted("llama")
+    own = controller.network
+    narrow = replace(own, centre=own.centre[:-1], spread=own.spread[:-1], inner=own.inner[:, :-1])
+    for changed, said in (
+        ({"directions": controller.directions * float("nan")}, "not finite"),
+        ({"network": replace(own, outer=own.outer * float("inf"))}, "not finite"),
+        ({"network": narrow}, "isn't made for 2 layers and 1 places of 32"),
+        ({"reads": ((0, "last"), (1, "last"))}, "isn't made for 2 layers and 2 places"),
+    ):
+        with pytest.raises(UserError, match=said):
+            replace(controller, **changed)
+
+
+def test_a_number_that_all_training_prompts_share_does_not_drown_the_rest() -> None:
+    """In half precision one that is large and hardly moves is often the same in all of them, and not in the next."""
+    controller = fitted("llama", reads=(0, 1))  # at level 0 the template's last token is one and the same
+    assert torch.equal(controller.network.spread[:32], torch.ones(32))
+    assert float(controller.network.spread[32:].max()) != 1.0
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_its_constant_part_is_what_it_adds_with_an_open_gate_and_even_weights(published: bool) -> None:
+    model, batch = made("llama"), batch_of("llama")
+    controller = fitted("llama", published=published)
+    even = replace(opened(controller, 1.0 if published else 1e9), fixed=torch.full((2,), 0.5))
+    directions = controller.constant(0.8)
+    assert [one.level for one in directions] == [2, 3] if published else [1, 2]
+    pushes = [
+        ml.Add(one, strength=1.0, unit="raw", layers=(layer,), site=controller.site, phase=controller.phase)
+        for one, layer in zip(directions, controller.layers, strict=True)
+    ]
+    said = answer_under(model, batch, pushes, max_new_tokens=NEW)
+    assert said.tokens == answer_under(model, batch, [Controlled(even, strength=0.8)], max_new_tokens=NEW).tokens

@@ -172,3 +172,19 @@ def test_a_push_needs_a_strength_to_begin_with(world: Any) -> None:
         ml.calibrate(world[1], push(world[2], 0.0), PROMPTS)
     with pytest.raises(ml.UserError, match="an Ablate has no strength to be calibrated"):
         equal_damage._require(ml.Ablate(world[2]), 1.0)
+
+
+def test_too_strong_a_push_to_begin_with_and_one_that_overflows(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    strong = on_curve(lambda x: x, world, monkeypatch, first=1e6)
+    assert not strong.reached
+    assert strong.passes == len(strong.tried) == 2 + equal_damage.DOUBLINGS  # nothing is looked for where nothing is
+    assert strong.caution == "at strength 977, the weakest tried, it's 977 nats; begin with a weaker push"
+    monkeypatch.undo()
+    _, model, direction = world
+    with monkeypatch.context() as patched:
+        patched.setattr(equal_damage._Meter, "_kl", lambda meter, one: torch.tensor(
+            [math.nan if one.strength > 1 else one.strength], dtype=torch.float64
+        ))  # fmt: skip
+        found = ml.calibrate(model, push(direction, 8.0), PROMPTS, 0.5, max_new_tokens=TOKENS)
+    assert found.reached, found
+    assert found.tried[-1] == (8.0, math.inf)

@@ -274,3 +274,33 @@ def test_the_commands_take_it_out_and_in(
     assert "to be added to the output of block 1" in capsys.readouterr().out
     main(["directions", "import", "--direction", str(out), "--out", str(back)])
     assert torch.equal(ml.open(back).vector, direction.vector)
+
+
+def test_a_strength_that_no_file_can_hold_is_refused(world: Any, tmp_path: Path) -> None:
+    path = tmp_path / "v.pt"
+    for strength, said in ((0.0, "is 0, with which"), (float("nan"), "is nan, with which"), (1e300, "too long for")):
+        with pytest.raises(ml.UserError, match=said):
+            ml.export_direction(world[2][2], path, "lm-eval", strength=strength)
+        assert not path.exists()
+    with pytest.raises(ml.UserError, match="blocks is ''; give what the model calls its list of blocks"):
+        ml.export_direction(world[2][2], path, "lm-eval", blocks="")
+
+
+def test_a_controllers_constant_part_goes_out(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, model, _ = world
+    prompts = [replace(one, label={"a": "harmful", "b": "harmless"}[one.label]) for one in PROMPTS]
+    plan = ml.ControllerPlan(reads=(1,), layers=(1, 2), epochs=1, hidden=8)
+    controller = replace(ml.fit_controller(model, prompts, plan), evidence={"strength": 0.3})
+    (tmp_path / "run").mkdir()
+    ml.save(controller, tmp_path / "run" / "controller.safetensors")
+    given = ["directions", "export", "--direction", str(tmp_path / "run"), "--format"]
+    main([*given, "steering-vectors", "--strength", "2", "--out", str(tmp_path / "v.pt")])
+    assert "to be added to the output of block 1" in capsys.readouterr().out
+    grid = ml.open(tmp_path / "v.pt")
+    for one in controller.constant(0.6):
+        assert torch.allclose(grid.at(one.level, "last").vector, one.vector, atol=1e-6)
+    main([*given, "gguf", "--layer", "2", "--out", str(tmp_path / "v.gguf")])
+    assert ml.open(tmp_path / "v.gguf").level == 2
+    with pytest.raises(SystemExit):
+        main([*given, "gguf", "--layer", "3", "--out", str(tmp_path / "w.gguf")])
+    assert "the controller adds at levels [1, 2], and not at 3" in capsys.readouterr().err

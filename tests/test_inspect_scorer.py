@@ -62,7 +62,6 @@ def asked(texts: list[str], targets: list[str]) -> list[Any]:
     ]
 
 
-@pytest.mark.exact
 def test_it_says_of_each_sample_what_the_guard_says(inspect_ai: Any, guard: Any, model: Any, tmp_path: Path) -> None:
     texts = [f"{text} {mark}" for text in words(4) for mark in ("XXXX", "mmmm")]
     said = guard(model, texts)
@@ -83,7 +82,6 @@ def test_it_says_of_each_sample_what_the_guard_says(inspect_ai: Any, guard: Any,
     assert log.results.scores[0].metrics["accuracy"].value == pytest.approx(sum(flags) / len(flags))
 
 
-@pytest.mark.exact
 def test_messages_are_read_as_a_prompt(inspect_ai: Any, guard: Any, model: Any, tmp_path: Path) -> None:
     from inspect_ai.dataset import Sample
     from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessageUser
@@ -96,7 +94,6 @@ def test_messages_are_read_as_a_prompt(inspect_ai: Any, guard: Any, model: Any, 
     assert log.samples[0].scores["latent_guard"].metadata["score"] == pytest.approx(one.score, rel=1e-3)
 
 
-@pytest.mark.exact
 def test_a_target_that_says_nothing_is_told(inspect_ai: Any, guard: Any, model: Any, tmp_path: Path) -> None:
     log = evaluated(inspect_ai, ml.guard_scorer(model, guard), asked(["the"], ["42"]), tmp_path)
     assert log.status == "error"

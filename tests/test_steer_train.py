@@ -153,6 +153,8 @@ def test_a_controller_steers_one_prompt_at_the_command_line(recorded: Path, caps
         (text,) = ml.answer_under(model, [asked], done, max_new_tokens=3).texts
         assert text in said.partition(f"{name} (" if done else f"{name}:")[2]
     assert re.search(r"gate \d\.\d\d at strength", said)
+    main([str(word) for word in (*given, "--controller", recorded / "out", "--strength", "0.5")])
+    assert "at strength 0.5 of the residual norm" in capsys.readouterr().out  # as it was typed
     wrong = {
         ("--controller", recorded / "out", "--unit", "raw"): "--unit is of a direction",
         ("--controller", recorded / "out", "--direction", recorded / "out"): "one of them",

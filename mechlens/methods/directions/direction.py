@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -80,8 +81,13 @@ class Direction(Comparable):
 
     __rmul__ = __mul__
 
+    def __radd__(self, other: object) -> "Direction":
+        return self if other == 0 else _combined((1, other), (1, self))  # Python's sum begins with 0
+
     def __truediv__(self, divisor: Any) -> "Direction":
-        return _combined((1 / divisor, self))
+        if isinstance(divisor, Real) and divisor == 0:
+            raise UserError("a direction can't be divided by 0; give another number")
+        return _combined((1 / divisor if isinstance(divisor, Real) else divisor, self))
 
     def __neg__(self) -> "Direction":
         return _combined((-1, self))

@@ -4,6 +4,7 @@ The condition is read from the prompt's own pass at an early level, each row of 
 so at blocks above. Lee et al. 2025 (CAST) steer where a direction's projection says so; a Latent Guard says it too.
 """
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -14,7 +15,7 @@ from mechlens.errors import UserError, kind_of
 from mechlens.methods.directions.direction import Direction, require_is_direction
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.guard import GuardEstimator
-from mechlens.methods.steering.interventions import Act
+from mechlens.methods.steering.interventions import Act, require_number
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.same import digest
 
@@ -39,6 +40,12 @@ class Projection:
 
     def __post_init__(self) -> None:
         require_is_direction(self.direction)
+        require_number(self.threshold, "condition's threshold")
+        if self.direction.site != "resid":
+            raise UserError(
+                f"the condition's direction was read at {self.direction.site}, and a condition reads the residual "
+                "stream; take one read there"
+            )
         if not self.direction.norm > 0:
             raise UserError("the condition's direction has length 0, so every prompt lies alike; make it anew")
 
@@ -131,8 +138,9 @@ class When:
             raise UserError(
                 f"the condition is {kind_of(given)}; give ml.Projection(direction, threshold=0.5) or a guard"
             )
-        wrong = [one for one in self._listed if not isinstance(one, Act)]
-        if wrong or not self._listed:
+        given_acts = self.act if isinstance(self.act, Sequence) else (self.act,)
+        wrong = [one for one in given_acts if not isinstance(one, Act)]
+        if wrong or not given_acts:
             said = kind_of(wrong[0]) if wrong else "nothing"
             raise UserError(f"what happens then is {said}; give ml.Add, ml.Ablate or ml.Replace")
         object.__setattr__(self, "condition", given)

@@ -78,7 +78,9 @@ class Calibration:
     def caution(self) -> str:
         """What to know before strengths are compared; empty where it went well."""
         if not self.reached:
-            strongest, most = self.tried[-1]
+            (_, (weakest, least), *_), (strongest, most) = self.tried, self.tried[-1]
+            if least > self.target:
+                return f"at strength {weakest:.3g}, the weakest tried, it's {least:.3g} nats; begin with a weaker push"
             if most < self.target:
                 return (
                     f"{self.target:g} nats aren't reached: at strength {strongest:.3g}, the last tried, it's {most:.3g}"
@@ -142,7 +144,7 @@ def calibrated(
     meter = _Meter(model, push, batch, said, force)
     low, high = _bracket(meter, abs(push.strength), kl)
     for _ in range(BISECTIONS):
-        if math.isinf(high) or meter.near(kl):
+        if math.isinf(high) or not low or meter.near(kl):
             break
         middle = math.sqrt(low * high)
         low, high = (middle, high) if meter.at(middle) < kl else (low, middle)
@@ -156,7 +158,10 @@ def calibrated(
 
 
 def _bracket(meter: "_Meter", first: float, kl: float) -> tuple[float, float]:
-    """A strength below the KL and one at or above it, a doubling apart; infinity where none is strong enough."""
+    """A strength below the KL and one at or above it, a doubling apart.
+
+    Infinity where none is strong enough, 0 where none is weak enough.
+    """
     strength = first
     if meter.at(first) < kl:
         for _ in range(DOUBLINGS):
@@ -167,8 +172,8 @@ def _bracket(meter: "_Meter", first: float, kl: float) -> tuple[float, float]:
     for _ in range(DOUBLINGS):
         strength /= 2
         if meter.at(strength) < kl:
-            break
-    return strength, strength * 2
+            return strength, strength * 2
+    return 0.0, strength
 
 
 class _Meter:
@@ -184,14 +189,17 @@ class _Meter:
         self.longest = max(len(batch.row(i)) + len(said.tokens[i]) for i in self.rows)
         self.tokens = sum(len(said.tokens[i]) for i in self.rows)
         self.clean: dict[int, Tensor] = {}
-        self.known = {0.0: float(self._kl(replace(push, strength=0.0)).quantile(PERCENTILE))}
-        self.passes = 1
+        self.known: dict[float, float] = {}
+        self.passes = 0
+        self.at(0.0)
 
     def at(self, strength: float) -> float:
         """The 95th percentile of the tokens' KL."""
         if strength not in self.known:
             one = replace(self.push, strength=math.copysign(strength, self.push.strength))
-            self.known[strength] = float(self._kl(one).quantile(PERCENTILE))
+            found = float(self._kl(one).quantile(PERCENTILE))
+            # A push that overflows has broken the model altogether.
+            self.known[strength] = math.inf if math.isnan(found) else found
             self.passes += 1
         return self.known[strength]
 

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from numbers import Real
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, quoted
 from mechlens.methods.activations.activations import Activations, stored_name
 from mechlens.methods.directions.direction import Direction, require_is_direction
 from mechlens.models.checkpoint import Checkpoint
@@ -307,6 +308,12 @@ def _check_answer(phase: Phase, answer_tokens: int | None) -> None:
         raise UserError(f"answer_tokens is {answer_tokens}; give at least 1, or choose phase='prompt'")
     if phase == "prompt":
         raise UserError(f"answer_tokens={answer_tokens} with phase='prompt' changes no answer; choose phase='both'")
+
+
+def require_number(given: object, what: str) -> None:
+    """UserError for what is no number."""
+    if isinstance(given, bool) or not isinstance(given, Real) or math.isnan(given):
+        raise UserError(f"the {what} is {quoted(given)}; give a number, such as 0.5")
 
 
 def _check_strength(direction: Direction, strength: float, unit: Unit) -> None:

@@ -8,6 +8,7 @@ lm-eval and steering-vectors read files of `torch.save`, which are pickles: this
 writes any, and what it writes is tensors, numbers and text alone, so that `torch.load(weights_only=True)` reads it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from mechlens.errors import UserError, many, require_extra
+from mechlens.errors import UserError, many, quoted, require_extra
 from mechlens.files import AnyPath, user_path, whole_file
 from mechlens.methods.directions.direction import Direction, require_is_direction
 from mechlens.methods.steering.interventions import Unit
@@ -58,10 +59,17 @@ def export_direction(
     >>> bool((again.vector == direction.vector).all()), again.level, again.checkpoint.name
     (True, 2, 'foreign')
     """
-    several = [direction] if isinstance(direction, Direction) else list(direction)
+    several = list(direction) if isinstance(direction, Sequence) else [direction]
     file = user_path(path)
     require_exportable(several, file, format)
+    if not all(part.isidentifier() for part in blocks.split(".")):
+        raise UserError(f"blocks is {quoted(blocks)}; give what the model calls its list of blocks, such as {BLOCKS}")
+    if not math.isfinite(strength) or strength == 0:
+        raise UserError(f"the strength is {strength:g}, with which nothing can be added; give another, such as 1")
     factors = [strength * length_of(one, unit) for one in several]
+    # A direction of another type may be longer than float32, which all of them read, can say.
+    if not all(bool(torch.isfinite(_scaled(one, times)).all()) for one, times in zip(several, factors, strict=True)):
+        raise UserError(f"with a strength of {strength:g} the vector is too long for float32; give a smaller one")
     with whole_file(file) as partial:
         _WRITERS[format](partial, list(zip(several, factors, strict=True)), blocks)
     return file

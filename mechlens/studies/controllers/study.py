@@ -4,6 +4,7 @@ Hegazy et al. 2025 (Guiding Giants). Test prompts are held-out ones of the train
 and, where templates are given, the held-out ones inside jailbreak templates.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -94,7 +95,7 @@ class ControllerResult:
 
 def prepare(config: SteerTrain) -> Preparation[Asked]:
     """Prompts and model; UserError for whatever can't be had."""
-    if not config.strengths or min(config.strengths) <= 0:
+    if not config.strengths or not all(0 < one < math.inf for one in config.strengths):
         raise UserError("strengths are shares of the residual norm; give one or more above 0, such as --strengths 0.1")
     if not 0 <= config.heads <= 1:
         raise UserError(f"heads is {config.heads:g}; it is a share of all heads, from 0 to 1")

@@ -24,7 +24,11 @@ class OneDirection(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportDirection(OneDirection):
-    """Write a direction for lm-eval, repeng and llama.cpp, or steering-vectors, to steer with there."""
+    """Write a direction for lm-eval, repeng and llama.cpp, or steering-vectors, to steer with there.
+
+    Of a controller (its file or run) it is the part that is the same for every prompt: what it adds at each layer, or
+    at --layer, where its gate is open and its weights are alike, at the strength that its run chose.
+    """
 
     format: Literal["gguf", "lm-eval", "steering-vectors"]
     """gguf is for repeng and llama.cpp; the other two are .pt files of plain tensors."""

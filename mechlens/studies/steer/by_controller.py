@@ -16,7 +16,7 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs import artifacts
 from mechlens.studies.shared.inputs import Check
-from mechlens.studies.steer.config import Steer
+from mechlens.studies.steer.config import STRENGTH, Steer
 
 FILE = "controller.safetensors"
 ELSE = ("layer", "position", "operation", "unit", "calibrate_kl")
@@ -48,8 +48,8 @@ def controlled(
     config: Steer, controller: Controller, model: LanguageModel, template: ChatTemplate, prompt: Prompt
 ) -> tuple[Controlled, str]:
     """What is done to the prompt, and in words how strongly."""
-    chosen = controller.evidence.get("strength") if config.strength == Steer.strength else None
-    one = Controlled(controller, strength=config.strength if chosen is None else chosen)
+    chosen = controller.evidence.get("strength", STRENGTH) if config.strength is None else config.strength
+    one = Controlled(controller, strength=chosen)
     gate, weights = controller.decide(read_values(model, tokenize([prompt], template), controller))
     order = weights[0].argsort(descending=True)[:3].tolist()
     return one, (

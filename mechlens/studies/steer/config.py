@@ -7,14 +7,17 @@ from typing import Literal
 from mechlens.settings import STEERED_TOKENS, ModelChoice, PositiveInt
 from mechlens.studies.registry import Command
 
+STRENGTH = 0.5
+"""Of a direction, where nobody says."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Steer(ModelChoice):
     """Answer one prompt with and without a direction, side by side: a quick look, nothing is recorded.
 
     >>> from pathlib import Path
-    >>> ml.Steer(direction=Path("runs/formal/direction.safetensors"), prompt="How are you?").strength
-    0.5
+    >>> ml.Steer(direction=Path("runs/formal/direction.safetensors"), prompt="How are you?").unit
+    'share'
     """
 
     direction: Path | None = None
@@ -32,8 +35,8 @@ class Steer(ModelChoice):
     """Position taken from a file that has several, such as inst or last."""
     operation: Literal["add", "ablate"] = "add"
     """add: strength times the direction, at one layer. ablate: its component removed, everywhere."""
-    strength: float = 0.5
-    """How much is added; negative subtracts. Of a controller left alone it is the one that its run chose."""
+    strength: float | None = None
+    """How much is added; negative subtracts. None: 0.5 of a direction, and of a controller what its run chose."""
     calibrate_kl: float | None = None
     """Finds the strength: that at which the KL from the unsteered answers to harmless prompts is so many nats (95th
     percentile over tokens). Of --strength only the sign counts then."""

@@ -32,7 +32,7 @@ from mechlens.runs.vectors.direction_files import read_direction
 from mechlens.studies.registry import Screen
 from mechlens.studies.shared.inputs import asks, chosen_model
 from mechlens.studies.steer.by_controller import controlled, fits, read_controller
-from mechlens.studies.steer.config import Steer
+from mechlens.studies.steer.config import STRENGTH, Steer
 
 UNSTEERED, STEERED = "unsteered", "steered"
 Told = Callable[[str, str], None]
@@ -74,9 +74,9 @@ def execute(config: Steer, screen: Screen) -> None:
 
 def steer(config: Steer, told: Told | None = None) -> BothAnswers:
     """Both answers, one after the other; `told` hears of them while they are written."""
-    if config.operation == "ablate" and config.strength != Steer.strength:
+    if config.operation == "ablate" and config.strength is not None:
         raise UserError("an ablation has no strength; leave --strength out, or add instead")
-    if not math.isfinite(config.strength):
+    if not math.isfinite(config.strength or 0.0):
         raise UserError(f"the strength is {config.strength}; give a finite number")
     if config.calibrate_kl is not None:
         require_kl(config.calibrate_kl)
@@ -143,7 +143,7 @@ def _intervention(
     if config.operation == "ablate":
         require_everywhere(model)
         return Ablate(direction, layers=ALL, positions=ALL, phase="both", sites=EVERYWHERE)
-    strength = config.strength
+    strength = STRENGTH if config.strength is None else config.strength
     if config.calibrate_kl is not None:
         strength = math.copysign(FIRST, strength)
     return addition_at(model, direction, strength, config.unit, layer, template)

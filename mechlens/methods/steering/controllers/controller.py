@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.shown import few, lines
-from mechlens.methods.steering.interventions import ALL, Act, Add, Phase
+from mechlens.methods.steering.interventions import ALL, Act, Add, Phase, level_above, require_number
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.same import Comparable, digest
 
@@ -35,6 +35,17 @@ class Network(Comparable):
     outer: Float[Tensor, "output hidden"]
     outer_bias: Float[Tensor, " output"]
     """Outputs: the gate before its squashing, then a number for each layer."""
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All of its numbers."""
+        return self.centre, self.spread, self.inner, self.inner_bias, self.outer, self.outer_bias
+
+    def fits(self, inputs: int) -> bool:
+        """Whether its parts are of one network that takes so many numbers."""
+        hidden, output = len(self.inner), len(self.outer)
+        shapes = (inputs,), (inputs,), (hidden, inputs), (hidden,), (output, hidden), (output,)
+        return all(part.shape == shape for part, shape in zip(self.parts, shapes, strict=True))
 
     def __call__(self, values: Float[Tensor, "row read d_model"]) -> Float[Tensor, "row output"]:
         """What it says of rows of residuals."""
@@ -89,12 +100,38 @@ class Controller(Comparable):
                 f"a controller of {n} layers with {self.directions.shape[0]} directions has a network of "
                 f"{len(self.network.outer)} outputs; it needs one for its gate and one for each layer: fit it anew"
             )
+        d_model = self.directions.shape[1]
+        fits = self.network.fits(len(self.reads) * d_model) and self.lengths.shape == (n,)
+        if not fits or (self.fixed is not None and self.fixed.shape != (n,)):
+            raise UserError(
+                f"a part of the controller isn't made for {n} layers and {len(self.reads)} places of {d_model} "
+                "numbers, as its other parts are; fit it anew"
+            )
+        numbers = [*self.network.parts, self.directions, self.lengths, *([] if self.fixed is None else [self.fixed])]
+        if not all(bool(torch.isfinite(one).all()) for one in numbers):
+            raise UserError("the controller holds numbers that are not finite, so it decides nothing; fit it anew")
 
     def decide(
         self, values: Float[Tensor, "row read d_model"]
     ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row layer"]]:
         """Gate and layer weights of each row, from its residuals at `reads`."""
         return decided(self.network(values), self.gate, self.weights, self.fixed)
+
+    def constant(self, strength: float, gate: float = 1.0) -> tuple[Direction, ...]:
+        """What it adds at each layer where its gate is this and its weights are their mean, one half (or `fixed`).
+
+        So it can be taken out to tools that add the same to every prompt; see `export_direction`.
+        """
+        weights = torch.full((len(self.layers),), 0.5) if self.fixed is None else self.fixed
+        amounts = strength * gate * weights * self.lengths
+        acts = Controlled(self, strength=strength).acts
+        return tuple(
+            replace(
+                act.direction, vector=amount * act.direction.vector, level=act.direction.level + level_above(self.site)
+            )
+            for (act, _), amount in zip(acts, amounts, strict=True)
+            if isinstance(act, Add)
+        )
 
     def with_weights(self, fixed: Float[Tensor, " layer"], how: str) -> "Controller":
         """The same with layer weights that hold for every prompt."""
@@ -137,6 +174,11 @@ class Controlled:
     _: KW_ONLY
     strength: float
     """Times the controller's `lengths`."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.controller, Controller):
+            raise UserError(f"{kind_of(self.controller)} is no controller; give what ml.fit_controller or ml.open gave")
+        require_number(self.strength, "strength")
 
     @cached_property
     def decider(self) -> "Shares":

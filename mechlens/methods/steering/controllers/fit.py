@@ -74,12 +74,16 @@ def fit_controller(
         raise UserError(f"{int(harmful.sum())} of {len(asked)} prompts are harmful; a controller needs both classes")
     batch = tokenize(asked, template_of(model, template))
     start = start_of(model, batch, harmful, plan, directions, cache=cache)
+    bare = None if plan.published else logits_under(model, batch, [], cache=cache)
+    first = tuple(refusal_tokens) or fallback_refusal_tokens(loaded(model).tokenizer).ids
+    if bare is not None and (wrong := [token for token in first if not 0 <= token < bare.shape[1]]):
+        raise UserError(f"there is no token {wrong[0]}, only 0 to {bare.shape[1] - 1}; give first tokens of refusals")
     taught = Taught(
         values=read_values(model, batch, start, cache=cache),
         harmful=harmful,
         ids=tuple(tuple(batch.row(i)) for i in range(len(asked))),
-        bare=None if plan.published else logits_under(model, batch, [], cache=cache),
-        refusal_tokens=tuple(refusal_tokens) or fallback_refusal_tokens(loaded(model).tokenizer).ids,
+        bare=bare,
+        refusal_tokens=first,
     )
     return replace(start, network=_trained(model, start, taught, plan, cache))
 

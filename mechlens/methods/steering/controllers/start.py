@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.behaviour.judges import PHRASES
@@ -67,17 +67,21 @@ def start_of(
 
 def places_of(plan: ControllerPlan, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Levels that are read and layers that are steered; UserError for those that can't be, in a model of so many."""
+    if not isinstance(plan, ControllerPlan):
+        raise UserError(f"the plan is {kind_of(plan)}; give an ml.ControllerPlan, or ml.PUBLISHED")
     third = max(1, blocks // 3)
-    if plan.published:
-        reads, layers = plan.reads or tuple(range(blocks - third + 1, blocks + 1)), plan.layers or tuple(range(blocks))
-    else:
-        reads = plan.reads or tuple(sorted({math.ceil(third * k / 3) for k in (1, 2, 3)}))
-        layers = plan.layers or tuple(range(max(reads), blocks))
-    wrong = [level for level in reads if not 0 <= level <= blocks]
-    wrong += [layer for layer in layers if not 0 <= layer < blocks]
+    usual = range(blocks - third + 1, blocks + 1) if plan.published else {math.ceil(third * k / 3) for k in (1, 2, 3)}
+    reads = plan.reads or tuple(sorted(usual))
+    wrong = [level for level in reads if level not in range(blocks + 1)]
+    wrong += [layer for layer in plan.layers if layer not in range(blocks)]
     if wrong:
         raise UserError(
-            f"the model has levels 0 to {blocks} and layers 0 to {blocks - 1}, and {wrong[0]} was asked for"
+            f"the model has levels 0 to {blocks} and layers 0 to {blocks - 1}, and {quoted(wrong[0])} was asked for"
+        )
+    layers = plan.layers or tuple(range(0 if plan.published else max(reads), blocks))
+    if not layers:
+        raise UserError(
+            f"level {max(reads)} is to be read and none of the layers 0 to {blocks - 1} is above; read lower levels"
         )
     if not plan.published and max(reads) > min(layers):
         raise UserError(
@@ -108,9 +112,12 @@ def _network(acts: Activations, reads: tuple[int, ...], n_layers: int, plan: Con
         return (torch.rand(*shape, generator=drawn) * 2 - 1) / math.sqrt(ins)
 
     plain = plan.published
+    spread, rounding = inputs.std(dim=0), 1e-6 * inputs.abs().amax(dim=0).clamp_min(1.0)
     return Network(
         centre=torch.zeros(n) if plain else inputs.mean(dim=0),
-        spread=torch.ones(n) if plain else inputs.std(dim=0).clamp_min(1e-6),
+        # What is the same in all training prompts is left as long as it is: divided by nearly 0, another prompt's
+        # would drown the rest.
+        spread=torch.ones(n) if plain else torch.where(spread > rounding, spread, 1.0),
         inner=uniform(plan.hidden, n, ins=n),
         inner_bias=uniform(plan.hidden, ins=n),
         outer=uniform(n_layers + 1, plan.hidden, ins=plan.hidden),

@@ -228,7 +228,11 @@ def _moving(step: dict[int, Change], tables: _Tables, decisions: Decisions) -> _
         if not is_gated:
             return wide.addcmul(shift.unsqueeze(-1), unit).to(x.dtype)
         own = token_mask.rows.tolist()
-        share = decisions.shares(own, [gates[row] for row in own], x.device).to(wide)[:, None, None]
+        acts = touched.any(dim=1).tolist() if isinstance(touched, Tensor) else [True] * len(own)
+        # A row that nothing is done to in this pass may not be decided yet.
+        given = [gates[row] if acting else None for row, acting in zip(own, acts, strict=True)]
+        share = decisions.shares(own, given, x.device) * torch.tensor(acts, device=x.device)
+        share = share.to(wide)[:, None, None]
         # Not x + 0: what a gate leaves alone stays as it is to the bit.
         return torch.where(share == 0, x, wide.addcmul(share * shift.unsqueeze(-1), unit).to(x.dtype))
 
