@@ -11,7 +11,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.patching.heads import without_heads
-from mechlens.methods.sinks.contrast import domain_contrast
+from mechlens.methods.sinks.contrast import domain_contrast, paired_change
 from mechlens.methods.sinks.interventions import all_on_sink, losses_under, without_dimensions, zeroed
 from mechlens.models.attention.watch import Attended, watch
 from mechlens.prompts.batch import tokenize
@@ -101,3 +101,22 @@ def test_texts_come_by_kind() -> None:
         assert min(len(one.text.split()) for one in texts) > 20
     with pytest.raises(UserError, match="there are no built-in texts 'poems'; choose one of prose, code"):
         domain_texts("poems")
+
+
+def test_a_head_that_goes_dormant_between_two_models_is_found_and_no_other() -> None:
+    p, right = [], 0
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        before = torch.rand(12, 3, 4, generator=draw)
+        after = before + 0.05 * torch.randn(12, 3, 4, generator=draw)
+        p.append(float(paired_change(before, after, shuffles=99, seed=seed)[1].min()))
+        after[:, 2, 1] += 0.3
+        change, own = paired_change(before, after, shuffles=99, seed=seed)
+        right += int(own.argmin()) == 2 * 4 + 1 and float(own[2, 1]) <= 0.05
+        assert float(change[2, 1]) == pytest.approx(float((after - before)[:, 2, 1].mean()), abs=1e-6)
+    assert right == 20
+    assert sum(one <= 0.05 for one in p) <= 4
+    before[:, 0] = torch.nan
+    assert bool(paired_change(before, after, shuffles=19, seed=0)[1][0].isnan().all())
+    with pytest.raises(UserError, match="on the same two texts or more is needed"):
+        paired_change(before[:1], after[:1], shuffles=19, seed=0)

@@ -25,7 +25,7 @@ from mechlens.studies.sinks.config import SinkPlan
 from mechlens.studies.sinks.experiments import Experiment
 from mechlens.studies.sinks.passes import Home, Passes, hidden_table, under_experiments
 
-EDITED = 16
+EDITED = 12
 """Prompts of each class that every experiment is run on; all are answered and read."""
 
 
