@@ -100,6 +100,12 @@ from mechlens.methods.geometry.similarity.pwcca import pwcca as pwcca
 from mechlens.methods.geometry.similarity.similarity import massive_columns as massive_columns
 from mechlens.methods.geometry.similarity.similarity import similarity as similarity
 from mechlens.methods.geometry.similarity.similarity import without_massive as without_massive
+from mechlens.methods.geometry.subspaces.angles import PrincipalAngles as PrincipalAngles
+from mechlens.methods.geometry.subspaces.angles import principal_angles as principal_angles
+from mechlens.methods.geometry.subspaces.by_rank import AurocByRank as AurocByRank
+from mechlens.methods.geometry.subspaces.by_rank import auroc_by_rank as auroc_by_rank
+from mechlens.methods.geometry.subspaces.grassmann import GrassmannClasses as GrassmannClasses
+from mechlens.methods.geometry.subspaces.grassmann import fit_grassmann as fit_grassmann
 from mechlens.methods.guard.fitted import FittedGuard as FittedGuard
 from mechlens.methods.guard.fitted import GuardVerdict as GuardVerdict
 from mechlens.methods.guard.guard import GuardEstimator as GuardEstimator

@@ -17,6 +17,7 @@ from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.behaviour.chosen_judge import verdicts_by
 from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.geometry.similarity.cka import unbiased_cka
+from mechlens.methods.geometry.subspaces.angles import overlap
 from mechlens.methods.probing.auroc import auroc
 from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.probing.readouts import balanced_accuracy, brier, fit_readouts
@@ -31,7 +32,7 @@ from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.measures.behaviour import behaviour_table, gaps
 from mechlens.studies.track.measures.change import matrix_change
 from mechlens.studies.track.measures.floor import Floor, random_grid
-from mechlens.studies.track.measures.geometry import geometry_tables, overlap
+from mechlens.studies.track.measures.geometry import geometry_tables
 from mechlens.studies.track.measures.home import HomeQuestion, network_floor, surface_floor
 from mechlens.studies.track.measures.reference import reference_of
 from mechlens.studies.track.measures.snapshot import Labels, Snapshot, from_piece, to_piece

@@ -10,6 +10,7 @@ from torch import Tensor
 from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.directions.direction import cosine, mean_differences
 from mechlens.methods.geometry.similarity.cka import unbiased_cka
+from mechlens.methods.geometry.subspaces.angles import overlap
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.studies.track.measures.reference import TrackedConcept
@@ -56,11 +57,6 @@ def subspace(values: Float[Tensor, "prompt d_model"], concept: TrackedConcept) -
     shifted = values[positive].double() - values[negative].double().mean(dim=0)
     vectors: Tensor = torch.linalg.svd(shifted, full_matrices=False).Vh[:DIMENSIONS].T
     return vectors
-
-
-def overlap(first: Float[Tensor, "d_model k"], second: Float[Tensor, "d_model k"]) -> float:
-    """||A^T B||_F^2 / k of two orthonormal bases: 1 for one subspace, k / d for unrelated ones."""
-    return float((first.T @ second).square().sum() / first.shape[1])
 
 
 def _cka(steps: Sequence[int], acts: Sequence[Activations]) -> pd.DataFrame:
