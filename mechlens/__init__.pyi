@@ -74,6 +74,10 @@ from mechlens.methods.directions.path import local_cosines as local_cosines
 from mechlens.methods.directions.path import turning_point as turning_point
 from mechlens.methods.directions.token_view import logit_lens as logit_lens
 from mechlens.methods.directions.token_view import project_tokens as project_tokens
+from mechlens.methods.geometry.coding.clusters import RateClusters as RateClusters
+from mechlens.methods.geometry.coding.clusters import rate_clusters as rate_clusters
+from mechlens.methods.geometry.coding.rate import RateReduction as RateReduction
+from mechlens.methods.geometry.coding.rate import rate_reduction as rate_reduction
 from mechlens.methods.geometry.collapse.class_means import ClassMeans as ClassMeans
 from mechlens.methods.geometry.collapse.class_means import class_means as class_means
 from mechlens.methods.geometry.collapse.deviation import FeatureDeviation as FeatureDeviation
@@ -85,6 +89,10 @@ from mechlens.methods.geometry.collapse.simplex import SimplexErrors as SimplexE
 from mechlens.methods.geometry.collapse.simplex import simplex_errors as simplex_errors
 from mechlens.methods.geometry.collapse.variability import VariabilityCollapse as VariabilityCollapse
 from mechlens.methods.geometry.collapse.variability import variability_collapse as variability_collapse
+from mechlens.methods.geometry.dimension.effective_rank import EffectiveRank as EffectiveRank
+from mechlens.methods.geometry.dimension.effective_rank import effective_rank as effective_rank
+from mechlens.methods.geometry.dimension.intrinsic import IntrinsicDimension as IntrinsicDimension
+from mechlens.methods.geometry.dimension.intrinsic import intrinsic_dimension as intrinsic_dimension
 from mechlens.methods.geometry.matching.clusters import UnitClusters as UnitClusters
 from mechlens.methods.geometry.matching.clusters import unit_clusters as unit_clusters
 from mechlens.methods.geometry.matching.correlation import unit_correlations as unit_correlations

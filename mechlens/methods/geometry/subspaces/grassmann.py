@@ -104,7 +104,8 @@ def _lifted(values: Tensor, centre: Tensor, scale: float) -> Float[Tensor, "prom
 
 
 def _logits(bases: Float[Tensor, "class axis k"], units: Float[Tensor, "prompt axis"]) -> Float[Tensor, "prompt class"]:
-    return GAMMA * _along(bases, units).norm(dim=2).T
+    lengths: Tensor = _along(bases, units).norm(dim=2)
+    return GAMMA * lengths.T
 
 
 def _along(
@@ -138,5 +139,5 @@ def geodesic(
     """Where the shortest way leads that starts in the direction of `towards`, as far as its tangent part is long."""
     tangent = towards - bases @ (bases.mT @ towards)
     left, angles, right = torch.linalg.svd(tangent, full_matrices=False)
-    moved = bases @ right.mT * angles.cos()[:, None] + left * angles.sin()[:, None]
-    return moved @ right
+    moved: Tensor = (bases @ right.mT * angles.cos()[:, None] + left * angles.sin()[:, None]) @ right
+    return moved
