@@ -24,7 +24,7 @@ TEMPERATURE = 0.1
 """Of the inner products: the smaller, the fewer neighbours a vector has."""
 SINKHORN = 30
 STEPS = 10
-"""Few: with 40 the rate falls further and planted subspaces are split (adjusted Rand 1.00 after 10, .85 to .92)."""
+"""Few: with 40 the rate falls further and planted subspaces are split (adjusted Rand 1.00 after 10, .92 to 1.00)."""
 RATE = 0.02
 
 
@@ -91,17 +91,16 @@ def rate_clusters(
 def _descend(
     units: Float[Tensor, "prompt axis"], steps: int
 ) -> tuple[Float[Tensor, "prompt prompt"], tuple[float, ...]]:
-    weight = torch.eye(units.shape[1], dtype=torch.float64, requires_grad=True)
-    optimiser, losses = torch.optim.Adam([weight], lr=RATE), []
-    with torch.enable_grad():
-        for _ in range(steps):
+    weight, losses = torch.eye(units.shape[1], dtype=torch.float64), []
+    for _ in range(steps):
+        weight.requires_grad_()
+        with torch.enable_grad():
             codes = torch.nn.functional.normalize(units @ weight, dim=1)
             loss = parts_rate(codes, doubly_stochastic(codes)) - coding_rate(codes, DISTORTION)
-            losses.append(float(loss.detach()))
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-    return doubly_stochastic(torch.nn.functional.normalize(units @ weight.detach(), dim=1)), tuple(losses)
+            (gradient,) = torch.autograd.grad(loss, weight)
+        losses.append(float(loss.detach()))
+        weight = weight.detach() - RATE * gradient / gradient.abs().max().clamp_min(1e-12)
+    return doubly_stochastic(torch.nn.functional.normalize(units @ weight, dim=1)), tuple(losses)
 
 
 def doubly_stochastic(codes: Float[Tensor, "prompt axis"]) -> Float[Tensor, "prompt prompt"]:
