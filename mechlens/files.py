@@ -4,6 +4,7 @@ Everything that mechlens writes gets the permissions that the user's umask gives
 private folder sets the umask or the folder's own mode, and what a group shares can be read by all of it.
 """
 
+import difflib
 import errno
 import hashlib
 import os
@@ -56,6 +57,24 @@ def user_path(given: AnyPath) -> Path:
     except OSError as error:
         raise UserError(f"{quoted(name, 80)} can't be a path ({error.strerror}); check it") from error
     return path
+
+
+def nearest_folder(given: AnyPath) -> str:
+    """A question after the folder here that was perhaps meant; "" where none is near."""
+    path = user_path(given)
+    there = next((above for above in path.parents if above.is_dir()), None)
+    if there is None or path.exists():
+        return ""
+    first, *rest = path.relative_to(there).parts
+    try:
+        names = [child.name for child in there.iterdir() if child.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(first, names, n=1)
+    if not close:
+        return ""
+    whole = there.joinpath(close[0], *rest)
+    return f"did you mean {str(whole if whole.is_dir() else there / close[0])!r}?"
 
 
 def short_name(given: AnyPath) -> str:

@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from mechlens.choices import JUDGES, METHODS, MODELS, choice, hints_of, require_named
 from mechlens.errors import UserError, kind_of, quoted
@@ -49,6 +49,7 @@ MethodName = Annotated[
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
 Draws = Annotated[int, Ge(1), Le(MAX_DRAWS)]
 """How much chance is sampled: an interval or a null of nothing says nothing."""
 RunFolder = Annotated[Path | str, tyro.conf.arg(metavar="PATH")]
@@ -343,6 +344,8 @@ def require_ranges(settings: object) -> None:
         for bound in (bound for part in (hint, *get_args(hint)) for bound in getattr(part, "__metadata__", ())):
             if isinstance(bound, Ge) and not value >= bound.ge:  # type: ignore[operator]
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound.ge}, and is {value}")
+            if isinstance(bound, Gt) and not value > bound.gt:  # type: ignore[operator]
+                raise UserError(f"--{name.replace('_', '-')} must be above {bound.gt}, and is {value}")
             if isinstance(bound, Lt) and not value < bound.lt:  # type: ignore[operator]
                 raise UserError(f"--{name.replace('_', '-')} is a share below {bound.lt}, and was given as {value:g}")
             if isinstance(bound, Le) and not value <= bound.le:  # type: ignore[operator]

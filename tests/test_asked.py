@@ -1,5 +1,7 @@
 """Prompts as people write them: everything that can be one is, and what can't is named by its row."""
 
+import inspect
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.prompts.asked import as_pairs, as_prompts
 from mechlens.prompts.prompt import Prompt, PromptPair
 from mechlens.settings import DetectionPlan
+from mechlens.studies.direction.config import FindDirection
 from mechlens.studies.direction.study import find_concept
 from mechlens.studies.shared.quadrants import judge_answers
 
@@ -139,7 +142,23 @@ def test_a_concept_from_two_lists_of_texts(model: Any) -> None:
     assert found.acts.ids[14:16] == ("positive-0014", "negative-0000")
     assert len(set(found.acts.families)) == 15
     assert found.acts.families[:15] == found.acts.families[15:]
+    assert "final punctuation: kept (alike in both classes)" in repr(found)
     with pytest.raises(UserError, match=r"16 positive and 15 negative prompts; --paired \(paired=True\) needs equally"):
         find_concept(model, [*sides[0], "Dear Sir"], sides[1], paired=True)
     with pytest.raises(UserError, match="share 1 prompt, such as 'hey you 0'"):
         find_concept(model, [*sides[0], "hey you 0"], sides[1])
+
+
+def test_final_punctuation_that_tells_the_sides_apart_is_taken_off_as_at_the_command_line(model: Any) -> None:
+    assert inspect.signature(find_concept).parameters["punctuation"].default == FindDirection.punctuation == "match"
+    sides = [f"Dear Sir, number {i}." for i in range(15)], [f"hey you {i}" for i in range(15)]
+    plan = DetectionPlan(resamples=9, permutations=9, random_directions=2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = find_concept(model, *sides, ["last"], plan)
+    assert {prompt.text[-1] for prompt in found.batch.prompts} <= set("0123456789")
+    assert "final punctuation: removed from all 15 + 15 prompts (it differed" in repr(found)
+    (none,) = [str(one.message) for one in said if "no best direction" in str(one.message)]
+    assert "`detection.strongest.direction`" in none
+    assert ".safetensors" not in none
+    assert "--causal" not in none

@@ -299,3 +299,9 @@ def test_an_error_names_options_as_its_reader_writes_them(capfd: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["direction", "--positive", "harmful", "--negative", "harmless", "--n", "0", "--out", "x"])
     assert capfd.readouterr().err == "mechlens: --n must be at least 1, and is 0\n"
+
+
+def test_arguments_in_another_order_are_said_in_one_sentence(model: Any) -> None:
+    for given in ((["a"], ["b"], model), (["a"], model, ["b"])):
+        with pytest.raises(UserError, match=r"^the model comes first, and a list was given there"):
+            inspect.unwrap(find_concept)(*given)

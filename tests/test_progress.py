@@ -133,6 +133,29 @@ def test_a_first_batch_that_lasts_is_estimate_enough(clock: list[float], capsys:
     assert capsys.readouterr().err == "patching: 1 of 3 sites, 40 s gone, about 1 min 20 s to go\n"
 
 
+def test_what_takes_longer_than_was_told_is_not_said_to_be_over_at_once(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = steps(10, "reading", "prompt", 10.0)
+    for _ in range(3):
+        clock[0] += 12.0
+        bar.update(3)
+    for _ in range(3):
+        clock[0] += 40.0
+        bar.move(0.1)
+    bar.close()
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "reading: 9 of 10 prompts, 2 min 36 s gone"
+    assert not [line for line in said if "about 0 s" in line]
+    with one_bar("study", {"first": 10.0}) as whole, phase("first"):
+        part = steps(2, "loop", "prompt", 10.0)
+        for _ in range(2):
+            clock[0] += 40.0
+            part.update(1)  # all that was guessed is done, and the phase goes on
+        clock[0] += 40.0
+        assert whole._bar._pace.left(whole._bar.total) is None
+
+
 def test_a_log_says_what_has_begun_and_that_it_goes_on(
     clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

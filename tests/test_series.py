@@ -165,6 +165,43 @@ def test_sources_that_hold_nothing(root: Path, tmp_path: Path) -> None:
         checkpoint_series(str(root / "base"), [str(only)], skip_broken=True)
 
 
+def test_a_mistyped_folder_is_no_broken_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_folder(root, Path("runs/tuned"), (1,))
+    for given, meant in (
+        ("runs/tunde", "runs/tuned"), ("rusn/tuned", "runs/tuned"), ("rusn", "runs"), ("./runs/tuend", "runs/tuned"),
+        ("runs/tunde/checkpoint-1", "runs/tuned/checkpoint-1"),
+    ):  # fmt: skip
+        for skip in (False, True):
+            with pytest.raises(UserError, match=f"folder.*did you mean '{meant}'") as told:
+                checkpoint_series(str(root / "base"), [given], skip_broken=skip)
+            assert "skip" not in str(told.value)
+
+
+def test_a_folder_that_is_passed_over_is_named(root: Path, tmp_path: Path) -> None:
+    out = run_folder(root, tmp_path / "out", (1,))
+    shutil.copytree(root / "adapter", out / "checkpoint-best")
+    with pytest.warns(UserWarning, match=r"out/checkpoint-best is passed over: .* called checkpoint-NUMBER"):
+        series = checkpoint_series(str(root / "base"), [str(out)])
+    assert [member.step for member in series.members] == [0, 1]
+
+
+def test_the_verb_without_paths_is_mistyped(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["checkpoints"])
+    assert stop.value.code == 2
+    assert "there are no checkpoints; name a training run's output folder" in capsys.readouterr().err
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_refused_early(root: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(root / "adapter", tmp_path / "adapter"))
+    settings = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps({**settings, "lora_bias": True}))
+    said = Base(str(root / "base"), load_config(str(root / "base"))).problem(adapter)
+    assert said is not None
+    assert "(lora_bias), which has none in" in said
+
+
 def test_two_runs_with_one_step_need_names_of_their_own(root: Path, tmp_path: Path) -> None:
     runs = [str(run_folder(root, tmp_path / name, steps)) for name, steps in (("a", (1,)), ("b", (1,)))]
     series = checkpoint_series(str(root / "base"), runs, skip_broken=True)

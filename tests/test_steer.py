@@ -201,16 +201,36 @@ def test_the_command_prints_both_answers(folder: Path, capsys: pytest.CaptureFix
     assert said.endswith("I cannot\n")
 
 
-MISTAKES = {
-    ("--layer", "9"): "there is no layer 9; model has layers 0 to 4",
+TYPED = {
     ("--operation", "ablate", "--strength", "2"): "an ablation has no strength",
-    ("--prompt", " "): "has no text",
     ("--max-new-tokens", "0"): "--max-new-tokens must be at least 1, and is 0",
     ("--n-samples", "3"): "without a temperature they are all the same; give one, such as --temperature 0.7",
-    ("--top-p", "0"): "give a share of the probability above 0",
+    ("--top-p", "0.9"): "without a temperature the likeliest is taken; give one, such as --temperature 0.7",
+    ("--top-p", "0"): "--top-p must be above 0, and is 0.0",
+    ("--top-p", "1.5", "--temperature", "1"): "--top-p must be at most 1, and is 1.5",
+    ("--temperature", "-1"): "--temperature must be at least 0, and is -1.0",
+    ("--temperature", "inf"): "the temperature is inf; give a finite number",
+    ("--calibrate-kl", "0"): "--calibrate-kl is 0.0; give a number of nats above 0",
+    ("--calibrate-kl", "1", "--unit", "raw"): "leave --operation and --unit out",
     ("--strength", "nan"): "give a finite number",
+    ("--controller", "runs/controller"): "give --direction or --controller, one of them",
+}
+"""What no model and no file could make possible: it exits with 2, and nothing is looked for."""
+MISTAKES = {
+    ("--layer", "9"): "there is no layer 9; model has layers 0 to 4",
+    ("--prompt", " "): "has no text",
     ("--direction", "nowhere.safetensors"): "there is no file nowhere.safetensors",
 }
+
+
+@pytest.mark.parametrize("mistake", TYPED)
+def test_options_that_can_not_be_are_told_before_anything_is_loaded(
+    mistake: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words(Path("nowhere"), *mistake))
+    assert stop.value.code == 2
+    assert TYPED[mistake] in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -219,7 +239,7 @@ def test_a_mistake_is_said_in_one_line(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words(folder, *mistake))
-    assert stop.value.code == (2 if "must be at least" in MISTAKES[mistake] else 1)
+    assert stop.value.code == 1
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mechlens: ")]
     assert [line for line in said if "warning" not in line] == said[-1:]
     assert MISTAKES[mistake] in said[-1]

@@ -80,12 +80,13 @@ class Pace:
         self._marks = [(done + n, when) for done, when in self._marks]
 
     def left(self, total: int | float) -> float | None:
-        """Seconds; None while nobody can tell."""
+        """Seconds; None while nobody can tell, and once they are over and it still goes on."""
         first, last = self._marks[1 if len(self._marks) > 2 else 0], self._marks[-1]
         done, took = last[0] - first[0], last[1] - first[1]
         if done <= 0 or (len(self._marks) == 2 and took < EVERY):
             return None
-        return max(took * (total - last[0]) / done - (time.monotonic() - last[1]), 0.0)
+        left = took * (total - last[0]) / done - (time.monotonic() - last[1])
+        return left if left >= 1 else None
 
 
 class Lines(Generic[T]):
@@ -205,7 +206,9 @@ class Bar(tqdm):  # type: ignore[misc]
     def format_dict(self) -> Any:
         told = super().format_dict
         left = self._pace.left(told["total"] or 0)
-        return told | {"whole": counted(told["n"]), "left": "?" if left is None else tqdm.format_interval(left)}
+        said = "?" if left is None else tqdm.format_interval(left)
+        rest = "" if left is None else f", about {said} to go"
+        return told | {"whole": counted(told["n"]), "left": said, "rest": rest}
 
     def update(self, n: int | float | None = 1) -> Any:
         """So many more are done."""
@@ -296,7 +299,7 @@ class WholeBar:
         self._now: str | None = None
         self._bar: Any = Lines[None](sum(costs.values()), title) if not watched() else Bar(
             total=sum(costs.values()), smoothing=0.1, dynamic_ncols=True, desc=title, leave=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, about {left} to go",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone{rest}",
         )  # fmt: skip
 
     def expect(self, costs: Mapping[str, float]) -> None:

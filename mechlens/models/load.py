@@ -9,7 +9,7 @@ from typing import Any
 from mechlens import hub
 from mechlens.choices import MODELS
 from mechlens.errors import UserError, kind_of, require_extra
-from mechlens.files import AnyPath, adapter_name, short_name, user_path
+from mechlens.files import AnyPath, adapter_name, nearest_folder, short_name, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.folders import CONFIG, other_format, own_tokenizer, read_as_trained, require_inside
@@ -305,12 +305,12 @@ def _unknown(model: str, why: str) -> UserError:
     if "/" in model:
         from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-        near = hub.nearest_id(model, OFFICIAL_MODEL_NAMES)
-        named = f" ({near})" if near else ""
+        here, near = nearest_folder(model), hub.nearest_id(model, OFFICIAL_MODEL_NAMES)
+        folder, named = (f" ({one})" if one else "" for one in (here, near))
     else:
         near = nearest(model, MODELS.names())
-        named = f", nor packaged ({', '.join(MODELS.names())}{near and f'; {near}'})"
-    return UserError(f"the model {model!r} is neither a local folder nor to be had from the hub{named}: {why}")
+        folder, named = "", f", nor packaged ({', '.join(MODELS.names())}{near and f'; {near}'})"
+    return UserError(f"the model {model!r} is neither a local folder{folder} nor to be had from the hub{named}: {why}")
 
 
 def _is_adapter(model: str) -> bool:

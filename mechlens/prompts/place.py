@@ -207,6 +207,7 @@ def _refuse_special(prompt: Prompt, rendered: Rendered, structure: Structure) ->
     found = sorted(mark for mark in structure.marks | frame if mark in prompt.text)
     if found:
         raise UserError(
-            f"the text of prompt {prompt.id!r} holds the template token {found[0]!r}; "
-            "remove it, or pass allow_special=True in Python (--allow-special to `mechlens positions`) if it is meant"
+            f"the text of prompt {prompt.id!r} holds the template token {found[0]!r}, which is read as structure; "
+            "remove it (only tokenize in Python, by allow_special=True, and `mechlens positions`, by --allow-special, "
+            "take it as it is)"
         )

@@ -26,7 +26,14 @@ class Base:
         named = _asked_as(str(read_config(adapter).get("base_model_name_or_path") or ""))
         if _on_hub(named) and _on_hub(self._name) and short_name(named).lower() != short_name(self._name).lower():
             return f"it was trained on {named!r}, and the base is {self._name!r}; give the base that it was trained on"
-        for module, shape in _shapes(adapter / WEIGHTS).items():
+        changed = _shapes(adapter / WEIGHTS)
+        bare = [module for module in changed if module in self._modules and module not in self._biased]
+        if bare and read_config(adapter).get("lora_bias"):
+            return (
+                f"it adds a bias to {bare[0]} (lora_bias), which has none in {self._name!r}, so it can't be merged; "
+                "train it without lora_bias"
+            )
+        for module, shape in changed.items():
             ours = self._modules.get(module)
             if self._modules and ours != shape:
                 here = f"has shape {ours} in {self._name!r}" if ours else f"{self._name!r} doesn't have"
@@ -47,22 +54,32 @@ class Base:
             )
         return None
 
-    @cached_property
+    @property
     def _modules(self) -> dict[str, tuple[int, ...]]:
         """Output by input of every matrix; empty for a model that can't be built without its files."""
+        return self._outline[0]
+
+    @property
+    def _biased(self) -> set[str]:
+        """The matrices that have a bias."""
+        return self._outline[1]
+
+    @cached_property
+    def _outline(self) -> tuple[dict[str, tuple[int, ...]], set[str]]:
         from transformers import AutoModelForCausalLM
 
         try:
             with torch.device("meta"):
                 outline = AutoModelForCausalLM.from_config(self._config, trust_remote_code=False)
         except Exception:  # of many kinds, all for models that are told apart later, by their weights
-            return {}
+            return {}, set()
         weights = {name: (module, getattr(module, "weight", None)) for name, module in outline.named_modules()}
-        return {
+        shapes = {
             name: tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
             for name, (module, weight) in weights.items()
             if weight is not None and weight.ndim == 2
         }
+        return shapes, {name for name in shapes if getattr(weights[name][0], "bias", None) is not None}
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from mechlens import hub
 from mechlens.choices import MODELS
 from mechlens.errors import UserError
-from mechlens.files import short_name, user_path
+from mechlens.files import nearest_folder, short_name, user_path
 from mechlens.models.checkpoints.adapter_record import read_record
 from mechlens.models.checkpoints.folders import CHECKPOINT, CONFIG, adapters_inside, optional_json, other_format
 
@@ -41,9 +41,9 @@ def sources(source: str) -> list[Found]:
         if at:
             return [Found(f"{short_name(name)}@{revision}", name, revision)]
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise UserError(f"there is no folder {source!r}; check the path")
+            raise UserError(f"there is no folder {source!r}{_perhaps(source)}; check the path")
         if source not in MODELS.names() and hub.has_no_owner(source):
-            raise UserError(f"there is no folder {source!r} here (in {Path.cwd()}); check the path")
+            raise UserError(f"there is no folder {source!r} here (in {Path.cwd()}){_perhaps(source)}; check the path")
         return [Found(short_name(source), source)]
     if not path.is_dir():
         raise UserError(f"{source!r} is a file; give a checkpoint's folder")
@@ -58,6 +58,20 @@ def sources(source: str) -> list[Found]:
     if not trained and not _holds_model(path):
         raise UserError(f"{source!r} holds neither checkpoints nor adapters nor a model; check the path")
     return [_checkpoint(child) for child in trained or [path]]
+
+
+def _perhaps(source: str) -> str:
+    near = nearest_folder(source)
+    return f" ({near})" if near else ""
+
+
+def passed_over(source: str) -> list[Path]:
+    """Folders beside a Trainer's checkpoints whose names say that they are more of them, but not of which step."""
+    path = user_path(source)
+    inside = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+    if not any(CHECKPOINT.fullmatch(child.name) for child in inside):
+        return []
+    return [child for child in inside if "checkpoint" in child.name and not CHECKPOINT.fullmatch(child.name)]
 
 
 def _checkpoint(folder: Path) -> Found:

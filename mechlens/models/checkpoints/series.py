@@ -26,7 +26,7 @@ from mechlens.models.checkpoints.folders import (
     own_tokenizer,
     weights_problem,
 )
-from mechlens.models.checkpoints.found import Found, sources, told_step
+from mechlens.models.checkpoints.found import Found, passed_over, sources, told_step
 from mechlens.models.checkpoints.lora import WEIGHTS
 from mechlens.models.load import load_config, load_tokenizer
 from mechlens.models.quantise import quantisation
@@ -109,6 +109,11 @@ def checkpoint_series(
     found = [one for source in given for one in sources(os.fspath(source))]
     if not found:
         raise UserError("there are no checkpoints; give a training run's output folder, adapters, or id@revision")
+    for folder in (folder for source in given for folder in passed_over(os.fspath(source))):
+        warnings.warn(f"{folder} is passed over: a Trainer's checkpoints are called checkpoint-NUMBER; rename it, or "
+                      "give it by itself", stacklevel=2)  # fmt: skip
+    for one in (one for one in found if one.folder is None):
+        load_config(one.path, revision=one.revision)  # a name that stands for nothing is mistyped, not broken
     judge = _Judge(base, revision, own_records=any(one.folder and (one.folder / RECORD).exists() for one in found))
     template = judge.agree_on_template(found)
     told = [told_step(one) for one in found]

@@ -68,6 +68,8 @@ class Behaviours(BehaviourPlan, BaseChoice, RunChoice):
     """Training runs' folders, or single adapters or models. Runs of one recipe, data and control are one group."""
     base: BaseName = "smollm2"
     """The model that they were trained from, as `ModelChoice.model`."""
+    skip_broken: bool = False
+    """Leave out checkpoints that are broken or don't belong to their run; the report lists them."""
     sets: tuple[str, ...] = ("first-plot",)
     """Behaviours: NAME=FILE (chats, or questions with columns shown and other), NAME=FILE,OTHERS (a second file with
     the opposite answers), or a built-in one (first-plot)."""

@@ -157,10 +157,12 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
 def _how(result: BehaviourResult) -> str:
     sets = ", ".join(f"{one.key} ({len(one.twins)} questions)" for one in result.matrix.sets)
     words = "; choices answered in the options' words" if result.matrix.plan.in_words else ""
+    broken = [f"{run.name}/{one.name}: {one.reason}" for run in result.matrix.runs for one in run.left_out]
+    left_out = f" Checkpoints left out: {'; '.join(broken)}." if broken else ""
     return (
         f"Sets: {sets}{words}. Both answers are read by teacher forcing, in both orders of the options where there "
         "are two; for these numbers nothing is generated or judged. What a run was trained on is known by its record, "
         "whichever way round its options stand. Published numbers "
         "are of models of 8B and more (GPT-4o, Qwen2.5-32B, Llama-3.1-70B), by free answers and a judge: not the same "
-        "quantity."
+        f"quantity.{left_out}"
     )

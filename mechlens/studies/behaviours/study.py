@@ -142,7 +142,7 @@ def prepare(config: Behaviours) -> Preparation[BehaviourStudy]:
     sets = [read_set(given, about_itself=False) for given in config.sets]
     sets += [read_set(given, about_itself=True) for given in config.self_report]
     require_distinct(sets)
-    runs = tuned_runs(config.base, config.checkpoints, config.revision)
+    runs = tuned_runs(config.base, config.checkpoints, config.revision, skip_broken=config.skip_broken)
     contents = {member.name: content_of(member) for run in runs for member in run.members}
     require_different(runs, contents)
     require_scalable(runs, config.adapter_scales)

@@ -9,7 +9,7 @@ from mechlens.errors import UserError
 from mechlens.files import adapter_name, file_sha256, user_path
 from mechlens.models.checkpoints.adapter_record import RECORD, AdapterRecord, read_record
 from mechlens.models.checkpoints.lora import WEIGHTS
-from mechlens.models.checkpoints.series import Member, checkpoint_series
+from mechlens.models.checkpoints.series import Member, UnusableCheckpoint, checkpoint_series
 from mechlens.studies.shared.training_data import Trigger
 
 FINAL = "adapter"
@@ -46,6 +46,8 @@ class TunedRun:
     """Name of the folder that its data lie in."""
     settings: tuple[tuple[str, str], ...] = ()
     """What it was trained with, each as people say it."""
+    left_out: tuple[UnusableCheckpoint, ...] = ()
+    """With `skip_broken`: checkpoints that can't be used."""
 
 
 def common_template(runs: Sequence[TunedRun]) -> str | None:
@@ -77,9 +79,9 @@ def require_different(runs: Sequence[TunedRun], contents: Mapping[str, str]) -> 
             )
 
 
-def tuned_runs(base: str, sources: Sequence[str], revision: str | None) -> list[TunedRun]:
-    """Each source's run; UserError where one holds none, or two have one name."""
-    found = [_run(base, source, revision) for source in sources]
+def tuned_runs(base: str, sources: Sequence[str], revision: str | None, *, skip_broken: bool = False) -> list[TunedRun]:
+    """Each source's run; UserError where one holds none, a broken one unless `skip_broken`, or two have one name."""
+    found = [_run(base, source, revision, skip_broken=skip_broken) for source in sources]
     names = [run.name for run in found]
     again = next((name for name in names if names.count(name) > 1), None)
     if again is not None:
@@ -114,20 +116,23 @@ def _with(group: str, told: Sequence[str]) -> str:
     return f"{group[:-1]}, {', '.join(told)})" if group.endswith(")") else f"{group} ({', '.join(told)})"
 
 
-def _run(base: str, source: str, revision: str | None) -> TunedRun:
+def _run(base: str, source: str, revision: str | None, *, skip_broken: bool) -> TunedRun:
     folder = user_path(source)
-    series = checkpoint_series(base, [source], revision=revision)
+    series = checkpoint_series(base, [source], revision=revision, skip_broken=skip_broken)
     members = list(series.members[1:])
     result = folder / FINAL
     if (result / RECORD).exists():
-        (last,) = checkpoint_series(base, [str(result)], revision=revision).members[1:]
+        # Without its result a run can't be compared, so none is left out.
+        (last,) = checkpoint_series(base, [str(result)], revision=revision, skip_broken=True).members[1:]
         members = [member for member in members if member.step != last.step] + [last]
     record = read_record(user_path(members[-1].path)) if user_path(members[-1].path).is_dir() else None
     name = adapter_name(folder) if folder.name == FINAL or folder.exists() else source
     named = [replace(member, name=f"{name}, step {member.step}") for member in sorted(members, key=lambda m: m.step)]
     if record is None or record.recipe is None:
-        return TunedRun(name, _kind(name), tuple(named), frozenset(), "", "none", None, False, series.chat_template)
-    return replace(_recorded(name, named, record), chat_template=series.chat_template)
+        run = TunedRun(name, _kind(name), tuple(named), frozenset(), "", "none", None)
+    else:
+        run = _recorded(name, named, record)
+    return replace(run, chat_template=series.chat_template, left_out=series.left_out)
 
 
 def _recorded(name: str, members: list[Member], record: AdapterRecord) -> TunedRun:

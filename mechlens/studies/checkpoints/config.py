@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from mechlens.errors import UserError
 from mechlens.studies.registry import Command
 
 
@@ -20,6 +21,13 @@ class Checkpoints:
     """Branch, tag or commit of a base on the hub."""
     json: bool = False
     """Print one JSON object, for machines."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise UserError(
+                "there are no checkpoints; name a training run's output folder, an adapter, a model or id@revision, "
+                "such as mechlens checkpoints runs/benign"
+            )
 
 
 COMMAND = Command(

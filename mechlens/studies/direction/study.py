@@ -32,7 +32,7 @@ from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
-from mechlens.prompts.text import match_punctuation
+from mechlens.prompts.text import PunctuationMode, match_punctuation
 from mechlens.runs.headline import Headline
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS, POSITIONS, DetectionPlan, require_ranges
@@ -87,6 +87,8 @@ class Concept:
     plan: DetectionPlan
     confounds: tuple[Confound, ...]
     """What else tells the two sides apart better than chance, by the lower bound; the most telling first."""
+    punctuation: str
+    """What became of final punctuation, in words."""
     steered: SteeringTest | None = None
     """What adding the directions to negative prompts did, where that was asked for."""
 
@@ -185,6 +187,7 @@ class Concept:
             **self.detection.in_words,
             "steering effect": "" if self.steered is None else self.steered.effect,
             "direction": "none to use" if self.direction is None else repr(self.direction),
+            "final punctuation": self.punctuation.removeprefix("final punctuation "),
         }
         return lines(f"Concept in {self.acts.checkpoint.name}: {self.verdict.headline}", facts)
 
@@ -202,19 +205,22 @@ def find_concept(
     causal: bool = False,
     paired: bool = False,
     sides: tuple[str, str] | None = None,
+    punctuation: PunctuationMode = "match",
     template: TemplateChoice = "tokenizer",
     cache: Cache | None = None,
 ) -> Concept:
     """Directions by the plan's method at every level and named position, with held-out evidence.
 
-    Half of the prompt families train, a fifth chooses the level, the rest is reported. `best` is None, with a warning
-    that says what ties, where no direction is more than the words, the token standing there, the length or another
-    difference between the sides (`confounds`, which are warned about too); `detection.strongest` and
-    `detection.at(position)` are there all the same. `causal` tries what adding directions does (`SteeringTest`), and
-    `direction` is then the one that does most beyond random ones. `paired` says that row i of both sides
-    is a pair of one topic, and keeps it whole: pairs split over training and test put AUROCs far below 0.5. `sides` are
-    their names, which the directions keep in their files: without it labels that all prompts of a side carry, or the
-    names of columns. UserError where a side has fewer than 15 prompts, or a prompt stands on both.
+    Half of the prompt families train, a fifth chooses the level, the rest is reported. `best` is None, with a
+    warning that says what ties, where no direction is more than the words, the token standing there, the length or
+    another difference between the sides (`confounds`, which are warned about too); `detection.strongest` and
+    `detection.at(position)` are there all the same. `causal` tries what adding directions does (`SteeringTest`),
+    and `direction` is then the one that does most beyond random ones. `paired` says that row i of both sides is a
+    pair of one topic, and keeps it whole: pairs split over training and test put AUROCs far below 0.5. `sides` are
+    their names, which the directions keep in their files: without it labels that all prompts of a side carry, or
+    the names of columns. `punctuation` is as in `match_punctuation`, and as at `mechlens direction`: "match" takes
+    the last mark off every prompt where it differs between the sides, and `Concept.punctuation` says so. UserError
+    where a side has fewer than 15 prompts, or a prompt stands on both.
 
     >>> model = ml.load("smollm2")
     >>> harmful, harmless = ml.builtin_prompts("harmful")[:40], ml.builtin_prompts("harmless")[:40]
@@ -222,6 +228,29 @@ def find_concept(
     >>> list(concept.table().columns[:3])
     ['level', 'position', 'auroc']
     """
+    found = _found(
+        model, positive, negative, positions, plan, causal=causal, paired=paired, sides=sides, punctuation=punctuation,
+        template=template, cache=cache,
+    )  # fmt: skip
+    _warn(found, "`detection.strongest.direction`", "causal=True")
+    return found
+
+
+def _found(
+    model: LanguageModel,
+    positive: Prompts,
+    negative: Prompts,
+    positions: Sequence[str],
+    plan: DetectionPlan,
+    *,
+    causal: bool,
+    paired: bool,
+    sides: tuple[str, str] | None,
+    punctuation: PunctuationMode,
+    template: TemplateChoice,
+    cache: Cache | None,
+) -> Concept:
+    _require_in_order(model, positive, negative)
     if not isinstance(plan, DetectionPlan):
         raise UserError(f"{kind_of(plan)} was given as the plan; give a DetectionPlan, such as {PLAN}")
     METHODS.require(plan.method)
@@ -232,6 +261,8 @@ def find_concept(
     )
     refuse_shared((f"the {POSITIVE} side", positive), (f"the {NEGATIVE} side", negative))
     _require_enough(positive, negative)
+    matched = match_punctuation(positive, negative, punctuation)
+    positive, negative = list(matched.positive), list(matched.negative)
     if not paired:
         warn_of_twins(positive, negative)
     prompts = [*positive, *(_twins(positive, negative) if paired else negative)]
@@ -255,12 +286,29 @@ def find_concept(
     measured = replace(measured, detection=measured.detection.called(sides))
     if steered is not None and steered.direction is not None:
         steered = replace(steered, direction=replace(steered.direction, contrast=sides))
-    found = Concept(measured, reliability, acts, batch, split, plan, shown, steered)
+    return Concept(measured, reliability, acts, batch, split, plan, shown, matched.note, steered)
+
+
+def _warn(found: Concept, strongest: str, by_steering: str) -> None:
+    """A UserWarning where no direction is best or steers, for those who type or those who write Python."""
     if found.best is None:
-        warnings.warn(f"there is no best direction. {found.verdict.headline} {_usable(found)}", stacklevel=2)
-    if steered is not None and steered.direction is None:
-        warnings.warn(f"there is no direction that steers. {steered.sentence}", stacklevel=2)
-    return found
+        usable = "What can be used is the direction that steering chose"
+        if found.direction is None:
+            further = "" if found.steered is not None else f", or what {by_steering} chooses by steering"
+            usable = f"What can be used all the same is the strongest ({strongest}){further}"
+        warnings.warn(f"there is no best direction. {found.verdict.headline} {usable}", stacklevel=3)
+    if found.steered is not None and found.steered.direction is None:
+        warnings.warn(f"there is no direction that steers. {found.steered.sentence}", stacklevel=3)
+
+
+def _require_in_order(model: object, positive: object, negative: object) -> None:
+    """UserError where a model stands among the prompts."""
+    given = next((one for one in (positive, negative) if hasattr(one, "cfg")), None)
+    if given is not None or isinstance(model, list | tuple):
+        raise UserError(
+            f"the model comes first, and {kind_of(model)} was given there; "
+            "write find_concept(model, positive, negative)"
+        )
 
 
 def _called(positive: Prompts, negative: Prompts) -> tuple[str, str]:
@@ -300,17 +348,6 @@ def _twins(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> list[Promp
     return [replace(twin, family=prompt.group) for prompt, twin in zip(positive, negative, strict=True)]
 
 
-def _usable(found: Concept) -> str:
-    """What can be used where no direction is best, for those who type and for those who write Python."""
-    if found.direction is not None:
-        return "What can be used is the direction that steering chose"
-    further = "" if found.steered is not None else ", or what --causal (causal=True) chooses by steering"
-    return (
-        "What can be used all the same is the strongest (strongest.safetensors in the run folder, detection.strongest "
-        f"in Python){further}"
-    )
-
-
 def _require_enough(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
     for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if len(prompts) < MIN_OF_A_SIDE:
@@ -346,11 +383,11 @@ def prepare(config: FindDirection) -> Preparation[ContrastSets]:
     sets = {"positive": (config.positive, positive), "negative": (config.negative, negative)}
     refuse_shared(sets["positive"], sets["negative"])
     data = data_inputs(sets)
+    _require_enough(positive, negative)
     matched = match_punctuation(positive, negative, config.punctuation)
     prompts = (*matched.positive, *matched.negative)
-    _require_enough(positive, negative)
     chosen = chosen_model(config, asks(prompts, config.positions))
-    content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
+    content = ContrastSets(*chosen, tuple(positive), tuple(negative), (), matched.note)
     return prepared(content, chosen.model, chosen.inputs(data), prompts, left_out)
 
 
@@ -372,10 +409,13 @@ def _sides(config: FindDirection) -> tuple[list[Prompt], list[Prompt]]:
 
 def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Concept:
     """Finds and tests the direction."""
-    return find_concept(
-        sets.model, sets.positive, sets.negative, config.positions, config, causal=config.causal,
-        sides=short_sides(config.positive, config.negative), template=sets.template, cache=writer.cache,
+    found = _found(
+        sets.model, sets.positive, sets.negative, config.positions, config, causal=config.causal, paired=False,
+        sides=short_sides(config.positive, config.negative), punctuation=config.punctuation, template=sets.template,
+        cache=writer.cache,
     )  # fmt: skip
+    _warn(found, "strongest.safetensors in the run folder", "--causal")
+    return found
 
 
 def short_sides(positive: str, negative: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from mechlens.errors import UserError
 from mechlens.files import user_path
 from mechlens.methods.shown import few
 from mechlens.methods.steering.controllers.controller import Controlled, Controller
@@ -19,15 +18,10 @@ from mechlens.studies.shared.inputs import Check
 from mechlens.studies.steer.config import STRENGTH, Steer
 
 FILE = "controller.safetensors"
-ELSE = ("layer", "position", "operation", "unit", "calibrate_kl")
-"""Options of a direction, which a controller has decided on."""
 
 
-def read_controller(config: Steer, path: Path) -> Controller:
-    """The controller of a file or a run's folder; UserError for another file, or an option that it has no use for."""
-    wrong = [name for name in ELSE if getattr(config, name) != getattr(Steer, name)]
-    if wrong:
-        raise UserError(f"--{wrong[0].replace('_', '-')} is of a direction, and a controller was given; leave it out")
+def read_controller(path: Path) -> Controller:
+    """The controller of a file or a run's folder."""
     file = user_path(path)
     return artifacts.load(file / FILE if file.is_dir() else file, Controller)
 

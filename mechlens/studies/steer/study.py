@@ -11,11 +11,10 @@ from rich.text import Text
 
 from mechlens.errors import UserError
 from mechlens.files import short_name
-from mechlens.methods.behaviour.drawing import Draws
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.heartbeat import heartbeat
 from mechlens.methods.progress import phase, timed
-from mechlens.methods.steering.equal_damage import FIRST, calibrate, require_kl
+from mechlens.methods.steering.equal_damage import FIRST, calibrate
 from mechlens.methods.steering.fits import ANEW
 from mechlens.methods.steering.interventions import ALL, EVERYWHERE, Ablate, Add, Intervention
 from mechlens.methods.steering.side_by_side import IN_WORDS, NORM_PROMPTS, addition_at
@@ -74,32 +73,15 @@ def execute(config: Steer, screen: Screen) -> None:
 
 def steer(config: Steer, told: Told | None = None) -> BothAnswers:
     """Both answers, one after the other; `told` hears of them while they are written."""
-    if config.operation == "ablate" and config.strength is not None:
-        raise UserError("an ablation has no strength; leave --strength out, or add instead")
-    if not math.isfinite(config.strength or 0.0):
-        raise UserError(f"the strength is {config.strength}; give a finite number")
-    if config.calibrate_kl is not None:
-        require_kl(config.calibrate_kl)
-        if config.operation == "ablate" or config.unit != Steer.unit:
-            raise UserError(
-                "--calibrate-kl finds a share of the residual norm to add; leave --operation and --unit out"
-            )
-    if config.n_samples > 1 and config.temperature == 0:
-        raise UserError(
-            f"--n-samples {config.n_samples} asks for answers that differ, and without a temperature they are all the "
-            "same; give one, such as --temperature 0.7"
-        )
-    Draws(config.temperature, config.top_p, config.n_samples, config.seed)  # says what can't be drawn
     prompt = Prompt("prompt", config.prompt, system=config.system)
     asked = asks([prompt], new_tokens=config.max_new_tokens)
-    if config.direction is None or config.controller is not None:
-        if config.controller is None or config.direction is not None:
-            raise UserError("what steers is a direction or a controller; give --direction or --controller, one of them")
-        controller = read_controller(config, config.controller)
+    if config.controller is not None:
+        controller = read_controller(config.controller)
         with phase("loading", short_name(config.model)):
             model, template = chosen_model(config, fits(controller, asked, force=config.force))
         by_it, what = controlled(config, controller, model, template, prompt)
         return _both_answers(config, model, template, prompt, by_it, what, told)
+    assert config.direction is not None  # as the configuration has made sure
     direction = read_direction(config.direction, config.layer, config.position)
     layer = direction.level if config.layer is None else config.layer
 
