@@ -69,6 +69,17 @@ def test_laws_of_the_area() -> None:
     assert float(auroc(positive.float(), positive)) == 1.0
 
 
+def test_a_score_that_is_the_same_for_all_is_at_chance_for_certain() -> None:
+    positive, families = torch.arange(40) >= 20, [str(i) for i in range(40)]
+    constant = auroc_estimate(torch.ones(40), positive, families)
+    assert (constant.value, constant.low, constant.high) == (0.5, 0.5, 0.5)
+    tied = torch.ones(40)
+    tied[[0, 20]] = 2.0  # at 0.5 too, and by chance
+    measured = auroc_estimate(tied, positive, families)
+    assert measured.value == 0.5
+    assert measured.low < 0.5 < measured.high
+
+
 def test_empty_classes_and_broken_scores_are_missing_not_a_crash() -> None:
     scores, positive = _draw(5, seed=0)
     everyone = torch.ones(10, dtype=torch.bool)

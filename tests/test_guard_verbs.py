@@ -542,6 +542,13 @@ def test_the_command_prints_one_object_a_line_and_one_sentence_for_a_wrong_guard
     main([*command, fitted.guard])
     printed = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [set(record) for record in printed] == [{"line", "harmful", "score", "probability"}] * 2
+    (tmp_path / "p.txt").write_bytes(b"Please make bread\n\xff\n")
+    with pytest.raises(SystemExit) as stop:
+        main([*command, fitted.guard])
+    said = capfd.readouterr()
+    assert stop.value.code == 1
+    assert ["error" in json.loads(line) for line in said.out.splitlines()] == [False, True]
+    assert said.err.splitlines()[-1] == 'mechlens: 1 of 2 lines could not be judged; each says why under "error"'
     with pytest.raises(SystemExit):
         main([*command, str(tmp_path / "p.txt")])
     assert "is truncated or not a safetensors file" in capfd.readouterr().err

@@ -17,6 +17,7 @@ from mechlens.runs.index import write_index
 from mechlens.runs.lock import FolderLock
 from mechlens.runs.prune import prune
 from mechlens.runs.report.report import Report
+from mechlens.runs.run import read_run
 from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
 from mechlens.studies.runs.config import ListRuns, PruneRuns
@@ -115,6 +116,12 @@ def test_lists_call_a_model_by_its_short_name_and_keep_what_was_given(tmp_path: 
     assert [short_name(name) for name in ("owner/name", "a/b/", "./tiny", "x.gguf", "")] == [
         "name", "b", "tiny", "x.gguf", "",
     ]  # fmt: skip
+
+
+def test_a_file_in_the_place_of_a_run_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "polite.txt").write_text("Please")
+    with pytest.raises(UserError, match=r"polite.txt is a file; give the folder of a run, which its `out` named"):
+        read_run(tmp_path / "polite.txt")
 
 
 def test_the_index_of_no_runs_says_so_and_a_missing_folder_is_an_error(tmp_path: Path) -> None:

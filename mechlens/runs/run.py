@@ -230,7 +230,12 @@ def read_run(folder: AnyPath) -> Run:
     >>> ml.read_run("runs/first").status
     'success'
     """
-    path = user_path(folder) / RUN_FILE
+    place = user_path(folder)
+    if place.is_file():
+        if place.name != RUN_FILE:
+            raise UserError(f"{place} is a file; give the folder of a run, which its --out named")
+        place = place.parent
+    path = place / RUN_FILE
     try:
         found: _OnDisk = read_sealed(path, _OnDisk, REMEDY, sealed_from=2, extra="forbid")
     except FileNotFoundError as error:

@@ -20,7 +20,8 @@ from mechlens.prompts.same import Comparable
 class Direction(Comparable):
     """A residual-stream vector at one level and position, in the model's own units (never normalised).
 
-    `ml.steer(model, direction, "Hello")` shows what it does to answers. Directions of one place can be added,
+    `ml.steer(model, direction, "Hello")` shows what it does to answers; `ml.save(direction, "mine.safetensors")` keeps
+    it and `ml.open("mine.safetensors")` is the same again. Directions of one place can be added,
     subtracted and scaled (`a + 0.5 * b`); `parts` says what a sum was made of.
 
     >>> model = ml.load("smollm2")

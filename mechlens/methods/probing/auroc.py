@@ -133,17 +133,20 @@ def bounds_of(
 ) -> Interval:
     """95% interval of AUROCs, by prompt families; from 0 to 1 below `MIN_FAMILIES` of a class.
 
-    All areas that are no farther from the measured one than their own standard error times Student's t (Newcombe
-    2006, method 5, on Hanley & McNeil's variance), that variance scaled by how much more, or less, `parts` vary by
-    family than by prompt: what each prompt adds to the error of the area (of its placement value, over the prompts of
-    its class: DeLong et al. 1988, Obuchowski 1997). It has a width at an area of 1 too. `pairs` are how many pairs of
-    prompts were compared.
+    All areas that are no farther from the measured one than their own standard error times Student's t (Newcombe 2006,
+    method 5, on Hanley & McNeil's variance), that variance scaled by how much more, or less, `parts` vary by family
+    than by prompt: what each prompt adds to the error of the area (of its placement value, over the prompts of its
+    class: DeLong et al. 1988, Obuchowski 1997). It has a width at an area of 1 too, and none where all scores are one.
+    `pairs` are how many pairs of prompts were compared.
     """
     least = fewest_families(positive, families)
     if least < MIN_FAMILIES:
         return Interval(*(torch.where(value.isnan(), value, bound) for bound in (0.0, 1.0)))
     reach = float(stats.t.ppf(0.975, least - 1)) * _family_effect(parts, positive, families).sqrt()
-    return Interval(*_farthest(value, reach, positive, pairs))
+    found = _farthest(value, reach, positive, pairs)
+    # A score that is the same for all, such as that of a template's token, is at 0.5 whatever prompts are drawn.
+    constant = (value == 0.5) & (parts == 0).all(dim=1)
+    return Interval(*torch.where(constant, value, found))
 
 
 def auroc_difference(

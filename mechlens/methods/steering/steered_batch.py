@@ -175,7 +175,7 @@ class SteeredBatch:
         values = torch.empty(0)
         # Every new token costs a pass of its own for each batch.
         cost = forward.BATCH_COST * max(1, self.new_tokens)
-        bar = steps(len(rows), "steering", "prompt", sum(map(self._work, rows)))
+        bar = steps(len(rows), "steering", "answer", sum(map(self._work, rows)))
         for skip, group in grouped(rows, max_tokens):
             start = _Start(self, group, skip, common)
             for members in forward.plan(group, max_tokens, shared=skip, batch_cost=cost, equal_lengths=not self.fast):

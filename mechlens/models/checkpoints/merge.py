@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from mechlens import hub
 from mechlens.errors import UserError
-from mechlens.files import require_regular, user_path
+from mechlens.files import nearest_folder, require_regular, user_path
 from mechlens.models.checkpoint import is_fingerprint_of
 from mechlens.models.checkpoints.adapter_record import read_record, require_whole
 from mechlens.models.checkpoints.folders import CONFIG, adapters_inside, other_format
@@ -112,8 +112,10 @@ def _require_on_hub(adapter: str) -> None:
         why = hub.why_not() or first_line(error)
         near = nearest(adapter, list(ADAPTERS))
         named = f" ({near}, which goes to --model as it is)" if near else ""
+        here = nearest_folder(adapter)
         raise UserError(
-            f"the adapter {adapter!r} is neither a local folder nor to be had from the hub{named}: {why}"
+            f"the adapter {adapter!r} is neither a local folder{f' ({here})' if here else ''} nor to be had from the "
+            f"hub{named}: {why}"
         ) from error
 
 

@@ -83,6 +83,8 @@ class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
 class GuardPredict(ModelChoice):
     """Judge prompts as they come: one JSON object a line, with harmful, score and probability, or error.
 
+    Exits with 1, once all lines are read, where a line could not be judged.
+
     >>> ml.GuardPredict(guard="runs/guard/guard.safetensors", input="prompts.jsonl").batch
     16
     """

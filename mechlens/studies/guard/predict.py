@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mechlens.checked_json import parse_json
-from mechlens.errors import UserError, an
+from mechlens.errors import UserError, an, many
 from mechlens.files import require_regular, user_path
 from mechlens.methods.guard.fitted import FittedGuard, GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
@@ -56,9 +56,16 @@ class Line:
 
 
 def execute(config: GuardPredict, screen: Screen) -> None:
-    """One JSON object a line, each as soon as it is there: a pipe's reader shouldn't wait for the next ones."""
+    """One JSON object a line, each as soon as it is there: a pipe's reader shouldn't wait for the next ones.
+
+    UserError at the end where a line could not be judged: whoever reads the exit code alone is to know.
+    """
+    lines = errors = 0
     for record in predict(config):
         screen.show(record)
+        lines, errors = lines + 1, errors + ("error" in record)
+    if errors:
+        raise UserError(f'{errors} of {many(lines, "line")} could not be judged; each says why under "error"')
 
 
 def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:

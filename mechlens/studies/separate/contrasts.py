@@ -75,15 +75,15 @@ class OutOfFoldContrast:
         """AUROC of one surface baseline over the same prompts."""
         kept = self.question.member if inside is None else self.question.member & inside
         if name not in self.surface:
-            return Estimate.missing(int(kept.sum()))
+            return self._missing(kept)
         return self._estimate(self.surface[name], kept)
 
     def gain(self, position: str, inside: Bool[Tensor, " prompt"] | None = None) -> tuple[Estimate, str]:
         """AUROC beyond the best surface baseline, paired over the same prompts and folds; and that baseline's name."""
         kept = self.question.member if inside is None else self.question.member & inside
-        if self.scores is None or not self.surface:
-            return Estimate.missing(int(kept.sum())), ""
         positive, families = self._cut(kept)
+        if self.scores is None or not self.surface or fewest_families(positive, families) < MIN_FAMILIES:
+            return self._missing(kept), ""
         own = {k: v for k, v in self.surface.items() if "." not in k or k.endswith(f".{position}")}
         best = max(own, key=lambda name: float(auroc(own[name][kept], positive)))
         first = self.scores.by_seed(position)[0]
@@ -102,8 +102,13 @@ class OutOfFoldContrast:
     def _estimate(self, scores: Float[Tensor, " prompt"], kept: Bool[Tensor, " prompt"]) -> Estimate:
         positive, families = self._cut(kept)
         if fewest_families(positive, families) < MIN_FAMILIES:
-            return Estimate.missing(min(int(positive.sum()), int((~positive).sum())))
+            return self._missing(kept)
         return auroc_estimate(scores[kept], positive, families)
+
+    def _missing(self, kept: Bool[Tensor, " prompt"]) -> Estimate:
+        """With the count of the smaller class, which is what there are too few of."""
+        positive, _ = self._cut(kept)
+        return Estimate.missing(min(int(positive.sum()), int((~positive).sum())))
 
     def _cut(self, kept: Bool[Tensor, " prompt"]) -> tuple[Bool[Tensor, " kept"], list[str]]:
         return self.question.positive[kept], [self.families[i] for i in kept.nonzero().flatten().tolist()]
