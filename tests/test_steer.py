@@ -83,7 +83,7 @@ def test_a_strength_is_found_by_what_it_breaks(folder: Path) -> None:
     for wrong in ({"operation": "ablate"}, {"unit": "raw"}):
         with pytest.raises(UserError, match="leave `operation` and `unit` out"):
             steer(config(folder, calibrate_kl=0.5, **wrong))
-    with pytest.raises(UserError, match=r"the KL is -1\.0; give a number of nats above 0"):
+    with pytest.raises(UserError, match=r"`calibrate_kl` is -1\.0; give a number of nats above 0"):
         steer(config(folder, calibrate_kl=-1.0))
 
 
@@ -206,7 +206,7 @@ TYPED = {
     ("--max-new-tokens", "0"): "--max-new-tokens must be at least 1, and is 0",
     ("--n-samples", "3"): "without a temperature they are all the same; give one, such as --temperature 0.7",
     ("--top-p", "0.9"): "without a temperature the likeliest is taken; give one, such as --temperature 0.7",
-    ("--top-p", "0"): "--top-p must be above 0, and is 0.0",
+    ("--top-p", "0", "--temperature", "1"): "--top-p must be above 0, and is 0.0",
     ("--top-p", "1.5", "--temperature", "1"): "--top-p must be at most 1, and is 1.5",
     ("--temperature", "-1"): "--temperature must be at least 0, and is -1.0",
     ("--temperature", "inf"): "the temperature is inf; give a finite number",

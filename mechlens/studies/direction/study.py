@@ -228,6 +228,12 @@ def find_concept(
     >>> list(concept.table().columns[:3])
     ['level', 'position', 'auroc']
     """
+    _require_in_order(model, positive, negative)
+    if not isinstance(plan, DetectionPlan):
+        raise UserError(f"{kind_of(plan)} was given as the plan; give a DetectionPlan, such as {PLAN}")
+    METHODS.require(plan.method)
+    require_ranges(plan)
+    sides = _called(positive, negative) if sides is None else two_sides(sides)
     found = _found(
         model, positive, negative, positions, plan, causal=causal, paired=paired, sides=sides, punctuation=punctuation,
         template=template, cache=cache,
@@ -245,17 +251,11 @@ def _found(
     *,
     causal: bool,
     paired: bool,
-    sides: tuple[str, str] | None,
+    sides: tuple[str, str],
     punctuation: PunctuationMode,
     template: TemplateChoice,
     cache: Cache | None,
 ) -> Concept:
-    _require_in_order(model, positive, negative)
-    if not isinstance(plan, DetectionPlan):
-        raise UserError(f"{kind_of(plan)} was given as the plan; give a DetectionPlan, such as {PLAN}")
-    METHODS.require(plan.method)
-    require_ranges(plan)
-    sides = _called(positive, negative) if sides is None else two_sides(sides)
     positive, negative = (
         as_prompts(given, name=name, label=name) for name, given in ((POSITIVE, positive), (NEGATIVE, negative))
     )
