@@ -256,16 +256,15 @@ def _found(
     template: TemplateChoice,
     cache: Cache | None,
 ) -> Concept:
-    positive, negative = (
+    one, other = (
         as_prompts(given, name=name, label=name) for name, given in ((POSITIVE, positive), (NEGATIVE, negative))
     )
-    refuse_shared((f"the {POSITIVE} side", positive), (f"the {NEGATIVE} side", negative))
-    _require_enough(positive, negative)
-    matched = match_punctuation(positive, negative, punctuation)
-    positive, negative = list(matched.positive), list(matched.negative)
+    refuse_shared((f"the {POSITIVE} side", one), (f"the {NEGATIVE} side", other))
+    _require_enough(one, other)
+    matched = match_punctuation(one, other, punctuation)
     if not paired:
-        warn_of_twins(positive, negative)
-    prompts = [*positive, *(_twins(positive, negative) if paired else negative)]
+        warn_of_twins(matched.positive, matched.negative)
+    prompts = [*matched.positive, *(_twins(matched.positive, matched.negative) if paired else matched.negative)]
     batch = tokenize(prompts, template_of(model, template))
     acts = collect(model, batch, positions=positions, cache=cache)
     split = split_by_family(acts.labels, acts.families, fractions=FRACTIONS, seed=plan.seed)
