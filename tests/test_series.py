@@ -22,6 +22,8 @@ from mechlens.models.checkpoints.swap import checkpoint_swapper
 from mechlens.models.load import load, load_config
 from mechlens.models.packaged import cache_dir
 from mechlens.prompts.prompt import Prompt
+from mechlens.studies.behaviours.config import Behaviours
+from mechlens.studies.behaviours.tuned import tuned_runs
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +186,17 @@ def test_a_folder_that_is_passed_over_is_named(root: Path, tmp_path: Path) -> No
     with pytest.warns(UserWarning, match=r"out/checkpoint-best is passed over: .* called checkpoint-NUMBER"):
         series = checkpoint_series(str(root / "base"), [str(out)])
     assert [member.step for member in series.members] == [0, 1]
+
+
+def test_a_runs_broken_checkpoint_is_left_out_where_that_is_asked_for(root: Path, tmp_path: Path) -> None:
+    base, out = str(root / "base"), run_folder(root, tmp_path / "out", (1, 2))
+    (out / "checkpoint-1" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="leave it out with `skip_broken`"):
+        tuned_runs(base, [str(out)], None)
+    (run,) = tuned_runs(base, [str(out)], None, skip_broken=True)
+    assert [member.step for member in run.members] == [2]
+    assert [one.name for one in run.left_out] == ["checkpoint-1"]
+    assert Behaviours(checkpoints=("out",), out="x", skip_broken=True).skip_broken
 
 
 def test_the_verb_without_paths_is_mistyped(capsys: pytest.CaptureFixture[str]) -> None:

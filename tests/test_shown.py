@@ -122,3 +122,8 @@ def test_lines_are_cut_and_lists_have_an_end() -> None:
     assert len(cut("x" * 500)) == 120
     assert few(range(31)) == "0, 1, 2, 3 ... 30 (31)"
     assert few((1, 2)) == "1, 2"
+
+
+def test_a_directions_help_says_how_it_is_kept() -> None:
+    assert "ml.save(direction, " in str(ml.Direction.__doc__)
+    assert "ml.open(" in str(ml.Direction.__doc__)
