@@ -68,7 +68,9 @@ def said(command: list[object], capfd: pytest.CaptureFixture[str]) -> str:
         main([str(word) for word in command])
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mechlens: ")]
     last = [line for line in lines if "warning" not in line][-1]
-    typed = re.search(r"--\S+ must be at|there is no (judge|direction method|recipe)|was given without|give a finite", last)
+    typed = re.search(
+        r"--\S+ must be at|there is no (judge|direction method|recipe)|was given without|give a finite", last
+    )
     assert stop.value.code == (2 if typed else 1)
     return last
 
