@@ -11,12 +11,17 @@ from typing import Any, get_args, get_type_hints
 
 from mechlens.errors import UserError
 from mechlens.files import require_writable, short_name, user_path
-from mechlens.registry import require_numbers
+from mechlens.registry import require_numbers, unknown_name
 from mechlens.settings import SOURCES, Columns
 
 FILES = ("direction", "guard", "controller")
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 """Of a source that is a file and neither a built-in set nor on the hub."""
+POSITIONS = {
+    "inst": "inst", "last": "last", "post": "post[k]", "instruction": "instruction[*]", "token": "token[k]",
+    "prompt": "prompt[*]", "all": "all",
+}  # fmt: skip
+"""What positions are called in configurations, up to a bracket, and whole."""
 
 
 def with_paths(config: Any) -> Any:
@@ -51,6 +56,9 @@ def require_possible(config: Any) -> None:
     for name in SOURCES if given.get("data") is None else ("data",):
         if _is_missing(given.get(name)):
             raise UserError(f"{given[name]} could not be read (No such file or directory); check that it exists")
+        if _is_folder(given.get(name)):
+            raise UserError(f"{given[name]} is a folder; give one data file inside it")
+    _require_positions(given.get("positions"))
     if isinstance(config, Columns):
         _require_columns(config)
     if isinstance(given.get("checkpoints"), tuple):
@@ -58,6 +66,13 @@ def require_possible(config: Any) -> None:
     _require_layers(given)
     if isinstance(given.get("out"), Path):
         require_writable(given["out"])
+
+
+def _require_positions(given: Any) -> None:
+    """UserError for a name that no position has in any template."""
+    for name in given if isinstance(given, tuple) else ():
+        if isinstance(name, str) and name.partition("[")[0] not in POSITIONS:
+            raise unknown_name("position", name, [*POSITIONS.values()])
 
 
 def _require_columns(config: Columns) -> None:
@@ -107,3 +122,10 @@ def _is_missing(source: object) -> bool:
     """True for a source that can only be a file, and isn't there."""
     is_file = isinstance(source, str) and "+" not in source and Path(source).suffix.lower() in ENDINGS
     return is_file and not user_path(str(source)).exists()
+
+
+def _is_folder(source: object) -> bool:
+    """True for a source that is a folder here, and no built-in set of that name."""
+    from mechlens.prompts.builtin import builtin_names
+
+    return isinstance(source, str) and source not in builtin_names() and user_path(source).is_dir()
