@@ -123,7 +123,8 @@ def show_attention(
     if wrong or not heads:
         raise UserError(f"heads has {wrong[0] if wrong else 'none'}; give (layer, head) with a layer of {few(layers)} "
                         f"and a head below {most}")  # fmt: skip
-    sinks = find_sinks(model, batch).places[0]
+    found = find_sinks(model, batch)
+    sinks = found.places[0] if found.sure[0] else ()
     patterns: dict[tuple[int, int], list[list[float]]] = {}
 
     def see(one: Attended) -> None:
@@ -203,7 +204,11 @@ def _attention_heads(
     rendered = attention_heads(numpy.array(maps).round(3), list(tokens), list(names), max_value=1.0, min_value=0.0,
                                positive_color=_css(BLUE), mask_upper_tri=True)  # fmt: skip
     marked = ", ".join(f"{k} ({visible(tokens[k])})" for k in sinks)
-    return _view(rendered, "AttentionHeads", still_attention(maps, names, sinks, f"sinks at token {marked}"))
+    return _view(
+        rendered,
+        "AttentionHeads",
+        still_attention(maps, names, sinks, f"sinks at token {marked}" if marked else "no sink"),
+    )
 
 
 def _view(rendered: Any, element: str, still: str) -> View:

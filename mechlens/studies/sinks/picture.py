@@ -27,6 +27,7 @@ class Picture:
     pattern: Float[Tensor, "query key"] = field(repr=False)
     """Of its first tokens."""
     sinks: tuple[int, ...]
+    """Empty where no token is one."""
     tokens: tuple[str, ...] = field(repr=False)
     received: tuple[float, ...] = field(repr=False)
     """By token of the whole text, mean over all heads; NaN for the last ones."""
@@ -54,6 +55,6 @@ def picture_of(model: LanguageModel, domain: Domain, found: SinkMap, head: Head)
     watch(model, ids, see)
     tokenizer = loaded(model).tokenizer
     return Picture(
-        domain.name, head, torch.stack(kept)[0], found.sinks.places[0],
+        domain.name, head, torch.stack(kept)[0], found.sinks.places[0] if found.sinks.sure[0] else (),
         tuple(token_text(tokenizer, token) for token in ids), tuple(found.sinks.received[0].tolist()),
     )  # fmt: skip

@@ -65,7 +65,7 @@ def _sinks(writer: RunWriter, result: SinkResult) -> Section:
         caption = "The head that differs most between kinds of text. A full column is a sink, marked below."
         names.append(writer.figure(f"pattern_{one.domain}", drawn, table="patterns", caption=caption))
     views = tuple(
-        TokenView(one.tokens, one.received, f"first text of {one.domain}; sinks are tokens {_listed(one.sinks)}")
+        TokenView(one.tokens, one.received, f"first text of {one.domain}; {_listed(one.sinks)}")
         for one in result.pictures
     )
     return Section(
@@ -80,7 +80,7 @@ def _sinks(writer: RunWriter, result: SinkResult) -> Section:
 
 
 def _listed(places: tuple[int, ...]) -> str:
-    return " and ".join(map(str, places))
+    return f"sinks at {' and '.join(map(str, places))}, counted from 0" if places else "no sink"
 
 
 def _heads(writer: RunWriter, result: SinkResult) -> Section:
