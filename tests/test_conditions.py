@@ -13,13 +13,15 @@ from tiny import ARCHITECTURES
 
 import mechlens as ml
 from mechlens.errors import UserError
-from mechlens.methods.activations.collect import collect
+from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.directions.direction import project
 from mechlens.methods.steering.conditions import Projection, When
 from mechlens.methods.steering.interventions import ALL, Add, Intervention, ReplaceComponent, replacement
 from mechlens.methods.steering.steering import answer_under, applied, logits_under
 from mechlens.models.engine import forward
+from mechlens.prompts.batch import tokenize
+from mechlens.prompts.prompt import Prompt
 
 
 def condition(architecture: str, level: int = 1) -> Projection:
@@ -244,3 +246,17 @@ def test_what_is_no_condition_is_said() -> None:
         Projection(own, threshold=math.nan)
     with pytest.raises(UserError, match="read at attn_out, and a condition reads the residual stream"):
         Projection(replace(own, site="attn_out"), threshold=0.0)
+
+
+def test_one_condition_decides_each_row_of_one_batch_by_itself() -> None:
+    """Prompts of one length, which run as one batch: what is said of the first must not hold for the others."""
+    model = made("llama")
+    texts = [f"Number {i}: {word}" for i in range(4) for word in ("XXXX", "mmmm")]
+    batch = tokenize([Prompt(f"p{i}", text) for i, text in enumerate(texts)], template_of(model))
+    along = project(collect(model, batch, positions=("last",)).at(1, "last"), condition("llama").direction)
+    cut = along.sort().values
+    when = Projection(condition("llama").direction, threshold=float(cut[3] + cut[4]) / 2)
+    push = add("llama", 2.0)
+    come_to: list[list[Intervention]] = [[push] if held else [] for held in (along > when.threshold).tolist()]
+    got = answer_under(model, batch, [When(when, push)], max_new_tokens=NEW)
+    assert got.tokens == told(model, batch, come_to, got.tokens)
