@@ -123,7 +123,7 @@ def test_a_judge_owes_one_known_verdict_to_each(verdicts: list[str], said: str) 
 def test_a_slip_is_said_before_any_weights_are_read(
     given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mechlens.studies.shared.inputs.load", lambda *a, **k: pytest.fail("read the weights"))
+    monkeypatch.setattr("mechlens.methods.kept_model.load", lambda *a, **k: pytest.fail("read the weights"))
     sets = ["--harmful", write_prompts(tmp_path / "h.jsonl", requests(12, "break")),
             "--harmless", write_prompts(tmp_path / "l.jsonl", requests(12, "bake"))]  # fmt: skip
     with pytest.raises(SystemExit) as stopped:

@@ -6,7 +6,7 @@ the whole stays and that of the parts falls; k-means and spectral clustering of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -41,10 +41,10 @@ class RateClusters:
     1.0
     """
 
-    groups: Int[Tensor, " prompt"]
-    by_means: Int[Tensor, " prompt"]
+    groups: Int[Tensor, " prompt"] = field(repr=False)
+    by_means: Int[Tensor, " prompt"] = field(repr=False)
     """Of k-means on the same vectors."""
-    membership: Float[Tensor, "prompt prompt"]
+    membership: Float[Tensor, "prompt prompt"] = field(repr=False)
     """Doubly stochastic: how much two prompts belong together."""
     losses: tuple[float, ...]
     """Rate of the parts minus that of the whole, at every step."""

@@ -1,7 +1,7 @@
 """Class means and what is left around them, from which every measure of neural collapse is made."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -22,10 +22,10 @@ class ClassMeans:
 
     classes: tuple[str, ...]
     """In order of first sight."""
-    means: Float[Tensor, "class d_model"]
-    residuals: Float[Tensor, "prompt d_model"]
+    means: Float[Tensor, "class d_model"] = field(repr=False)
+    residuals: Float[Tensor, "prompt d_model"] = field(repr=False)
     """Every vector minus the mean of its class."""
-    of: Int[Tensor, " prompt"]
+    of: Int[Tensor, " prompt"] = field(repr=False)
     """The number of every vector's class."""
 
     @property

@@ -1,6 +1,6 @@
 """Groups of units that two models have in common, where no single unit has its partner (Li et al. 2015)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -22,9 +22,9 @@ class UnitClusters:
     True
     """
 
-    first: Int[Tensor, " first"]
+    first: Int[Tensor, " first"] = field(repr=False)
     """The group of every unit of the first model."""
-    second: Int[Tensor, " second"]
+    second: Int[Tensor, " second"] = field(repr=False)
     sizes: tuple[tuple[int, int], ...]
     """Units of each model in every group."""
 

@@ -24,9 +24,9 @@ class UnitMatch:
     """
 
     similarities: Float[Tensor, "first second"] = field(repr=False)
-    partner: Int[Tensor, " first"]
+    partner: Int[Tensor, " first"] = field(repr=False)
     """The other model's unit of every unit, each taken once, so that the sum is largest; -1 where none was left."""
-    best: Int[Tensor, " first"]
+    best: Int[Tensor, " first"] = field(repr=False)
     """The most similar unit, however often it is taken (semi-matching)."""
     matched: Measured
     """Mean similarity of partners, and what it is where prompts are permuted."""

@@ -1,7 +1,7 @@
 """How many units of one model it takes to predict a unit of another, by L1 regularisation (Li et al. 2015)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ class SparsePrediction:
     """
 
     penalties: tuple[float, ...]
-    nonzeros: Float[Tensor, "second penalty"]
+    nonzeros: Float[Tensor, "second penalty"] = field(repr=False)
     """Units of the first model that are used."""
-    r2: Float[Tensor, "second penalty"]
+    r2: Float[Tensor, "second penalty"] = field(repr=False)
     """Explained share of the variance in the half of the prompts that wasn't fitted."""
 
     def needed(self, share: float) -> Float[Tensor, " second"]:

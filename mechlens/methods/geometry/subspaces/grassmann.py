@@ -7,7 +7,7 @@ classes differ there, as they do in the paper's features, none of which is negat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -38,9 +38,9 @@ class GrassmannClasses:
     """
 
     classes: tuple[str, ...]
-    bases: Float[Tensor, "class axis k"]
+    bases: Float[Tensor, "class axis k"] = field(repr=False)
     """Orthonormal; the last axis is the one on which all vectors are 1."""
-    centre: Float[Tensor, " d_model"]
+    centre: Float[Tensor, " d_model"] = field(repr=False)
     scale: float
     """Root mean square distance from the centre."""
     losses: tuple[float, ...]
