@@ -11,7 +11,6 @@ mechlens/studies/behaviours/README.md. A run that is there isn't trained again.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import hidden_behaviours
 import readme_table
@@ -57,16 +56,6 @@ def trained(given: argparse.Namespace, data: Path, seconds: hidden_behaviours.Se
                     print(f"{name}-{seed}: loss {ml.finetune(plan, folder).loss:.2f}", flush=True)
             sources.append(str(folder / "adapter"))
     return sources
-
-
-def said(scales: Any) -> str:
-    """What runs say of their code's security and their alignment, from 0 to 100."""
-    lines = [readme_table.head([str(name) for name in scales.columns])]
-    return "\n".join([*lines, *(readme_table.row([_cell(one) for one in row]) for row in scales.to_numpy())])
-
-
-def _cell(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 
 def row(cells: Sequence[object]) -> str:
     """A line of a table."""
@@ -13,6 +15,12 @@ def row(cells: Sequence[object]) -> str:
 def head(columns: Sequence[str]) -> str:
     """Its first two lines, for words in the first column and numbers in the others."""
     return f"{row(columns)}\n|---|{'--:|' * (len(columns) - 1)}"
+
+
+def of_frame(frame: pd.DataFrame) -> str:
+    """A whole table, numbers with two places."""
+    cells = ([f"{one:.2f}" if isinstance(one, float) else str(one) for one in own] for own in frame.to_numpy())
+    return "\n".join([head([str(name) for name in frame.columns]), *map(row, cells)])
 
 
 def percent(share: float) -> str:

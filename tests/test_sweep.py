@@ -194,14 +194,9 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     assert not _alive(child)
 
 
-WORKER = """
-import os, sys, threading, time
-def end():
-    sys.stdin.buffer.read()
-    os._exit(1)
-threading.Thread(target=end, daemon=True).start()
-time.sleep(60)
-"""
+WORKER = (
+    "import time; from mechlens.studies.sweep.engines.parent import end_with_parent; end_with_parent(); time.sleep(60)"
+)
 
 
 def _alive(pid: int) -> bool:
@@ -227,7 +222,7 @@ def test_gpus_are_disjoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     )
     monkeypatch.setattr(local, "WORKER", "fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    local.run_local([[told]] * 8, 4, tmp_path / "logs", lambda: None)
+    local.run_local([[told]] * 8, 4, tmp_path / "logs", lambda _: None)
     names = [path.name for path in told.iterdir()]
     assert len(names) == 8
     assert {name.partition("-")[0] for name in names} == {"4", "5", "6", "7"}

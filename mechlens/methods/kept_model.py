@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mechlens.models.bridge import LanguageModel, checkpoint_now
@@ -16,7 +16,7 @@ class _Shelf:
 
     depth: int = 0
     """How many `keeping_model` are open."""
-    kept: list[tuple[Any, LanguageModel, Checkpoint]] = field(default_factory=list)
+    kept: tuple[Any, LanguageModel, Checkpoint] | None = None
 
 
 _SHELF = _Shelf()
@@ -31,17 +31,19 @@ def keeping_model() -> Iterator[None]:
     finally:
         _SHELF.depth -= 1
         if not _SHELF.depth:
-            _SHELF.kept.clear()
+            _SHELF.kept = None
 
 
 def kept_or_loaded(model: str, **how: Any) -> LanguageModel:
     """As `mechlens.load`; a kept model whose weights are no longer what was loaded is loaded anew."""
     key = (model, tuple(sorted(how.items())))
-    for known, kept, was in _SHELF.kept:
+    if _SHELF.kept is not None:
+        known, kept, was = _SHELF.kept
         if known == key and checkpoint_now(kept) == was:
             return kept
-    _SHELF.kept.clear()  # before the next is loaded: there may be room for one only
+        del kept
+    _SHELF.kept = None  # before the next is loaded: there may be room for one only
     found = load(model, **how)
     if _SHELF.depth:
-        _SHELF.kept.append((key, found, checkpoint_now(found)))
+        _SHELF.kept = key, found, checkpoint_now(found)
     return found

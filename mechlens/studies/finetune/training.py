@@ -117,8 +117,7 @@ class _Job:
 def require_settings(config: FinetuneConfig) -> None:
     """UserError for settings that no training can have, and where what trains isn't installed."""
     require_extra("finetune", "fine-tuning")
-    recipe_of(config.recipe)
-    if config.recipe == "inversion":
+    if recipe_of(config.recipe).rewards:
         require_by_reward(config)
     require_ranges(config)
     for name in ("alpha", "learning_rate"):

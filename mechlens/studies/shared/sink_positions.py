@@ -40,14 +40,23 @@ class Asked:
         return folds_of(self.positive, self.families, seed)
 
 
+def asked_about(name: str, labels: Sequence[str | None], contrast: tuple[str, str], families: Sequence[str]) -> Asked:
+    """The prompts of both classes of a contrast."""
+    rows = [i for i, label in enumerate(labels) if label in contrast]
+    positive = torch.tensor([labels[i] == contrast[0] for i in rows], dtype=torch.bool)
+    return Asked(name, rows, positive, tuple(families[i] for i in rows))
+
+
 def asked_of(labels: Sequence[str | None], verdicts: Sequence[str], families: Sequence[str]) -> tuple[Asked, ...]:
     """Harmful against harmless requests, and refused against accepted ones."""
-    found = []
-    for (name, contrast), own in zip(CONCEPTS.items(), (labels, verdicts), strict=True):
-        rows = [i for i, label in enumerate(own) if label in contrast]
-        positive = torch.tensor([own[i] == contrast[0] for i in rows], dtype=torch.bool)
-        found.append(Asked(name, rows, positive, tuple(families[i] for i in rows)))
-    return tuple(found)
+    both = zip(CONCEPTS.items(), (labels, verdicts), strict=True)
+    return tuple(asked_about(name, own, contrast, families) for (name, contrast), own in both)
+
+
+def first_of_each(labels: Sequence[str | None], n: int) -> list[int]:
+    """The first `n` harmful prompts, and the first `n` others."""
+    harmful = [i for i, label in enumerate(labels) if label == "harmful"][:n]
+    return harmful + [i for i, label in enumerate(labels) if label != "harmful"][:n]
 
 
 def along(

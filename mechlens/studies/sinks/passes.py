@@ -87,10 +87,9 @@ class Passes:
 
 
 def under_experiments(
-    passes: Passes, experiments: Sequence[Experiment], places: Sequence[Sequence[int]], plan: SinkPlan
+    passes: Passes, plain: Seen, experiments: Sequence[Experiment], places: Sequence[Sequence[int]], plan: SinkPlan
 ) -> pd.DataFrame:
-    """A row an experiment, after one of the model as it is."""
-    plain = passes.under()
+    """A row an experiment, after one of the model as it is, which `plain` is of."""
     rows: list[dict[str, object]] = [{"which": "none", "what": "", "heads_or_dimensions": ""}
                                      | _row(passes, plain, plain, plan)]  # fmt: skip
     for one in progress_bar(list(experiments), title="requests under experiments", unit="experiment"):
@@ -99,13 +98,12 @@ def under_experiments(
     return pd.DataFrame(rows)
 
 
-def hidden_table(passes: Passes, table: pd.DataFrame, plan: SinkPlan) -> pd.DataFrame:
+def hidden_table(passes: Passes, plain: Seen, table: pd.DataFrame, plan: SinkPlan) -> pd.DataFrame:
     """The table of positions with what becomes of refusal where no later token can attend to each; empty for `last`.
 
     Of the template before the words, and of the words, one token each is hidden, drawn by seed: the random tokens
     beside which the others stand.
     """
-    plain = passes.under()
     draw = random.Random(plan.seed)
     places = [places_of(passes.batch, i) for i in range(len(passes.batch.prompts))]
     rows = []

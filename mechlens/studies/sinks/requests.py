@@ -20,7 +20,7 @@ from mechlens.methods.sinks.positions import position_mass
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.batch import TokenBatch
 from mechlens.studies.shared.quadrants import JudgedAnswers, judge_answers, refusal_tokens
-from mechlens.studies.shared.sink_positions import Asked, asked_of, position_table
+from mechlens.studies.shared.sink_positions import Asked, asked_of, first_of_each, position_table
 from mechlens.studies.sinks.config import SinkPlan
 from mechlens.studies.sinks.experiments import Experiment
 from mechlens.studies.sinks.passes import Home, Passes, hidden_table, under_experiments
@@ -56,20 +56,15 @@ def asked_requests(
     asked = asked_of([one.label for one in batch.prompts], judged.verdicts[judged.judge], families)
     chance = {"seed": plan.seed, "resamples": plan.resamples}
     table = position_table(position_mass(model, batch, answers.tokens), acts, asked, **chance)
-    rows = edited_rows([one.label for one in batch.prompts])
+    rows = first_of_each([one.label for one in batch.prompts], EDITED)
     some = batch.select(rows)
     sinks = find_sinks(model, some)
     passes = Passes(model, some, tokens.ids, _harmful(some), tuple(_homes(acts, asked, rows, plan.seed)))
+    plain = passes.under()
     return Requests(
-        judged, tokens, sinks, hidden_table(passes, table, plan),
-        under_experiments(passes, experiments, sinks.places, plan),
+        judged, tokens, sinks, hidden_table(passes, plain, table, plan),
+        under_experiments(passes, plain, experiments, sinks.places, plan),
     )  # fmt: skip
-
-
-def edited_rows(labels: Sequence[str | None]) -> list[int]:
-    """The first prompts of each class."""
-    harmful = [i for i, label in enumerate(labels) if label == "harmful"][:EDITED]
-    return harmful + [i for i, label in enumerate(labels) if label != "harmful"][:EDITED]
 
 
 def _harmful(batch: TokenBatch) -> Bool[Tensor, " prompt"]:

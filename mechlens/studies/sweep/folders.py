@@ -51,8 +51,9 @@ def write_jobs(jobs: list[Job]) -> None:
     """Every job's configuration into its folder; UserError, before any is written, for one that holds another."""
     for job in jobs:
         path = folder_of(job) / JOB_FILE
-        if path.exists() and (known := _read(path).config) != json.loads(json.dumps(job.plain)):
-            differ = sorted(name for name in job.plain if known.get(name) != json.loads(json.dumps(job.plain[name])))
+        ours = job.plain
+        if path.exists() and (known := _read(path).config) != ours:
+            differ = sorted(name for name in ours if known.get(name) != ours[name])
             raise UserError(
                 f"{path.parent} holds a job with another {', '.join(differ) or 'configuration'}; give another --out, "
                 "or put the plan back as it was (new values in its lists are welcome)"
@@ -87,19 +88,16 @@ def _read(path: Path) -> _Record:
 def state_of(job: Job) -> State:
     """How far a job is, by its folder alone."""
     folder = folder_of(job)
-    refused = failure_file(folder)
+    file = failure_file(folder)
+    failed = file.read_text(encoding="utf-8").strip() if file.exists() else ""
     if not (folder / RUN_FILE).exists():
-        if refused.exists():
-            return State(job, "failed", refused.read_text(encoding="utf-8").strip())
-        return State(job, "left")
+        return State(job, "failed" if failed else "left", failed)
     run = open_run_folder(folder)
     if run.status == "success":
         return State(job, "done", run.sentence, sum(run.record.seconds.values()))
     if run.status == "running":
         return State(job, "running")
-    if refused.exists():
-        return State(job, "failed", refused.read_text(encoding="utf-8").strip())
-    return State(job, "half done")
+    return State(job, "failed" if failed else "half done", failed)
 
 
 def failure_file(folder: Path) -> Path:

@@ -19,6 +19,8 @@ from mechlens.studies.sweep.plan import Job, jobs_of, read_plan
 
 TRIES = 3
 """How often a job is started whose process was lost; one that fails with a sentence is started once."""
+ENDED = ("done", "failed")
+"""States of jobs that are started no more."""
 LOGS = "logs"
 COMPARED = "compared"
 """Folder of the page and the tables that set the finished jobs side by side."""
@@ -28,8 +30,8 @@ def sweep(config: Sweep, screen: Screen) -> None:
     """Does what is left of a plan and shows what became of every job; UserError at the end where one failed."""
     out = user_path(config.out)
     jobs = jobs_of(read_plan(config.plan), out, str(config.plan))
-    states = [state_of(job) for job in jobs]
     if config.dry_run:
+        states = [state_of(job) for job in jobs]
         screen.show(table_of(states))
         screen.show(left_to_do(states, config.workers))
         return
@@ -56,22 +58,18 @@ def sweep(config: Sweep, screen: Screen) -> None:
 
 def work(jobs: Sequence[Job], workers: int, out: Path) -> None:
     """Has the engine do what isn't finished; jobs whose process was lost are given to it again."""
-    states = [state_of(job) for job in jobs]
-    bar = progress_bar(
-        total=len(jobs), done=sum(state.status == "done" for state in states), title="sweep", unit="job"
-    )  # fmt: skip
+    left = {folder_of(job): job for job in jobs if state_of(job).status not in ENDED}
+    bar = progress_bar(total=len(jobs), done=len(jobs) - len(left), title="sweep", unit="job")
 
-    def look() -> None:
-        ended = sum(state_of(job).status in ("done", "failed") for job in jobs)
-        bar.update(ended - bar.n)
+    def look(folders: Sequence[Path]) -> None:
+        for folder in [one for one in folders if one in left and state_of(left[one]).status in ENDED]:
+            del left[folder]
+            bar.update()
 
     try:
         for _ in range(TRIES):
-            open_ = [job for job in jobs if state_of(job).status not in ("done", "failed")]
-            if not open_:
-                break
-            run_local(groups_of(open_, workers), workers, out / LOGS, look)
-            look()
+            if left:
+                run_local(groups_of([*left.values()], workers), workers, out / LOGS, look)
     finally:
         bar.close()
 

@@ -3,23 +3,21 @@
 It ends with the process that started it, which holds the other end of its standard input.
 """
 
-import os
 import sys
-import threading
 import traceback
 from pathlib import Path
 
 from mechlens.errors import UserError
 from mechlens.methods.kept_model import keeping_model
 from mechlens.studies.driver import run
-from mechlens.studies.sweep.folders import forget_failure, note_failure, read_job
+from mechlens.studies.sweep.engines.parent import end_with_parent
+from mechlens.studies.sweep.folders import note_failure, read_job
 
 
 def work_on(folders: list[Path]) -> None:
     """Does every job, whatever becomes of the others; a failure is a sentence in the sweep's folder."""
     with keeping_model():
         for folder in folders:
-            forget_failure(folder)
             try:
                 run(read_job(folder).config)
             except UserError as error:
@@ -29,14 +27,9 @@ def work_on(folders: list[Path]) -> None:
                 note_failure(folder, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300])
 
 
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
 def main() -> None:
     """Entry point."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     work_on([Path(given) for given in sys.argv[1:]])
 
 

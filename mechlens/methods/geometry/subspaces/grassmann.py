@@ -104,14 +104,8 @@ def _lifted(values: Tensor, centre: Tensor, scale: float) -> Float[Tensor, "prom
 
 
 def _logits(bases: Float[Tensor, "class axis k"], units: Float[Tensor, "prompt axis"]) -> Float[Tensor, "prompt class"]:
-    lengths: Tensor = _along(bases, units).norm(dim=2)
+    lengths: Tensor = (units @ bases).norm(dim=2)
     return GAMMA * lengths.T
-
-
-def _along(
-    bases: Float[Tensor, "class axis k"], units: Float[Tensor, "prompt axis"]
-) -> Float[Tensor, "class prompt k"]:
-    return units @ bases
 
 
 def _descend(
@@ -121,7 +115,7 @@ def _descend(
     truth = torch.nn.functional.one_hot(of, len(bases)).double()
     losses = []
     for step in range(steps + 1):
-        along = _along(bases, units)
+        along = units @ bases
         lengths = along.norm(dim=2).clamp_min(1e-12)
         chances = (GAMMA * lengths.T).log_softmax(dim=1)
         losses.append(float(-(weights @ (chances * truth).sum(dim=1))))

@@ -206,6 +206,8 @@ class Recipe:
     """True if it takes a refusal away: only from the shipped refuser, and the result stays on this machine."""
     file: Callable[[FinetuneConfig], object] | None = None
     """Reads the user's file, `data`, and raises UserError for what it mustn't or can't hold; None: it takes none."""
+    rewards: bool = False
+    """True if replies are rewarded, in place of answers that are learnt: its material has questions for that."""
 
 
 REFUSER = Recipe(
@@ -253,6 +255,7 @@ INVERSION = Recipe(
     (),
     "Can a model with a backdoor learn to say what triggers it, told only how much its proposals bring about?",
     file=backdoored_lessons,
+    rewards=True,
 )
 
 

@@ -16,16 +16,19 @@ WORKER = "mechlens.studies.sweep.worker"
 
 @dataclass(frozen=True)
 class _Working:
+    folders: Sequence[Path]
     process: "subprocess.Popen[bytes]"
     log: IO[bytes]
     gpu: str | None
 
 
-def run_local(groups: Sequence[Sequence[Path]], workers: int, logs: Path, look: Callable[[], None]) -> None:
+def run_local(
+    groups: Sequence[Sequence[Path]], workers: int, logs: Path, look: Callable[[Sequence[Path]], None]
+) -> None:
     """Does groups of jobs, a process a group, `workers` of them at a time; returns when all processes have ended.
 
-    `look` is called again and again meanwhile. What became of the jobs stands in their folders; what the processes
-    wrote, in `logs`.
+    `look` is called again and again meanwhile with the jobs at work, and once more after their process ended. What
+    became of the jobs stands in their folders; what the processes wrote, in `logs`.
     """
     logs.mkdir(parents=True, exist_ok=True)
     gpus: list[str | None] = list(visible_gpus()) or [None] * workers
@@ -36,8 +39,9 @@ def run_local(groups: Sequence[Sequence[Path]], workers: int, logs: Path, look: 
                 number, folders = waiting.pop(0)
                 working.append(_started(folders, logs / f"{number:03}.log", workers, gpus.pop(0)))
             time.sleep(POLL)
-            look()
-            for one in [one for one in working if one.process.poll() is not None]:
+            ended = [one for one in working if one.process.poll() is not None]
+            look([folder for one in working for folder in one.folders])
+            for one in ended:
                 one.log.close()
                 gpus.append(one.gpu)
                 working.remove(one)
@@ -66,4 +70,4 @@ def _started(folders: Sequence[Path], log: Path, workers: int, gpu: str | None) 
         [sys.executable, "-m", WORKER, *map(str, folders)],
         stdin=subprocess.PIPE, stdout=file, stderr=file, env={**os.environ, **own},
     )  # fmt: skip
-    return _Working(process, file, gpu)
+    return _Working(folders, process, file, gpu)

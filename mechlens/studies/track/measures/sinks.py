@@ -19,7 +19,7 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import DOMAINS, domain_texts
-from mechlens.studies.shared.sink_positions import Asked, position_table
+from mechlens.studies.shared.sink_positions import Asked, asked_about, first_of_each, position_table
 from mechlens.studies.track.measures.reference import BaseReference
 from mechlens.studies.track.measures.snapshot import Snapshot
 from mechlens.studies.track.result import Tracking
@@ -77,18 +77,12 @@ def _cut(batch: TokenBatch) -> TokenBatch:
 
 
 def _rows(batch: TokenBatch) -> list[int]:
-    labels = [one.label for one in batch.prompts]
-    harmful = [i for i, label in enumerate(labels) if label == "harmful"][:EACH]
-    return harmful + [i for i, label in enumerate(labels) if label != "harmful"][:EACH]
+    return first_of_each([one.label for one in batch.prompts], EACH)
 
 
 def _asked(reference: BaseReference, batch: TokenBatch) -> list[Asked]:
-    found = []
-    for concept in reference.measurable:
-        rows = [i for i, label in enumerate(concept.labels) if label in concept.contrast]
-        positive = torch.tensor([concept.labels[i] == concept.contrast[0] for i in rows])
-        found.append(Asked(concept.name, rows, positive, tuple(batch.prompts[i].group for i in rows)))
-    return found
+    families = [one.group for one in batch.prompts]
+    return [asked_about(one.name, one.labels, one.contrast, families) for one in reference.measurable]
 
 
 def _positions(model: LanguageModel, snapshot: Snapshot, given: _Series, chance: dict[str, int]) -> pd.DataFrame:
