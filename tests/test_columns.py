@@ -79,9 +79,11 @@ def test_a_text_file_has_no_columns_beside_a_file_that_has_some(file: str, tmp_p
     (tmp_path / "ok.txt").write_text("one\ntwo\n")
     plain = str(tmp_path / "ok.txt")
     config = asked(tmp_path, positive=f"{file}+{plain}", negative=plain, column="request", family_column="tone")
-    mixed = read_prompts(config.positive, "positive", config)
+    with pytest.warns(UserWarning, match=r"ok.txt has no columns, so each of its lines is a family of its own; column"):
+        mixed = read_prompts(config.positive, "positive", config)
     assert [prompt.text for prompt in mixed] == [*(text for text, _ in ROWS), "one", "two"]
-    assert [prompt.text for prompt in read_prompts(config.negative, "negative", config)] == ["one", "two"]
+    with pytest.warns(UserWarning, match="has no columns"):
+        assert [prompt.text for prompt in read_prompts(config.negative, "negative", config)] == ["one", "two"]
     require_possible(config)
 
 

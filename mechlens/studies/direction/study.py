@@ -413,7 +413,7 @@ def execute(config: FindDirection, sets: ContrastSets, writer: RunWriter) -> Con
         sides=short_sides(config.positive, config.negative), punctuation=config.punctuation, template=sets.template,
         cache=writer.cache,
     )  # fmt: skip
-    _warn(found, "strongest.safetensors in the run folder", "--causal")
+    _warn(found, "strongest.safetensors in the run folder", "--causal, in Python causal=True")
     return found
 
 

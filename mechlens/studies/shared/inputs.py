@@ -78,6 +78,9 @@ def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data:
     for part in joined_sources(source):
         bare = part in builtin_names() or not has_columns(part)
         column, family = (None, None) if bare else (config.column, config.family_column)
+        if bare and config.family_column is not None and part not in builtin_names():
+            told = f"each of its lines is a family of its own; column {config.family_column} is read from the others"
+            warnings.warn(f"{part} has no columns, so {told}", stacklevel=3)
         prompts = read(part, column=column, family_column=family)
         parts[part] = without_repeats(prompts, [prompt for before in parts.values() for prompt in before], part)
     return [prompt for prompts in distinct_ids(**parts) for prompt in prompts]
