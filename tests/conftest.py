@@ -1,6 +1,6 @@
 """What every test stands on: no network surprises, two threads, tiny models, and real ones where a registry ships them.
 
-mechlens is imported inside the fixtures, so that the run-time shape checks (see addopts) are on before it loads.
+mechlens is imported inside the fixtures, so that the run-time checks of shapes are on before it loads.
 """
 
 import os
@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spin
 
 import pytest
 import real
+import shape_checks  # noqa: F401  # before anything of mechlens
 import torch
 
 # `scripts/test` runs as many processes as there are processors, each on one thread.
