@@ -34,8 +34,10 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
 from mechlens.settings import DetectionPlan
+from mechlens.studies.direction.concept import Concept
 from mechlens.studies.direction.report import _steering_words
-from mechlens.studies.direction.study import Concept, _called, find_concept
+from mechlens.studies.direction.sides import names_given
+from mechlens.studies.direction.study import find_concept
 from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict, steering_headline
 from mechlens.studies.guard.fitting import fit_guard
 
@@ -259,8 +261,8 @@ class Column(list):
         (([Prompt("a", "A", "kind"), "C"], [Prompt("b", "B", "rude")]), ("positive", "negative")),
     ],
 )
-def test_sides_are_called_what_they_are_called(given: tuple[Any, Any], sides: tuple[str, str]) -> None:
-    assert _called(*given) == sides
+def test_sides_are_called_what_they_arenames_given(given: tuple[Any, Any], sides: tuple[str, str]) -> None:
+    assert names_given(*given) == sides
 
 
 @pytest.mark.parametrize("name", sorted(SURFACE))

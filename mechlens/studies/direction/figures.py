@@ -6,7 +6,7 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.cells import in_words
 from mechlens.runs.report.figure_parts import left_out
 from mechlens.runs.writer import RunWriter
-from mechlens.studies.direction.study import Concept
+from mechlens.studies.direction.concept import Concept
 
 MOST_CURVES = 5
 

@@ -13,8 +13,9 @@ from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report.parts import visible
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.direction.concept import Concept
 from mechlens.studies.direction.figures import draw
-from mechlens.studies.direction.study import NEGATIVE, POSITIVE, Concept
+from mechlens.studies.direction.sides import NEGATIVE, POSITIVE
 from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.rounding import class_rounding
 
