@@ -277,8 +277,8 @@ from mechlens.studies.cliff.config import FindCliff as FindCliff
 from mechlens.studies.compare.config import Compare as Compare
 from mechlens.studies.controllers.config import RivalsPlan as RivalsPlan
 from mechlens.studies.controllers.config import SteerTrain as SteerTrain
-from mechlens.studies.direction.config import FindDirection as FindDirection
 from mechlens.studies.direction.concept import Concept as Concept
+from mechlens.studies.direction.config import FindDirection as FindDirection
 from mechlens.studies.direction.study import find_concept as find_concept
 from mechlens.studies.driver import Preparation as Preparation
 from mechlens.studies.driver import rerun as rerun

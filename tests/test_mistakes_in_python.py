@@ -99,6 +99,12 @@ RAW: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda model, one: mean_difference(collect(model, ["the one"]), "a", "a", level=1, position="last"),
         "'a' was given as both labels; a direction needs two",
     ),
+    "lists for labels": (
+        lambda model, one: inspect.unwrap(mean_difference)(
+            collect(model, ["the one"]), ["the one"], ["the two"], level=1, position="last"
+        ),
+        r"^a list was given as a label; give the labels of both sides, .* ml\.find_concept takes lists",
+    ),
     "a direction as an intervention": (
         lambda model, one: inspect.unwrap(ml.answer_under)(model, "the one", one, max_new_tokens=2),
         r"interventions is a Direction; say what is done with it, such as \[ml\.Ablate\(direction\)\]",

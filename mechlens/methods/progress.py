@@ -206,9 +206,9 @@ class Bar(tqdm):  # type: ignore[misc]
     def format_dict(self) -> Any:
         told = super().format_dict
         left = self._pace.left(told["total"] or 0)
-        said = "?" if left is None else tqdm.format_interval(left)
-        rest = "" if left is None else f", about {said} to go"
-        return told | {"whole": counted(told["n"]), "left": said, "rest": rest}
+        said = "" if left is None else tqdm.format_interval(left)
+        rest = said and f", about {said} to go"
+        return told | {"whole": counted(told["n"]), "left": said and f"<{said}", "rest": rest}
 
     def update(self, n: int | float | None = 1) -> Any:
         """So many more are done."""
@@ -230,7 +230,7 @@ class Bar(tqdm):  # type: ignore[misc]
 
 DELAY = 2
 """Seconds before a bar is shown: what is over sooner needs none."""
-COUNTED = "{l_bar}{bar}| {whole}/{total:.0f} [{elapsed}<{left}, {rate_fmt}]"
+COUNTED = "{l_bar}{bar}| {whole}/{total:.0f} [{elapsed}{left}, {rate_fmt}]"
 
 
 def watched() -> bool:

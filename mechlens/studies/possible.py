@@ -72,7 +72,7 @@ def _require_positions(given: Any) -> None:
     """UserError for a name that no position has in any template."""
     for name in given if isinstance(given, tuple) else ():
         if isinstance(name, str) and name.partition("[")[0] not in POSITIONS:
-            raise unknown_name("position", name, [*POSITIONS.values()])
+            raise unknown_name("position", name, [*POSITIONS.values(), "post[*]"])
 
 
 def _require_columns(config: Columns) -> None:

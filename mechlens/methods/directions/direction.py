@@ -224,6 +224,11 @@ def mean_difference(acts: Activations, positive: str, negative: str, level: int,
     """
     if not isinstance(acts, Activations):
         raise UserError(f"a direction is found in what `collect` gives, and this is {an(type(acts).__name__)}")
+    if other := next((kind_of(label) for label in (positive, negative) if not isinstance(label, str)), None):
+        raise UserError(
+            f"{other} was given as a label; give the labels of both sides, such as 'harmful' and 'harmless', which "
+            "ml.as_prompts(texts, label=...) puts on prompts before they are collected; ml.find_concept takes lists"
+        )
     if positive == negative:
         raise UserError(f"{positive!r} was given as both labels; a direction needs two")
     return direction_grid(one_cell(acts, level, position), positive, negative).at(level, position)

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from mechlens.choices import RULES, choice
 from mechlens.settings import (
     Answering,
-    ModelChoice,
     Nulls,
     PositiveInt,
     PromptSets,
@@ -57,7 +56,7 @@ class GuardFit(EvaluationPlan, PromptSets, RefusingModel, RunChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
+class GuardEval(EvaluationPlan, RefusingModel, RunChoice):
     """Test a guard on prompts from other sources, beside baselines on the same prompts.
 
     >>> ml.GuardEval(guard="runs/guard/guard.safetensors", sources="builtin", out="runs/guard-eval").sources
@@ -65,7 +64,7 @@ class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
     """
 
     guard: str
-    """The guard.safetensors of a run of `guard fit`; its training prompts are read from the same folder."""
+    """The folder of a run of `guard fit`, or the guard.safetensors in it; its training prompts are read from there."""
     sources: str = "builtin"
     """builtin, published (files below --folder), or a JSON list of sources."""
     folder: str | None = None
@@ -80,7 +79,7 @@ class GuardEval(EvaluationPlan, ModelChoice, RunChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardPredict(ModelChoice):
+class GuardPredict(RefusingModel):
     """Judge prompts as they come: one JSON object a line, with harmful, score and probability, or error.
 
     Exits with 1, once all lines are read, where a line could not be judged.
@@ -90,7 +89,7 @@ class GuardPredict(ModelChoice):
     """
 
     guard: str
-    """The guard.safetensors of a run of `guard fit`."""
+    """The folder of a run of `guard fit`, or the guard.safetensors in it."""
     input: str = "-"
     """File of prompts, one a line or JSON Lines (.jsonl); - reads from stdin."""
     format: Literal["auto", "lines", "jsonl"] = "auto"

@@ -3,10 +3,12 @@
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from mechlens.choices import RULES
 from mechlens.errors import UserError, kind_of
+from mechlens.files import user_path
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
@@ -163,3 +165,9 @@ def rules_by_refusal(acts: Activations, settings: GuardSettings, refused: Mappin
 def read_positions(settings: GuardEstimator | GuardSettings) -> tuple[str, ...]:
     """The positions to collect: the guard's own, and both that other rules and baselines read."""
     return tuple(dict.fromkeys((*settings.positions, "inst", "last")))
+
+
+def guard_file(given: str) -> Path:
+    """Where a guard lies: the file named, or the one in the folder of a run of `guard fit`."""
+    path = user_path(given)
+    return path / "guard.safetensors" if path.is_dir() else path

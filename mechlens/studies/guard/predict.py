@@ -24,12 +24,13 @@ from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load as load_artifact
 from mechlens.studies.guard.config import GuardPredict
-from mechlens.studies.guard.fitting import LatentGuard, fits
+from mechlens.studies.guard.fitting import LatentGuard, fits, guard_file
 from mechlens.studies.registry import Screen
 from mechlens.studies.shared.inputs import chosen_model
 
 LONGEST_LINE = 1 << 20
 """Bytes of one line; what is longer is an error and is never held in memory."""
+TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 MAX_SKIPPED = 1 << 10
 """Pieces of LONGEST_LINE that are read on to find such a line's end; a stream like /dev/zero has none."""
 
@@ -70,7 +71,13 @@ def execute(config: GuardPredict, screen: Screen) -> None:
 
 def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
     """One record for each line that isn't blank, in order: line, harmful, score, probability; or line, error."""
-    guard = LatentGuard.of(load_artifact(user_path(config.guard), FittedGuard))
+    if config.format == "auto" and Path(config.input).suffix.lower() in TABLES:
+        raise UserError(
+            f"{config.input} is a table, and prompts are read line by line as they come; write it as JSON Lines "
+            "(pandas: frame.to_json('prompts.jsonl', orient='records', lines=True)), or give --format lines where "
+            "every line is a prompt"
+        )
+    guard = LatentGuard.of(load_artifact(guard_file(config.guard), FittedGuard))
     with _opened(config.input) as stream:
         model, template = chosen_model(config, fits(guard.fitted_, other_weights=config.other_weights))
         guard.fitted_.require(
@@ -118,7 +125,7 @@ def _line(number: int, raw: bytes, config: GuardPredict) -> Line:
     try:
         values = parse_json(text, Any, "the line", "give a JSON object on one line")
     except UserError as error:
-        return Line(number, None, f"not valid JSON: {error}")
+        return Line(number, None, str(error).replace("is not JSON", "is not valid JSON", 1))
     if isinstance(values, str):
         values = {"text": values}
     if not isinstance(values, dict):

@@ -159,6 +159,7 @@ def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict
         ylabel="share of harmful prompts flagged (TPR)",
     )  # fmt: skip
     roc.update_xaxes(range=[-0.02, 1.02])
+    roc.update_traces(line_shape="hv")  # a threshold between two rates catches no more than at the lower
     draw_diagonal(roc, 0.0, 1.0)
     caption = (
         "The nearer to the top left corner the better; the dashed diagonal is chance. Where few harmless prompts may "

@@ -27,7 +27,7 @@ from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardEval, GuardFit
 from mechlens.studies.guard.evaluation import EvaluationPrompts, GuardEvaluation, evaluate_guard, examine
-from mechlens.studies.guard.fitting import fit_guard, fits, other_rules, read_positions
+from mechlens.studies.guard.fitting import fit_guard, fits, guard_file, other_rules, read_positions
 from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
 from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared
 from mechlens.studies.shared.sources import Source, SourcePrompts, load_source, read_sources, require_files
@@ -48,7 +48,7 @@ class GuardTest:
 
 def prepare_eval(config: GuardEval) -> Preparation[GuardTest]:
     """Guard, prompts and model; UserError for whatever can't be had."""
-    path = user_path(config.guard)
+    path = guard_file(config.guard)
     guard = load_artifact(path, FittedGuard)
     train = _training_prompts(guard, path.parent)
     folder = None if config.folder is None else user_path(config.folder)

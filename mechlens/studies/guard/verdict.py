@@ -98,7 +98,8 @@ class GuardReport:
         return wide.assign(note=[notes[name] for name in wide["detector"]])
 
     def curves(self) -> pd.DataFrame:
-        """ROC curves on all test prompts: the true-positive rate at evenly spaced false-positive rates."""
+        """ROC curves on all test prompts: the most that a threshold catches within each of evenly spaced
+        false-positive rates, so steps."""
         positive = positives(self.result).numpy()
         rates = np.linspace(0, 1, CURVE_POINTS + 1)
         frames = []
@@ -110,9 +111,8 @@ class GuardReport:
             ends = np.append(np.diff(scores[order]) != 0, True)  # tied scores are flagged together
             caught = np.append(0, np.cumsum(positive[order])[ends]) / max(positive.sum(), 1)
             alarms = np.append(0, np.cumsum(~positive[order])[ends]) / max((~positive).sum(), 1)
-            frames.append(
-                pd.DataFrame({"detector": detector.name, "fpr": rates, "tpr": np.interp(rates, alarms, caught)})
-            )
+            best = caught[np.searchsorted(alarms, rates, side="right") - 1]  # of the thresholds within that rate
+            frames.append(pd.DataFrame({"detector": detector.name, "fpr": rates, "tpr": best}))
         return pd.concat(frames, ignore_index=True)
 
 

@@ -20,8 +20,8 @@ CHANGES = {
     "own_change": f"direction fitted here, change from the base {_COUNTS}",
     "frozen_change": f"base's direction, change from the base {_COUNTS}",
     "probe_change": f"probe fitted here, change from the base {_COUNTS}",
-    "readout_gap": f"base's direction behind the one fitted here {_COUNTS}",
-    "threshold_gap": f"frozen threshold behind a new one {_COUNTS}",
+    "readout_gap": f"base's direction minus the one fitted here {_COUNTS}",
+    "threshold_gap": f"accuracy at the frozen threshold minus that at a new one {_COUNTS}",
 }
 """What is compared, in words: changes of AUROC, then two gaps at the checkpoint (AUROC, balanced accuracy)."""
 GAINS = {f"gain.{name}": f"probe fitted here ahead of the {words}" for name, words in FLOORS.items()}
