@@ -22,7 +22,7 @@ from mechlens import registry
 from mechlens.choices import require_known
 from mechlens.errors import UserError, quoted
 from mechlens.files import TROUBLE, is_whole
-from mechlens.studies.mistyped import command_of, no_number
+from mechlens.studies.mistyped import command_of, what_is_wrong
 from mechlens.studies.possible import require_possible, with_paths
 from mechlens.studies.registry import GROUPS, Command, Study, commands
 
@@ -154,7 +154,10 @@ def _parsed(argv: Sequence[str], known: Mapping[str, Study | Command]) -> Any:
             raise
         if (ours := _of_ours(stop)) is not None:  # which the parser would put into a box
             raise ours from None
-    if sentence := no_number(said.getvalue(), rest):
+    options = [f"--{one.name.replace('_', '-')}" for one in fields(shape)] if words else []
+    if sentence := what_is_wrong(
+        said.getvalue(), rest, words or "".join(one for one in argv[:1] if one[:1] != "-"), options
+    ):
         raise UserError(sentence)
     return parse()  # which ends in what it has to say, in its own colours
 

@@ -141,6 +141,26 @@ def numbers(out: Path) -> dict[str, dict[str, float | None]]:
         ("select --model m --out x --seed=b", "mechlens: --seed is 'b'; it must be a whole number"),
         ("selct --n 3", "mechlens: there is no command 'selct' (did you mean 'select'?); choose from positions, "),
         ("behavior --out x", "mechlens: there is no command 'behavior' (did you mean 'behaviours'?); choose from "),
+        (
+            "direction --postive harmful --out x",
+            "mechlens: direction has no option --postive (did you mean --positive?);",
+        ),
+        ("direction --positive harmful --out x", "mechlens: direction needs --negative; see mechlens direction --help"),
+        (
+            "positions smollm2 hi",
+            "mechlens: 'smollm2' and 'hi' stand alone, and every value follows its option; positions",
+        ),
+        (
+            "separate --out x --n 3 4",
+            "mechlens: '4' stands alone, and every value follows its option; mechlens separate",
+        ),
+        (
+            "separate --out x --dtype flat32",
+            "mechlens: --dtype is 'flat32' (did you mean float32?); choose from auto, fl",
+        ),
+        ("separate --model=m --out", "mechlens: --out stands without a value; give one after it"),
+        ("guard", "mechlens: guard needs a command after it; choose from fit, eval, predict"),
+        ("-x", "mechlens: mechlens has no option -x; see mechlens --help"),
         ("runs lst", "mechlens: there is no command of `runs` 'lst' (did you mean 'list'?); choose from list, "),
     ],
 )
@@ -152,7 +172,7 @@ def test_what_is_mistyped_is_one_sentence(typed: str, said: str, run: Any) -> No
 
 def test_a_misspelt_option_is_looked_for_in_its_own_command(run: Any) -> None:
     said = run("select", "--model", "m", "--out", "x", "--seeed", 3).err
-    assert "--seed INT" in said
+    assert "(did you mean --seed?)" in said
     assert "behaviours" not in said
     assert "compare" not in said
 

@@ -1,5 +1,6 @@
-"""What is mistyped at the command line, in a sentence: a command that isn't there, a word where a number belongs."""
+"""What is mistyped at the command line, in a sentence: commands and options that aren't there, values that are none."""
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
@@ -10,6 +11,11 @@ from mechlens.registry import unknown_name
 WORDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
 """Values, as `--help` writes them, in words."""
 _PARSING = re.compile(r"Error parsing (--[\w.-]+):.*Argument helptext: (?:--\S+ )*--\S+ (\S+)")
+_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(--[\w.-]+)'. Expected one of \((.*?)\)")
+_VALUE = re.compile(r"Missing value for argument '(--[\w.-]+)'")
+_GROUP = re.compile(r"Missing subcommand Expected one of \{(.*?)\}")
+_UNKNOWN = "Unrecognized options:"
+_STRANGE = re.compile(f"{_UNKNOWN} (.*?) For full helptext")
 
 
 def command_of(argv: Sequence[str], known: Iterable[str]) -> str:
@@ -32,12 +38,47 @@ def command_of(argv: Sequence[str], known: Iterable[str]) -> str:
     return pair if pair in names else ""
 
 
-def no_number(said: str, argv: Sequence[str]) -> str:
-    """The parser's words about a value that is no number, as a sentence; "" where they are about something else."""
-    found = _PARSING.search(" ".join(re.sub("[─│╭╮╰╯]", " ", said).split()))
-    if found is None or not all(part in WORDS for part in found[2].split("|")):
+def what_is_wrong(said: str, argv: Sequence[str], command: str, options: Sequence[str]) -> str:
+    """The parser's box of words about the arguments of a command as a sentence; "" where it is about something else.
+
+    `options` are those that the command has, as they are typed.
+    """
+    plain, about = " ".join(re.sub("[─│╭╮╰╯]", " ", said).split()), f"mechlens {command}".rstrip()
+    name = command or about
+    if (found := _PARSING.search(plain)) is not None:
+        return _no_number(found[1], found[2], argv)
+    if (found := _CHOICE.search(plain)) is not None:
+        choices = re.findall(r"'([^']*)'", found[3])
+        return f"{found[2]} is {quoted(found[1])}{_meant(found[1], choices)}; choose from {', '.join(choices)}"
+    if (found := _VALUE.search(plain)) is not None:
+        return f"{found[1]} stands without a value; give one after it"
+    if (found := _GROUP.search(plain)) is not None:
+        return f"{name} needs a command after it; choose from {found[1]}"
+    missing = re.findall(r"^│ +(--[\w-]+)(?: [A-Z{\[].*)?│$", said.partition(_UNKNOWN)[0], re.MULTILINE)
+    needs = f"{name} needs {' and '.join(missing)}" if missing else ""
+    if (found := _STRANGE.search(plain)) is not None:
+        return _strange(found[1].split(), name, about, options, needs)
+    return needs and f"{needs}; see {about} --help"
+
+
+def _strange(words: Sequence[str], name: str, about: str, options: Sequence[str], needs: str) -> str:
+    unknown = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not unknown:
+        example = needs or f"{about} --help says which"
+        alone = " and ".join(map(quoted, words))
+        return f"{alone} stand{'s' if len(words) == 1 else ''} alone, and every value follows its option; {example}"
+    return f"{name} has no option {unknown[0]}{_meant(unknown[0], options)}; see {about} --help"
+
+
+def _meant(given: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(given.replace("_", "-"), known, n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+def _no_number(option: str, kind: str, argv: Sequence[str]) -> str:
+    if not all(part in WORDS for part in kind.split("|")):
         return ""
-    option, needed = found[1], " or ".join(WORDS[part] for part in reversed(found[2].split("|")))
+    needed = " or ".join(WORDS[part] for part in reversed(kind.split("|")))
     spelt = [word.partition("=") for word in argv]
     values = [
         given or " ".join(argv[place + 1 : place + 2])
