@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -107,7 +108,7 @@ def interrupted(number: int, frame: FrameType | None) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     try:
-        warnings.showwarning = _one_line
+        warnings.showwarning = functools.partial(_one_line, set())
         if list(argv) == ["--version"]:
             print(f"mechlens {version('mechlens-toolkit')}")
             return
@@ -215,9 +216,10 @@ def _require_whole(argv: Sequence[str]) -> None:
             raise UserError(f"argument {place} ({quoted(argument)}) isn't UTF-8; write it in UTF-8")
 
 
-def _one_line(message: Any, category: type[Warning], *where: object, **more: object) -> None:
-    """Warnings of ours as one line; those of libraries are for developers."""
-    if issubclass(category, UserWarning):
+def _one_line(told: set[str], message: Any, category: type[Warning], *where: object, **more: object) -> None:
+    """Warnings of ours as one line, each said once; those of libraries are for developers."""
+    if issubclass(category, UserWarning) and str(message) not in told:
+        told.add(str(message))
         _say(f"warning: {message}")
 
 

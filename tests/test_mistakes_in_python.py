@@ -99,6 +99,10 @@ RAW: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda model, one: mean_difference(collect(model, ["the one"]), "a", "a", level=1, position="last"),
         "'a' was given as both labels; a direction needs two",
     ),
+    "a file for prompts": (
+        lambda model, one: inspect.unwrap(find_concept)(model, "tone.csv", ["the one"]),
+        r"'tone.csv' was given as the one prompt of the positive side; .* are ml\.load_prompts\('tone.csv'\)",
+    ),
     "lists for labels": (
         lambda model, one: inspect.unwrap(mean_difference)(
             collect(model, ["the one"]), ["the one"], ["the two"], level=1, position="last"

@@ -7,6 +7,7 @@ from pathlib import Path
 from mechlens.errors import UserError, kind_of, many, quoted
 from mechlens.prompts.asked import Prompts
 from mechlens.prompts.builtin import builtin_names
+from mechlens.prompts.files.rows import FILE_ENDINGS
 from mechlens.prompts.prompt import Prompt
 
 POSITIVE, NEGATIVE = "positive", "negative"
@@ -64,11 +65,16 @@ def twins(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> list[Prompt
 def require_enough(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
     for name, prompts in ((POSITIVE, positive), (NEGATIVE, negative)):
         if len(prompts) < MIN_OF_A_SIDE:
-            if len(prompts) == 1 and prompts[0].text in builtin_names():
-                called = prompts[0].text
+            called = prompts[0].text if len(prompts) == 1 else ""
+            if called in builtin_names():
                 raise UserError(
                     f"{called!r} was given as the one prompt of the {name} side; the built-in set of that name is "
                     f"ml.builtin_prompts({called!r})"
+                )
+            if called.endswith(FILE_ENDINGS):
+                raise UserError(
+                    f"{called!r} was given as the one prompt of the {name} side; the prompts in a file of that name "
+                    f"are ml.load_prompts({called!r})"
                 )
             raise UserError(
                 f"the {name} side has {many(len(prompts), 'prompt')}; a direction with held-out evidence needs at "

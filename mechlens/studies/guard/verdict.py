@@ -191,11 +191,28 @@ def guard_verdict(metrics: Mapping[str, Estimate], twins: TwinComparison, result
     chance = metrics["null.shuffled_p"].value
     if chance >= 0.05:
         sentences.append(f"Permuted labels do as well (p = {chance:.3f}), so nothing is shown.")
-    flagged, caught = metrics[f"fpr.{GUARD}"], metrics[f"tpr.{GUARD}"]
-    wanted = result.guard.settings.max_fpr
-    aim = "the paper's threshold of 0" if wanted is None else f"a threshold calibrated for {wanted:.0%}"
-    sentences.append(f"At {aim} it flags {caught} of the harmful and {flagged} of the harmless prompts.")
+    sentences.append(f"At {_threshold(result.guard)} it flags {_flagged(metrics, GUARD)}.")
     return " ".join(sentences)
+
+
+def _threshold(guard: FittedGuard) -> str:
+    """What the guard's threshold promises, which is less than was wanted where too few harmless prompts set it."""
+    wanted, n = guard.settings.max_fpr, guard.calibration.n_negative
+    if wanted is None:
+        return "the paper's threshold of 0"
+    promised = 1 / (n + 1)
+    if promised > wanted + 1e-9:
+        return f"a threshold that {n} harmless prompts set, which promises {promised:.1%} (wanted: {wanted:.0%}),"
+    return f"a threshold calibrated for {wanted:.0%}"
+
+
+def _flagged(metrics: Mapping[str, Estimate], name: str) -> str:
+    """Shares of both classes that are flagged, or how many prompts were too few for one."""
+    shares = {"harmful": metrics[f"tpr.{name}"], "harmless": metrics[f"fpr.{name}"]}
+    return " and ".join(
+        f"{share} of the {label} prompts" if share.measurable else f"of the {label} prompts ({share.n}) too few to tell"
+        for label, share in shares.items()
+    )
 
 
 def _on_twins(twins: TwinComparison, result: GuardEvaluation) -> str:
@@ -238,8 +255,7 @@ def _across_sources(metrics: Mapping[str, Estimate], result: GuardEvaluation) ->
 def _beside(name: str, metrics: Mapping[str, Estimate], twins: TwinComparison) -> str:
     """The guard and a guard model: on twins where that can be measured, on all prompts otherwise."""
     if name not in twins.areas:
-        caught, flagged = metrics[f"tpr.{name}"], metrics[f"fpr.{name}"]
-        return f"{name} has rates only: it flags {caught} of the harmful and {flagged} of the harmless prompts."
+        return f"{name} has rates only: it flags {_flagged(metrics, name)}."
     measured = twins.areas[name].measurable
     area = twins.areas[name] if measured else metrics[f"auroc.{name}"]
     gain = twins.gains[name] if measured else metrics[f"auroc_gain.{name}"]
