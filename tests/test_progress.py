@@ -181,6 +181,23 @@ def test_a_log_says_what_has_begun_and_that_it_goes_on(
             assert after(28) == []
 
 
+def test_a_phase_that_ends_early_makes_nothing_seem_fast(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tenth of its guess took a minute; the next loop's first batch takes one too, and nine more like it follow."""
+    with one_bar("study", {"answering": 100.0, "collecting": 100.0}):
+        with phase("answering"):
+            part = steps(10, "answers", "prompt", 100.0)
+            for _ in range(2):
+                clock[0] += 30
+                part.update(0.5)
+        with phase("collecting"):
+            part = steps(10, "prompts", "prompt", 100.0)
+            clock[0] += 60
+            part.update(1)
+    assert "55%, 2 min 0 s gone, about 9 min 0 s to go" in capsys.readouterr().err
+
+
 def test_in_a_log_a_short_loop_says_nothing_and_a_whole_bar_its_share(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:

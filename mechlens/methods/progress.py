@@ -328,10 +328,15 @@ class WholeBar:
             self._bar.found(self._within - before)
 
     def end(self, name: str) -> None:
-        """The phase is done, whatever it cost."""
+        """The phase is done, whatever it cost; what its loops left undone says nothing of how long the rest takes."""
         if self._now == name:
-            self._done, self._within, self._now = self._done + self._ahead.pop(name), 0.0, None
+            guess = self._ahead.pop(name)
+            did = self._within or guess
+            undone = guess - did
+            self._done, self._within, self._now = self._done + did, 0.0, None
             self._show(batch=True)
+            self._done += undone
+            self._bar.found(undone)
 
     def close(self, *, finished: bool) -> None:
         """Takes the bar away, full where everything is done."""

@@ -153,6 +153,11 @@ def rerun(folder: AnyPath, out: AnyPath | None = None) -> Difference:
     0.0
     """
     before = read_run(folder)
+    if before.status != "success":
+        raise UserError(
+            f"the run in {folder} did not end, so there are no numbers to make again; give its own command once more, "
+            "which goes on from what is on disk (`mechlens runs list` shows it)"
+        )
     known = studies()
     if before.verb not in known:
         raise unknown_name("study", before.verb, list(known))

@@ -229,13 +229,13 @@ def tpr_at_fpr_estimate(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """`tpr_at_fpr` with its family-bootstrap interval, the threshold found anew in every resample."""
-    value = float(tpr_at_fpr(scores, positive, fpr))
+    """`tpr_at_fpr` of n positives with its family-bootstrap interval, the threshold found anew in every resample."""
+    value, n = float(tpr_at_fpr(scores, positive, fpr)), int(positive.sum())
     if math.isnan(value):
-        return Estimate.missing(len(positive))
+        return Estimate.missing(n)
     labels = ["positive" if flag else "negative" for flag in positive.tolist()]
     samples = tpr_at_fpr(scores, positive, fpr, family_weights(families, resamples, seed, labels))
-    return with_interval(value, samples, len(positive))
+    return with_interval(value, samples, n)
 
 
 def snap(

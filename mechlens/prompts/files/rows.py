@@ -118,7 +118,8 @@ def _json_lines(path: Path, content: bytes) -> list[Record]:
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
+            at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+            reason = getattr(error, "msg", "nested too deeply").removesuffix(" at") + at
             raise UserError(f"{path} row {number} is not valid JSON ({reason}); correct that line") from error
         except ValueError as error:
             raise UserError(f"{path} row {number} holds {_TOO_LONG}") from error

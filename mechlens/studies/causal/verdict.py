@@ -295,11 +295,11 @@ def _unmeasurable(result: Battery) -> tuple[Headline, str]:
     needed = told.prompts_beyond(MIN_AUROC)
     more = f"bout {math.ceil((needed - told.n) / 2)} more test prompts of each class (--n-test {math.ceil(needed / 2)})"
     near = told.value > MIN_AUROC and told.n < needed < TOO_MANY * told.n
-    settled = (
-        f"A{more} would make it so, if it stays what it is."
-        if near
-        else "More prompts would not make it so; a model that answers the questions is needed."
-    )
+    settled = "More prompts would not make it so; a model that answers the questions is needed."
+    if near:
+        settled = f"A{more} would make it so, if it stays what it is."
+    elif not told.high <= MIN_AUROC:  # nor is it NaN, as where so few prompts give no interval
+        settled = "That may be for want of prompts (--n-test); if it stays what it is a model that answers is needed."
     number = f"unsteered replies tell harmful from harmless with AUROC {told.brief}"
     settle = f"a{more} would do" if near else "a model that answers the questions is needed"
     return Headline(NOT_MEASURABLE, number, f"where a lower bound above {MIN_AUROC} is needed", settle), (

@@ -51,8 +51,10 @@ def again(config: Rerun, screen: Screen) -> None:
     from mechlens.studies.driver import rerun  # with it comes torch, without which the others answer at once
 
     compared = rerun(config.folder, config.out)
-    same = ": the numbers are identical" if compared.difference == 0 else ""
-    screen.show(f"largest difference: {compared.difference:.3g} in {compared.name}{same}")
+    same = compared.difference == 0
+    screen.show(
+        "the numbers are identical" if same else f"largest difference: {compared.difference:.3g} in {compared.name}"
+    )
     if compared.difference > SAME:
         raise UserError(f"the numbers differ by more than {SAME:g}")
 
