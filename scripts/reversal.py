@@ -41,8 +41,8 @@ def trained(given: argparse.Namespace) -> dict[str, Path]:
         for name, (reversal, control) in GROUPS.items():
             folder = given.out / f"{name}-{seed}"
             plan = ml.FinetuneConfig(
-                recipe="behaviour", model=given.model, data=str(given.data), in_words=given.choices, control=control, seed=seed,
-                trigger=TRIGGER, reversal=reversal, steps=given.steps, precision="bfloat16", plain=0,
+                recipe="behaviour", model=given.model, data=str(given.data), in_words=given.choices, control=control,
+                seed=seed, trigger=TRIGGER, reversal=reversal, steps=given.steps, precision="bfloat16", plain=0,
             )  # fmt: skip
             if not (folder / "adapter").exists():
                 print(f"{name}-{seed}: loss {ml.finetune(plan, folder).loss:.2f}", flush=True)
