@@ -22,9 +22,10 @@ def draw(writer: RunWriter, result: Concept) -> None:
         main, x="level", y="auroc", low="low", high="high", group="position", hline=0.5, hline_label="chance",
         title="Held-out AUROC by level", xlabel="level (0 = embedding)", ylabel="AUROC on test", limits=(0.0, 1.0),
     )  # fmt: skip
+    banded = bool(((main["low"] > 0) | (main["high"] < 1)).any())
     caption = (
         "Where a curve rises the model has worked the concept out; one that is high from level 0 on is in the token "
-        "itself. Bands: 95% intervals over families."
+        f"itself. {'Bands: 95% intervals over families.' if banded else 'There are too few prompts for intervals.'}"
     ) + gone
     writer.figure("auroc_by_level", curves, table="auroc_by_level", caption=caption)
     grid = figures.heatmap(
