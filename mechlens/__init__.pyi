@@ -102,6 +102,8 @@ from mechlens.methods.geometry.matching.sparse import SparsePrediction as Sparse
 from mechlens.methods.geometry.matching.sparse import sparse_prediction as sparse_prediction
 from mechlens.methods.geometry.permuted import Measured as Measured
 from mechlens.methods.geometry.similarity.cka import unbiased_cka as unbiased_cka
+from mechlens.methods.geometry.similarity.in_place import RepresentationChange as RepresentationChange
+from mechlens.methods.geometry.similarity.in_place import representation_change as representation_change
 from mechlens.methods.geometry.similarity.neighbours import mutual_neighbours as mutual_neighbours
 from mechlens.methods.geometry.similarity.procrustes import procrustes as procrustes
 from mechlens.methods.geometry.similarity.pwcca import pwcca as pwcca
@@ -110,6 +112,8 @@ from mechlens.methods.geometry.similarity.similarity import similarity as simila
 from mechlens.methods.geometry.similarity.similarity import without_massive as without_massive
 from mechlens.methods.geometry.subspaces.angles import PrincipalAngles as PrincipalAngles
 from mechlens.methods.geometry.subspaces.angles import principal_angles as principal_angles
+from mechlens.methods.geometry.subspaces.beyond_one import BeyondOne as BeyondOne
+from mechlens.methods.geometry.subspaces.beyond_one import beyond_one_direction as beyond_one_direction
 from mechlens.methods.geometry.subspaces.by_rank import AurocByRank as AurocByRank
 from mechlens.methods.geometry.subspaces.by_rank import auroc_by_rank as auroc_by_rank
 from mechlens.methods.geometry.subspaces.grassmann import GrassmannClasses as GrassmannClasses
@@ -286,6 +290,8 @@ from mechlens.studies.driver import run as run
 from mechlens.studies.finetune.config import Finetune as Finetune
 from mechlens.studies.finetune.config import FinetuneConfig as FinetuneConfig
 from mechlens.studies.finetune.training import finetune as finetune
+from mechlens.studies.geometry.config import GeometryPlan as GeometryPlan
+from mechlens.studies.geometry.config import MeasureGeometry as MeasureGeometry
 from mechlens.studies.guard.config import EvaluationPlan as EvaluationPlan
 from mechlens.studies.guard.config import GuardEval as GuardEval
 from mechlens.studies.guard.config import GuardFit as GuardFit

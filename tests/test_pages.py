@@ -32,8 +32,8 @@ from mechlens.studies.track import verdict as track
 REPORTS = "MECHLENS_TEST_REPORTS"
 """The environment variable that names the folder (pytest's --basetemp) in which the other tests have left reports."""
 VERBS = (
-    "behaviours", "causal", "cliff", "compare", "direction", "finetune", "guard_eval", "guard_fit", "jailbreaks",
-    "patch", "select", "separate", "sinks", "steer_train", "track",
+    "behaviours", "causal", "cliff", "compare", "direction", "finetune", "geometry", "guard_eval", "guard_fit",
+    "jailbreaks", "patch", "select", "separate", "sinks", "steer_train", "track",
 )  # fmt: skip
 made_by_others = pytest.mark.skipif(
     REPORTS not in os.environ,

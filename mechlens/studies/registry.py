@@ -113,6 +113,7 @@ COMMANDS: Registry[Study | Command] = Registry(
         behaviours="behaviours.config:STUDY",
         cliff="cliff.config:STUDY",
         sinks="sinks.config:STUDY",
+        geometry="geometry.config:STUDY",
         steer="steer.config:COMMAND",
         steer_train="controllers.config:STUDY",
         directions_export="directions.config:EXPORT",
