@@ -5,6 +5,7 @@ from mechlens.methods.activations.activations import Activations as Activations
 from mechlens.methods.activations.collect import collect as collect
 from mechlens.methods.activations.collect import from_cache as from_cache
 from mechlens.methods.activations.collect import template_of as template_of
+from mechlens.methods.activations.module_inputs import module_inputs as module_inputs
 from mechlens.methods.activations.token_scores import Line as Line
 from mechlens.methods.activations.token_scores import TokenScores as TokenScores
 from mechlens.methods.activations.token_scores import line_of as line_of
@@ -93,6 +94,12 @@ from mechlens.methods.geometry.dimension.effective_rank import EffectiveRank as 
 from mechlens.methods.geometry.dimension.effective_rank import effective_rank as effective_rank
 from mechlens.methods.geometry.dimension.intrinsic import IntrinsicDimension as IntrinsicDimension
 from mechlens.methods.geometry.dimension.intrinsic import intrinsic_dimension as intrinsic_dimension
+from mechlens.methods.geometry.dimension.random_subspace import SubspaceTraining as SubspaceTraining
+from mechlens.methods.geometry.dimension.random_subspace import task_dimension as task_dimension
+from mechlens.methods.geometry.dimension.random_subspace import train_in_subspace as train_in_subspace
+from mechlens.methods.geometry.edits import MatrixEdit as MatrixEdit
+from mechlens.methods.geometry.edits import edit_table as edit_table
+from mechlens.methods.geometry.edits import matrix_edit as matrix_edit
 from mechlens.methods.geometry.matching.clusters import UnitClusters as UnitClusters
 from mechlens.methods.geometry.matching.clusters import unit_clusters as unit_clusters
 from mechlens.methods.geometry.matching.correlation import unit_correlations as unit_correlations
@@ -122,6 +129,12 @@ from mechlens.methods.guard.fitted import FittedGuard as FittedGuard
 from mechlens.methods.guard.fitted import GuardVerdict as GuardVerdict
 from mechlens.methods.guard.guard import GuardEstimator as GuardEstimator
 from mechlens.methods.guard.inspect_scorer import guard_scorer as guard_scorer
+from mechlens.methods.numerics.edge import NumericalEdge as NumericalEdge
+from mechlens.methods.numerics.edge import collapse_gap as collapse_gap
+from mechlens.methods.numerics.edge import numerical_edge as numerical_edge
+from mechlens.methods.numerics.scaling import gradient_alignment as gradient_alignment
+from mechlens.methods.numerics.scaling import without_scaling as without_scaling
+from mechlens.methods.numerics.stablemax import stablemax_loss as stablemax_loss
 from mechlens.methods.patching.heads import HeadScores as HeadScores
 from mechlens.methods.patching.heads import chosen_heads as chosen_heads
 from mechlens.methods.patching.heads import head_scores as head_scores

@@ -104,8 +104,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     other.save_pretrained(folder / "tuned" / "checkpoint-5")
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "tuned" / "checkpoint-5")
     config = MeasureGeometry(
-        model=str(folder / "model"), checkpoints=(str(folder / "tuned"),), n=12, levels=(0, 3), ranks=(1, 2),
-        random_subspaces=1, shuffles=3, matched=1, dimensions=2, max_new_tokens=2, out=folder / "run", wandb=OFF,
+        model=str(folder / "model"), checkpoints=(str(folder / "tuned"),), n=12, levels=(0, 3), ranks=(1,),
+        random_subspaces=1, shuffles=3, matched=1, dimensions=2, edited=2, max_new_tokens=2, out=folder / "run",
+        wandb=OFF,
     )  # fmt: skip
     return folder / "run", run(config)
 
@@ -139,6 +140,14 @@ def test_a_checkpoint_that_hardly_moved_is_the_same(finished: tuple[Path, Any]) 
     assert (matching["matched"] > matching["chance"]).all()
     moved = table(out, "collapse").query("step == 5")
     assert moved["moved_within"].between(0, 0.3).all()
+
+
+def test_what_the_checkpoint_changed_stands_by_matrix(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
+    edits, components = table(out, "edits"), table(out, "components")
+    assert (edits["rank_one_share"] * edits["stable_rank"]).tolist() == pytest.approx([1.0] * len(edits))
+    assert (edits["effective_rank"] >= edits["stable_rank"] * 0.999).all()
+    assert set(components["matrix"]) == set(edits.nlargest(2, "norm")["matrix"])
 
 
 def test_checkpoints_stand_beside_no_other_model(tmp_path: Path) -> None:

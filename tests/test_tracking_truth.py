@@ -16,6 +16,7 @@ from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import Answers
 from mechlens.methods.behaviour.chosen_judge import verdicts_by
 from mechlens.methods.behaviour.judges import PHRASES
+from mechlens.methods.geometry.edits import matrix_edit
 from mechlens.methods.geometry.similarity.cka import unbiased_cka
 from mechlens.methods.geometry.subspaces.angles import overlap
 from mechlens.methods.probing.auroc import auroc
@@ -30,7 +31,6 @@ from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import chat_template
 from mechlens.studies.track.config import TrackPlan
 from mechlens.studies.track.measures.behaviour import behaviour_table, gaps
-from mechlens.studies.track.measures.change import matrix_change
 from mechlens.studies.track.measures.floor import Floor, random_grid
 from mechlens.studies.track.measures.geometry import geometry_tables
 from mechlens.studies.track.measures.home import HomeQuestion, network_floor, surface_floor
@@ -353,14 +353,15 @@ def test_low_rank_changes_have_the_svd_of_their_product() -> None:
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(30, 3, generator=generator), torch.randn(3, 20, generator=generator)
     change = LowRank(up, down, 0.5)
-    found, full = matrix_change(change), matrix_change(change.product())
+    found, full = matrix_edit(change), matrix_edit(change.product())
     truth = torch.linalg.svdvals(change.product().double())
     for one in (found, full):
         assert one.norm == pytest.approx(float(truth.square().sum().sqrt()), rel=1e-5)
         assert one.stable_rank == pytest.approx(float(truth.square().sum() / truth[0] ** 2), rel=1e-4)
         assert torch.allclose(one.values[:3], truth[:3], rtol=1e-4)
+        assert one.participation == pytest.approx(float(truth.square().sum() ** 2 / truth.pow(4).sum()), rel=1e-4)
         assert float((one.outputs[:, 0] @ full.outputs[:, 0]).abs()) == pytest.approx(1.0, abs=1e-4)
-    rank_one = matrix_change(LowRank(U[:, None].float(), W[None].float(), 2.0))
+    rank_one = matrix_edit(LowRank(U[:, None].float(), W[None].float(), 2.0))
     assert rank_one.stable_rank == pytest.approx(1.0)
     assert float((rank_one.inputs[:, 0] @ W.double()).abs()) == pytest.approx(1.0, abs=1e-5)
 

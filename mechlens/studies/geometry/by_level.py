@@ -34,7 +34,7 @@ def collapse_table(readings: Sequence[Reading], plan: GeometryPlan) -> pd.DataFr
         for name, (kept, labels) in reading.labellings().items():
             families = [reading.families[i] for i in kept]
             for level, position, values in _cells(reading):
-                found = {"classes": len(set(labels)), "n": len(kept)}
+                found: dict[str, float] = {"classes": len(set(labels)), "n": len(kept)}
                 found |= _collapse(values[kept], labels)
                 rate = rate_reduction(
                     values[kept] - values[kept].mean(dim=0), labels, n=plan.shuffles, seed=plan.seed, families=families

@@ -1,7 +1,7 @@
 """Each concept at its home: one direction or more, AUROC against the number of dimensions, clusters nobody named."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -136,8 +136,7 @@ def cluster_table(readings: Sequence[Reading], concepts: Sequence[Concept]) -> p
             for k in CLUSTERS if varies(values) and len(values) > max(CLUSTERS) else ():
                 found = rate_clusters(values, k=k)
                 for name, (kept, labels) in reading.labellings().items():
-                    own = replace(found, groups=found.groups[kept], by_means=found.by_means[kept])
                     rows.append({"model": reading.name, "step": reading.step, "position": position, "level": level,
-                                 "k": k, "labels": name, "by_rate": own.agreement(labels),
-                                 "by_means": own.means_agreement(labels), "n": len(kept)})  # fmt: skip
+                                 "k": k, "labels": name, "by_rate": found.agreement(labels, kept),
+                                 "by_means": found.means_agreement(labels, kept), "n": len(kept)})  # fmt: skip
     return pd.DataFrame(rows)

@@ -43,6 +43,8 @@ class GeometryPlan(Answering, Options):
     """Times that labels or prompts are dealt out anew behind every null."""
     matched: PositiveInt = 3
     """Layers, evenly apart, whose neurons and heads are matched with those of the first model."""
+    edited: PositiveInt = 24
+    """Matrices that the last checkpoint changed most, whose leading components are looked at."""
     seed: int = SEED
     """Decides the sample, the folds and every null."""
 

@@ -51,7 +51,7 @@ class Reading:
         """By name: the rows of prompts that are of a class with enough of them, and their classes."""
         prompts, verdicts = self.judged.prompts, self.judged.verdicts[self.judged.judge]
         quadrants = [name if name in QUADRANTS else None for name in self.judged.quadrants()]
-        of = {
+        of: dict[str, list[str | None]] = {
             "harmful": [one.label for one in prompts],
             "refused": [word if word in ("refused", "accepted") else None for word in verdicts],
             "quadrant": quadrants,

@@ -20,11 +20,12 @@ def record(writer: RunWriter, result: GeometryResult, given: GeometryStudy) -> N
     """Writes everything that was found into an open run."""
     writer.result(result)
     first, *others = given.subjects
-    harm, *rest = (one.headline for one in (*result.verdicts, *result.changed))
+    harm, *rest = [one.headline for one in result.verdicts] + [one.headline for one in result.changed]
     metrics = result.metrics()
     words = {name: f"{WORDS[kind]}: {of}" for name in metrics for kind, _, of in [name.partition(".")]}
     parts = [_subspaces(writer, result), _collapse(writer, result), _clusters(result), _dimension(writer, result)]
     parts += [_others(writer, result), _matching(result)] if others else []
+    parts += [_edits(result)] if "edits" in result.tables() else []
     writer.report(Report(
         title=f"Geometry of {first.name}", question=QUESTION, verdict=" ".join(map(str, (harm, *rest))), headline=harm,
         numbers={name: one for name, one in metrics.items() if name.split(".")[0] in ("line", "left", "shape")},
@@ -35,8 +36,8 @@ def record(writer: RunWriter, result: GeometryResult, given: GeometryStudy) -> N
 
 
 def _subspaces(writer: RunWriter, result: GeometryResult) -> Section:
-    names, table = [], result.tables().get("ranks")
-    for concept in table["concept"].unique() if table is not None else ():
+    names, table = [], result.frames["ranks"]
+    for concept in table["concept"].unique() if len(table) else ():
         own = table[table["concept"] == concept]
         read = own.rename(columns={"subspace": "auroc", "subspace_low": "low", "subspace_high": "high"})
         wide = pd.concat([
@@ -134,4 +135,17 @@ def _matching(result: GeometryResult) -> Section:
         "largest; chance is the same with prompts permuted. The gap is how much better the most similar unit is than "
         "the partner; the identity rate is the share of units whose partner has their own number.",
         table=result.tables().get("matching"),
+    )
+
+
+def _edits(result: GeometryResult) -> Section:
+    tables = result.tables()
+    norms = tables["edits"].sort_values("norm", ascending=False, kind="stable")
+    sums = f"{len(norms)} matrices changed; their median stable rank is {norms['stable_rank'].median():.1f}"
+    return Section(
+        "What the last checkpoint changed",
+        "Leading components of the matrices that changed most: the share of the change, the |cosine| of what is "
+        "written with each concept's direction, and how well what is read tells its classes apart (AUROC of the first "
+        f"model's inputs at the last token). {sums}.",
+        table=tables.get("components"),
     )

@@ -8,7 +8,7 @@ al. 2020 (coding rate).
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -35,6 +35,7 @@ from mechlens.studies.geometry.between import (
 from mechlens.studies.geometry.by_level import collapse_table, dimension_table
 from mechlens.studies.geometry.concepts import Concept, cluster_table, concept_table, concepts_of, rank_table
 from mechlens.studies.geometry.config import GeometryPlan, MeasureGeometry
+from mechlens.studies.geometry.edited import edited_tables
 from mechlens.studies.geometry.reading import Reading, read_model
 from mechlens.studies.geometry.verdict import ChangeVerdict, DimensionVerdict, change_verdict, dimension_verdict
 from mechlens.studies.shared.harm_sets import read_harm_sets
@@ -131,7 +132,12 @@ def execute(config: MeasureGeometry, given: GeometryStudy, writer: RunWriter) ->
     """The study as configured."""
     with given.swapper or contextlib.nullcontext():
         readings = read_all(given, config, writer.cache)
-    return geometry_of(readings, config)
+        found = geometry_of(readings, config)
+        members = [one.member for one in given.subjects if one.member is not None]
+        if given.swapper is None:
+            return found
+        edits = edited_tables(given.swapper, members, given.subjects[0].batch, readings[0], found.concepts, config)
+    return replace(found, frames=found.frames | edits)
 
 
 @phase("reading")

@@ -49,13 +49,16 @@ class RateClusters:
     losses: tuple[float, ...]
     """Rate of the parts minus that of the whole, at every step."""
 
-    def agreement(self, labels: Sequence[str]) -> float:
-        """Adjusted Rand index of the groups with labels that they never saw: 1 for the same, about 0 by chance."""
-        return _agreement(labels, self.groups)
+    def agreement(self, labels: Sequence[str], rows: Sequence[int] | None = None) -> float:
+        """Adjusted Rand index of the groups with labels that they never saw: 1 for the same, about 0 by chance.
 
-    def means_agreement(self, labels: Sequence[str]) -> float:
+        `rows` are the prompts that have the labels; None is all.
+        """
+        return _agreement(labels, self.groups if rows is None else self.groups[list(rows)])
+
+    def means_agreement(self, labels: Sequence[str], rows: Sequence[int] | None = None) -> float:
         """The same of k-means."""
-        return _agreement(labels, self.by_means)
+        return _agreement(labels, self.by_means if rows is None else self.by_means[list(rows)])
 
 
 @one_thread()

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -11,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
+from mechlens.methods.geometry.edits import MatrixEdit, matrix_edit
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.statistics.effects import CosineCurve, Effect, cosine_curve
 from mechlens.methods.statistics.resample import one_thread
-from mechlens.models.checkpoints.lora import LowRank
 from mechlens.models.checkpoints.series import Member
 from mechlens.models.checkpoints.swap import CheckpointSwapper
 from mechlens.studies.track.measures.reference import BaseReference, TrackedConcept
@@ -73,51 +72,6 @@ def _rows(
     ]
 
 
-LEADING = 4
-"""Singular directions that are kept."""
-
-
-@dataclass(frozen=True)
-class MatrixChange:
-    """The leading part of a change's singular value decomposition."""
-
-    norm: float
-    """Frobenius."""
-    stable_rank: float
-    """norm^2 / (largest singular value)^2: 1 for a rank-one change; NaN where nothing changed."""
-    share: float
-    """Part of norm^2 in the leading direction."""
-    outputs: Float[Tensor, "output leading"]
-    """Left singular vectors: what the change writes."""
-    inputs: Float[Tensor, "input leading"]
-    """Right singular vectors: what it reads."""
-    values: Float[Tensor, " leading"]
-
-
-def matrix_change(change: LowRank | Float[Tensor, "output input"]) -> MatrixChange:
-    """Exact for a low-rank change, from its factors alone; leading directions by subspace iteration for a full one."""
-    if isinstance(change, LowRank):
-        left, upper = torch.linalg.qr(change.up.double() * change.scale)
-        right, lower = torch.linalg.qr(change.down.double().T)
-        u, values, v = torch.linalg.svd(upper @ lower.T)
-        outputs, inputs = left @ u, right @ v.T
-        squared = float(values.square().sum())
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            outputs, values, inputs = torch.svd_lowrank(change.double(), q=min(2 * LEADING, *change.shape), niter=8)
-        squared = float(change.double().square().sum())
-    largest = float(values[0] ** 2)
-    return MatrixChange(
-        norm=squared**0.5,
-        stable_rank=squared / largest if largest > 0 else float("nan"),
-        share=largest / squared if squared > 0 else float("nan"),
-        outputs=outputs[:, :LEADING],
-        inputs=inputs[:, :LEADING],
-        values=values[:LEADING],
-    )
-
-
 def matrix_rows(
     series: CheckpointSwapper, member: Member, reference: BaseReference, random_directions: int
 ) -> tuple[Mapping[str, Any], ...]:
@@ -132,14 +86,14 @@ def matrix_rows(
     sides = series.linears()
     rows = []
     for module in progress_bar([m for m in sides if low_rank is None or m in low_rank], title="weights"):
-        change = matrix_change(series.difference(module) if low_rank is None else low_rank[module])
+        change = matrix_edit(series.difference(module) if low_rank is None else low_rank[module])
         if change.norm > 0:
             rows.append(_row(module, "writes" if sides[module] else "reads", change, reference, random_directions))
     return tuple(rows)
 
 
 def _row(
-    module: str, side: str, change: MatrixChange, reference: BaseReference, random_directions: int
+    module: str, side: str, change: MatrixEdit, reference: BaseReference, random_directions: int
 ) -> dict[str, Any]:
     layer = int(match[1]) if (match := re.search(r"\.(\d+)\.", module)) else -1
     leading = change.outputs if side == "writes" else change.inputs

@@ -1,0 +1,105 @@
+"""Geometry of packaged models, for the tables in mechlens/studies/geometry/README.md.
+
+    python scripts/geometry_tables.py --out runs/geometry [--n 48] [--write]
+
+Runs `mechlens geometry` on smollm2-refuser beside smollm2, and on smollm2 with the refuser's adapter as a checkpoint,
+which says what the adapter changed in each matrix. Runs that are finished are not made again.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import readme_table
+
+PLAN: dict[str, Any] = {
+    "levels": (0, 6, 12, 15, 18, 21, 24, 30), "ranks": (1, 2, 4, 8, 16), "random_subspaces": 5, "shuffles": 9,
+    "max_new_tokens": 16,
+}  # fmt: skip
+"""Below the study's defaults, so that a model takes minutes of one core; levels 0 to 30 are those of smollm2."""
+
+
+def concepts(run: Any) -> str:
+    """What one direction reads and what is left without it, in both models."""
+    columns = ["model", "concept", "at", "one direction", "left without", "random", "the words", "beyond the words"]
+    lines = [readme_table.head(columns)]
+    for _, row in run.tables["concepts"].iterrows():
+        cells = [_brief(row, name) for name in ("line", "left")] + [f"up to {row['random_max']:.2f}"]
+        cells += [_brief(row, name) for name in ("words", "beyond_words")]
+        place = f"level {row['level']}, {row['position']}"
+        lines.append(readme_table.row([f"`{row['model']}`", row["concept"], place, *cells]))
+    return "\n".join(lines)
+
+
+def changes(run: Any) -> str:
+    """How the other model lies to the first."""
+    lines = [readme_table.head(["concept's home", "in place", "CKA", "CKA with the words"])]
+    for _, row in run.tables["changes"].iterrows():
+        place = f"{row['concept']}: level {row['level']}, {row['position']}"
+        lines.append(readme_table.row([place, *(_brief(row, name) for name in ("in_place", "shape", "words"))]))
+    return "\n".join(lines)
+
+
+def collapse(run: Any) -> str:
+    """Collapse and coding rate of the first model at the level where classes are tightest."""
+    table = run.tables["collapse"]
+    own = table[table["step"] == 0]
+    best = own.loc[own.groupby(["labels", "position"])["nc1_svd"].idxmin()]
+    names = ["labels", "position", "level", "classes", "nc1_svd", "nc1_cdnv", "nc2_etf", "nc2_gnc2_excess", "nc4",
+             "rate", "rate_chance"]  # fmt: skip
+    return readme_table.of_frame(best[names])
+
+
+def clusters(run: Any) -> str:
+    """Adjusted Rand indices of both models."""
+    return readme_table.of_frame(run.tables["clusters"].drop(columns=["step", "n"]))
+
+
+def matching(run: Any) -> str:
+    """Neurons and heads of the other model beside those of the first."""
+    return readme_table.of_frame(run.tables["matching"].drop(columns=["model", "step", "other_layer"]))
+
+
+def edits(run: Any) -> str:
+    """The adapter's largest changes."""
+    table, norms = run.tables["components"], run.tables["edits"].set_index("matrix")
+    first = table[table["component"] == 0].head(8)
+    names = [one for one in first.columns if one.startswith(("cos_", "auroc_")) and not one.endswith(("_low", "_high"))]
+    shown = pd.concat([first[["matrix", "share", *names]].reset_index(drop=True),
+                       norms.loc[first["matrix"], ["stable_rank", "effective_rank"]].reset_index(drop=True)],
+                      axis=1)  # fmt: skip
+    return readme_table.of_frame(shown)
+
+
+def _brief(row: "pd.Series[Any]", name: str) -> str:
+    ends = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if pd.isna(row[name]) else f"{row[name]:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--n", type=int, default=48)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    import mechlens as ml
+    from mechlens.models.packaged import adapter_folder
+
+    two = ml.run(ml.MeasureGeometry(
+        model="smollm2-refuser", other="smollm2", n=given.n, out=given.out / "two", **PLAN
+    ))  # fmt: skip
+    print(two.verdict, flush=True)
+    tuned = ml.run(ml.MeasureGeometry(
+        model="smollm2", checkpoints=(str(adapter_folder("smollm2-refuser")),), n=given.n, out=given.out / "tuned",
+        **PLAN,
+    ))  # fmt: skip
+    print(tuned.verdict, flush=True)
+    tables = {"verdict": two.verdict, "concepts": concepts(two), "changes": changes(two), "collapse": collapse(two),
+              "clusters": clusters(two), "matching": matching(two), "edits": edits(tuned)}  # fmt: skip
+    readme = Path(__file__).resolve().parents[1] / "mechlens/studies/geometry/README.md"
+    readme_table.show(__file__, tables, readme if given.write else None)
+
+
+if __name__ == "__main__":
+    main()
