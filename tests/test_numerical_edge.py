@@ -64,7 +64,7 @@ def test_a_gradient_without_scaling_is_across_the_weights_and_as_long() -> None:
     assert float(found.norm()) == pytest.approx(float(gradient.norm()))
     assert gradient_alignment([weight], [found]) == pytest.approx(0, abs=1e-12)
     assert gradient_alignment([weight], [2 * weight]) == pytest.approx(-1)
-    assert torch.equal(without_scaling(torch.zeros(3), gradient[0]), gradient[0])
+    assert torch.equal(without_scaling(torch.zeros_like(gradient[0]), gradient[0]), gradient[0])
 
 
 def test_what_can_not_be_is_said() -> None:

@@ -34,7 +34,7 @@ class NumericalEdge:
 
 
 def numerical_edge(
-    logits: Float[Tensor, "position vocabulary"], targets: Int[Tensor, " position"], dtype: torch.dtype | None = None
+    logits: Float[Tensor, "position vocabulary"], targets: Int[Tensor, " target"], dtype: torch.dtype | None = None
 ) -> NumericalEdge:
     """The edge in `dtype`, which is the logits' own where none is given; UserError for a type that isn't known.
 
