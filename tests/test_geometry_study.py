@@ -17,6 +17,7 @@ from mechlens.methods.geometry.subspaces.beyond_one import beyond_one_direction,
 from mechlens.settings import WandbSettings
 from mechlens.studies.driver import run
 from mechlens.studies.geometry.config import MeasureGeometry
+from mechlens.studies.geometry.study import prepare
 from mechlens.studies.geometry.verdict import INCONCLUSIVE, NOT_MEASURABLE, dimension_verdict
 
 OFF = WandbSettings(mode="disabled")
@@ -153,3 +154,16 @@ def test_what_the_checkpoint_changed_stands_by_matrix(finished: tuple[Path, Any]
 def test_checkpoints_stand_beside_no_other_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="checkpoints are compared with their base, and other was given"):
         MeasureGeometry(model="smollm2", checkpoints=("runs/tuned",), other="smollm2-refuser", out=tmp_path)
+
+
+def test_another_model_is_prepared_beside_the_first_and_must_differ(tmp_path: Path) -> None:
+    save_model(tmp_path / "one")
+    save_model(tmp_path / "two")
+    plan: dict[str, Any] = {"model": str(tmp_path / "one"), "out": tmp_path / "run", "wandb": OFF}
+    given = prepare(MeasureGeometry(other=str(tmp_path / "two"), n=6, **plan))
+    assert [one.name for one in given.content.subjects] == ["one", "two"]
+    assert given.content.swapper is None
+    with pytest.raises(UserError, match="both models are one"):
+        prepare(MeasureGeometry(other=str(tmp_path / "one"), n=6, **plan))
+    with pytest.raises(UserError, match="there are 10 prompts, and nothing is compared by fewer than 12"):
+        prepare(MeasureGeometry(n=5, **plan))

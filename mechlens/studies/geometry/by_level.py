@@ -83,8 +83,9 @@ def ridge_probe(
 def _moved(
     first: Reading, other: Reading, rows: Sequence[int], labels: Sequence[str], level: int, position: str
 ) -> dict[str, float]:
-    """The deviation from the first model's features; nothing for the first itself, or one of other dimensions."""
-    if other is first or first.acts.values.shape != other.acts.values.shape:
+    """The deviation from the first model's features; nothing for the first itself, or one of other places."""
+    same = first.acts.values.shape == other.acts.values.shape and first.acts.positions == other.acts.positions
+    if other is first or not same:
         return {}
     then, now = (one.acts.at(level, position)[rows] for one in (first, other))
     found = feature_deviation(now, then, labels)

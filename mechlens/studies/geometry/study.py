@@ -41,6 +41,9 @@ from mechlens.studies.geometry.verdict import ChangeVerdict, DimensionVerdict, c
 from mechlens.studies.shared.harm_sets import read_harm_sets
 from mechlens.studies.shared.inputs import asks, chosen_base, chosen_model, inputs_of, prepared
 
+LEAST = 12
+"""Prompts: each has its ten nearest among the others."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -105,6 +108,8 @@ def prepare(config: MeasureGeometry) -> Preparation[GeometryStudy]:
     sets = read_harm_sets(config, trained)
     matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
     prompts = (*matched.positive, *matched.negative)
+    if len(prompts) < LEAST:
+        raise UserError(f"there are {len(prompts)} prompts, and nothing is compared by fewer than {LEAST}; give more")
     check = asks(prompts, config.read, new_tokens=config.max_new_tokens)
     if series is not None:
         swapper, template = chosen_base(config.as_base, check, series.chat_template)
