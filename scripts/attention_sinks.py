@@ -31,8 +31,8 @@ def numbers(runs: dict[str, Any]) -> str:
         measures, sinks, massive = (run.tables[one] for one in ("measures", "sinks", "massive"))
         for domain in dict.fromkeys(measures["domain"]):
             own = measures[measures["domain"] == domain].set_index("measure")["value"]
-            tokens = sinks[(sinks["domain"] == domain) & (sinks["texts"] >= 0.1)]
-            where = ", ".join(_place(int(row["first_place"]), row["texts"]) for _, row in tokens.head(3).iterrows())
+            places = sinks[sinks["domain"] == domain].groupby("first_place", sort=False)["texts"].sum()
+            where = ", ".join(_place(int(place), share) for place, share in places.items() if share >= 0.1)
             big = massive[massive["domain"] == domain].head(2)
             told = ", ".join(f"{row['dimension']} ({row['value']:.0f})" for _, row in big.iterrows())
             cells = [f"{own[one]:.2f}" if own[one] < 10 else f"{own[one]:.0f}" for one in MEASURES]
