@@ -22,12 +22,15 @@ from mechlens.errors import UserError
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.rules import CosineScore
 from mechlens.methods.statistics.resample import one_thread
+from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load
 from mechlens.runs.run import read_run
-from mechlens.studies.guard.config import GuardPredict
+from mechlens.studies.guard.config import GuardFit, GuardPredict
 from mechlens.studies.guard.fitting import LatentGuard
 from mechlens.studies.guard.predict import LONGEST_LINE, _opened, predict, read_lines
-from mechlens.studies.shared.training_data import text_sha256
+from mechlens.studies.guard.study import _extra, _warn_of_few
+from mechlens.studies.shared.harm_sets import HarmSets
+from mechlens.studies.shared.training_data import LeftOut, text_sha256
 
 QUICK = ["--resamples", "20", "--permutations", "4", "--random-directions", "20", "--wandb.mode", "disabled"]
 
@@ -151,7 +154,7 @@ def test_a_guard_by_the_augmented_pool_learns_what_the_model_refuses(fitted: Fit
 def test_a_rerun_of_the_fit_gives_the_same_numbers(fitted: Fitted, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     main(["runs", "rerun", str(fitted.run)])
-    assert "largest difference: 0 in" in capfd.readouterr().out
+    assert "the numbers are identical" in capfd.readouterr().out
 
 
 # Eval
@@ -324,6 +327,30 @@ def ask(fitted: Fitted, stream: bytes, monkeypatch: pytest.MonkeyPatch, **option
 
     monkeypatch.setattr(sys, "stdin", Stdin)
     return list(predict(GuardPredict(model=fitted.model, guard=fitted.guard, **options)))
+
+
+def test_built_in_prompts_are_added_to_built_in_ones_alone(tmp_path: Path) -> None:
+    def extra(**given: Any) -> str | None:
+        return _extra(GuardFit(out=tmp_path / "x", **given))
+
+    assert extra() == extra(harmful="harmful+looks-harmless") == "benign"
+    (tmp_path / "own.txt").write_text("one\n")
+    own = str(tmp_path / "own.txt")
+    assert extra(harmful=own) is extra(harmless=f"harmless+{own}") is extra(data=own, label_column="kind") is None
+    assert extra(harmful=own, extra_harmless="benign") == "benign"
+    assert extra(extra_harmless=None) is None
+
+
+def test_too_few_to_test_on_is_said_before_anything_is_answered() -> None:
+    def sets(n: int) -> HarmSets:
+        harmful = [Prompt(str(i), f"text {i}") for i in range(n)]
+        return HarmSets(harmful, [Prompt(f"h{i}", f"other {i}") for i in range(90)], [], LeftOut((), 0, False), {})
+
+    with pytest.warns(UserWarning, match="the smaller class has 33 independent prompts, of which 30% test the guard"):
+        _warn_of_few(sets(33))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_few(sets(34))
 
 
 def test_the_folder_of_its_run_stands_for_a_guard(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:

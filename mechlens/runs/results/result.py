@@ -62,6 +62,8 @@ class RunResult:
     @property
     def status(self) -> Literal["running", "interrupted", "success", "error"]:
         """As of now: a run that began and didn't end is running while a process holds its folder."""
+        if self.record.status == "error" and (self.record.error or "").startswith("KeyboardInterrupt"):
+            return "interrupted"
         if self.record.status != "started":
             return self.record.status
         return "running" if is_held(self.folder) else "interrupted"

@@ -38,8 +38,9 @@ class GuardFit(EvaluationPlan, PromptSets, RefusingModel, RunChoice):
 
     out: RunFolder = Path("runs/guard")
     """Run folder, in which the guard is kept with its evidence."""
-    extra_harmless: str | None = "benign"
-    """Further harmless prompts; None leaves them out."""
+    extra_harmless: str | None = "auto"
+    """Further harmless prompts; auto: the built-in benign ones, and none beside prompts of your own. None leaves them
+    out."""
     punctuation: Literal["match", "keep", "strip"] = "keep"
     """keep: a guard meets prompts as people write them. match removes final punctuation where the classes differ, strip
     always."""

@@ -1,12 +1,13 @@
 """`mechlens guard fit` and `guard eval`: a Latent Guard with its evidence, and its test on prompts from elsewhere."""
 
 import gc
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, many
 from mechlens.files import short_name, user_path
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
@@ -17,6 +18,8 @@ from mechlens.methods.progress import phase
 from mechlens.models.bridge import LanguageModel, d_model, loaded
 from mechlens.models.load import load
 from mechlens.prompts.batch import tokenize
+from mechlens.prompts.builtin import builtin_names
+from mechlens.prompts.files.load import joined_sources
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.prompts.text import match_punctuation
@@ -24,11 +27,13 @@ from mechlens.runs.artifacts import load as load_artifact
 from mechlens.runs.artifacts import sha256
 from mechlens.runs.folder import read_prompts
 from mechlens.runs.writer import RunWriter
+from mechlens.settings import FRACTIONS
 from mechlens.studies.driver import Preparation
 from mechlens.studies.guard.config import GuardEval, GuardFit
 from mechlens.studies.guard.evaluation import EvaluationPrompts, GuardEvaluation, evaluate_guard, examine
 from mechlens.studies.guard.fitting import fit_guard, fits, guard_file, other_rules, read_positions
-from mechlens.studies.shared.harm_sets import ContrastSets, read_harm_sets
+from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
+from mechlens.studies.shared.harm_sets import ContrastSets, HarmSets, read_harm_sets
 from mechlens.studies.shared.inputs import asks, chosen_model, data_inputs, prepared
 from mechlens.studies.shared.sources import Source, SourcePrompts, load_source, read_sources, require_files
 from mechlens.studies.shared.training_data import text_sha256
@@ -116,11 +121,32 @@ HELD_OUT = Source("held_out", "", label_column="label")
 
 def prepare_fit(config: GuardFit) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
-    sets = read_harm_sets(config, [config], config.extra_harmless)
+    sets = read_harm_sets(config, [config], _extra(config))
+    _warn_of_few(sets)
     matched = match_punctuation(sets.harmful, [*sets.harmless, *sets.extra], config.punctuation)
     chosen = chosen_model(config, asks((*matched.positive, *matched.negative), new_tokens=config.max_new_tokens))
     content = ContrastSets(*chosen, matched.positive, matched.negative, (), matched.note)
     return prepared(content, chosen.model, chosen.inputs(sets.data), (), sets.left_out)
+
+
+def _extra(config: GuardFit) -> str | None:
+    """Where further harmless prompts come from: what is built in beside what is built in."""
+    if config.extra_harmless != "auto":
+        return config.extra_harmless
+    parts = [*joined_sources(config.harmful), *joined_sources(config.harmless)]
+    return "benign" if config.data is None and all(part in builtin_names() for part in parts) else None
+
+
+def _warn_of_few(sets: HarmSets) -> None:
+    """A UserWarning, before an hour of answers, where too few prompts are held out for an AUROC."""
+    fewest = min(len({prompt.group for prompt in side}) for side in (sets.harmful, [*sets.harmless, *sets.extra]))
+    needed = math.ceil(MIN_IN_A_CLASS / FRACTIONS[-1])
+    if fewest < needed:
+        warnings.warn(
+            f"the smaller class has {many(fewest, 'independent prompt')}, of which {FRACTIONS[-1]:.0%} test the guard: "
+            f"with fewer than {needed} its AUROC on them can't be measured",
+            stacklevel=2,
+        )
 
 
 def execute_fit(config: GuardFit, sets: ContrastSets, writer: RunWriter) -> GuardEvaluation:

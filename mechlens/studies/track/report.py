@@ -205,7 +205,7 @@ def _tokens_text(result: Tracking) -> str:
     reference, tokens = result.reference, result.reference.tokens
     train = reference.split.train
     refusals = sum(reference.judged.refused[i] for i in train)
-    said = f"The base refuses {refusals} of {many(len(train), 'training prompt')}"
+    said = f"The base refuses {refusals} of {many(len(train), 'prompt')} that directions are fitted on"
     if tokens.origin == "fallback":
         return f"{said}, in which no first tokens of its own are found; common ones stand in: {tokens.named}."
     care = f"; fewer than {FEW_REFUSALS} (a plain count) may start so by chance: read log-odds with care"

@@ -105,8 +105,11 @@ SENTENCES = {
     "not above the words": "What is read here is no more than the words, or a network without training, give.",
     "behaviour decoupled": "The concept is still represented and the model no longer acts on it as the base does.",
     "inconclusive": "The intervals are too wide to say.",
-    "not measurable": "The base itself doesn't represent the concept readably, or has too few prompts for it.",
+    "not measurable": "The base itself doesn't represent the concept readably.",
 }
+
+
+TOO_FEW = "There are too few prompts of a class to say whether the base represents the concept."
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,8 +136,10 @@ class TrackVerdict(ShownVerdict):
         """The verdict in words."""
         more = f" (with {self.also})" if self.also else ""
         number = f"{self.title(self.decided)}: {self.deciding[self.decided]}."
-        said = (f"{self.concept.capitalize()} at step {self.step}: {self.word}{more}.", SENTENCES[self.word],
-                f"Decided by: {number}", self.settle)  # fmt: skip
+        decided = self.deciding[self.decided]
+        few = self.word == "not measurable" and not (decided.measurable and decided.has_interval)
+        said = (f"{self.concept.capitalize()} at step {self.step}: {self.word}{more}.",
+                TOO_FEW if few else SENTENCES[self.word], f"Decided by: {number}", self.settle)  # fmt: skip
         return " ".join(part for part in said if part)
 
     @property
