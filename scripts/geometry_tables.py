@@ -1,6 +1,6 @@
-"""Geometry of packaged models, for the tables in mechlens/studies/geometry/README.md.
+"""Geometry of packaged models in tables.
 
-    python scripts/geometry_tables.py --out runs/geometry [--n 48] [--write]
+    python scripts/geometry_tables.py --out runs/geometry [--n 48]
 
 Runs `mechlens geometry` on smollm2-refuser beside smollm2, and on smollm2 with the refuser's adapter as a checkpoint,
 which says what the adapter changed in each matrix. Runs that are finished are not made again.
@@ -81,7 +81,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=48)
-    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     import mechlens as ml
     from mechlens.models.packaged import adapter_folder
@@ -97,8 +96,7 @@ def main() -> None:
     print(tuned.verdict, flush=True)
     tables = {"verdict": two.verdict, "concepts": concepts(two), "changes": changes(two), "collapse": collapse(two),
               "clusters": clusters(two), "matching": matching(two), "edits": edits(tuned)}  # fmt: skip
-    readme = Path(__file__).resolve().parents[1] / "mechlens/studies/geometry/README.md"
-    readme_table.show(__file__, tables, readme if given.write else None)
+    readme_table.show(__file__, tables, None)
 
 
 if __name__ == "__main__":
