@@ -35,6 +35,8 @@ from mechlens.models.checkpoints.outline import Outline
 from mechlens.registry import Registry
 from mechlens.runs import artifacts
 from mechlens.runs.folder import FolderCache
+from mechlens.runs.results.paired import rows_by_number
+from mechlens.runs.results.result import open_run_folder
 from mechlens.runs.run import read_run, write_run
 from mechlens.studies.driver import summary
 from mechlens.studies.registry import commands
@@ -229,6 +231,12 @@ def test_separate_records_every_number_with_its_interval(separated: Path) -> Non
     assert sum(counts.values()) == 3 * 48
     assert min(counts.values()) >= 10  # all four quadrants are measured here
     assert all(record["metrics"][name]["value"] is not None for name in METRICS if name != "cos_harm_refusal")
+
+
+def test_aurocs_come_out_again_of_what_was_kept_by_prompt(separated: Path) -> None:
+    made_of = rows_by_number(open_run_folder(separated))
+    assert len(made_of) == 8
+    assert {"harmful_auroc.inst", "harmful_auroc.inst.accepted", "refused_auroc.last.harmful"} <= set(made_of)
 
 
 def test_separate_keeps_tables_that_agree_with_each_other(separated: Path) -> None:

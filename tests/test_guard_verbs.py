@@ -24,6 +24,8 @@ from mechlens.methods.guard.rules import CosineScore
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import load
+from mechlens.runs.results.paired import rows_by_number
+from mechlens.runs.results.result import open_run_folder
 from mechlens.runs.run import read_run
 from mechlens.studies.guard.config import GuardFit, GuardPredict
 from mechlens.studies.guard.fitting import LatentGuard
@@ -118,6 +120,12 @@ def test_fit_keeps_a_guard_that_knows_what_it_was_fitted_on(fitted: Fitted) -> N
     assert record.metrics["auroc.tfidf"].value == 1.0  # one word tells these classes apart
     for name, found in record.metrics.items():
         assert not found.measurable or found.low - 1e-9 <= found.value <= found.high + 1e-9, name
+
+
+def test_numbers_come_out_again_of_what_was_kept_by_prompt(fitted: Fitted, evaluated: Path) -> None:
+    for folder in (fitted.run, evaluated):
+        made_of = rows_by_number(open_run_folder(folder))
+        assert {"auroc.latent_guard", "auroc.tfidf", "tpr.latent_guard", "fpr.latent_guard"} <= set(made_of), folder
 
 
 def test_the_report_holds_its_figures_and_escapes_what_it_shows(fitted: Fitted, evaluated: Path) -> None:

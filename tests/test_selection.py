@@ -39,6 +39,8 @@ from mechlens.models.native import native
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs import artifacts
+from mechlens.runs.results.paired import rows_by_number
+from mechlens.runs.results.result import open_run_folder
 from mechlens.runs.run import read_run
 from mechlens.settings import FRACTIONS
 from mechlens.studies import driver
@@ -459,6 +461,12 @@ def command(folder: Path, *more: object) -> list[object]:
     files = ["--harmful", folder / "harmful.jsonl", "--harmless", folder / "harmless.jsonl", "--punctuation", "keep"]
     quick = ["--resamples", 40, "--max-new-tokens", 3, "--n", 20, "--wandb.mode", "disabled", "--keep-cache"]
     return ["select", "--model", folder / "model", "--out", folder / "out", *files, *quick, *more]
+
+
+def test_numbers_come_out_again_of_what_was_kept_by_prompt(recorded: Path) -> None:
+    made_of = rows_by_number(open_run_folder(recorded / "out"))
+    names = ("refusal_score.harmful.ablated", "kl.harmless.ablated", "bypass_shift", "refusal_rate.harmless.added")
+    assert set(names) <= set(made_of)
 
 
 def test_the_verb_writes_scores_direction_and_report(recorded: Path) -> None:

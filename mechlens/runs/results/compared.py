@@ -2,22 +2,24 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mechlens.errors import UserError, many
 from mechlens.files import AnyPath
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.report.parts import in_words
+from mechlens.runs.results.paired import paired_difference, rows_by_number
 from mechlens.runs.results.result import RunResult, open_run_folder
-from mechlens.runs.run import interval_of, plain
+from mechlens.runs.run import interval_of, metric_text, plain
 
 if TYPE_CHECKING:
     import pandas
 
 SEED = "seed"
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 Z = 1.96
 """Standard errors that half a 95% interval is."""
 
@@ -37,30 +39,43 @@ class RunComparison:
 
     @property
     def metrics(self) -> "pandas.DataFrame":
-        """A row a number and run: name, words, run, value, low, high, n, difference, difference_low, difference_high.
+        """A row a number and run: name, words, run, value, low, high, n, difference, difference_low, difference_high,
+        paired.
 
-        Differences are from the first run. Their intervals are made of the two numbers' own (Zou & Donner 2008) as if
-        the runs were independent: of runs on the same prompts they are wider than paired ones would be. NaN where one
-        of the two has no interval.
+        Differences are from the first run, whose own is NaN. Paired ones are of the same prompts, pair by pair; the
+        intervals of the others are made of the two numbers' own (Zou & Donner 2008) as if the runs were independent,
+        and are wider than paired ones would be. NaN where one of the two has no interval.
         """
         import pandas as pd
 
+        kept = [rows_by_number(run) for run in self.runs]
         rows = []
         for number in self._numbers:
             first = self.runs[0].record.metrics.get(number)
-            for name, run in zip(self.names, self.runs, strict=True):
+            for name, run, made in zip(self.names, self.runs, kept, strict=True):
                 one = run.record.metrics.get(number)
                 if one is not None:
                     low, high = interval_of(number, one)
                     told = {"value": one.value, "low": low, "high": high, "n": one.n}
+                    own = name == self.names[0]
+                    pairs = None if own else paired_difference(kept[0].get(number), made.get(number))
+                    difference = _difference(number, None if own else first, one) if pairs is None else _columns(pairs)
                     rows.append({
-                        "name": number, "words": self._words(number), "run": name, **told,
-                        **_difference(number, first, one),
+                        "name": number, "words": self._words(number), "run": name, **told, **difference,
+                        "paired": pairs is not None,
                     })  # fmt: skip
-        columns = [
-            "name", "words", "run", "value", "low", "high", "n", "difference", "difference_low", "difference_high",
-        ]  # fmt: skip
+        columns = ["name", "words", "run", "value", "low", "high", "n", *DIFFERENCE, "paired"]
         return pd.DataFrame(rows, columns=columns)
+
+    def in_words(self, row: Mapping[Hashable, Any]) -> tuple[str, str]:
+        """A row of `metrics` as people read it: the number, and its difference from the first run's."""
+        run = self.runs[self.names.index(row["run"])]
+        own = metric_text(row["name"], run.record.metrics[row["name"]])
+        gap = Estimate(row["difference"], row["difference_low"], row["difference_high"], int(row["n"]))
+        sign = "+" if gap.value >= 0 else ""
+        if math.isnan(gap.low):
+            return own, "" if math.isnan(gap.value) else f"{sign}{gap.value:.2f}"
+        return own, f"{sign}{gap.brief}{', paired' if row['paired'] else ''}"
 
     @property
     def differs(self) -> "pandas.DataFrame":
@@ -157,14 +172,17 @@ def _names(runs: Sequence[RunResult]) -> tuple[str, ...]:
 
 def _difference(number: str, first: Estimate | None, one: Estimate) -> dict[str, float]:
     """One number minus the first run's, with the interval by variance estimates recovery (MOVER)."""
-    names = ("difference", "difference_low", "difference_high")
     if first is None:
-        return dict.fromkeys(names, math.nan)
+        return dict.fromkeys(DIFFERENCE, math.nan)
     gap = one.value - first.value
     (low, high), (first_low, first_high) = interval_of(number, one), interval_of(number, first)
     below = math.hypot(one.value - low, first_high - first.value)
     above = math.hypot(high - one.value, first.value - first_low)
-    return dict(zip(names, (gap, gap - below, gap + above), strict=True))
+    return dict(zip(DIFFERENCE, (gap, gap - below, gap + above), strict=True))
+
+
+def _columns(pairs: Estimate) -> dict[str, float]:
+    return dict(zip(DIFFERENCE, (pairs.value, pairs.low, pairs.high), strict=True))
 
 
 def _error(number: str, one: Estimate) -> float:

@@ -20,8 +20,11 @@ def write_comparison(found: RunComparison, folder: Path) -> Path:
     for name, frame in frames.items():
         with whole_file(folder / f"{name}.parquet") as part:
             frame.to_parquet(part, index=False)
+    told = [found.in_words(row) for row in frames["metrics"].to_dict("records")]
     shown = {
-        "metrics": frames["metrics"].drop(columns="name"),
+        "metrics": frames["metrics"][["words", "run"]].assign(
+            value=[own for own, _ in told], difference=[gap for _, gap in told]
+        ),
         "differs": frames["differs"],
         "seeds": frames["seeds"].drop(columns="name"),
     }

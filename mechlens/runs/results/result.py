@@ -209,14 +209,26 @@ def open_run_folder(folder: str | os.PathLike[str]) -> RunResult:
     return RunResult(path, read_run(path))
 
 
-def list_runs(root: str | os.PathLike[str] = "runs") -> RunList:
+def list_runs(
+    root: str | os.PathLike[str] = "runs",
+    *,
+    study: str | None = None,
+    model: str | None = None,
+    status: str | None = None,
+    since: str | None = None,
+    until: str | None = None,
+) -> RunList:
     """Every run at or below `root`, oldest first; damaged ones become warnings.
 
-    A run unpacks into its folder and its record: `for folder, record in list_runs("runs")`.
+    Where it is said, only those of a study, of a model (its short name, or as it was given), of a status, and begun on
+    or after one day and on or before another ("2026-11-27", UTC). A run unpacks into its folder and its record: `for
+    folder, record in list_runs("runs")`.
 
     >>> [run.record.status for run in ml.list_runs("runs/first")]
     ['success']
     """
+    from mechlens.runs.results.wanted import Wanted, day
+
     runs = []
     for folder, found in found_runs(user_path(root)):
         if isinstance(found, Run):
@@ -224,4 +236,5 @@ def list_runs(root: str | os.PathLike[str] = "runs") -> RunList:
         else:
             # One damaged folder must not hide the others.
             warnings.warn(f"left out of the list: {found}", stacklevel=2)
-    return RunList(tuple(sorted(runs, key=lambda run: run.record.started)))
+    wanted = Wanted(study, model, status, day("since", since), day("until", until))
+    return RunList(tuple(sorted(wanted.of(runs), key=lambda run: run.record.started)))

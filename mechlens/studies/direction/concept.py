@@ -8,15 +8,19 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations, column_of
 from mechlens.methods.directions.direction import Direction
+from mechlens.methods.probing.auroc_grid import contrast_part, is_positive, score_grid
 from mechlens.methods.probing.confounds import Confound
 from mechlens.methods.probing.detect import ChosenLevel, Detection
 from mechlens.methods.shown import html_with, lines
+from mechlens.methods.statistics.by_prompt import ByPrompt, by_prompt_table
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.steering_test import SteeringTest
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import Split
 from mechlens.runs.headline import Headline
+from mechlens.runs.results.paired import BY_PROMPT
 from mechlens.settings import DetectionPlan
+from mechlens.studies.direction.sides import NEGATIVE, POSITIVE
 from mechlens.studies.direction.verdict import DirectionVerdict, direction_verdict, steering_headline
 from mechlens.studies.shared.contrasts import ContrastMeasurement
 
@@ -119,8 +123,22 @@ class Concept:
             "surface": pd.concat([one.table() for one in self.detection.ahead], ignore_index=True),
             "confounds": self.differences(),
             "split": pd.DataFrame({"id": self.acts.ids, "part": self.split.parts()}),
+            BY_PROMPT: self._by_prompt(),
             **({"steered": self.steered.table} if self.steered is not None else {}),
         }
+
+    def _by_prompt(self) -> pd.DataFrame:
+        """Scores of the test prompts behind the AUROC of every position."""
+        grid, sides = self.detection.directions, (POSITIVE, NEGATIVE)
+        test = contrast_part(self.acts, self.split.test, sides)
+        scores, positive = score_grid(test, grid), is_positive(test, sides)
+        roles = {"strongest": self.detection.strongest, "best": self.best}
+        rows: dict[str, ByPrompt] = {}
+        for one in self.detection.chosen:
+            own = scores[grid.levels.index(one.level), grid.positions.index(one.position)]
+            names = (one.position, *(role for role, choice in roles.items() if choice is one))
+            rows |= {f"auroc.{name}": ByPrompt(test.ids, test.families, own, positive) for name in names}
+        return by_prompt_table(rows)
 
     def differences(self) -> pd.DataFrame:
         """One row for each thing in which the sides differ, with the AUROC that it alone reaches."""

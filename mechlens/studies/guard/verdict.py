@@ -11,12 +11,15 @@ from mechlens.methods.directions.direction import Direction
 from mechlens.methods.guard.fitted import FittedGuard
 from mechlens.methods.guard.rules import LinearScore
 from mechlens.methods.probing.auroc import MIN_FAMILIES
+from mechlens.methods.statistics.by_prompt import ByPrompt, by_prompt_table
 from mechlens.methods.statistics.estimate import NO_INTERVAL, Estimate
+from mechlens.runs.results.paired import BY_PROMPT
 from mechlens.studies.guard.evaluation import GuardEvaluation
 from mechlens.studies.guard.measures import (
     MEASURES,
     TOTAL,
     TWINS,
+    families,
     five_columns,
     measures,
     on_twins,
@@ -66,6 +69,7 @@ class GuardReport:
             "answers": self.result.judged.table(),
             "places": pd.DataFrame(places),
             "roc": self.curves(),
+            BY_PROMPT: self._by_prompt(),
         }
 
     def artifacts(self) -> dict[str, object]:
@@ -83,6 +87,20 @@ class GuardReport:
                 scores[f"score.{detector.name}"] = detector.scores.tolist()
             scores[f"flagged.{detector.name}"] = detector.flagged.tolist()
         return scores.assign(probability=self.result.detectors[0].probabilities.tolist())  # type: ignore[union-attr]
+
+    def _by_prompt(self) -> pd.DataFrame:
+        """What the AUROC of every detector, and the rates of the guard, were made of."""
+        positive, groups = positives(self.result), families(self.result)
+        ids = [prompt.id for prompt in self.result.examined.prompts]
+        rows = {
+            f"auroc.{one.name}": ByPrompt(ids, groups, one.scores, positive)
+            for one in self.result.detectors if one.scores is not None
+        }  # fmt: skip
+        flagged = self.result.detectors[0].flagged
+        right = ByPrompt(ids, groups, (flagged == positive).double())
+        said = ByPrompt(ids, groups, flagged.double())
+        rows |= {f"accuracy.{GUARD}": right, f"tpr.{GUARD}": said.only(positive), f"fpr.{GUARD}": said.only(~positive)}
+        return by_prompt_table(rows)
 
     def five_columns(self) -> pd.DataFrame:
         """Accuracy on kinds of attacks and of misjudged prompts, for reading."""

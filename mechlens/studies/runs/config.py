@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,6 +15,16 @@ class ListRuns:
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
     """Folder that holds run folders."""
+    study: str | None = None
+    """Only runs of this study, such as separate or "guard fit"."""
+    model: str | None = None
+    """Only runs of this model or base, by its short name or as it was given."""
+    status: Literal["running", "interrupted", "success", "error"] | None = None
+    """Only runs that are this far."""
+    since: str | None = None
+    """Only runs begun on this day (UTC) or later, such as 2026-11-27."""
+    until: str | None = None
+    """Only runs begun on this day or earlier."""
     json: bool = False
     """Print one JSON object a run, for machines."""
 
@@ -71,6 +81,7 @@ LIST = Command(
     "mechlens.studies.runs.study:list_all",
     (
         "mechlens runs list",
+        "mechlens runs list runs --study separate --status success --since 2026-11-01",
         "mechlens runs list runs --json",
     ),
 )

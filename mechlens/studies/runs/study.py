@@ -1,8 +1,5 @@
 """`mechlens runs`: what recorded runs say, and the same numbers again."""
 
-import math
-from typing import Any
-
 from mechlens.errors import UserError
 from mechlens.runs.results.result import list_runs, open_run_folder
 from mechlens.runs.run import metric_text
@@ -15,7 +12,10 @@ SAME = 1e-6
 
 def list_all(config: ListRuns, screen: Screen) -> None:
     """Two lines a run: which one it is, and what it found or what is the matter with it; or a JSON object each."""
-    runs = list_runs(config.folder)
+    runs = list_runs(
+        config.folder, study=config.study, model=config.model, status=config.status, since=config.since,
+        until=config.until,
+    )  # fmt: skip
     for run in runs:
         record = run.record
         model = record.model_name if config.json else run.model
@@ -26,7 +26,8 @@ def list_all(config: ListRuns, screen: Screen) -> None:
         else:
             screen.show("\n    ".join(filter(None, ("  ".join(filter(None, facts)), run.sentence or run.state))))
     if not (runs or config.json):
-        screen.show(f"no runs below {config.folder}")
+        asked = any((config.study, config.model, config.status, config.since, config.until))
+        screen.show(f"no {'such ' if asked else ''}runs below {config.folder}")
 
 
 def show(config: ShowRun, screen: Screen) -> None:
@@ -99,9 +100,9 @@ def compare(config: CompareRuns, screen: Screen) -> None:
     table = Table("number", *found.names)
     told = found.metrics[found.metrics["name"].isin(deciding)]
     for words, rows in told.groupby("words", sort=False):
-        by_run = {str(row["run"]): row for _, row in rows.iterrows()}
-        cells = [_number(by_run.get(name)) for name in found.names]
-        table.add_row(str(words), *cells)
+        by_run = {row["run"]: row for row in rows.to_dict("records")}
+        cells = {name: "\n".join(filter(None, found.in_words(row))) for name, row in by_run.items()}
+        table.add_row(str(words), *(cells.get(name, "-") for name in found.names))
     screen.show(table)
     for _, row in found.differs.iterrows():
         screen.show(f"{row['of']} {row['name']}: {', '.join(str(row[name]) or 'none' for name in found.names)}")
@@ -109,14 +110,3 @@ def compare(config: CompareRuns, screen: Screen) -> None:
         from mechlens.runs.results.compared_page import write_comparison
 
         screen.show(f"page: {write_comparison(found, config.out).resolve()}")
-
-
-def _number(row: Any) -> str:
-    """A number with its interval, and below it the difference from the first run's."""
-    if row is None:
-        return "-"
-    difference = f"{row['difference']:+.2f}"
-    if not math.isnan(row["difference_low"]):
-        difference += f" [{row['difference_low']:.2f}, {row['difference_high']:.2f}]"
-    interval = "" if math.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['value']:.2f}{interval}\n{difference}"

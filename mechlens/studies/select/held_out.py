@@ -1,6 +1,6 @@
 """The chosen direction on test prompts: what taking it out and adding it does, beside random directions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from mechlens.methods.behaviour.chosen_judge import judge_of, once_refused, verdicts_by
 from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, random_like
+from mechlens.methods.statistics.by_prompt import ByPrompt
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate, rate_estimate
 from mechlens.methods.steering.candidates import CandidateScores, ablation, addition, score_candidates
@@ -59,6 +60,22 @@ class SelectionTest:
         for name, said in self.answers.items():
             numbers[f"empty_rate.{name}"] = self._rate([not text.strip() for text in said.texts], name.split(".")[0])
         return numbers
+
+    def by_prompt(self, ids: Mapping[str, Sequence[str]]) -> dict[str, ByPrompt]:
+        """What the numbers of the chosen direction were made of; `ids` are the test prompts' of each class."""
+        scores = self.scores
+        rows = {
+            "refusal_score.harmful": ("harmful", scores.bare_harmful),
+            "refusal_score.harmless": ("harmless", scores.bare_harmless),
+            "refusal_score.harmful.ablated": ("harmful", scores.bypass[0]),
+            "refusal_score.harmless.added": ("harmless", scores.induce[0]),
+            "kl.harmless.ablated": ("harmless", scores.kl[0]),
+            "bypass_shift": ("harmful", scores.bypass[0] - scores.bare_harmful),
+            "induce_shift": ("harmless", scores.induce[0] - scores.bare_harmless),
+        }
+        for name, flags in self.refused.items():
+            rows[f"refusal_rate.{name}"] = (name.split(".")[0], torch.tensor(flags).double())
+        return {name: ByPrompt(ids[label], self.families[label], values) for name, (label, values) in rows.items()}
 
     def _rival(self, values: Float[Tensor, "candidate prompt"], sign: float) -> Float[Tensor, " prompt"]:
         """Scores of the random direction that does best on these prompts, the best random candidate among them."""

@@ -24,6 +24,7 @@ from mechlens.methods.cache import Cache
 from mechlens.methods.directions.direction import Direction, direction_grid, random_like
 from mechlens.methods.progress import phase
 from mechlens.methods.shown import html_with, lines
+from mechlens.methods.statistics.by_prompt import by_prompt_table
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.candidates import (
     KEPT,
@@ -40,6 +41,7 @@ from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.split import Split, split_by_family
 from mechlens.prompts.templates.template import TemplateChoice
+from mechlens.runs.results.paired import BY_PROMPT
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import FRACTIONS
 from mechlens.studies.driver import Preparation
@@ -153,7 +155,13 @@ class Selection:
         if self.test is None:
             return tables
         tested = [{"metric": name, **estimate.row()} for name, estimate in self.test.metrics().items()]
-        return tables | {"test": pd.DataFrame(tested), "steered_answers": self.steered_answers()}
+        prompts = [self.judged.prompts[i] for i in self.split.test]
+        ids = {label: [prompt.id for prompt in prompts if prompt.label == label] for label in (HARMFUL, HARMLESS)}
+        return tables | {
+            "test": pd.DataFrame(tested),
+            "steered_answers": self.steered_answers(),
+            BY_PROMPT: by_prompt_table(self.test.by_prompt(ids)),
+        }
 
     def artifacts(self) -> dict[str, object]:
         """The chosen direction, if there is one."""

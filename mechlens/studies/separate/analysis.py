@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.probing.out_of_fold import FOLD_SEEDS, FOLDS
+from mechlens.methods.statistics.by_prompt import by_prompt_table
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import Fold, family_folds
 from mechlens.settings import Nulls
@@ -49,14 +50,8 @@ class Analysis:
         harm, refusal, last = self.harm, self.refusal, self.last
         accepted, harmful = self.inside(ACCEPTED), self.inside(HARMFUL)
         numbers = {
-            "harmful_auroc.inst": harm.auroc("inst"),
-            "harmful_auroc.last": harm.auroc(last),
-            "refused_auroc.inst": refusal.auroc("inst"),
-            "refused_auroc.last": refusal.auroc(last),
-            "harmful_auroc.inst.accepted": harm.auroc("inst", accepted),
-            "harmful_auroc.inst.refused": harm.auroc("inst", self.inside(REFUSED)),
-            "refused_auroc.last.harmful": refusal.auroc(last, harmful),
-            "refused_auroc.last.harmless": refusal.auroc(last, self.inside(HARMLESS)),
+            name: contrast.auroc(position, inside) for name, (contrast, position, inside) in self._aurocs().items()
+        } | {
             "token_identity_auroc.inst": harm.baseline("token_identity.inst"),
             "token_identity_auroc.last": harm.baseline(f"token_identity.{last}"),
             "tfidf_auroc": harm.baseline("tfidf"),
@@ -70,6 +65,29 @@ class Analysis:
             del counts["unfinished"]  # runs of earlier versions have no such number
         numbers |= {f"n.{name}": Estimate.exact(n, len(self.places.quadrants)) for name, n in counts.items()}
         return numbers | self._dissociation() | self._one_factor()
+
+    def _aurocs(self) -> dict[str, tuple[OutOfFoldContrast, str, Bool[Tensor, " prompt"] | None]]:
+        """Of every AUROC its contrast, its position, and the prompts that it is of; None is all."""
+        harm, refusal, last = self.harm, self.refusal, self.last
+        return {
+            "harmful_auroc.inst": (harm, "inst", None),
+            "harmful_auroc.last": (harm, last, None),
+            "refused_auroc.inst": (refusal, "inst", None),
+            "refused_auroc.last": (refusal, last, None),
+            "harmful_auroc.inst.accepted": (harm, "inst", self.inside(ACCEPTED)),
+            "harmful_auroc.inst.refused": (harm, "inst", self.inside(REFUSED)),
+            "refused_auroc.last.harmful": (refusal, last, self.inside(HARMFUL)),
+            "refused_auroc.last.harmless": (refusal, last, self.inside(HARMLESS)),
+        }
+
+    def by_prompt(self, ids: Sequence[str]) -> pd.DataFrame:
+        """What the AUROCs were made of, prompt by prompt."""
+        rows = {}
+        for name, (contrast, position, inside) in self._aurocs().items():
+            made_of = contrast.by_prompt(ids, position, inside)
+            if made_of is not None:
+                rows[name] = made_of
+        return by_prompt_table(rows)
 
     def _dissociation(self) -> dict[str, Estimate]:
         if self.dissociation is not None:

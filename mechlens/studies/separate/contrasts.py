@@ -15,6 +15,7 @@ from mechlens.methods.directions.nulls import LabelledVectors, random_null
 from mechlens.methods.probing.auroc import MIN_FAMILIES, auroc, auroc_bounds, auroc_difference, auroc_estimate
 from mechlens.methods.probing.baselines import mean_embedding_scores, tfidf_scores
 from mechlens.methods.probing.out_of_fold import OutOfFoldScores, out_of_fold_null, out_of_fold_scores
+from mechlens.methods.statistics.by_prompt import ByPrompt
 from mechlens.methods.statistics.effect_size import effect_estimate, hedges_g
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import Fold, fewest_families
@@ -70,6 +71,15 @@ class OutOfFoldContrast:
         if self.scores is None:
             return Estimate.missing(min(self.question.counts().values()))
         return self._estimate(self.scores.at(position), kept)
+
+    def by_prompt(
+        self, ids: Sequence[str], position: str, inside: Bool[Tensor, " prompt"] | None = None
+    ) -> ByPrompt | None:
+        """The scores behind `auroc`; None where there are none."""
+        kept = self.question.member if inside is None else self.question.member & inside
+        if self.scores is None:
+            return None
+        return ByPrompt(ids, self.families, self.scores.at(position), self.question.positive).only(kept)
 
     def baseline(self, name: str, inside: Bool[Tensor, " prompt"] | None = None) -> Estimate:
         """AUROC of one surface baseline over the same prompts."""

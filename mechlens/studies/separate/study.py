@@ -30,6 +30,7 @@ from mechlens.models.load import load, require_wrappable
 from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.templates.template import TemplateChoice
+from mechlens.runs.results.paired import BY_PROMPT
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.driver import Preparation
 from mechlens.studies.separate.analysis import HARMFUL, HARMLESS, Analysis, analyse
@@ -149,6 +150,7 @@ class Separation:
             "beliefs": self.beliefs.prompts,
             "scores_by_level": self.beliefs.by_level,
             "folds": self.folds(),
+            BY_PROMPT: self.analysis.by_prompt(self.acts.ids),
         }
 
     def artifacts(self) -> dict[str, object]:
