@@ -64,6 +64,7 @@ EXTRAS = {
     "inspect": ("inspect_ai",),
     "quantise": ("bitsandbytes", "torchao", "accelerate"),
     "reward": ("trl", "accelerate"),
+    "slurm": ("submitit",),
     "workspaces": ("wandb_workspaces",),
 }
 """Modules by the name of the extra in pyproject.toml."""

@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
+import submitit
 from tiny import tiny_hf, tiny_tokenizer
 
 import mechlens as ml
 from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods import kept_model
-from mechlens.studies.sweep.engines import local
+from mechlens.runs.results.paired import rows_by_number
+from mechlens.studies.sweep.config import Slurm
+from mechlens.studies.sweep.engines import local, slurm
+from mechlens.studies.sweep.engines.engine import Resources, engine_called
 from mechlens.studies.sweep.folders import failure_file, folder_of, read_job, state_of, write_jobs
 from mechlens.studies.sweep.plan import Plan, jobs_of, read_plan
-from mechlens.studies.sweep.study import groups_of
+from mechlens.studies.sweep.study import groups_of, spread_of
 from mechlens.studies.sweep.worker import work_on
 
 SMALL = {
@@ -49,6 +54,10 @@ def written(path: Path, plan: Plan) -> Path:
     return path
 
 
+def resources(folder: Path, workers: int = 1, gpus: int = 0) -> Resources:
+    return Resources(workers, gpus, folder / "logs", Slurm(cluster="local"))
+
+
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
     return {path.stem: pd.read_parquet(path) for path in sorted((folder / "tables").glob("*.parquet"))}
 
@@ -66,7 +75,9 @@ def test_every_combination_is_a_job_with_a_whole_configuration_on_disk(models: l
     write_jobs(jobs)
     assert [read_job(folder_of(job)).config for job in jobs] == [job.config for job in jobs]
     assert {state_of(job).status for job in jobs} == {"left"}
-    assert {job.config.wandb.group for job in jobs} == {"out"}
+    assert {(job.config.wandb.group, job.config.wandb.mode) for job in jobs} == {("out", "disabled")}
+    (plain,) = jobs_of(Plan("direction", {"positive": "harmful", "negative": "harmless"}), tmp_path / "out", "plan")
+    assert (plain.config.wandb.group, plain.config.wandb.mode) == ("out", "offline")
     # New values may come; what stands in a folder may not become another job.
     more = Plan(plan.study, plan.options, {**plan.over, "seed": [0, 1, 2, 3]})
     write_jobs(jobs_of(more, tmp_path / "out", "plan"))
@@ -92,6 +103,7 @@ def test_a_slip_in_a_plan_is_told_before_anything(tmp_path: Path, models: list[s
     with pytest.raises(UserError, match=r"other\.yaml could not be read"):
         read_plan(tmp_path / "other.yaml")
     for plan, said in (
+        (plan_of(models, wandb=[{"mode": "on"}]), "mode"),
         (Plan("directoin"), "'directoin'.*direction"), (Plan("steer"), "no study 'steer'"),
         (Plan("direction", {"sede": 1}), "'sede'.*seed"), (Plan("direction", {"out": "x"}), "which the sweep decides"),
         (plan_of(models, seed=["zero"]), "seed"), (Plan("direction", {"n": 1}, {"n": [2]}), "sets 'n' in two places"),
@@ -144,9 +156,14 @@ def test_a_sweep_gives_what_its_jobs_give_alone_and_one_failure_stops_no_other(
     assert mine.keys() == theirs.keys()
     for name in mine:
         pd.testing.assert_frame_equal(mine[name], theirs[name], check_exact=True)
+    assert set(rows_by_number(alone)) == {"auroc.post[12]", "auroc.strongest"}  # what was kept makes the numbers again
     before = {path: path.stat().st_mtime_ns for job in done for path in folder_of(job).rglob("*.json")}
     capfd.readouterr()
     main(["sweep", str(swept / "plan.yaml"), "--out", str(swept / "out"), "--dry-run"])
+    screen = spread_of(ml.compare_runs(*map(folder_of, done)))
+    assert screen is not None
+    assert [column.header for column in screen.columns][-2:] == ["between seeds", "one run claims"]
+    assert spread_of(ml.compare_runs(folder_of(done[0]), folder_of(done[0]))) is None
     assert "4 jobs: 2 done, 2 failed; about" in capfd.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -222,10 +239,15 @@ def test_gpus_are_disjoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     )
     monkeypatch.setattr(local, "WORKER", "fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    local.run_local([[told]] * 8, 4, tmp_path / "logs", lambda _: None)
-    names = [path.name for path in told.iterdir()]
-    assert len(names) == 8
-    assert {name.partition("-")[0] for name in names} == {"4", "5", "6", "7"}
+    for gpus, sets in ((0, {"4", "5", "6", "7"}), (2, {"4,5", "6,7"})):
+        local.run([[told]] * 8, resources(tmp_path, workers=4, gpus=gpus), lambda _: None)
+        names = [path.name for path in told.iterdir()]
+        assert len(names) == 8
+        assert {name.partition("-")[0] for name in names} == sets
+        for path in told.iterdir():
+            path.unlink()
+    with pytest.raises(UserError, match="asks for 5 GPUs for each job, and 4 can be seen"):
+        engine_called("local", resources(tmp_path, gpus=5))
 
 
 def test_the_model_is_loaded_once_for_jobs_that_load_the_same_and_never_when_it_was_edited(
@@ -257,3 +279,43 @@ def test_what_fails_is_a_sentence_beside_the_folder_and_is_tried_again(models: l
     assert "share" in failure_file(folder_of(job)).read_text()
     assert state_of(job).status == "failed"
     assert [path.name for path in folder_of(job).iterdir() if path.name != ".lock"] == ["job.json"]
+
+
+def test_a_job_that_is_preempted_goes_on_and_its_tables_are_the_same(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By submitit's local executor; the signal is the one that Slurm sends, and comes when the run has begun."""
+    (quiet,), (job,) = (jobs_of(plan_of(models, seed=[1]), tmp_path / name, "plan") for name in ("quiet", "out"))
+    write_jobs([quiet, job])
+    work_on([folder_of(quiet)])
+    real, submitted, interrupted = submitit.AutoExecutor.map_array, list[Any](), list[int]()
+
+    def noted(*given: Any) -> list[Any]:
+        submitted.extend(real(*given))
+        return submitted
+
+    def preempt(_: Any) -> None:
+        if not interrupted and (folder_of(job) / "run.json").exists():
+            interrupted.extend(one.pid for one in psutil.Process(int(submitted[0].job_id)).children())
+            os.kill(interrupted[0], signal.SIGUSR2)
+
+    monkeypatch.setattr(submitit.AutoExecutor, "map_array", noted)
+    monkeypatch.setattr(slurm, "POLL", 0.05)
+    slurm.run([[folder_of(job)]], resources(tmp_path), preempt)
+    logs = "".join(path.read_text() for path in (tmp_path / "logs").glob("*_log.*"))
+    assert "Caught signal SIGUSR2" in logs
+    assert logs.count("Starting with JobEnvironment") == 2
+    assert state_of(job).status == "done"
+    theirs = tables(folder_of(quiet))
+    for name, table in tables(folder_of(job)).items():
+        pd.testing.assert_frame_equal(table, theirs[name], check_exact=True)
+
+
+def test_slurm_is_asked_for_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch here"):
+        engine_called("slurm", Resources(1, 0, tmp_path, Slurm()))
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"extra \[slurm\]"):
+        engine_called("slurm", Resources(1, 0, tmp_path, Slurm()))
+    assert not list(tmp_path.iterdir())

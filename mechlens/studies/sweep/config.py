@@ -1,6 +1,6 @@
 """`mechlens sweep`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +8,22 @@ import tyro
 
 from mechlens.settings import Options, PositiveInt
 from mechlens.studies.registry import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm(Options):
+    """What a job of Slurm asks for."""
+
+    partition: str | None = None
+    """Partition; None is the cluster's default."""
+    minutes: PositiveInt = 240
+    """Time limit. A job that reaches it is queued again, at most three times, and goes on where it was."""
+    cpus: PositiveInt = 4
+    """Processors."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the worker starts, such as "module load cuda"."""
+    cluster: Literal["slurm", "local"] = "slurm"
+    """local tries the same without Slurm: processes that submitit starts on this machine, all at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +41,12 @@ class Sweep(Options):
     """Folder of the sweep: a run folder for each job, and what was made of them together."""
     dry_run: bool = False
     """Only show the jobs, and how long what is left may take; nothing is written."""
-    engine: Literal["local"] = "local"
-    """Where jobs run: processes on this machine."""
+    engine: Literal["local", "slurm"] = "local"
+    """Where jobs run: processes on this machine, or Slurm (extra `slurm`)."""
     workers: PositiveInt = 1
     """Processes at a time."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """For --engine slurm."""
 
 
 COMMAND = Command(
@@ -38,5 +56,6 @@ COMMAND = Command(
     (
         "mechlens sweep plan.yaml --out runs/sweep --dry-run",
         "mechlens sweep plan.yaml --out runs/sweep --workers 2",
+        "mechlens sweep plan.yaml --out runs/sweep --workers 16 --engine slurm --slurm.partition gpu",
     ),
 )

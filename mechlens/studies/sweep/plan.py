@@ -18,7 +18,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mechlens.checked_json import checked
 from mechlens.choices import require_known
@@ -33,6 +35,8 @@ MOST = 10_000
 """Jobs of one sweep; more is a slip of the hand."""
 OURS = ("out",)
 """Options that the sweep itself decides."""
+WANDB = {"mode": "offline"}
+"""What a plan leaves open: many runs at a time log on disk, and `mechlens wandb sync` uploads them."""
 REMEDY = "mend the plan"
 WIDTH = 40
 """Characters of a value in a job's name."""
@@ -47,6 +51,8 @@ class Plan:
     """The same for every job."""
     over: dict[str, list[Any]] = field(default_factory=dict)
     """Values of one option by its name, or sets of options that vary together by a name of your own."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs of each job; `device_map: auto` among the options spreads a model over them."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def _fit(text: str) -> str:
 
 def _job(study: Study, label: str, options: dict[str, Any], out: Path, name: str) -> Job:
     wandb = options.get("wandb", {})
-    grouped = {"group": out.name, **wandb} if isinstance(wandb, dict) else wandb
+    grouped = {**WANDB, "group": out.name, **wandb} if isinstance(wandb, dict) else wandb
     values = {**options, "wandb": grouped, "out": str(out / label)}
     where = f"{name}, job {label}:"
     config = with_paths(checked(values, study.config, where, REMEDY, extra="forbid"))

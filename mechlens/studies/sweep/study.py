@@ -9,11 +9,11 @@ from mechlens.errors import UserError, many
 from mechlens.files import user_path
 from mechlens.methods.progress import progress_bar, spoken
 from mechlens.runs.lock import FolderLock
-from mechlens.runs.results.compared import compare_runs
+from mechlens.runs.results.compared import RunComparison, compare_runs
 from mechlens.runs.results.compared_page import write_comparison
 from mechlens.studies.registry import Screen
 from mechlens.studies.sweep.config import Sweep
-from mechlens.studies.sweep.engines.local import run_local
+from mechlens.studies.sweep.engines.engine import Engine, Resources, engine_called
 from mechlens.studies.sweep.folders import State, folder_of, forget_failure, state_of, write_jobs
 from mechlens.studies.sweep.plan import Job, jobs_of, read_plan
 
@@ -29,18 +29,21 @@ COMPARED = "compared"
 def sweep(config: Sweep, screen: Screen) -> None:
     """Does what is left of a plan and shows what became of every job; UserError at the end where one failed."""
     out = user_path(config.out)
-    jobs = jobs_of(read_plan(config.plan), out, str(config.plan))
+    plan = read_plan(config.plan)
+    jobs = jobs_of(plan, out, str(config.plan))
     if config.dry_run:
         states = [state_of(job) for job in jobs]
         screen.show(table_of(states))
         screen.show(left_to_do(states, config.workers))
         return
+    resources = Resources(config.workers, plan.gpus, out / LOGS, config.slurm)
+    engine = engine_called(config.engine, resources)
     write_jobs(jobs)
     lock = FolderLock(out)
     try:
         for job in jobs:
             forget_failure(folder_of(job))
-        work(jobs, config.workers, out)
+        work(jobs, engine, resources)
     finally:
         lock.release()
     states = [state_of(job) for job in jobs]
@@ -48,7 +51,10 @@ def sweep(config: Sweep, screen: Screen) -> None:
     screen.show(summary(states))
     done = [folder_of(state.job) for state in states if state.status == "done"]
     if len(done) > 1:
-        screen.show(f"compared: {write_comparison(compare_runs(*done), out / COMPARED).resolve()}")
+        compared = compare_runs(*done)
+        if spread := spread_of(compared):
+            screen.show(spread)
+        screen.show(f"compared: {write_comparison(compared, out / COMPARED).resolve()}")
     if open_ := [state for state in states if state.status != "done"]:
         raise UserError(
             f"{many(len(open_), 'job')} of {len(states)} did not succeed; mend what their sentences say and give the "
@@ -56,7 +62,7 @@ def sweep(config: Sweep, screen: Screen) -> None:
         )
 
 
-def work(jobs: Sequence[Job], workers: int, out: Path) -> None:
+def work(jobs: Sequence[Job], engine: Engine, resources: Resources) -> None:
     """Has the engine do what isn't finished; jobs whose process was lost are given to it again."""
     left = {folder_of(job): job for job in jobs if state_of(job).status not in ENDED}
     bar = progress_bar(total=len(jobs), done=len(jobs) - len(left), title="sweep", unit="job")
@@ -68,8 +74,8 @@ def work(jobs: Sequence[Job], workers: int, out: Path) -> None:
 
     try:
         for _ in range(TRIES):
-            if left:
-                run_local(groups_of([*left.values()], workers), workers, out / LOGS, look)
+            if free := [job for job in left.values() if state_of(job).status != "running"]:
+                engine(groups_of(free, resources.workers), resources, look)
     finally:
         bar.close()
 
@@ -95,6 +101,21 @@ def table_of(states: Sequence[State]) -> Any:
     table = Table("job", "status", "found")
     for state in states:
         table.add_row(state.job.name, state.status, state.said)
+    return table
+
+
+def spread_of(compared: RunComparison) -> Any:
+    """What the seed decides of the numbers that decide, a row a number and group of jobs; None without other seeds."""
+    from rich.table import Table
+
+    deciding = {number for run in compared.runs for number in run.record.deciding}
+    seeds = compared.seeds[compared.seeds["name"].isin(deciding)]
+    if seeds.empty:
+        return None
+    table = Table("number", "jobs like", "seeds", "mean", "between seeds", "one run claims")
+    for row in seeds.to_dict("records"):
+        numbers = (f"{row[name]:.3f}" for name in ("mean", "between_seeds", "one_run"))
+        table.add_row(str(row["words"]), str(row["like"]), str(row["runs"]), *numbers)
     return table
 
 

@@ -1,13 +1,16 @@
-"""Processes on this machine, a fixed number at a time, each with its share of the processors and a GPU of its own."""
+"""Processes on this machine, a fixed number at a time, each with its share of the processors and GPUs of its own."""
 
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from mechlens.errors import UserError, many
+from mechlens.studies.sweep.engines.engine import Groups, Look, Resources
 
 POLL = 0.2
 """Seconds between two looks at the processes."""
@@ -19,19 +22,20 @@ class _Working:
     folders: Sequence[Path]
     process: "subprocess.Popen[bytes]"
     log: IO[bytes]
-    gpu: str | None
+    gpus: str | None
 
 
-def run_local(
-    groups: Sequence[Sequence[Path]], workers: int, logs: Path, look: Callable[[Sequence[Path]], None]
-) -> None:
-    """Does groups of jobs, a process a group, `workers` of them at a time; returns when all processes have ended.
+def require(resources: Resources) -> None:
+    """UserError where a job needs more GPUs than can be seen."""
+    if resources.gpus > (seen := len(visible_gpus())):
+        raise UserError(f"the plan asks for {many(resources.gpus, 'GPU')} for each job, and {seen} can be seen here")
 
-    `look` is called again and again meanwhile with the jobs at work, and once more after their process ended. What
-    became of the jobs stands in their folders; what the processes wrote, in `logs`.
-    """
+
+def run(groups: Groups, resources: Resources, look: Look) -> None:
+    """Does groups of jobs, a process a group, `workers` of them at a time."""
+    logs, workers = resources.logs, resources.workers
     logs.mkdir(parents=True, exist_ok=True)
-    gpus: list[str | None] = list(visible_gpus()) or [None] * workers
+    gpus: list[str | None] = list(gpu_sets(resources.gpus)) or [None] * workers
     waiting, working = list(enumerate(groups)), list[_Working]()
     try:
         while waiting or working:
@@ -43,7 +47,7 @@ def run_local(
             look([folder for one in working for folder in one.folders])
             for one in ended:
                 one.log.close()
-                gpus.append(one.gpu)
+                gpus.append(one.gpus)
                 working.remove(one)
     finally:
         for one in working:
@@ -60,14 +64,20 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
 
 
-def _started(folders: Sequence[Path], log: Path, workers: int, gpu: str | None) -> _Working:
+def gpu_sets(gpus: int) -> list[str]:
+    """The GPUs of each worker at a time; one of its own where nothing is asked."""
+    visible, each = visible_gpus(), max(gpus, 1)
+    return [",".join(visible[i : i + each]) for i in range(0, len(visible) - each + 1, each)]
+
+
+def _started(folders: Sequence[Path], log: Path, workers: int, gpus: str | None) -> _Working:
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     own: dict[str, str] = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if gpu is not None:
-        own["CUDA_VISIBLE_DEVICES"] = gpu
+    if gpus is not None:
+        own["CUDA_VISIBLE_DEVICES"] = gpus
     file: Any = log.open("ab")
     process = subprocess.Popen(
         [sys.executable, "-m", WORKER, *map(str, folders)],
         stdin=subprocess.PIPE, stdout=file, stderr=file, env={**os.environ, **own},
     )  # fmt: skip
-    return _Working(folders, process, file, gpu)
+    return _Working(folders, process, file, gpus)
