@@ -409,12 +409,12 @@ def edit_template(folder: Path) -> None:
     path.write_text(path.read_text().replace("You are kind.", "You are curt."))
 
 
-def test_a_run_that_did_not_end_is_not_made_again(found: Path, tmp_path: Path, run: Any) -> None:
+def test_a_run_that_did_not_end_is_not_made_again(separated: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     """Of the few numbers that it has none would differ."""
-    (tmp_path / "half").mkdir()
-    record = json.loads((found / "run.json").read_text())
-    (tmp_path / "half" / "run.json").write_text(json.dumps(record | {"status": "error"}))
-    said = run("runs", "rerun", tmp_path / "half")
+    from mechlens.studies import driver
+
+    monkeypatch.setattr(driver, "read_run", lambda folder: replace(read_run(folder), status="error"))
+    said = run("runs", "rerun", separated)
     assert (said.code, len(said.err.splitlines())) == (1, 1)
     assert "did not end, so there are no numbers to make again; give its own command once more" in said.err
 
