@@ -63,7 +63,7 @@ def main() -> None:
     import mechlens as ml
 
     run = ml.run(ml.SteerTrain(
-        model=given.model, n=given.n, strengths=(0.05, 0.1, 0.2), max_new_tokens=12, templates=str(given.templates),
+        model=given.model, n=given.n, strengths=(0.005, 0.01, 0.025), max_new_tokens=12, templates=str(given.templates),
         out=given.out,
     ))  # fmt: skip
     print(run.sentence)
