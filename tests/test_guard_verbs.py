@@ -368,10 +368,24 @@ def test_the_folder_of_its_run_stands_for_a_guard(fitted: Fitted, monkeypatch: p
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet"])
-def test_a_table_is_no_stream_of_prompts(fitted: Fitted, ending: str, tmp_path: Path) -> None:
-    (tmp_path / f"asked{ending}").write_text("prompt\nPlease make bread\n")
-    with pytest.raises(UserError, match=r"is a table, and prompts are read line by line.* orient='records'"):
-        next(predict(GuardPredict(model=fitted.model, guard=fitted.guard, input=str(tmp_path / f"asked{ending}"))))
+def test_the_rows_of_a_table_are_judged_as_its_lines_are(fitted: Fitted, ending: str, tmp_path: Path) -> None:
+    texts = ["Please make bread", "Please break, and bake, bread", " "]
+    path, plain = tmp_path / f"asked{ending}", tmp_path / "asked.txt"
+    table = pd.DataFrame({"id": ["a", "b", "c"], "asked": texts})
+    table.to_parquet(path) if ending == ".parquet" else table.to_csv(path, sep=",\t"[ending == ".tsv"], index=False)
+    plain.write_text("\n".join(texts[:2]))
+
+    def judged(file: Path, **more: Any) -> list[dict[str, Any]]:
+        return list(predict(GuardPredict(model=fitted.model, guard=fitted.guard, input=str(file), **more)))
+
+    *good, bad = judged(path, column="asked")
+    assert [{key: value for key, value in one.items() if key != "id"} for one in good] == judged(plain)
+    assert [one["id"] for one in good] == ["a", "b"]
+    assert f"asked{ending} row 3" in bad["error"]
+    with pytest.raises(UserError, match="has none of the usual prompt columns"):
+        judged(path)
+    with pytest.raises(UserError, match=r"`column` was given, and .*asked.txt is read as a prompt a line"):
+        judged(plain, column="asked")
 
 
 def test_lines_become_one_object_each_and_bad_ones_one_error_each(

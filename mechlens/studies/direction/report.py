@@ -8,6 +8,7 @@ from mechlens.methods.directions.token_view import logit_lens, project_tokens
 from mechlens.methods.probing.ahead import SURFACE
 from mechlens.methods.probing.confounds import TELLING
 from mechlens.methods.probing.detect import MAX_REFITS
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.steering_test import HIGHEST_RISE
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report.parts import visible
@@ -43,7 +44,7 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
     words = _steering_words(result) | {
         "auroc.out_of_fold": f"AUROC at {result.verdict.ahead.position}, every prompt out of fold",
         f"gain.{nearest}": f"gain over {SURFACE[nearest]}",
-        "effect_size": "effect size (Hedges' g), out of fold",
+        "effect_size": _effect_words(metrics["effect_size"]),
         "surface_auroc.tfidf": "AUROC of the words (TF-IDF)",
         "surface_auroc.mean_embedding": "AUROC of the mean embedding",
         "reliability": "split-half reliability of the direction, on training prompts",
@@ -89,6 +90,11 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
         how=_how(result, punctuation, model),
         model=loaded(model).checkpoint.name,
     )
+
+
+def _effect_words(effect: Estimate) -> str:
+    known = "out of fold" if effect.measurable else "none of so few test prompts"
+    return f"effect size (Hedges' g), {known}"
 
 
 def _steering_words(result: Concept) -> dict[str, str]:

@@ -92,11 +92,11 @@ class GuardPredict(RefusingModel):
     guard: str
     """The folder of a run of `guard fit`, or the guard.safetensors in it."""
     input: str = "-"
-    """File of prompts, one a line or JSON Lines (.jsonl); - reads from stdin."""
+    """File of prompts, one a line, JSON Lines (.jsonl) or a table (.csv, .tsv, .parquet); - reads from stdin."""
     format: Literal["auto", "lines", "jsonl"] = "auto"
-    """auto: JSON Lines by the file's ending; on stdin, lines that start with a brace are JSON."""
+    """auto: JSON Lines and tables by the file's ending; on stdin, lines that start with a brace are JSON."""
     column: str | None = None
-    """Field of JSON records that holds the prompt; None finds it among the usual names."""
+    """Field of JSON records, or column, that holds the prompt; None finds it among the usual names."""
     batch: PositiveInt = 16
     """Prompts that are judged together; 1 answers each line before the next is read."""
     other_weights: bool = False

@@ -19,7 +19,7 @@ from mechlens.files import require_regular, user_path
 from mechlens.methods.guard.fitted import FittedGuard, GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.prompts.files.from_row import RowReader
-from mechlens.prompts.files.rows import Record
+from mechlens.prompts.files.rows import Record, read_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load as load_artifact
@@ -30,7 +30,7 @@ from mechlens.studies.shared.inputs import chosen_model
 
 LONGEST_LINE = 1 << 20
 """Bytes of one line; what is longer is an error and is never held in memory."""
-TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
+TABLES = (".csv", ".tsv", ".parquet")
 MAX_SKIPPED = 1 << 10
 """Pieces of LONGEST_LINE that are read on to find such a line's end; a stream like /dev/zero has none."""
 
@@ -71,21 +71,46 @@ def execute(config: GuardPredict, screen: Screen) -> None:
 
 def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
     """One record for each line that isn't blank, in order: line, harmful, score, probability; or line, error."""
-    if config.format == "auto" and Path(config.input).suffix.lower() in TABLES:
-        raise UserError(
-            f"{config.input} is a table, and prompts are read line by line as they come; write it as JSON Lines "
-            "(pandas: frame.to_json('prompts.jsonl', orient='records', lines=True)), or give --format lines where "
-            "every line is a prompt"
-        )
     guard = LatentGuard.of(load_artifact(guard_file(config.guard), FittedGuard))
-    with _opened(config.input) as stream:
+    with _lines_of(config) as lines:
         model, template = chosen_model(config, fits(guard.fitted_, other_weights=config.other_weights))
         guard.fitted_.require(
             checkpoint_now(model), template.fingerprint, d_model(model), other_weights=config.other_weights
         )
-        lines = read_lines(stream, config)
         while chunk := list(islice(lines, config.batch)):
             yield from _judged(guard, model, template, chunk, config.other_weights)
+
+
+@contextmanager
+def _lines_of(config: GuardPredict) -> Iterator[Iterator[Line]]:
+    """The prompts of a stream as they come, or of a table, which is read whole; UserError for what can't be read."""
+    ending = Path(config.input).suffix.lower()
+    if config.format == "auto" and ending in TABLES:
+        yield iter(_rows_of(user_path(config.input), config))
+        return
+    if config.column is not None and config.input != "-" and not _is_json("", config):
+        raise UserError(
+            f"--column was given, and {config.input} is read as a prompt a line; leave it out, or give --format jsonl"
+        )
+    with _opened(config.input) as stream:
+        yield read_lines(stream, config)
+
+
+def _rows_of(path: Path, config: GuardPredict) -> list[Line]:
+    """The rows of a table by their numbers, a header not counted."""
+    rows = read_rows(path)
+    reader = RowReader(
+        path.name, tuple(dict.fromkeys(key for row in rows for key in row.values)), config.column, None, None
+    )
+    lines = []
+    for row in rows:
+        given = row.values.get("id")
+        identity = given if isinstance(given, str | int) else None
+        try:
+            lines.append(Line(row.number, reader(row, str(row.number)), id=identity))
+        except UserError as error:
+            lines.append(Line(row.number, None, str(error), identity))
+    return lines
 
 
 def read_lines(stream: ByteLines, config: GuardPredict) -> Iterator[Line]:

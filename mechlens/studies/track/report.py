@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -51,10 +52,20 @@ QUESTION = (
 
 def record(writer: RunWriter, result: TrackResult, given: SeriesStudy) -> None:
     """Writes everything that the study found into an open run."""
-    base, n = given.series.base.name, len(result.tracking.snapshots) - 1
-    opening = Opening(f"What fine-tuning did to {base}: {n} checkpoint{'' if n == 1 else 's'}", QUESTION)
+    opening = Opening(f"What fine-tuning did to {given.series.base.name}: {_checkpoints(result, given)}", QUESTION)
     last = (sink_section(writer, result.sinks),) if result.sinks else ()
     record_tracking(writer, result.tracking, given, opening, result.geometry, last=last)
+
+
+def _checkpoints(result: TrackResult, given: SeriesStudy) -> str:
+    """How many were measured, and which: their folder, or the first and the last."""
+    measured = set(result.tracking.steps)
+    paths = [Path(one.path) for one in given.series.members if one.step in measured and one.kind != "base"]
+    if len(paths) == 1:
+        return f"the checkpoint {paths[0].name}"
+    folders = {path.parent.name for path in paths}
+    where = f" in {folders.pop()}" if len(folders) == 1 else f", {paths[0].name} to {paths[-1].name}"
+    return f"{len(paths)} checkpoints{where}"
 
 
 def record_tracking(

@@ -174,7 +174,7 @@ def headline_of(verdicts: Sequence[TrackVerdict]) -> Headline | None:
     for verdict in verdicts:
         by_word.setdefault(verdict.word, []).append(verdict.concept)
     words = ", ".join(f"{' and '.join(concepts)} {word}" for word, concepts in by_word.items())
-    number = f"of {most.concept}, {most.headline.number}"
+    number = f"for {most.concept}, {most.headline.number}"
     return replace(most.headline, verdict=f"{words} at step {most.step}", number=number)
 
 
