@@ -250,7 +250,7 @@ def test_what_would_make_it_measurable_is_said(found: Battery) -> None:
     # Half as far from the value as the bound is: four times the prompts.
     assert "About 30 more test prompts of each class (--n-test 40)" in told(Estimate(0.7, 0.5, 0.9, 20))
     assert "More prompts would not make it so" in told(Estimate(0.5, 0.4, 0.59, 200))
-    for few in (Estimate(0.55, 0.4, 0.7, 20), Estimate(0.61, float("nan"), float("nan"), 14)):
+    for few in (Estimate(0.55, 0.4, 0.7, 20), Estimate(0.61, 0.0, 1.0, 14, is_auroc=True)):
         assert "That may be for want of prompts (--n-test)" in told(few)
 
 

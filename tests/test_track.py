@@ -143,7 +143,7 @@ def test_shares_have_widths_and_tokens_and_prompts_are_told_in_words(whole: Path
     assert set(rates["value"]) & {0.0, 1.0}
     assert (rates["low"] < rates["high"]).all()  # 0 of 24 is not certainly none
     told = visible(whole)
-    assert re.search(r"The base refuses \d+ of \d+ training prompts", told)
+    assert re.search(r"The base refuses \d+ of \d+ prompts that directions are fitted on", told)
     assert "Prompts: final punctuation" in told
     assert not re.search(r"\*\w+\*|\['", told.partition("Setting: ")[0])
 

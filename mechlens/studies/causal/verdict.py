@@ -298,7 +298,7 @@ def _unmeasurable(result: Battery) -> tuple[Headline, str]:
     settled = "More prompts would not make it so; a model that answers the questions is needed."
     if near:
         settled = f"A{more} would make it so, if it stays what it is."
-    elif not told.high <= MIN_AUROC:  # nor is it NaN, as where so few prompts give no interval
+    elif told.high > MIN_AUROC:
         settled = "That may be for want of prompts (--n-test); if it stays what it is a model that answers is needed."
     number = f"unsteered replies tell harmful from harmless with AUROC {told.brief}"
     settle = f"a{more} would do" if near else "a model that answers the questions is needed"
