@@ -12,7 +12,7 @@ from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.patching.heads import without_heads
 from mechlens.methods.sinks.contrast import domain_contrast, paired_change
-from mechlens.methods.sinks.interventions import all_on_sink, losses_under, without_dimensions, zeroed
+from mechlens.methods.sinks.interventions import all_on_sink, away_from, losses_under, without_dimensions, zeroed
 from mechlens.models.attention.watch import Attended, watch
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import DOMAINS, domain_texts
@@ -120,3 +120,43 @@ def test_a_head_that_goes_dormant_between_two_models_is_found_and_no_other() -> 
     assert bool(paired_change(before, after, shuffles=19, seed=0)[1][0].isnan().all())
     with pytest.raises(UserError, match="on the same two texts or more is needed"):
         paired_change(before[:1], after[:1], shuffles=19, seed=0)
+
+
+# --- what is asked for has to be there --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "edit", "told"),
+    [
+        (zeroed([(99, 0)]), None, "there is no head 0 in layer 99; there are layers 0 to 2 with heads 0 to 3"),
+        (all_on_sink([(0, -1)], 0), None, "there is no head -1 in layer 0"),
+        (all_on_sink([(0, 1)], 999), None, r"there is no token 999 in a text of \d+ tokens; they count from 0"),
+        (away_from([-1]), None, "there is no token -1"),
+        (None, without_dimensions([9999], [0]), "there is no dimension 9999; choose those from 0 to 31"),
+        (None, without_dimensions([0], [999]), "there is no token 999"),
+    ],
+)
+def test_a_head_a_token_or_a_dimension_that_there_is_not_is_refused(change: Any, edit: Any, told: str) -> None:
+    model = planted_sinks()
+    batch = tokenize(TEXTS[:1], template_of(model, None))
+    with pytest.raises(UserError, match=told):
+        losses_under(model, batch, [change], [edit])
+
+
+@pytest.mark.parametrize("learned", [None, 0.0])
+@pytest.mark.parametrize("gap", [2.0, 12.0, 40.0, 80.0])
+def test_hiding_a_sink_that_took_nearly_all_leaves_what_a_mask_would(gap: float, learned: float | None) -> None:
+    """A share of 1 - 1e-9 is 1 in float32: what is left has to come from what is left, not from 1 less what went."""
+    n, draw = 24, torch.Generator().manual_seed(0)
+    visible = torch.ones(n, n, dtype=torch.bool).tril()
+    logits = torch.randn(2, n, n, generator=draw).masked_fill(~visible, -torch.inf)
+    logits[:, :, 0] += gap if learned is None else min(gap, 2.0)
+    masked = logits.clone()
+    masked[:, 1:, 0] = -torch.inf
+
+    def softmax(given: torch.Tensor) -> torch.Tensor:
+        if learned is None:
+            return given.softmax(dim=-1)
+        return torch.cat([given, torch.full((2, n, 1), learned)], dim=-1).softmax(dim=-1)[..., :-1]
+
+    assert torch.allclose(away_from([0])(0, softmax(logits), visible), softmax(masked), atol=1e-5)

@@ -158,6 +158,18 @@ def test_what_can_not_be_measured_is_said() -> None:
         found.of("maas")
     with pytest.raises(UserError, match="the sinks are of 3 texts, and 2 came"):
         measure_sinks(model, TEXTS[:2], sinks=found.sinks, template=None)
+    with pytest.raises(UserError, match="and the sinks given for it are of a text of 29; find them in these texts"):
+        measure_sinks(model, TEXTS[::-1], sinks=found.sinks, template=None)
+
+
+def test_a_window_in_which_few_see_a_key_says_nothing_of_it_and_stops_nothing() -> None:
+    hf_model = tiny_hf("mistral")
+    hf_model.config.sliding_window = 4
+    model = bridge(hf_model, tiny_tokenizer(None), Checkpoint("tiny", "tests/tiny"))
+    found = measure_sinks(model, TEXTS, template=None)
+    assert bool(found.of("column_entropy").isnan().all())
+    assert not bool(found.of("mass").isnan().any())
+    assert not any(found.sinks.sure)
 
 
 # --- plain transformers ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -197,24 +198,41 @@ def test_experiments_stand_beside_random_ones_and_the_model_as_it_is(finished: t
     assert (effects["gap"] - plain["gap"]).tolist() == pytest.approx(effects["change_gap"].tolist(), abs=1e-6)
 
 
-def test_a_base_model_is_asked_nothing(tmp_path: Path) -> None:
+VERSE = "a line that is long enough to be read\nanother line of the same poem, later\n"
+
+
+def test_a_base_model_is_asked_nothing_and_a_file_in_a_folder_is_a_kind(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
+    (tmp_path / "verse.txt").write_text(VERSE)
     config = FindSinks(
-        model=str(tmp_path / "model"), template="none", domains=("prose", "code"), texts=2, tokens=24, heads=1,
-        random_heads=1, random_sets=1, shuffles=9, resamples=10, out=tmp_path / "run", wandb=OFF,
+        model=str(tmp_path / "model"), template="none", domains=("prose", str(tmp_path / "verse.txt")), texts=2,
+        tokens=24, heads=1, random_heads=1, random_sets=1, shuffles=9, resamples=10, out=tmp_path / "run", wandb=OFF,
     )  # fmt: skip
     found = run(config)
     assert found.sentence.lower().startswith(NOT_MEASURABLE)
     assert not (tmp_path / "run" / "tables" / "positions.parquet").exists()
+    assert "mass.verse.txt" in table(tmp_path / "run", "heads")
+    with pytest.raises(UserError, match=r"chat template, and `template` none leaves it out"):
+        run(replace(config, domains=("prose", "chat"), out=tmp_path / "other"))
 
 
 def test_a_file_of_texts_is_a_kind_and_what_can_not_be_is_said(tmp_path: Path) -> None:
-    (tmp_path / "verse.txt").write_text("a line that is long enough to be read\nanother line of the same poem, later\n")
-    kinds = domain_prompts(SinkPlan(domains=("prose", str(tmp_path / "verse.txt")), texts=2))
-    assert [len(own) for own in kinds.values()] == [2, 2]
+    (tmp_path / "other").mkdir()
+    paths = [tmp_path / "verse.txt", tmp_path / "other" / "verse.txt", tmp_path / "chat"]
+    for path in paths:
+        path.write_text(VERSE)
+    verse, again, chat = map(str, paths)
+    kinds = domain_prompts(SinkPlan(domains=("prose", verse), texts=2))
+    assert {name: len(own) for name, own in kinds.items()} == {"prose": 2, "verse.txt": 2}
+    with pytest.raises(UserError, match=r"two kinds of text are called 'verse.txt'; rename one of the files"):
+        domain_prompts(SinkPlan(domains=(verse, again), texts=2))
+    with pytest.raises(UserError, match="would be called chat, as a kind that is built in"):
+        domain_prompts(SinkPlan(domains=("prose", chat)))
+    with pytest.raises(UserError, match=r"tokens.* is 8, and at least 16 are needed"):
+        domain_prompts(SinkPlan(tokens=8))
     with pytest.raises(UserError, match="the kinds of text are prose; give two or more"):
         domain_prompts(SinkPlan(domains=("prose",)))
     with pytest.raises(UserError, match=r"could not be read|there is no"):
         domain_prompts(SinkPlan(domains=("prose", "./no.txt")))
-    with pytest.raises(UserError, match="prose has 1 texts, and at least 2"):
+    with pytest.raises(UserError, match="prose has 1 text, and at least 2"):
         domain_prompts(SinkPlan(texts=1))

@@ -136,6 +136,16 @@ class _Off:
         by_head(self.model, "z", value)[self.first + own, -1, own] = 0
 
 
+def require_heads(model: LanguageModel, heads: Sequence[Head]) -> None:
+    """UserError for heads that the model has not."""
+    wrong = [one for one in heads if not (0 <= one[0] < n_layers(model) and 0 <= one[1] < n_heads(model, "z"))]
+    if wrong:
+        raise UserError(
+            f"there is no head {wrong[0][1]} in layer {wrong[0][0]}; there are layers 0 to {n_layers(model) - 1} with "
+            f"heads 0 to {n_heads(model, 'z') - 1}"
+        )
+
+
 @contextlib.contextmanager
 def without_heads(model: LanguageModel, heads: Sequence[Head], *, renormalise: bool = False) -> Iterator[LanguageModel]:
     """The model with some heads switched off at every token, for the length of a `with` block.
@@ -153,12 +163,7 @@ def without_heads(model: LanguageModel, heads: Sequence[Head], *, renormalise: b
     >>> bool((inside == before).all()), bool((after == before).all())
     (False, True)
     """
-    wrong = [one for one in heads if not (0 <= one[0] < n_layers(model) and 0 <= one[1] < n_heads(model, "z"))]
-    if wrong:
-        raise UserError(
-            f"there is no head {wrong[0][1]} in layer {wrong[0][0]}; there are layers 0 to {n_layers(model) - 1} with "
-            f"heads 0 to {n_heads(model, 'z') - 1}"
-        )
+    require_heads(model, heads)
     taps = output_taps(model, sorted({layer for layer, _ in heads}))
     kept: list[tuple[nn.Module, nn.Parameter, Any]] = []
     try:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, many
 from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.shown import few, lines
@@ -25,6 +25,8 @@ from mechlens.prompts.templates.template import TemplateChoice
 
 LEAST = 0.2
 """Share of a model's heads that have to send a token more than RATE of their attention for it to be a sink."""
+SHORTEST = 2 * FEWEST_QUERIES
+"""Tokens without which no token of a text can be told to be a sink."""
 MANY = 0.1
 """Share of texts in which a token has to be a sink for it to be named where sinks are summed up."""
 
@@ -102,13 +104,19 @@ def readable(model: LanguageModel, texts: Prompts | TokenBatch, template: Templa
     require_watchable(model)
     batch = tokenized(model, texts, template)
     refuse_too_long(model, batch)
-    short = [i for i, n in enumerate(batch.lengths.tolist()) if n < 2 * FEWEST_QUERIES]
-    if short:
-        raise UserError(
-            f"text {batch.prompts[short[0]].id!r} has {int(batch.lengths[short[0]])} tokens ({len(short)} such texts); "
-            f"at least {2 * FEWEST_QUERIES} are needed to tell which of them are sinks"
-        )
+    refuse_short(batch)
     return batch
+
+
+def refuse_short(batch: TokenBatch) -> None:
+    """UserError for a text so short that no token is seen often enough."""
+    short = [i for i, n in enumerate(batch.lengths.tolist()) if n < SHORTEST]
+    if short:
+        tokens, such = int(batch.lengths[short[0]]), many(len(short), "such text")
+        raise UserError(
+            f"text {batch.prompts[short[0]].id!r} has {many(tokens, 'token')} ({such}); at least {SHORTEST} are needed "
+            "to tell which of them are sinks; leave it out or give a longer one"
+        )
 
 
 def _received(model: LanguageModel, ids: Sequence[int]) -> tuple[Float[Tensor, " key"], Float[Tensor, " key"]]:
@@ -120,7 +128,9 @@ def _received(model: LanguageModel, ids: Sequence[int]) -> tuple[Float[Tensor, "
 
     watch(model, ids, see)
     stacked = torch.cat(means)
-    return stacked.mean(dim=0), torch.where(stacked[0].isnan(), torch.nan, (stacked > RATE).float().mean(dim=0))
+    # Heads whose window is so small that few queries see a key say nothing of it.
+    much = torch.where(stacked.isnan(), torch.nan, (stacked > RATE).float())
+    return stacked.nanmean(dim=0), much.nanmean(dim=0)
 
 
 def _places(mean: Float[Tensor, " key"], heads: Float[Tensor, " key"]) -> tuple[tuple[int, ...], bool]:

@@ -1,6 +1,7 @@
 """What is lost without a head, with all its attention on the sink, or without the largest dimensions."""
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -8,13 +9,15 @@ from torch import Tensor
 
 from mechlens.errors import UserError, many
 from mechlens.methods.activations.collect import refuse_too_long
-from mechlens.methods.patching.heads import Head
+from mechlens.methods.patching.heads import Head, require_heads
 from mechlens.models.attention.watch import Change, watch
 from mechlens.models.bridge import LanguageModel, unembed
 from mechlens.prompts.batch import TokenBatch
 
 CHUNK = 64
 """Tokens whose logits are held at once: a large vocabulary times a long text doesn't fit into memory."""
+ROUNDING = 1e-5
+"""By how much a row of float32 may miss its sum."""
 Edit = Callable[[int, Float[Tensor, "token d_model"]], Tensor]
 """A level and its residual stream -> what to put in its place."""
 
@@ -30,15 +33,7 @@ def zeroed(heads: Collection[Head]) -> Change:
     >>> bool((off != plain).all()), bool((without != plain).all())
     (True, True)
     """
-
-    def change(layer: int, pattern: Tensor, visible: Tensor) -> Tensor:
-        own = [head for at, head in heads if at == layer]
-        if own:
-            pattern = pattern.clone()
-            pattern[own] = 0.0
-        return pattern
-
-    return change
+    return _OnHeads(tuple(heads))
 
 
 def all_on_sink(heads: Collection[Head], sink: int) -> Change:
@@ -52,17 +47,29 @@ def all_on_sink(heads: Collection[Head], sink: int) -> Change:
     >>> bool((off != plain).all()), bool((without != plain).all())
     (True, True)
     """
+    return _OnHeads(tuple(heads), sink)
 
-    def change(layer: int, pattern: Tensor, visible: Tensor) -> Tensor:
-        own = [head for at, head in heads if at == layer]
-        if own:
-            pattern = pattern.clone()
-            moved = torch.zeros_like(pattern[own])
-            moved[:, :, sink] = 1.0
-            pattern[own] = torch.where(visible[:, sink].view(1, -1, 1), moved, pattern[own])
+
+@dataclass(frozen=True)
+class _OnHeads:
+    """These heads attend to the sink alone; without one to nothing."""
+
+    heads: tuple[Head, ...]
+    sink: int | None = None
+
+    def __call__(self, layer: int, pattern: Tensor, visible: Tensor) -> Tensor:
+        own = [head for at, head in self.heads if at == layer]
+        if not own:
+            return pattern
+        pattern = pattern.clone()
+        if self.sink is None:
+            pattern[own] = 0.0
+            return pattern
+        _require_places([self.sink], len(visible))
+        moved = torch.zeros_like(pattern[own])
+        moved[:, :, self.sink] = 1.0
+        pattern[own] = torch.where(visible[:, self.sink].view(1, -1, 1), moved, pattern[own])
         return pattern
-
-    return change
 
 
 def away_from(places: Collection[int]) -> Change:
@@ -79,12 +86,16 @@ def away_from(places: Collection[int]) -> Change:
 
     def change(layer: int, pattern: Tensor, visible: Tensor) -> Tensor:
         n = pattern.shape[-1]
+        _require_places(places, n)
         hidden = torch.zeros(n, n, dtype=torch.bool, device=pattern.device)
         for place in places:
             hidden[place + 1 :, place] = True
         kept = pattern.masked_fill(hidden, 0.0)
-        # Of a learned sink's share nothing is seen, so what is left is scaled by what was taken, not made to sum to 1.
-        return kept / (1 - (pattern - kept).sum(dim=-1, keepdim=True)).clamp_min(1e-6)
+        # A learned sink keeps its share. What a row lacks is that or rounding, beside which what a sink that took
+        # nearly all leaves to the others would be lost.
+        learned = 1 - pattern.sum(dim=-1, keepdim=True)
+        left = kept.sum(dim=-1, keepdim=True) + learned.where(learned > ROUNDING, 0.0)
+        return kept / left.clamp_min(torch.finfo(kept.dtype).tiny)
 
     return change
 
@@ -102,12 +113,22 @@ def without_dimensions(dimensions: Sequence[int], places: Sequence[int]) -> Edit
     """
 
     def edit(level: int, residual: Tensor) -> Tensor:
+        _require_places(places, len(residual))
+        wrong = [one for one in dimensions if not 0 <= one < residual.shape[1]]
+        if wrong:
+            raise UserError(f"there is no dimension {wrong[0]}; choose those from 0 to {residual.shape[1] - 1}")
         changed = residual.clone()
         rows = torch.tensor(list(places), device=residual.device)
         changed[rows[:, None], torch.tensor(list(dimensions), dtype=torch.long, device=residual.device)] = 0.0
         return changed
 
     return edit
+
+
+def _require_places(places: Collection[int], n: int) -> None:
+    wrong = [place for place in places if not 0 <= place < n]
+    if wrong:
+        raise UserError(f"there is no token {wrong[0]} in a text of {many(n, 'token')}; they count from 0")
 
 
 def losses_under(
@@ -117,7 +138,8 @@ def losses_under(
     edits: Sequence[Edit | None] | None = None,
 ) -> Float[Tensor, " text"]:
     """Mean of -log P(token | all before it) over each text's tokens but the first (nats, float64); `changes` and
-    `edits` hold what is done to each text, None where nothing is.
+    `edits` hold what is done to each text, None where nothing is. UserError for heads, tokens or dimensions that there
+    are not.
 
     >>> model = ml.load("smollm2")
     >>> batch = ml.tokenize(["Bake a small cake.", "Say hello."], ml.template_of(model))
@@ -132,6 +154,7 @@ def losses_under(
     wrong = next((own for own in (changes, edits) if own is not None and len(own) != n), None)
     if wrong is not None:
         raise UserError(f"what is done is given for {many(len(wrong), 'text')}, and {n} came; give one for each")
+    require_heads(model, [head for one in changes or () if isinstance(one, _OnHeads) for head in one.heads])
     found = []
     for i in range(n):
         ids = batch.row(i)

@@ -66,9 +66,12 @@ def row_entropy(pattern: Pattern, visible: Bool[Tensor, "query key"]) -> PerHead
 def column_entropy(pattern: Pattern, visible: Bool[Tensor, "query key"]) -> PerHead:
     """How evenly queries attend to the key that they attend to most evenly, as a share of the largest entropy.
 
-    A sink is attended to by all, so its column is even; of keys that few can see nothing is said.
+    A sink is attended to by all, so its column is even; of keys that few can see nothing is said. NaN without others,
+    as in a window of a few tokens.
     """
     seen = visible.sum(dim=0)
+    if not bool((seen >= FEWEST_QUERIES).any()):
+        return torch.full((len(pattern),), torch.nan)
     columns = pattern[:, :, seen >= FEWEST_QUERIES]
     shares = columns / columns.sum(dim=1, keepdim=True).clamp_min(1e-12)
     even: Tensor = torch.special.entr(shares).sum(dim=1) / seen[seen >= FEWEST_QUERIES].log()

@@ -56,6 +56,10 @@ def measure_sinks(
     sinks = find_sinks(model, batch) if sinks is None else sinks
     if len(sinks.places) != len(batch.prompts):
         raise UserError(f"the sinks are of {many(len(sinks.places), 'text')}, and {len(batch.prompts)} came; give both")
+    for prompt, n, own in zip(batch.prompts, batch.lengths.tolist(), sinks.received, strict=True):
+        if n != len(own):
+            raise UserError(f"text {prompt.id!r} has {many(n, 'token')}, and the sinks given for it are of a text of "
+                            f"{len(own)}; find them in these texts")  # fmt: skip
     matrices = {layer: output_matrix(model, output_taps(model, [layer])[layer]) for layer in attention_layers(model)}
     shape = (len(batch.prompts), n_layers(model))
     heads = torch.full((len(HEAD_MEASURES), *shape, n_heads(model, "z")), torch.nan)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 
+from mechlens.errors import UserError
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import phase
 from mechlens.methods.sinks.contrast import DomainContrast, domain_contrast
-from mechlens.methods.sinks.found import find_sinks, readable
+from mechlens.methods.sinks.found import find_sinks, readable, refuse_short
 from mechlens.methods.sinks.reading import measure_sinks
 from mechlens.methods.sinks.result import HEAD_MEASURES, LEVEL_MEASURES, SinkMap
 from mechlens.methods.statistics.estimate import Estimate
@@ -32,7 +33,7 @@ from mechlens.studies.sinks.experiments import massive_of, one_by_one, single_he
 from mechlens.studies.sinks.importance import LossRises, loss_rises
 from mechlens.studies.sinks.picture import Picture, picture_of
 from mechlens.studies.sinks.requests import Requests, asked_requests
-from mechlens.studies.sinks.texts import Domain, domain_prompts, tokenized_domain
+from mechlens.studies.sinks.texts import CHAT, Domain, domain_prompts, tokenized_domain
 from mechlens.studies.sinks.verdict import SinkVerdict, sinks_verdict
 
 
@@ -123,6 +124,9 @@ class SinkResult:
 
 def prepare(config: FindSinks) -> Preparation[SinkStudy]:
     """Texts, requests and the model; UserError for whatever can't be had."""
+    if config.template == RAW and CHAT in config.domains:
+        raise UserError("chat is asked in the model's chat template, and --template none leaves it out; give "
+                        "--domains prose code, or files of texts")  # fmt: skip
     texts = domain_prompts(config)
     asked: list[Prompt] = []
     left_out, data = None, {}
@@ -136,9 +140,12 @@ def prepare(config: FindSinks) -> Preparation[SinkStudy]:
 
     def check(known: Outline, template: ChatTemplate) -> None:
         for name, own in texts.items():
-            known.require_room(tokenized_domain(name, own, template, config).batch, 1)
+            batch = tokenized_domain(name, own, template, config).batch
+            known.require_room(batch, 1)
+            refuse_short(batch)
         if asked:
             asks(asked, new_tokens=config.max_new_tokens)(known, template)
+            refuse_short(tokenize(asked, template))
 
     model, template = chosen = chosen_model(config, check)
     domains = tuple(tokenized_domain(name, own, template, config) for name, own in texts.items())

@@ -1,8 +1,11 @@
 """The kinds of text that heads are asked about, as tokens."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, many, quoted
+from mechlens.files import plain_name
+from mechlens.methods.sinks.found import SHORTEST
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import DOMAINS, builtin_prompts, domain_texts
 from mechlens.prompts.files.load import load_prompts
@@ -29,14 +32,31 @@ class Domain:
 
 
 def domain_prompts(plan: SinkPlan) -> dict[str, list[Prompt]]:
-    """The texts by kind; UserError for kinds that there are not, are too few, or share a text's id."""
+    """The texts by kind, a file's under its name without folders; UserError for kinds that there are not or are too
+    few, for two of one name, and for texts that are cut too short."""
     if len(set(plan.domains)) < 2 or len(set(plan.domains)) < len(plan.domains):
         raise UserError(f"the kinds of text are {', '.join(plan.domains) or 'none'}; give two or more that differ")
-    found = {name: _texts(name, plan) for name in plan.domains}
+    if plan.tokens < SHORTEST:
+        raise UserError(f"--tokens is {plan.tokens}, and at least {SHORTEST} are needed to tell which tokens are sinks")
+    found: dict[str, list[Prompt]] = {}
+    for source in plan.domains:
+        name = _kind(source)
+        if name in found:
+            raise UserError(f"two kinds of text are called {quoted(name, 80)}; rename one of the files")
+        found[name] = _texts(source, plan)
     few = next((name for name, texts in found.items() if len(texts) < FEWEST), None)
     if few is not None:
-        raise UserError(f"{few} has {len(found[few])} texts, and at least {FEWEST} of each kind are needed; add some")
+        had = many(len(found[few]), "text")
+        raise UserError(f"{few} has {had}, and at least {FEWEST} of each kind are needed; add some")
     return found
+
+
+def _kind(source: str) -> str:
+    """What a kind is called in tables and in the names of figures; of a data set on the hub its last part."""
+    name = source if source in (*DOMAINS, CHAT) else plain_name(Path(source).name.replace(":", " "))
+    if name != source and name in (*DOMAINS, CHAT):
+        raise UserError(f"{source} would be called {name}, as a kind that is built in; rename it")
+    return name
 
 
 def _texts(name: str, plan: SinkPlan) -> list[Prompt]:
