@@ -1,7 +1,7 @@
 """Runs side by side: differences with intervals that cover, what runs differ in, and what a seed decides."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,16 @@ def test_numbers_stand_beside_each_other_with_their_difference_from_the_first(th
     counts = found.metrics[found.metrics["name"] == "refused.n"]
     assert counts["difference"][1:].tolist() == [0, 0]
     assert counts[["low", "difference_low", "difference_high"]].isna().all().all()
+
+
+def test_a_number_that_runs_call_differently_has_every_runs_words(three: list[Path]) -> None:
+    found = ml.compare_runs(*three)
+    words = ("AUROC at post[4]", "AUROC at post[2]", "AUROC at post[4]")
+    runs = [
+        replace(run, record=replace(run.record, words={"gap": one})) for run, one in zip(found.runs, words, strict=True)
+    ]
+    told = "AUROC at post[4] (seed-0/run, seed-2/run); AUROC at post[2] (seed-1/run)"
+    assert replace(found, runs=tuple(runs)).metrics.query("name == 'gap'")["words"].unique().tolist() == [told]
 
 
 def test_runs_on_the_same_prompts_are_compared_pair_by_pair(tmp_path: Path) -> None:

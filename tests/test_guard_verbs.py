@@ -112,6 +112,9 @@ def test_fit_keeps_a_guard_that_knows_what_it_was_fitted_on(fitted: Fitted) -> N
     tested = pd.read_parquet(fitted.run / "tables" / "scores.parquet")
     assert set(tested["id"]).isdisjoint(prompts["id"])
     assert len(tested) + len(prompts) == 80
+    shares = {name: one for name, one in record.metrics.items() if name.startswith(("tpr.", "fpr.", "accuracy."))}
+    assert {0.0, 1.0} & {one.value for one in shares.values()}
+    assert all(one.low < one.high for one in shares.values() if one.measurable)  # 0 of 12 is not certainly none
     baselines = pd.read_parquet(fitted.run / "tables" / "baselines.parquet")
     assert set(baselines["detector"]) >= {
         "latent_guard", "paper_rule", "lda_rule", "logistic_rule", "tfidf", "mean_embedding", "token_identity",

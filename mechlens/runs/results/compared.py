@@ -125,7 +125,14 @@ class RunComparison:
         return list(dict.fromkeys([*deciding, *(name for run in self.runs for name in run.record.metrics)]))
 
     def _words(self, number: str) -> str:
-        return next((run.record.words[number] for run in self.runs if number in run.record.words), in_words(number))
+        """The number in words; in each run's own where these differ, as a position in them does."""
+        told: dict[str, list[str]] = {}
+        for name, run in zip(self.names, self.runs, strict=True):
+            if number in run.record.words:
+                told.setdefault(run.record.words[number], []).append(name)
+        if len(told) < 2:
+            return next(iter(told), in_words(number))
+        return "; ".join(f"{words} ({', '.join(names)})" for words, names in told.items())
 
     def __repr__(self) -> str:
         lines = [f"RunComparison of {len(self.runs)} runs: {self.runs[0].record.verb.replace('_', ' ')}"]

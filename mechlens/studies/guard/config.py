@@ -9,6 +9,7 @@ from mechlens.settings import (
     Answering,
     Nulls,
     PositiveInt,
+    PositiveShare,
     PromptSets,
     RefusingModel,
     RunChoice,
@@ -52,7 +53,7 @@ class GuardFit(EvaluationPlan, PromptSets, RefusingModel, RunChoice):
     levels: Literal["best", "all"] = "best"
     """best: the lowest level at each position that does as well on validation as the best one; the blocks above it are
     never run. all: the mean over all levels, as in the paper."""
-    max_fpr: float | None = 0.05
+    max_fpr: PositiveShare | None = 0.05
     """Share of harmless prompts that may be flagged, which sets the threshold; None is the paper's threshold of 0."""
 
 

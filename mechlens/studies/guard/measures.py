@@ -17,9 +17,9 @@ from mechlens.methods.statistics.calibration import calibration_error_estimate
 from mechlens.methods.statistics.effect_size import effect_estimate
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import (
-    mean_estimate,
     one_thread,
     permuted_labels,
+    rate_estimate,
 )
 from mechlens.studies.guard.detectors import Detector
 from mechlens.studies.guard.evaluation import GuardEvaluation
@@ -158,8 +158,9 @@ def _share(
 ) -> Estimate:
     """Share of the rows that carry the flag; `groups` are families of all test prompts, their own where None."""
     groups, plan = groups or families(result), result.plan
-    shares = flags[list(rows)].double()
-    return mean_estimate(shares, [groups[i] for i in rows], plan.seed, plan.resamples, least=MIN_IN_A_CLASS)
+    if len(rows) < MIN_IN_A_CLASS:
+        return Estimate.missing(len(rows))
+    return rate_estimate(flags[list(rows)], [groups[i] for i in rows], plan.seed, plan.resamples)
 
 
 @one_thread()
