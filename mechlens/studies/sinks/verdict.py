@@ -20,6 +20,8 @@ FEWEST = 10
 MARGIN = 0.1
 """Of all attention: a smaller difference between two kinds is none worth the name."""
 LEVEL = 0.05
+NOTICED = 0.05
+"""Nats a token: a gap that may be larger isn't none, whatever random heads do in losses as noisy."""
 SWITCH, IDLE, ALIKE = "heads switch by kind of text", "attention differs, the loss doesn't", "sinks alike on all kinds"
 NONE, INCONCLUSIVE, NOT_MEASURABLE = "no sinks", "inconclusive", "not measurable"
 RULE = (
@@ -32,8 +34,8 @@ RULE = (
     f"- {ALIKE.capitalize()}: no head differs by {MARGIN}.\n\n"
     f"- {SWITCH.capitalize()}: the head that differs most has a p of {LEVEL} or less, and the mean gap of the heads "
     "that differ most is above the largest of random heads by its lower bound.\n\n"
-    f"- {IDLE.capitalize()}: the p is as small, and the mean gap is no larger than the largest of random heads by its "
-    "upper bound.\n\n"
+    f"- {IDLE.capitalize()}: the p is as small, and the mean gap is no larger than the largest of random heads, nor "
+    f"than {NOTICED} nats, by its upper bound.\n\n"
     f"- {INCONCLUSIVE.capitalize()}: everything else.\n\n"
     f"- {NOT_MEASURABLE.capitalize()}: a kind has fewer than {FEWEST} texts."
 )
@@ -129,4 +131,4 @@ def _word(share: Estimate, difference: float, p: float, gap: Estimate, chance: f
         return INCONCLUSIVE
     if gap.low > chance:
         return SWITCH
-    return IDLE if gap.high <= chance else INCONCLUSIVE
+    return IDLE if gap.high <= min(chance, NOTICED) else INCONCLUSIVE
