@@ -156,9 +156,8 @@ def _parsed(argv: Sequence[str], known: Mapping[str, Study | Command]) -> Any:
         if (ours := _of_ours(stop)) is not None:  # which the parser would put into a box
             raise ours from None
     options = [f"--{one.name.replace('_', '-')}" for one in fields(shape)] if words else []
-    if sentence := what_is_wrong(
-        said.getvalue(), rest, words or "".join(one for one in argv[:1] if one[:1] != "-"), options
-    ):
+    group = next((one for one in argv[:1] if not one.startswith("-")), "")  # of which no command was named
+    if sentence := what_is_wrong(said.getvalue(), rest, words or group, options):
         raise UserError(sentence)
     return parse()  # which ends in what it has to say, in its own colours
 

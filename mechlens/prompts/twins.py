@@ -12,7 +12,7 @@ from typing import Any
 from mechlens.errors import UserError, quoted
 from mechlens.files import user_path
 from mechlens.prompts.files.from_row import RowReader, text_of
-from mechlens.prompts.files.rows import Record, packaged_rows, read_rows, row_ids
+from mechlens.prompts.files.rows import Record, columns_of, packaged_rows, read_rows, row_ids
 from mechlens.prompts.options import LETTERS, exchanged_letters, exchanged_places, options_of
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
@@ -139,7 +139,7 @@ def _asked(path: str | Path) -> list[_Asked]:
     file = user_path(str(path))
     rows = read_rows(file)
     ids = row_ids(rows, file.stem)
-    columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+    columns = columns_of(rows)
     family = "family" if "family" in columns else None
     if {"shown", "other"} <= {*columns}:
         reader = RowReader(file.name, columns, None, None, family)

@@ -15,7 +15,7 @@ from mechlens.errors import UserError, quoted
 from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_pairs, builtin_prompts
 from mechlens.prompts.files.from_row import RowReader, as_word, require_column
-from mechlens.prompts.files.rows import FILE_ENDINGS, Record, read_rows, row_ids
+from mechlens.prompts.files.rows import FILE_ENDINGS, Record, columns_of, read_rows, row_ids
 from mechlens.prompts.prompt import Prompt, PromptPair, UnfitPrompt
 from mechlens.prompts.text import normalise_text
 
@@ -70,7 +70,7 @@ def require_columns(source: str, column: str | None, *others: str | None) -> Non
     path = user_path(source)
     if path.is_file():
         rows = read_rows(path)
-        columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+        columns = columns_of(rows)
         for other in filter(None, others):
             require_column(columns, other, path.name)
         RowReader(path.name, columns, column, None, None)
@@ -112,7 +112,7 @@ def _from_data(
     split: str | None,
 ) -> list[Prompt]:
     rows, name, stem = _rows(source, split)
-    columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+    columns = columns_of(rows)
     reader = RowReader(name, columns, column, label_column, family_column)
     ids = row_ids(rows, stem)
     kept = [rows[place] for place in _matching([row.values for row in rows], where, name)]
@@ -247,7 +247,7 @@ def load_pairs(source: str, *, sample: int | None, seed: int) -> list[PromptPair
 
 def _from_file(path: Path) -> list[PromptPair]:
     pairs, rows = [], read_rows(path)
-    columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+    columns = columns_of(rows)
     for column in ("clean", "corrupt"):
         require_column(columns, column, path.name)
     for row in rows:

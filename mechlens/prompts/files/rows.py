@@ -42,6 +42,11 @@ def read_rows(path: Path) -> list[Record]:
     return rows
 
 
+def columns_of(rows: Sequence[Record]) -> tuple[str, ...]:
+    """Every column that a row has, in order of first sight."""
+    return tuple(dict.fromkeys(key for row in rows for key in row.values))
+
+
 # The one thing that JSON may hold and Python won't read.
 _TOO_LONG = "a whole number of thousands of digits; shorten it, or write it as text"
 

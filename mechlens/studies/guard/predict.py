@@ -19,7 +19,7 @@ from mechlens.files import require_regular, user_path
 from mechlens.methods.guard.fitted import FittedGuard, GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
 from mechlens.prompts.files.from_row import RowReader
-from mechlens.prompts.files.rows import Record, read_rows
+from mechlens.prompts.files.rows import Record, columns_of, read_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
 from mechlens.runs.artifacts import load as load_artifact
@@ -99,9 +99,7 @@ def _lines_of(config: GuardPredict) -> Iterator[Iterator[Line]]:
 def _rows_of(path: Path, config: GuardPredict) -> list[Line]:
     """The rows of a table by their numbers, a header not counted."""
     rows = read_rows(path)
-    reader = RowReader(
-        path.name, tuple(dict.fromkeys(key for row in rows for key in row.values)), config.column, None, None
-    )
+    reader = RowReader(path.name, columns_of(rows), config.column, None, None)
     lines = []
     for row in rows:
         given = row.values.get("id")

@@ -7,7 +7,7 @@ from mechlens.files import user_path
 from mechlens.methods.activations.trace_tokens import Trace
 from mechlens.methods.behaviour.thought import CLOSE, OPEN
 from mechlens.prompts.files.from_row import RowReader, require_column, text_of
-from mechlens.prompts.files.rows import Record, read_rows, row_ids
+from mechlens.prompts.files.rows import Record, columns_of, read_rows, row_ids
 
 RESPONSES = ("response", "output", "completion")
 """Columns that hold a thought in its marks and the answer after it."""
@@ -21,7 +21,7 @@ def read_traces(path: str | Path, *, label_column: str | None = None) -> list[Tr
     """
     file = user_path(path)
     rows = read_rows(file)
-    columns = tuple(dict.fromkeys(key for row in rows for key in row.values))
+    columns = columns_of(rows)
     whole = next((name for name in RESPONSES if name in columns and "thinking" not in columns), None)
     for wanted in ("thinking", "answer") if whole is None else ():
         require_column(columns, wanted, file.name)
