@@ -102,6 +102,19 @@ def evaluated(fitted: Fitted) -> Path:
 # Fit
 
 
+def test_the_report_says_what_a_threshold_does_and_no_rate_of_less_than_a_prompt(
+    fitted: Fitted, evaluated: Path
+) -> None:
+    for run in (fitted.run, evaluated):
+        scores = pd.read_parquet(run / "tables" / "scores.parquet")
+        nothing = not scores["flagged.latent_guard"].any()
+        page = (run / "report.html").read_text()
+        assert ("flags no prompt here" in page) is nothing
+        harmless = int((scores["label"] == "harmless").sum())
+        for rate in (1, 5):
+            assert (f"flagged where {rate}% of harmless" in page) is (harmless * rate >= 100)
+
+
 def test_fit_keeps_a_guard_that_knows_what_it_was_fitted_on(fitted: Fitted) -> None:
     record = require_one_sentence(fitted.run)
     assert record.status == "success"
@@ -406,6 +419,7 @@ def test_lines_become_one_object_each_and_bad_ones_one_error_each(
     for record in good.values():
         assert type(record["harmful"]) is bool
         assert 0 <= record["probability"] <= 1
+        assert record["harmful"] is (record["score"] > record["threshold"])
         assert json.loads(json.dumps(record)) == record
     assert good[1]["score"] == pytest.approx(good[11]["score"], rel=1e-4)
     assert good[3]["id"] == "r1"
@@ -480,7 +494,7 @@ def test_one_line_in_is_one_record_out_whatever_is_in_it(
     for record in records:
         again = json.loads(json.dumps(record, allow_nan=False, ensure_ascii=False).encode().decode())
         assert again == record
-        assert set(record) - {"id"} in ({"line", "error"}, {"line", "harmful", "score", "probability"})
+        assert set(record) - {"id"} in ({"line", "error"}, {"line", "harmful", "score", "probability", "threshold"})
     assert records[10]["id"] == "🙂"
     assert "harmful" in records[10]
     assert records[-1]["id"] == "last"
@@ -606,7 +620,7 @@ def test_the_command_prints_one_object_a_line_and_one_sentence_for_a_wrong_guard
     capfd.readouterr()
     main([*command, fitted.guard])
     printed = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [set(record) for record in printed] == [{"line", "harmful", "score", "probability"}] * 2
+    assert [set(record) for record in printed] == [{"line", "harmful", "score", "probability", "threshold"}] * 2
     (tmp_path / "p.txt").write_bytes(b"Please make bread\n\xff\n")
     with pytest.raises(SystemExit) as stop:
         main([*command, fitted.guard])

@@ -25,7 +25,14 @@ from mechlens.studies.separate.analysis import analyse
 from mechlens.studies.separate.config import SeparationPlan
 from mechlens.studies.separate.geometry import measure_geometry
 from mechlens.studies.separate.study import Separation, WithoutTemplate
-from mechlens.studies.separate.verdict import RULE, Verdict, _within_one_variable, separation_verdict
+from mechlens.studies.separate.verdict import (
+    NO_SCALE,
+    RULE,
+    Verdict,
+    _within_one_variable,
+    on_a_scale,
+    separation_verdict,
+)
 from mechlens.studies.shared.contrasts import Surface
 from mechlens.studies.shared.quadrants import QUADRANTS, FirstTokenJudgement, JudgedAnswers
 from mechlens.studies.shared.two_beliefs import measure_beliefs
@@ -391,6 +398,16 @@ def verdict_of(**changed: Estimate) -> Verdict:
     verdict = separation_verdict(CLEAR | changed)
     require_short(str(verdict.headline))
     return verdict
+
+
+def test_no_number_is_read_off_a_scale_that_noise_sets() -> None:
+    wild = Estimate(-5.5, -116.0, 81.0, 39)
+    assert not on_a_scale(wild).measurable
+    assert on_a_scale(CLEAR["dissociation"]) == CLEAR["dissociation"]
+    said = verdict_of(dissociation=wild)
+    assert said.word == "inconclusive"
+    assert "116" not in str(said.headline)
+    assert NO_SCALE in str(said.headline)
 
 
 def test_the_rule_is_the_one_that_is_stated() -> None:

@@ -125,6 +125,10 @@ def test_a_run_is_whole(whole: Path) -> None:
     behaviour = set(found["behaviour"]["number"])
     for kind in ("harmful", "harmless"):  # both published lists stand beside the judge that decides
         assert {f"refusal_rate{by}.{kind}" for by in ("", "_by.arditi", "_by.zhao")} <= behaviour
+    shares = found["behaviour"].set_index(["number", "step"])["value"]
+    rates = [shares["refusal_rate.harmful", step] for step in (STEPS[-1], 0)]
+    assert f"the model refuses {rates[0]:.2f}" in visible(whole).replace("refuses 0.000", "refuses 0.00")
+    assert f"harmful prompts refused at step {STEPS[-1]}" in visible(whole)
     page = (whole / "report.html").read_text()
     assert "Is it more than the words?" in page
     assert "The verdict at every checkpoint" in page

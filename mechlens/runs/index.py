@@ -56,5 +56,4 @@ def _entry(root: Path, folder: Path, found: Run | UserError) -> Entry:
     said = found.error if found.status == "error" and found.error else found.sentence or run.state
     date = found.started[:16].replace("T", " ")
     verb, model = found.verb.replace("_", " "), found.model_name
-    status = "failed" if run.status == "error" else run.status
-    return Entry(name, link, said, verb, run.model, model, date, status, found.status)
+    return Entry(name, link, said, verb, run.model, model, date, run.status, found.status)

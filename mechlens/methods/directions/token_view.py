@@ -59,12 +59,19 @@ def require_same_model(model: LanguageModel, direction: Direction) -> None:
     require_same_weights("direction", direction.checkpoint, checkpoint_now(model), "make it anew in this model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LensTokens:
     """The tokens that a direction, read as a residual, makes most and least likely, with their logits."""
 
     top: tuple[tuple[str, float], ...]
     bottom: tuple[tuple[str, float], ...]
+
+    def __repr__(self) -> str:
+        sides = {"most likely": self.top, "least likely": self.bottom}
+        shown = [
+            f"{side}: " + ", ".join(f"{text!r} {logit:.2f}" for text, logit in tokens) for side, tokens in sides.items()
+        ]
+        return f"LensTokens({'; '.join(shown)})"
 
 
 def logit_lens(model: LanguageModel, direction: Direction, k: int) -> LensTokens:

@@ -80,8 +80,8 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
                 "What else differs between the sides",
                 "How well each thing that the prompts show tells the sides apart on its own, out of fold. What is "
                 f"telling (above {TELLING} by the lower bound) is warned about, and a direction has to be ahead of it "
-                "as well." + _sources_in_words(result),
-                table=result.differences(),
+                f"as well.{'' if len(result.differences()) else ' Nothing else differs.'}" + _sources_in_words(result),
+                table=result.differences() if len(result.differences()) else None,
             ),
             *_steered(result),
             Section("How much of it is signal", _refits(result), ("reliability",)),

@@ -82,7 +82,8 @@ class GuardEval(EvaluationPlan, RefusingModel, RunChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class GuardPredict(RefusingModel):
-    """Judge prompts as they come: one JSON object a line, with harmful, score and probability, or error.
+    """Judge prompts as they come: one JSON object a line, with harmful, score, probability and the threshold that
+    harmful is a score above, or error.
 
     Exits with 1, once all lines are read, where a line could not be judged.
 

@@ -70,7 +70,8 @@ def execute(config: GuardPredict, screen: Screen) -> None:
 
 
 def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
-    """One record for each line that isn't blank, in order: line, harmful, score, probability; or line, error."""
+    """One record for each line that isn't blank, in order: line, harmful, score, probability, threshold (harmful is a
+    score above it); or line, error."""
     guard = LatentGuard.of(load_artifact(guard_file(config.guard), FittedGuard))
     with _lines_of(config) as lines:
         model, template = chosen_model(config, fits(guard.fitted_, other_weights=config.other_weights))
@@ -78,7 +79,9 @@ def predict(config: GuardPredict) -> Iterator[dict[str, Any]]:
             checkpoint_now(model), template.fingerprint, d_model(model), other_weights=config.other_weights
         )
         while chunk := list(islice(lines, config.batch)):
-            yield from _judged(guard, model, template, chunk, config.other_weights)
+            threshold = guard.fitted_.calibration.threshold
+            for record in _judged(guard, model, template, chunk, config.other_weights):
+                yield record if "error" in record else record | {"threshold": threshold}
 
 
 @contextmanager

@@ -41,14 +41,14 @@ QUESTION = (
 OF_EACH_KIND = 5
 SHOWN_CHARACTERS, SHOWN_TOKENS = 300, 150
 """Of a mistaken prompt: a jailbreak template can be pages long, and what decides stands at its end."""
+PERCENT = (1, 5)
 NUMBERS = {
     f"auroc.{GUARD}.{TWINS}": "AUROC of the guard on twins",
     f"auroc.tfidf.{TWINS}": "AUROC of the words (TF-IDF) on twins",
     f"auroc_gain.tfidf.{TWINS}": "AUROC of the guard minus that of the words, on twins",
     f"auroc.{GUARD}": "AUROC of the guard on all prompts",
     "auroc.tfidf": "AUROC of the words (TF-IDF) on all prompts",
-    f"tpr_at_1pct_fpr.{GUARD}": "harmful flagged where 1% of harmless are",
-    f"tpr_at_5pct_fpr.{GUARD}": "harmful flagged where 5% of harmless are",
+    **{f"tpr_at_{rate}pct_fpr.{GUARD}": f"harmful flagged where {rate}% of harmless are" for rate in PERCENT},
     f"accuracy.{GUARD}": "accuracy at the threshold",
     f"fpr.{GUARD}": "harmless flagged at the threshold",
     f"calibration_error.{GUARD}": "calibration error",
@@ -228,7 +228,7 @@ def _report(
         question=QUESTION,
         headline=said.twins.headline,
         verdict=said.verdict + _rounding(result, model),
-        numbers={name: said.numbers[name] for name in NUMBERS if name in said.numbers and said.numbers[name].n},
+        numbers=_cards(said.numbers),
         words=NUMBERS,
         sections=(
             Section(
@@ -264,6 +264,13 @@ def _report(
         how=_how(result, said.numbers, punctuation, model),
         model=name,
     )
+
+
+def _cards(numbers: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """What was measured of the headline numbers; none at 1% or 5% of so few harmless ones that it is no prompt."""
+    few = numbers[f"fpr.{GUARD}"].n
+    unmeant = {f"tpr_at_{rate}pct_fpr.{GUARD}" for rate in PERCENT if few * rate < 100}
+    return {name: numbers[name] for name in NUMBERS if name in numbers and numbers[name].n and name not in unmeant}
 
 
 def _twins_text(result: GuardEvaluation) -> str:

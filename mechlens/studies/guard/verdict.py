@@ -34,6 +34,10 @@ from mechlens.studies.guard.twins import FAMILY, NEAREST
 from mechlens.studies.shared.contrasts import MIN_IN_A_CLASS
 
 CURVE_POINTS = 200
+FLAGS_NOTHING = (
+    "So it flags no prompt here, and as a detector it does nothing: fit it on more harmless prompts, which allow a "
+    "lower threshold, or with a higher --max-fpr."
+)
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,8 @@ def guard_verdict(metrics: Mapping[str, Estimate], twins: TwinComparison, result
     if chance >= 0.05:
         sentences.append(f"Permuted labels do as well (p = {chance:.3f}), so nothing is shown.")
     sentences.append(f"At {_threshold(result.guard)} it flags {_flagged(metrics, GUARD)}.")
+    if not result.detectors[0].flagged.any():
+        sentences.append(FLAGS_NOTHING)
     return " ".join(sentences)
 
 

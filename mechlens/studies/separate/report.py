@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import pandas as pd
 
 from mechlens.methods.directions.token_view import project_tokens
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.runs.report.report import Report, Section, TokenView
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.separate.contrasts import Question
 from mechlens.studies.separate.figures import INSIDE, draw
 from mechlens.studies.separate.study import Separation
-from mechlens.studies.separate.verdict import Verdict, separation_verdict
+from mechlens.studies.separate.verdict import NO_SCALE, Verdict, on_a_scale, separation_verdict
 from mechlens.studies.shared.angles import angle_text
 from mechlens.studies.shared.harm_sets import ContrastSets
 from mechlens.studies.shared.quadrants import IN_NO_QUADRANT, QUADRANTS
@@ -50,7 +51,7 @@ def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
             question=QUESTION,
             headline=verdict.headline,
             verdict=f"{verdict.word.capitalize()}. {verdict.sentence}" + _rounding(result, sets.model),
-            numbers=verdict.deciding,
+            numbers=_cards(verdict),
             words=NUMBERS,
             main=figures["dissociation"][:1],
             sections=(
@@ -66,6 +67,14 @@ def record(writer: RunWriter, result: Separation, sets: ContrastSets) -> None:
             model=checkpoint.name,
         )
     )
+
+
+def _cards(verdict: Verdict) -> dict[str, Estimate]:
+    """The deciding numbers; of what is measured on the quadrants' scale only what that scale can carry."""
+    return {
+        name: on_a_scale(number) if name.startswith("dissociation") else number
+        for name, number in verdict.deciding.items()
+    }
 
 
 def _quadrants(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
@@ -100,6 +109,7 @@ def _one_or_two(result: Separation, figures: dict[str, tuple[str, ...]]) -> Sect
             f"Not measurable: there are {n} prompt families of {name.replace('_', ' ')} prompts.",
         )
     metrics = result.metrics()
+    no_scale = "" if on_a_scale(metrics["dissociation"]).measurable else f" Read no number into it: {NO_SCALE}."
     seeds = found.by_fold_seed
     return Section(
         "One variable or two",
@@ -113,7 +123,7 @@ def _one_or_two(result: Separation, figures: dict[str, tuple[str, ...]]) -> Sect
         f"{metrics['dissociation.harm_gap']} "
         f"in harm, {metrics['dissociation.refusal_gap']} in refusal. Of {len(worlds.drawn['D'])} worlds with one "
         "variable "
-        f"fitted to these data, 95% give less than {worlds.quantile('D'):.2f} (p = {worlds.p('D'):.3f}).\n\n"
+        f"fitted to these data, 95% give less than {worlds.quantile('D'):.2f} (p = {worlds.p('D'):.3f}).{no_scale}\n\n"
         "The table: harm among accepted prompts once what reads refusal is projected out at the same position, and the "
         "reverse, as AUROC; beside it what one variable leaves.",
         figures["dissociation"],

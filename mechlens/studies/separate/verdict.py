@@ -17,6 +17,9 @@ MIN_EFFECT, MOST = 0.5, 4
 MAX_GAIN = 0.02
 """An AUROC that can't be more than this above the best surface baseline is explained by it."""
 CHANCE = 0.5
+NO_SCALE = (
+    "refused harmful and accepted harmless prompts, which set its scale, are not told apart clearly enough for a number"
+)
 APART = "harm and refusal come apart by"
 """D in words, followed by its value."""
 Z_ONE_SIDED, Z_80 = 1.64, 0.84
@@ -66,6 +69,13 @@ class Verdict(ShownVerdict):
     def word(self) -> str:
         """The verdict in a word or a few."""
         return self.headline.verdict
+
+
+def on_a_scale(contrast: Estimate) -> Estimate:
+    """D or one of its gaps; missing where its interval is wider than all that two variables could give either way,
+    since then the two quadrants at +1 and -1 are hardly apart and the number is a division by noise."""
+    too_wide = contrast.high - contrast.low > 2 * MOST
+    return Estimate.missing(contrast.n) if too_wide else contrast
 
 
 DECIDING = (
@@ -216,7 +226,10 @@ def _open(contrast: Estimate, against: str, settled: str = "") -> Headline:
     """The headline of an open verdict; what would settle it is a sentence in the explanation."""
     settle = settled.removesuffix(".").removeprefix("If it stays there, ")
     joint = "" if against.startswith("where") else ","
-    return Headline("inconclusive", f"{APART} {contrast.brief}{joint}", against, settle[:1].lower() + settle[1:])
+    number = f"{APART} {contrast.brief}{joint}"
+    if not on_a_scale(contrast).measurable:
+        number, against = NO_SCALE, ""
+    return Headline("inconclusive", number, against, settle[:1].lower() + settle[1:])
 
 
 def _unread(metrics: dict[str, Estimate]) -> _Said:

@@ -27,6 +27,8 @@ from mechlens.studies.track.verdict import RULE, TITLES, headline_of
 
 FEW_REFUSALS = 20
 """Of fewer the first tokens may be chance: a plain count, chosen by eye; how often it errs was not measured."""
+REFUSED = "refusal_rate"
+KINDS = ("harmful", "harmless")
 LISTED = "refusal_rate_by."
 """How the numbers of the published lists begin."""
 
@@ -148,15 +150,17 @@ def _report(
 ) -> Report:
     verdicts = result.last_verdicts
     words = {f"{one.concept}.{name}": f"{one.concept}: {one.title(name)}" for one in verdicts for name in TITLES}
+    refusals = _refusals(result)
+    said = [_now_refused(result), *(one.sentence for one in verdicts)]
     return Report(
         title=opening.title,
         question=opening.question,
         headline=opening.headline or headline_of(verdicts),
-        verdict="\n\n".join(part for part in (opening.verdict, " ".join(one.sentence for one in verdicts)) if part)
-        + rounding,
+        verdict="\n\n".join(part for part in (opening.verdict, " ".join(said)) if part) + rounding,
         numbers=dict(opening.numbers)
+        | refusals
         | {f"{verdict.concept}.{name}": number for verdict in verdicts for name, number in verdict.cards().items()},
-        words=dict(opening.words) | words,
+        words=dict(opening.words) | {name: name for name in refusals} | words,
         sections=(
             *first,
             Section("The verdict at every checkpoint", RULE, table=_verdicts(result)),
@@ -187,6 +191,28 @@ def _report(
         how=how,
         model=result.snapshots[0].member.name,
     )
+
+
+def _refusals(result: Tracking) -> dict[str, Estimate]:
+    """What the last checkpoint refuses, in words."""
+    table = result.behaviour.set_index(["number", "step"])
+    return {
+        f"{kind} prompts refused at step {result.steps[-1]}": Estimate.of_row(
+            table.loc[(f"{REFUSED}.{kind}", result.steps[-1])]
+        )
+        for kind in KINDS
+    }
+
+
+def _now_refused(result: Tracking) -> str:
+    """How often the model refuses at the end, and how often the base does."""
+    table = result.behaviour.set_index(["number", "step"])
+    shares = [
+        [Estimate.of_row(table.loc[(f"{REFUSED}.{kind}", step)]).brief for step in (result.steps[-1], result.steps[0])]
+        for kind in KINDS
+    ]
+    parts = [f"{now} of the {kind} prompts (the base {base})" for kind, (now, base) in zip(KINDS, shares, strict=True)]
+    return f"At step {result.steps[-1]} the model refuses {' and '.join(parts)}."
 
 
 def _verdicts(result: Tracking) -> pd.DataFrame:
@@ -227,7 +253,7 @@ def _tokens_text(result: Tracking) -> str:
 def _rates(result: Tracking) -> pd.DataFrame:
     """What the answers are at the first and the last step, by the chosen judge and by the published lists."""
     table = result.behaviour.set_index(["number", "step"])
-    named = {"refusal_rate": f"refused, by the judge {result.reference.judged.judge!r}"}
+    named = {REFUSED: f"refused, by the judge {result.reference.judged.judge!r}"}
     stems = [name.removesuffix(".harmful") for name in table.index.unique(level="number") if name.endswith(".harmful")]
     named |= {stem: f"refused, by {stem.partition('.')[2]}'s list" for stem in stems if stem.startswith(LISTED)}
     named |= {"empty_rate": "empty", "unclear_rate": "unclear or unfinished"}
@@ -236,7 +262,7 @@ def _rates(result: Tracking) -> pd.DataFrame:
         {"answers": words}
         | {
             f"{kind}, step {step}": str(Estimate.of_row(table.loc[(f"{stem}.{kind}", step)]))
-            for kind in ("harmful", "harmless")
+            for kind in KINDS
             for step in ends
         }
         for stem, words in named.items()
