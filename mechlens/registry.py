@@ -6,14 +6,15 @@ A choice is looked up by name and imported then, so that listing the names impor
 import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from numbers import Integral
 from typing import Any, Generic, TypeVar
 
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, an, kind_of, quoted
 
 T = TypeVar("T")
 Lazy = str | Callable[..., Any]
@@ -107,6 +108,16 @@ def unknown_name(kind: str, given: str, known: Sequence[str]) -> UserError:
     return UserError(f"there is no {kind} {given!r}{f' ({near})' if near else ''}; choose from {', '.join(known)}")
 
 
+def whole_numbers(name: str, given: object, kind: str) -> tuple[int, ...]:
+    """What was given as `name`, numbers of a `kind` such as level, one alone as such; UserError for anything else."""
+    found = []
+    for one in given if isinstance(given, Iterable) and not isinstance(given, str) else [given]:
+        if isinstance(one, bool) or not isinstance(one, Integral):
+            raise UserError(f"{name} has {quoted(one)} ({kind_of(one)}); {an(kind)} is a whole number, such as 10")
+        found.append(int(one))
+    return tuple(found)
+
+
 def require_numbers(kind: str, numbers: Sequence[int], last: int | None, owner: str) -> None:
     """UserError for numbers, such as layers, that aren't the `owner`'s 0 to `last`; None: nobody knows the last."""
     wrong = [number for number in numbers if number < 0 or (last is not None and number > last)]
@@ -117,5 +128,5 @@ def require_numbers(kind: str, numbers: Sequence[int], last: int | None, owner: 
 
 def nearest(given: str, known: Sequence[str]) -> str:
     """A question after the known name that was perhaps meant, in any capitals; "" where none is near."""
-    close = difflib.get_close_matches(given.strip().lower(), known, n=1)
+    close = difflib.get_close_matches(str(given).strip().lower(), known, n=1)
     return f"did you mean {close[0]!r}?" if close else ""

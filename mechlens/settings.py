@@ -125,7 +125,7 @@ def _as_meant(name: str, value: Any, hint: Any) -> Any:
             return (value,)
         return tuple(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else value
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    if isinstance(value, str) and words and value not in words and len(kinds) == 1:
+    if words and len(kinds) == 1 and value not in words and not (value is None and NoneType in among):
         raise unknown_name(name, value, words)
     if isinstance(value, Real) and hasattr(value, "item"):
         value = value.item()  # a number of numpy's, which has no place in a record

@@ -13,6 +13,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.directions.token_view import project_tokens
+from mechlens.methods.patching.heads import head_pairs
 from mechlens.methods.shown import few
 from mechlens.methods.sinks.found import find_sinks
 from mechlens.models.attention.watch import Attended, attention_layers, watch
@@ -117,6 +118,7 @@ def show_attention(
     >>> "AttentionHeads" in view.html, "L1H0" in view.html
     (True, True)
     """
+    heads = head_pairs(heads)
     batch = _batch(prompt, template_of(model, template))
     layers, most = attention_layers(model), n_heads(model, "z")
     wrong = [head for head in heads if head[0] not in layers or not 0 <= head[1] < most]

@@ -1,5 +1,7 @@
 """The Bigram-Backcopy task: what is drawn, what no model can beat, and what attention makes of a head's idle hours."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -98,3 +100,32 @@ def test_relu_attention_makes_neither(softmax: BackcopyRun) -> None:
     assert run.losses.iloc[-1]["copy"] < 0.25
     assert run.heads.iloc[-1]["mass"] < 0.05
     assert run.heads.iloc[-1]["value"] > 2 * softmax.heads.iloc[-1]["value"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda: BackcopyTraining(steps=-1), "`steps` must be at least 1, and is -1"),
+        (lambda: BackcopyTraining(stepz=1), r"has no option 'stepz' \(did you mean 'steps'\?\)"),
+        (lambda: BackcopyTraining(steps=1, optimiser="adamw"), r"no optimiser 'adamw' \(did you mean 'adam'\?\)"),
+        (lambda: BackcopyTraining(steps=1, learning_rate=0.0), "`learning_rate` must be above 0"),
+        (lambda: BackcopyShape(attention="softmx"), r"no attention 'softmx' \(did you mean 'softmax'\?\)"),
+        (lambda: BackcopyShape(attention=None), "no attention None; choose from softmax, relu, gated"),
+        (lambda: BackcopyShape(length=3), "`length` must be at least 4, and is 3"),
+        (lambda: BackcopyShape(layers=0), "`layers` must be at least 1, and is 0"),
+        (lambda: BackcopyShape(headless=(7,)), "there is no block 7; the transformer has blocks 0 to 0"),
+        (lambda: BackcopyShape(headless=(0,)), "every block is headless; leave one with a head"),
+        (lambda: backcopy_task("abab"), "the text has 2 letters, and 3 are needed"),
+        (lambda: backcopy_task(["a", "b"]), "text is a list; give one text"),
+        (lambda: backcopy_task().draw(2, 0, seed=0), "length is 0; draw at least 1 sequence of at least 1 token"),
+        (lambda: small()(torch.zeros(1, 9).long()), "the tokens are 1 x 9; give rows of at most 8"),
+        (lambda: small()(torch.full((1, 4), 9)), "there is no token 9; choose from 0 to 8"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_trained_is_said(wrong: Callable[[], object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        wrong()
+
+
+def small() -> BackcopyTransformer:
+    return BackcopyTransformer(BackcopyShape(width=8, length=8), n_tokens=9, seed=0)

@@ -1,5 +1,8 @@
 """Heads that sleep on one kind of text: what is lost without them, and the contrast between kinds."""
 
+import inspect
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +15,14 @@ from mechlens.methods.activations.collect import template_of
 from mechlens.methods.behaviour.perplexity import text_loss
 from mechlens.methods.patching.heads import without_heads
 from mechlens.methods.sinks.contrast import domain_contrast, paired_change
+from mechlens.methods.sinks.found import find_sinks
 from mechlens.methods.sinks.interventions import all_on_sink, away_from, losses_under, without_dimensions, zeroed
+from mechlens.methods.sinks.positions import position_mass
+from mechlens.methods.sinks.reading import measure_sinks
 from mechlens.models.attention.watch import Attended, watch
 from mechlens.prompts.batch import tokenize
 from mechlens.prompts.builtin import DOMAINS, domain_texts
+from mechlens.views import show_attention
 
 # --- interventions ---------------------------------------------------------------------------------------------------
 
@@ -130,7 +137,7 @@ def test_a_head_that_goes_dormant_between_two_models_is_found_and_no_other() -> 
     [
         (zeroed([(99, 0)]), None, "there is no head 0 in layer 99; there are layers 0 to 2 with heads 0 to 3"),
         (all_on_sink([(0, -1)], 0), None, "there is no head -1 in layer 0"),
-        (all_on_sink([(0, 1)], 999), None, r"there is no token 999 in a text of \d+ tokens; they count from 0"),
+        (all_on_sink([(0, 1)], 999), None, r"there is no token 999 in a text of \d+ tokens; choose from 0 to \d+"),
         (away_from([-1]), None, "there is no token -1"),
         (None, without_dimensions([9999], [0]), "there is no dimension 9999; choose those from 0 to 31"),
         (None, without_dimensions([0], [999]), "there is no token 999"),
@@ -143,20 +150,96 @@ def test_a_head_a_token_or_a_dimension_that_there_is_not_is_refused(change: Any,
         losses_under(model, batch, [change], [edit])
 
 
-@pytest.mark.parametrize("learned", [None, 0.0])
-@pytest.mark.parametrize("gap", [2.0, 12.0, 40.0, 80.0])
-def test_hiding_a_sink_that_took_nearly_all_leaves_what_a_mask_would(gap: float, learned: float | None) -> None:
-    """A share of 1 - 1e-9 is 1 in float32: what is left has to come from what is left, not from 1 less what went."""
-    n, draw = 24, torch.Generator().manual_seed(0)
-    visible = torch.ones(n, n, dtype=torch.bool).tril()
-    logits = torch.randn(2, n, n, generator=draw).masked_fill(~visible, -torch.inf)
-    logits[:, :, 0] += gap if learned is None else min(gap, 2.0)
-    masked = logits.clone()
-    masked[:, 1:, 0] = -torch.inf
+bare = SimpleNamespace(**{
+    own.__name__: inspect.unwrap(own)
+    for own in (zeroed, all_on_sink, away_from, without_dimensions, losses_under, domain_contrast, paired_change,
+                measure_sinks, position_mass)
+})  # fmt: skip
+"""Without the checks of types, which there are in tests only."""
 
-    def softmax(given: torch.Tensor) -> torch.Tensor:
-        if learned is None:
-            return given.softmax(dim=-1)
-        return torch.cat([given, torch.full((2, n, 1), learned)], dim=-1).softmax(dim=-1)[..., :-1]
 
-    assert torch.allclose(away_from([0])(0, softmax(logits), visible), softmax(masked), atol=1e-5)
+@pytest.fixture(scope="module")
+def planted() -> tuple[Any, Any, Any]:
+    model = planted_sinks()
+    return model, tokenize(TEXTS[:2], template_of(model, None)), find_sinks(model, TEXTS[:2], template=None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda m, b, s: bare.zeroed((0, 1)), r"heads is one pair, \(0, 1\); give a list of such pairs: \[\(0, 1\)\]"),
+        (lambda m, b, s: bare.zeroed([(0, 1, 2)]), r"heads has \(0, 1, 2\) .*; each is a pair of layer and head"),
+        (lambda m, b, s: bare.all_on_sink([(True, False)], 0), r"heads has \(True, False\)"),
+        (lambda m, b, s: bare.all_on_sink("0.1", 0), r"heads has '0.1' \(a str\)"),
+        (lambda m, b, s: bare.all_on_sink([(0, 1)], None), "sink has None .*; a token is a whole number"),
+        (lambda m, b, s: bare.away_from([0.5]), "places has 0.5 .*; a token is a whole number"),
+        (lambda m, b, s: bare.without_dimensions("3", [0]), "dimensions has '3' .*; a dimension is a whole number"),
+        (lambda m, b, s: show_attention(m, TEXTS[0], (0, 1), template=None), "heads is one pair"),
+        (lambda m, b, s: without_heads(m, (0, 1)).__enter__(), "heads is one pair"),
+        (
+            lambda m, b, s: bare.losses_under(m, b, bare.zeroed([(0, 1)])),
+            "changes is one alone; give a list with one for each",
+        ),
+        (
+            lambda m, b, s: bare.losses_under(m, b, [(0, 1)] * 2),
+            r"changes has \(0, 1\) .*; each is None or what zeroed",
+        ),
+        (
+            lambda m, b, s: bare.losses_under(m, b, [bare.without_dimensions([0], [0])] * 2),
+            "changes has a function of other values",
+        ),
+        (
+            lambda m, b, s: bare.losses_under(m, b, None, [bare.away_from([0])] * 2),
+            "edits has Hidden.*; each is None or what without_",
+        ),
+        (lambda m, b, s: bare.losses_under(m, TEXTS), "the batch is a list; give what ml.tokenize returns"),
+        (
+            lambda m, b, s: bare.losses_under(m, tokenize("a", template_of(m, None))),
+            "'prompt-0000' has 1 token, and a loss is of",
+        ),
+        (
+            lambda m, b, s: bare.domain_contrast(torch.rand(4, 1, 2), [*"aab"], shuffles=9, seed=0),
+            "3 kinds came for the sink mass of 4 texts",
+        ),
+        (
+            lambda m, b, s: bare.domain_contrast(torch.rand(4, 1, 2), [*"aabb"], shuffles=0, seed=0),
+            "shuffles is 0, and a p is of at least one",
+        ),
+        (
+            lambda m, b, s: bare.domain_contrast(torch.rand(4, 2), [*"aabb"], shuffles=9, seed=0),
+            "sink mass has the shape 4 x 2; give it by",
+        ),
+        (
+            lambda m, b, s: bare.domain_contrast(s, [*"aabb"], shuffles=9, seed=0),
+            "sink mass is a Sinks; give a tensor by text, layer and head",
+        ),
+        (
+            lambda m, b, s: bare.domain_contrast(torch.rand(4, 1, 2), [*"aabb"], shuffles=9, seed=0).strongest(0),
+            "ask for 1 or more",
+        ),
+        (
+            lambda m, b, s: bare.paired_change(torch.rand(4, 1, 2), torch.rand(3, 1, 2), shuffles=9, seed=0),
+            "they have 4 x 1 x 2 and 3 x 1 x 2",
+        ),
+        (lambda m, b, s: replace(s, places=((200,), (0,))), "there is no token 200 in a text of 29 tokens"),
+        (lambda m, b, s: replace(s, places=((), (0,))), r"places has \(\) for text 0, and tokens has \('x',\)"),
+        (lambda m, b, s: replace(s, places=((), (0,)), tokens=((), ("o",))), "no token of text 0 is a sink; leave one"),
+        (lambda m, b, s: replace(s, sure=(True,)), "are of 2, 1, 2, 2, 2 texts; give one of each for all"),
+        (
+            lambda m, b, s: bare.measure_sinks(m, TEXTS[:2], sinks=((0,), (0,)), template=None),
+            "the sinks are a tuple; give what",
+        ),
+        (
+            lambda m, b, s: bare.measure_sinks(m, TEXTS[:2], sinks=s, template=None).whole("mass", 0, 0),
+            "resamples is 0, and an",
+        ),
+        (
+            lambda m, b, s: bare.position_mass(m, b, ["yes", "no"]),
+            r"answers has 'yes' \(a str\); give the tokens of each",
+        ),
+        (lambda m, b, s: bare.position_mass(m, b, [[5], [6] * 999]), r"has 10\d\d tokens with its answer"),
+    ],
+)
+def test_what_is_meant_otherwise_is_said(planted: tuple[Any, Any, Any], wrong: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        wrong(*planted)

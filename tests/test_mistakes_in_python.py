@@ -21,7 +21,7 @@ from mechlens.cli import main
 from mechlens.errors import UserError, kind_of, many
 from mechlens.files import user_path
 from mechlens.methods.activations.activations import Activations
-from mechlens.methods.activations.collect import collect, template_of, whole_levels
+from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.activations.spans import spans_of
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.judges import PHRASES, HumanLabels
@@ -35,6 +35,7 @@ from mechlens.methods.steering.steering import answer_under, logits_under
 from mechlens.prompts.asked import as_prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
+from mechlens.registry import whole_numbers
 from mechlens.settings import DetectionPlan, Options, require_ranges
 from mechlens.studies.causal.config import CausalPlan
 from mechlens.studies.compare.study import prepare as prepare_compare
@@ -84,7 +85,7 @@ RAW: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         r"'harmful' was given as the one prompt .* is ml\.builtin_prompts\('harmful'\)",
     ),
     "half a level": (
-        lambda model, one: whole_levels([1.5]),
+        lambda model, one: whole_numbers("levels", [1.5], "level"),
         r"levels has 1\.5 \(a float\); a level is a whole number",
     ),
     "activations to project": (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.activations import reading as reading_module
-from mechlens.methods.activations.collect import collect, from_cache, template_of, whole_levels
+from mechlens.methods.activations.collect import collect, from_cache, template_of
 from mechlens.methods.activations.spans import thought_in
 from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.thought import opens_thought
@@ -28,6 +28,7 @@ from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.builtin import builtin_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.split import split_by_family
+from mechlens.registry import whole_numbers
 
 EVERY = ("inst", "post[*]")
 WITHOUT = {
@@ -364,9 +365,9 @@ def test_what_would_be_taken_for_something_else_is_refused(wrong: dict[str, Any]
 
 def test_levels_become_plain_numbers() -> None:
     """Those of NumPy too, which types refuse in tests only: a cache's keys couldn't be made of them."""
-    assert [type(level) for level in whole_levels(np.arange(2))] == [int, int]
+    assert [type(level) for level in whole_numbers("levels", np.arange(2), "level")] == [int, int]
     with pytest.raises(UserError, match="levels has True"):
-        whole_levels([True])
+        whole_numbers("levels", [True], "level")
 
 
 def test_words_that_the_tokenizer_drops_are_refused() -> None:

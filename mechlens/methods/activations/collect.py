@@ -1,7 +1,6 @@
 """Collecting activations: prompts in, labelled values out, computing only what is read."""
 
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,6 +33,7 @@ from mechlens.models.sites import RESIDUAL, SITES, level_hook, require_site, sit
 from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.templates.template import ChatTemplate, TemplateChoice, chat_template
+from mechlens.registry import whole_numbers
 
 
 def collect(
@@ -238,7 +238,7 @@ def _lines(model: LanguageModel, project: Sequence[Direction] | None) -> Tensor 
 def _levels(model: LanguageModel, site: str, levels: Sequence[int] | None) -> tuple[int, ...]:
     require_site(site, (RESIDUAL, *SITES))
     last = n_layers(model) - (site != RESIDUAL)
-    wanted = tuple(range(last + 1)) if levels is None else whole_levels(levels)
+    wanted = tuple(range(last + 1)) if levels is None else whole_numbers("levels", levels, "level")
     wrong = [level for level in wanted if not 0 <= level <= last]
     if wrong or not wanted:
         kind = "level" if site == RESIDUAL else "block"
@@ -247,19 +247,11 @@ def _levels(model: LanguageModel, site: str, levels: Sequence[int] | None) -> tu
     return wanted
 
 
-def whole_levels(levels: object) -> tuple[int, ...]:
-    """The levels as whole numbers, one alone as such; UserError for anything else, such as half of a level."""
-    found = []
-    for level in levels if isinstance(levels, Iterable) and not isinstance(levels, str) else [levels]:
-        if isinstance(level, bool) or not isinstance(level, Integral):
-            raise UserError(f"levels has {quoted(level)} ({kind_of(level)}); a level is a whole number, such as 10")
-        found.append(int(level))
-    return tuple(found)
-
-
 def refuse_too_long(model: LanguageModel, batch: TokenBatch, new_tokens: int = 0) -> None:
     """UserError if a prompt and the tokens that are to follow it don't fit into the model's context, or a token of it
     has no row in the model's embedding."""
+    if not isinstance(batch, TokenBatch):
+        raise UserError(f"the batch is {kind_of(batch)}; give what ml.tokenize returns")
     batch.require_rows(embedding_rows(model), loaded(model).tokenizer)
     lengths, room = batch.lengths, context_length(model) - new_tokens
     if int(lengths.max()) > room:

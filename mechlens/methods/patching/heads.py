@@ -7,8 +7,9 @@ along a direction leaves out what later blocks make of it; switching it off, alo
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.activations.token_scores import Line
 from mechlens.methods.activations.trace_tokens import up_to_answers
@@ -136,7 +137,24 @@ class _Off:
         by_head(self.model, "z", value)[self.first + own, -1, own] = 0
 
 
-def require_heads(model: LanguageModel, heads: Sequence[Head]) -> None:
+def head_pairs(heads: object) -> tuple[Head, ...]:
+    """The heads as pairs of layer and head; UserError for anything else, such as one pair alone."""
+    given = tuple(heads) if isinstance(heads, Iterable) and not isinstance(heads, str) else (heads,)
+    if _is_pair(given):
+        raise UserError(f"heads is one pair, {given}; give a list of such pairs: [{given}]")
+    for one in given:
+        if isinstance(one, str) or not isinstance(one, Iterable) or not _is_pair(tuple(one)):
+            raise UserError(
+                f"heads has {quoted(one)} ({kind_of(one)}); each is a pair of layer and head, such as (0, 1)"
+            )
+    return tuple((int(layer), int(head)) for layer, head in given)
+
+
+def _is_pair(given: tuple[object, ...]) -> bool:
+    return len(given) == 2 and all(isinstance(one, Integral) and not isinstance(one, bool) for one in given)
+
+
+def require_heads(model: LanguageModel, heads: Collection[Head]) -> None:
     """UserError for heads that the model has not."""
     wrong = [one for one in heads if not (0 <= one[0] < n_layers(model) and 0 <= one[1] < n_heads(model, "z"))]
     if wrong:
@@ -163,6 +181,7 @@ def without_heads(model: LanguageModel, heads: Sequence[Head], *, renormalise: b
     >>> bool((inside == before).all()), bool((after == before).all())
     (False, True)
     """
+    heads = head_pairs(heads)
     require_heads(model, heads)
     taps = output_taps(model, sorted({layer for layer, _ in heads}))
     kept: list[tuple[nn.Module, nn.Parameter, Any]] = []

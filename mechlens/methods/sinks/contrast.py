@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of, many, quoted
+from mechlens.registry import whole_numbers
 
 FLOOR = 0.02
 """Added to every standard error: a head whose mass hardly varies would stand out by nothing."""
@@ -39,7 +40,11 @@ class DomainContrast:
 
     def strongest(self, k: int) -> tuple[tuple[int, int], ...]:
         """The k heads that differ most."""
-        order = self.difference.nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)[:k].tolist()
+        if k < 1:
+            raise UserError(f"the {k} heads that differ most were asked for; ask for 1 or more")
+        there = int((~self.difference.isnan()).sum())
+        ranked = self.difference.nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)
+        order = ranked[: min(k, there)].tolist()
         return tuple((i // self.difference.shape[1], i % self.difference.shape[1]) for i in order)
 
 
@@ -58,6 +63,11 @@ def domain_contrast(
     >>> found.strongest(1), found.domains[int(found.dormant[0, 1])], bool(found.p[0, 0] > 0.05)
     (((0, 1),), 'code', True)
     """
+    _require_masses(mass)
+    _require_shuffles(shuffles)
+    if len(kinds) != len(mass):
+        raise UserError(f"{many(len(kinds), 'kind')} came for the sink mass of {many(len(mass), 'text')}; give one for "
+                        "each text")  # fmt: skip
     domains = tuple(dict.fromkeys(kinds))
     if len(domains) < 2 or min(list(kinds).count(one) for one in domains) < 2:
         raise UserError("a contrast needs two kinds of text with two texts each; add some")
@@ -93,9 +103,12 @@ def paired_change(
     >>> [round(float(one), 2) for one in (*change[0], *p[0])]
     [0.0, 0.4, 1.0, 0.01]
     """
+    for one in (before, after):
+        _require_masses(one)
+    _require_shuffles(shuffles)
     if before.shape != after.shape or len(before) < 2:
-        raise UserError(f"two models' sink mass on the same two texts or more is needed; they have {before.shape} and "
-                        f"{after.shape}")  # fmt: skip
+        raise UserError("two models' sink mass on the same two texts or more is needed; they have "
+                        f"{_shape(before)} and {_shape(after)}")  # fmt: skip
     change = (after - before).double().flatten(1)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (shuffles, len(change), 1), generator=generator) * 2 - 1
@@ -103,6 +116,23 @@ def paired_change(
     own = _clear(change)
     p = torch.where(own.isnan(), torch.nan, (1 + (null[:, None] >= own).sum(dim=0)) / (shuffles + 1))
     return change.mean(dim=0).view(before.shape[1:]).float(), p.view(before.shape[1:]).float()
+
+
+def _require_masses(mass: object) -> None:
+    if not isinstance(mass, Tensor):
+        raise UserError(f"sink mass is {kind_of(mass)}; give a tensor by text, layer and head, such as a SinkMap's "
+                        "of('mass')")  # fmt: skip
+    if mass.ndim != 3:
+        raise UserError(f"sink mass has the shape {_shape(mass)}; give it by text, layer and head")
+
+
+def _require_shuffles(shuffles: object) -> None:
+    if whole_numbers("shuffles", [shuffles], "count")[0] < 1:
+        raise UserError(f"shuffles is {quoted(shuffles)}, and a p is of at least one")
+
+
+def _shape(mass: Tensor) -> str:
+    return " x ".join(map(str, mass.shape))
 
 
 def _clear(change: Float[Tensor, "text cell"]) -> Float[Tensor, " cell"]:

@@ -17,11 +17,13 @@ from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.shown import few, lines
 from mechlens.methods.sinks.measures import FEWEST_QUERIES, RATE, received
+from mechlens.models.attention.changes import require_places
 from mechlens.models.attention.watch import Attended, require_watchable, watch
 from mechlens.models.bridge import LanguageModel, loaded
 from mechlens.prompts.asked import Prompts
 from mechlens.prompts.batch import TokenBatch, token_text
 from mechlens.prompts.templates.template import TemplateChoice
+from mechlens.registry import whole_numbers
 
 LEAST = 0.2
 """Share of a model's heads that have to send a token more than RATE of their attention for it to be a sink."""
@@ -51,6 +53,22 @@ class Sinks:
     """By text, every token's mean attention over all heads; NaN for the last ones, which few queries see."""
     heads: tuple[Float[Tensor, " _"], ...] = field(repr=False)
     """By text, the share of heads that send each token more than RATE of their attention."""
+
+    def __post_init__(self) -> None:
+        parts = (self.places, self.sure, self.tokens, self.received, self.heads)
+        if len({len(own) for own in parts}) > 1:
+            told = few([len(own) for own in parts])
+            raise UserError(f"places, sure, tokens, received and heads are of {told} texts; give one of each for all")
+        for i, (own, each) in enumerate(zip(self.places, self.received, strict=True)):
+            places = whole_numbers("places", own, "token")
+            if not isinstance(own, tuple) or len(own) != len(self.tokens[i]):
+                raise UserError(
+                    f"places has {own} for text {i}, and tokens has {self.tokens[i]}; give both of each sink"
+                )
+            require_places(places, len(each))
+            if not 0 < len(set(places)) < len(each):
+                raise UserError(f"{'no token' if not places else 'every token'} of text {i} is a sink; leave one that "
+                                "is and one that isn't, or find them with find_sinks")  # fmt: skip
 
     def table(self) -> pd.DataFrame:
         """Tokens that are sinks, the commonest first: in what share of texts, at which place as a rule, with what

@@ -1,5 +1,6 @@
 """What is lost without a head, with all its attention on the sink, or without the largest dimensions."""
 
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -7,17 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError, many
+from mechlens.errors import UserError, kind_of, many, quoted
 from mechlens.methods.activations.collect import refuse_too_long
-from mechlens.methods.patching.heads import Head, require_heads
-from mechlens.models.attention.watch import Change, watch
+from mechlens.methods.patching.heads import Head, head_pairs, require_heads
+from mechlens.models.attention.changes import Change, Hidden, require_places
+from mechlens.models.attention.watch import require_watchable, watch
 from mechlens.models.bridge import LanguageModel, unembed
 from mechlens.prompts.batch import TokenBatch
+from mechlens.registry import whole_numbers
 
 CHUNK = 64
 """Tokens whose logits are held at once: a large vocabulary times a long text doesn't fit into memory."""
-ROUNDING = 1e-5
-"""By how much a row of float32 may miss its sum."""
 Edit = Callable[[int, Float[Tensor, "token d_model"]], Tensor]
 """A level and its residual stream -> what to put in its place."""
 
@@ -33,7 +34,7 @@ def zeroed(heads: Collection[Head]) -> Change:
     >>> bool((off != plain).all()), bool((without != plain).all())
     (True, True)
     """
-    return _OnHeads(tuple(heads))
+    return _OnHeads(head_pairs(heads))
 
 
 def all_on_sink(heads: Collection[Head], sink: int) -> Change:
@@ -47,7 +48,7 @@ def all_on_sink(heads: Collection[Head], sink: int) -> Change:
     >>> bool((off != plain).all()), bool((without != plain).all())
     (True, True)
     """
-    return _OnHeads(tuple(heads), sink)
+    return _OnHeads(head_pairs(heads), *whole_numbers("sink", [sink], "token"))
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _OnHeads:
         if self.sink is None:
             pattern[own] = 0.0
             return pattern
-        _require_places([self.sink], len(visible))
+        require_places([self.sink], len(visible))
         moved = torch.zeros_like(pattern[own])
         moved[:, :, self.sink] = 1.0
         pattern[own] = torch.where(visible[:, self.sink].view(1, -1, 1), moved, pattern[own])
@@ -84,20 +85,7 @@ def away_from(places: Collection[int]) -> Change:
     (True, True)
     """
 
-    def change(layer: int, pattern: Tensor, visible: Tensor) -> Tensor:
-        n = pattern.shape[-1]
-        _require_places(places, n)
-        hidden = torch.zeros(n, n, dtype=torch.bool, device=pattern.device)
-        for place in places:
-            hidden[place + 1 :, place] = True
-        kept = pattern.masked_fill(hidden, 0.0)
-        # A learned sink keeps its share. What a row lacks is that or rounding, beside which what a sink that took
-        # nearly all leaves to the others would be lost.
-        learned = 1 - pattern.sum(dim=-1, keepdim=True)
-        left = kept.sum(dim=-1, keepdim=True) + learned.where(learned > ROUNDING, 0.0)
-        return kept / left.clamp_min(torch.finfo(kept.dtype).tiny)
-
-    return change
+    return Hidden(whole_numbers("places", places, "token"))
 
 
 def without_dimensions(dimensions: Sequence[int], places: Sequence[int]) -> Edit:
@@ -112,23 +100,20 @@ def without_dimensions(dimensions: Sequence[int], places: Sequence[int]) -> Edit
     (True, True)
     """
 
+    columns, rows = whole_numbers("dimensions", dimensions, "dimension"), whole_numbers("places", places, "token")
+
     def edit(level: int, residual: Tensor) -> Tensor:
-        _require_places(places, len(residual))
-        wrong = [one for one in dimensions if not 0 <= one < residual.shape[1]]
+        require_places(rows, len(residual))
+        wrong = [one for one in columns if not 0 <= one < residual.shape[1]]
         if wrong:
             raise UserError(f"there is no dimension {wrong[0]}; choose those from 0 to {residual.shape[1] - 1}")
         changed = residual.clone()
-        rows = torch.tensor(list(places), device=residual.device)
-        changed[rows[:, None], torch.tensor(list(dimensions), dtype=torch.long, device=residual.device)] = 0.0
+        for row in rows:
+            for column in columns:
+                changed[row, column] = 0.0
         return changed
 
     return edit
-
-
-def _require_places(places: Collection[int], n: int) -> None:
-    wrong = [place for place in places if not 0 <= place < n]
-    if wrong:
-        raise UserError(f"there is no token {wrong[0]} in a text of {many(n, 'token')}; they count from 0")
 
 
 def losses_under(
@@ -149,11 +134,14 @@ def losses_under(
     >>> bool((off != plain).all()), bool((without != plain).all())
     (True, True)
     """
+    require_watchable(model)
     refuse_too_long(model, batch)
     n = len(batch.prompts)
-    wrong = next((own for own in (changes, edits) if own is not None and len(own) != n), None)
-    if wrong is not None:
-        raise UserError(f"what is done is given for {many(len(wrong), 'text')}, and {n} came; give one for each")
+    _require_made("changes", changes, n, 3, "zeroed, all_on_sink or away_from")
+    _require_made("edits", edits, n, 2, "without_dimensions")
+    if int(batch.lengths.min()) < 2:
+        name = batch.prompts[int(batch.lengths.argmin())].id
+        raise UserError(f"text {name!r} has 1 token, and a loss is of those after the first; give a longer one")
     require_heads(model, [head for one in changes or () if isinstance(one, _OnHeads) for head in one.heads])
     found = []
     for i in range(n):
@@ -163,3 +151,30 @@ def losses_under(
         told = [unembed(model, part).double().log_softmax(dim=-1).gather(1, after[:, None]) for part, after in parts]
         found.append(-torch.cat(told).mean())
     return torch.stack(found).cpu()
+
+
+def _require_made(name: str, given: object, n: int, values: int, makers: str) -> None:
+    """UserError unless there is one for each of `n` texts, each a function of so many values."""
+    if given is None:
+        return
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        told = "one alone" if callable(given) or isinstance(given, Hidden) else kind_of(given)
+        raise UserError(f"{name} is {told}; give a list with one for each of {many(n, 'text')}")
+    if len(given) != n:
+        raise UserError(f"what is done is given for {many(len(given), 'text')}, and {n} came; give one for each")
+    for one in given:
+        if not (one is None or (isinstance(one, Hidden) and name == "changes") or _takes(one, values)):
+            told = "a function of other values" if callable(one) else f"{quoted(one)} ({kind_of(one)})"
+            raise UserError(f"{name} has {told}; each is None or what {makers} makes")
+
+
+def _takes(one: object, values: int) -> bool:
+    if not callable(one):
+        return False
+    try:
+        inspect.signature(one).bind(*range(values))
+    except TypeError:
+        return False
+    except ValueError:  # one of C's, which doesn't say what it takes
+        return True
+    return True

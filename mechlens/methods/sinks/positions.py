@@ -8,14 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of, quoted
+from mechlens.methods.activations.collect import refuse_too_long
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.sinks.measures import RATE
 from mechlens.methods.statistics.resample import mean_estimate
 from mechlens.models.attention.watch import Attended, require_watchable, watch
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.batch import TokenBatch
-from mechlens.registry import unknown_name
+from mechlens.registry import unknown_name, whole_numbers
 from mechlens.settings import RESAMPLES
 
 FIRST, TEMPLATE, WORDS = "first token", "template before", "words"
@@ -48,10 +49,10 @@ class PositionMass:
 
     def table(self, seed: int, resamples: int = RESAMPLES) -> pd.DataFrame:
         """A row for each place: mean attention with its interval over prompts, what even attention is, and heads."""
-        there = ~self.of("mass").isnan().any(dim=1)
-        families = [own for own, kept in zip(self.families, there.tolist(), strict=True) if kept]
         rows = []
         for k, position in enumerate(self.positions):
+            there = ~self.values[0, :, k].isnan()  # a prompt of one word has no others, a raw one no template
+            families = [own for own, kept in zip(self.families, there.tolist(), strict=True) if kept]
             mass, even, heads = (values[there, k] for values in self.values)
             row = {"position": position} | mean_estimate(mass, families, seed, resamples).row("mass")
             rows.append(row | {"even": float(even.mean()), "heads": float(heads.mean())})
@@ -72,15 +73,30 @@ def position_mass(model: LanguageModel, batch: TokenBatch, answers: Sequence[Seq
     ('first token', 'inst', True)
     """
     require_watchable(model)
+    _require_tokens(answers)
     if not any(len(own) for own in answers):
         raise UserError("no prompt has an answer, whose attention is asked; let the model answer first")
+    refuse_too_long(model, batch)
     whole = batch.with_answers(answers)
+    refuse_too_long(model, whole)
     names = (FIRST, TEMPLATE, WORDS, *batch.positions)
     values = torch.full((len(MEASURES), len(batch.prompts), len(names)), torch.nan)
     rows = [i for i, own in enumerate(answers) if len(own)]
     for i in progress_bar(rows, title="attention of answers", unit="answer"):
         values[:, i] = _of_answer(model, whole.row(i), places_of(batch, i), len(batch.row(i)))
     return PositionMass(values, names, tuple(one.group for one in batch.prompts))
+
+
+_TOKENS = "give the tokens of each, such as what ml.answer returns has in its tokens"
+
+
+def _require_tokens(answers: object) -> None:
+    if not isinstance(answers, Sequence) or isinstance(answers, str):
+        raise UserError(f"answers is {kind_of(answers)}; {_TOKENS}")
+    for own in answers:
+        if not isinstance(own, Sequence) or isinstance(own, str):
+            raise UserError(f"answers has {quoted(own)} ({kind_of(own)}); {_TOKENS}")
+        whole_numbers("answers", own, "token")
 
 
 def places_of(batch: TokenBatch, i: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError, many
+from mechlens.errors import UserError, kind_of, many
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.sinks.found import Sinks, find_sinks, readable
 from mechlens.methods.sinks.measures import (
@@ -54,6 +54,8 @@ def measure_sinks(
     """
     batch = readable(model, texts, template)
     sinks = find_sinks(model, batch) if sinks is None else sinks
+    if not isinstance(sinks, Sinks):
+        raise UserError(f"the sinks are {kind_of(sinks)}; give what find_sinks returns, or leave them out")
     if len(sinks.places) != len(batch.prompts):
         raise UserError(f"the sinks are of {many(len(sinks.places), 'text')}, and {len(batch.prompts)} came; give both")
     for prompt, n, own in zip(batch.prompts, batch.lengths.tolist(), sinks.received, strict=True):

@@ -85,6 +85,8 @@ def family_weights(
     With `labels`, families that hold the same set of labels are drawn among themselves, so that no
     resample loses a class: a matched pair holds both. Efron & Tibshirani 1993, cluster bootstrap.
     """
+    if resamples < 1:
+        raise UserError(f"resamples is {resamples}, and an interval is of at least one")
     generator = torch.Generator().manual_seed(seed)
     codes, n_families = family_codes(families)
     counts = torch.zeros(resamples, n_families, dtype=torch.float64)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import eager_mask
 
 from mechlens.errors import UserError
+from mechlens.models.attention.changes import Change, Hidden, Pattern
 from mechlens.models.attention.outputs import output_taps
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, has_hooks, is_bridge, loaded, n_layers
 from mechlens.models.engine.forward import Stop
@@ -24,8 +25,6 @@ from mechlens.models.engine.probes import UNTRIED, apart, is_misfit, spread_toke
 from mechlens.models.engine.shared_rows import fault
 from mechlens.models.engine.site_reader import tapped
 from mechlens.models.native import native, native_blocks
-
-Pattern = Float[Tensor, "head query key"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,10 +47,6 @@ class Attended:
     def visible(self) -> Bool[Tensor, "query key"]:
         """Which keys every query can see."""
         return torch.isfinite(self.logits[0])
-
-
-Change = Callable[[int, Pattern, Bool[Tensor, "query key"]], Pattern]
-"""A layer, its pattern and what each query can see -> the pattern to take in its place."""
 
 
 @torch.inference_mode()
@@ -148,9 +143,11 @@ class _Watch:
         groups = query.shape[1] // key.shape[1]
         keys, values = (x[0].float().repeat_interleave(groups, dim=0) for x in (key, value))
         logits = _logits(query[0].float(), keys, attention_mask, how)
+        if isinstance(self.change, Hidden):
+            logits = self.change.over(logits)
         pattern, learned = _softmax(logits, how.get("s_aux"))
         layer = self.layers[module]
-        if self.change is not None:
+        if self.change is not None and not isinstance(self.change, Hidden):
             pattern = self.change(layer, pattern, torch.isfinite(logits[0]))
         mixed = pattern @ values
         if self.see is not None:

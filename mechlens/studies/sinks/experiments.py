@@ -10,7 +10,7 @@ from mechlens.methods.patching.heads import Head
 from mechlens.methods.sinks.contrast import DomainContrast
 from mechlens.methods.sinks.interventions import Edit, all_on_sink, without_dimensions, zeroed
 from mechlens.methods.sinks.result import SinkMap
-from mechlens.models.attention.watch import Change
+from mechlens.models.attention.changes import Change
 from mechlens.studies.sinks.config import SinkPlan
 
 DIFFER, MOST, LARGEST, RANDOM = "differ most", "most sink mass", "largest", "random"

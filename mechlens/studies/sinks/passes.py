@@ -18,7 +18,8 @@ from mechlens.methods.sinks.interventions import Edit, away_from
 from mechlens.methods.sinks.positions import TEMPLATE, WORDS, places_of
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import of_sample, sample_and_resamples
-from mechlens.models.attention.watch import Change, watch
+from mechlens.models.attention.changes import Change
+from mechlens.models.attention.watch import watch
 from mechlens.models.bridge import LanguageModel, n_layers, unembed
 from mechlens.prompts.batch import TokenBatch
 from mechlens.studies.shared.sink_positions import Asked, along

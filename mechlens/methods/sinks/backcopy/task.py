@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of, many
 from mechlens.prompts.builtin import builtin_prompts
+from mechlens.registry import whole_numbers
 
 START = 0
 """The token that every sequence starts with."""
@@ -59,6 +60,9 @@ class BackcopyTask:
 
     def draw(self, n: int, length: int, seed: int) -> Sequences:
         """`n` sequences of `length` tokens, the start among them."""
+        for name, given in (("n", n), ("length", length)):
+            if whole_numbers(name, [given], "count")[0] < 1:
+                raise UserError(f"{name} is {given}; draw at least 1 sequence of at least 1 token")
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.full((n, length), START)
         below = self._next.cumsum(dim=1)
@@ -96,12 +100,19 @@ def backcopy_task(text: str | None = None, *, triggers: int = 3) -> BackcopyTask
     >>> ml.backcopy_task()
     BackcopyTask(27 letters; triggers ' ', 'e', 'a')
     """
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"text is {kind_of(text)}; give one text, whose letters are counted")
+    whole_numbers("triggers", [triggers], "count")
     if text is None:
         text = " ".join(_plain(prompt.text) for prompt in builtin_prompts("benign"))
     letters = "".join(sorted(set(text)))
+    if len(letters) < 3:
+        raise UserError(
+            f"the text has {many(len(letters), 'letter')}, and 3 are needed: a trigger and two to tell apart"
+        )
     if not 0 < triggers < len(letters) - 1:
         raise UserError(
-            f"{triggers} of the text's {len(letters)} letters can't be triggers; choose 1 to {max(len(letters) - 2, 1)}"
+            f"{triggers} of the text's {len(letters)} letters can't be triggers; choose 1 to {len(letters) - 2}"
         )
     tokens = torch.tensor([letters.index(one) + 1 for one in text])
     size = len(letters) + 1

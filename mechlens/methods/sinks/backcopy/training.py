@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
+from annotated_types import Gt
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -15,14 +16,14 @@ from mechlens.methods.sinks.backcopy.task import BackcopyTask, Sequences
 from mechlens.methods.sinks.backcopy.transformer import BackcopyShape, BackcopyTransformer
 from mechlens.methods.sinks.measures import residual_peak, sinks_against_others
 from mechlens.methods.statistics.resample import one_thread
-from mechlens.settings import PositiveInt
+from mechlens.settings import Options, PositiveInt
 
 HELD_OUT = 64
 """Sequences that are never trained on, which everything is measured on."""
 
 
 @dataclass(frozen=True)
-class BackcopyTraining:
+class BackcopyTraining(Options):
     """How it is trained.
 
     >>> ml.BackcopyTraining(steps=100, optimiser="sgd", learning_rate=0.3).batch
@@ -32,7 +33,7 @@ class BackcopyTraining:
     steps: PositiveInt
     optimiser: Literal["adam", "sgd"] = "adam"
     """adam: AdamW with betas .9 and .99; sgd: with momentum .9; both with a weight decay of 1e-4, as the authors'."""
-    learning_rate: float = 3e-3
+    learning_rate: Annotated[float, Gt(0)] = 3e-3
     batch: PositiveInt = 32
     every: PositiveInt = 100
     """Steps between two looks."""

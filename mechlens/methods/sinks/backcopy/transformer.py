@@ -2,19 +2,22 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechlens.settings import PositiveInt
+from mechlens.errors import UserError
+from mechlens.registry import require_numbers, whole_numbers
+from mechlens.settings import Options, PositiveInt
 
 AttentionKind = Literal["softmax", "relu", "gated"]
 
 
 @dataclass(frozen=True)
-class BackcopyShape:
+class BackcopyShape(Options):
     """How large a transformer is, and how it attends.
 
     >>> ml.BackcopyShape(layers=3, attention="relu").width
@@ -26,10 +29,16 @@ class BackcopyShape:
     """relu: the scores above 0 as they are; gated: softmax, then a sigmoid of the input for every dimension (Qiu et al.
     2025, elementwise)."""
     width: PositiveInt = 64
-    length: PositiveInt = 64
-    """Tokens that it has places for."""
+    length: Annotated[int, Ge(4)] = 64
+    """Tokens that it has places for: a start, a letter, a trigger and the letter again at least."""
     headless: tuple[int, ...] = ()
     """Blocks that have an MLP only: with 0 and 2 of three the authors' smallest model whose residual stream peaks."""
+
+    def __post_init__(self) -> None:
+        blocks = whole_numbers("headless", self.headless, "block")
+        require_numbers("block", blocks, self.layers - 1, "the transformer")
+        if len(set(blocks)) == self.layers > 0:
+            raise UserError("every block is headless; leave one with a head, whose attention is looked at")
 
 
 class Watched(NamedTuple):
@@ -54,6 +63,8 @@ class BackcopyTransformer(nn.Module):
 
     def __init__(self, shape: BackcopyShape, *, n_tokens: int, seed: int) -> None:
         super().__init__()
+        if whole_numbers("n_tokens", [n_tokens], "count")[0] < 1:
+            raise UserError(f"n_tokens is {n_tokens}; give the task's, such as backcopy_task().n_tokens")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(n_tokens, shape.width)
@@ -89,6 +100,13 @@ class BackcopyTransformer(nn.Module):
         return Watched(torch.stack(patterns), torch.stack(written), torch.stack(residuals))
 
     def _start(self, tokens: Tensor) -> Tensor:
+        longest, most = len(self.places.weight), self.unembed.out_features - 1
+        if tokens.ndim != 2 or tokens.shape[1] > longest:
+            shape = " x ".join(map(str, tokens.shape))
+            raise UserError(f"the tokens are {shape}; give rows of at most {longest}, one for each sequence")
+        outside = (tokens < 0) | (tokens > most)
+        if bool(outside.any()):
+            raise UserError(f"there is no token {int(tokens[outside][0])}; choose from 0 to {most}")
         places: Tensor = self.embed(tokens) + self.places.weight[: tokens.shape[1]]
         return places
 
