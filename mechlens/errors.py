@@ -63,6 +63,7 @@ EXTRAS = {
     "gguf": ("gguf", "sentencepiece"),
     "inspect": ("inspect_ai",),
     "quantise": ("bitsandbytes", "torchao", "accelerate"),
+    "ray": ("ray",),
     "reward": ("trl", "accelerate"),
     "slurm": ("submitit",),
     "workspaces": ("wandb_workspaces",),

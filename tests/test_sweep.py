@@ -20,7 +20,7 @@ from mechlens.cli import main
 from mechlens.errors import UserError
 from mechlens.methods import kept_model
 from mechlens.runs.results.paired import rows_by_number
-from mechlens.studies.sweep.config import Slurm
+from mechlens.studies.sweep.config import Ray, Slurm
 from mechlens.studies.sweep.engines import local, slurm
 from mechlens.studies.sweep.engines.engine import Resources, engine_called
 from mechlens.studies.sweep.folders import failure_file, folder_of, read_job, state_of, write_jobs
@@ -55,7 +55,7 @@ def written(path: Path, plan: Plan) -> Path:
 
 
 def resources(folder: Path, workers: int = 1, gpus: int = 0) -> Resources:
-    return Resources(workers, gpus, folder / "logs", Slurm(cluster="local"))
+    return Resources(workers, gpus, folder / "logs", Slurm(cluster="local"), Ray())
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
@@ -314,8 +314,8 @@ def test_a_job_that_is_preempted_goes_on_and_its_tables_are_the_same(
 def test_slurm_is_asked_for_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch here"):
-        engine_called("slurm", Resources(1, 0, tmp_path, Slurm()))
+        engine_called("slurm", Resources(1, 0, tmp_path, Slurm(), Ray()))
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"extra \[slurm\]"):
-        engine_called("slurm", Resources(1, 0, tmp_path, Slurm()))
+        engine_called("slurm", Resources(1, 0, tmp_path, Slurm(), Ray()))
     assert not list(tmp_path.iterdir())

@@ -27,6 +27,16 @@ class Slurm(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ray(Options):
+    """A Ray cluster, and what a task of it asks for."""
+
+    address: str = "local"
+    """Cluster: auto, head:6379 or ray://head:10001; local is one on this machine that ends with the command."""
+    cpus: PositiveInt = 1
+    """Processors of a task."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep(Options):
     """Do one study many times: every combination of options that a plan names, each in a run folder of its own.
 
@@ -41,12 +51,14 @@ class Sweep(Options):
     """Folder of the sweep: a run folder for each job, and what was made of them together."""
     dry_run: bool = False
     """Only show the jobs, and how long what is left may take; nothing is written."""
-    engine: Literal["local", "slurm"] = "local"
-    """Where jobs run: processes on this machine, or Slurm (extra `slurm`)."""
+    engine: Literal["local", "slurm", "ray"] = "local"
+    """Where jobs run: processes on this machine, Slurm (extra `slurm`), or a Ray cluster (extra `ray`)."""
     workers: PositiveInt = 1
     """Processes at a time."""
     slurm: Slurm = field(default_factory=Slurm)
     """For --engine slurm."""
+    ray: Ray = field(default_factory=Ray)
+    """For --engine ray."""
 
 
 COMMAND = Command(
@@ -57,5 +69,6 @@ COMMAND = Command(
         "mechlens sweep plan.yaml --out runs/sweep --dry-run",
         "mechlens sweep plan.yaml --out runs/sweep --workers 2",
         "mechlens sweep plan.yaml --out runs/sweep --workers 16 --engine slurm --slurm.partition gpu",
+        "mechlens sweep plan.yaml --out /shared/sweep --workers 16 --engine ray --ray.address auto",
     ),
 )

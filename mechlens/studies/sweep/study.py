@@ -36,7 +36,7 @@ def sweep(config: Sweep, screen: Screen) -> None:
         screen.show(table_of(states))
         screen.show(left_to_do(states, config.workers))
         return
-    resources = Resources(config.workers, plan.gpus, out / LOGS, config.slurm)
+    resources = Resources(config.workers, plan.gpus, out / LOGS, config.slurm, config.ray)
     engine = engine_called(config.engine, resources)
     write_jobs(jobs)
     lock = FolderLock(out)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mechlens.studies.sweep.config import Slurm
+from mechlens.studies.sweep.config import Ray, Slurm
 
 Groups = Sequence[Sequence[Path]]
 Look = Callable[[Sequence[Path]], None]
@@ -25,6 +25,7 @@ class Resources:
     logs: Path
     """Folder for what workers write."""
     slurm: Slurm
+    ray: Ray
 
 
 class Engine(Protocol):
