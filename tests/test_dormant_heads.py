@@ -90,6 +90,30 @@ def test_the_contrast_finds_the_planted_head_and_shuffled_kinds_find_none() -> N
     assert sum(one <= 0.05 for one in p) <= 4
 
 
+def test_a_p_is_of_any_head_of_ties_and_of_differences_in_standard_errors() -> None:
+    kinds, spread = ["a"] * 6 + ["b"] * 6, torch.linspace(-1, 1, 6).repeat(2)[:, None]
+    none = domain_contrast(torch.full((12, 1, 2), 0.5), kinds, shuffles=99, seed=0)
+    assert none.p.flatten().tolist() == [1.0, 1.0]  # a shuffle that differs as much counts
+    constant = torch.cat([torch.full((12, 1), 0.5), spread], dim=1)
+    constant[6:, 1] += 0.3
+    assert float(domain_contrast(constant[:, None], kinds, shuffles=99, seed=0).p[0, 1]) > 0.2
+    # 0.5 apart with standard errors of 0.42 is less clear than 0.09 with 0.03.
+    mass = spread * torch.tensor([1.0, 0.07]) * 0.95
+    mass[6:] += torch.tensor([0.5, 0.09])
+    wide, narrow = domain_contrast(mass[:, None], kinds, shuffles=999, seed=0).p[0].tolist()
+    assert narrow < wide
+
+
+def test_of_three_kinds_the_two_that_are_farthest_apart_count() -> None:
+    mass = 0.1 + 0.01 * torch.rand(18, 1, 2, generator=torch.Generator().manual_seed(0))
+    mass[12:, 0, 1] += 0.6
+    found = domain_contrast(mass, ["a"] * 6 + ["b"] * 6 + ["c"] * 6, shuffles=99, seed=0)
+    assert float(found.difference[0, 1]) == pytest.approx(0.6, abs=0.02)
+    assert found.domains[int(found.dormant[0, 1])] == "c"
+    assert float(found.p[0, 1]) == pytest.approx(0.01)
+    assert float(found.p[0, 0]) > 0.05
+
+
 def test_heads_that_are_not_there_have_no_contrast() -> None:
     mass = torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(0))
     mass[:, 0] = torch.nan

@@ -11,8 +11,9 @@ from tiny import tiny_hf, tiny_tokenizer
 from mechlens.errors import UserError
 from mechlens.methods.patching.heads import without_heads
 from mechlens.methods.sinks import measures
-from mechlens.methods.sinks.found import find_sinks
+from mechlens.methods.sinks.found import Sinks, _places, find_sinks
 from mechlens.methods.sinks.reading import measure_sinks
+from mechlens.methods.sinks.result import SinkMap
 from mechlens.models.attention.watch import watch
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
@@ -78,6 +79,15 @@ def test_the_rate_is_of_the_first_64_tokens() -> None:
     assert float(measures.sink_rate(pattern, causal(200), [100])) == 0
 
 
+@pytest.mark.parametrize(("n", "rate"), [(63, 0), (64, 1), (65, 1), (200, 1)])
+def test_the_rate_is_above_three_tenths_of_64_queries_and_of_no_more(n: int, rate: int) -> None:
+    """The 64th query lifts the mean just above .3, and one more, or one less, would not have."""
+    pattern = torch.zeros(1, n, n)
+    pattern[0, :63, 0] = 0.2999
+    pattern[0, 63:64, 0] = 0.31
+    assert float(measures.sink_rate(pattern, causal(n), [0])) == rate
+
+
 def test_the_sink_logit_is_a_difference_of_logits() -> None:
     visible = causal(16)
     logits = torch.zeros(1, 16, 16).masked_fill(~visible, -torch.inf)
@@ -86,11 +96,32 @@ def test_the_sink_logit_is_a_difference_of_logits() -> None:
     assert float(measures.sink_logit(logits + 7.0, visible, [2])) == pytest.approx(5.0)
 
 
+def test_of_two_sinks_a_query_counts_those_that_it_sees() -> None:
+    n, sinks, sizes = 20, [0, 3], {0: 2.0, 3: 5.0}
+    visible, logits = causal(n), torch.zeros(1, n, n)
+    for sink, size in sizes.items():
+        logits[:, :, sink] = size
+    pattern = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    shares, gaps = [], []
+    for query in range(1, n):  # the first has no choice
+        seen = [sizes[sink] for sink in sinks if sink <= query]
+        whole = sum(math.exp(size) for size in seen) + query + 1 - len(seen)
+        shares.append(sum(math.exp(size) for size in seen) / whole)
+        gaps.append(sum(seen) / len(seen))  # the others' logits are 0
+    masked = logits.masked_fill(~visible, -torch.inf)
+    assert float(measures.sink_logit(masked, visible, sinks)) == pytest.approx(sum(gaps) / len(gaps))
+    assert float(measures.sink_mass(pattern, visible, sinks)) == pytest.approx(sum(shares) / len(shares), rel=1e-5)
+    assert float(measures.sink_rate(pattern, visible, sinks)) == 1  # of the second alone
+    assert float(measures.sink_rate(pattern, visible, [0])) == 0
+
+
 def test_drained_values_and_peaks_are_what_was_planted() -> None:
     norms = torch.ones(2, 20)
     norms[0, [0, 3]], norms[1, 3] = 0.1, 12.0
     assert measures.sinks_against_others(norms, [0, 3]).tolist() == pytest.approx([0.1, 6.5])
     assert measures.residual_peak(norms, [0, 3]).tolist() == pytest.approx([0.1, 12.0])
+    norms[1, 7] = 6.0
+    assert measures.residual_peak(norms, [0, 3]).tolist() == pytest.approx([0.1, 2.0])
     residual = torch.ones(6, 8)
     residual[0, 5], residual[4, 2] = -40.0, 20.0
     assert float(measures.massive(residual)) == pytest.approx(40.0)
@@ -107,6 +138,7 @@ def test_entropies_tell_a_sink_head_from_one_that_looks_back_and_an_even_one() -
     columns = [float(measures.column_entropy(one, visible)) for one in (sink, back, evenly)]
     assert rows == pytest.approx([0.0, 0.0, 1.0], abs=1e-5)
     assert columns[0] == pytest.approx(1.0, abs=1e-5)
+    assert float(measures.column_entropy(to_one(64, 20, 1.0), visible)) == pytest.approx(1.0, abs=1e-5)
     assert columns[1] < 0.2
 
 
@@ -134,6 +166,40 @@ def test_a_planted_sink_is_found_that_is_not_the_first_token() -> None:
     assert (first["dimension"], first["texts"], first["at_sink"]) == (DIMENSION, 1.0, 1.0)
     assert float(found.of("largest").max()) == pytest.approx(SIZE, rel=1e-2)
     assert bool((found.sink_heads == torch.tensor([head in SINK_HEADS for head in range(4)])).all())
+
+
+@pytest.mark.parametrize(("share", "sure"), [(0.2, True), (0.19, False)])
+def test_a_sink_is_one_of_a_fifth_of_all_heads(share: float, sure: bool) -> None:
+    mean, heads = torch.tensor([0.1, 0.4, 0.2, math.nan]), torch.tensor([0.0, 0.1, share, math.nan])
+    assert _places(mean, heads) == ((2,) if sure else (1,), sure)  # else the one that receives most stands in
+
+
+def test_sinks_are_summed_up_the_commonest_first() -> None:
+    each = tuple(torch.tensor([0.5, 0.4, 0.3, 0.1]) + i / 10 for i in range(3))
+    places, tokens = ((0,), (0, 2), (1,)), (("a",), ("b", "."), (".",))
+    table = Sinks(places, (True, True, True), tokens, each, each).table()
+    assert list(table["token"]) == [".", "b", "a"]  # of equals the one that receives more
+    assert table["texts"].tolist() == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert table["first_place"].tolist() == [1, 0, 0]
+    assert table["received"].tolist() == pytest.approx([(0.4 + 0.6) / 2, 0.6, 0.5])
+
+
+def test_a_map_has_means_over_texts_in_their_rows_and_the_largest_of_all_levels() -> None:
+    draw = torch.Generator().manual_seed(0)
+    heads, levels = torch.rand(10, 12, 3, 2, generator=draw), torch.rand(3, 12, 4, generator=draw)
+    heads[:, :, 1] = math.nan  # a block without attention
+    each = (torch.full((4,), 0.5),) * 12
+    sinks = Sinks(((0,),) * 12, (True,) * 12, (("a",),) * 12, each, each)
+    names = tuple(map(str, range(12)))
+    found = SinkMap(heads, levels, sinks, ((),) * 12, names, names)
+    table = found.table("mass", 0, 200)
+    assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [2, 0], [2, 1]]
+    assert table["value"].tolist() == pytest.approx(heads[0][:, [0, 2]].mean(dim=0).flatten().tolist())
+    assert ((table["low"] < table["value"]) & (table["value"] < table["high"])).all()
+    assert (table["high"] - table["low"]).between(0.1, 0.6).all()  # 12 uniform numbers
+    assert found.table("peak", 0, 50)["value"].tolist() == pytest.approx(levels[0].mean(dim=0).tolist())
+    assert found.whole("peak", 0, 50).value == pytest.approx(float(levels[0].amax(dim=1).mean()))
+    assert found.whole("mass", 0, 50).value == pytest.approx(float(heads[0][:, [0, 2]].mean()))
 
 
 def test_a_model_without_sinks_says_so() -> None:
@@ -185,6 +251,10 @@ def test_every_measure_is_that_of_plain_transformers(architecture: str) -> None:
     found = measure_sinks(model, [text], template=None)
     ids = torch.tensor([model.tokenizer(text)["input_ids"]])
     plain.set_attn_implementation("eager")
+    entering: dict[int, torch.Tensor] = {}
+    for layer, tap in enumerate(_taps(plain)):
+        if tap is not None:
+            tap.register_forward_pre_hook(lambda module, given, layer=layer: entering.update({layer: given[0][0]}))
     with torch.no_grad():
         out = plain(ids, output_attentions=True, output_hidden_states=True, use_cache=True)
     layers = [i for i in range(3) if not found.of("mass")[0, i].isnan().any()]
@@ -209,6 +279,11 @@ def test_every_measure_is_that_of_plain_transformers(architecture: str) -> None:
             for i, row in enumerate(pattern[0]) if int(visible[i].sum()) > 1
         ]  # fmt: skip
         assert float(found.of("row_entropy")[0, layer, 0]) == pytest.approx(sum(entropy) / len(entropy), rel=1e-4)
+        parts = entering[layer].view(len(entering[layer]), 4, -1)
+        matrix = _matrix(plain, layer).view(32, 4, -1)
+        added = torch.einsum("thd,whd->htw", parts, matrix).norm(dim=2)
+        others = [i for i in range(ids.shape[1]) if i not in places]
+        assert torch.allclose(found.of("output")[0, layer], added[:, others].mean(dim=1), rtol=1e-4)
         _, cached = _cached(out.past_key_values, layer)
         if cached.shape[2] == ids.shape[1]:  # a sliding window drops the first ones
             assert torch.allclose(found.of("value")[0, layer], _drain(plain, layer, cached[0], places), rtol=1e-4)
@@ -219,6 +294,7 @@ def test_every_measure_is_that_of_plain_transformers(architecture: str) -> None:
             float(norms[list(places)].max() / norms[others].max()), rel=1e-4
         )
         assert float(found.of("largest")[0, level]) == pytest.approx(float(hidden.abs().max()), rel=1e-4)
+    assert abs(found.massive[0][0].value) == pytest.approx(float(found.of("largest").max()))
     gated = architecture == "qwen3_next"
     assert (float(found.of("gate").nanmean()) < 0.9) == gated
     assert (float(found.of("learned").nanmean()) > 0.01) == (architecture == "gpt_oss")
@@ -228,12 +304,20 @@ def _cached(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cache.layers[layer].keys, cache.layers[layer].values
 
 
+def _taps(plain: Any) -> list[Any]:
+    if hasattr(plain, "transformer"):
+        return [block.attn.c_proj for block in plain.transformer.h]
+    return [getattr(getattr(block, "self_attn", None), "o_proj", None) for block in plain.model.layers]
+
+
+def _matrix(plain: Any, layer: int) -> torch.Tensor:
+    weight: torch.Tensor = _taps(plain)[layer].weight.detach()
+    return weight.T if hasattr(plain, "transformer") else weight
+
+
 def _drain(plain: Any, layer: int, values: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
     """Norms of W_O v by head, at the sinks against elsewhere."""
-    if hasattr(plain, "transformer"):
-        matrix = plain.transformer.h[layer].attn.c_proj.weight.detach().T
-    else:
-        matrix = plain.model.layers[layer].self_attn.o_proj.weight.detach()
+    matrix = _matrix(plain, layer)
     size = values.shape[-1]
     heads = matrix.shape[1] // size
     norms = torch.stack([

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +19,28 @@ from tiny import tiny_hf, tiny_tokenizer
 
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import template_of
+from mechlens.methods.sinks.contrast import domain_contrast
 from mechlens.methods.sinks.interventions import away_from
-from mechlens.methods.sinks.positions import FIRST, WORDS, position_mass
+from mechlens.methods.sinks.positions import FIRST, TEMPLATE, WORDS, position_mass
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.attention.watch import watch
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.batch import tokenize
 from mechlens.settings import WandbSettings
 from mechlens.studies.driver import run
-from mechlens.studies.sinks.config import FindSinks, SinkPlan
+from mechlens.studies.sinks.config import FindSinks
 from mechlens.studies.sinks.texts import domain_prompts
-from mechlens.studies.sinks.verdict import INCONCLUSIVE, NOT_MEASURABLE
+from mechlens.studies.sinks.verdict import (
+    ALIKE,
+    IDLE,
+    INCONCLUSIVE,
+    NONE,
+    NOT_MEASURABLE,
+    SWITCH,
+    _word,
+    sinks_verdict,
+)
 from mechlens.views import show_attention
 
 OFF = WandbSettings(mode="disabled")
@@ -90,14 +102,28 @@ def test_attention_of_answers_is_what_transformers_puts_out(tiny_model: Any, arc
         with torch.no_grad():
             patterns = plain(torch.tensor([[*row, *own]]), output_attentions=True).attentions
         asked = torch.stack([one[0, :, len(row) :] for one in patterns])  # layer head query key
-        for name in ("inst", "post[0]", batch.positions[-1]):
-            place = int(batch.at(name)[i]) - batch.offset(i)
-            seen = asked[..., place]
-            per_head = torch.where((seen > 0).any(2), seen.sum(2) / (seen > 0).sum(2).clamp(min=1), torch.nan)
-            column = found.positions.index(name)
-            right = per_head.nanmean(dim=1).nanmean()  # a window hides it from all queries of a layer, or from none
-            assert float(found.of("mass")[i, column]) == pytest.approx(float(right), rel=1e-4)
-        assert float(found.of("mass")[i, 0]) > 0 or architecture == "gemma3"
+        start, end = (batch.instruction[i] - batch.offset(i)).tolist()
+        named = {name: [int(batch.at(name)[i]) - batch.offset(i)] for name in batch.positions}
+        words = [place for place in range(start, end) if [place] not in named.values()]
+        groups = {FIRST: [0], TEMPLATE: list(range(1, start)), WORDS: words} | named
+        assert found.positions == tuple(groups)
+        for column, group in enumerate(groups.values()):
+            right = torch.stack([_to_places(layer, group) for layer in asked]).nanmean(dim=0)
+            assert found.values[:, i, column].tolist() == pytest.approx(right.tolist(), rel=1e-4, abs=1e-7, nan_ok=True)
+
+
+def _to_places(pattern: torch.Tensor, group: list[int]) -> torch.Tensor:
+    """Of one layer: attention, even attention and the share of heads above .3, by place; then their means."""
+    each = []
+    for place in group:
+        seen = pattern[0, :, place] > 0  # by queries of the answer, whose window may have moved on
+        if not seen.any():
+            each.append([math.nan] * 3)
+            continue
+        shares = pattern[:, seen, place].mean(dim=1)
+        evenly = 1 / (pattern[0, seen] > 0).sum(dim=1)
+        each.append([float(shares.mean()), float(evenly.mean()), float((shares > 0.3).float().mean())])
+    return torch.tensor(each).nanmean(dim=0) if each else torch.full((3,), math.nan)
 
 
 def test_a_planted_sink_gets_the_answers_attention() -> None:
@@ -110,6 +136,8 @@ def test_a_planted_sink_gets_the_answers_attention() -> None:
     words = float(rest) * (len(batch.row(0)) - 2)
     assert words > heads * 0.99
     assert float(found.of("mass")[0, found.positions.index(FIRST)]) < 0.1
+    table = position_mass(model, tokenize(["the x stands here", "say"], template_of(model, None)), [[5, 9], []])
+    assert table.table(0, 20).set_index("position")["n"].to_dict() == {FIRST: 1, TEMPLATE: 0, WORDS: 1, "last": 1}
     with pytest.raises(UserError, match="no prompt has an answer"):
         position_mass(model, batch, [[]])
 
@@ -144,8 +172,45 @@ def test_no_planted_world_gets_a_wrong_word_often(name: str) -> None:
     assert words.count(right) > 3 or world["gap"] == 0.02
 
 
+@pytest.mark.parametrize(
+    ("share", "difference", "p", "low", "high", "chance", "word"),
+    [
+        (0.49, 0.5, 0.01, 0.1, 0.2, 0.01, NONE),
+        (0.5, 0.0999, 0.01, 0.1, 0.2, 0.01, ALIKE),
+        (0.5, 0.1, 0.05, 0.1, 0.2, 0.01, SWITCH),
+        (1.0, 0.5, 0.06, 0.1, 0.2, 0.01, INCONCLUSIVE),
+        (1.0, 0.5, 0.01, 0.1, 0.2, 0.1, INCONCLUSIVE),  # no more than a random head
+        (1.0, 0.5, 0.01, -0.1, 0.01, 0.01, IDLE),
+        (1.0, 0.5, 0.01, -0.1, 0.02, 0.01, INCONCLUSIVE),  # perhaps more than a random head
+        (1.0, 0.5, 0.01, -0.1, 0.06, 0.1, INCONCLUSIVE),  # random heads are loud, and it may be worth 0.05
+        (1.0, 0.5, 0.01, 0.1, 0.2, math.nan, INCONCLUSIVE),
+    ],
+)
+def test_the_word_is_that_of_the_rule(
+    share: float, difference: float, p: float, low: float, high: float, chance: float, word: str
+) -> None:
+    gap = Estimate((low + high) / 2, low, high, 30)
+    assert _word(Estimate.exact(share, 30), difference, p, gap, chance) == word
+
+
+def test_where_every_head_is_chosen_nothing_is_held_against_chance() -> None:
+    mass = torch.rand(24, 1, 2, generator=torch.Generator().manual_seed(0)) / 10
+    mass[:12] += 0.5
+    kinds = ["a"] * 12 + ["b"] * 12
+    found = domain_contrast(mass, kinds, shuffles=99, seed=0)
+    worth = torch.rand(2, 24, generator=torch.Generator().manual_seed(1)) + torch.tensor([0.0] * 12 + [3.0] * 12)
+    both = sinks_verdict([True] * 24, mass, found, found.strongest(4), worth, 2, kinds, resamples=50, seed=0)
+    assert both.word == INCONCLUSIVE
+    assert "no other head to draw" in str(both.headline)
+    assert "0.000" not in str(both.headline)
+    worth[1, 12:] = -3.0  # worth less where it is active: as loud as if more
+    held = sinks_verdict([True] * 24, mass, found, [(0, 0), (0, 1)], worth, 1, kinds, resamples=50, seed=0)
+    assert 3 < held.random < 4
+
+
 def test_few_texts_are_not_measurable() -> None:
-    found = planted(WORLDS["no sinks"][0], 0, 6)
+    assert planted(WORLDS["no sinks"][0], 0, 10).word == NONE
+    found = planted(WORLDS["no sinks"][0], 0, 9)
     assert found.word == NOT_MEASURABLE
     assert "at least 10 of each" in str(found.headline)
 
@@ -235,17 +300,30 @@ def test_a_file_of_texts_is_a_kind_and_what_can_not_be_is_said(tmp_path: Path) -
     for path in paths:
         path.write_text(VERSE)
     verse, again, chat = map(str, paths)
-    kinds = domain_prompts(SinkPlan(domains=("prose", verse), texts=2))
+    kinds = domain_prompts(FindSinks(out=tmp_path, domains=("prose", verse), texts=2))
     assert {name: len(own) for name, own in kinds.items()} == {"prose": 2, "verse.txt": 2}
     with pytest.raises(UserError, match=r"two kinds of text are called 'verse.txt'; rename one of the files"):
-        domain_prompts(SinkPlan(domains=(verse, again), texts=2))
+        domain_prompts(FindSinks(out=tmp_path, domains=(verse, again), texts=2))
     with pytest.raises(UserError, match="would be called chat, as a kind that is built in"):
-        domain_prompts(SinkPlan(domains=("prose", chat)))
+        domain_prompts(FindSinks(out=tmp_path, domains=("prose", chat)))
     with pytest.raises(UserError, match=r"tokens.* is 8, and at least 16 are needed"):
-        domain_prompts(SinkPlan(tokens=8))
+        domain_prompts(FindSinks(out=tmp_path, tokens=8))
     with pytest.raises(UserError, match="the kinds of text are prose; give two or more"):
-        domain_prompts(SinkPlan(domains=("prose",)))
+        domain_prompts(FindSinks(out=tmp_path, domains=("prose",)))
     with pytest.raises(UserError, match=r"could not be read|there is no"):
-        domain_prompts(SinkPlan(domains=("prose", "./no.txt")))
+        domain_prompts(FindSinks(out=tmp_path, domains=("prose", "./no.txt")))
     with pytest.raises(UserError, match="prose has 1 text, and at least 2"):
-        domain_prompts(SinkPlan(texts=1))
+        domain_prompts(FindSinks(out=tmp_path, texts=1))
+    single, wide = tmp_path / "single.txt", tmp_path / "wide.csv"
+    single.write_text("a line that is long enough to be read\n")
+    wide.write_text("number,line\n" + "".join(f"{i},line {i} of a poem\n" for i in range(12)))
+    with pytest.raises(UserError, match="has 1 text, and at least 2 of each kind are needed"):
+        domain_prompts(FindSinks(out=tmp_path, domains=("prose", str(single))))
+    kinds = domain_prompts(FindSinks(out=tmp_path, domains=(verse, str(wide)), column="line", family_column="number"))
+    assert {name: len(own) for name, own in kinds.items()} == {"verse.txt": 2, "wide.csv": 12}  # all that there are
+    assert kinds["wide.csv"][3].text == "line 3 of a poem"
+    for mistyped in ("pros", "poems"):
+        with pytest.raises(
+            UserError, match=r"no kind of text .* \(did you mean 'prose'\?\); choose from prose, code, c"
+        ):
+            domain_prompts(FindSinks(out=tmp_path, domains=(mistyped, "code")))

@@ -57,7 +57,8 @@ def what_is_wrong(said: str, argv: Sequence[str], command: str, options: Sequenc
     missing = re.findall(r"^│ +(--[\w-]+)(?: [A-Z{\[].*)?│$", said.partition(_UNKNOWN)[0], re.MULTILINE)
     needs = f"{name} needs {' and '.join(missing)}" if missing else ""
     if (found := _STRANGE.search(plain)) is not None:
-        return _strange(found[1].split(), name, about, options, needs)
+        words = [word.rstrip(",") for word in found[1].split()]
+        return _strange(words, name, about, options, needs)
     return needs and f"{needs}; see {about} --help"
 
 

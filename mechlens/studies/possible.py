@@ -84,6 +84,7 @@ def _require_columns(config: Columns) -> None:
     names = SOURCES if config.data is None else ("data",)
     given = [source for name in names if isinstance(source := getattr(config, name, None), str)]
     sources = [part for source in given for part in ([source] if Path(source).exists() else source.split("+"))]
+    sources += [source for source in getattr(config, "domains", ()) if Path(source).is_file()]
     some = [part for part in sources if part not in builtin_names() and has_columns(part)]
     named = [name for name in ("column", "label_column", "family_column") if getattr(config, name) is not None]
     if named and not some:

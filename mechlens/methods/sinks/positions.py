@@ -120,7 +120,8 @@ def _of_answer(
         seen = visible.sum(dim=0)
         per_head = torch.where(seen > 0, pattern.sum(dim=1) / seen.clamp(min=1), torch.nan)
         flat = torch.where(seen > 0, even.sum(dim=0) / seen.clamp(min=1), torch.nan)
-        of_all = torch.stack([per_head.mean(dim=0), flat, (per_head > RATE).float().mean(dim=0)])
+        much = (per_head > RATE).float().masked_fill(per_head.isnan(), torch.nan)
+        of_all = torch.stack([per_head.mean(dim=0), flat, much.mean(dim=0)])
         found.append(torch.stack([of_all[:, list(own)].nanmean(dim=1) for own in places], dim=1))
 
     watch(model, ids, see)

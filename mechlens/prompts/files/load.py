@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens import hub
-from mechlens.errors import UserError, quoted
+from mechlens.errors import UserError, many, quoted
 from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_pairs, builtin_prompts
 from mechlens.prompts.files.from_row import RowReader, as_word, require_column
@@ -62,7 +62,7 @@ def load_prompts(
         prompts = [replace(prompt, label=label) for prompt in prompts]
     if system is not None:
         prompts = [replace(prompt, system=system) for prompt in prompts]
-    return prompts if sample is None else _sampled(prompts, sample, seed, str(source))
+    return prompts if sample is None else sampled(prompts, sample, seed, str(source))
 
 
 def require_columns(source: str, column: str | None, *others: str | None) -> None:
@@ -222,9 +222,10 @@ def _without_duplicates(prompts: list[Prompt], rows: list[Record], name: str) ->
     return list(first.values())
 
 
-def _sampled(prompts: list[Prompt], sample: int, seed: int, source: str) -> list[Prompt]:
+def sampled(prompts: list[Prompt], sample: int, seed: int, source: str) -> list[Prompt]:
+    """So many of the prompts in their order, drawn by seed; UserError where there are fewer."""
     if not 1 <= sample <= len(prompts):
-        raise UserError(f"a sample of {sample} was asked for, but {source} has {len(prompts)} prompts")
+        raise UserError(f"a sample of {sample} was asked for, but {source} has {many(len(prompts), 'prompt')}")
     order = list(range(len(prompts)))
     random.Random(seed).shuffle(order)
     return [prompts[place] for place in sorted(order[:sample])]

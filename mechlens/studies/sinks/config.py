@@ -29,7 +29,7 @@ class SinkPlan(Answering, Options):
     """Kinds of text that are set against each other: prose and code (built in), chat (built-in requests in the model's
     chat template), or files of texts."""
     texts: PositiveInt = 16
-    """Texts of each kind; of a file so many are drawn by seed."""
+    """Texts of each kind; of a file so many are drawn by seed, all where it has fewer."""
     tokens: PositiveInt = 128
     """What a text has beyond these is cut off."""
     heads: PositiveInt = 4

@@ -6,7 +6,7 @@ from mechlens.methods.sinks.result import HEAD_MEASURES, LEVEL_MEASURES
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import loaded
 from mechlens.runs.report import figures
-from mechlens.runs.report.parts import TokenView
+from mechlens.runs.report.parts import TokenView, visible
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.sinks.published import BESIDE, beside_table
@@ -62,25 +62,28 @@ def _sinks(writer: RunWriter, result: SinkResult) -> Section:
             xlabel="token attended to", ylabel="token that attends",
         )  # fmt: skip
         drawn.update_yaxes(autorange="reversed")
-        caption = "The head that differs most between kinds of text. A full column is a sink, marked below."
+        caption = ("The head that differs most between kinds of text. Sinks, to which a fifth of all heads attend, are "
+                   "marked below; a full column that isn't is this head's alone.")  # fmt: skip
         names.append(writer.figure(f"pattern_{one.domain}", drawn, table="patterns", caption=caption))
     views = tuple(
         TokenView(one.tokens, one.received, f"first text of {one.domain}; {_listed(one.sinks)}")
         for one in result.pictures
     )
+    sinks = result.tables().get("sinks")
     return Section(
         "Which tokens are sinks",
         "Share of texts in which a token is one, its first place, the mean attention that it receives, and the share "
         "of heads that send it much. Found in every text by itself, not assumed to be the first token. Below, tokens "
         "by the attention that they receive from all heads: red is much; grey ones are seen by too few to tell.",
         tuple(names),
-        table=result.tables().get("sinks"),
+        table=None if sinks is None else sinks.assign(token=sinks["token"].map(visible)),
         views=views,
     )
 
 
 def _listed(places: tuple[int, ...]) -> str:
-    return f"sinks at {' and '.join(map(str, places))}, counted from 0" if places else "no sink"
+    named = f"sink{'' if len(places) == 1 else 's'} at {' and '.join(map(str, places))}"
+    return f"{named}, counted from 0" if places else "no sink"
 
 
 def _heads(writer: RunWriter, result: SinkResult) -> Section:
@@ -129,7 +132,7 @@ def _positions(writer: RunWriter, requests: Requests) -> Section:
     )  # fmt: skip
     caption = "Of a query in the answer. Template before and words are means a token."
     shown = in_brief(
-        table.rename(columns={"low": "mass_low", "high": "mass_high"}).drop(columns="n"),
+        table.rename(columns={"low": "mass_low", "high": "mass_high"}).drop(columns="n").round({"heads": 3, "even": 3}),
         ("mass", "auroc_harmful", "auroc_refused", "hidden_gap", "hidden_harmful"),
     )
     return Section(

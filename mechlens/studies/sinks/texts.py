@@ -4,14 +4,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mechlens.errors import UserError, many, quoted
-from mechlens.files import plain_name
+from mechlens.files import plain_name, user_path
 from mechlens.methods.sinks.found import SHORTEST
 from mechlens.prompts.batch import TokenBatch, tokenize
-from mechlens.prompts.builtin import DOMAINS, builtin_prompts, domain_texts
-from mechlens.prompts.files.load import load_prompts
+from mechlens.prompts.builtin import DOMAINS, builtin_names, builtin_prompts, domain_texts
+from mechlens.prompts.files.load import load_prompts, sampled
+from mechlens.prompts.files.rows import has_columns
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, chat_template
-from mechlens.studies.sinks.config import SinkPlan
+from mechlens.registry import unknown_name
+from mechlens.studies.sinks.config import FindSinks, SinkPlan
 
 CHAT = "chat"
 FEWEST = 2
@@ -31,7 +33,7 @@ class Domain:
         return self.batch.prompts
 
 
-def domain_prompts(plan: SinkPlan) -> dict[str, list[Prompt]]:
+def domain_prompts(plan: FindSinks) -> dict[str, list[Prompt]]:
     """The texts by kind, a file's under its name without folders; UserError for kinds that there are not or are too
     few, for two of one name, and for texts that are cut too short."""
     if len(set(plan.domains)) < 2 or len(set(plan.domains)) < len(plan.domains):
@@ -59,12 +61,21 @@ def _kind(source: str) -> str:
     return name
 
 
-def _texts(name: str, plan: SinkPlan) -> list[Prompt]:
+def _texts(name: str, plan: FindSinks) -> list[Prompt]:
     if name in DOMAINS:
         return domain_texts(name)[: plan.texts]
     if name == CHAT:
         return builtin_prompts("benign")[: plan.texts]
-    return load_prompts(name, sample=plan.texts, seed=plan.seed)
+    read = has_columns(name) and name not in builtin_names()
+    column, family = (plan.column, plan.family_column) if read else (None, None)
+    try:
+        found = load_prompts(name, column=column, family_column=family)
+    except UserError as error:
+        # A bare word that can't be read is a mistyped kind sooner than a data set, whose name has an owner.
+        if name in builtin_names() or user_path(name).exists() or "/" in name or Path(name).suffix:
+            raise
+        raise UserError(f"{unknown_name('kind of text', name, (*DOMAINS, CHAT))}, or give a file of texts") from error
+    return sampled(found, min(plan.texts, len(found)), plan.seed, name)
 
 
 def tokenized_domain(name: str, texts: list[Prompt], template: ChatTemplate, plan: SinkPlan) -> Domain:

@@ -3,6 +3,7 @@
 Error rates on planted worlds are in this folder's README.md.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class SinkVerdict:
     gap: Estimate
     """Mean gap of the heads that differ most (nats a token)."""
     random: float
-    """The largest gap of a random head, by size."""
+    """The largest gap of a random head, by size; NaN where every head of the model was chosen."""
     between: tuple[str, str]
     """The kinds on which the head that differs most is dormant and active."""
 
@@ -71,8 +72,15 @@ class SinkVerdict:
         if self.word == ALIKE:
             return Headline(self.word, number)
         cost = f"{self.gap.brief} nats more where they are active"
-        against = f"(p {self.p:.3g}); off, such heads cost {cost} (random ones: up to {self.random:.3f})"
-        return Headline(self.word, number, against, "more texts would settle it" if self.word == INCONCLUSIVE else "")
+        beside = "no other head to draw" if math.isnan(self.random) else f"random ones: up to {self.random:.3f}"
+        against = f"(p {self.p:.3g}); off, such heads cost {cost} ({beside})"
+        return Headline(self.word, number, against, self._settle if self.word == INCONCLUSIVE else "")
+
+    @property
+    def _settle(self) -> str:
+        if math.isnan(self.random):
+            return "fewer heads (--heads) would leave others to hold them against"
+        return "more texts would settle it"
 
 
 def sinks_verdict(
@@ -96,7 +104,7 @@ def sinks_verdict(
     pairs = [tuple(contrast.domains[int(own[head])] for own in (contrast.active, contrast.dormant)) for head in heads]
     gaps = _gaps(off, pairs, kinds, draws)
     gap = of_sample(gaps[:n_chosen].mean(dim=0), len(kinds))
-    chance = float(gaps[n_chosen:, 0].abs().max()) if len(gaps) > n_chosen else 0.0
+    chance = float(gaps[n_chosen:, 0].abs().max()) if len(gaps) > n_chosen else math.nan
     difference, p = of_sample(most, len(kinds)), float(contrast.p[first])
     share = Estimate.exact(sum(sure) / len(sure), len(sure))
     word = NOT_MEASURABLE
@@ -127,7 +135,7 @@ def _word(share: Estimate, difference: float, p: float, gap: Estimate, chance: f
         return NONE
     if difference < MARGIN:
         return ALIKE
-    if p > LEVEL:
+    if p > LEVEL or math.isnan(chance):
         return INCONCLUSIVE
     if gap.low > chance:
         return SWITCH
