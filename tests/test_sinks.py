@@ -234,6 +234,7 @@ def test_a_window_in_which_few_see_a_key_says_nothing_of_it_and_stops_nothing() 
     model = bridge(hf_model, tiny_tokenizer(None), Checkpoint("tiny", "tests/tiny"))
     found = measure_sinks(model, TEXTS, template=None)
     assert bool(found.of("column_entropy").isnan().all())
+    assert all(bool(own.isnan().all()) for own in found.sinks.heads)  # unknown, and not a head that doesn't attend
     assert not bool(found.of("mass").isnan().any())
     assert not any(found.sinks.sure)
 
