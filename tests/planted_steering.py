@@ -19,6 +19,8 @@ class World:
     none: tuple[float, float] = (0.4, 0.05)
     alike: float = 0.7
     """Share of prompts on which both come from one draw: easy ones are easy for both."""
+    family: int = 1
+    """Prompts of one family, which share all draws."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ WORLDS = {
     "refusal by chance": World((0.5, 0.5), (0.5, 0.5), (0.5, 0.5), alike=0.0),
     "a constant breaks what was there": World((0.8, 0.3), (0.98, 0.98), (0.75, 0.25)),
     "a constant does better": World((0.6, 0.2), (0.9, 0.2)),
+    "the controller is the constant": World((0.8, 0.2), (0.8, 0.2), alike=1.0),
+    "all three are one": World((0.7, 0.2), (0.7, 0.2), (0.7, 0.2), alike=1.0),
+    "nearly all is right": World((0.97, 0.03), (0.97, 0.03), (0.97, 0.03), alike=0.0),
+    "both alike, families of two": World((0.8, 0.2), (0.8, 0.2), alike=0.0, family=2),
 }
 LAYERS = {
     "a few layers carry it": Weights(0.3, 0.08),
@@ -54,13 +60,17 @@ def planted(world: World, weights: Weights, seed: int, n: int) -> SteeringVerdic
     """The study's verdict on one draw of n prompts of each class."""
     drawn = torch.Generator().manual_seed(seed)
     harmful = torch.arange(2 * n) < n
-    common, one, other = (torch.rand(2 * n, generator=drawn) for _ in range(3))
-    shared = torch.rand(2 * n, generator=drawn) < world.alike
+    family = torch.arange(2 * n) // world.family
+
+    def draw() -> Tensor:
+        return torch.rand(2 * n, generator=drawn)[family]
+
+    common, one, other, shared = draw(), draw(), draw(), draw() < world.alike
 
     def flags(chances: tuple[float, float], own: Tensor) -> Tensor:
         return torch.where(shared, common, own) < torch.where(harmful, chances[0], chances[1])
 
-    third = torch.rand(2 * n, generator=drawn)
+    third = common if world.alike == 1 else draw()
     refused = {
         "controller": flags(world.controller, one), "constant": flags(world.constant, other),
         "no steering": flags(world.none, third),
@@ -70,5 +80,5 @@ def planted(world: World, weights: Weights, seed: int, n: int) -> SteeringVerdic
     base = torch.where(harmful, 0.7, 0.3) + 0.15 * torch.randn(2 * n, generator=drawn)
     sign = torch.where(harmful, 0.5, -0.5)
     first = base + shifts[:, None] * sign + 0.05 * torch.randn(1 + ORDERS, 2 * n, generator=drawn)
-    families = [str(i) for i in range(2 * n)]
+    families = [str(i) for i in family.tolist()]
     return steering_verdict(refused, first.clamp(0, 1), harmful, families, resamples=200, seed=0)

@@ -25,6 +25,7 @@ from mechlens.models.checkpoint import Checkpoint, weight_fingerprint
 from mechlens.models.sites import level_hook
 from mechlens.prompts.batch import TokenBatch, tokenize
 from mechlens.prompts.prompt import Prompt
+from mechlens.studies.controllers.config import RivalsPlan
 
 NEW = 5
 
@@ -221,6 +222,18 @@ def test_a_killed_fit_goes_on_and_is_the_same_to_the_bit() -> None:
             fit_controller(model, prompts(), plan, cache=shelf)
         shelf.room = 1000
         assert fit_controller(model, prompts(), plan, cache=shelf) == whole
+    # Nor is an epoch done again for what has no part in it: how many come after, or a study's other options.
+    longer = RivalsPlan(reads=(1,), layers=(1, 2), hidden=8, epochs=4, strengths=(0.3,))
+    before = set(full.pieces)
+    assert fit_controller(model, prompts(), longer, cache=full) != whole
+    assert len(set(full.pieces) - before) == 1
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_it_is_fitted_where_a_notebook_has_turned_gradients_off(off: Any) -> None:
+    whole = fitted("llama")
+    with off():
+        assert fitted("llama") == whole
 
 
 def test_one_file_holds_it(tmp_path: Path) -> None:
@@ -248,6 +261,9 @@ def test_what_can_not_be_fitted_or_used_is_said() -> None:
 def test_a_plan_that_leaves_no_layer_or_names_no_token_is_said() -> None:
     with pytest.raises(UserError, match="level 3 is to be read and none of the layers 0 to 2 is above"):
         fitted("llama", reads=(3,), layers=())
+    for name in ("layer", "level"):
+        with pytest.raises(UserError, match=f"{name} 1 is named twice; name each {name} once"):
+            fitted("llama", **{"layers" if name == "layer" else "reads": (1, 1)})
     with pytest.raises(UserError, match="there is no token 99999, only 0 to 269"):
         fit_controller(made("llama"), prompts(), ControllerPlan(reads=(1,), epochs=1), refusal_tokens=(99999,))
     with pytest.raises(UserError, match="the strength is nan"):
@@ -264,6 +280,9 @@ def test_a_file_that_was_tampered_with_is_refused() -> None:
         ({"network": replace(own, outer=own.outer * float("inf"))}, "not finite"),
         ({"network": narrow}, "isn't made for 2 layers and 1 places of 32"),
         ({"reads": ((0, "last"), (1, "last"))}, "isn't made for 2 layers and 2 places"),
+        ({"network": replace(own, outer=own.outer.bfloat16())}, "numbers of type bfloat16, and it decides in float32"),
+        ({"lengths": controller.lengths.double()}, "numbers of type float64"),
+        ({"layers": (2, 2)}, "steers layers 2, 2, one of them twice"),
     ):
         with pytest.raises(UserError, match=said):
             replace(controller, **changed)

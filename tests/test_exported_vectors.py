@@ -77,16 +77,16 @@ def by_llama_cpp(hf_model: Any, path: Path) -> Any:
     return adding(hf_model.model.layers[int(layer)], torch.from_numpy(np.array(tensor.data)))
 
 
-def steered_here(model: Any, direction: Direction) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
+def steered_here(model: Any, directions: tuple[Direction, ...]) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
     """First-token logits, and answers, under what was exported."""
     template = ml.template_of(model)
     batch = ml.tokenize(PROMPTS, template)
-    one = addition_at(model, direction, STRENGTH, "raw", direction.level, template)
-    return ml.logits_under(model, batch, [one]), ml.answer_under(model, batch, [one], max_new_tokens=4).tokens
+    given = [addition_at(model, one, STRENGTH, "raw", one.level, template) for one in directions]
+    return ml.logits_under(model, batch, given), ml.answer_under(model, batch, given, max_new_tokens=4).tokens
 
 
-def require_same_steering(hf_model: Any, model: Any, direction: Direction, steered: Callable[[], Any]) -> None:
-    logits, answers = steered_here(model, direction)
+def require_same_steering(hf_model: Any, model: Any, direction: Any, steered: Callable[[], Any]) -> None:
+    logits, answers = steered_here(model, direction if isinstance(direction, tuple) else (direction,))
     batch = ml.tokenize(PROMPTS, ml.template_of(model))
     clean = ml.logits_under(model, batch, [])
     assert float((logits - clean).abs().max()) > 0.1  # it does something
@@ -185,6 +185,34 @@ def test_repengs_own_reader(world: Any, level: int, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.exact
+@pytest.mark.parametrize("format", ["gguf", "steering-vectors"])
+def test_a_controllers_layers_in_one_file_by_the_tools_own_readers(
+    world: Any, format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = other_tool("repeng" if format == "gguf" else "steering_vectors", monkeypatch)
+    _, model, _ = world
+    controller = ml.fit_controller(
+        model, [replace(one, label={"a": "harmful", "b": "harmless"}[one.label]) for one in PROMPTS],
+        ml.ControllerPlan(reads=(1,), layers=(2,), epochs=1, hidden=8, published=True),
+    )  # fmt: skip
+    parts = (controller.constant(0.1)[0], world[2][2])  # at levels 3 and 2
+    hf_model, path = tiny_hf(), ml.export_direction(parts, tmp_path / FORMATS[format], format, strength=STRENGTH)
+    if format == "steering-vectors":
+        vector = tool.SteeringVector(**torch.load(path, weights_only=True))
+        require_same_steering(hf_model, model, parts, lambda: vector.apply(hf_model))
+        return
+    controlled = tool.ControlModel(hf_model, [1, 2])
+
+    @contextmanager
+    def steered() -> Iterator[None]:
+        controlled.set_control(tool.ControlVector.import_gguf(path), 1.0)
+        yield
+        controlled.reset()
+
+    require_same_steering(controlled, model, parts, steered)
+
+
+@pytest.mark.exact
 @pytest.mark.parametrize("level", [1, 3])
 def test_lm_evals_own_reader(world: Any, level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = other_tool("lm_eval.models.hf_steered", monkeypatch)
@@ -235,6 +263,10 @@ def test_endings_several_and_shares_are_told(world: Any, tmp_path: Path) -> None
         ({"layers.1.mlp": {"action": "add"}}, "steers at 'layers.1.mlp', which is no block"),
         ({"layers.1": {"action": "add", "steering_vector": [1.0]}}, "holds a list where a plain tensor is needed"),
         ({"layers.1": {"action": "add", "steering_vector": torch.ones(2, 4)}}, "where one vector of d_model"),
+        (
+            {"layers.1": {"action": "add", "steering_vector": torch.ones(4, dtype=torch.int8)}},
+            "real numbers are needed",
+        ),
     ],
 )
 def test_what_lm_eval_does_otherwise_is_no_direction(content: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -242,6 +274,15 @@ def test_what_lm_eval_does_otherwise_is_no_direction(content: dict[str, Any], sa
     torch.save(filled, tmp_path / "v.pt")
     with pytest.raises(ml.UserError, match=said):
         ml.open(tmp_path / "v.pt")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+def test_vectors_of_any_floats_are_read(kind: torch.dtype, tmp_path: Path) -> None:
+    vector = torch.arange(1.0, 5.0).to(kind)
+    torch.save(
+        {"layers.1": {"steering_vector": vector, "action": "add", "steering_coefficient": 0.5}}, tmp_path / "v.pt"
+    )
+    assert torch.equal(ml.open(tmp_path / "v.pt").vector, torch.arange(1.0, 5.0) / 2)
 
 
 def test_other_hook_points_and_rows_of_one_are_read(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`mechlens steer train`: rivals are what they say, the best strength is taken, and the verdict errs as written."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from mechlens.models.attention.outputs import head_matrices
 from mechlens.models.sites import site_hook
 from mechlens.studies.controllers.head_shifts import head_shifts
 from mechlens.studies.controllers.measured import chosen_strengths
-from mechlens.studies.controllers.verdict import DO_NOT, HELPS, MATTER, NEITHER, NO_BETTER, OVER_CONSTANT, WORSE
+from mechlens.studies.controllers.verdict import (
+    DO_NOT,
+    HELPS,
+    MATTER,
+    NEITHER,
+    NO_BETTER,
+    NOT_MEASURABLE,
+    OVER_CONSTANT,
+    WORSE,
+)
+from mechlens.studies.shared.sources import wrapped
 
 DRAWS = 40
 
@@ -30,6 +41,9 @@ DRAWS = 40
         ("deciding helps", {WORSE: 0.0, NO_BETTER: 0.0}, {HELPS: 0.95}),
         ("both alike", {HELPS: 0.1, WORSE: 0.1, NEITHER: 0.0}, {}),
         ("both alike, prompt by prompt apart", {HELPS: 0.1, WORSE: 0.1}, {}),
+        ("the controller is the constant", {}, {NO_BETTER: 1.0}),
+        ("all three are one", {}, {NO_BETTER: 1.0}),
+        ("nearly all is right", {HELPS: 0.1, WORSE: 0.1}, {}),
         ("neither refuses anything", {HELPS: 0.0, WORSE: 0.0}, {NEITHER: 0.5}),
         ("refusal by chance", {HELPS: 0.1, WORSE: 0.1}, {}),
         ("a constant breaks what was there", {HELPS: 0.15, WORSE: 0.0}, {OVER_CONSTANT: 0.8}),
@@ -56,8 +70,12 @@ def test_the_verdict_on_planted_layer_weights() -> None:
 
 
 def test_too_few_prompts_have_no_verdict() -> None:
-    told = planted(WORLDS["deciding helps"], LAYERS["all orders alike"], 0, 19)
-    assert str(told.headline) == "Not measurable: there are 38 test prompts; give 20 of each class."
+    few = replace(WORLDS["deciding helps"], family=5)
+    for world, n in ((WORLDS["deciding helps"], 19), (few, 45)):  # of 9 families
+        told = planted(world, LAYERS["all orders alike"], 0, n)
+        said = f"Not measurable: there are {2 * n} test prompts; give 20 of each class, of 10 families."
+        assert str(told.headline) == said
+    assert planted(few, LAYERS["all orders alike"], 0, 50).word != NOT_MEASURABLE
 
 
 def test_of_equal_strengths_the_weakest_is_taken() -> None:
@@ -127,6 +145,11 @@ def test_the_verb_writes_controllers_tables_and_a_report(recorded: Path) -> None
     # Nothing is damaged where nothing is done, and a gate that is shut for harmless prompts does less than a constant.
     assert totals.loc["no steering", "kl"] == 0
     assert totals.loc["no steering", "plain_kl"] == 0
+    for name in ("gap", "kl", "plain_kl", "plain_loss", "tokens", "repetition"):
+        assert ((totals[f"{name}_low"] <= totals[name] + 1e-9) & (totals[name] <= totals[f"{name}_high"] + 1e-9)).all()
+    page = (recorded / "out" / "report.html").read_text(encoding="utf-8")
+    loss = totals.loc["constant"]
+    assert f"{loss['plain_loss']:.2f} [{loss['plain_loss_low']:.2f}, {loss['plain_loss_high']:.2f}]" in page
     for name, row in totals.iterrows():
         given = opened.tables["answers"]
         own = given[given["rival"] == name]
@@ -167,7 +190,10 @@ def test_a_controller_steers_one_prompt_at_the_command_line(recorded: Path, caps
         assert sentence in capsys.readouterr().err
 
 
-def test_prompts_of_both_classes_or_of_the_training_sets_are_said(recorded: Path, capsys: Any) -> None:
+def test_what_can_not_be_is_said_before_the_model_is_read(
+    recorded: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechlens.studies.shared.inputs.kept_or_loaded", None)
     with pytest.raises(SystemExit):
         main(
             [
@@ -178,6 +204,23 @@ def test_prompts_of_both_classes_or_of_the_training_sets_are_said(recorded: Path
             ]
         )
     assert "a prompt can be of one class only" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([str(word) for word in command(recorded, "--layers", "1", "--reads", "4", "--out", recorded / "c")])
-    assert "level 4 is to be read and layer 1 steered" in capsys.readouterr().err
+    (recorded / "none.txt").write_text("Do it.\n", encoding="utf-8")
+    (recorded / "long.txt").write_text("\n".join(f"{i} {'a ' * 900}" for i in range(24)), encoding="utf-8")
+    wrong = {
+        ("--layers", "1", "--reads", "4"): "level 4 is to be read and layer 1 steered",
+        ("--reads", "99"): "levels 0 to 6 and layers 0 to 5, and 99 was asked for",
+        ("--layers", "2", "2"): "layer 2 is named twice",
+        ("--templates", recorded / "none.txt"): "has no [INSERT PROMPT HERE] for the prompt",
+        ("--test-harmful", recorded / "long.txt"): "tokens and the model takes",
+    }
+    for more, sentence in wrong.items():
+        with pytest.raises(SystemExit):
+            main([str(word) for word in command(recorded, *more, "--out", recorded / "c")])
+        assert sentence in capsys.readouterr().err
+
+
+def test_templates_are_in_the_column_that_has_places_for_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "templates.csv"
+    file.write_text('name,jailbreak\na,"Please: [INSERT PROMPT HERE]"\n', encoding="utf-8")
+    (one,) = wrapped([ml.Prompt("p", "Bake a cake.")], str(file), 0)
+    assert one.text == "Please: Bake a cake."

@@ -143,7 +143,7 @@ def by_level(by_layer: Mapping[int, object], method: str, path: Path) -> tuple[D
 
 def _vector(value: object, path: Path) -> Tensor:
     """A float32 copy of what should be one finite vector of plain numbers."""
-    vector = _numbers(value, path)
+    vector = plain_numbers(value, path)
     if vector.ndim != 1 or not 0 < len(vector) <= _MAX_SIZE:
         raise UserError(f"{path} holds {_described(value)} where one vector of d_model numbers is needed")
     return vector
@@ -151,10 +151,10 @@ def _vector(value: object, path: Path) -> Tensor:
 
 def load_numbers(path: Path) -> Tensor:
     """The one tensor or NumPy array of a file made by `torch.save`, as float32; UserError unless all is finite."""
-    return _numbers(load_tensors(path), path)
+    return plain_numbers(load_tensors(path), path)
 
 
-def _numbers(value: object, path: Path) -> Tensor:
+def plain_numbers(value: object, path: Path) -> Tensor:
     """A float32 copy of plain, finite, real numbers."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         value = torch.from_numpy(value.astype(np.float32))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mechlens.errors import UserError, quoted
 from mechlens.methods.directions.direction import Direction
-from mechlens.runs.vectors.foreign_vectors import by_level, load_tensors
+from mechlens.runs.vectors.foreign_vectors import by_level, load_tensors, plain_numbers
 
 _BLOCK = re.compile(r"(?:\w+\.)*(0|[1-9]\d{0,5})")
 """A module in a list of modules, such as layers.12 or model.layers.12."""
@@ -50,7 +50,7 @@ def _block(path: Path, name: str) -> int:
     return int(match[1])
 
 
-def _pushed(path: Path, name: str, done: Mapping[str, Any]) -> object:
+def _pushed(path: Path, name: str, done: Mapping[str, Any]) -> Tensor:
     if done.get("action") != "add" or done.get("bias") is not None or done.get("head_index") is not None:
         raise UserError(
             f"{path} does more at {name} than to add a vector to the residual stream (its action is "
@@ -59,6 +59,5 @@ def _pushed(path: Path, name: str, done: Mapping[str, Any]) -> object:
     vector, times = done["steering_vector"], done.get("steering_coefficient", 1.0)
     if isinstance(times, bool) or not isinstance(times, int | float):
         raise UserError(f"{path} has the coefficient {quoted(times)} at {name}; a number is needed")
-    if not isinstance(vector, Tensor):
-        return vector
-    return vector.reshape(-1) * float(times) if vector.ndim == 2 and len(vector) == 1 else vector * float(times)
+    numbers = plain_numbers(vector, path)
+    return (numbers.reshape(-1) if numbers.ndim == 2 and len(numbers) == 1 else numbers) * float(times)

@@ -140,19 +140,23 @@ def totals(
     damaged = harmless[:: max(1, len(harmless) // DAMAGED)][:DAMAGED]
     texts = tokenize([Prompt(f"plain{i}", ASK) for i in range(len(PLAIN_TEXT))], template)
     shown, own_answers = said_texts(model, texts, PLAIN_TEXT), answers[NONE].select(damaged)
+    groups = [families[i] for k, i in enumerate(damaged) if own_answers.tokens[k]]
+    each, other = [families[i] for i in harmless], [str(k) for k in range(len(PLAIN_TEXT))]
     rows = []
     for i, name in enumerate(progress_bar(rivals.at, title="what steering costs", unit="rival")):
         given = [rivals.at[name](strengths[name])]
-        kl_each = answer_losses(model, given, test.select(damaged), own_answers)[0, 1]
+        kl = answer_losses(model, given, test.select(damaged), own_answers)[0, 1]
         plain_loss, plain_kl = answer_losses(model, given, texts, shown)[0]
-        said = answers[name].select(harmless)
-        kl = mean_estimate(kl_each, [str(k) for k in range(len(kl_each))], plan.seed, plan.resamples)
-        rows.append({
-            "rival": name, "strength": strengths[name], **found[i].beside("gap"), **kl.beside("kl"),
-            "plain_kl": float(plain_kl.mean()), "plain_loss": float(plain_loss.mean()),
-            "tokens": sum(map(len, said.tokens)) / len(said.tokens),
-            "repetition": sum(map(repetition, said.tokens)) / len(said.tokens),
-        })  # fmt: skip
+        said = [answers[name].tokens[k] for k in harmless]
+        amounts = {
+            "kl": (kl, groups), "plain_kl": (plain_kl, other), "plain_loss": (plain_loss, other),
+            "tokens": (torch.tensor([float(len(own)) for own in said]), each),
+            "repetition": (torch.tensor([repetition(own) for own in said]), each),
+        }  # fmt: skip
+        row: dict[str, str | float] = {"rival": name, "strength": strengths[name], **found[i].beside("gap")}
+        for amount, (values, own) in amounts.items():
+            row |= mean_estimate(values, own, plan.seed, plan.resamples).beside(amount)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -1,7 +1,10 @@
 """A controller and its rivals as a record: who refuses what, what it costs, what the controller decides."""
 
+from typing import Any
+
 import pandas as pd
 
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import loaded
 from mechlens.runs.report import figures
 from mechlens.runs.report.report import Report, Section
@@ -82,7 +85,7 @@ def _sections(writer: RunWriter, result: ControllerResult) -> tuple[Section, ...
             "Difference: refused harmful minus refused harmless test prompts. KL: of harmless test prompts, from the "
             "unsteered model, over its own answers (nats a token); plain: the same, and the loss, where the answer is "
             "plain text. Tokens and repetition: of answers to harmless prompts.",
-            table=result.totals,
+            table=_costs(result),
         ),
         Section("What the controller decides", _DECIDES, _decided(writer, result)),
         Section(
@@ -120,8 +123,31 @@ def _refused(writer: RunWriter, result: ControllerResult) -> tuple[str, ...]:
 
 def _wide(result: ControllerResult) -> pd.DataFrame:
     """A row a rival, a column a set of prompts."""
-    rows = result.refusals.assign(set=result.refusals["label"] + ", " + result.refusals["prompts"])
-    return rows.pivot(index="rival", columns="set", values="refused").reindex(list(result.rivals.at)).reset_index()
+    table = result.refusals
+    told = table.assign(
+        set=table["label"] + ", " + table["prompts"],
+        refused=[_brief(row, "refused") for _, row in table.iterrows()],
+    )
+    wide = told.pivot(index="rival", columns="set", values="refused")
+    return wide.reindex(list(result.rivals.at))[list(dict.fromkeys(told["set"]))].reset_index()
+
+
+COSTS = {
+    "gap": "difference", "kl": "KL", "plain_kl": "KL, plain", "plain_loss": "loss, plain", "tokens": "tokens",
+    "repetition": "repetition",
+}  # fmt: skip
+
+
+def _costs(result: ControllerResult) -> pd.DataFrame:
+    """A row a rival, and its costs with their intervals."""
+    return pd.DataFrame([
+        {"rival": row["rival"], "strength": row["strength"]} | {said: _brief(row, name) for name, said in COSTS.items()}
+        for _, row in result.totals.iterrows()
+    ])  # fmt: skip
+
+
+def _brief(row: "pd.Series[Any]", name: str) -> str:
+    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], 0).brief
 
 
 def _decided(writer: RunWriter, result: ControllerResult) -> tuple[str, ...]:
@@ -145,7 +171,6 @@ def _beside(result: ControllerResult) -> pd.DataFrame:
         own = table[(table["prompts"] == place) & (table["label"] == label) & (table["rival"] == rival)]
         ours = "not measured"
         if len(own):
-            row = own.iloc[0]
-            ours = f"{row['refused']:.2f} [{row['refused_low']:.2f}, {row['refused_high']:.2f}]"
+            ours = _brief(own.iloc[0], "refused")
         rows.append({"quantity": what, "paper": theirs, "here": ours})
     return pd.DataFrame(rows)

@@ -17,8 +17,7 @@ from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.progress import phase
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.steering.controllers.controller import Controller
-from mechlens.methods.steering.controllers.start import places_of
-from mechlens.models.bridge import loaded, n_layers
+from mechlens.models.bridge import loaded
 from mechlens.prompts.batch import tokenize
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.controllers.asked import Asked, prepare_asked
@@ -99,9 +98,7 @@ def prepare(config: SteerTrain) -> Preparation[Asked]:
         raise UserError("strengths are shares of the residual norm; give one or more above 0, such as --strengths 0.1")
     if not 0 <= config.heads <= 1:
         raise UserError(f"heads is {config.heads:g}; it is a share of all heads, from 0 to 1")
-    made = prepare_asked(config, FEWEST)
-    places_of(config, n_layers(made.content.model))
-    return made
+    return prepare_asked(config, FEWEST)
 
 
 def execute(config: SteerTrain, asked: Asked, writer: RunWriter) -> ControllerResult:

@@ -9,7 +9,7 @@ from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.asked import Prompts, as_prompts
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate
-from mechlens.prompts.text import match_punctuation
+from mechlens.prompts.text import MatchedPrompts, match_punctuation
 from mechlens.settings import ModelChoice
 from mechlens.studies.driver import Preparation
 from mechlens.studies.shared.inputs import (
@@ -130,9 +130,24 @@ def prepare_harm_study(
     least: int = 1,
 ) -> Preparation[ContrastSets]:
     """Prompts, model and template of a study of both classes; UserError for whatever can't be had."""
+    sets, matched = read_matched_sets(config, model, extra_source, templates, least=least)
+    prompts = (*matched.positive, *matched.negative, *sets.extra)
+    chosen = chosen_model(model, asks(prompts, layers=layers, new_tokens=new_tokens))
+    content = ContrastSets(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)
+    return prepared(content, chosen.model, chosen.inputs(sets.data), prompts, sets.left_out)
+
+
+def read_matched_sets(
+    config: HarmChoice,
+    model: ModelChoice,
+    extra_source: str | None = None,
+    templates: str | None = None,
+    *,
+    least: int = 1,
+) -> tuple[HarmSets, MatchedPrompts]:
+    """The prompts as configured, and both classes alike in final punctuation, at least so many families of each."""
     sets = read_harm_sets(config, [model], extra_source, templates)
     matched = match_punctuation(sets.harmful, sets.harmless, config.punctuation)
-    prompts = (*matched.positive, *matched.negative, *sets.extra)
     for name, own in (("harmful", matched.positive), ("harmless", matched.negative)):
         families = len({prompt.group for prompt in own})
         if families < least:
@@ -140,6 +155,4 @@ def prepare_harm_study(
                 f"there are {families} families of {name} prompts, and the study needs {least} of each class; "
                 "give more prompts, or a larger --n"
             )
-    chosen = chosen_model(model, asks(prompts, layers=layers, new_tokens=new_tokens))
-    content = ContrastSets(*chosen, matched.positive, matched.negative, tuple(sets.extra), matched.note)
-    return prepared(content, chosen.model, chosen.inputs(sets.data), prompts, sets.left_out)
+    return sets, matched

@@ -16,7 +16,7 @@ from mechlens.errors import UserError, quoted
 from mechlens.files import AnyPath, read_whole, user_path
 from mechlens.prompts.builtin import builtin_names
 from mechlens.prompts.files.load import load_prompts
-from mechlens.prompts.files.rows import FILE_ENDINGS
+from mechlens.prompts.files.rows import FILE_ENDINGS, columns_of, read_rows
 from mechlens.prompts.prompt import Prompt
 from mechlens.studies.shared.training_data import text_sha256
 
@@ -167,7 +167,13 @@ def wrapped(prompts: Sequence[Prompt], file: str, seed: int) -> list[Prompt]:
 
 
 def _read_templates(file: str, name: str) -> list[Prompt]:
-    templates = load_prompts(file)
+    """Those of a file, from the one column that has places for prompts, whatever it's called."""
+    path = user_path(file)
+    rows = read_rows(path) if path.is_file() else []
+    places = [one for one in columns_of(rows) if any(PLACEHOLDER in str(row.values.get(one)) for row in rows)]
+    if rows and not places:
+        raise UserError(f"{name} has no {PLACEHOLDER} for the prompt in any template; put it there")
+    templates = load_prompts(file, column=places[0] if len(places) == 1 else None)
     lacking = [template.id for template in templates if PLACEHOLDER not in template.text]
     if lacking:
         raise UserError(f"{name}: the template {lacking[0]!r} has no {PLACEHOLDER} for the prompt; put it there")

@@ -108,6 +108,11 @@ class Controller(Comparable):
                 "numbers, as its other parts are; fit it anew"
             )
         numbers = [*self.network.parts, self.directions, self.lengths, *([] if self.fixed is None else [self.fixed])]
+        if other := [one.dtype for one in numbers if one.dtype != torch.float32]:
+            said = str(other[0]).removeprefix("torch.")
+            raise UserError(f"the controller holds numbers of type {said}, and it decides in float32; fit it anew")
+        if len(set(self.layers)) < n:
+            raise UserError(f"the controller steers layers {few(self.layers)}, one of them twice; fit it anew")
         if not all(bool(torch.isfinite(one).all()) for one in numbers):
             raise UserError("the controller holds numbers that are not finite, so it decides nothing; fit it anew")
 

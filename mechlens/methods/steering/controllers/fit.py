@@ -46,6 +46,7 @@ class Taught:
     refusal_tokens: tuple[int, ...]
 
 
+@torch.inference_mode(False)  # and with gradients, also where a notebook has turned them off
 def fit_controller(
     model: LanguageModel,
     prompts: Prompts,
@@ -111,7 +112,8 @@ def _trained(
     parts = ("inner", "inner_bias", "outer", "outer_bias")
     own = [nn.Parameter(getattr(start.network, name).clone()) for name in parts]
     optimizer = torch.optim.AdamW(own, lr=plan.learning_rate)
-    known = digest(["controller", start, taught, plan])
+    # What an epoch comes to: not how many there will be, nor what else a study's plan holds.
+    known = digest(["controller", start, taught, plan.learning_rate, plan.batch_size, plan.trained_strength, plan.seed])
     for epoch in progress_bar(range(plan.epochs), title="fitting the controller", unit="epoch"):
         key = digest([known, epoch])
         kept = None if cache is None else cache.get(key)

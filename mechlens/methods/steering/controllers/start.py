@@ -52,7 +52,7 @@ def start_of(
         network=_network(acts, reads, len(layers), plan),
         reads=tuple((level, POSITION) for level in reads),
         layers=layers,
-        directions=directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12),
+        directions=(directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)).float(),
         lengths=torch.tensor([float(own.norm(dim=1).median()) for own in at]),
         gate="raw" if plan.published else "sigmoid",
         weights="free" if plan.published else "budget",
@@ -78,6 +78,9 @@ def places_of(plan: ControllerPlan, blocks: int) -> tuple[tuple[int, ...], tuple
         raise UserError(
             f"the model has levels 0 to {blocks} and layers 0 to {blocks - 1}, and {quoted(wrong[0])} was asked for"
         )
+    for name, given in (("level", plan.reads), ("layer", plan.layers)):
+        if twice := [one for one in given if given.count(one) > 1]:
+            raise UserError(f"{name} {twice[0]} is named twice; name each {name} once")
     layers = plan.layers or tuple(range(0 if plan.published else max(reads), blocks))
     if not layers:
         raise UserError(
