@@ -13,14 +13,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator
 
-from mechlens.checked_json import read_sealed, sealed
+from mechlens.checked_json import parse_sealed, read_sealed, sealed
 from mechlens.errors import UserError
-from mechlens.files import AnyPath, user_path, write_text
+from mechlens.files import AnyPath, write_text
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import is_sampled
 from mechlens.models.precision import Parity
 from mechlens.runs.environment import GitState
 from mechlens.runs.headline import first_sentence
+from mechlens.runs.remote.store import address, is_remote, local_path, read_text
 
 
 def plain(value: object) -> Any:
@@ -230,14 +231,14 @@ def read_run(folder: AnyPath) -> Run:
     >>> ml.read_run("runs/first").status
     'success'
     """
-    place = user_path(folder)
+    place = local_path(folder)
     if place.is_file():
         if place.name != RUN_FILE:
             raise UserError(f"{place} is a file; give the folder of a run, which its --out named")
         place = place.parent
     path = place / RUN_FILE
     try:
-        found: _OnDisk = read_sealed(path, _OnDisk, REMEDY, sealed_from=2, extra="forbid")
+        found = _on_disk(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no {RUN_FILE} in {path.parent}; give the --out folder of a run") from error
     if found.format not in (1, FORMAT):
@@ -248,6 +249,14 @@ def read_run(folder: AnyPath) -> Run:
         for name, one in found.metrics.items()
     }
     return Run(**{**values, "metrics": metrics})
+
+
+def _on_disk(path: Path) -> _OnDisk:
+    if is_remote(path):
+        found: _OnDisk = parse_sealed(read_text(path), _OnDisk, address(path), REMEDY, sealed_from=2, extra="forbid")
+    else:
+        found = read_sealed(path, _OnDisk, REMEDY, sealed_from=2, extra="forbid")
+    return found
 
 
 def found_runs(root: Path) -> list[tuple[Path, Run | UserError]]:

@@ -5,6 +5,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from mechlens.files import (
     whole_file,
     write_text,
 )
+from mechlens.methods.cache import Cache
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
@@ -40,6 +42,8 @@ from mechlens.settings import WandbSettings
 # Where a run is put and shown does not change its numbers.
 NOT_SCIENCE = ("out", "wandb", "keep_cache")
 STEPS_FILE = "steps.jsonl"
+SHARED: ContextVar[Cache | None] = ContextVar("SHARED", default=None)
+"""The cache of another run that this one works for."""
 
 
 @runtime_checkable
@@ -185,9 +189,9 @@ class RunWriter:
             self._update(wandb_id=mirror.id, wandb_project=mirror.project)
 
     @property
-    def cache(self) -> FolderCache:
+    def cache(self) -> Cache:
         """Finished pieces of work, which outlive a killed run."""
-        return FolderCache(self.out / CACHE)
+        return SHARED.get() or FolderCache(self.out / CACHE)
 
     def inputs(
         self, inputs: Inputs, *, device: str | None = None, dtype: str | None = None, parity: Parity | None = None

@@ -6,6 +6,7 @@ The command line, `ml.run(config)` and `mechlens runs rerun` all come this way.
 import shlex
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,6 +20,9 @@ from mechlens.methods.progress import Clock, phase, say, timed
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
+from mechlens.runs.remote.copies import shown
+from mechlens.runs.remote.mirror import mirrored
+from mechlens.runs.remote.store import is_remote, require_here
 from mechlens.runs.results.result import RunResult, open_run_folder
 from mechlens.runs.run import (
     Difference,
@@ -80,19 +84,28 @@ def run(config: Any) -> RunResult:
     >>> run.sentence == ml.open("runs/harm").sentence == ml.read_run("runs/harm").sentence
     True
     """
+    do(config)
+    return open_run_folder(config.out)
+
+
+def do(config: Any) -> None:
+    """As `run`, without opening what was found."""
     study = study_of(config)
     config = with_paths(config)
     require_possible(config)
     require_types(config, plain(config))
     require_known(config)
-    with timed() as clock, heartbeat(clock, study.name):
-        with phase("loading", _model_of(config)):
-            study = _imported(study)
-            prepared = _prepared(study, config)
-        if finished(study.verb, config, config.out, prepared.resolved, prepared.inputs):
-            say(f"the run in {config.out} is finished; this is it (`runs rerun` computes it anew)")
-            return open_run_folder(config.out)
-        return open_run_folder(_recorded(study, config, prepared, clock))
+    given = config.out
+    with mirrored(given) if is_remote(given) else nullcontext(given) as out, timed() as clock:
+        config = replace(config, out=out)
+        with heartbeat(clock, study.name):
+            with phase("loading", _model_of(config)):
+                study = _imported(study)
+                prepared = _prepared(study, config)
+            if finished(study.verb, config, out, prepared.resolved, prepared.inputs):
+                say(f"the run in {given} is finished; this is it (`runs rerun` computes it anew)")
+            else:
+                _recorded(study, config, prepared, clock)
 
 
 def _model_of(config: Any) -> str:
@@ -152,6 +165,8 @@ def rerun(folder: AnyPath, out: AnyPath | None = None) -> Difference:
     >>> ml.rerun("runs/first").difference
     0.0
     """
+    if out is not None:
+        require_here(Path(out), "what is made again")
     before = read_run(folder)
     if before.status != "success":
         raise UserError(
@@ -185,13 +200,14 @@ def _rebuilt(cls: Any, config: Mapping[str, Any], out: Path) -> Any:
 def summary(folder: Path) -> str:
     """What a finished run found, for a terminal: what decided in words, verdict, report, and last the one sentence."""
     run = read_run(folder)
+    where = shown(folder)
     lines = [f"{run.words.get(name, name)}: {metric_text(name, one)}" for name, one in run.deciding.items()]
     if more := len(run.metrics) - len(lines):
-        lines.append(f"{more} more in the report and `mechlens runs show {shlex.quote(str(folder))}`")
+        lines.append(f"{more} more in the report and `mechlens runs show {shlex.quote(where)}`")
     said = (run.verdict or "").removeprefix(run.sentence).strip()
     lines += ["", said] if said else [""]
-    lines += _to_steer(folder, run)
-    lines.append(f"report: {(folder / 'report.html').resolve()}")
+    lines += _to_steer(folder, run) if where == str(folder) else []
+    lines.append(f"report: {(folder / 'report.html').resolve() if where == str(folder) else where + '/report.html'}")
     return "\n".join([*lines, *filter(None, [run.sentence])])
 
 

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from mechlens.errors import UserError
 from mechlens.files import require_writable, short_name, user_path
 from mechlens.registry import require_numbers, unknown_name
+from mechlens.runs.remote.store import is_remote
 from mechlens.settings import SOURCES, Columns
 
 FILES = ("direction", "guard", "controller")
@@ -64,7 +65,7 @@ def require_possible(config: Any) -> None:
     if isinstance(given.get("checkpoints"), tuple):
         _require_checkpoints(given["checkpoints"])
     _require_layers(given)
-    if isinstance(given.get("out"), Path):
+    if isinstance(given.get("out"), Path) and not is_remote(given["out"]):
         require_writable(given["out"])
 
 

@@ -11,6 +11,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,7 @@ def plan(
                 return
             yield batch_cost + size * (longest - shared)
 
-    return [order[piece] for piece in cheapest_pieces(len(order), costs)]
+    return in_turn([order[piece] for piece in cheapest_pieces(len(order), costs)])
 
 
 LARGE = 600_000_000
@@ -128,13 +129,23 @@ def plan_reading(
 ) -> list[list[int]]:
     """Row numbers batch by batch, for `fast_batch` or `reference_batch`."""
     if fast and _are_packed(model, rows):
-        return plan_packed([row.ids for row in rows], max_tokens, shared)
+        return in_turn(plan_packed([row.ids for row in rows], max_tokens, shared))
     return plan(rows, max_tokens, shared=shared, equal_lengths=not fast)
 
 
 def _are_packed(model: LanguageModel, rows: Sequence[Row]) -> bool:
     """Whether rows are run in one line; a row alone gains nothing by it."""
     return len(rows) > 1 and packs(model, max(len(row.ids) for row in rows))
+
+
+FIRST: ContextVar[float] = ContextVar("FIRST", default=0.0)
+"""How far along its batches this process begins, as a share of them: others of the same work begin elsewhere."""
+
+
+def in_turn(batches: list[list[int]]) -> list[list[int]]:
+    """The same batches, from the one on with which this process begins."""
+    first = int(FIRST.get() * len(batches))
+    return batches[first:] + batches[:first]
 
 
 def cheapest_pieces(n: int, costs: Callable[[int], Iterator[float]]) -> list[slice]:

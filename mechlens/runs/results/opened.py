@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 from mechlens.errors import UserError
-from mechlens.files import user_path
+from mechlens.runs.remote.copies import copy_of
+from mechlens.runs.remote.store import local_path
 from mechlens.runs.results.result import open_run_folder
 from mechlens.runs.results.saved import ENDING, open_file
 from mechlens.runs.run import RUN_FILE
@@ -20,7 +21,7 @@ def open(path: str | os.PathLike[str]) -> Any:
     >>> run.sentence == run.record.sentence
     True
     """
-    place = user_path(path)
+    place = copy_of(local_path(path))
     if not place.is_dir():
         if place.name == RUN_FILE and place.is_file():
             return open_run_folder(place.parent)

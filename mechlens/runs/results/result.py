@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mechlens.errors import UserError
-from mechlens.files import plain_name, short_name, user_path
+from mechlens.files import plain_name, short_name
 from mechlens.runs.lock import is_held
+from mechlens.runs.remote.copies import copy_of
+from mechlens.runs.remote.store import local_path
 from mechlens.runs.report.parts import in_words
 from mechlens.runs.results.kept import Kept, names_in, read_figure, require_same
-from mechlens.runs.run import Run, found_runs, interval_of, metric_text, read_run
+from mechlens.runs.run import RUN_FILE, Run, found_runs, interval_of, metric_text, read_run
 
 if TYPE_CHECKING:
     import pandas
@@ -205,7 +207,7 @@ class RunList(Sequence[RunResult]):
 
 def open_run_folder(folder: str | os.PathLike[str]) -> RunResult:
     """The run that was recorded in a folder; UserError where there is none or its record is damaged."""
-    path = user_path(folder)
+    path = copy_of(local_path(folder))
     return RunResult(path, read_run(path))
 
 
@@ -230,7 +232,7 @@ def list_runs(
     from mechlens.runs.results.wanted import Wanted, day
 
     runs = []
-    for folder, found in found_runs(user_path(root)):
+    for folder, found in found_runs(copy_of(local_path(root), RUN_FILE)):
         if isinstance(found, Run):
             runs.append(RunResult(folder, found))
         else:

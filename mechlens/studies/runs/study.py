@@ -1,6 +1,8 @@
 """`mechlens runs`: what recorded runs say, and the same numbers again."""
 
 from mechlens.errors import UserError
+from mechlens.runs.remote.copies import shown
+from mechlens.runs.remote.store import require_here
 from mechlens.runs.results.result import list_runs, open_run_folder
 from mechlens.runs.run import metric_text
 from mechlens.studies.registry import Screen
@@ -19,7 +21,7 @@ def list_all(config: ListRuns, screen: Screen) -> None:
     for run in runs:
         record = run.record
         model = record.model_name if config.json else run.model
-        facts = (str(run.folder), record.verb, model, run.status, record.started[:16].replace("T", " "))
+        facts = (shown(run.folder), record.verb, model, run.status, record.started[:16].replace("T", " "))
         if config.json:
             names = ("folder", "study", "model", "status", "started", "sentence", "state")
             screen.show(dict(zip(names, (*facts, run.sentence, run.state), strict=True)))
@@ -64,6 +66,7 @@ def index(config: IndexRuns, screen: Screen) -> None:
     """Writes the page and says where it is."""
     from mechlens.runs.index import write_index
 
+    require_here(config.folder, "an index")
     screen.show(f"index: {write_index(config.folder).resolve()}")
 
 
@@ -71,6 +74,7 @@ def remove_superfluous(config: PruneRuns, screen: Screen) -> None:
     """Frees disk, run by run, and says what it freed."""
     from mechlens.runs.prune import prune
 
+    require_here(config.folder, "runs to be pruned")
     done = prune(config.folder, dry=config.dry_run)
     for one in done:
         names = ", ".join(str(path.relative_to(one.folder)) for path in one.paths)
@@ -109,4 +113,5 @@ def compare(config: CompareRuns, screen: Screen) -> None:
     if config.out is not None:
         from mechlens.runs.results.compared_page import write_comparison
 
+        require_here(config.out, "the comparison")
         screen.show(f"page: {write_comparison(found, config.out).resolve()}")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mechlens.checked_json import checked, read_sealed, sealed
+from mechlens.checked_json import checked, parse_sealed, sealed
 from mechlens.errors import UserError
-from mechlens.files import write_text
 from mechlens.runs.folder import JOB_FILE
-from mechlens.runs.results.result import open_run_folder
-from mechlens.runs.run import RUN_FILE
+from mechlens.runs.remote.store import exists, put_text, read_text, remove
+from mechlens.runs.results.result import RunResult
+from mechlens.runs.run import RUN_FILE, read_run
 from mechlens.studies.registry import studies
 from mechlens.studies.sweep.plan import Job
 
@@ -52,7 +52,7 @@ def write_jobs(jobs: list[Job]) -> None:
     for job in jobs:
         path = folder_of(job) / JOB_FILE
         ours = job.plain
-        if path.exists() and (known := _read(path).config) != ours:
+        if exists(path) and (known := _read(path).config) != ours:
             differ = sorted(name for name in ours if known.get(name) != ours[name])
             raise UserError(
                 f"{path.parent} holds a job with another {', '.join(differ) or 'configuration'}; give another --out, "
@@ -60,10 +60,9 @@ def write_jobs(jobs: list[Job]) -> None:
             )
     for job in jobs:
         path = folder_of(job) / JOB_FILE
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not exists(path):
             record = sealed({"format": FORMAT, "study": job.study, "config": job.plain})
-            write_text(path, json.dumps(record, indent=1) + "\n")
+            put_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def read_job(folder: Path) -> Job:
@@ -81,7 +80,7 @@ def read_job(folder: Path) -> Job:
 
 
 def _read(path: Path) -> _Record:
-    found: _Record = read_sealed(path, _Record, REMEDY, sealed_from=FORMAT)
+    found: _Record = parse_sealed(read_text(path), _Record, str(path), REMEDY, sealed_from=FORMAT)
     return found
 
 
@@ -89,10 +88,10 @@ def state_of(job: Job) -> State:
     """How far a job is, by its folder alone."""
     folder = folder_of(job)
     file = failure_file(folder)
-    failed = file.read_text(encoding="utf-8").strip() if file.exists() else ""
-    if not (folder / RUN_FILE).exists():
+    failed = read_text(file).strip() if exists(file) else ""
+    if not exists(folder / RUN_FILE):
         return State(job, "failed" if failed else "left", failed)
-    run = open_run_folder(folder)
+    run = RunResult(folder, read_run(folder))
     if run.status == "success":
         return State(job, "done", run.sentence, sum(run.record.seconds.values()))
     if run.status == "running":
@@ -107,11 +106,9 @@ def failure_file(folder: Path) -> Path:
 
 def note_failure(folder: Path, sentence: str) -> None:
     """Says why a job failed; an earlier failure's sentence goes."""
-    path = failure_file(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, sentence + "\n")
+    put_text(failure_file(folder), sentence + "\n")
 
 
 def forget_failure(folder: Path) -> None:
     """Of a job that is tried again."""
-    failure_file(folder).unlink(missing_ok=True)
+    remove(failure_file(folder))

@@ -52,7 +52,9 @@ class Plan:
     over: dict[str, list[Any]] = field(default_factory=dict)
     """Values of one option by its name, or sets of options that vary together by a name of your own."""
     gpus: Annotated[int, Field(ge=0)] = 0
-    """GPUs of each job; `device_map: auto` among the options spreads a model over them."""
+    """GPUs of each process; `device_map: auto` among the options spreads a model over them."""
+    shards: Annotated[int, Field(ge=1)] = 1
+    """Processes of each job, among which the prompts are divided."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """`mechlens sweep`: the jobs of a plan, done by an engine until nothing is left, and what became of them."""
 
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError, many
-from mechlens.files import user_path
 from mechlens.methods.progress import progress_bar, spoken
 from mechlens.runs.lock import FolderLock
+from mechlens.runs.remote.mirror import mirrored
+from mechlens.runs.remote.store import address, is_remote, local_path, require_here
 from mechlens.runs.results.compared import RunComparison, compare_runs
 from mechlens.runs.results.compared_page import write_comparison
 from mechlens.studies.registry import Screen
@@ -16,6 +19,7 @@ from mechlens.studies.sweep.config import Sweep
 from mechlens.studies.sweep.engines.engine import Engine, Resources, engine_called
 from mechlens.studies.sweep.folders import State, folder_of, forget_failure, state_of, write_jobs
 from mechlens.studies.sweep.plan import Job, jobs_of, read_plan
+from mechlens.studies.sweep.shards import helpers_of
 
 TRIES = 3
 """How often a job is started whose process was lost; one that fails with a sentence is started once."""
@@ -28,24 +32,25 @@ COMPARED = "compared"
 
 def sweep(config: Sweep, screen: Screen) -> None:
     """Does what is left of a plan and shows what became of every job; UserError at the end where one failed."""
-    out = user_path(config.out)
+    out = local_path(config.out)
     plan = read_plan(config.plan)
+    if config.engine == "slurm":
+        require_here(out, "a sweep by Slurm")
+    if plan.shards > 1:
+        require_here(out, "a sweep whose jobs are done by several processes each")
     jobs = jobs_of(plan, out, str(config.plan))
     if config.dry_run:
         states = [state_of(job) for job in jobs]
         screen.show(table_of(states))
         screen.show(left_to_do(states, config.workers))
         return
-    resources = Resources(config.workers, plan.gpus, out / LOGS, config.slurm, config.ray)
+    resources = Resources(config.workers, plan.gpus, _logs(out, screen), config.slurm, config.ray)
     engine = engine_called(config.engine, resources)
     write_jobs(jobs)
-    lock = FolderLock(out)
-    try:
+    with _held(out):
         for job in jobs:
             forget_failure(folder_of(job))
-        work(jobs, engine, resources)
-    finally:
-        lock.release()
+        work(jobs, engine, resources, plan.shards)
     states = [state_of(job) for job in jobs]
     screen.show(table_of(states))
     screen.show(summary(states))
@@ -54,7 +59,7 @@ def sweep(config: Sweep, screen: Screen) -> None:
         compared = compare_runs(*done)
         if spread := spread_of(compared):
             screen.show(spread)
-        screen.show(f"compared: {write_comparison(compared, out / COMPARED).resolve()}")
+        screen.show(f"compared: {_written(compared, out / COMPARED)}")
     if open_ := [state for state in states if state.status != "done"]:
         raise UserError(
             f"{many(len(open_), 'job')} of {len(states)} did not succeed; mend what their sentences say and give the "
@@ -62,7 +67,38 @@ def sweep(config: Sweep, screen: Screen) -> None:
         )
 
 
-def work(jobs: Sequence[Job], engine: Engine, resources: Resources) -> None:
+def _logs(out: Path, screen: Screen) -> Path:
+    """Where workers on this machine write; files that grow are nothing for an object store."""
+    if not is_remote(out):
+        return out / LOGS
+    made = Path(tempfile.mkdtemp(prefix="mechlens-logs-"))
+    screen.show(f"logs: {made}")
+    return made
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Nobody else sweeps into the folder; on a store each job's own lock must do."""
+    if is_remote(out):
+        yield
+        return
+    lock = FolderLock(out)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _written(compared: RunComparison, folder: Path) -> str:
+    """Where the page and the tables are."""
+    if not is_remote(folder):
+        return str(write_comparison(compared, folder).resolve())
+    with mirrored(folder) as here:
+        page = write_comparison(compared, here)
+    return f"{address(folder)}/{page.name}"
+
+
+def work(jobs: Sequence[Job], engine: Engine, resources: Resources, shards: int = 1) -> None:
     """Has the engine do what isn't finished; jobs whose process was lost are given to it again."""
     left = {folder_of(job): job for job in jobs if state_of(job).status not in ENDED}
     bar = progress_bar(total=len(jobs), done=len(jobs) - len(left), title="sweep", unit="job")
@@ -75,13 +111,18 @@ def work(jobs: Sequence[Job], engine: Engine, resources: Resources) -> None:
     try:
         for _ in range(TRIES):
             if free := [job for job in left.values() if state_of(job).status != "running"]:
-                engine(groups_of(free, resources.workers), resources, look)
+                engine(groups_of(free, resources.workers, shards), resources, look)
     finally:
         bar.close()
 
 
-def groups_of(jobs: Sequence[Job], workers: int) -> list[list[Path]]:
-    """Jobs that load the same model together, in as many parts as keep all workers busy."""
+def groups_of(jobs: Sequence[Job], workers: int, shards: int = 1) -> list[list[Path]]:
+    """Jobs that load the same model together, in as many parts as keep all workers busy; with shards, each by itself.
+
+    A job's helpers come right after it, so that they are at work at the same time.
+    """
+    if shards > 1:
+        return [[one] for job in jobs for one in (folder_of(job), *helpers_of(folder_of(job), shards))]
     alike: dict[Any, list[Path]] = {}
     for job in jobs:
         alike.setdefault(job.loads, []).append(folder_of(job))

@@ -9,22 +9,34 @@ from pathlib import Path
 
 from mechlens.errors import UserError
 from mechlens.methods.kept_model import keeping_model
-from mechlens.studies.driver import run
+from mechlens.studies.driver import do
 from mechlens.studies.sweep.engines.parent import end_with_parent
 from mechlens.studies.sweep.folders import note_failure, read_job
+from mechlens.studies.sweep.shards import help_with, is_helper
 
 
 def work_on(folders: list[Path]) -> None:
     """Does every job, whatever becomes of the others; a failure is a sentence in the sweep's folder."""
     with keeping_model():
         for folder in folders:
+            if is_helper(folder):
+                _help(folder)
+                continue
             try:
-                run(read_job(folder).config)
+                do(read_job(folder).config)
             except UserError as error:
                 note_failure(folder, error.typed)
             except Exception as error:
                 traceback.print_exc()
                 note_failure(folder, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300])
+
+
+def _help(name: Path) -> None:
+    """What befalls a helper is no failure of the job, which does without."""
+    try:
+        help_with(name)
+    except Exception:
+        traceback.print_exc()
 
 
 def main() -> None:

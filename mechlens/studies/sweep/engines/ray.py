@@ -8,6 +8,7 @@ from typing import Any
 
 from mechlens.errors import UserError, require_extra
 from mechlens.methods.progress import say
+from mechlens.runs.remote.store import is_remote
 from mechlens.studies.sweep.engines import local
 from mechlens.studies.sweep.engines.engine import Groups, Look, Resources
 from mechlens.studies.sweep.worker import work_on
@@ -43,7 +44,7 @@ def run(groups: Groups, resources: Resources, look: Look) -> None:
     """
     ray = _connected(resources)
     task = ray.remote(num_cpus=resources.ray.cpus, num_gpus=resources.gpus, max_retries=0)(work_in)
-    waiting = [[folder.resolve() for folder in group] for group in groups]
+    waiting = [[folder if is_remote(folder) else folder.resolve() for folder in group] for group in groups]
     working: dict[Any, list[Path]] = {}
     try:
         while waiting or working:
