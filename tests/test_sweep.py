@@ -1,5 +1,6 @@
 """Sweeps: every combination once and in full, nothing done twice, and the same numbers as jobs done by hand."""
 
+import errno
 import json
 import os
 import signal
@@ -168,29 +169,78 @@ def test_a_sweep_gives_what_its_jobs_give_alone_and_one_failure_stops_no_other(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_killed_worker_is_replaced_and_the_tables_are_the_same(
+def test_a_worker_that_is_killed_and_then_its_parent_cost_no_number(
     swept: Path, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first process that is started is killed at once, the next does its jobs."""
-    started: list[Any] = []
-    real = local._started
+    """The worker in the middle of its first job, its parent when another worker is there; then the same command.
 
-    def killed(*given: Any) -> Any:
-        one = real(*given)
-        if not started:
-            one.process.kill()
-        started.append(one)
-        return one
+    The last one does its jobs in this process, which saves a start.
+    """
+    plan = written(tmp_path / "plan.yaml", plan_of(models, seed=[0, 1]))
+    command = ["sweep", str(plan), "--out", str(tmp_path / "out")]
+    first, _ = jobs = jobs_of(read_plan(plan), tmp_path / "out", "plan")
+    parent = subprocess.Popen([sys.executable, "-m", "mechlens", *command], stdout=subprocess.DEVNULL)
+    whole = psutil.Process(parent.pid)
+    wait_for(lambda: (folder_of(first) / "run.json").exists())
+    (worker,) = whole.children()
+    worker.kill()
+    wait_for(lambda: [one for one in whole.children() if one.pid != worker.pid])
+    left = whole.children()
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs(left, timeout=60)
+    assert not any(one.is_running() for one in left)
+    assert any(state_of(job).status != "done" for job in jobs)
+    monkeypatch.setattr(local, "run", lambda groups, *_: [work_on(group) for group in groups])
+    main(command)
+    for job in jobs:
+        assert state_of(job).status == "done"
+        same_tables(folder_of(job), folder_of(by_seed(swept)[job.config.seed]))
 
-    monkeypatch.setattr(local, "_started", killed)
-    plan = written(tmp_path / "plan.yaml", plan_of(models, seed=[1]))
-    main(["sweep", str(plan), "--out", str(tmp_path / "out")])
-    assert len(started) == 2
-    (job,) = jobs_of(read_plan(plan), tmp_path / "out", "plan")
-    theirs = tables(folder_of(next(j for j in jobs_of(read_plan(swept / "plan.yaml"), swept / "out", "p")
-                                   if (j.config.seed, j.config.positive) == (1, "harmful"))))  # fmt: skip
-    for name, table in tables(folder_of(job)).items():
-        pd.testing.assert_frame_equal(table, theirs[name], check_exact=True)
+
+def wait_for(true: Any) -> None:
+    deadline = time.monotonic() + 300
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def by_seed(swept: Path) -> dict[int, Any]:
+    """The jobs of that sweep that were done."""
+    jobs = jobs_of(read_plan(swept / "plan.yaml"), swept / "out", "plan")
+    return {job.config.seed: job for job in jobs if job.config.positive == "harmful"}
+
+
+def same_tables(one: Path, other: Path) -> None:
+    mine, theirs = tables(one), tables(other)
+    assert mine.keys() == theirs.keys() != set()
+    for name in mine:
+        pd.testing.assert_frame_equal(mine[name], theirs[name], check_exact=True)
+
+
+def test_a_full_disk_is_the_sentence_of_its_job_and_with_room_again_the_numbers_are_the_same(
+    swept: Path, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full from the first table of the first job on until that has failed."""
+    first, second = jobs = jobs_of(plan_of(models, seed=[0, 1]), tmp_path / "out", "plan")
+    write_jobs(jobs)
+    real = pd.DataFrame.to_parquet
+
+    def full(self: pd.DataFrame, path: Path, **how: Any) -> None:
+        if folder_of(first) in Path(path).parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, path, **how)
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    work_on([folder_of(job) for job in jobs])
+    assert state_of(first).status == "failed"
+    assert "the disk is full" in state_of(first).said
+    assert state_of(second).status == "done"
+    monkeypatch.undo()
+    work_on([folder_of(first)])
+    for job in jobs:
+        assert state_of(job).status == "done"
+        same_tables(folder_of(job), folder_of(by_seed(swept)[job.config.seed]))
 
 
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
