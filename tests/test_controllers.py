@@ -105,6 +105,10 @@ def test_a_closed_gate_changes_nothing_to_the_bit(architecture: str, published: 
     assert (
         answer_under(model, batch, shut, max_new_tokens=NEW).tokens == answer(model, batch, max_new_tokens=NEW).tokens
     )
+    said = answer(model, one, max_new_tokens=NEW)  # as published nothing but the answer's tokens is ever steered
+    (loss, kl), (bare, _) = (answer_losses(model, [given], one, said)[0] for given in (shut, []))
+    assert torch.equal(loss, bare)
+    assert not kl.any()
 
 
 def test_as_published_the_prompt_is_left_alone_and_answers_are_steered_at_all_layers() -> None:
