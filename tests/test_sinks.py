@@ -12,8 +12,10 @@ from mechlens.errors import UserError
 from mechlens.methods.patching.heads import without_heads
 from mechlens.methods.sinks import measures
 from mechlens.methods.sinks.found import Sinks, _places, find_sinks
+from mechlens.methods.sinks.positions import PositionMass
 from mechlens.methods.sinks.reading import measure_sinks
 from mechlens.methods.sinks.result import SinkMap
+from mechlens.methods.statistics.resample import family_weights, mean_estimate
 from mechlens.models.attention.watch import watch
 from mechlens.models.bridge import bridge
 from mechlens.models.checkpoint import Checkpoint
@@ -200,6 +202,54 @@ def test_a_map_has_means_over_texts_in_their_rows_and_the_largest_of_all_levels(
     assert found.table("peak", 0, 50)["value"].tolist() == pytest.approx(levels[0].mean(dim=0).tolist())
     assert found.whole("peak", 0, 50).value == pytest.approx(float(levels[0].amax(dim=1).mean()))
     assert found.whole("mass", 0, 50).value == pytest.approx(float(heads[0][:, [0, 2]].mean()))
+
+
+def _drawn_map(families: tuple[str, ...]) -> SinkMap:
+    """Uniform numbers; the second block has no attention, and three texts can't tell of head 2.1."""
+    draw, n = torch.Generator().manual_seed(0), len(families)
+    heads, levels = torch.rand(10, n, 3, 2, generator=draw), torch.rand(3, n, 4, generator=draw)
+    heads[:, :, 1], heads[:, [0, 4, 5], 2, 1] = math.nan, math.nan
+    sinks = Sinks(((0,),) * n, (True,) * n, (("a",),) * n, (torch.full((4,), 0.5),) * n, (torch.full((4,), 0.5),) * n)
+    return SinkMap(heads, levels, sinks, ((),) * n, tuple(map(str, range(n))), families)
+
+
+def test_a_heads_interval_is_that_of_its_own_values_alone() -> None:
+    families = (*"aabbccdefghi",)
+    found = _drawn_map(families)
+    rows = [("learned", (0, 1)), ("mass", (0, 0)), ("mass", (2, 0)), ("massive", (3,)), ("peak", (0,))]
+    for measure, cell in rows:
+        table = found.table(measure, 7, 300)
+        row = [*table.iloc[:, : len(cell)].itertuples(index=False, name=None)].index(cell)
+        alone = mean_estimate(found.of(measure)[(slice(None), *cell)], families, 7, 300)
+        assert table.loc[row, ["value", "low", "high", "n"]].tolist() == pytest.approx(list(alone.row().values()))
+
+
+def test_texts_that_can_not_tell_of_a_head_have_no_part_in_its_interval() -> None:
+    families = (*"aabbccdefghi",)
+    found = _drawn_map(families)
+    table = found.table("mass", 7, 300).set_index(["layer", "head"])
+    assert list(table.index) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    values = found.of("mass")[:, 2, 1].double()
+    known = ~values.isnan()
+    means = [float((one[known] * values[known]).sum() / one[known].sum()) for one in family_weights(families, 300, 7)]
+    low, high = torch.tensor(means).quantile(torch.tensor([0.025, 0.975])).tolist()
+    expected = [float(values[known].mean()), low, high, 9]
+    assert table.loc[(2, 1)].tolist() == pytest.approx(expected)
+    assert table["n"].tolist() == [12, 12, 12, 9]
+
+
+def test_shares_of_heads_at_a_place_have_their_interval_over_prompts() -> None:
+    families = (*"aabbccdefghi",)
+    values = torch.rand(3, 12, 2, generator=torch.Generator().manual_seed(0))
+    values[:, 3:5, 1] = math.nan
+    table = PositionMass(values, ("first token", "last"), families).table(5, 200)
+    for k, there in enumerate((list(range(12)), [0, 1, 2, *range(5, 12)])):
+        own = [families[i] for i in there]
+        for name, measure, low, high in (("mass", 0, "low", "high"), ("heads", 2, "heads_low", "heads_high")):
+            alone = mean_estimate(values[measure, there, k], own, 5, 200)
+            assert table.loc[k, [name, low, high]].tolist() == pytest.approx([alone.value, alone.low, alone.high])
+        assert table.loc[k, "even"] == pytest.approx(float(values[1, there, k].mean()))
+    assert not any(name.startswith("even_") for name in table)
 
 
 def test_a_model_without_sinks_says_so() -> None:

@@ -22,6 +22,7 @@ from mechlens.methods.activations.collect import template_of
 from mechlens.methods.sinks.contrast import domain_contrast
 from mechlens.methods.sinks.interventions import away_from
 from mechlens.methods.sinks.positions import FIRST, TEMPLATE, WORDS, position_mass
+from mechlens.methods.sinks.result import HEAD_MEASURES, LEVEL_MEASURES
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.attention.watch import watch
 from mechlens.models.bridge import bridge
@@ -29,7 +30,9 @@ from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.batch import tokenize
 from mechlens.settings import WandbSettings
 from mechlens.studies.driver import run
+from mechlens.studies.shared.sink_positions import Asked
 from mechlens.studies.sinks.config import FindSinks
+from mechlens.studies.sinks.passes import _turned
 from mechlens.studies.sinks.texts import domain_prompts
 from mechlens.studies.sinks.verdict import (
     ALIKE,
@@ -241,6 +244,12 @@ def test_a_whole_run_leaves_its_numbers(finished: tuple[Path, Any]) -> None:
     heads = table(out, "heads")
     spread = heads[["mass.prose", "mass.code", "mass.chat"]]
     assert list(heads["difference"]) == pytest.approx(list(spread.max(axis=1) - spread.min(axis=1)), abs=1e-5)
+    for name, keys in (("heads", HEAD_MEASURES), ("levels", LEVEL_MEASURES)):
+        own = table(out, name)
+        for one in [f"{key}.{kind}" for key in keys for kind in ("prose", "code")] if name == "heads" else keys:
+            assert ((own[f"{one}_low"] <= own[one] + 1e-9) & (own[one] <= own[f"{one}_high"] + 1e-9)).all()
+            assert (own[f"{one}_n"] == 4).all()
+    assert (heads["mass.prose_low"] < heads["mass.prose_high"]).all()
     worth = table(out, "importance")
     assert worth.groupby(["heads_or_dimensions", "what", "domain"]).size().eq(1).all()
     first = heads.sort_values("difference", ascending=False).iloc[0]
@@ -269,11 +278,32 @@ def test_experiments_stand_beside_random_ones_and_the_model_as_it_is(finished: t
     plain = effects.iloc[0]
     assert plain["which"] == "none"
     assert plain["change_gap"] == 0
-    assert plain["cosine_harmful"] == pytest.approx(1)
+    assert plain[["cosine_harmful", "cosine_harmful_low", "cosine_harmful_high"]].tolist() == pytest.approx([1, 1, 1])
+    assert effects["cosine_harmful"].between(effects["cosine_harmful_low"] - 1e-9, effects["cosine_harmful_high"]).all()
+    assert effects["reliability_harmful"].between(-1, 1).all()
     assert set(effects["what"]) == {"", "off", "all on the sink", "at 0"}
     for _, own in effects[effects["what"] != ""].groupby("what"):
         assert "random" in set(own["which"])
     assert (effects["gap"] - plain["gap"]).tolist() == pytest.approx(effects["change_gap"].tolist(), abs=1e-6)
+
+
+def test_a_turned_direction_has_its_cosine_in_the_interval_and_noise_has_no_reliability() -> None:
+    positive = torch.arange(48) % 2 == 0
+    asked = Asked("harmful", list(range(48)), positive, tuple(str(i // 2) for i in range(48)))
+    found = []
+    for seed in range(12):
+        draw = torch.Generator().manual_seed(seed)
+        before, after, noise = torch.randn(3, 48, 16, generator=draw)
+        sign = positive.float() * 2 - 1
+        before[:, 0] += 3 * sign
+        after[:, 0] += 3 * 0.6 * sign
+        after[:, 1] += 3 * 0.8 * sign
+        found.append((_turned(asked, before, after, 0), _turned(asked, before, noise, 0)))
+    right = [one["cosine_harmful_low"] <= 0.6 <= one["cosine_harmful_high"] for one, _ in found]
+    assert sum(right) >= 10
+    assert all(one["cosine_harmful_high"] - one["cosine_harmful_low"] < 0.5 for one, _ in found)
+    assert min(one["reliability_harmful"] for one, _ in found) > 0.8
+    assert max(one["reliability_harmful"] for _, one in found) < 0.3
 
 
 VERSE = "a line that is long enough to be read\nanother line of the same poem, later\n"

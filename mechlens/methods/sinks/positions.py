@@ -48,14 +48,17 @@ class PositionMass:
         return self.values[MEASURES.index(measure)]
 
     def table(self, seed: int, resamples: int = RESAMPLES) -> pd.DataFrame:
-        """A row for each place: mean attention with its interval over prompts, what even attention is, and heads."""
+        """A row for each place: mean attention and the share of heads, with intervals over prompts, and even attention.
+
+        `even` has none: it is exact, as the lengths of these prompts and answers (and the windows) decide it.
+        """
         rows = []
         for k, position in enumerate(self.positions):
             there = ~self.values[0, :, k].isnan()  # a prompt of one word has no others, a raw one no template
             families = [own for own, kept in zip(self.families, there.tolist(), strict=True) if kept]
             mass, even, heads = (values[there, k] for values in self.values)
-            row = {"position": position} | mean_estimate(mass, families, seed, resamples).row("mass")
-            rows.append(row | {"even": float(even.mean()), "heads": float(heads.mean())})
+            paid, much = (mean_estimate(own, families, seed, resamples) for own in (mass, heads))
+            rows.append({"position": position, **paid.row("mass"), "even": float(even.mean()), **much.beside("heads")})
         return pd.DataFrame(rows)
 
 

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.methods.behaviour.judges import refusal_log_odds
-from mechlens.methods.directions.direction import cosine
 from mechlens.methods.probing.within_folds import Folds, mean_auroc
 from mechlens.methods.progress import progress_bar
 from mechlens.methods.sinks.interventions import Edit, away_from
 from mechlens.methods.sinks.positions import TEMPLATE, WORDS, places_of
+from mechlens.methods.statistics.effects import Effect, cosine_curve
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import of_sample, sample_and_resamples
 from mechlens.models.attention.changes import Change
@@ -129,10 +129,21 @@ def _row(passes: Passes, plain: Seen, seen: Seen, plan: SinkPlan) -> dict[str, o
         before, after = (own.homes[k][asked.rows] for own in (plain, seen))
         folds = home.folds
         levels = [[0] * len(part) for part in folds.parts]
-        lines = [values[asked.positive].mean(dim=0) - values[~asked.positive].mean(dim=0) for values in (before, after)]
         frozen = mean_auroc(along(before[:, None], after[:, None], folds, levels), folds)
-        row |= {f"cosine_{name}": float(cosine(*lines))} | frozen.beside(f"auroc_{name}")
+        row |= _turned(asked, before, after, plan.seed) | frozen.beside(f"auroc_{name}")
     return row
+
+
+def _turned(
+    asked: Asked, before: Float[Tensor, "prompt d"], after: Float[Tensor, "prompt d"], seed: int
+) -> dict[str, float]:
+    """The cosine of a concept's directions before and after, both refitted in its interval (jackknife over families),
+    and the split-half cosine of the later one, without which a cosine near 0 says nothing."""
+    labels = tuple(str(own) for own in asked.positive.tolist())
+    first, second = (Effect(one[:, None], labels, {"True": 1.0, "False": -1.0}) for one in (before, after))
+    curve = cosine_curve(first, second, asked.families, (0,), seed=seed)
+    told = {f"reliability_{asked.name}": curve.reliability_second[0]}
+    return curve.measured[0].beside(f"cosine_{asked.name}") | told
 
 
 def _gap_row(passes: Passes, change: Tensor, plan: SinkPlan) -> dict[str, float]:

@@ -9,6 +9,7 @@ from mechlens.runs.report import figures
 from mechlens.runs.report.parts import TokenView, visible
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.shared.sink_positions import CONCEPTS
 from mechlens.studies.sinks.published import BESIDE, beside_table
 from mechlens.studies.sinks.requests import Requests
 from mechlens.studies.sinks.study import SinkResult, SinkStudy
@@ -87,25 +88,25 @@ def _listed(places: tuple[int, ...]) -> str:
 
 
 def _heads(writer: RunWriter, result: SinkResult) -> Section:
-    heads = result.heads()
+    heads = result.heads
     names = []
+    caption = "Mean over texts; the table has every measure with its interval, which is each head's alone."
     for domain in result.maps:
         grid = figures.heatmap(
             heads.rename(columns={f"mass.{domain}": "value"}), x="head", y="layer", value="value", label="sink mass",
             limits=(0.0, 1.0), title=f"Attention to sinks: {domain}", xlabel="head", ylabel="layer",
         )  # fmt: skip
-        names.append(writer.figure(f"mass_{domain}", grid, table="heads", caption="Mean over texts."))
+        names.append(writer.figure(f"mass_{domain}", grid, table="heads", caption=caption))
     first = heads.sort_values("difference", ascending=False, kind="stable").head(12)
-    columns = [
-        "layer",
-        "head",
-        *(f"mass.{domain}" for domain in result.maps),
-        "difference",
-        "p",
-        "dormant_on",
-        "active_on",
-    ]
-    return Section("Active and dormant heads", RULE, tuple(names), table=first[columns].rename(columns=_sink_mass))
+    masses = tuple(f"mass.{domain}" for domain in result.maps)
+    ends = [f"{mass}_{end}" for mass in masses for end in ("low", "high")]
+    columns = ["layer", "head", *masses, *ends, "difference", "p", "dormant_on", "active_on"]
+    return Section(
+        "Active and dormant heads",
+        RULE,
+        tuple(names),
+        table=in_brief(first[columns], masses).rename(columns=_sink_mass),
+    )
 
 
 def _sink_mass(column: str) -> str:
@@ -132,16 +133,17 @@ def _positions(writer: RunWriter, requests: Requests) -> Section:
     )  # fmt: skip
     caption = "Of a query in the answer. Template before and words are means a token."
     shown = in_brief(
-        table.rename(columns={"low": "mass_low", "high": "mass_high"}).drop(columns="n").round({"heads": 3, "even": 3}),
-        ("mass", "auroc_harmful", "auroc_refused", "hidden_gap", "hidden_harmful"),
+        table.rename(columns={"low": "mass_low", "high": "mass_high"}).drop(columns="n").round({"even": 3}),
+        ("mass", "heads", "auroc_harmful", "auroc_refused", "hidden_gap", "hidden_harmful"),
     )
     return Section(
         "Named positions: sinks, and what is read there",
-        "How much attention a query of the answer pays to each place (mean over heads), what even attention would be, "
-        "the share of heads that pay more than 0.3, and how well harm and refusal are read there (AUROC, each prompt "
-        "out of fold). Hidden: what becomes of the log-odds of refusing, harmful minus harmless and of harmful "
-        "requests alone, where no later token can attend to the place; of the template before and of the words one "
-        "random token is hidden, which is what the others stand beside.",
+        "How much attention a query of the answer pays to each place (mean over heads), what even attention would be "
+        "(without an interval, as the lengths of these prompts and answers decide it), the share of heads that pay "
+        "more than 0.3, and how well harm and refusal are read there (AUROC, each prompt out of fold). Hidden: what "
+        "becomes of the log-odds of refusing, harmful minus harmless and of harmful requests alone, where no later "
+        "token can attend to the place; of the template before and of the words one random token is hidden, which is "
+        "what the others stand beside.",
         (writer.figure("positions", drawn, table="positions", caption=caption),),
         table=shown.rename(columns=_COLUMNS),
     )
@@ -154,31 +156,38 @@ _COLUMNS = {
     "harmful": "refusal log-odds of harmful",
     "change_gap": "change of the gap", "change_harmful": "change of harmful",
     "cosine_harmful": "cosine of the harm direction", "cosine_refused": "cosine of the refusal direction",
+    "reliability_harmful": "reliability of the harm direction",
+    "reliability_refused": "reliability of the refusal direction",
 }  # fmt: skip
 
 
 def _effects(requests: Requests) -> Section:
-    columns = ("gap", "harmful", "change_gap", "change_harmful", "auroc_harmful", "auroc_refused")
+    kinds = [f"{name}_{concept}" for concept in CONCEPTS for name in ("cosine", "auroc")]
+    columns = ("gap", "harmful", "change_gap", "change_harmful", *kinds)
+    reliabilities = {f"reliability_{concept}": 2 for concept in CONCEPTS}
     return Section(
         "Refusal and directions without them",
         "Refusal log-odds at the first answer token, harmful minus harmless and of harmful requests, under every "
         "experiment; the cosine of each concept's direction with that of the model as it is, at its home (harm at the "
-        "request's last token, refusal at the template's); and how well the model's own direction still tells the "
-        "classes apart (AUROC, out of fold).",
-        table=in_brief(requests.effects, columns).rename(columns=_COLUMNS),
+        "request's last token, refusal at the template's), and the reliability of the direction found then (mean "
+        "cosine of the directions of two halves of the prompts): where it is near 0 the direction is noise, and its "
+        "cosine says nothing; and how well the model's own direction still tells the classes apart (AUROC, out of "
+        "fold).",
+        table=in_brief(requests.effects.round(reliabilities), columns).rename(columns=_COLUMNS),
     )
 
 
 def _residuals(writer: RunWriter, result: SinkResult) -> Section:
     drawn = figures.lines(
-        result.levels(), x="level", y="peak", group="domain", hline=1.0, title="Norm of the sinks by level",
-        xlabel="level", ylabel="multiple of the largest other norm",
+        result.levels, x="level", y="peak", low="peak_low", high="peak_high", group="domain", hline=1.0,
+        title="Norm of the sinks by level", xlabel="level", ylabel="multiple of the largest other norm",
     )  # fmt: skip
+    caption = "Above 1: larger than any other token's. Bands: 95% intervals over texts, level by level."
     return Section(
         "The residual stream",
         "The sinks' norm against the largest other norm, by level; below, dimensions among the four largest entries of "
         "a text, at which level and token as a rule, and how often at a sink.",
-        (writer.figure("peak", drawn, table="levels", caption="Above 1: larger than any other token's."),),
+        (writer.figure("peak", drawn, table="levels", caption=caption),),
         table=result.tables()["massive"],
     )
 

@@ -16,7 +16,7 @@ from mechlens.methods.progress import phase
 from mechlens.methods.sinks.contrast import DomainContrast, domain_contrast
 from mechlens.methods.sinks.found import find_sinks, readable, refuse_short
 from mechlens.methods.sinks.reading import measure_sinks
-from mechlens.methods.sinks.result import HEAD_MEASURES, LEVEL_MEASURES, SinkMap
+from mechlens.methods.sinks.result import SinkMap
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, d_model
 from mechlens.models.checkpoints.outline import Outline
@@ -33,6 +33,7 @@ from mechlens.studies.sinks.experiments import massive_of, one_by_one, single_he
 from mechlens.studies.sinks.importance import LossRises, loss_rises
 from mechlens.studies.sinks.picture import Picture, picture_of
 from mechlens.studies.sinks.requests import Requests, asked_requests
+from mechlens.studies.sinks.tables import head_table, level_table, measure_table
 from mechlens.studies.sinks.texts import CHAT, Domain, domain_prompts, tokenized_domain
 from mechlens.studies.sinks.verdict import SinkVerdict, sinks_verdict
 
@@ -61,6 +62,10 @@ class SinkResult:
     """Sets of heads and of dimensions."""
     measures: pd.DataFrame
     """By measure and kind: the mean over heads, or the largest over levels, with its interval."""
+    heads: pd.DataFrame = field(repr=False)
+    """A row a head: every measure on every kind of text with its interval, and the contrast between kinds."""
+    levels: pd.DataFrame = field(repr=False)
+    """A row a level and kind: the residual stream of the sinks, with intervals."""
     pictures: tuple[Picture, ...] = field(repr=False)
     requests: Requests | None = None
 
@@ -80,8 +85,8 @@ class SinkResult:
         found = {
             "measures": self.measures,
             "sinks": pd.concat(sinks, ignore_index=True),
-            "heads": self.heads(),
-            "levels": self.levels(),
+            "heads": self.heads,
+            "levels": self.levels,
             "importance": self.alone.table,
             "together": self.together.table,
             "massive": massive_of(self.maps),
@@ -95,31 +100,6 @@ class SinkResult:
     def artifacts(self) -> dict[str, object]:
         """None."""
         return {}
-
-    def heads(self) -> pd.DataFrame:
-        """A row a head: every measure's mean on every kind of text, and the contrast between kinds."""
-        contrast, parts = self.contrast, {}
-        for measure in HEAD_MEASURES:
-            for name, one in self.maps.items():
-                parts[f"{measure}.{name}"] = one.of(measure).nanmean(dim=0)
-        parts |= {"difference": contrast.difference, "p": contrast.p}
-        cells = (~contrast.difference.isnan()).nonzero().tolist()
-        rows = [
-            {"layer": layer, "head": head} | {name: float(values[layer, head]) for name, values in parts.items()}
-            | {word: contrast.domains[int(own[layer, head])]
-               for word, own in (("dormant_on", contrast.dormant), ("active_on", contrast.active))}
-            for layer, head in cells
-        ]  # fmt: skip
-        return pd.DataFrame(rows)
-
-    def levels(self) -> pd.DataFrame:
-        """A row a level and kind: the residual stream of the sinks."""
-        rows = []
-        for name, one in self.maps.items():
-            means = {measure: one.of(measure).mean(dim=0).tolist() for measure in LEVEL_MEASURES}
-            for level in range(len(means["peak"])):
-                rows.append({"domain": name, "level": level} | {key: own[level] for key, own in means.items()})
-        return pd.DataFrame(rows).dropna()
 
 
 def prepare(config: FindSinks) -> Preparation[SinkStudy]:
@@ -177,16 +157,8 @@ def attention_sinks(given: SinkStudy, plan: SinkPlan, *, cache: Cache | None = N
         resamples=plan.resamples, seed=plan.seed,
     )  # fmt: skip
     return SinkResult(
-        verdict, maps, contrast, alone, loss_rises(model, domains, maps, sets, plan), _measures(maps, plan),
+        verdict, maps, contrast, alone, loss_rises(model, domains, maps, sets, plan), measure_table(maps, plan),
+        head_table(maps, contrast, plan), level_table(maps, plan),
         tuple(picture_of(model, one, maps[one.name], heads[0][1]) for one in domains),
         None if given.requests is None else asked_requests(model, given.requests, sets, plan, cache),
     )  # fmt: skip
-
-
-def _measures(maps: dict[str, SinkMap], plan: SinkPlan) -> pd.DataFrame:
-    rows = [
-        {"measure": measure, "domain": name, **one.whole(measure, plan.seed, plan.resamples).row()}
-        for measure in (*HEAD_MEASURES, *LEVEL_MEASURES)
-        for name, one in maps.items()
-    ]
-    return pd.DataFrame(rows)
