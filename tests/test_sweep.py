@@ -261,6 +261,17 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     assert not _alive(child)
 
 
+def test_a_worker_that_is_done_ends_well() -> None:
+    code = (
+        "import time; from mechlens.studies.sweep.engines.parent import end_with_parent\n"
+        "end_with_parent(); time.sleep(.3)"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert worker.stderr is not None
+    assert (worker.wait(60), worker.stderr.read()) == (0, "")
+    worker.communicate()
+
+
 WORKER = (
     "import time; from mechlens.studies.sweep.engines.parent import end_with_parent; end_with_parent(); time.sleep(60)"
 )
