@@ -104,6 +104,20 @@ def test_a_p_is_of_any_head_of_ties_and_of_differences_in_standard_errors() -> N
     assert narrow < wide
 
 
+def test_a_head_that_varies_more_has_to_differ_as_much_more() -> None:
+    """Far above the floor the scale of a head's numbers means nothing, however many other heads vary less."""
+    draw = torch.Generator().manual_seed(3)
+    one = 100 * torch.randn(24, generator=draw)
+    one[12:] += 250
+    mass = torch.stack([one, 10 * one, 100 * torch.randn(24, generator=draw)], dim=1)[:, None]
+    first, second, third = domain_contrast(mass, ["a"] * 12 + ["b"] * 12, shuffles=199, seed=0).p[0].tolist()
+    assert first == second < 0.01 < third
+    change = mass + torch.tensor([100.0, 1000.0, 0.0])
+    change[12:] -= mass[12:].mean(dim=0) - mass[:12].mean(dim=0)
+    first, second, third = paired_change(torch.zeros_like(mass), change, shuffles=199, seed=0)[1][0].tolist()
+    assert first == second < 0.05 < third
+
+
 def test_of_three_kinds_the_two_that_are_farthest_apart_count() -> None:
     mass = 0.1 + 0.01 * torch.rand(18, 1, 2, generator=torch.Generator().manual_seed(0))
     mass[12:, 0, 1] += 0.6

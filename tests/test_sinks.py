@@ -351,6 +351,24 @@ def test_every_measure_is_that_of_plain_transformers(architecture: str) -> None:
     assert (float(found.of("learned").nanmean()) > 0.01) == (architecture == "gpt_oss")
 
 
+@pytest.mark.exact
+def test_the_gate_is_what_the_models_own_gate_leaves_on_average() -> None:
+    hf_model, text = tiny_hf("qwen3_next"), "the thing is that the king sees a thing and another thing."
+    asks = hf_model.model.layers[1].self_attn.q_proj  # a head's queries, and beside them its gate
+    asks.weight.data *= 20
+    asked: list[torch.Tensor] = []
+    hook = asks.register_forward_hook(lambda module, given, out: asked.append(out[0]))
+    with torch.no_grad():
+        hf_model(torch.tensor([tiny_tokenizer(None)(text)["input_ids"]]))
+    hook.remove()
+    right = asked[0].view(len(asked[0]), 4, 2, -1)[:, :, 1].sigmoid().mean(dim=(0, 2))
+    assert float(right.max() - right.min()) > 0.01
+    model = bridge(hf_model, tiny_tokenizer(None), Checkpoint("tiny", "tests/tiny"))
+    found = measure_sinks(model, [text], template=None).of("gate")[0]
+    assert torch.allclose(found[1], right, atol=1e-4)
+    assert bool(found[[0, 2]].isnan().all())
+
+
 def _cached(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cache.layers[layer].keys, cache.layers[layer].values
 
