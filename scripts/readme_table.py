@@ -8,8 +8,8 @@ import pandas as pd
 
 
 def row(cells: Sequence[object]) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(map(str, cells))} |"
+    """A line of a table; what is a bar inside a cell stays one there."""
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def head(columns: Sequence[str]) -> str:
@@ -19,7 +19,7 @@ def head(columns: Sequence[str]) -> str:
 
 def of_frame(frame: pd.DataFrame) -> str:
     """A whole table, numbers with two places."""
-    cells = ([f"{one:.2f}" if isinstance(one, float) else str(one) for one in own] for own in frame.to_numpy())
+    cells = ([f"{one:z.2f}" if isinstance(one, float) else str(one) for one in own] for own in frame.to_numpy())
     return "\n".join([head([str(name) for name in frame.columns]), *map(row, cells)])
 
 
