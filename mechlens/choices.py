@@ -48,9 +48,10 @@ RULES: Registry[Any] = Registry(
         "centred": Choice("mechlens.methods.guard.rules:centred", "cosines about the midpoint"),
         "lda": Choice("mechlens.methods.guard.rules:lda", "linear discriminant, shrunk covariance"),
         "logistic": Choice("mechlens.methods.guard.rules:logistic", "logistic regression"),
+        "subspaces": Choice("mechlens.methods.guard.rules:subspaces", "a subspace of four dimensions for each class"),
     },
 )
-"""Functions: vectors of one place (float64) and which of them are positive -> `CosineScore` or `LinearScore`; or a
+"""Functions: vectors of one place (float64) and which of them are positive -> a `PlaceScore`; or a
 `ByRefusal` around one that is told as well which prompts the model refuses."""
 
 RECIPES: Registry[Any] = Registry(

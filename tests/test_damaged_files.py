@@ -20,7 +20,7 @@ from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import DirectionGrid
 from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, Place
-from mechlens.methods.guard.rules import CosineScore, LinearScore
+from mechlens.methods.guard.rules import CosineScore, LinearScore, SubspaceScore
 from mechlens.methods.statistics.calibration import Calibration
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
@@ -49,9 +49,11 @@ def guard() -> FittedGuard:
     def vector() -> torch.Tensor:
         return torch.randn(SIZE, generator=generator, dtype=torch.float64)
 
+    bases = torch.linalg.qr(torch.randn(2, SIZE + 1, 3, generator=generator, dtype=torch.float64)).Q
     places = (
         Place(1, "inst", LinearScore(vector(), 0.25), 0.9),
         Place(2, "post[0]", CosineScore(vector(), vector(), vector()), 0.8),
+        Place(2, "last", SubspaceScore(bases, vector(), 3.0), 0.7),
     )
     settings = GuardSettings("lda", ("inst", "last"), "best", 0.05, 5, 0, "harmful", "harmless")
     return FittedGuard(

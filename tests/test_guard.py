@@ -16,6 +16,7 @@ import mechlens as ml
 from mechlens.choices import RULES
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect, template_of
+from mechlens.methods.geometry.subspaces.grassmann import GAMMA
 from mechlens.methods.guard.rules import CosineScore, score_by
 from mechlens.methods.probing.auroc import auroc_estimate
 from mechlens.methods.probing.beliefs import beliefs, centroids
@@ -80,6 +81,33 @@ def test_lda_gives_the_log_odds_of_two_gaussians() -> None:
     truth = values @ weight - weight @ shift / 2
     found = RULES["lda"](values, labels)(values)
     assert float((found - truth).abs().mean() / truth.abs().mean()) < 0.1
+
+
+def test_subspaces_read_classes_of_one_mean_that_no_line_tells_apart() -> None:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(400) % 2 == 0
+    values = torch.randn(400, 12, generator=generator, dtype=torch.float64)
+    values[labels, 0] *= 5
+    values[~labels, 1] *= 5
+    train, test = slice(0, 200), slice(200, 400)
+    right = {
+        rule: float(((RULES[rule](values[train], labels[train])(values[test]) > 0) == labels[test]).double().mean())
+        for rule in ("subspaces", "lda", "logistic", "centred")
+    }
+    assert right.pop("subspaces") > 0.8
+    assert max(right.values()) < 0.65
+
+
+def test_a_subspace_score_rises_fastest_along_its_line() -> None:
+    generator = torch.Generator().manual_seed(3)
+    values, labels = torch.randn(60, 7, generator=generator, dtype=torch.float64), torch.arange(60) < 30
+    values[labels, 0] += 2
+    score = RULES["subspaces"](values, labels)
+    steps = 1e-6 * torch.eye(7, dtype=torch.float64)
+    slope = (score(score.centre + steps) - score(score.centre - steps)) / 2e-6
+    torch.testing.assert_close(slope * score.scale / GAMMA, score.line, rtol=0, atol=1e-7)
+    swapped = RULES["subspaces"](values, ~labels)
+    torch.testing.assert_close(swapped(values), -score(values), rtol=0, atol=1e-9)
 
 
 def test_the_faithful_rule_over_all_levels_is_the_papers_belief(planted: tuple[Any, Any]) -> None:

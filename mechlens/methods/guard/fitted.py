@@ -9,7 +9,7 @@ from torch import Tensor
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.guard.rules import CosineScore, LinearScore
+from mechlens.methods.guard.rules import PlaceScore
 from mechlens.methods.shown import few, lines
 from mechlens.methods.statistics.calibration import Calibration
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
@@ -26,7 +26,7 @@ class Place:
 
     level: int
     position: str
-    score: CosineScore | LinearScore
+    score: PlaceScore
     validation_auroc: float
     """Of a fit to the training part, on the validation part; where levels were chosen, the reason for this one."""
 

@@ -1,8 +1,9 @@
-"""How a guard scores one place of a prompt: by cosines with two centroids, or along a line; above 0 is positive.
+"""How a guard scores one place of a prompt: by cosines with two centroids, along a line, or by lengths in two
+subspaces; above 0 is positive.
 
 The paper's rule (Zhao et al. 2025) compares cosines, in which the mean that all prompts share has the loudest say;
 "centred" takes the midpoint of the centroids off first. The linear rules give log-odds for equally many prompts of
-both classes.
+both classes, and so does the rule by subspaces (Wang et al. 2023), which needs no line between the classes.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,12 @@ from torch import Tensor
 from mechlens.choices import RULES
 from mechlens.errors import UserError, kind_of
 from mechlens.methods.directions.methods import lda_line, logistic_line
+from mechlens.methods.geometry.subspaces.grassmann import GAMMA, fit_grassmann, subspace_logits
 from mechlens.methods.probing.beliefs import cosine_or_zero
 from mechlens.registry import required
 
+DIMENSIONS = 4
+"""Of each class's subspace, or as many as the class has prompts."""
 PENALTY = 0.1
 """C of the logistic rule: there are far more dimensions than prompts, so the penalty is a strong one."""
 MIN_OF_A_KIND = 10
@@ -60,6 +64,11 @@ class CosineScore:
         """Bounds of every score: of a difference of two cosines."""
         return -2.0, 2.0
 
+    @property
+    def line(self) -> Float[Tensor, " d_model"]:
+        """From one centroid to the other."""
+        return self.positive - self.negative
+
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
         shifted = values.double() - self.origin
         up, down = self.positive - self.origin, self.negative - self.origin
@@ -92,8 +101,61 @@ class LinearScore:
         far = LONGEST * float(self.weight.norm())
         return self.bias - far, self.bias + far
 
+    @property
+    def line(self) -> Float[Tensor, " d_model"]:
+        """The weight."""
+        return self.weight
+
     def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
         return values.double() @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class SubspaceScore:
+    """Log-odds of the positive class's subspace over the negative one's (see `fit_grassmann`)."""
+
+    bases: Float[Tensor, "two axis k"]
+    """Orthonormal, the positive class first; the last axis is the one on which all vectors are 1."""
+    centre: Float[Tensor, " d_model"]
+    scale: float
+
+    def __post_init__(self) -> None:
+        _require_finite("subspaces", self.bases, self.centre, torch.tensor(self.scale))
+        if self.bases.ndim != 3 or self.bases.shape[:2] != (2, len(self.centre) + 1) or not self.scale > 0:
+            raise UserError(
+                f"a guard's subspaces are {tuple(self.bases.shape)} beside a centre of {len(self.centre)} entries and "
+                f"a scale of {self.scale:g}; fit it anew"
+            )
+        inner, one = self.bases.mT @ self.bases, torch.eye(self.bases.shape[2], dtype=torch.float64)
+        if not torch.allclose(inner, one.expand_as(inner), atol=1e-6):
+            raise UserError("a guard's subspaces have bases that aren't orthonormal; fit it anew")
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that it reads."""
+        return len(self.centre)
+
+    @property
+    def is_blind(self) -> bool:
+        """True where every prompt scores the same."""
+        return torch.equal(self.bases[0], self.bases[1])
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Bounds of every score: of a difference of two logits."""
+        return -GAMMA, GAMMA
+
+    @property
+    def line(self) -> Float[Tensor, " d_model"]:
+        """Where the score rises fastest at the centre: its gradient there, in units of gamma / scale."""
+        along = self.bases[:, -1]  # the centre is the vector of zeros with a 1 behind them
+        up, down = (self.bases @ along[:, :, None])[:, :-1, 0] / along.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        line: Tensor = up - down
+        return line
+
+    def __call__(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
+        logits = subspace_logits(self.bases, values, self.centre, self.scale)
+        return logits[:, 0] - logits[:, 1]
 
 
 def _require_finite(what: str, *values: Tensor) -> None:
@@ -104,7 +166,7 @@ def _require_finite(what: str, *values: Tensor) -> None:
         raise UserError(f"a guard's {what} are {values[0].dtype}, and it computes in float64; fit it anew")
 
 
-PlaceScore = CosineScore | LinearScore
+PlaceScore = CosineScore | LinearScore | SubspaceScore
 
 
 Refused = Bool[Tensor, " prompt"]
@@ -151,7 +213,9 @@ def score_by(
     else:
         score = required(RULES, rule)(values.double(), positive)
     if not isinstance(score, PlaceScore):
-        raise UserError(f"the guard rule {rule!r} gave {kind_of(score)}, not a CosineScore or a LinearScore")
+        raise UserError(
+            f"the guard rule {rule!r} gave {kind_of(score)}, not a CosineScore, a LinearScore or a SubspaceScore"
+        )
     return score
 
 
@@ -177,6 +241,15 @@ def lda(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt
 def logistic(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
     """Log-odds of a logistic regression on standardised values, both classes weighing alike."""
     return LinearScore(*logistic_line(values, positive, penalty=PENALTY, balanced=True))
+
+
+def subspaces(values: Float[Tensor, "prompt d_model"], positive: Bool[Tensor, " prompt"]) -> PlaceScore:
+    """Log-odds by a subspace for each class, both classes weighing alike."""
+    few = min(int(positive.sum()), int((~positive).sum()))
+    labels = ["positive" if own else "negative" for own in positive.tolist()]
+    found = fit_grassmann(values, labels, k=min(DIMENSIONS, few))
+    order = [found.classes.index("positive"), found.classes.index("negative")]
+    return SubspaceScore(found.bases[order], found.centre, found.scale)
 
 
 @ByRefusal

@@ -14,8 +14,16 @@ def stablemax_loss(
     >>> round(float(ml.stablemax_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))), 4)  # 2 of 2 + 1
     0.4055
     """
+    return stablemax_losses(logits, targets).mean()
+
+
+def stablemax_losses(
+    logits: Float[Tensor, "position vocabulary"], targets: Int[Tensor, " position"]
+) -> Float[Tensor, " position"]:
+    """The same, of every position."""
     exact = logits.double()
     # Each branch is kept away from the other's pole: a gradient of infinity times 0 would be NaN.
     sizes = torch.where(exact >= 0, exact.clamp(min=0) + 1, 1 / (1 - exact.clamp(max=0)))
     right = sizes.gather(1, targets[:, None])[:, 0]
-    return (sizes.sum(dim=1).log() - right.log()).mean()
+    losses: Tensor = sizes.sum(dim=1).log() - right.log()
+    return losses

@@ -9,7 +9,6 @@ import pandas as pd
 
 from mechlens.methods.directions.direction import Direction
 from mechlens.methods.guard.fitted import FittedGuard
-from mechlens.methods.guard.rules import LinearScore
 from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.statistics.by_prompt import ByPrompt, by_prompt_table
 from mechlens.methods.statistics.estimate import NO_INTERVAL, Estimate
@@ -316,7 +315,7 @@ def worst_mistakes(result: GuardEvaluation, of_each: int) -> list[Mistake]:
 
 
 def read_direction(guard: FittedGuard) -> Direction:
-    """The line along which the guard's first place is scored; for cosines, from one centroid to the other.
+    """The line along which the guard's first place is scored; see each score's `line`.
 
     >>> model = ml.load("smollm2")
     >>> prompts = [*ml.builtin_prompts("harmful")[:40], *ml.builtin_prompts("harmless")[:40]]
@@ -325,10 +324,8 @@ def read_direction(guard: FittedGuard) -> Direction:
     True
     """
     place = guard.places[0]
-    score = place.score
-    vector = score.weight if isinstance(score, LinearScore) else score.positive - score.negative
     return Direction(
-        vector=vector.float(),
+        vector=place.score.line.float(),
         level=place.level,
         position=place.position,
         site=guard.site,

@@ -48,7 +48,7 @@ class GrassmannClasses:
 
     def logits(self, values: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "prompt class"]:
         """A score of every vector for every class."""
-        return _logits(self.bases, _lifted(values, self.centre, self.scale))
+        return subspace_logits(self.bases, values, self.centre, self.scale)
 
     def predict(self, values: Float[Tensor, "prompt d_model"]) -> tuple[str, ...]:
         """The class of the largest logit."""
@@ -94,6 +94,16 @@ def fit_grassmann(
     starts = [torch.linalg.svd(inside[of == c], full_matrices=False).Vh[:k].T for c in range(len(classes))]
     bases, losses = _descend(torch.stack(starts), inside, of, steps)
     return GrassmannClasses(classes, axes @ bases, centre, scale, losses)
+
+
+def subspace_logits(
+    bases: Float[Tensor, "class axis k"],
+    values: Float[Tensor, "prompt d_model"],
+    centre: Float[Tensor, " d_model"],
+    scale: float,
+) -> Float[Tensor, "prompt class"]:
+    """Gamma times the length of every vector's projection on every subspace, about `centre` in units of `scale`."""
+    return _logits(bases, _lifted(values, centre, scale))
 
 
 def _lifted(values: Tensor, centre: Tensor, scale: float) -> Float[Tensor, "prompt axis"]:
