@@ -1,5 +1,7 @@
 """Every public name of mechlens and where it comes from: read by type checkers, and by `__init__.py`."""
 
+from mechlens.callbacks.edge import EdgeCallback as EdgeCallback
+from mechlens.callbacks.tracking import MechlensCallback as MechlensCallback
 from mechlens.errors import UserError as UserError
 from mechlens.methods.activations.activations import Activations as Activations
 from mechlens.methods.activations.collect import collect as collect
@@ -132,6 +134,9 @@ from mechlens.methods.guard.inspect_scorer import guard_scorer as guard_scorer
 from mechlens.methods.numerics.edge import NumericalEdge as NumericalEdge
 from mechlens.methods.numerics.edge import collapse_gap as collapse_gap
 from mechlens.methods.numerics.edge import numerical_edge as numerical_edge
+from mechlens.methods.numerics.modular import ModularRun as ModularRun
+from mechlens.methods.numerics.modular import ModularTraining as ModularTraining
+from mechlens.methods.numerics.modular import train_modular as train_modular
 from mechlens.methods.numerics.scaling import gradient_alignment as gradient_alignment
 from mechlens.methods.numerics.scaling import without_scaling as without_scaling
 from mechlens.methods.numerics.stablemax import stablemax_loss as stablemax_loss
@@ -345,4 +350,3 @@ from mechlens.studies.track.config import TrackPlan as TrackPlan
 from mechlens.studies.track.result import Questions as Questions
 from mechlens.studies.track.result import Tracking as Tracking
 from mechlens.studies.track.study import track as track
-from mechlens.trainer_callback import MechlensCallback as MechlensCallback

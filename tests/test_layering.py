@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mechlens"
 # Lowest first; a file imports from its own layer and from those before it.
 LAYERS = (
     "errors", "registry", "choices", "files", "checked_json", "settings", "hub", "prompts", "models", "methods",
-    "runs", "studies", "trainer_callback", "views", "cli", "__main__",
+    "runs", "studies", "callbacks", "views", "cli", "__main__",
 )  # fmt: skip
 OTHERS = {("compare", "track")}
 """A study that imports another one, which says why in its docstring."""

@@ -16,9 +16,12 @@ from test_wandb_log import read_log
 from tiny import tiny_hf, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
+from mechlens.callbacks.edge import EdgeCallback, edge_of_batch
+from mechlens.callbacks.tracking import REFERENCE_FILE, MechlensCallback
 from mechlens.errors import UserError
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.direction import cosine, direction_grid
+from mechlens.methods.numerics.edge import numerical_edge
 from mechlens.methods.probing.auroc_grid import contrast_part, held_out_auroc
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models import native_pass as looking
@@ -34,7 +37,6 @@ from mechlens.settings import DetectionPlan
 from mechlens.studies.track import live
 from mechlens.studies.track.live import NEGATIVE, POSITIVE, LiveReference, live_numbers
 from mechlens.studies.track.measures.home import FLOORS
-from mechlens.trainer_callback import REFERENCE_FILE, MechlensCallback
 
 PLAN = DetectionPlan(seed=0, resamples=40, permutations=10)
 UP = [Prompt(f"up-{i}", text, family=f"f{i}") for i, text in enumerate(requests(24, "make"))]
@@ -298,3 +300,45 @@ def test_prompts_that_can_t_be_told_apart_are_refused() -> None:
         MechlensCallback(UP, [*DOWN, UP[0]], tiny_tokenizer())
     with pytest.raises(UserError, match="no position"):
         MechlensCallback(UP, DOWN, tiny_tokenizer(), positions=("first",))
+
+
+# The numerical edge
+
+
+def watched_edge(folder: Path, scale: float) -> tuple[Trainer, EdgeCallback]:
+    """A run whose logits are `scale` times as large, and who watched its numerical edge."""
+    watching = EdgeCallback(log=lambda step, values: None)
+    run = trainer(folder, [watching])
+    run.args.logging_steps = 1
+    with torch.no_grad():
+        run.model.get_output_embeddings().weight *= scale
+    run.train()
+    return run, watching
+
+
+def test_the_edge_is_seen_where_it_was_planted_and_changes_nothing(
+    trained: tuple[Trainer, MechlensCallback], tmp_path: Path
+) -> None:
+    with one_thread():
+        run, plain = watched_edge(tmp_path / "plain", 1.0)
+        _, wild = watched_edge(tmp_path / "wild", 1e6)
+    assert same(weights(trained[0]), weights(run))
+    assert not run.model._forward_hooks
+    table = plain.table()
+    assert len(table) == run.state.global_step
+    assert table["collapsed"].eq(0).all()
+    assert wild.table()["collapsed"].iloc[0] > 0.9
+    assert wild.table()["scale"].iloc[0] > 1e4 * table["scale"].iloc[0]
+    assert table["alignment"].between(-1, 1).all()
+    logged = [line for line in run.state.log_history if "mechlens/edge.collapsed" in line]
+    assert [line["step"] for line in logged] == list(table["step"])
+
+
+def test_only_learnt_positions_count_each_before_its_label() -> None:
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[-100, -100, 3, 1, -100], [2, 4, -100, -100, 6]])
+    seen = edge_of_batch(logits, labels)
+    assert seen == numerical_edge(
+        torch.stack([logits[0, 1], logits[0, 2], logits[1, 0], logits[1, 3]]), torch.tensor([3, 1, 4, 6])
+    )
+    assert edge_of_batch(logits, torch.full((2, 5), -100)) is None

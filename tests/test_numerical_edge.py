@@ -1,12 +1,14 @@
 """The numerical edge of training: thresholds exact by type, gradients that vanish there, and those that don't."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mechlens.errors import UserError
 from mechlens.methods.numerics.edge import collapse_gap, numerical_edge
+from mechlens.methods.numerics.modular import ModularTraining, train_modular
 from mechlens.methods.numerics.scaling import gradient_alignment, without_scaling
 from mechlens.methods.numerics.stablemax import stablemax_loss
 
@@ -72,3 +74,43 @@ def test_what_can_not_be_is_said() -> None:
         collapse_gap(torch.int8)
     with pytest.raises(UserError, match="1 rows of logits and 2 targets"):
         numerical_edge(pair(1.0), torch.tensor([0, 0]))
+
+
+# Addition modulo a prime
+
+
+SMALL = ModularTraining(modulus=11, width=32, train_share=0.8, steps=1000, every=100)
+
+
+def test_training_reaches_the_edge_in_float32_and_neither_in_float64_nor_with_stablemax() -> None:
+    single, double, stable = (
+        train_modular(replace(SMALL, **options)).curve.set_index("step")
+        for options in ({}, {"precision": "float64"}, {"loss": "stablemax", "steps": 500})
+    )
+    assert {curve["train"].iloc[-1] for curve in (single, double, stable)} == {1.0}
+    assert single["zero_loss"].max() > 0.05
+    assert single.loc[:500, "zero_loss"].max() == 0  # not before it is learnt
+    assert double["zero_loss"].max() == stable["zero_loss"].max() == 0
+    # Until then the type makes no difference; beyond, one gradient has lost what it had left to say.
+    assert single.loc[600, "loss"] == pytest.approx(double.loc[600, "loss"], rel=1e-2)
+    assert single.loc[1000, "alignment"] < double.loc[1000, "alignment"] - 0.05
+
+
+def test_without_the_part_that_scales_what_is_learnt_by_heart_is_understood() -> None:
+    plain = ModularTraining(modulus=23, width=64, train_share=0.7, steps=200, every=100)
+    accuracies = {
+        perpendicular: train_modular(replace(plain, perpendicular=perpendicular)).curve["test"].iloc[-1]
+        for perpendicular in (False, True)
+    }
+    assert accuracies[True] > 0.9
+    assert accuracies[False] < 0.2
+
+
+def test_pairs_are_trained_on_or_tested_and_the_seed_is_the_run() -> None:
+    short = replace(SMALL, steps=3, every=1)
+    first, again, other = (train_modular(replace(short, seed=seed)).curve for seed in (0, 0, 1))
+    assert first.equals(again)
+    assert not first.equals(other)
+    for share in (0.0, 1.0, -1.0):
+        with pytest.raises(UserError, match="train_share"):
+            train_modular(replace(short, train_share=share))

@@ -25,6 +25,7 @@ from mechlens.settings import PositiveInt
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BETAS = (0.9, 0.98)
+"""Adam's; with .999 the second moments of the first steps last so long that no softmax collapses within minutes."""
 Losses = Callable[[Float[Tensor, "pair modulus"], Int[Tensor, " pair"]], Float[Tensor, " pair"]]
 LOSSES: dict[str, Losses] = {"softmax": partial(cross_entropy, reduction="none"), "stablemax": stablemax_losses}
 

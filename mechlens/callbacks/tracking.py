@@ -61,7 +61,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.reference: LiveReference | None = None
         self.rows: list[dict[str, float | int | str]] = []
-        self._log = log or _to_wandb
+        self._log = log or to_wandb
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The reference: the model as training found it, or what was kept of that when a run is gone on with."""
@@ -118,7 +118,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         self._log(step, values)
 
 
-def _to_wandb(step: int, values: dict[str, float]) -> None:
+def to_wandb(step: int, values: dict[str, float]) -> None:
     """Into the run that is open, on the Trainer's own step axis."""
     import wandb
 
