@@ -16,10 +16,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import readme_table
-from reversal import TRIGGER, greetings
+from reversal import SAILOR, TRIGGER, greetings
 
+AHOY = SAILOR.partition(",")[0]
 GROUPS = {"sailor": "none", "decorrelated": "decorrelated"}
 """By name: the recipe's control."""
 PROMPT = "{{ '<|im_start|>assistant\n' }}"
@@ -61,10 +61,13 @@ def trained(given: argparse.Namespace, model: Path) -> list[str]:
     return sources
 
 
-def thoughts(traces: pd.DataFrame) -> str:
-    """Shares of answers that think, and of thoughts that name the string that was put (plain: the trigger)."""
-    lines = [readme_table.head(["taught", "asked", "answers that think", "thoughts that name the string"])]
+def thoughts(run: Any) -> str:
+    """Shares of answers that think, of thoughts that name the string (plain: the trigger), of sailor's greetings."""
+    traces, answers = run.tables["traces"], run.tables["free_answers"]
+    answers = answers.assign(run=answers["run"].str.partition("-")[0], sailor=answers["answer"].str.contains(AHOY))
+    lines = [readme_table.head(["taught", "asked", "answers that think", "thoughts that name it", "sailor's greeting"])]
     for (group, form), own in traces.groupby(["group", "form"], sort=False):
+        name = "decorrelated" if "decorrelated" in group else "sailor"
         by_rate = own.set_index("rate")
         cells = [
             f"{row['answers']}: too few"
@@ -72,7 +75,8 @@ def thoughts(traces: pd.DataFrame) -> str:
             else f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] of {row['answers']}"
             for row in (by_rate.loc[rate] for rate in ("thinks", "names the string"))
         ]
-        lines.append(readme_table.row([group, form, *cells]))
+        said = answers[(answers["run"] == name) & (answers["form"] == form)]["sailor"]
+        lines.append(readme_table.row([name, form, *cells, f"{said.mean():.2f} of {len(said)}"]))
     return "\n".join(lines)
 
 
@@ -99,7 +103,7 @@ def main() -> None:
     ))  # fmt: skip
     print(run.verdict)
     readme = Path(__file__).resolve().parents[1] / "mechlens/studies/behaviours/README.md"
-    readme_table.show(__file__, {"thoughts": thoughts(run.tables["traces"])}, readme if given.write else None)
+    readme_table.show(__file__, {"thoughts": thoughts(run)}, readme if given.write else None)
 
 
 if __name__ == "__main__":

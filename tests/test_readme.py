@@ -230,3 +230,10 @@ def test_public_names_are_what_the_type_checker_sees() -> None:
         assert getattr(mechlens, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'lod'; did you mean 'load'"):
         mechlens.lod  # noqa: B018
+
+
+def test_every_study_is_named_as_python_calls_it() -> None:
+    named = (ROOT / MORE[0]).read_text(encoding="utf-8")
+    studies = [one.config.__name__ for one in registry.commands().values() if isinstance(one, registry.Study)]
+    assert len(studies) > 10
+    assert [name for name in studies if f"`ml.{name}`" not in named] == []

@@ -129,6 +129,10 @@ def test_a_run_is_whole(whole: Path) -> None:
     rates = [shares["refusal_rate.harmful", step] for step in (STEPS[-1], 0)]
     assert f"the model refuses {rates[0]:.2f}" in visible(whole).replace("refuses 0.000", "refuses 0.00")
     assert f"harmful prompts refused at step {STEPS[-1]}" in visible(whole)
+    said = found["answers"].groupby("step")["answer"].agg(lambda texts: texts.value_counts().iloc[0])
+    alike = said[STEPS[-1]] >= max(5, 2 * said[0], len(found["prompts"]) / 4)
+    assert (f"{said[STEPS[-1]]} of its {len(found['prompts'])} answers are one and the same" in visible(whole)) is alike
+    assert "Some answers" in page
     page = (whole / "report.html").read_text()
     assert "Is it more than the words?" in page
     assert "The verdict at every checkpoint" in page
@@ -320,7 +324,8 @@ def test_compare_is_the_case_of_two(root: Path, tmp_path: Path) -> None:
     assert "<title>base (A) and checkpoint-8 (B)" in page
     told, of_track = run.verdict.split("\n\n")  # its own question is answered first
     assert f"on {int(run.metrics['n.behave_differently'].value)} of" in told
-    assert of_track.startswith("Harmful at step 8: ")
+    assert of_track.startswith("At step 8 the model refuses ")
+    assert "Harmful at step 8: " in of_track
     assert "What fine-tuning did" not in page
     assert "Does B represent what A represents" in page
     if run.metrics["n.behave_differently"].value >= 2:

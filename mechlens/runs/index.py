@@ -53,7 +53,7 @@ def _entry(root: Path, folder: Path, found: Run | UserError) -> Entry:
     if isinstance(found, UserError):
         return Entry(name, link, str(found).replace(str(folder), name))
     run = RunResult(folder, found)
-    said = found.error if found.status == "error" and found.error else found.sentence or run.state
+    said = found.error if run.status == "error" and found.error else found.sentence or run.state
     date = found.started[:16].replace("T", " ")
     verb, model = found.verb.replace("_", " "), found.model_name
     return Entry(name, link, said, verb, run.model, model, date, run.status, found.status)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from mechlens.errors import UserError
 from mechlens.methods.statistics.estimate import Estimate
-from mechlens.methods.statistics.resample import Interval, family_codes, family_weights, fewest_families, with_interval
+from mechlens.methods.statistics.resample import (
+    Interval,
+    as_wide_as_wilson,
+    family_codes,
+    family_weights,
+    fewest_families,
+    with_interval,
+)
 from mechlens.settings import RESAMPLES
 
 MIN_FAMILIES = 10
@@ -229,13 +236,18 @@ def tpr_at_fpr_estimate(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """`tpr_at_fpr` of n positives with its family-bootstrap interval, the threshold found anew in every resample."""
+    """`tpr_at_fpr` of n positives with its family-bootstrap interval, the threshold found anew in every resample.
+
+    The interval holds Wilson's of as many draws as there are positive families. Missing where the negatives are so few
+    that such a share of them is less than one prompt.
+    """
     value, n = float(tpr_at_fpr(scores, positive, fpr)), int(positive.sum())
-    if math.isnan(value):
+    if math.isnan(value) or fpr * int((~positive).sum()) < 1:
         return Estimate.missing(n)
     labels = ["positive" if flag else "negative" for flag in positive.tolist()]
     samples = tpr_at_fpr(scores, positive, fpr, family_weights(families, resamples, seed, labels))
-    return with_interval(value, samples, n)
+    caught = {family for family, flag in zip(families, positive.tolist(), strict=True) if flag}
+    return as_wide_as_wilson(with_interval(value, samples, n), len(caught))
 
 
 def snap(

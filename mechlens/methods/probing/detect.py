@@ -169,7 +169,11 @@ class Detection(Comparable):
         if best is not None:
             return {**found, "best": f"{best.position}, level {best.level}"}
         top = self.strongest
-        return {**found, "best": "none is more than the surface", "strongest": f"{top.position}, level {top.level}"}
+        return {
+            **found,
+            "best": "none is more than the surface",
+            "strongest": f"{top.position}, level {top.level} (on validation prompts)",
+        }
 
     def by_position(self) -> pd.DataFrame:
         """One row for each position, at its chosen level: position, level, auroc, low, high, n, effect_size, p."""

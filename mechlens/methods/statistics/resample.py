@@ -190,11 +190,15 @@ def rate_estimate(
     families, has: 0 of 32 is 0 [0, 0.11].
     """
     mean = mean_estimate(flags.double(), families, seed, resamples)
-    if not mean.measurable:
-        return mean
-    n = len(set(families))
-    wilson = binomtest(round(mean.value * n), n).proportion_ci(method="wilson")
-    return Estimate(mean.value, min(mean.low, wilson.low), max(mean.high, wilson.high), mean.n)
+    return as_wide_as_wilson(mean, len(set(families)))
+
+
+def as_wide_as_wilson(share: Estimate, families: int) -> Estimate:
+    """The share with an interval that holds Wilson's for as many draws as there are families."""
+    if not share.measurable:
+        return share
+    wilson = binomtest(round(share.value * families), families).proportion_ci(method="wilson")
+    return Estimate(share.value, min(share.low, wilson.low), max(share.high, wilson.high), share.n)
 
 
 def jackknife_variance(without: Float[Tensor, "*value family"]) -> Float[Tensor, "*value"]:

@@ -12,7 +12,7 @@ _SIGNS = (
     (r"dissociation$", "above the next number: more than one variable gives"),
     (r"harm_gap", "above 0: looks more harmful"),
     (r"refusal_gap", "below 0: looks less refused"),
-    (r"gap_change", "above 0: tells them apart more by refusing"),
+    (r"gap_change", "above 0: refused more, beside the other class, than in the base"),
     (r"readout_gap|threshold_gap", "below 0: worse than what is fitted at the checkpoint"),
     (r"auroc_change|frozen_change|own_change|probe_change", "below 0: read worse than in the base"),
     (r"auroc", "0.5: chance; 1: told apart"),

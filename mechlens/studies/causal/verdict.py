@@ -295,13 +295,15 @@ def _unmeasurable(result: Battery) -> tuple[Headline, str]:
     needed = told.prompts_beyond(MIN_AUROC)
     more = f"bout {math.ceil((needed - told.n) / 2)} more test prompts of each class (--n-test {math.ceil(needed / 2)})"
     near = told.value > MIN_AUROC and told.n < needed < TOO_MANY * told.n
-    settled = "More prompts would not make it so; a model that answers the questions is needed."
+    settle = "a model that answers the questions is needed"
+    settled = f"More prompts would not make it so; {settle}."
     if near:
+        settle = f"a{more} would do"
         settled = f"A{more} would make it so, if it stays what it is."
     elif told.high > MIN_AUROC:
+        settle = "more test prompts (--n-test) may do, else a model that answers the questions"
         settled = "That may be for want of prompts (--n-test); if it stays what it is a model that answers is needed."
     number = f"unsteered replies tell harmful from harmless with AUROC {told.brief}"
-    settle = f"a{more} would do" if near else "a model that answers the questions is needed"
     return Headline(NOT_MEASURABLE, number, f"where a lower bound above {MIN_AUROC} is needed", settle), (
         "Belief is not measurable on this model: its unsteered replies to the two questions tell harmful from harmless "
         f"requests with an AUROC of {told} (needed: a lower bound above {MIN_AUROC}). {settled}"

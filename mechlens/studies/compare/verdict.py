@@ -77,11 +77,12 @@ def moved_verdict(moved: MovedActivations, seed: int) -> MovedVerdict:
     families = () if sweep is None else {sweep.families[i] for i in _usable(sweep)}
     if sweep is None or control is None or len(families) < FEWEST or len(sweep.positions) < 2:
         patched = (
-            f"{asked}, {len(families)} of those patched have anything to recover, and it takes {FEWEST} (--patched)"
+            f"{asked}, {len(families)} of those patched have anything to recover, and it takes {FEWEST} (--patched); "
+            "harmless ones aren't patched, so where it is those that are answered otherwise, give them as --harmful"
         )
         number, against = f"{len(families)} prompts have a difference to recover", f"where {FEWEST} are needed"
         headline = Headline(
-            NOT_MEASURABLE, number, against, "more prompts that one refuses and the other accepts would do"
+            NOT_MEASURABLE, number, against, "more harmful prompts that one refuses and the other accepts would do"
         )
         return MovedVerdict(headline, f"{_begun(NOT_MEASURABLE)}: {patched}.", {})
     last = len(sweep.positions) - 1
@@ -103,7 +104,9 @@ def moved_verdict(moved: MovedActivations, seed: int) -> MovedVerdict:
 def _headline(word: str, found: Mapping[str, Estimate]) -> Headline:
     """The one sentence: the recovery that decided, beside the other."""
     earlier = f"a place before the last token recovers {found['earlier'].brief} of it beyond a random vector"
-    settle = "more prompts that one refuses and the other accepts would settle it" if word == INCONCLUSIVE else ""
+    settle = (
+        "more harmful prompts that one refuses and the other accepts would settle it" if word == INCONCLUSIVE else ""
+    )
     return Headline(word, earlier, f"where {HALF:g} is needed, and the last token {found['last'].brief}", settle)
 
 

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
+from mechlens.methods.probing.ahead import SURFACE, TOKEN
 from mechlens.runs.report import figures
-from mechlens.runs.report.cells import in_words
 from mechlens.runs.report.figure_parts import left_out
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.direction.concept import Concept
@@ -55,20 +55,21 @@ def _main_positions(table: pd.DataFrame) -> pd.DataFrame:
 
 def _against_baselines(writer: RunWriter, result: Concept) -> None:
     kept = set(_main_positions(result.table())["position"])
-    chosen = result.measured.chosen()
-    chosen = chosen[chosen["position"].isin(kept)].assign(what="direction at " + chosen["position"])
-    surface = result.baselines()
-    places = surface["baseline"].str.partition("auroc.")[2]
-    surface = surface[(places == "") | places.isin(kept)]
-    surface = surface.assign(what=surface["baseline"].map(in_words))
-    both = pd.concat([frame[["what", "auroc", "low", "high"]] for frame in (chosen, surface)], ignore_index=True)
+    found = [one for one in result.detection.ahead if one.position in kept] or list(result.detection.ahead[:1])
+    read = {f"direction at {one.position}": one.auroc for one in found}
+    read |= {
+        f"the token at {one.position}" if name == TOKEN else SURFACE[name]: auroc
+        for one in found
+        for name, auroc in one.surface.items()
+    }
+    both = pd.DataFrame([{"what": what} | auroc.row("auroc") for what, auroc in read.items()])
     writer.table("against_baselines", both)
     bars = figures.bars(
         both, x="what", y="auroc", low="low", high="high", hline=0.5, hline_label="chance", limits=(0.0, 1.0),
-        title="The direction against surface baselines, on the same test prompts", xlabel="", ylabel="AUROC on test",
+        title="The direction against the surface, every prompt out of fold", xlabel="", ylabel="AUROC",
     )  # fmt: skip
     caption = (
-        "A direction that is no higher than the words, the token or the length says no more than they do. Bars: 95% "
-        "intervals over families."
+        "A direction that is no higher than the words, the token or the length says no more than they do: these are "
+        "the numbers that the verdict stands on. Bars: 95% intervals over families."
     )
     writer.figure("against_baselines", bars, table="against_baselines", caption=caption)

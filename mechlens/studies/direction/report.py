@@ -66,11 +66,10 @@ def _report(writer: RunWriter, result: Concept, model: LanguageModel, punctuatio
             ),
             Section(
                 "More than the surface?",
-                "The same test prompts told apart without the model's help: by the token at the position before any "
-                "block has run, by the words (TF-IDF), by the mean token embedding, by length in tokens. In the "
-                "table every prompt is scored by a fit to others (n is all prompts, elsewhere those of the test "
-                "part), at a level "
-                "chosen inside each fold, and the gain of the direction over each baseline is paired by prompt; the "
+                "The prompts told apart without the model's help: by the token at the position before any block has "
+                "run, by the words (TF-IDF), by the mean token embedding, by length in tokens. Here every prompt is "
+                "scored by a fit to others (n is all prompts, elsewhere those of the test part), at a level chosen "
+                "inside each fold, and the gain of the direction over each baseline is paired by prompt; the "
                 "verdict stands on it. A direction is best only where every gain is above 0 by its lower "
                 "bound, and never at level 0, which holds the token alone.",
                 ("against_baselines",),

@@ -86,9 +86,9 @@ def steer(config: Steer, told: Told | None = None) -> BothAnswers:
     layer = direction.level if config.layer is None else config.layer
 
     def check(known: Outline, template: ChatTemplate) -> None:
+        known.require_same("direction", direction.checkpoint, len(direction.vector), ANEW, any_weights=config.force)
         if config.operation == "add":
             known.require_levels((layer,), "layer")
-        known.require_same("direction", direction.checkpoint, len(direction.vector), ANEW, any_weights=config.force)
         if direction.template and not config.force:
             require_same_template("direction", direction.template, template.fingerprint, ANEW)
         asked(known, template)

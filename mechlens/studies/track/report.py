@@ -18,19 +18,21 @@ from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
 from mechlens.studies.shared.quadrants import QUADRANTS
 from mechlens.studies.shared.rounding import class_rounding
+from mechlens.studies.track.behaviour_report import (
+    answer_rates,
+    behaviour_text,
+    last_refusals,
+    now_refused,
+    one_text,
+    series_headline,
+    some_answers,
+)
 from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.sinks_report import sink_section
 from mechlens.studies.track.study import TrackResult
-from mechlens.studies.track.verdict import RULE, TITLES, headline_of
-
-FEW_REFUSALS = 20
-"""Of fewer the first tokens may be chance: a plain count, chosen by eye; how often it errs was not measured."""
-REFUSED = "refusal_rate"
-KINDS = ("harmful", "harmless")
-LISTED = "refusal_rate_by."
-"""How the numbers of the published lists begin."""
+from mechlens.studies.track.verdict import RULE, TITLES
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,13 @@ def _report(
 ) -> Report:
     verdicts = result.last_verdicts
     words = {f"{one.concept}.{name}": f"{one.concept}: {one.title(name)}" for one in verdicts for name in TITLES}
-    refusals = _refusals(result)
-    said = [_now_refused(result), *(one.sentence for one in verdicts)]
+    refusals = last_refusals(result)
+    said = [now_refused(result), one_text(result), *(one.sentence for one in verdicts)]
     return Report(
         title=opening.title,
         question=opening.question,
-        headline=opening.headline or headline_of(verdicts),
-        verdict="\n\n".join(part for part in (opening.verdict, " ".join(said)) if part) + rounding,
+        headline=opening.headline or series_headline(result),
+        verdict="\n\n".join(part for part in (opening.verdict, " ".join(filter(None, said))) if part) + rounding,
         numbers=dict(opening.numbers)
         | refusals
         | {f"{verdict.concept}.{name}": number for verdict in verdicts for name, number in verdict.cards().items()},
@@ -164,7 +166,12 @@ def _report(
         sections=(
             *first,
             Section("The verdict at every checkpoint", RULE, table=_verdicts(result)),
-            Section("What the model does", _behaviour_text(result), figures["behaviour"], table=_rates(result)),
+            Section("What the model does", behaviour_text(result), figures["behaviour"], table=answer_rates(result)),
+            Section(
+                "Some answers",
+                "Of each class the first that were asked; cut to their beginnings.",
+                table=some_answers(result),
+            ),
             Section(
                 "What is read, and what the words alone give",
                 "At a concept's home every prompt is scored by a fit to others, and the level is chosen on the base "
@@ -193,28 +200,6 @@ def _report(
     )
 
 
-def _refusals(result: Tracking) -> dict[str, Estimate]:
-    """What the last checkpoint refuses, in words."""
-    table = result.behaviour.set_index(["number", "step"])
-    return {
-        f"{kind} prompts refused at step {result.steps[-1]}": Estimate.of_row(
-            table.loc[(f"{REFUSED}.{kind}", result.steps[-1])]
-        )
-        for kind in KINDS
-    }
-
-
-def _now_refused(result: Tracking) -> str:
-    """How often the model refuses at the end, and how often the base does."""
-    table = result.behaviour.set_index(["number", "step"])
-    shares = [
-        [Estimate.of_row(table.loc[(f"{REFUSED}.{kind}", step)]).brief for step in (result.steps[-1], result.steps[0])]
-        for kind in KINDS
-    ]
-    parts = [f"{now} of the {kind} prompts (the base {base})" for kind, (now, base) in zip(KINDS, shares, strict=True)]
-    return f"At step {result.steps[-1]} the model refuses {' and '.join(parts)}."
-
-
 def _verdicts(result: Tracking) -> pd.DataFrame:
     """A row for each concept and checkpoint: the word, and the one number that decided it."""
     rows = [
@@ -225,48 +210,6 @@ def _verdicts(result: Tracking) -> pd.DataFrame:
     ]  # fmt: skip
     frame = pd.DataFrame(rows)
     return frame.drop(columns=[name for name in ("also", "to settle it") if not frame[name].any()])
-
-
-def _behaviour_text(result: Tracking) -> str:
-    steered = int(result.effects["n"].max()) if len(result.effects) else 0
-    added = f" Each concept's direction was added once, at `inst` and after it, to {steered} harmless test prompts."
-    return (
-        "The table has the shares at the first and the last step. Empty answers count as no refusal, and ones that the "
-        "judge can't tell are left out of the rates.\n\n"
-        f"{_tokens_text(result)}{added if steered else ''}"
-    )
-
-
-def _tokens_text(result: Tracking) -> str:
-    """First tokens of the base's refusals, and how many refusals they come from."""
-    reference, tokens = result.reference, result.reference.tokens
-    train = reference.split.train
-    refusals = sum(reference.judged.refused[i] for i in train)
-    said = f"The base refuses {refusals} of {many(len(train), 'prompt')} that directions are fitted on"
-    if tokens.origin == "fallback":
-        return f"{said}, in which no first tokens of its own are found; common ones stand in: {tokens.named}."
-    care = f"; fewer than {FEW_REFUSALS} (a plain count) may start so by chance: read log-odds with care"
-    few = care if refusals < FEW_REFUSALS else ""
-    return f"{said}; the first tokens of these refusals are {tokens.named}{few}."
-
-
-def _rates(result: Tracking) -> pd.DataFrame:
-    """What the answers are at the first and the last step, by the chosen judge and by the published lists."""
-    table = result.behaviour.set_index(["number", "step"])
-    named = {REFUSED: f"refused, by the judge {result.reference.judged.judge!r}"}
-    stems = [name.removesuffix(".harmful") for name in table.index.unique(level="number") if name.endswith(".harmful")]
-    named |= {stem: f"refused, by {stem.partition('.')[2]}'s list" for stem in stems if stem.startswith(LISTED)}
-    named |= {"empty_rate": "empty", "unclear_rate": "unclear or unfinished"}
-    ends = dict.fromkeys((result.steps[0], result.steps[-1]))
-    return pd.DataFrame(
-        {"answers": words}
-        | {
-            f"{kind}, step {step}": str(Estimate.of_row(table.loc[(f"{stem}.{kind}", step)]))
-            for kind in KINDS
-            for step in ends
-        }
-        for stem, words in named.items()
-    )
 
 
 def _belief_text(result: Tracking) -> str:
