@@ -131,7 +131,7 @@ def test_a_run_is_whole(whole: Path) -> None:
     assert f"harmful prompts refused at step {STEPS[-1]}" in visible(whole)
     said = found["answers"].groupby("step")["answer"].agg(lambda texts: texts.value_counts().iloc[0])
     alike = said[STEPS[-1]] >= max(5, 2 * said[0], len(found["prompts"]) / 4)
-    assert (f"{said[STEPS[-1]]} of its {len(found['prompts'])} answers are one and the same" in visible(whole)) is alike
+    assert (f"{said[STEPS[-1]]} of its {len(found['prompts'])} answers are one and the same" in visible(whole)) == alike
     assert "Some answers" in page
     page = (whole / "report.html").read_text()
     assert "Is it more than the words?" in page
