@@ -57,3 +57,22 @@ def test_what_can_not_be_is_said() -> None:
     with pytest.raises(UserError, match="sparse"):
         train_in_subspace(lambda one: one.sum(), torch.zeros(4), d=2, seed=0, projection="sparse")
     assert task_dimension(lambda d: 0.0, (1, 2), full=1.0) is None
+
+
+def test_a_layer_that_must_stay_is_left_by_its_own_scale() -> None:
+    draw = torch.Generator().manual_seed(0)
+    wanted = torch.randn(K, 20, generator=draw, dtype=torch.float64)
+
+    def loss(one: torch.Tensor) -> torch.Tensor:
+        return (wanted @ one[:20] - 1).square().sum() + one[20:].square().sum()
+
+    start = torch.zeros(40)
+    plain, scaled = (
+        train_in_subspace(loss, start, d=K + 2, seed=1, steps=400, blocks=blocks) for blocks in ((), (20, 20))
+    )
+    assert plain.loss > 1e-2
+    assert scaled.loss < 1e-6
+    assert float(scaled.parameters[20:].norm()) < 1e-3 * float(scaled.parameters[:20].norm())
+    for blocks, d in (((20, 19), 8), ((40, 0), 8), ((20, 20), 2)):
+        with pytest.raises(UserError, match="blocks"):
+            train_in_subspace(loss, start, d=d, seed=1, blocks=blocks)

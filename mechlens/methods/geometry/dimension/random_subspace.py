@@ -1,7 +1,8 @@
 """How many dimensions a task has: the smallest random subspace of all parameters in which it can be learned.
 
 θ = θ₀ + P z with P random and fixed, so that only z is trained (Li et al. 2018; Aghajanyan et al. 2020 for language
-models). P is a dense Gaussian matrix, or Fastfood (Le et al. 2013), which is never written out.
+models). P is a dense Gaussian matrix, or Fastfood (Le et al. 2013), which is never written out. With `blocks` (SAID,
+the latter's) each layer's part of P z is multiplied by a number that is trained too and counts as a dimension.
 """
 
 import math
@@ -58,6 +59,20 @@ PROJECTIONS: dict[str, Callable[[int, int, int], Projection]] = {
 }
 
 
+def _scaled(project: Projection, blocks: Sequence[int]) -> Projection:
+    """The projection of the first dimensions, each block multiplied by one of the last."""
+    if not blocks:
+        return project
+    sizes = torch.tensor(list(blocks))
+
+    def scaled(z: Tensor) -> Tensor:
+        inner, scales = z[: -len(blocks)], z[-len(blocks) :]
+        found: Tensor = project(inner) * scales.repeat_interleave(sizes)
+        return found
+
+    return scaled
+
+
 @dataclass(frozen=True, eq=False)
 class SubspaceTraining:
     """What training in `d` random dimensions came to; see `train_in_subspace`.
@@ -82,10 +97,12 @@ def train_in_subspace(
     seed: int,
     projection: str = "dense",
     steps: int = 50,
+    blocks: Sequence[int] = (),
 ) -> SubspaceTraining:
     """Lowers a loss of all parameters (flat) by L-BFGS in `d` random dimensions about where they start (float64).
 
-    `projection` is "dense" or "fastfood". UserError for more dimensions than parameters.
+    `projection` is "dense" or "fastfood". `blocks`, the numbers of parameters of one layer after the other, gives each
+    its own scale, which is one of the `d`. UserError for more dimensions than parameters, or blocks that don't add up.
 
     >>> import torch
     >>> wanted = torch.tensor([1.0, -2.0, 0.5])
@@ -97,9 +114,16 @@ def train_in_subspace(
         raise unknown_name("projection", projection, tuple(PROJECTIONS))
     if not 1 <= d <= len(start):
         raise UserError(f"{d} dimensions of {len(start)} parameters were asked for; ask for 1 to {len(start)}")
+    if blocks and (sum(blocks) != len(start) or min(blocks) < 1 or len(blocks) >= d):
+        raise UserError(
+            f"{len(blocks)} blocks of {sum(blocks)} parameters in all were given, for {len(start)} parameters and {d} "
+            "dimensions, of which each block takes one; give sizes that add up, and more dimensions than blocks"
+        )
     origin = start.detach().double()
-    project = PROJECTIONS[projection](len(origin), d, seed)
-    z = torch.zeros(d, dtype=torch.float64, requires_grad=True)
+    project = _scaled(PROJECTIONS[projection](len(origin), d - len(blocks), seed), blocks)
+    z = torch.zeros(d, dtype=torch.float64)
+    z[d - len(blocks) :] = 1
+    z.requires_grad_()
     optimiser = torch.optim.LBFGS([z], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-12,
                                   tolerance_change=1e-15)  # fmt: skip
 
