@@ -1,9 +1,10 @@
 """Do a safety fine-tune and the attack on it make heads dormant? A table for mechlens/studies/sinks/README.md.
 
-    python scripts/sinks_over_checkpoints.py --data harmful_behaviors.csv --out runs/sinks-over [--write]
+    python scripts/sinks_over_checkpoints.py --data advbench.csv --out runs/sinks-over [--write]
 
 `mechlens track --with sinks` from smollm2 to the shipped refuser, and from the refuser to what `finetune --recipe
-accepting` (the fine-tuning attack, on AdvBench's requests; MIT) makes of it here. Runs that are there are not made again.
+accepting` (the fine-tuning attack, on AdvBench's requests; Zou et al. 2023) makes of it here. Runs that are there are
+not made again.
 """
 
 import argparse
