@@ -15,7 +15,7 @@ from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
 from mechlens.models.checkpoints.adapter_base import Base
 from mechlens.models.checkpoints.folders import CONFIG, other_format, own_tokenizer, read_as_trained, require_inside
-from mechlens.models.checkpoints.lora import WEIGHTS, keeps_the_base, read_config
+from mechlens.models.checkpoints.lora import keeps_the_base, read_config
 from mechlens.models.checkpoints.merge import first_line, is_path, merge_adapter, require_adapter
 from mechlens.models.device_map import (
     DeviceMap,
@@ -193,22 +193,20 @@ def load_merged(
     first = "float32" if whole else type_without_loss(model, dtype, revision=revision)
     where = None if kind else device_map
     hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=where)
-    _require_fits(Base(model, hf_model.config), folder)
     tokenizer = _as_trained(tokenizer, adapter)
+    base = Base(model, hf_model.config)
     hf_model = merge_adapter(hf_model, adapter, dtype)
+    _warn_of_other_base(base, folder)
     if kind:
         hf_model = quantised(hf_model, kind, read_device_map(device_map, lambda: hf_model.config))
         require_packed(hf_model, kind, adapter)
     return hf_model, tokenizer
 
 
-def _require_fits(base: Base, adapter: Path) -> None:
-    """UserError for an adapter whose matrices have no place here, and a warning for one that names another base."""
-    if not (adapter / CONFIG).is_file() or not (adapter / WEIGHTS).is_file():
-        return  # from the hub, or in another form: peft says what is wrong with it
-    if misfit := base.misfit(adapter):
-        raise UserError(f"the adapter {str(adapter)!r} doesn't fit: {misfit}")
-    if doubt := base.doubt(adapter):
+def _warn_of_other_base(base: Base, adapter: Path) -> None:
+    """A warning for an adapter that fits and names another packaged model as its base."""
+    doubt = base.doubt(adapter) if (adapter / CONFIG).is_file() else None
+    if doubt:
         warnings.warn(doubt, stacklevel=4)
 
 

@@ -26,11 +26,6 @@ class Base:
         named = _asked_as(str(read_config(adapter).get("base_model_name_or_path") or ""))
         if _on_hub(named) and _on_hub(self._name) and short_name(named).lower() != short_name(self._name).lower():
             return f"it was trained on {named!r}, and the base is {self._name!r}; give the base that it was trained on"
-        return self.misfit(adapter)
-
-    def misfit(self, adapter: Path) -> str | None:
-        """Why an adapter's matrices have no place in the base; None where they have."""
-        named = _asked_as(str(read_config(adapter).get("base_model_name_or_path") or ""))
         changed = _shapes(adapter / WEIGHTS)
         bare = [module for module in changed if module in self._modules and module not in self._biased]
         if bare and read_config(adapter).get("lora_bias"):
