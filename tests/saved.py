@@ -28,6 +28,13 @@ def save_model(folder: Path, *, template: bool = True) -> Path:
     return folder
 
 
+def save_tiny(folder: Path) -> Path:
+    """A random Llama with its tokenizer, as `save_pretrained` writes them."""
+    tiny_hf().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def left_unfinished(out: Path) -> None:
     """As if the run had been killed before its last line: a finished one is given back as it is."""
     write_run(replace(read_run(out), status="started", finished=None), out)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tiny import tiny_hf, tiny_tokenizer
+from saved import save_tiny
 
 import mechlens as ml
 from mechlens.cli import main
@@ -54,10 +54,7 @@ def url(server: str) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_hf().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 import submitit
-from tiny import tiny_hf, tiny_tokenizer
+from saved import save_tiny
 
 import mechlens as ml
 from mechlens.cli import main
@@ -38,10 +38,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folders = [tmp_path_factory.mktemp("models") / name for name in ("one", "two")]
-    for folder in folders:
-        tiny_hf().save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-    return list(map(str, folders))
+    return [str(save_tiny(folder)) for folder in folders]
 
 
 def plan_of(models: list[str], **over: list[Any]) -> Plan:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tiny import tiny_hf, tiny_tokenizer
+from saved import save_tiny
 
 from mechlens.errors import UserError
 from mechlens.studies.sweep.config import Ray, Slurm
@@ -53,9 +53,7 @@ def test_a_node_that_is_lost_costs_no_job_and_changes_no_number(
     cluster: tuple[Any, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The node is removed hard when the second job has begun there, and another one is added."""
-    tiny_hf().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    plan = Plan("direction", {**SMALL, "model": str(tmp_path / "model")}, {"seed": [0, 1]})
+    plan = Plan("direction", {**SMALL, "model": str(save_tiny(tmp_path / "model"))}, {"seed": [0, 1]})
     quiet, jobs = (jobs_of(plan, tmp_path / name, "plan") for name in ("quiet", "ray"))
     for made in (quiet, jobs):
         write_jobs(made)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tiny import tiny_hf, tiny_tokenizer
+from saved import save_tiny
 
 import mechlens as ml
 from mechlens.errors import UserError
@@ -33,10 +33,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_hf().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(autouse=True)

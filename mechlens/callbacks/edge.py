@@ -1,7 +1,7 @@
 """The numerical edge inside somebody's training run: a callback for the transformers Trainer."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import TrainerCallback
 
-from mechlens.callbacks.tracking import to_wandb
+from mechlens.callbacks.tracking import Log, tell
 from mechlens.methods.numerics.edge import NumericalEdge, numerical_edge
 from mechlens.methods.numerics.scaling import gradient_alignment
 
@@ -38,9 +38,9 @@ class EdgeCallback(TrainerCallback):  # type: ignore[misc]
     ['step', 'collapsed', 'zero_loss', 'scale', 'gap', 'alignment', 'dtype']
     """
 
-    def __init__(self, *, log: Callable[[int, dict[str, float]], None] | None = None) -> None:
+    def __init__(self, *, log: Log | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._log = log or to_wandb
+        self._log = log
         self._seen: NumericalEdge | None = None
         self._alignment: float | None = None
         self._due = False
@@ -75,8 +75,7 @@ class EdgeCallback(TrainerCallback):  # type: ignore[misc]
         seen = asdict(self._seen) if self._seen else {}
         self.rows.append({"step": int(state.global_step), **seen, "alignment": self._alignment})
         values = {f"edge.{name}": float(one) for name, one in self.rows[-1].items() if name not in ("step", "dtype")}
-        state.log_history.append({"step": state.global_step} | {f"mechlens/{key}": own for key, own in values.items()})
-        self._log(int(state.global_step), values)
+        tell(state, values, self._log)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The model is left as it was."""

@@ -17,6 +17,10 @@ REFERENCE_FILE = "mechlens_reference.safetensors"
 """In the Trainer's output folder, for a training run that is gone on with."""
 
 
+Log = Callable[[int, dict[str, float]], None]
+"""A step, and numbers by name."""
+
+
 class MechlensCallback(TrainerCallback):  # type: ignore[misc]
     """At the start and at every evaluation: is the concept where it was, and can it still be read?
 
@@ -46,7 +50,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         refusal_tokens: Sequence[int] = (),
         today: str | None = None,
         template_arg: Sequence[str] = (),
-        log: Callable[[int, dict[str, float]], None] | None = None,
+        log: Log | None = None,
     ) -> None:
         self.name = name
         self.watched: LivePrompts = watch(
@@ -61,7 +65,7 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.reference: LiveReference | None = None
         self.rows: list[dict[str, float | int | str]] = []
-        self._log = log or to_wandb
+        self._log = log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The reference: the model as training found it, or what was kept of that when a run is gone on with."""
@@ -114,11 +118,17 @@ class MechlensCallback(TrainerCallback):  # type: ignore[misc]
                 values[key] = estimate.value
             if estimate.measurable and estimate.has_interval:
                 values |= {f"{key}/low": estimate.low, f"{key}/high": estimate.high}
-        state.log_history.append({"step": step, **{f"mechlens/{key}": value for key, value in values.items()}})
-        self._log(step, values)
+        tell(state, values, self._log)
 
 
-def to_wandb(step: int, values: dict[str, float]) -> None:
+def tell(state: Any, values: dict[str, float], log: Log | None) -> None:
+    """Into the Trainer's log history and to `log`, or, where that is None, into the open W&B run."""
+    step = int(state.global_step)
+    state.log_history.append({"step": step, **{f"mechlens/{key}": value for key, value in values.items()}})
+    (log or _to_wandb)(step, values)
+
+
+def _to_wandb(step: int, values: dict[str, float]) -> None:
     """Into the run that is open, on the Trainer's own step axis."""
     import wandb
 

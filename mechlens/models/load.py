@@ -194,9 +194,8 @@ def load_merged(
     where = None if kind else device_map
     hf_model, tokenizer = load_hf(model, revision=revision, dtype=first, device_map=where)
     tokenizer = _as_trained(tokenizer, adapter)
-    base = Base(model, hf_model.config)
     hf_model = merge_adapter(hf_model, adapter, dtype)
-    _warn_of_other_base(base, folder)
+    _warn_of_other_base(Base(model, hf_model.config), folder)
     if kind:
         hf_model = quantised(hf_model, kind, read_device_map(device_map, lambda: hf_model.config))
         require_packed(hf_model, kind, adapter)

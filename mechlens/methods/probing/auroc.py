@@ -228,6 +228,11 @@ def _farthest(
     return inside
 
 
+def less_than_one(share: float, n: int) -> bool:
+    """Whether that share of n prompts is no whole prompt."""
+    return share * n < 1
+
+
 def tpr_at_fpr_estimate(
     scores: Float[Tensor, " prompt"],
     positive: Bool[Tensor, " prompt"],
@@ -242,7 +247,7 @@ def tpr_at_fpr_estimate(
     that such a share of them is less than one prompt.
     """
     value, n = float(tpr_at_fpr(scores, positive, fpr)), int(positive.sum())
-    if math.isnan(value) or fpr * int((~positive).sum()) < 1:
+    if math.isnan(value) or less_than_one(fpr, int((~positive).sum())):
         return Estimate.missing(n)
     labels = ["positive" if flag else "negative" for flag in positive.tolist()]
     samples = tpr_at_fpr(scores, positive, fpr, family_weights(families, resamples, seed, labels))

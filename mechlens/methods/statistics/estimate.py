@@ -44,6 +44,11 @@ class Estimate:
         is_auroc = "auroc" in (called or name)
         return cls(float(row[name]), float(row["low"]), float(row["high"]), int(row["n"]), is_auroc)
 
+    @classmethod
+    def of_beside(cls, row: Any, name: str, n: int) -> "Estimate":
+        """What `beside` made, from a row of a table that says how many prompts it stands on."""
+        return cls(float(row[name]), float(row[f"{name}_low"]), float(row[f"{name}_high"]), int(n))
+
     def row(self, name: str = "value") -> dict[str, float]:
         """Its columns in a table: the value under this name, low, high, n."""
         return {name: self.value, "low": self.low, "high": self.high, "n": self.n}

@@ -71,7 +71,7 @@ class RunComparison:
         """A row of `metrics` as people read it: the number, and its difference from the first run's."""
         run = self.runs[self.names.index(row["run"])]
         own = metric_text(row["name"], run.record.metrics[row["name"]])
-        gap = Estimate(row["difference"], row["difference_low"], row["difference_high"], int(row["n"]))
+        gap = Estimate.of_beside(row, "difference", row["n"])
         sign = "+" if gap.value >= 0 else ""
         if math.isnan(gap.low):
             return own, "" if math.isnan(gap.value) else f"{sign}{gap.value:.2f}"

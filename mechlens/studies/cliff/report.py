@@ -187,7 +187,7 @@ def _beside(result: CliffResult) -> pd.DataFrame:
         if len(own):
             row = {str(name): value for name, value in own.iloc[0].items()}
             n, rate = int(row["n"]), [1 - float(row[f"refused{end}"]) for end in ("", "_high", "_low")]
-            score = Estimate(float(row["score"]), float(row["score_low"]), float(row["score_high"]), n)
+            score = Estimate.of_beside(row, "score", n)
             ours = (score if "score" in what else Estimate(rate[0], rate[1], rate[2], n)).brief
         rows.append({"quantity": what, "paper": published, "here": ours})
     return pd.DataFrame(rows)

@@ -147,7 +147,7 @@ def _costs(result: ControllerResult) -> pd.DataFrame:
 
 
 def _brief(row: "pd.Series[Any]", name: str) -> str:
-    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], 0).brief
+    return Estimate.of_beside(row, name, 0).brief
 
 
 def _decided(writer: RunWriter, result: ControllerResult) -> tuple[str, ...]:

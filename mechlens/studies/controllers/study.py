@@ -77,7 +77,7 @@ class ControllerResult:
             found["shuffled_p"] = Estimate.exact(own.shuffled_p, own.beyond_shuffled.n)
         for _, row in self.refusals[self.refusals["rival"] == CONTROLLER].iterrows():
             name = f"refused.{row['prompts'].replace(' ', '_')}.{row['label']}"
-            found[name] = Estimate(row["refused"], row["refused_low"], row["refused_high"], row["n"])
+            found[name] = Estimate.of_beside(row, "refused", row["n"])
         return found
 
     def tables(self) -> dict[str, pd.DataFrame]:

@@ -12,6 +12,7 @@ import torch
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.directions.token_view import project_tokens
 from mechlens.methods.guard.fitted import FittedGuard
+from mechlens.methods.probing.auroc import less_than_one
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import LanguageModel, device_of, loaded, n_layers
 from mechlens.models.engine import forward
@@ -268,8 +269,8 @@ def _report(
 
 def _cards(numbers: Mapping[str, Estimate]) -> dict[str, Estimate]:
     """What was measured of the headline numbers; none at 1% or 5% of so few harmless ones that it is no prompt."""
-    few = numbers[f"fpr.{GUARD}"].n
-    unmeant = {f"tpr_at_{rate}pct_fpr.{GUARD}" for rate in PERCENT if few * rate < 100}
+    harmless = numbers[f"fpr.{GUARD}"].n
+    unmeant = {f"tpr_at_{rate}pct_fpr.{GUARD}" for rate in PERCENT if less_than_one(rate / 100, harmless)}
     return {name: numbers[name] for name in NUMBERS if name in numbers and numbers[name].n and name not in unmeant}
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from mechlens.errors import many
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import LONGEST, Headline
+from mechlens.studies.shared.sink_positions import first_of_each
 from mechlens.studies.track.result import Tracking
 from mechlens.studies.track.verdict import MOVED, headline_of
 
@@ -24,32 +25,31 @@ LISTED = "refusal_rate_by."
 """How the numbers of the published lists begin."""
 
 
+def _refused(result: Tracking, kind: str, step: int) -> Estimate:
+    table = result.behaviour.set_index(["number", "step"])
+    return Estimate.of_row(table.loc[(f"{REFUSED}.{kind}", step)])
+
+
 def last_refusals(result: Tracking) -> dict[str, Estimate]:
     """What the last checkpoint refuses, in words."""
-    table = result.behaviour.set_index(["number", "step"])
-    return {
-        f"{kind} prompts refused at step {result.steps[-1]}": Estimate.of_row(
-            table.loc[(f"{REFUSED}.{kind}", result.steps[-1])]
-        )
-        for kind in KINDS
-    }
+    last = result.steps[-1]
+    return {f"{kind} prompts refused at step {last}": _refused(result, kind, last) for kind in KINDS}
 
 
 def now_refused(result: Tracking) -> str:
     """How often the model refuses at the end, and how often the base does."""
-    table = result.behaviour.set_index(["number", "step"])
-    shares = [
-        [Estimate.of_row(table.loc[(f"{REFUSED}.{kind}", step)]).brief for step in (result.steps[-1], result.steps[0])]
+    base, last = result.steps[0], result.steps[-1]
+    parts = [
+        f"{_refused(result, kind, last).brief} of the {kind} prompts (the base {_refused(result, kind, base).brief})"
         for kind in KINDS
     ]
-    parts = [f"{now} of the {kind} prompts (the base {base})" for kind, (now, base) in zip(KINDS, shares, strict=True)]
-    return f"At step {result.steps[-1]} the model refuses {' and '.join(parts)}."
+    return f"At step {last} the model refuses {' and '.join(parts)}."
 
 
 def series_headline(result: Tracking) -> Headline | None:
     """The concepts' sentence, and before it what the model does where that changed much; settled later if too long."""
-    found, table = headline_of(result.last_verdicts), result.behaviour.set_index(["number", "step"])["value"]
-    rates = {kind: [table[f"{REFUSED}.{kind}", step] for step in (result.steps[-1], result.steps[0])] for kind in KINDS}
+    found = headline_of(result.last_verdicts)
+    rates = {kind: [_refused(result, kind, result.steps[end]).value for end in (-1, 0)] for kind in KINDS}
     changes = {kind: abs(now - base) for kind, (now, base) in rates.items() if abs(now - base) >= MOVED}
     if found is None or not changes:
         return found
@@ -61,9 +61,9 @@ def series_headline(result: Tracking) -> Headline | None:
 
 def one_text(result: Tracking) -> str:
     """That the last checkpoint gives one text to many prompts which the base didn't; "" where it doesn't."""
-    counts = [Counter(one.answers.texts).most_common(1)[0][1] for one in (result.snapshots[-1], result.snapshots[0])]
-    now, base = counts
-    n = len(result.snapshots[-1].answers.texts)
+    ends = result.snapshots[-1], result.snapshots[0]
+    now, base = (Counter(one.answers.texts).most_common(1)[0][1] for one in ends)
+    n = len(ends[0].answers.texts)
     if now < max(ALIKE, base * 2, n / 4):
         return ""
     return f"{now} of its {n} answers are one and the same text (the base: {base}), so it may have learnt to say that."
@@ -72,7 +72,7 @@ def one_text(result: Tracking) -> str:
 def some_answers(result: Tracking) -> pd.DataFrame:
     """The beginnings of a few answers, at the first and the last step."""
     prompts = result.questions.batch.prompts
-    rows = [i for kind in KINDS for i in [i for i, one in enumerate(prompts) if one.label == kind][:EXAMPLES]]
+    rows = first_of_each([one.label for one in prompts], EXAMPLES)
     ends = {"base": result.snapshots[0]} | {f"step {result.steps[-1]}": result.snapshots[-1]}
     return pd.DataFrame(
         {"class": prompts[i].label, "prompt": _cut(prompts[i].text)}
@@ -86,6 +86,7 @@ def _cut(text: str) -> str:
 
 
 def behaviour_text(result: Tracking) -> str:
+    """How to read the table, where the first tokens of refusals come from, and what was steered."""
     steered = int(result.effects["n"].max()) if len(result.effects) else 0
     added = f" Each concept's direction was added once, at `inst` and after it, to {steered} harmless test prompts."
     return (

@@ -103,7 +103,8 @@ def subspace_logits(
     scale: float,
 ) -> Float[Tensor, "prompt class"]:
     """Gamma times the length of every vector's projection on every subspace, about `centre` in units of `scale`."""
-    return _logits(bases, _lifted(values, centre, scale))
+    lengths: Tensor = (_lifted(values, centre, scale) @ bases).norm(dim=2)
+    return GAMMA * lengths.T
 
 
 def _lifted(values: Tensor, centre: Tensor, scale: float) -> Float[Tensor, "prompt axis"]:
@@ -111,11 +112,6 @@ def _lifted(values: Tensor, centre: Tensor, scale: float) -> Float[Tensor, "prom
     centred = (values.detach().cpu().double() - centre) / scale
     ones = torch.ones(len(centred), 1, dtype=torch.float64)
     return torch.nn.functional.normalize(torch.cat([centred, ones], dim=1), dim=1)
-
-
-def _logits(bases: Float[Tensor, "class axis k"], units: Float[Tensor, "prompt axis"]) -> Float[Tensor, "prompt class"]:
-    lengths: Tensor = (units @ bases).norm(dim=2)
-    return GAMMA * lengths.T
 
 
 def _descend(
