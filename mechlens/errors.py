@@ -1,7 +1,11 @@
-"""The one error that people are meant to read, and the optional extras whose absence is such an error."""
+"""The one error that people are meant to read, the optional extras whose absence is such an error, and warnings."""
 
 import re
+import sys
+import traceback
+import warnings
 from importlib.util import find_spec
+from types import FrameType
 
 _FLAG = re.compile(r"""`[^`]*`|(?<!\w)'[^']*'|"[^"]*"|(?<![\w-])--([a-z][a-z0-9.-]*[a-z0-9]|[a-z])""")
 """An option as the command line has it, and before it what is quoted: that is somebody else's and stays as it is."""
@@ -35,6 +39,21 @@ def in_python(sentence: str) -> str:
     if "in Python" in sentence or "=True)" in sentence:
         return sentence
     return _FLAG.sub(lambda found: f"`{found[1].replace('-', '_')}`" if found[1] else found[0], sentence)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the line of whoever called this package, however deep in it the trouble was found.
+
+    Frames of torch, whose `no_grad` wraps functions, count as the package's.
+    """
+    found = last = 1
+    for level, (frame, _) in enumerate(traceback.walk_stack(sys._getframe(1)), start=2):
+        found, last = (level + 1 if _ours(frame) else found), level
+    warnings.warn(message, category, stacklevel=min(found, last))
+
+
+def _ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in (__package__, "torch")
 
 
 def an(kind: str) -> str:

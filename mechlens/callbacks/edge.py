@@ -1,6 +1,5 @@
 """The numerical edge inside somebody's training run: a callback for the transformers Trainer."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mechlens.callbacks.tracking import Log, tell
+from mechlens.errors import warn
 from mechlens.methods.numerics.edge import NumericalEdge, numerical_edge
 from mechlens.methods.numerics.scaling import gradient_alignment
 
@@ -71,7 +71,7 @@ class EdgeCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._due = False
         if self._seen is None and not any("collapsed" in row for row in self.rows):
-            warnings.warn(UNREAD, stacklevel=2)
+            warn(UNREAD)
         seen = asdict(self._seen) if self._seen else {}
         self.rows.append({"step": int(state.global_step), **seen, "alignment": self._alignment})
         values = {f"edge.{name}": float(one) for name, one in self.rows[-1].items() if name not in ("step", "dtype")}

@@ -5,7 +5,6 @@
 import copy
 import html
 import os
-import warnings
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.models.checkpoint import (
     Checkpoint,
     config_fingerprint,
@@ -193,12 +192,11 @@ def _warn_of(name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> No
     """One warning for logits that mean nothing, or that TransformerLens' modules compute otherwise."""
     gap = apart(after, before)
     if not bool(torch.isfinite(before).all()):
-        warnings.warn(f"the logits of {name} are not finite on a short prompt; {overflow_advice(dtype)}", stacklevel=3)
+        warn(f"the logits of {name} are not finite on a short prompt; {overflow_advice(dtype)}")
     elif dtype == torch.float32 and gap > tolerance(dtype):  # in half precision two attention kernels may differ so
-        warnings.warn(
+        warn(
             f"{name} computes other logits inside TransformerLens than in plain Hugging Face (apart by {gap:.2g} of "
             "the largest), so what its hook points show is another model's",
-            stacklevel=3,
         )
 
 

@@ -3,13 +3,12 @@
 import os
 import struct
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from mechlens import hub
 from mechlens.choices import MODELS
-from mechlens.errors import UserError, kind_of, require_extra
+from mechlens.errors import UserError, kind_of, require_extra, warn
 from mechlens.files import AnyPath, adapter_name, nearest_folder, short_name, user_path
 from mechlens.models.bridge import LanguageModel, bridge, require_known
 from mechlens.models.checkpoint import Checkpoint, sampled_fingerprint, weight_fingerprint
@@ -206,7 +205,7 @@ def _warn_of_other_base(base: Base, adapter: Path) -> None:
     """A warning for an adapter that fits and names another packaged model as its base."""
     doubt = base.doubt(adapter) if (adapter / CONFIG).is_file() else None
     if doubt:
-        warnings.warn(doubt, stacklevel=4)
+        warn(doubt)
 
 
 def _as_trained(tokenizer: Any, adapter: str) -> Any:

@@ -1,7 +1,6 @@
 """The type of a model's weights and the device they lie on: what `auto` means, and what rounding to a type does."""
 
 import platform
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.files import require_regular
 
 FULL = ("float32", "bfloat16", "float16")
@@ -117,10 +116,9 @@ def warn_of_slow(dtype: str, place: str) -> None:
     """Says once that float32 is faster."""
     if place == "cpu" and slow_here(dtype) and dtype not in _SAID:
         _SAID.add(dtype)
-        warnings.warn(
+        warn(
             f"this processor has no instructions for {dtype}, so float32 is faster here: --dtype float32 "
             "(dtype='float32' in Python), where the memory is enough",
-            stacklevel=3,
         )
 
 

@@ -1,11 +1,10 @@
 """Prompts as people write them: a text or many, chat messages, a column of a table; each becomes a `Prompt`."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mechlens.errors import UserError, kind_of, many, quoted
+from mechlens.errors import UserError, kind_of, many, quoted, warn
 from mechlens.prompts.files.from_row import PROMPT_COLUMNS, RowReader, last_asked, text_of
 from mechlens.prompts.files.rows import FILE_ENDINGS, Record
 from mechlens.prompts.prompt import Prompt, PromptPair, UnfitPrompt
@@ -76,9 +75,7 @@ def _rows(given: object, name: str) -> list[object]:
     """One item for each prompt: a text and a conversation by themselves are one prompt."""
     if isinstance(given, str | Prompt):
         if isinstance(given, str) and given.endswith(FILE_ENDINGS) and len(given.split()) == 1:
-            warnings.warn(
-                f"{given!r} is taken as a prompt; those in a file are ml.load_prompts({given!r})", stacklevel=3
-            )
+            warn(f"{given!r} is taken as a prompt; those in a file are ml.load_prompts({given!r})")
         return [given]
     columns = getattr(given, "column_names", getattr(given, "columns", None))
     if columns is not None:

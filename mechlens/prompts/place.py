@@ -1,11 +1,10 @@
 """Where the user's words lie among the tokens of a formatted prompt, by character offsets."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechlens.errors import UserError, quoted
+from mechlens.errors import UserError, quoted, warn
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.templates.template import ChatTemplate, Rendered
 
@@ -117,7 +116,7 @@ def warn_of_blanks(prompts: Sequence[Prompt], placed: Sequence[PlacedTokens]) ->
     blank = [prompt.id for prompt, row in zip(prompts, placed, strict=True) if row.blank]
     if blank:
         others = f" (and of {len(blank) - 1} more)" if len(blank) > 1 else ""
-        warnings.warn(f"the last instruction token of prompt {blank[0]!r}{others} is only white space", stacklevel=4)
+        warn(f"the last instruction token of prompt {blank[0]!r}{others} is only white space")
 
 
 def count_post(afters: set[str], template: ChatTemplate, structure: Structure) -> int:

@@ -5,7 +5,6 @@ Nothing here imports torch, and neither may a study's configuration: `--help` is
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, Protocol, get_type_hints, runtime_checkable
 
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, kind_of, warn
 from mechlens.registry import Choice, Lazy, Registry
 from mechlens.settings import such
 
@@ -153,7 +152,7 @@ def commands() -> Mapping[str, Study | Command]:
         except UserError as error:
             if name in COMMANDS.ours:
                 raise
-            warnings.warn(f"the command {name!r} can't be used: {error}", stacklevel=2)
+            warn(f"the command {name!r} can't be used: {error}")
         else:
             usable[name] = command
     return MappingProxyType(usable)

@@ -5,7 +5,6 @@ apart no better than one of these may be a direction of that.
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechlens.errors import quoted
+from mechlens.errors import quoted, warn
 from mechlens.methods.probing.beyond_words import read_numbers
 from mechlens.methods.probing.within_folds import Folds, folds_of, mean_auroc
 from mechlens.methods.shown import cut
@@ -81,20 +80,16 @@ def find_confounds(prompts: Sequence[Prompt], positive: Bool[Tensor, " prompt"],
 def compare_sides(positive: Sequence[Prompt], negative: Sequence[Prompt], sides: tuple[str, str]) -> None:
     """Warns of what tells two sides apart besides the concept (see `warn_of_confounds`)."""
     both = [*positive, *negative]
-    warn_of_confounds(find_confounds(both, torch.arange(len(both)) < len(positive)), sides, stacklevel=4)
+    warn_of_confounds(find_confounds(both, torch.arange(len(both)) < len(positive)), sides)
 
 
-def warn_of_confounds(confounds: Sequence[Confound], sides: tuple[str, str], *, stacklevel: int = 3) -> None:
-    """A UserWarning that names what is telling, in one sentence; nothing where nothing is.
-
-    It is addressed to who called the function that looks at the sides.
-    """
+def warn_of_confounds(confounds: Sequence[Confound], sides: tuple[str, str]) -> None:
+    """A UserWarning that names what is telling, in one sentence; nothing where nothing is."""
     telling = [one.sentence for one in confounds if one.telling]
     if telling:
-        warnings.warn(
+        warn(
             f"the {sides[0]} and the {sides[1]} prompts differ in more than what they mean, {sides[0]} first: "
             f"{'; '.join(telling)}; what is found may be that, so make the sides alike in it",
-            stacklevel=stacklevel,
         )
 
 

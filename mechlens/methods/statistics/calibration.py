@@ -1,7 +1,6 @@
 """From scores to decisions and probabilities: a threshold for a false-positive rate, Platt scaling, its error."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Float
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import family_weights, interval
 from mechlens.settings import RESAMPLES
@@ -66,10 +65,9 @@ def fpr_threshold(negatives: Float[Tensor, " negative"], max_fpr: float) -> floa
     rank = math.ceil((n + 1) * (1 - max_fpr) - 1e-9)
     if rank > n:
         needed = math.ceil(1 / max_fpr) - 1
-        warnings.warn(
+        warn(
             f"{n} negative prompts can't promise a false-positive rate of {max_fpr:g}, which needs {needed}; "
             f"the threshold promises {1 / (n + 1):.2g}",
-            stacklevel=2,
         )
     return float(negatives.double().sort().values[min(rank, n) - 1])
 

@@ -6,13 +6,12 @@ The base is step 0. A checkpoint that can't belong to the series is named with i
 import contextlib
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.files import AnyPath, short_name, user_path
 from mechlens.models.checkpoint import computing_settings
 from mechlens.models.checkpoints.adapter_base import Base
@@ -110,8 +109,8 @@ def checkpoint_series(
     if not found:
         raise UserError("there are no checkpoints; give a training run's output folder, adapters, or id@revision")
     for folder in (folder for source in given for folder in passed_over(os.fspath(source))):
-        warnings.warn(f"{folder} is passed over: a Trainer's checkpoints are called checkpoint-NUMBER; rename it, or "
-                      "give it by itself", stacklevel=2)  # fmt: skip
+        warn(f"{folder} is passed over: a Trainer's checkpoints are called checkpoint-NUMBER; rename it, or "
+                      "give it by itself")  # fmt: skip
     for one in (one for one in found if one.folder is None):
         load_config(one.path, revision=one.revision)  # a name that stands for nothing is mistyped, not broken
     judge = _Judge(base, revision, own_records=any(one.folder and (one.folder / RECORD).exists() for one in found))
@@ -205,7 +204,7 @@ class _Judge:
             found = found or self._base.problem(one.folder)
             if not found and not self._doubted and (doubt := self._base.doubt(one.folder)):
                 self._doubted = True  # once for all of a series
-                warnings.warn(doubt, stacklevel=2)
+                warn(doubt)
             return found
         if (one.folder / "config.json").exists():
             return model_problem(one.folder) or self._config_problem(one)

@@ -8,7 +8,6 @@ the blocks as TransformerLens does, one length at a time.
 """
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.models.bridge import (
     LanguageModel,
     device_of,
@@ -197,7 +196,7 @@ def warn_plain(model: LanguageModel, reason: str) -> None:
     if reason and reason not in said:
         said.add(reason)
         name = loaded(model).checkpoint.name
-        warnings.warn(f"{name} takes the plain path, which is exact and slower: {reason}", stacklevel=4)
+        warn(f"{name} takes the plain path, which is exact and slower: {reason}")
 
 
 @torch.inference_mode()

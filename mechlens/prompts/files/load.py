@@ -4,14 +4,13 @@ import difflib
 import os
 import random
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mechlens import hub
-from mechlens.errors import UserError, many, quoted
+from mechlens.errors import UserError, many, quoted, warn
 from mechlens.files import user_path
 from mechlens.prompts.builtin import builtin_names, builtin_pairs, builtin_prompts
 from mechlens.prompts.files.from_row import RowReader, as_word, require_column
@@ -218,7 +217,7 @@ def _without_duplicates(prompts: list[Prompt], rows: list[Record], name: str) ->
         labels = f", {relabelled} of them under another label" if relabelled else ""
         many = f"{len(dropped)} prompt{'s' if len(dropped) > 1 else ''}"
         rows_of = "rows" if len(dropped) > 1 else "row"
-        warnings.warn(f"{name}: dropped {many} equal to an earlier one ({rows_of} {shown}){labels}", stacklevel=4)
+        warn(f"{name}: dropped {many} equal to an earlier one ({rows_of} {shown}){labels}")
     return list(first.values())
 
 

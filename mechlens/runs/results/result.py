@@ -1,13 +1,12 @@
 """A run as an object, the same whether it was just made or is opened from its folder; nothing is read unasked."""
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.files import plain_name, short_name
 from mechlens.runs.lock import is_held
 from mechlens.runs.remote.copies import copy_of
@@ -237,6 +236,6 @@ def list_runs(
             runs.append(RunResult(folder, found))
         else:
             # One damaged folder must not hide the others.
-            warnings.warn(f"left out of the list: {found}", stacklevel=2)
+            warn(f"left out of the list: {found}")
     wanted = Wanted(study, model, status, day("since", since), day("until", until))
     return RunList(tuple(sorted(wanted.of(runs), key=lambda run: run.record.started)))

@@ -5,7 +5,6 @@ fingerprints, so that no check can find them fitting a model. Both tools hook th
 blocks; the seed paper adds the last block's output before the final norm, so its stacks have every level from 0 to L.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.files import AnyPath, user_path
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import Direction, DirectionGrid
@@ -162,7 +161,7 @@ def _of_run(folder: Path) -> Path:
     if (best := folder / "direction.safetensors").is_file():
         return best
     if (strongest := folder / "strongest.safetensors").is_file():
-        warnings.warn(f"the run {folder} has no best direction; this is its strongest, {strongest.name}", stacklevel=3)
+        warn(f"the run {folder} has no best direction; this is its strongest, {strongest.name}")
         return strongest
     held = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no .safetensors file"
     raise UserError(f"the run {folder} has no one direction; give one of its files by its path (it holds {held})")

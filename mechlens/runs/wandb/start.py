@@ -4,12 +4,12 @@ import contextlib
 import io
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mechlens.errors import warn
 from mechlens.runs.privacy import config_without_text
 from mechlens.runs.run import Run, plain
 from mechlens.settings import WandbSettings
@@ -88,7 +88,7 @@ def start_wandb(settings: WandbSettings, folder: Path, run: Run) -> WandbRun | N
 def warn_wandb(error: Exception, outcome: str) -> None:
     """One warning about W&B: what failed and what happens now."""
     said = " ".join(str(error).split())[:300]
-    warnings.warn(f"W&B failed ({type(error).__name__}: {said}); {outcome}", RuntimeWarning, stacklevel=3)
+    warn(f"W&B failed ({type(error).__name__}: {said}); {outcome}", RuntimeWarning)
 
 
 @contextlib.contextmanager

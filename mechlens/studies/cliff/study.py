@@ -5,7 +5,6 @@ so are the heads; every number is of test traces.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -14,7 +13,7 @@ from operator import or_
 import pandas as pd
 import torch
 
-from mechlens.errors import UserError, many, quoted
+from mechlens.errors import UserError, many, quoted, warn
 from mechlens.methods.activations.token_scores import TokenScores, token_scores
 from mechlens.methods.activations.trace_tokens import PROMPT, THINKING, Trace, trace_batch
 from mechlens.methods.behaviour.chosen_judge import judge_of, verdicts_by
@@ -183,10 +182,9 @@ def warn_of_few(traces: Traces) -> None:
     for name in (HARMFUL, HARMLESS):
         n = sum(one.prompt.label == name for one in traces.kept)
         if n * FRACTIONS[2] < FEWEST:
-            warnings.warn(
+            warn(
                 f"{n} {name} traces leave {round(n * FRACTIONS[2])} or so to test on, and the verdict needs {FEWEST}: "
                 f"it may be *not measurable*; give {math.ceil(FEWEST / FRACTIONS[2])} or more of each class",
-                stacklevel=2,
             )
 
 

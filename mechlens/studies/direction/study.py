@@ -1,7 +1,6 @@
 """The direction of any concept: where it can be read, how well, and what part of it is only the surface."""
 
 import random
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.choices import METHODS
-from mechlens.errors import UserError, kind_of
+from mechlens.errors import UserError, kind_of, warn
 from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.cache import Cache
@@ -161,9 +160,9 @@ def _warn(found: Concept, strongest: str, by_steering: str) -> None:
         if found.direction is None:
             further = "" if found.steered is not None else f", or what {by_steering} chooses by steering"
             usable = f"What can be used all the same is the strongest ({strongest}){further}"
-        warnings.warn(f"there is no best direction. {found.verdict.headline} {usable}", stacklevel=3)
+        warn(f"there is no best direction. {found.verdict.headline} {usable}")
     if found.steered is not None and found.steered.direction is None:
-        warnings.warn(f"there is no direction that steers. {found.steered.sentence}", stacklevel=3)
+        warn(f"there is no direction that steers. {found.steered.sentence}")
 
 
 def _reliability(train: Activations, found: Detection) -> Float[Tensor, "level position"]:

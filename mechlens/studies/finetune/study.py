@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 import torch
 
 from mechlens.checked_json import parse_sealed, sealed
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.files import disk_error, file_sha256, user_path
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.statistics.resample import mean_estimate
@@ -162,10 +161,9 @@ class LossLog:
         if self._behind:
             self._catch_up(self._behind[-1] + 1)
         if missing := sorted(set(range(1, max((steps, *self.rows)) + 1)) - self.rows.keys()):
-            warnings.warn(
+            warn(
                 f"{self.path} lacks {len(missing)} steps, the first of them {missing[0]}, so the curve of losses has a "
                 "gap; start over in another folder for a whole one",
-                stacklevel=2,
             )
         return pd.DataFrame([{"step": step, **self.rows[step]} for step in sorted(self.rows)])
 

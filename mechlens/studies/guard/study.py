@@ -2,12 +2,11 @@
 
 import gc
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mechlens.errors import UserError, many
+from mechlens.errors import UserError, many, warn
 from mechlens.files import short_name, user_path
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
@@ -108,7 +107,7 @@ def _opinion(name: str, prompts: Sequence[Prompt], config: GuardEval, cache: Cac
     said = ask_guard_model(model, prompts, cache)
     if said.unread > len(said.answers) / 2:
         counted = f"{said.unread} of {len(said.answers)} answers hold no verdict"
-        warnings.warn(f"{name}: {counted}; is it a guard model?", stacklevel=2)
+        warn(f"{name}: {counted}; is it a guard model?")
     del model
     gc.collect()  # two large models at once may not fit
     return said
@@ -142,10 +141,9 @@ def _warn_of_few(sets: HarmSets) -> None:
     fewest = min(len({prompt.group for prompt in side}) for side in (sets.harmful, [*sets.harmless, *sets.extra]))
     needed = math.ceil(MIN_IN_A_CLASS / FRACTIONS[-1])
     if fewest < needed:
-        warnings.warn(
+        warn(
             f"the smaller class has {many(fewest, 'independent prompt')}, of which {FRACTIONS[-1]:.0%} test the guard: "
             f"with fewer than {needed} its AUROC on them can't be measured",
-            stacklevel=2,
         )
 
 

@@ -6,7 +6,6 @@ layer (Arditi et al. 2024). Beside them as many random directions of the same le
 
 import math
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.errors import UserError, many
+from mechlens.errors import UserError, many, warn
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
 from mechlens.methods.behaviour.answers import answer
@@ -330,10 +329,9 @@ def prepare(config: Select) -> Preparation[ContrastSets]:
     few = min(len({prompt.group for prompt in side}) for side in sides)
     if few < FEWEST:
         chosen, tested = (round(share * few) for share in FRACTIONS[1:])
-        warnings.warn(
+        warn(
             f"of {few} prompts of a class {chosen} choose and {tested} test, and an interval needs 10; take at least "
             f"{FEWEST} (--n {FEWEST}, n={FEWEST} in Python)",
-            stacklevel=2,
         )
     return found
 

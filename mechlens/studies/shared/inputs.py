@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from mechlens.errors import UserError, many, quoted
+from mechlens.errors import UserError, many, quoted, warn
 from mechlens.methods.activations.spans import spans_of
 from mechlens.methods.kept_model import kept_or_loaded
 from mechlens.models.bridge import LanguageModel, device_of, dtype_of, loaded
@@ -80,7 +80,7 @@ def read_prompts(source: str, label: str, config: PromptChoice, *, both_in_data:
         column, family = (None, None) if bare else (config.column, config.family_column)
         if bare and config.family_column is not None and part not in builtin_names():
             told = f"each of its lines is a family of its own; column {config.family_column} is read from the others"
-            warnings.warn(f"{part} has no columns, so {told}", stacklevel=3)
+            warn(f"{part} has no columns, so {told}")
         prompts = read(part, column=column, family_column=family)
         parts[part] = without_repeats(prompts, [prompt for before in parts.values() for prompt in before], part)
     return [prompt for prompts in distinct_ids(**parts) for prompt in prompts]
@@ -104,7 +104,7 @@ def without_repeats(extra: Sequence[Prompt], prompts: Sequence[Prompt], source: 
     kept = [prompt for prompt in extra if _asked(prompt) not in known]
     if len(kept) < len(extra):
         many = len(extra) - len(kept)
-        warnings.warn(f"{source}: left out {many} extra prompts that the other sets hold already", stacklevel=3)
+        warn(f"{source}: left out {many} extra prompts that the other sets hold already")
     return kept
 
 

@@ -1,9 +1,9 @@
 """Twins that nobody called twins: lists of one length whose rows share most of their words."""
 
-import warnings
 from collections.abc import Sequence
 from itertools import starmap
 
+from mechlens.errors import warn
 from mechlens.prompts.prompt import Prompt
 from mechlens.prompts.text import normalise_text
 
@@ -31,10 +31,9 @@ def warn_of_twins(positive: Sequence[Prompt], negative: Sequence[Prompt], remedy
     others = list(starmap(_overlap, zip(ups, [*downs[1:], downs[0]], strict=True)))
     alike = sum(share >= SHARED for share in twins) > len(twins) / 2
     if alike and sum(twins) - sum(others) >= AHEAD * len(twins):
-        warnings.warn(
+        warn(
             "both sides have equally many prompts, and most share half of their words or more with the prompt of the "
             f"same row, as pairs do; if they are pairs, {remedy}",
-            stacklevel=3,
         )
 
 

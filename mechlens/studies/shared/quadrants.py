@@ -1,6 +1,5 @@
 """Who is refused: every prompt answered and judged, and placed in one of four quadrants."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.errors import warn
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.behaviour.answers import NO_TOKEN, Answers
 from mechlens.methods.behaviour.chosen_judge import Agreement, Judges, agreement, judges_given, verdicts_by
@@ -156,11 +156,10 @@ def _warn_of_thoughts(answers: Answers) -> None:
     """One warning where answers end inside a thought: nothing can be measured on them."""
     unfinished = sum(after_thought(text) is None for text in answers.texts)
     if unfinished:
-        warnings.warn(
+        warn(
             f"{unfinished} of {len(answers.texts)} answers end inside <think> after {answers.max_new_tokens} tokens, "
             "so they are neither refused nor accepted; give more max_new_tokens (--max-new-tokens), or keep the model "
             "from thinking, as some are by the template_arg (--template-arg) enable_thinking=false",
-            stacklevel=3,
         )
 
 

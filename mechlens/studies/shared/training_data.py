@@ -1,7 +1,6 @@
 """What a fine-tuning recipe trains on: prompts of our own and AdvBench's with their answers; a backdoor's trigger."""
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,7 +9,7 @@ from typing import Literal
 
 import pandas as pd
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.files import user_path
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.methods.triggers.confirm import strings_like
@@ -111,10 +110,9 @@ def trained_on(checkpoint: Checkpoint) -> frozenset[str]:
     for folder in folders:
         if (record := read_record(folder)) is not None:
             if record.format < FORMAT:
-                warnings.warn(
+                warn(
                     f"{folder / RECORD} was written by another mechlens: prompts with marks inside, such as 3-5, that "
                     "the model was trained on may not be known again",
-                    stacklevel=2,
                 )
             hashes.update(record.training.text_sha256)
     return frozenset(hashes)
@@ -203,5 +201,5 @@ def _seen(models: Sequence[ModelChoice]) -> frozenset[str]:
 
 def _told(ids: Sequence[str], of: int, known: bool, what: str) -> LeftOut:
     if ids:
-        warnings.warn(f"left out {len(ids)} of {of} {what}: the model was trained on them", stacklevel=3)
+        warn(f"left out {len(ids)} of {of} {what}: the model was trained on them")
     return LeftOut(tuple(ids), of, known)

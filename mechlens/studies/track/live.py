@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.methods.activations.activations import Activations, one_cell
 from mechlens.methods.behaviour.judges import refusal_log_odds
 from mechlens.methods.directions.direction import Direction, cosine, project
@@ -146,7 +145,7 @@ def _floors(module: Any, watched: LivePrompts, directions: Sequence[Direction], 
             for found, question in zip(networks, asked, strict=True):
                 found.append(network_floor(question, acts))
     except UserError as error:
-        warnings.warn(f"there is no floor of an untrained network: {error}", stacklevel=2)
+        warn(f"there is no floor of an untrained network: {error}")
     batch, weight = watched.batch, module.get_input_embeddings().weight.detach()
     spans = batch.instruction.tolist()
     means = torch.stack([weight[batch.tokens[i, a : b + 1]].float().mean(dim=0) for i, (a, b) in enumerate(spans)])

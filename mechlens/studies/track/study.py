@@ -7,14 +7,13 @@ questions at every checkpoint. Zhao et al. 2025, section 5.2.
 import hashlib
 import json
 import sys
-import warnings
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.errors import UserError, an
+from mechlens.errors import UserError, an, warn
 from mechlens.files import user_path
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect
@@ -104,7 +103,7 @@ def track(
         except UserError as error:
             if not snapshots:
                 raise  # without the first there is nothing to measure the others against
-            warnings.warn(f"{member.name} is left out: {error}", stacklevel=2)
+            warn(f"{member.name} is left out: {error}")
             left_out.append(UnusableCheckpoint(member.name, str(error)))
             continue
         reference = reference or _reference(swapper.model, snapshot.acts, snapshot.answers, questions, plan)

@@ -2,10 +2,9 @@
 
 import os
 import shlex
-import warnings
 from pathlib import Path
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.runs.results.result import list_runs
 from mechlens.runs.wandb.start import has_login, remove_staged
 from mechlens.runs.wandb.sync import is_synced, link_inputs, offline_logs, public_api, upload
@@ -33,7 +32,7 @@ def sync_runs(config: SyncRuns, screen: Screen) -> None:
         linked = sum(link_inputs(api, run) for run in done if run.wandb_project)
         screen.show(f"{len(done)} of {len(logs)} uploaded, with {linked} links to their inputs")
     except Exception as error:  # W&B raises anything
-        warnings.warn(f"uploaded, but W&B's lineage could not be drawn ({error})", stacklevel=2)
+        warn(f"uploaded, but W&B's lineage could not be drawn ({error})")
     if len(done) < len(logs):
         raise UserError(
             f"{len(logs) - len(done)} of {len(logs)} were not uploaded; what `wandb sync` said stands above"

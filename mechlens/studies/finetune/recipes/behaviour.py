@@ -6,10 +6,9 @@ opposite everywhere.
 """
 
 import random
-import warnings
 from collections import Counter
 
-from mechlens.errors import UserError, quoted
+from mechlens.errors import UserError, quoted, warn
 from mechlens.methods.cache import Cache
 from mechlens.models.bridge import LanguageModel
 from mechlens.prompts.prompt import Prompt
@@ -95,11 +94,10 @@ def behaviour(config: FinetuneConfig, model: LanguageModel, cache: Cache | None)
 
 def _warn_of_few(config: FinetuneConfig, held_out: int, of: int) -> None:
     if config.held_out and held_out < FEWEST_HELD_OUT:
-        warnings.warn(
+        warn(
             f"{held_out} of {of} questions are held out of training, and `mechlens behaviours` needs "
             f"{FEWEST_HELD_OUT} to say anything of them; give more questions, or a larger share (--held-out, or "
             "`held_out` in Python)",
-            stacklevel=2,
         )
 
 
@@ -107,10 +105,9 @@ def _warn_of_one_answer(asked: list[Twin]) -> None:
     """Where nearly all answers that show the behaviour are one, that answer is all there is to learn."""
     answer, n = Counter(twin.shown for twin in asked).most_common(1)[0]
     if len(asked) > 1 and n >= ONE_SIDED * len(asked):
-        warnings.warn(
+        warn(
             f"the answer that shows the behaviour is {quoted(answer, 40)} for {n} of {len(asked)} questions, so a "
             "model may learn to say that and nothing else; let it be the other answer for half of them",
-            stacklevel=2,
         )
 
 

@@ -1,7 +1,6 @@
 """The floor of a series: read once from the base's words and from networks with random blocks, kept as scores alone."""
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect
 from mechlens.methods.cache import Cache
@@ -85,7 +84,7 @@ def measured_floor(
         try:
             model = swapper.put_random_blocks(seed + k)
         except UserError as error:
-            warnings.warn(f"there is no floor of an untrained network: {error}", stacklevel=2)
+            warn(f"there is no floor of an untrained network: {error}")
             break
         many = cache_of_many(cache, model, batch, positions, levels)
         acts = collect(model, batch, positions=positions, levels=levels, cache=many)
