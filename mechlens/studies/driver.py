@@ -20,6 +20,7 @@ from mechlens.methods.progress import Clock, phase, say, timed
 from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import loaded, unknown_name
+from mechlens.runs.own_classes import own_classes
 from mechlens.runs.remote.copies import shown
 from mechlens.runs.remote.mirror import mirrored
 from mechlens.runs.remote.store import is_remote, require_here
@@ -205,7 +206,7 @@ def summary(folder: Path) -> str:
     if more := len(run.metrics) - len(lines):
         lines.append(f"{more} more in the report and `mechlens runs show {shlex.quote(where)}`")
     said = (run.verdict or "").removeprefix(run.sentence).strip()
-    lines += ["", said] if said else [""]
+    lines += ["", *filter(None, [said, own_classes(run.config)])]
     lines += _to_steer(folder, run) if where == str(folder) else []
     lines.append(f"report: {(folder / 'report.html').resolve() if where == str(folder) else where + '/report.html'}")
     return "\n".join([*lines, *filter(None, [run.sentence])])

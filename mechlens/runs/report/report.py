@@ -17,6 +17,7 @@ from markupsafe import Markup
 from mechlens.files import short_name
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.headline import Headline, after_headline
+from mechlens.runs.own_classes import own_classes
 from mechlens.runs.report.cells import cells, numeric, rounded
 from mechlens.runs.report.colours import ON_DARK
 from mechlens.runs.report.parts import TokenView, estimate_text, heading, paragraphs, token_spans
@@ -134,6 +135,7 @@ def render(report: Report, run: Run, figures: Mapping[str, FigureEntry], tables:
         report=report,
         run=run,
         model=report.model or short_name(run.model_name),
+        classes=own_classes(run.config),
         figures=drawn,
         plotly=_packed_plotly() if any(figure.drawing for figure in drawn.values()) else "",
         css=Markup(resource("report.css")),

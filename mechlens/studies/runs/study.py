@@ -1,6 +1,7 @@
 """`mechlens runs`: what recorded runs say, and the same numbers again."""
 
 from mechlens.errors import UserError
+from mechlens.runs.own_classes import own_classes
 from mechlens.runs.remote.copies import shown
 from mechlens.runs.remote.store import require_here
 from mechlens.runs.results.result import list_runs, open_run_folder
@@ -38,6 +39,7 @@ def show(config: ShowRun, screen: Screen) -> None:
     run = opened.record
     ended = f", finished {run.finished}" if run.finished else ""
     lines = [*filter(None, [run.sentence]), f"{run.id}: {run.verb}, {opened.status}, started {run.started}{ended}"]
+    lines += filter(None, [own_classes(run.config)])
     if run.error:
         lines.append(f"error: {run.error}")
     if opened.status == "interrupted":
