@@ -628,6 +628,10 @@ def test_the_command_prints_one_object_a_line_and_one_sentence_for_a_wrong_guard
     assert stop.value.code == 1
     assert ["error" in json.loads(line) for line in said.out.splitlines()] == [False, True]
     assert said.err.splitlines()[-1] == 'mechlens: 1 of 2 lines could not be judged; each says why under "error"'
+    (tmp_path / "p.txt").write_bytes(b"\n\n")
+    main([*command, fitted.guard])
+    said = capfd.readouterr()
+    assert (said.out, said.err.strip().endswith("p.txt holds no prompt, so nothing was judged")) == ("", True)
     with pytest.raises(SystemExit):
         main([*command, str(tmp_path / "p.txt")])
     assert "is truncated or not a safetensors file" in capfd.readouterr().err

@@ -114,7 +114,7 @@ def _fig5(writer: RunWriter, result: Battery, label: str) -> str:
     shown = table[table["direction"] != "none"]
     words = shown["operation"].map({"add": " added", "subtract": " subtracted"})
     kl = result.plan.calibrate_kl
-    strength = f"{shown['strength'].iloc[0]:g} of the residual norm" if kl is None else f"a KL of {kl:g} nats"
+    strength = f"{shown['strength'].iloc[0]:.3g} of the residual norm" if kl is None else f"a KL of {kl:g} nats"
     figure = figures.lines(
         shown.assign(curve=shown["direction"] + words), x="layer", y="value", low="low", high="high", group="curve",
         hline=unsteered, hline_label="unsteered",
@@ -135,7 +135,7 @@ def _choice(writer: RunWriter, result: Battery, name: str) -> str:
     table = result.choice.table
     table = table[table["direction"] == name]
     kl = result.plan.calibrate_kl
-    curve = "strength " + table["strength"].map("{:g}".format) if kl is None else f"{kl:g} nats"
+    curve = "strength " + table["strength"].map("{:.3g}".format) if kl is None else f"{kl:g} nats"
     taken = (
         "Of what lies inside the interval of the highest point the weakest strength was taken." if kl is None
         else "The highest point was taken: all points damage harmless answers alike."

@@ -198,7 +198,7 @@ def _damage(result: Battery, drawn: dict[str, tuple[str, ...]]) -> Section:
 def _how(result: Battery, verdict: CausalVerdict, punctuation: str) -> str:
     plan, chosen = result.plan, result.choice.chosen
     settings = "; ".join(
-        f"{name}: layer {chosen[name].layer}, strength {chosen[name].strength:g} of the median residual norm"
+        f"{name}: layer {chosen[name].layer}, strength {chosen[name].strength:.3g} of the median residual norm"
         for name in NAMES
         if name in chosen
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mechlens.checked_json import parse_json
-from mechlens.errors import UserError, an, many
+from mechlens.errors import UserError, an, many, warn
 from mechlens.files import require_regular, user_path
 from mechlens.methods.guard.fitted import FittedGuard, GuardVerdict
 from mechlens.models.bridge import LanguageModel, checkpoint_now, d_model
@@ -65,6 +65,8 @@ def execute(config: GuardPredict, screen: Screen) -> None:
     for record in predict(config):
         screen.show(record)
         lines, errors = lines + 1, errors + ("error" in record)
+    if not lines:
+        warn(f"{config.input} holds no prompt, so nothing was judged")
     if errors:
         raise UserError(f'{errors} of {many(lines, "line")} could not be judged; each says why under "error"')
 
