@@ -48,8 +48,8 @@ def contrary(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_places_the_quadrants(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = str(save_model(tmp_path / "model"))
-    sets = ["--harmful", write_prompts(tmp_path / "h.jsonl", requests(40, "break")),
-            "--harmless", write_prompts(tmp_path / "l.jsonl", requests(40, "bake"))]  # fmt: skip
+    sets = ["--harmful", write_prompts(tmp_path / "h.jsonl", requests(24, "break")),
+            "--harmless", write_prompts(tmp_path / "l.jsonl", requests(24, "bake"))]  # fmt: skip
     command = [*COMMANDS[name], "--model", model, *sets, *QUICK]
     tables = {}
     for judge in ("phrases", "contrary"):
@@ -69,8 +69,8 @@ def test_it_places_the_quadrants(name: str, tmp_path: Path) -> None:
 def test_a_model_stands_beside_the_phrase_lists(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = str(save_model(tmp_path / "model"))
-    sets = ["--harmful", write_prompts(tmp_path / "h.jsonl", requests(40, "break")),
-            "--harmless", write_prompts(tmp_path / "l.jsonl", requests(40, "bake"))]  # fmt: skip
+    sets = ["--harmful", write_prompts(tmp_path / "h.jsonl", requests(24, "break")),
+            "--harmless", write_prompts(tmp_path / "l.jsonl", requests(24, "bake"))]  # fmt: skip
     command = [*COMMANDS["separate"], "--model", model, *sets, *QUICK]
     main([*command, "--out", str(tmp_path / "alone")])
     main([*command, "--judge-model", model, "--out", str(tmp_path / "both")])

@@ -186,7 +186,7 @@ def test_smollm2_equals_plain_hugging_face(smollm2: Any) -> None:
 
     plain, _ = load_hf("smollm2")
     long = Prompt(id="long", text="Tell me about rivers, hills and everything that lies between them. " * 12 + "Now.")
-    batch = tokenize([*builtin_prompts("harmful")[:4], *builtin_prompts("harmless")[:4], long], template_of(smollm2))
+    batch = tokenize([*builtin_prompts("harmful")[:2], *builtin_prompts("harmless")[:2], long], template_of(smollm2))
     got = collect(smollm2, batch, positions=EVERY)
     truth = one_at_a_time(plain, batch)
     assert got.engine == "fast"
@@ -194,7 +194,7 @@ def test_smollm2_equals_plain_hugging_face(smollm2: Any) -> None:
 
     rounded = plain.bfloat16()
     halved = bridged(copy.deepcopy(rounded), loaded(smollm2).tokenizer)
-    short = tokenize(batch.prompts[:8], template_of(smollm2))
+    short = tokenize(batch.prompts[:4], template_of(smollm2))
     theirs = one_at_a_time(rounded, short)
     truth = one_at_a_time(rounded.float(), short)
     ours = collect(halved, short, positions=EVERY).values
@@ -209,10 +209,10 @@ def test_gemma3_equals_plain_hugging_face_below_and_beyond_its_window(gemma3: An
     with pytest.raises(UserError, match="no chat template"):
         collect(gemma3, prompts(1))
     tokenizer.chat_template = GEMMA
-    long = [Prompt(id=str(n), text="Rivers run from the hills down to the sea. " * n + "Why?") for n in (45, 55, 70)]
-    batch = tokenize([*builtin_prompts("harmful")[:3], *long], chat_template(tokenizer))
+    long = [Prompt(id=str(n), text="Rivers run from the hills down to the sea. " * n + "Why?") for n in (45, 55)]
+    batch = tokenize([builtin_prompts("harmful")[0], *long], chat_template(tokenizer))
     window = plain.config.sliding_window
-    assert int(batch.lengths[3]) < window < int(batch.lengths[4])
+    assert int(batch.lengths[1]) < window < int(batch.lengths[2])
     got = collect(gemma3, batch, positions=EVERY)
     assert got.engine == "fast"
     assert float(error(got.values, one_at_a_time(plain, batch)).max()) < CLOSE

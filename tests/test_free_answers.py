@@ -124,7 +124,7 @@ def test_a_local_model_judges_too(trained: Any, tmp_path: Path) -> None:
     judge = save_model(tmp_path / "judge")
     known = json.loads((judge / "config.json").read_text())
     (judge / "config.json").write_text(json.dumps(known | {"max_position_embeddings": 4096}))
-    run = ml.run(study(trained, tmp_path / "run", judge=str(judge)))
+    run = ml.run(replace(study(trained, tmp_path / "run", judge=str(judge)), draws=1))
     said = run.tables["free_answers"]
     assert set(said["aligned_judge"]) == {"judge"}
     assert said["aligned_mass"].between(0, 1).all()

@@ -802,8 +802,8 @@ def frugal_oracle(model: Any, ids: Sequence[int], site: str, edit: Edit, read: i
 def test_smollm2(smollm2: Any) -> None:
     pairs = [pair("How do I bake a cake?", "How do I rob a bank?")]
     metric = LogitDifference(40, 57)
-    for site, heads in (("resid_pre", None), ("mlp_out", None), ("z", (0, 8)), ("k", (2,))):
-        plan = PatchPlan(site, layers=(0, 29), positions=("instruction[3]", "last"), heads=heads)
+    for site, heads in (("resid_pre", None), ("mlp_out", None), ("z", (8,)), ("k", (2,))):
+        plan = PatchPlan(site, layers=(29,) if heads else (0, 29), positions=("instruction[3]", "last"), heads=heads)
         grown = patch_sweep(smollm2, pairs, metric, plan)
         plain = patch_sweep(smollm2, pairs, metric, plan, engine=PLAIN)
         assert (grown.engine, plain.engine) == (GROWING, PLAIN)
@@ -829,9 +829,9 @@ def test_gemma3_prompts_shorter_and_longer_than_the_window(gemma3: Any, repeats:
     assert (len(ids) > 512) == (repeats > 0)  # its sliding window
     read = len(ids) - 1
     places = [(3, int(batch.at("inst")[1]), None), (11, int(batch.at("inst")[1]) - 2, None), (17, read, None)]
-    sites = {"resid_pre": places[:2], "v": [(5, places[0][1], 0)], "z": [(6, read, 1)]}
+    sites = {"resid_pre": places[:1], "z": [(6, read, 1)]}  # three whole passes for each edit, one in float64
     if not repeats:
-        sites = {"resid_pre": places, "v": [*sites["v"], (12, read, 0)], "attn_out": places[:1]}
+        sites = {"resid_pre": places, "v": [(5, places[0][1], 0), (12, read, 0)], "attn_out": places[:1]}
     run = plain_logits_of_one(gemma3, ids)
     exact = float64_gemma() if repeats else None
     ours = theirs = 0.0
