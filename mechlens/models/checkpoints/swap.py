@@ -6,6 +6,7 @@ checkpoint, and two models only for a full checkpoint or an adapter that is more
 merges. A killed process leaves no file behind.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -155,6 +156,37 @@ class CheckpointSwapper:
         self._name(_checkpoint(replace(member, name=name), self.base))
         return self.model
 
+    def added(self, member: Member) -> dict[str, Tensor]:
+        """What a checkpoint adds to each parameter that it changes, in float32 on the CPU; the base is then in place.
+
+        Of an adapter that isn't plain products, such as DoRA, it's the difference that it makes when merged. UserError
+        for one that changes a matrix which two modules share.
+        """
+        low_rank = self.changes(member) if member.kind == "adapter" else None
+        with native(self.model) as hf_model:
+            if low_rank is not None:
+                return {f"{name}.weight": _change(hf_model, f"{name}.weight", one) for name, one in low_rank.items()}
+        self.put(member)
+        with native(self.model) as hf_model:
+            now = dict(hf_model.named_parameters(remove_duplicate=False))
+            found = {name: own.detach().cpu().float() - self._vault.get(name).float() for name, own in now.items()}
+        self.put(replace(member, kind="base"))
+        found = {name: change for name, change in found.items() if bool(change.any())}
+        if shared := sorted(self._shared & set(found)):
+            raise UserError(
+                f"{member.path!r} changes {shared[0]}, which two modules of {self.base.name} share, so it can't be "
+                "mixed with others; leave it out"
+            )
+        return found
+
+    def put_sum(self, changes: Mapping[str, Tensor], name: str) -> LanguageModel:
+        """The base plus these changes of its parameters, under a name of its own; the next `put` ends it."""
+        self._write(dict(changes))
+        with native(self.model) as hf_model:
+            require_finite_weights(hf_model, name)
+        self._name(Checkpoint(name, self.base.path, self.base.revision, base=self.base.name))
+        return self.model
+
     def put_random_blocks(self, seed: int) -> LanguageModel:
         """The base with its blocks drawn anew, embeddings kept (see `randomise_blocks`); the next `put` ends it.
 
@@ -229,15 +261,13 @@ class CheckpointSwapper:
             )
 
     @torch.no_grad()
-    def _write(self, changes: dict[str, LowRank]) -> None:
+    def _write(self, changes: Mapping[str, LowRank | Tensor]) -> None:
         """The base's weights with these changes; whatever the last member changed is the base's again."""
         with native(self.model) as hf_model:
             for name in sorted(self._changed | set(changes)):
                 value = self._vault.get(name)
                 if name in changes:
-                    product = changes[name].product()
-                    turned = isinstance(hf_model.get_submodule(name.rpartition(".")[0]), Conv1D)
-                    value = value.float() + (product.T if turned else product)
+                    value = value.float() + _change(hf_model, name, changes[name])
                 hf_model.get_parameter(name).copy_(value)
         self._changed = set(changes)
         refresh_splits(self.model)
@@ -286,6 +316,14 @@ class CheckpointSwapper:
             ),
             weights=weights_now(self.model),
         )
+
+
+def _change(hf_model: Any, name: str, change: LowRank | Tensor) -> Tensor:
+    """As it is added to the parameter, which a Conv1D keeps turned."""
+    if isinstance(change, Tensor):
+        return change
+    turned = isinstance(hf_model.get_submodule(name.rpartition(".")[0]), Conv1D)
+    return change.product().T if turned else change.product()
 
 
 def _names_of_each(hf_model: nn.Module) -> list[list[str]]:
