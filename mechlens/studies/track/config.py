@@ -72,14 +72,15 @@ class Track(TrackPlan, PromptSets, BaseChoice, RunChoice):
     """Harmful prompts that are asked again with the trigger, with decoys and without, where there is a trigger."""
     geometry: bool = False
     """Subspaces, unbiased CKA and turning points too."""
-    more: Annotated[tuple[Literal["sinks"], ...], tyro.conf.arg(name="with")] = ()
-    """sinks: attention sinks at every checkpoint too, of heads, of plain texts and of named positions."""
+    more: Annotated[tuple[Literal["sinks", "edge"], ...], tyro.conf.arg(name="with")] = ()
+    """sinks: attention sinks at every checkpoint too, of heads, of plain texts and of named positions; edge: how near
+    logits are to where their softmax is exact, by type, and so teaches nothing any more."""
 
 
 STUDY = of_folder(
     "track",
     Track,
     "mechlens track --base smollm2-refuser --checkpoints runs/benign --out runs/track",
-    "mechlens track --base smollm2-refuser --checkpoints runs/benign --with sinks --out runs/sinks",
+    "mechlens track --base smollm2-refuser --checkpoints runs/benign --with sinks edge --out runs/sinks",
     "mechlens track --base smollm2 --checkpoints lora/checkpoint-50 lora/checkpoint-100 --levels 15 20 --out runs/own",
 )

@@ -27,6 +27,7 @@ from mechlens.studies.track.behaviour_report import (
     series_headline,
     some_answers,
 )
+from mechlens.studies.track.edge_report import edge_section
 from mechlens.studies.track.figures import draw
 from mechlens.studies.track.inputs import SeriesStudy
 from mechlens.studies.track.result import Tracking
@@ -57,8 +58,9 @@ QUESTION = (
 def record(writer: RunWriter, result: TrackResult, given: SeriesStudy) -> None:
     """Writes everything that the study found into an open run."""
     opening = Opening(f"What fine-tuning did to {given.series.base.name}: {_checkpoints(result, given)}", QUESTION)
-    last = (sink_section(writer, result.sinks),) if result.sinks else ()
-    record_tracking(writer, result.tracking, given, opening, result.geometry, last=last)
+    last = [sink_section(writer, result.sinks)] if result.sinks else []
+    last += [edge_section(writer, result.edge)] if len(result.edge) else []
+    record_tracking(writer, result.tracking, given, opening, result.geometry, last=tuple(last))
 
 
 def _checkpoints(result: TrackResult, given: SeriesStudy) -> str:

@@ -44,6 +44,7 @@ from mechlens.studies.track.config import Track, TrackPlan
 from mechlens.studies.track.inputs import SeriesStudy, prepare_series, series_prompts
 from mechlens.studies.track.measures.behaviour import steered_log_odds
 from mechlens.studies.track.measures.change import matrix_rows
+from mechlens.studies.track.measures.edge import edge_table
 from mechlens.studies.track.measures.floor import measured_floor
 from mechlens.studies.track.measures.geometry import geometry_tables
 from mechlens.studies.track.measures.reference import BaseReference, reference_of
@@ -239,6 +240,8 @@ class TrackResult:
     """Tables of subspaces, CKA and turning points; empty unless asked for."""
     sinks: dict[str, pd.DataFrame]
     """Tables of attention sinks; empty unless asked for."""
+    edge: pd.DataFrame
+    """The numerical edge by step; empty unless asked for."""
 
 
 def prepare(config: Track) -> Preparation[SeriesStudy]:
@@ -255,7 +258,7 @@ def prepare(config: Track) -> Preparation[SeriesStudy]:
 
     given = prepare_series(config, series, asked, _trigger(config, series), config.triggered, check=check)
     batch, levels = given.content.questions.batch, _levels(given.content.swapper.model, config)
-    if config.more:
+    if "sinks" in config.more:
         require_sinks(given.content.swapper.model, batch)
     return replace(given, resolved={"positions": batch.resolve(config.read), "levels": levels})
 
@@ -265,8 +268,9 @@ def execute(config: Track, given: SeriesStudy, writer: RunWriter) -> TrackResult
     tqdm.write(_said(given, config), file=sys.stderr)
     with given.swapper as swapper:
         result = track(swapper, given.series, given.questions, config, cache=writer.cache)
-        sinks = sink_tables(swapper, result) if config.more else {}
-    return TrackResult(result, geometry_tables(result) if config.geometry else {}, sinks)
+        sinks = sink_tables(swapper, result) if "sinks" in config.more else {}
+        edge = edge_table(swapper, result) if "edge" in config.more else pd.DataFrame()
+    return TrackResult(result, geometry_tables(result) if config.geometry else {}, sinks, edge)
 
 
 def _trigger(config: Track, series: CheckpointSeries) -> Trigger | None:
