@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +79,36 @@ def test_the_forms_are_those_of_the_papers_with_matrices_formed() -> None:
         for i, a in enumerate(means.classes) for j, b in enumerate(means.classes) if i < j
     ]  # fmt: skip
     assert found.cdnv == pytest.approx(float(sum(pairs)) / 3)
+
+
+def test_all_four_are_a_plain_oracle_written_from_the_papers() -> None:
+    """`neural-collapse` isn't installable here, so the formulas of methods.md 7.2 and A8, class by class in numpy."""
+    values, labels = gaussians(2)
+    values[:15] += 1
+    h, names = values.numpy(), sorted(set(labels))
+    mu = np.stack([np.mean([h[i] for i, own in enumerate(labels) if own == name], axis=0) for name in names])
+    m = mu - mu.mean(axis=0)
+    s_w = sum(np.outer(h[i] - mu[names.index(own)], h[i] - mu[names.index(own)]) for i, own in enumerate(labels))
+    u, s, _ = np.linalg.svd(sum(np.outer(one, one) for one in m) / 3)
+    nc1 = np.trace(s_w / len(h) @ u[:, :2] @ np.diag(1 / s[:2]) @ u[:, :2].T)  # Papyan's code: C - 1 vectors, not / C
+    assert variability_collapse(values, labels).svd == pytest.approx(nc1)
+    lengths = [np.sqrt(one @ one) for one in m]
+    unit = [one / length for one, length in zip(m, lengths, strict=True)]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    gram, wanted = m @ m.T, np.eye(3) - np.ones((3, 3)) / 3
+    found = simplex_errors(values, labels)
+    assert found.norm_spread == pytest.approx(np.std(lengths) / np.mean(lengths))
+    assert found.coherence == pytest.approx(np.mean([abs(unit[a] @ unit[b] + 1 / 2) for a, b in pairs]))
+    assert found.etf_error == pytest.approx(np.linalg.norm(gram / np.linalg.norm(gram) - wanted / np.sqrt(2)))
+    assert found.gnc2 == pytest.approx(np.mean([np.log(1 / np.linalg.norm(unit[a] - unit[b])) for a, b in pairs]))
+    weight = rotation(4)[:3].numpy()
+    dual = self_duality(class_means(values, labels), torch.from_numpy(weight))
+    cosines = [weight[c] @ unit[c] / np.linalg.norm(weight[c]) for c in range(3)]
+    assert dual.distance == pytest.approx(np.sum((weight / np.linalg.norm(weight) - m / np.linalg.norm(m)) ** 2))
+    assert (dual.cosine, dual.unc3) == pytest.approx((np.mean(cosines), np.var(cosines)))
+    apart = [np.argmax(weight @ one) != np.argmin([np.linalg.norm(one - own) for own in mu]) for one in h]
+    found_apart = mean_disagreement(class_means(values, labels), values, torch.from_numpy(weight))
+    assert found_apart == pytest.approx(np.mean(apart))
 
 
 def test_collapse_is_the_same_in_any_basis_and_unit_and_less_for_classes_of_chance() -> None:
