@@ -119,6 +119,11 @@ from mechlens.methods.geometry.similarity.pwcca import pwcca as pwcca
 from mechlens.methods.geometry.similarity.similarity import massive_columns as massive_columns
 from mechlens.methods.geometry.similarity.similarity import similarity as similarity
 from mechlens.methods.geometry.similarity.similarity import without_massive as without_massive
+from mechlens.methods.geometry.subspaces.ablated import Subspaces as Subspaces
+from mechlens.methods.geometry.subspaces.ablated import WithoutSubspace as WithoutSubspace
+from mechlens.methods.geometry.subspaces.ablated import concept_subspaces as concept_subspaces
+from mechlens.methods.geometry.subspaces.ablated import subspace_ablation as subspace_ablation
+from mechlens.methods.geometry.subspaces.ablated import without_subspaces as without_subspaces
 from mechlens.methods.geometry.subspaces.angles import PrincipalAngles as PrincipalAngles
 from mechlens.methods.geometry.subspaces.angles import principal_angles as principal_angles
 from mechlens.methods.geometry.subspaces.beyond_one import BeyondOne as BeyondOne
@@ -127,6 +132,8 @@ from mechlens.methods.geometry.subspaces.by_rank import AurocByRank as AurocByRa
 from mechlens.methods.geometry.subspaces.by_rank import auroc_by_rank as auroc_by_rank
 from mechlens.methods.geometry.subspaces.grassmann import GrassmannClasses as GrassmannClasses
 from mechlens.methods.geometry.subspaces.grassmann import fit_grassmann as fit_grassmann
+from mechlens.methods.geometry.tucker import SharedFactors as SharedFactors
+from mechlens.methods.geometry.tucker import shared_factors as shared_factors
 from mechlens.methods.guard.fitted import FittedGuard as FittedGuard
 from mechlens.methods.guard.fitted import GuardVerdict as GuardVerdict
 from mechlens.methods.guard.guard import GuardEstimator as GuardEstimator
@@ -249,6 +256,9 @@ from mechlens.models.checkpoints.swap import checkpoint_swapper as checkpoint_sw
 from mechlens.models.load import load as load
 from mechlens.models.load import load_hf as load_hf
 from mechlens.models.load import load_tokenizer as load_tokenizer
+from mechlens.models.mixtures.by_token import TokenGate as TokenGate
+from mechlens.models.mixtures.by_token import mixed_by_token as mixed_by_token
+from mechlens.models.mixtures.summed import put_mixture as put_mixture
 from mechlens.prompts.asked import as_pairs as as_pairs
 from mechlens.prompts.asked import as_prompts as as_prompts
 from mechlens.prompts.batch import TokenBatch as TokenBatch

@@ -1,9 +1,10 @@
 """Geometry of packaged models in tables.
 
-    python scripts/geometry_tables.py --out runs/geometry [--n 48]
+    python scripts/geometry_tables.py --out runs/geometry [--n 48] [--write]
 
 Runs `mechlens geometry` on smollm2-refuser beside smollm2, and on smollm2 with the refuser's adapter as a checkpoint,
-which says what the adapter changed in each matrix. Runs that are finished are not made again.
+which says what the adapter changed in each matrix. Runs that are finished are not made again. `--write` puts the tables
+into mechlens/studies/geometry/README.md; the verdict, collapse and clusters are only printed.
 """
 
 import argparse
@@ -58,7 +59,45 @@ def clusters(run: Any) -> str:
 
 def matching(run: Any) -> str:
     """Neurons and heads of the other model beside those of the first."""
-    return readme_table.of_frame(run.tables["matching"].drop(columns=["model", "step", "other_layer"]))
+    return readme_table.of_frame(named(run.tables["matching"], _MATCHED))
+
+
+def sparse(run: Any) -> str:
+    """Its neurons predicted from those of the first."""
+    return readme_table.of_frame(named(run.tables["sparse"], _PREDICTED))
+
+
+def groups(run: Any) -> str:
+    """Units of both in groups."""
+    return readme_table.of_frame(named(run.tables["groups"], _GROUPED))
+
+
+def ablated(run: Any) -> str:
+    """What the first model does without each concept's subspace."""
+    columns = ["concept", "dimensions", "change of refusal", "more than one does", "where others vary: mean, lowest",
+               "random: mean, lowest", "KL", "where others vary", "random"]  # fmt: skip
+    lines = [readme_table.head(columns)]
+    for _, row in run.tables["ablated"].iterrows():
+        drawn = [f"{row[f'{name}_mean']:z.2f}, {row[f'{name}_lowest']:z.2f}" for name in ("within", "random")]
+        kl = [_brief(row, "kl"), *(f"{row[name]:.2f}" for name in ("within_kl", "random_kl"))]
+        lines.append(
+            readme_table.row([row["concept"], row["k"], _brief(row, "shift"), _brief(row, "gain"), *drawn, *kl])
+        )
+    return "\n".join(lines)
+
+
+def named(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
+    """Some of its columns under the words for them."""
+    return table[list(columns)].rename(columns=columns)
+
+
+_PLACE = {"units": "units", "layer": "layer", "n_units": "how many"}
+_CHANCE = {"chance": "by chance", "p": "p"}
+_MATCHED = {**_PLACE, "matched": "similarity of partners", **_CHANCE, "gap": "gap to the most similar",
+            "identity_rate": "kept their number"}  # fmt: skip
+_PREDICTED = {**_PLACE, "r2": "R²", **_CHANCE, "needed": "neurons needed", "by_one": "share that one says"}
+_GROUPED = {**_PLACE, "groups": "groups", "shared": "shared", **_CHANCE, "one_to_one": "groups of one and one",
+            "largest": "units in the largest"}  # fmt: skip
 
 
 def edits(run: Any) -> str:
@@ -81,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=48)
+    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     import mechlens as ml
     from mechlens.models.packaged import adapter_folder
 
     two = ml.run(ml.MeasureGeometry(
-        model="smollm2-refuser", other="smollm2", n=given.n, out=given.out / "two", **PLAN
+        model="smollm2-refuser", other="smollm2", n=given.n, ablated=12, out=given.out / "two", **PLAN
     ))  # fmt: skip
     print(two.verdict, flush=True)
     tuned = ml.run(ml.MeasureGeometry(
@@ -94,9 +134,11 @@ def main() -> None:
         **PLAN,
     ))  # fmt: skip
     print(tuned.verdict, flush=True)
-    tables = {"verdict": two.verdict, "concepts": concepts(two), "changes": changes(two), "collapse": collapse(two),
-              "clusters": clusters(two), "matching": matching(two), "edits": edits(tuned)}  # fmt: skip
-    readme_table.show(__file__, tables, None)
+    readme_table.show(__file__, {"verdict": two.verdict, "collapse": collapse(two), "clusters": clusters(two)}, None)
+    tables = {"concepts": concepts(two), "changes": changes(two), "matching": matching(two), "sparse": sparse(two),
+              "groups": groups(two), "edits": edits(tuned), "ablated": ablated(two)}  # fmt: skip
+    readme = Path(__file__).resolve().parents[1] / "mechlens/studies/geometry/README.md"
+    readme_table.show(__file__, tables, readme if given.write else None)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,34 @@ SHAPES: dict[str, tuple[Draw, str]] = {
 """A world, and the word that is right for it."""
 
 
+def _of_kinds(by: float) -> Draw:
+    """Kinds with an axis each, so many standard deviations away."""
+
+    def made(values: Tensor, positive: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        return _kinds(values, positive, draw, by), _noise(values, draw)
+
+    return made
+
+
+def _a_shift(by: float) -> Draw:
+    """A shift along one axis, in standard deviations."""
+
+    def made(values: Tensor, positive: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        return _shifted(values, positive, 0, by), _noise(values, draw)
+
+    return made
+
+
+WEAK_SHAPES: dict[str, tuple[Draw, str]] = {
+    "one direction, 0.5 deviations": (_a_shift(0.5), ONE),
+    "one direction, 1 deviation": (_a_shift(1.0), ONE),
+    "six kinds, 2 deviations": (_of_kinds(2.0), SUBSPACE),
+    "six kinds, 3 deviations": (_of_kinds(3.0), SUBSPACE),
+    "six kinds, 4 deviations": (_of_kinds(4.0), SUBSPACE),
+}
+"""Near what can be told at all; for the error rates alone."""
+
+
 def planted_shape(world: Draw, seed: int, n: int, random: int = 3) -> DimensionVerdict:
     """The study's verdict on n prompts of each class."""
     draw = torch.Generator().manual_seed(seed)
@@ -129,11 +157,28 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Tensor, torch.Generator], Tensor], str]
 """How a second representation is made of the first and of the words, and the word that is right for it."""
 
 
+def _noisy(by: float, *, turned: bool) -> Callable[[Tensor, Tensor, torch.Generator], Tensor]:
+    def made(values: Tensor, words: Tensor, draw: torch.Generator) -> Tensor:
+        noisy = values + by * _noise(values, draw) * TILT
+        return noisy @ _turn(draw) if turned else noisy
+
+    return made
+
+
+WEAK_PAIRS: dict[str, tuple[Callable[[Tensor, Tensor, torch.Generator], Tensor], str]] = {
+    "the same, a third of it noise": (_noisy(0.5, turned=False), SAME),
+    "the same, two thirds of it noise": (_noisy(1.0, turned=False), SAME),
+    "turned, a third of it noise": (_noisy(0.5, turned=True), TURNED),
+    "turned, two thirds of it noise": (_noisy(1.0, turned=True), TURNED),
+}
+"""Noise as wide as what it hides; for the error rates alone."""
+
+
 def planted_pair(name: str, seed: int, n: int) -> ChangeVerdict:
     """The study's verdict on 2n prompts in two models; the first holds the words and more."""
     draw = torch.Generator().manual_seed(seed)
     words = torch.randn(2 * n, WIDTH, generator=draw, dtype=torch.float64) * TILT
     share = 1.0 if name == "unrelated but for the words" else 0.5
     values = share * words + 0.5 * _noise(words, draw) * TILT
-    other = PAIRS[name][0](values, words, draw)
+    other = {**PAIRS, **WEAK_PAIRS}[name][0](values, words, draw)
     return change_verdict("planted", representation_change(values, other, [str(i) for i in range(2 * n)], words))

@@ -106,8 +106,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "tuned" / "checkpoint-5")
     config = MeasureGeometry(
         model=str(folder / "model"), checkpoints=(str(folder / "tuned"),), n=12, levels=(0, 3), ranks=(1,),
-        random_subspaces=1, shuffles=3, matched=1, dimensions=2, edited=2, max_new_tokens=2, out=folder / "run",
-        wandb=OFF,
+        random_subspaces=1, shuffles=3, matched=1, dimensions=2, edited=2, ablated=1, max_new_tokens=2,
+        out=folder / "run", wandb=OFF,
     )  # fmt: skip
     return folder / "run", run(config)
 
@@ -141,6 +141,33 @@ def test_a_checkpoint_that_hardly_moved_is_the_same(finished: tuple[Path, Any]) 
     assert (matching["matched"] > matching["chance"]).all()
     moved = table(out, "collapse").query("step == 5")
     assert moved["moved_within"].between(0, 0.3).all()
+
+
+def test_what_the_model_does_without_a_subspace_stands_beside_random_ones(finished: tuple[Path, Any]) -> None:
+    out, found = finished
+    ablated = table(out, "ablated").query("concept == 'harmful'")
+    assert (ablated["k"] == 1).all()
+    assert (ablated["gain"] == 0).all()  # beyond one dimension there is none
+    assert (ablated["random_lowest"] <= ablated["random_mean"] + 1e-9).all()
+    metrics = found.metrics.set_index("name")["value"]
+    assert metrics["ablated.harmful.1"] == pytest.approx(ablated["shift"].item())
+    with pytest.raises(UserError, match="taken out of the residual stream, and site is attn_out"):
+        MeasureGeometry(model="smollm2", ablated=4, site="attn_out", out=out)
+
+
+def test_units_of_a_checkpoint_that_hardly_moved_are_predicted_by_one_and_share_all_groups(
+    finished: tuple[Path, Any],
+) -> None:
+    out, _ = finished
+    sparse, groups = table(out, "sparse"), table(out, "groups").set_index("units")
+    assert (sparse["r2"] > sparse["chance"]).all()
+    assert (sparse["needed"] <= 2).all()
+    assert set(groups.index) == {"neurons", "heads"}
+    assert (groups["shared"] >= groups["chance"]).all()
+    assert groups.loc["neurons", "shared"] > 0.9
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Groups of units, many to many" in page
+    assert "share that one says" in page
 
 
 def test_what_the_checkpoint_changed_stands_by_matrix(finished: tuple[Path, Any]) -> None:

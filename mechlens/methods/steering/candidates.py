@@ -136,9 +136,9 @@ def score_candidates(
     # Both classes in one batch, so that what ablating does to the start of every prompt is worked out once.
     both, n = batch.select([*harmful, *harmless]), len(harmful)
     bare = logits_under(model, both, [], cache=cache)
-    under = _scored(model, both, [ablation(one) for one in directions], _Scores(tuple(tokens), bare), cache)
+    under = _scored(model, both, [ablation(one) for one in directions], RefusalAndKl(tuple(tokens), bare), cache)
     alone = both.select(range(n, len(bare)))
-    pushed = _scored(model, alone, [addition(one) for one in directions], _Scores(tuple(tokens), bare[n:]), cache)
+    pushed = _scored(model, alone, [addition(one) for one in directions], RefusalAndKl(tuple(tokens), bare[n:]), cache)
     clean = refusal_log_odds(bare, tokens)
     return CandidateScores(
         bypass=_placed(under[:, :n, 0], usable, len(candidates)),
@@ -160,7 +160,7 @@ def addition(direction: Direction) -> Add:
 
 
 @dataclass(frozen=True)
-class _Scores:
+class RefusalAndKl:
     """Logits to refusal score and KL, prompt by prompt."""
 
     tokens: tuple[int, ...]
@@ -189,7 +189,7 @@ def _scored(
     model: LanguageModel,
     batch: TokenBatch,
     interventions: Sequence[Intervention],
-    scores: _Scores,
+    scores: RefusalAndKl,
     cache: Cache | None,
 ) -> Float64[Tensor, "candidate prompt 2"]:
     """Every intervention on every prompt of the batch."""

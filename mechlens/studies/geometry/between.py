@@ -110,13 +110,22 @@ def matching_table(readings: Sequence[Reading], plan: GeometryPlan) -> pd.DataFr
     """Neurons and heads at the last position: how alike partners are, beside chance, and how many kept their number."""
     rows, first = [], readings[0]
     for other in progress_bar(readings[1:], title="matching", unit="model"):
-        for kind, acts in first.units.items():
-            theirs = other.units[kind]
-            for layer, partner in zip(acts.levels, theirs.levels, strict=False):
-                sides = [one.values[:, one.levels.index(at), 0] for one, at in ((acts, layer), (theirs, partner))]
+        for kind in first.units:
+            for place, *sides in unit_pairs(first, other, kind):
                 found = match_units(*sides, n=plan.shuffles, seed=plan.seed, families=first.families)
-                rows.append({"model": other.name, "step": other.step, "units": kind, "layer": layer,
-                             "other_layer": partner, "n_units": min(found.similarities.shape),
-                             "matched": found.matched.value, "chance": found.matched.mean, "p": found.matched.p,
-                             "gap": found.gap, "identity_rate": found.identity_rate})  # fmt: skip
+                rows.append(place | {
+                    "n_units": min(found.similarities.shape), "matched": found.matched.value,
+                    "chance": found.matched.mean, "p": found.matched.p, "gap": found.gap,
+                    "identity_rate": found.identity_rate,
+                })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def unit_pairs(first: Reading, other: Reading, kind: str) -> list[tuple[dict[str, object], Tensor, Tensor]]:
+    """Both models' neurons or heads at every layer that was read, after what names a row of theirs."""
+    one, two = first.units[kind], other.units[kind]
+    return [
+        ({"model": other.name, "step": other.step, "units": kind, "layer": layer, "other_layer": partner},
+         one.values[:, one.levels.index(layer), 0], two.values[:, two.levels.index(partner), 0])
+        for layer, partner in zip(one.levels, two.levels, strict=False)
+    ]  # fmt: skip

@@ -10,6 +10,7 @@ from mechlens.settings import (
     BaseChoice,
     Draws,
     ModelChoice,
+    NonNegativeInt,
     Options,
     PositiveInt,
     PromptSets,
@@ -39,6 +40,9 @@ class GeometryPlan(Answering, Options):
     """Dimensions for which AUROC stands beside random subspaces, in the first model."""
     random_subspaces: Draws = 20
     """Random subspaces of each number of dimensions."""
+    ablated: NonNegativeInt = 0
+    """Prompts of each class on which the first model is run without each subspace of these ranks, beside as many
+    random ones; 0 is none. Twelve take a small model some ten minutes of one core."""
     shuffles: Draws = 19
     """Times that labels or prompts are dealt out anew behind every null."""
     matched: PositiveInt = 3
@@ -74,6 +78,8 @@ class MeasureGeometry(GeometryPlan, PromptSets, RefusingModel, RunChoice):
         if self.checkpoints and (self.other or self.adapter):
             given = "other" if self.other else "adapter"
             raise UserError(f"checkpoints are compared with their base, and {given} was given beside them; give one")
+        if self.ablated and self.site != "resid":
+            raise UserError(f"subspaces are taken out of the residual stream, and site is {self.site}; give resid")
 
     @property
     def as_base(self) -> BaseChoice:
@@ -98,6 +104,7 @@ STUDY = of_folder(
     "geometry",
     MeasureGeometry,
     "mechlens geometry --model smollm2-refuser --out runs/geometry",
+    "mechlens geometry --model smollm2-refuser --ablated 12 --random-subspaces 5 --out runs/geometry-ablated",
     "mechlens geometry --model smollm2-refuser --checkpoints runs/benign --out runs/geometry-over-training",
     "mechlens geometry --model smollm2 --other smollm2-refuser --out runs/geometry-of-two",
 )

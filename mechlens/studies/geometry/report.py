@@ -3,16 +3,18 @@
 import pandas as pd
 
 from mechlens.runs.report import figures
+from mechlens.runs.report.cells import in_brief
 from mechlens.runs.report.report import Report, Section
 from mechlens.runs.writer import RunWriter
+from mechlens.studies.geometry.others_report import named, other_sections
 from mechlens.studies.geometry.study import GeometryResult, GeometryStudy
-from mechlens.studies.geometry.verdict import CHANGE_RULE, RULE
+from mechlens.studies.geometry.verdict import RULE
 
 QUESTION = "Is harmfulness one direction or a subspace, and do other models hold it in the same way?"
 WORDS = {
     "line": "AUROC of one direction", "left": "AUROC without that direction",
     "beyond_words": "the same, minus what the words have left", "in_place": "alike in place (cosine)",
-    "shape": "alike in shape (CKA)",
+    "shape": "alike in shape (CKA)", "ablated": "change of refusal log-odds without so many dimensions",
 }  # fmt: skip
 
 
@@ -23,9 +25,14 @@ def record(writer: RunWriter, result: GeometryResult, given: GeometryStudy) -> N
     harm, *rest = [one.headline for one in result.verdicts] + [one.headline for one in result.changed]
     metrics = result.metrics()
     words = {name: f"{WORDS[kind]}: {of}" for name in metrics for kind, _, of in [name.partition(".")]}
-    parts = [_subspaces(writer, result), _collapse(writer, result), _clusters(result), _dimension(writer, result)]
-    parts += [_others(writer, result), _matching(result)] if others else []
-    parts += [_edits(result)] if "edits" in result.tables() else []
+    parts = [
+        _subspaces(writer, result),
+        _ablated(writer, result),
+        _collapse(writer, result),
+        _clusters(result),
+        _dimension(writer, result),
+    ]
+    parts += [*other_sections(writer, result)] if others else []
     writer.report(Report(
         title=f"Geometry of {first.name}", question=QUESTION, verdict=" ".join(map(str, (harm, *rest))), headline=harm,
         numbers={name: one for name, one in metrics.items() if name.split(".")[0] in ("line", "left", "shape")},
@@ -53,7 +60,55 @@ def _subspaces(writer: RunWriter, result: GeometryResult) -> Section:
         )  # fmt: skip
         names.append(writer.figure(f"ranks_{concept}", drawn, table=f"ranks_{concept}",
                                    caption="A linear score reads one direction whatever the number."))  # fmt: skip
-    return Section("One direction or a subspace", RULE, tuple(names), table=result.tables().get("concepts"))
+    columns = {
+        "model": "model", "step": "step", "concept": "concept", "position": "position", "level": "level",
+        "line": "one direction", "left": "left without it", "random_max": "largest of random", "words": "of the words",
+        "beyond_words": "beyond the words",
+    }  # fmt: skip
+    concepts = result.tables().get("concepts")
+    brief = None if concepts is None else in_brief(concepts, ("line", "left", "words", "beyond_words"))
+    return Section("One direction or a subspace", RULE, tuple(names), table=named(brief, columns))
+
+
+def _ablated(writer: RunWriter, result: GeometryResult) -> Section | None:
+    table = result.tables().get("ablated")
+    if table is None:
+        return None
+    names = []
+    for concept in table["concept"].unique():
+        own = table[table["concept"] == concept]
+        shifts = own.rename(columns={"shift": "change", "shift_low": "low", "shift_high": "high"})
+        wide = pd.concat([
+            shifts[["k", "change", "low", "high"]].assign(of="subspace of the concept"),
+            own[["k"]].assign(change=own["within_mean"], of="where others vary, mean"),
+            own[["k"]].assign(change=own["random_mean"], of="random subspaces, mean"),
+        ])  # fmt: skip
+        writer.table(f"ablated_{concept}", wide)
+        drawn = figures.lines(
+            wide, x="k", y="change", group="of", low="low", high="high", hline=0.0,
+            title=f"Refusal without so many dimensions: {concept}", xlabel="dimensions taken out",
+            ylabel="change of refusal log-odds (nats)",
+        )  # fmt: skip
+        names.append(writer.figure(f"ablated_{concept}", drawn, table=f"ablated_{concept}",
+                                   caption="Of harmful requests; below 0 the model refuses less."))  # fmt: skip
+    return Section(
+        "What the model does without it",
+        "The first model with k dimensions projected out of the residual stream, at every layer and token: change of "
+        "the log-odds that harmful requests are refused, and KL on harmless ones, at the first token of the answer. "
+        "The subspaces are those whose AUROC stands above, made of other families and held fixed. Gain is what k do "
+        "more than one; beyond is the difference from random mixtures of how prompts without the concept differ, which "
+        "lie where activations vary; random ones lie anywhere, where the model may use nothing.",
+        tuple(names),
+        table=named(in_brief(table, ("shift", "gain", "beyond", "kl")), _ABLATED),
+    )
+
+
+_ABLATED = {
+    "concept": "concept", "position": "position", "level": "level", "k": "dimensions", "shift": "change of refusal",
+    "gain": "more than fewest", "beyond": "beyond where others vary", "within_mean": "where others vary: mean",
+    "within_lowest": "lowest", "random_mean": "random: mean", "random_lowest": "random: lowest", "kl": "KL",
+    "within_kl": "KL where others vary", "random_kl": "KL random",
+}  # fmt: skip
 
 
 def _collapse(writer: RunWriter, result: GeometryResult) -> Section | None:
@@ -71,14 +126,19 @@ def _collapse(writer: RunWriter, result: GeometryResult) -> Section | None:
         caption = "Of the first model; 0 where every class is one point."
         drawn.append(writer.figure(f"nc1_{labels}", figure, table="collapse", caption=caption))
     best = table.loc[table.groupby(["model", "labels", "position"])["nc1_svd"].idxmin()]
-    columns = ["model", "labels", "position", "level", "classes", "nc1_svd", "nc1_cdnv", "nc2_norm_spread", "nc2_etf",
-               "nc2_gnc2_excess", "nc3_distance", "nc4", "rate", "rate_chance", "rate_p"]  # fmt: skip
+    columns = {
+        "model": "model", "labels": "classes by", "position": "position", "level": "level", "classes": "classes",
+        "nc1_svd": "NC1 (svd)", "nc1_cdnv": "NC1 (CDNV)", "nc2_norm_spread": "NC2: spread of lengths",
+        "nc2_etf": "NC2: error from a simplex", "nc2_gnc2_excess": "NC2: GNC2 above its least",
+        "nc3_distance": "NC3: distance", "nc4": "NC4: share that differs", "rate": "coding rate",
+        "rate_chance": "of permuted labels", "rate_p": "p",
+    }  # fmt: skip
     return Section(
         "Collapse and coding rate",
         "Neural collapse of the classes at every level; the table has the level at which spread within classes is "
         "least. NC1 in two of its forms, NC2 (lengths alike, error from a simplex, evenly apart), NC3 and NC4 against "
         "a ridge probe, and the coding rate reduction in nats beside permuted labels.",
-        tuple(drawn), table=best[columns],
+        tuple(drawn), table=named(best, columns),
     )  # fmt: skip
 
 
@@ -90,8 +150,14 @@ def _clusters(result: GeometryResult) -> Section | None:
         "Clusters that nobody named",
         "Adjusted Rand index of clusters found without labels (1: the same groups, about 0: chance), by coding rate "
         "and by k-means.",
-        table=table,
+        table=named(table, _CLUSTERED),
     )
+
+
+_CLUSTERED = {
+    "model": "model", "position": "position", "level": "level", "k": "clusters", "labels": "beside classes by",
+    "by_rate": "by coding rate", "by_means": "by k-means", "n": "prompts",
+}  # fmt: skip
 
 
 def _dimension(writer: RunWriter, result: GeometryResult) -> Section | None:
@@ -109,43 +175,4 @@ def _dimension(writer: RunWriter, result: GeometryResult) -> Section | None:
         "How many dimensions the requests' vectors have, by two neighbours, by maximum likelihood and by the "
         "participation ratio of the principal variances. Few prompts can tell few dimensions only.",
         (name,),
-    )
-
-
-def _others(writer: RunWriter, result: GeometryResult) -> Section:
-    names, tables = [], result.tables()
-    for measure, words in (("in_place", "alike in place (cosine)"), ("shape", "alike in shape (CKA)")):
-        if "levels" not in tables or tables["levels"][measure].isna().all():
-            continue
-        table = tables["levels"].assign(of=tables["levels"]["model"] + ", " + tables["levels"]["position"])
-        writer.table(f"levels_{measure}", table)
-        drawn = figures.lines(
-            table, x="level", y=measure, group="of", title=f"Beside the first model: {words}", xlabel="level",
-            ylabel=words,
-        )  # fmt: skip
-        names.append(writer.figure(f"levels_{measure}", drawn, table=f"levels_{measure}",
-                                   caption="Without massive dimensions."))  # fmt: skip
-    return Section("The same, rotated, or other", CHANGE_RULE, tuple(names), table=tables.get("similarity"))
-
-
-def _matching(result: GeometryResult) -> Section:
-    return Section(
-        "Units matched one to one",
-        "Neurons and heads of each model beside those of the first, matched so that the sum of similarities is "
-        "largest; chance is the same with prompts permuted. The gap is how much better the most similar unit is than "
-        "the partner; the identity rate is the share of units whose partner has their own number.",
-        table=result.tables().get("matching"),
-    )
-
-
-def _edits(result: GeometryResult) -> Section:
-    tables = result.tables()
-    norms = tables["edits"].sort_values("norm", ascending=False, kind="stable")
-    sums = f"{len(norms)} matrices changed; their median stable rank is {norms['stable_rank'].median():.1f}"
-    return Section(
-        "What the last checkpoint changed",
-        "Leading components of the matrices that changed most: the share of the change, the |cosine| of what is "
-        "written with each concept's direction, and how well what is read tells its classes apart (AUROC of the first "
-        f"model's inputs at the last token). {sums}.",
-        table=tables.get("components"),
     )

@@ -24,6 +24,7 @@ from mechlens.prompts.text import match_punctuation
 from mechlens.runs.writer import RunWriter
 from mechlens.settings import ModelChoice
 from mechlens.studies.driver import Preparation
+from mechlens.studies.geometry.ablated import ablated_table
 from mechlens.studies.geometry.between import (
     Changed,
     change_table,
@@ -36,6 +37,7 @@ from mechlens.studies.geometry.by_level import collapse_table, dimension_table
 from mechlens.studies.geometry.concepts import Concept, cluster_table, concept_table, concepts_of, rank_table
 from mechlens.studies.geometry.config import GeometryPlan, MeasureGeometry
 from mechlens.studies.geometry.edited import edited_tables
+from mechlens.studies.geometry.many_to_many import group_table, sparse_table
 from mechlens.studies.geometry.reading import Reading, read_model
 from mechlens.studies.geometry.verdict import ChangeVerdict, DimensionVerdict, change_verdict, dimension_verdict
 from mechlens.studies.shared.harm_sets import read_harm_sets
@@ -87,6 +89,8 @@ class GeometryResult:
         for moved in self.changes:
             place = f"{moved.model}.{moved.concept}"
             found |= {f"in_place.{place}": moved.change.in_place, f"shape.{place}": moved.change.shape}
+        for _, row in self.tables().get("ablated", pd.DataFrame()).iterrows():
+            found[f"ablated.{row['concept']}.{row['k']}"] = Estimate.of_beside(row, "shift", row["n"])
         return {name: value for name, value in found.items() if not math.isnan(value.value)}
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -138,11 +142,14 @@ def execute(config: MeasureGeometry, given: GeometryStudy, writer: RunWriter) ->
     with given.swapper or contextlib.nullcontext():
         readings = read_all(given, config, writer.cache)
         found = geometry_of(readings, config)
+        first, more = given.subjects[0], {}
         members = [one.member for one in given.subjects if one.member is not None]
-        if given.swapper is None:
-            return found
-        edits = edited_tables(given.swapper, members, given.subjects[0].batch, readings[0], found.concepts, config)
-    return replace(found, frames=found.frames | edits)
+        if config.ablated:
+            model = first.model if given.swapper is None else given.swapper.put(members[0])
+            more["ablated"] = ablated_table(model, first.batch, readings[0], found.concepts, config, writer.cache)
+        if given.swapper is not None:
+            more |= edited_tables(given.swapper, members, first.batch, readings[0], found.concepts, config)
+    return replace(found, frames=found.frames | more)
 
 
 @phase("reading")
@@ -171,6 +178,8 @@ def geometry_of(readings: Sequence[Reading], plan: GeometryPlan) -> GeometryResu
         "similarity": similarity_table(readings, concepts, plan),
         "levels": level_table(readings),
         "matching": matching_table(readings, plan),
+        "sparse": sparse_table(readings, plan),
+        "groups": group_table(readings, plan),
         "answers": readings[0].judged.table(),
     }
     return GeometryResult(

@@ -28,6 +28,15 @@ class UnitClusters:
     sizes: tuple[tuple[int, int], ...]
     """Units of each model in every group."""
 
+    @property
+    def shared(self) -> float:
+        """Share of the units that have their like in the other model.
+
+        1 where groups are half and half, 0 where no group has units of both.
+        """
+        total = sum(map(sum, self.sizes))
+        return sum(2 * min(pair) for pair in self.sizes) / total
+
 
 def unit_clusters(
     first: Float[Tensor, "prompt first *size"], second: Float[Tensor, "other second *own_size"], *, k: int

@@ -1,11 +1,13 @@
 """How many units of one model it takes to predict a unit of another, by L1 regularisation (Li et al. 2015)."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lasso_path
 from torch import Tensor
 
@@ -34,6 +36,11 @@ class SparsePrediction:
     """Units of the first model that are used."""
     r2: Float[Tensor, "second penalty"] = field(repr=False)
     """Explained share of the variance in the half of the prompts that wasn't fitted."""
+
+    @property
+    def best(self) -> Float[Tensor, " second"]:
+        """The largest R² of every unit's path, and 0 where nothing predicts it: no unit at all has about 0."""
+        return self.r2.amax(dim=1).clamp(min=0.0)
 
     def needed(self, share: float) -> Float[Tensor, " second"]:
         """Fewest units with which a unit has `share` of the largest R² of its path; NaN where nothing predicts it."""
@@ -77,5 +84,8 @@ def _path(given: "np.ndarray", asked: "np.ndarray") -> "np.ndarray":
     strongest = np.abs(given.T @ asked).max() / len(asked)
     if strongest == 0:
         return np.zeros((given.shape[1], len(PENALTIES)))
-    found: np.ndarray = lasso_path(given, asked, alphas=strongest * np.array(PENALTIES))[1]
+    with warnings.catch_warnings():
+        # What the weakest penalties haven't reached yet shows in the R² of prompts that weren't fitted.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found: np.ndarray = lasso_path(given, asked, alphas=strongest * np.array(PENALTIES))[1]
     return found
