@@ -31,6 +31,7 @@ PERMUTATIONS = 200
 RANDOM_DIRECTIONS = 20
 RANDOM_NETWORKS = 3
 ANSWER_TOKENS = 24
+LEAST_AGREEMENT = 0.9
 STEERED_TOKENS = 64
 """Length of answers that are looked at side by side."""
 SOURCE = "A hub id, local folder, GGUF file or packaged name."
@@ -230,6 +231,21 @@ class Answering(Options):
     """Length of the answers that are judged."""
     judge: JudgeName = "phrases"
     """Who says what is a refusal: a name of `mechlens.choices.JUDGES`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedAnswering(Answering):
+    """The same, where a server may write the answers."""
+
+    answers_from: str | None = None
+    """Server that writes the answers in place of the loaded model, which must be the same: http://localhost:8000/v1 of
+    vLLM, SGLang or llama.cpp (OpenAI's completions). It is sent token ids, as they were rendered here."""
+    served_model: str | None = None
+    """What the server calls the model."""
+    served_key: str | None = None
+    """Environment variable that holds the server's key; None sends none."""
+    least_agreement: PositiveShare = LEAST_AGREEMENT
+    """Share of the server's first 32 answers that must be the loaded model's own, token for token."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from mechlens.methods.activations.collect import refuse_too_long, tokenized
 from mechlens.methods.activations.reading import FORMAT, halving, shared_start
 from mechlens.methods.behaviour.drawing import Draws, drawn_batch, require_length, streams_of
 from mechlens.methods.behaviour.judges import OnceSettled
+from mechlens.methods.behaviour.served.agreement import Served
 from mechlens.methods.behaviour.thought import answer_texts
 from mechlens.methods.cache import Cache
 from mechlens.methods.progress import batch_of, phase, steps, told
@@ -55,7 +56,7 @@ class Answers(Comparable):
     checkpoint: Checkpoint
     template: str
     engine: str
-    """"fast" (shared prefix, packed cache), or one of `reference_engine`: "plain", "native" or "uncached"."""
+    """"fast" (shared prefix, packed cache), one of `reference_engine` ("plain", "native", "uncached"), or "served"."""
     why_plain: str = field(default="", kw_only=True)
     """Why the fast path was not taken; empty where it was."""
     cut: tuple[bool, ...] = field(default=(), kw_only=True)
@@ -65,6 +66,8 @@ class Answers(Comparable):
     draw: tuple[int, ...] = field(default=(), kw_only=True)
     """Which draw of its prompt each answer is, by number, as in its id (prompt#0, prompt#1, ...); empty where each
     prompt has one answer."""
+    served: Served | None = field(default=None, kw_only=True)
+    """By which server they were written, and how far it agrees with the loaded model; None where that wrote them."""
 
     @property
     def first_tokens(self) -> tuple[int, ...]:
@@ -218,14 +221,16 @@ class _Runner:
         if self.fast:
             rows = greedy_batch(self.model, chunk, self.max_new_tokens, prefix, None, told(self.decided), None, pick)
         else:
-            rows = [self._cut(row) for row in reference_greedy(self.model, chunk, self.max_new_tokens, pick)]
+            whole = reference_greedy(self.model, chunk, self.max_new_tokens, pick)
+            rows = [until_decided(row, self.decided) for row in whole]
         padded = [row + [NO_TOKEN] * (self.max_new_tokens - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.long)
 
-    def _cut(self, row: list[int]) -> list[int]:
-        """The row up to where it is decided, if it ever is."""
-        ends = range(1, len(row) + 1) if self.decided is not None else ()
-        return row[: next((end for end in ends if self.decided is not None and self.decided(row[:end])), len(row))]
+
+def until_decided(row: list[int], decided: Decided | None) -> list[int]:
+    """The row up to where it is decided, if it ever is."""
+    ends = range(1, len(row) + 1) if decided is not None else ()
+    return row[: next((end for end in ends if decided is not None and decided(row[:end])), len(row))]
 
 
 def _key(

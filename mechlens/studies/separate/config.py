@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from mechlens.settings import Answering, Nulls, PromptSets, RefusingModel, RunChoice
+from mechlens.settings import Nulls, PromptSets, RefusingModel, RunChoice, ServedAnswering
 from mechlens.studies.registry import of_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeparationPlan(Nulls, Answering):
+class SeparationPlan(Nulls, ServedAnswering):
     """The choices of a separation study.
 
     >>> ml.SeparationPlan(resamples=200, permutations=50).max_new_tokens

@@ -78,10 +78,11 @@ def _cards(verdict: Verdict) -> dict[str, Estimate]:
 
 
 def _quadrants(result: Separation, figures: dict[str, tuple[str, ...]]) -> Section:
-    tokens = result.first_token.tokens
+    tokens, served = result.first_token.tokens, result.judged.answers.served
     return Section(
         "Who is refused",
-        "Every prompt was answered greedily and judged. The four quadrants are placed by the first judge "
+        f"Every prompt was answered greedily and judged. {'' if served is None else f'{served.sentence} '}"
+        "The four quadrants are placed by the first judge "
         f"(`{result.judged.judge}`); the others show how far that choice matters. {_placed_nowhere(result)}\n\n"
         f"The log-odds judge reads the first answer token only: P(first token is one of {tokens.named}), tokens "
         f"{tokens.origin}{'' if tokens.coverage is None else f' with coverage {tokens.coverage:.2f}'}. Its AUROC "

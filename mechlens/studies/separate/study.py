@@ -13,10 +13,11 @@ import torch
 
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.activations.collect import collect, template_of
-from mechlens.methods.behaviour.answers import answer
 from mechlens.methods.behaviour.chosen_judge import judges_of, once_settled
 from mechlens.methods.behaviour.judges import Judge
 from mechlens.methods.behaviour.model_judge import ModelJudge
+from mechlens.methods.behaviour.served.answering import answers_to
+from mechlens.methods.behaviour.served.completions import require_served
 from mechlens.methods.cache import Cache
 from mechlens.methods.probing.auroc import MIN_FAMILIES
 from mechlens.methods.probing.confounds import compare_sides
@@ -51,10 +52,14 @@ class WithoutTemplate:
     """Of harmful prompts, with the full template and without the tokens after `inst`."""
     accepted_auroc: Estimate
     """Harmfulness at `inst`, of harmful prompts that are accepted so, against accepted harmless ones."""
+    served_agreement: Estimate | None = None
+    """Share of a server's answers to such prompts that are the loaded model's own."""
 
     def metrics(self) -> dict[str, Estimate]:
         """Its numbers by their names in run.json."""
         rates = {f"refusal_rate.{name}": rate for name, rate in self.refusal_rates.items()}
+        served = self.served_agreement
+        rates |= {} if served is None else {"served_agreement.no_post_tokens": served}
         return rates | {"harmful_auroc.inst.accepted_without_template": self.accepted_auroc}
 
 
@@ -95,6 +100,8 @@ class Separation:
     def metrics(self) -> dict[str, Estimate]:
         """Every headline number by its name in run.json; what can't be measured is there with its count."""
         numbers = self.analysis.metrics() | {"first_token_auroc": self.first_token.auroc}
+        if (served := self.judged.answers.served) is not None:
+            numbers["served_agreement"] = served.agreement(self.plan.seed)
         return numbers | self.without_template.metrics() | self.geometry.metrics() | self.beliefs.metrics()
 
     def table(self) -> pd.DataFrame:
@@ -203,10 +210,10 @@ def separate(
     compare_sides(ours, theirs, (HARMFUL, HARMLESS))
     batch = tokenize(prompts, template_of(model, template))
     decided = once_settled(judges, loaded(model).tokenizer)
-    answers = answer(model, batch, max_new_tokens=plan.max_new_tokens, decided=decided, cache=cache)
+    answers = answers_to(model, batch, plan, decided=decided, cache=cache)
     rows = [i for i, prompt in enumerate(prompts) if prompt.label == HARMFUL]
     bare = batch.select(rows).without_post()
-    without_post = answer(model, bare, max_new_tokens=plan.max_new_tokens, decided=decided, cache=cache)
+    without_post = answers_to(model, bare, plan, decided=decided, cache=cache)
     with phase("judging"):
         judged = judge_answers(prompts, answers, judges)
         judged_without = judge_answers(bare.prompts, without_post, judges)
@@ -280,11 +287,14 @@ def _without_template(
     }
     inside = torch.tensor(judged.accepted) & ~torch.tensor([prompt.label == HARMFUL for prompt in judged.prompts])
     inside[[row for row, accepted in zip(rows, without.accepted, strict=True) if accepted]] = True
-    return WithoutTemplate(rates, analysis.harm.auroc("inst", inside))
+    served = without.answers.served
+    agreed = None if served is None else served.agreement(plan.seed)
+    return WithoutTemplate(rates, analysis.harm.auroc("inst", inside), agreed)
 
 
 def prepare(config: Separate) -> Preparation[ContrastSets]:
     """Prompts and model; UserError for whatever can't be had."""
+    require_served(config)
     if config.judge_model is not None:
         require_wrappable(config.judge_model)
     return prepare_harm_study(

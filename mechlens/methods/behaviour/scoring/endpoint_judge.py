@@ -3,26 +3,21 @@
 import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import torch
 
 from mechlens.checked_json import parse_json
-from mechlens.errors import UserError, quoted
+from mechlens.errors import UserError
 from mechlens.methods.behaviour.scoring.number_reply import Opening
 from mechlens.methods.behaviour.scoring.questions import ALIGNED, JudgeQuestion
 from mechlens.methods.behaviour.scoring.score_judge import Reply, Scores, scores_by
+from mechlens.methods.behaviour.served.endpoint import Endpoint, Line
 from mechlens.methods.cache import Cache
-from mechlens.methods.progress import progress_bar
 from mechlens.prompts.prompt import Prompt
 
 AT_ONCE = 4
@@ -32,10 +27,6 @@ TOP = 20
 REPLY_TOKENS = 6
 """The papers ask for one, which is a whole number for their judges; for a model that spells numbers digit by digit it
 would be 8 of 85, and only more of the reply shows that."""
-AGAIN = frozenset({408, 429, 500, 502, 503, 504, 529})
-"""Answers of a server that is busy or broken for now."""
-LONGEST_PAUSE = 60.0
-"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +58,14 @@ class EndpointScoreJudge:
     """Keeps every reply, so that no request is made twice."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(
-                f"the judge's url {quoted(self.url, 80)} isn't one; give one such as https://api.openai.com/v1"
-            )
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise UserError(
-                "the judge's url holds more than a place (a name, a password or a query); put the key into an "
-                "environment variable and name it by key_variable"
-            )
-        if self.tries < 1:
-            raise UserError(f"tries is {self.tries}; a request has to be made at least once")
+        self._endpoint()  # which says of a url that it can't be one
+
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(
+            called="the judge's endpoint", url=self.url, path="/chat/completions", model=self.model,
+            key_variable=self.key_variable, key_option="key_variable", timeout=self.timeout, tries=self.tries,
+            pause=self.pause, at_once=AT_ONCE,
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -86,63 +73,36 @@ class EndpointScoreJudge:
 
     def headers(self) -> dict[str, str]:
         """What a request says of its sender; UserError where the variable holds no key."""
-        if self.key_variable is None:
-            return {}
-        key = os.environ.get(self.key_variable, "").strip()
-        if not key:
-            raise UserError(f"there is no key in the environment variable {self.key_variable}; set it")
-        if not (key.isascii() and key.isprintable()):
-            raise UserError(f"the environment variable {self.key_variable} holds what can't be a key; set it anew")
-        return {"Authorization": f"Bearer {key}"}
+        return self._endpoint().headers()
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Scores:
         """One score for each answer; an empty one has none, and the endpoint isn't asked about it."""
         return scores_by(self, prompts, answers, self._replies)
 
     def _replies(self, asked: list[Prompt]) -> list[Reply]:
-        with _Endpoint.opened(self) as endpoint, ThreadPoolExecutor(AT_ONCE) as pool:
-            bar = progress_bar(total=len(asked), title=f"asking {self.model}", unit="answer")
-            replies = [pool.submit(self._reply, endpoint, prompt.text) for prompt in asked]
-            try:
-                found = []
-                for reply in replies:
-                    found.append(reply.result())
-                    bar.update(1)
-            finally:
-                bar.close()
-                endpoint.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-        return found
+        with self._endpoint().opened() as line:
+            asking = _Asking(line)
+            return line.all_of(asked, lambda prompt: self._reply(asking, prompt.text), "answer")
 
-    def _reply(self, endpoint: "_Endpoint", text: str) -> Reply:
+    def _reply(self, asking: "_Asking", text: str) -> Reply:
         key = hashlib.sha256(json.dumps(["endpoint score", self.url, self.model, text]).encode()).hexdigest()
         kept = None if self.cache is None else self.cache.get(key)
         if kept is not None:
             raw, mass, opening, read_from = json.loads(bytes(kept["reply"].tolist()))
             return Reply(raw, mass, tuple((word, p) for word, p in opening), read_from)
-        reply = reading(endpoint.completion(text))
+        reply = reading(asking.completion(text))
         if self.cache is not None:
             said = json.dumps([reply.raw, reply.mass, reply.opening, reply.read_from]).encode()
             self.cache.put(key, {"reply": torch.tensor(list(said), dtype=torch.uint8)})
         return reply
 
 
-class _Endpoint:
-    """Makes requests, again where that may help; every other trouble is one sentence, without what was asked."""
+class _Asking:
+    """Asks for completions, with log-probabilities until the server refuses them."""
 
-    def __init__(self, judge: EndpointScoreJudge, client: httpx.Client) -> None:
-        self.judge, self.client = judge, client
-        self.host = urlsplit(judge.url).netloc
+    def __init__(self, line: Line) -> None:
+        self.line = line
         self.logprobs = True
-        """Whether to ask for log-probabilities: until the server refuses."""
-        self.stopped = Event()
-        """Nobody waits for replies any more."""
-
-    @classmethod
-    @contextmanager
-    def opened(cls, judge: EndpointScoreJudge) -> Iterator["_Endpoint"]:
-        with httpx.Client(headers=judge.headers(), timeout=judge.timeout) as client:
-            yield cls(judge, client)
 
     def completion(self, text: str) -> "Completion":
         asks_logprobs = self.logprobs
@@ -152,68 +112,22 @@ class _Endpoint:
             if response.is_success:
                 self.logprobs = False
         if not response.is_success:
-            raise UserError(self._refusal(response))
+            raise UserError(self.line.refusal(response))
         remedy = "choose an endpoint that speaks OpenAI's chat completions"
-        found: Completion = parse_json(response.content, Completion, f"the reply of {self.host}", remedy)
+        host = self.line.endpoint.host
+        found: Completion = parse_json(response.content, Completion, f"the reply of {host}", remedy)
         if not found.choices:
-            raise UserError(f"the reply of {self.host} holds no choice; {remedy}")
+            raise UserError(f"the reply of {host} holds no choice; {remedy}")
         return found
 
     def _response(self, text: str, logprobs: bool) -> httpx.Response:
         body: dict[str, Any] = {
-            "model": self.judge.model, "messages": [{"role": "user", "content": text}], "temperature": 0,
+            "model": self.line.endpoint.model, "messages": [{"role": "user", "content": text}], "temperature": 0,
             "max_tokens": REPLY_TOKENS,
         }  # fmt: skip
         if logprobs:
             body |= {"logprobs": True, "top_logprobs": TOP}
-        address = self.judge.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        trouble = ""
-        for k in range(self.judge.tries):
-            wait = self.judge.pause * 2**k
-            try:
-                response = self.client.post(address, json=body)
-            except httpx.TimeoutException:
-                trouble = f"gave no reply within {self.judge.timeout:g} s"
-            except httpx.TransportError as error:
-                trouble = f"can't be reached ({type(error).__name__})"
-            else:
-                if response.status_code not in AGAIN:
-                    return response
-                trouble = f"answered {_status(response)}"
-                wait = _seconds(response.headers.get("retry-after", ""), wait)
-            if k + 1 == self.judge.tries or self.stopped.wait(min(wait, LONGEST_PAUSE)):
-                break
-        raise UserError(
-            f"the judge's endpoint {self.host} {trouble}, {self.judge.tries} times; look at the url and the server, or "
-            "try later"
-        )
-
-    def _refusal(self, response: httpx.Response) -> str:
-        """Why there is no reply, and what to do."""
-        answered = f"the judge's endpoint {self.host} answered {_status(response)}"
-        if response.status_code in (401, 403) and self.judge.key_variable:
-            return f"{answered}; it doesn't take the key in {self.judge.key_variable}, so set it to one that it takes"
-        if response.status_code in (401, 403):
-            return f"{answered}; it wants a key, so name the environment variable that holds it by key_variable"
-        if response.status_code == 404:
-            return f"{answered}; it has no model {self.judge.model!r}, or /chat/completions doesn't follow the url"
-        return f"{answered}; it doesn't take such a request for the model {self.judge.model!r}, so choose another"
-
-
-def _seconds(said: str, otherwise: float) -> float:
-    """What a server says to wait, where it says it in seconds."""
-    return float(said) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]*)?", said) else otherwise
-
-
-def _status(response: httpx.Response) -> str:
-    """The status with the server's own word for it, such as invalid_api_key. What else it says may quote an answer or
-    the key, and isn't shown."""
-    status = f"{response.status_code} {response.reason_phrase}".strip()
-    try:
-        word = json.loads(response.content)["error"]["code"]
-    except (ValueError, KeyError, TypeError):
-        return status
-    return f"{status} ({word})" if isinstance(word, str) and re.fullmatch(r"[a-z_]{1,60}", word) else status
+        return self.line.post(body)
 
 
 @dataclass(frozen=True)
