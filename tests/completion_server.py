@@ -36,10 +36,11 @@ class CompletionServer:
 
             def _say(self, status: int, reply: Any) -> None:
                 said = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                promised = len(said) + outer.lost
                 self.send_response(status)
                 if status == 429:
                     self.send_header("Retry-After", "0.01")
-                self.send_header("Content-Length", str(len(said)))
+                self.send_header("Content-Length", str(promised))
                 self.end_headers()
                 with contextlib.suppress(OSError):  # nobody waits any more
                     self.wfile.write(said)
@@ -63,6 +64,8 @@ class CompletionServer:
         self.before: Callable[[Body], Reply | None] = lambda body: None
         """What is said in place of an answer."""
         self.after: Callable[[Body, Body], Body] = lambda body, reply: reply
+        self.lost = 0
+        """Bytes at the end of every reply that are never sent."""
 
     @torch.inference_mode()
     def reply(self, body: Body) -> Body:

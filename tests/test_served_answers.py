@@ -196,8 +196,15 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(
     assert answers_to(model, few, at(server)).tokens == answer(model, few, max_new_tokens=NEW).tokens
 
 
-def test_one_that_stalls_or_is_not_there(model: Any, batch: TokenBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_breaks_off_stalls_or_is_not_there(
+    model: Any, batch: TokenBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = CompletionServer(None, tiny_tokenizer())
+    server.lost = 9
+    with pytest.raises(
+        UserError, match=r"the answering server 127.* can't be reached \(RemoteProtocolError\), 2 times"
+    ):
+        require_served(at(server))
     hasty, wait = answering.endpoint_of, threading.Event()
     monkeypatch.setattr(answering, "endpoint_of", lambda plan: replace(hasty(plan), timeout=0.05, tries=1))
     server.before = lambda body: (200, {}) if wait.wait(0.5) else (500, {})
@@ -244,12 +251,18 @@ def test_what_can_be_said_before_a_model_is_loaded(server: CompletionServer, mon
         "no key in the environment variable NO_SUCH_KEY": {"served_key": "NO_SUCH_KEY"},
         "without .served_model.; add": {"served_model": None},
         "without .answers_from.; add": {"answers_from": None},
-        "isn't one; give one such as http://localhost:8000/v1": {"answers_from": "localhost:8000"},
+        "'localhost:8000' isn't one; give one such as http://localhost:8000/v1": {"answers_from": "localhost:8000"},
+        "'http://x:port' isn't one": {"answers_from": "http://x:port"},
+        r"'http://\[::1' isn't one": {"answers_from": "http://[::1"},
+        "isn't one": {"answers_from": f"http://{'x' * 64}"},
         "holds more than a place": {"answers_from": "http://me:secret@localhost/v1"},
     }
     for sentence, options in wrong.items():
         with pytest.raises(UserError, match=sentence):
             require_served(replace(at(server), **options))
+    monkeypatch.setenv("SSL_CERT_FILE", "no-such-file")
+    with pytest.raises(UserError, match=r"isn't set up to reach the answering server .*; look at .* SSL_CERT_FILE"):
+        require_served(at(server))
     assert server.bodies == []
 
 

@@ -51,12 +51,16 @@ class Endpoint:
     """Requests that wait for their replies at a time."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = httpx.URL(self.url)
+            possible = parts.scheme in ("http", "https") and bool(parts.host.encode("idna"))
+        except (httpx.InvalidURL, UnicodeError):
+            possible = False
+        if not possible:
             raise UserError(
                 f"the url of {self.called} {quoted(self.url, 80)} isn't one; give one such as http://localhost:8000/v1"
             )
-        if parts.username or parts.password or parts.query or parts.fragment:
+        if parts.userinfo or parts.query or parts.fragment:
             raise UserError(
                 f"the url of {self.called} holds more than a place (a name, a password or a query); put the key into "
                 f"an environment variable and name it by {self.key_option}"
@@ -82,7 +86,15 @@ class Endpoint:
     @contextmanager
     def opened(self) -> Iterator["Line"]:
         """A line to it."""
-        with httpx.Client(headers=self.headers(), timeout=self.timeout) as client:
+        headers = self.headers()
+        try:
+            client = httpx.Client(headers=headers, timeout=self.timeout)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"this machine isn't set up to reach {self.called} ({type(error).__name__}); look at the environment "
+                "variables SSL_CERT_FILE and SSL_CERT_DIR, and at those that name proxies"
+            ) from error
+        with client:
             yield Line(self, client)
 
 
@@ -129,7 +141,7 @@ class Line:
                 response = self._client.request(method, address, json=body)
             except httpx.TimeoutException:
                 trouble = f"gave no reply within {end.timeout:g} s"
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 if UNTRUSTED in str(error):
                     raise UserError(self._untrusted()) from error
                 trouble = f"can't be reached ({type(error).__name__})"
