@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from types import FrameType
-from typing import Annotated, Any, TextIO, Union
+from typing import Annotated, Any, TextIO, Union, get_type_hints
 
 import tyro
 
@@ -156,10 +156,17 @@ def _parsed(argv: Sequence[str], known: Mapping[str, Study | Command]) -> Any:
         if (ours := _of_ours(stop)) is not None:  # which the parser would put into a box
             raise ours from None
     options = [f"--{one.name.replace('_', '-')}" for one in fields(shape)] if words else []
+    hints = get_type_hints(shape, include_extras=True) if words else {}
+    places = [name for name, hint in hints.items() if _is_bare(hint)]
     group = next((one for one in argv[:1] if not one.startswith("-")), "")  # of which no command was named
-    if sentence := what_is_wrong(said.getvalue(), rest, words or group, options):
+    if sentence := what_is_wrong(said.getvalue(), rest, words or group, options, places):
         raise UserError(sentence)
     return parse()  # which ends in what it has to say, in its own colours
+
+
+def _is_bare(hint: Any) -> bool:
+    """Whether an option stands without its name."""
+    return tyro.conf.Positional in getattr(hint, "__metadata__", ())
 
 
 def _of_ours(error: BaseException | None) -> UserError | None:

@@ -13,15 +13,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from artefacts import CHECKPOINT, SIZE, activations, grid, guard
 from safetensors.torch import load_file, save_file
 
 from mechlens.checked_json import parse_json, sealed
 from mechlens.errors import UserError
 from mechlens.methods.activations.activations import Activations
 from mechlens.methods.directions.direction import DirectionGrid
-from mechlens.methods.guard.fitted import FittedGuard, GuardSettings, Place
-from mechlens.methods.guard.rules import CosineScore, LinearScore, SubspaceScore
-from mechlens.methods.statistics.calibration import Calibration
+from mechlens.methods.guard.fitted import FittedGuard
+from mechlens.methods.guard.rules import LinearScore
 from mechlens.methods.statistics.estimate import Estimate
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.models.checkpoints.adapter_record import FORMAT, RECORD, read_record, require_whole, write_record
@@ -37,42 +37,8 @@ from mechlens.runs.writer import open_run
 from mechlens.settings import WandbSettings
 from mechlens.studies.finetune.study import LossLog
 
-CHECKPOINT = Checkpoint(name="tiny", path="tiny", step=3, fingerprint="ab" * 32)
-SIZE = 16
 OFF = WandbSettings(mode="disabled")
 DEEP = b"[" * 20_000 + b"]" * 20_000
-
-
-def guard() -> FittedGuard:
-    generator = torch.Generator().manual_seed(0)
-
-    def vector() -> torch.Tensor:
-        return torch.randn(SIZE, generator=generator, dtype=torch.float64)
-
-    bases = torch.linalg.qr(torch.randn(2, SIZE + 1, 3, generator=generator, dtype=torch.float64)).Q
-    places = (
-        Place(1, "inst", LinearScore(vector(), 0.25), 0.9),
-        Place(2, "post[0]", CosineScore(vector(), vector(), vector()), 0.8),
-        Place(2, "last", SubspaceScore(bases, vector(), 3.0), 0.7),
-    )
-    settings = GuardSettings("lda", ("inst", "last"), "best", 0.05, 5, 0, "harmful", "harmless")
-    return FittedGuard(
-        settings, places, Calibration(0.5, 2.0, -1.0, 30, 30), "resid", CHECKPOINT, "cd" * 32, ("a", "b"), ("e" * 64,)
-    )
-
-
-def grid() -> DirectionGrid:
-    return DirectionGrid(
-        torch.arange(2.0 * SIZE).reshape(2, 1, SIZE), (0, 1), ("inst",), "resid", "mean difference",
-        ("harmful", "harmless"), CHECKPOINT, "cd" * 32, ("p1", "p2"), "inst",
-    )  # fmt: skip
-
-
-def activations() -> Activations:
-    return Activations(
-        torch.randn(2, 1, 1, SIZE), (1,), ("inst",), ("p1", "p2"), ("harmful", "harmless"), ("f", "g"), "resid",
-        CHECKPOINT, "cd" * 32,
-    )  # fmt: skip
 
 
 def written(value: object) -> str:
@@ -304,6 +270,16 @@ def test_an_old_file_is_read_and_is_checked_by_what_can_be(tmp_path: Path) -> No
         assert "one of a guard's centroids is all zero" in said(lambda _, tensors, one=one: tensors[one].zero_())
     assert "at least one place" in said(lambda fields, _: fields["places"].update({"$tuple": []}))
     assert "from 0 on" in said(lambda fields, _: first(fields).update(level=-1))
+
+
+@pytest.mark.parametrize("name", ["levels", "positions", "ids", "labels", "families", "axes"])
+def test_activations_whose_names_are_not_those_of_their_values_are_refused(name: str, tmp_path: Path) -> None:
+    """As a stranger's file may have them, with a sound seal: showing them, or reading a cell, failed later."""
+    whole = activations()
+    for other in ((), (*getattr(whole, name), *getattr(whole, name))):
+        path = saved(replace(whole, **{name: other}))(tmp_path)
+        with pytest.raises(UserError, match="the activations have values of the sizes"):
+            load(path, Activations)
 
 
 def test_a_guard_of_another_width_is_refused_where_it_meets_a_model() -> None:

@@ -189,6 +189,17 @@ def test_no_prompt_holds_half_a_character(fields: dict[str, Any]) -> None:
     str(caught.value).encode()
 
 
+def test_a_long_text_is_one_in_every_format_and_too_long_a_one_is_named(tmp_path: Path) -> None:
+    """Python's own reader of CSV stops at 131,072 characters, and said that the quotes were wrong."""
+    for ending, before in ((".csv", "prompt,label\n"), (".tsv", "prompt\tlabel\n")):
+        path, apart = tmp_path / f"long{ending}", before[6]
+        path.write_text(f"{before}{'x' * 200_000}{apart}a\n")
+        assert [len(prompt.text) for prompt in load_prompts(path)] == [200_000]
+        path.write_text(f"{before}Hi{apart}a\n{'x' * (LONGEST_TEXT + 1)}{apart}a\n")
+        with pytest.raises(UserError, match=rf"long{ending} row 2.* 1000001 characters in its text"):
+            load_prompts(path)
+
+
 def test_a_missing_label_is_none_and_a_whole_one_is_whole(tmp_path: Path) -> None:
     import pandas as pd
 

@@ -17,7 +17,8 @@ from mechlens.files import writing_to
 from mechlens.methods.activations.activations import Activations
 from mechlens.models.checkpoint import Checkpoint
 from mechlens.prompts.prompt import Prompt
-from mechlens.runs.artifacts import load, read_header, save, sha256
+from mechlens.runs.artifacts import load, read_header, save, sha256, tensor_digest
+from mechlens.runs.folder import FolderCache
 
 CHECKPOINT = Checkpoint(name="tiny", path="/models/tiny", step=3, fingerprint="ab" * 32)
 
@@ -200,6 +201,16 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(where, tmp_path, monke
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["x.safetensors"]
     assert load(path, Checkpoint) == CHECKPOINT
+
+
+def test_one_number_of_a_repeated_row_is_kept_as_any_other(tmp_path):
+    """Torch calls it contiguous and can't view its bytes: what a patch of one layer at one position comes to."""
+    number = torch.tensor([0.25, 0.5], dtype=torch.float64)[:1].expand(3)[:1].reshape(1, 1)
+    assert number.is_contiguous()
+    assert tensor_digest({"x": number}) == tensor_digest({"x": torch.tensor([[0.25]], dtype=torch.float64)})
+    cache = FolderCache(tmp_path)
+    cache.put("0" * 64, {"x": number})
+    assert cache.get("0" * 64)["x"].equal(number)
 
 
 def test_a_full_disk_while_writing_tensors_is_said_so(tmp_path, monkeypatch):

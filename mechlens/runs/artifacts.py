@@ -118,7 +118,10 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        flat = tensor.flatten()
+        if flat.stride(0) != 1:  # one number of a row that was repeated, which torch calls contiguous and can't view
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -227,6 +230,7 @@ def _built(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, T
             raise UserError(f"{where} holds numbers in {name!r} that are not finite; {REMEDY}")
     try:
         built: Result = decode_fields(cls, fields, tensors, classes_within(cls))
+        getattr(built, "require_consistent", lambda: None)()
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, TypeCheckError) as error:
         said = cut(str(error), 200)
         raise UserError(f"{where} is not a complete {cls.__name__} ({said}); make it again") from error

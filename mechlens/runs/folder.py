@@ -11,7 +11,7 @@ import pyarrow
 from torch import Tensor
 
 from mechlens.checked_json import parse_json
-from mechlens.errors import UserError
+from mechlens.errors import UserError, warn
 from mechlens.files import user_path
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import open_tensors, tensor_digest, write_tensors
@@ -107,11 +107,14 @@ class FolderCache:
             return None
         try:
             header, value = open_tensors(path, tensors=True)
+            whole = header.get("key") == key and header.get("sha256") == tensor_digest(value)
         except UserError:
-            # A damaged piece costs its recomputation, not the run.
-            return None
-        whole = header.get("key") == key and header.get("sha256") == tensor_digest(value)
-        return value if whole else None
+            whole = False
+        if whole:
+            return value
+        # A damaged piece costs its recomputation, not the run.
+        warn(f"{path} is damaged, so that piece of the work is done again")
+        return None
 
     def put(self, key: str, value: dict[str, Tensor]) -> None:
         """Keeps a finished piece, whole or not at all."""

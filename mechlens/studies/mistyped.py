@@ -13,6 +13,7 @@ WORDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
 _PARSING = re.compile(r"Error parsing (--[\w.-]+):.*Argument helptext: (?:--\S+ )*--\S+ (\S+)")
 _CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(--[\w.-]+)'. Expected one of \((.*?)\)")
 _VALUE = re.compile(r"Missing value for argument '(--[\w.-]+)'")
+_PLACE = re.compile(r"Missing value for argument '([a-z][\w-]*)'")
 _GROUP = re.compile(r"Missing subcommand Expected one of \{(.*?)\}")
 _UNKNOWN = "Unrecognized options:"
 _STRANGE = re.compile(f"{_UNKNOWN} (.*?) For full helptext")
@@ -38,10 +39,12 @@ def command_of(argv: Sequence[str], known: Iterable[str]) -> str:
     return pair if pair in names else ""
 
 
-def what_is_wrong(said: str, argv: Sequence[str], command: str, options: Sequence[str]) -> str:
+def what_is_wrong(
+    said: str, argv: Sequence[str], command: str, options: Sequence[str], places: Sequence[str] = ()
+) -> str:
     """The parser's box of words about the arguments of a command as a sentence; "" where it is about something else.
 
-    `options` are those that the command has, as they are typed.
+    `options` are those that the command has, as they are typed; `places` those that stand without a name.
     """
     plain, about = " ".join(re.sub("[─│╭╮╰╯]", " ", said).split()), f"mechlens {command}".rstrip()
     name = command or about
@@ -54,7 +57,12 @@ def what_is_wrong(said: str, argv: Sequence[str], command: str, options: Sequenc
         return f"{found[1]} stands without a value; give one after it"
     if (found := _GROUP.search(plain)) is not None:
         return f"{name} needs a command after it; choose from {found[1]}"
-    missing = re.findall(r"^│ +(--[\w-]+)(?: [A-Z{\[].*)?│$", said.partition(_UNKNOWN)[0], re.MULTILINE)
+    if (found := _PLACE.search(plain)) is not None:
+        return f"{name} needs {_placed(found[1], argv)}; see {about} --help"
+    asked = said.partition(_UNKNOWN)[0]
+    missing = re.findall(r"^│ +(--[\w-]+)(?: [A-Z{\[].*)?│$", asked, re.MULTILINE)
+    bare = re.findall(r"^│ +[A-Z]+(?:\|[A-Z]+)* *│$", asked, re.MULTILINE)
+    missing = [*(_placed(one, argv) for one in list(places)[len(places) - len(bare) :]), *missing]
     needs = f"{name} needs {' and '.join(missing)}" if missing else ""
     if (found := _STRANGE.search(plain)) is not None:
         words = [word.rstrip(",") for word in found[1].split()]
@@ -76,14 +84,33 @@ def _meant(given: str, known: Sequence[str]) -> str:
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
+def _placed(place: str, argv: Sequence[str]) -> str:
+    """A value that stands without a name, and that it does where it was given one."""
+    named = f"--{place}"
+    return f"{place.upper()}{f' without {named} before it' if named in argv else ''}"
+
+
 def _no_number(option: str, kind: str, argv: Sequence[str]) -> str:
+    several, kind = kind.startswith("["), kind.strip("[]")
     if not all(part in WORDS for part in kind.split("|")):
         return ""
     needed = " or ".join(WORDS[part] for part in reversed(kind.split("|")))
     spelt = [word.partition("=") for word in argv]
     values = [
-        given or " ".join(argv[place + 1 : place + 2])
+        [given] if given else [*takewhile(lambda word: not word.startswith("--"), argv[place + 1 :])]
         for place, (name, _, given) in enumerate(spelt)
         if name.replace("_", "-") == option
     ]
-    return f"{option} is {quoted(values[-1])}; it must be {needed}" if values else ""
+    if not values:
+        return ""
+    given = values[-1] if several else values[-1][:1]
+    wrong = next((word for word in given if not _is_number(word, whole="FLOAT" not in kind)), " ".join(given))
+    return f"{option} is {quoted(wrong)}; it must be {needed}"
+
+
+def _is_number(word: str, *, whole: bool) -> bool:
+    try:
+        (int if whole else float)(word)
+    except ValueError:
+        return False
+    return True

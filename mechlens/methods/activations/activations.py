@@ -180,6 +180,17 @@ class Activations(Comparable):
                 "select prompts and positions that all have"
             )
 
+    def require_consistent(self) -> None:
+        """UserError where names and values aren't of as many prompts, levels, positions and axes as each other."""
+        named = (len(self.ids), len(self.levels), len(self.positions))
+        by_prompt = {len(self.labels), len(self.families)} == {len(self.ids)}
+        if tuple(self.values.shape[:3]) != named or len(self.values.shape) != len(self.dims) or not by_prompt:
+            raise UserError(
+                f"the activations have values of the sizes {list(self.values.shape)}, and name {named[0]} prompts "
+                f"({len(self.labels)} labels, {len(self.families)} families), {named[1]} levels, {named[2]} positions "
+                f"and the axes {', '.join(self.axes)}; collect them again"
+            )
+
     def __repr__(self) -> str:
         sizes = zip(self.dims, self.values.shape, strict=True)
         facts = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.errors import UserError, an
-from mechlens.files import read_whole, user_path
+from mechlens.files import LARGEST_FILE, read_whole, user_path
 from mechlens.prompts.files.parquet import parquet_rows
 
 
@@ -183,6 +183,7 @@ def _delimited(path: Path, content: bytes, delimiter: str) -> list[Record]:
     header: list[str] = []
     rows: list[Record] = []
     number = 0
+    usual = csv.field_size_limit(LARGEST_FILE)  # how long a text may be, `Prompt` says
     try:
         for cells in reader:
             if not header:
@@ -200,6 +201,8 @@ def _delimited(path: Path, content: bytes, delimiter: str) -> list[Record]:
             rows.append(Record(number, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         raise UserError(f"{path} row {number + 1} is not valid CSV ({error}); check its quotes") from error
+    finally:
+        csv.field_size_limit(usual)
     return rows
 
 
