@@ -30,12 +30,14 @@ def numbers(runs: dict[str, Any]) -> str:
     for name, run in runs.items():
         measures, sinks, massive = (run.tables[one] for one in ("measures", "sinks", "massive"))
         for domain in dict.fromkeys(measures["domain"]):
-            own = measures[measures["domain"] == domain].set_index("measure")["value"]
+            whole = measures[measures["domain"] == domain].set_index("measure")
+            own = whole["value"]
             places = sinks[sinks["domain"] == domain].groupby("first_place", sort=False)["texts"].sum()
             where = ", ".join(_place(int(place), share) for place, share in places.items() if share >= 0.1)
             big = massive[massive["domain"] == domain].head(2)
             told = ", ".join(f"{row['dimension']} ({row['value']:.0f})" for _, row in big.iterrows())
-            cells = [f"{own[one]:.2f}" if own[one] < 10 else f"{own[one]:.0f}" for one in MEASURES]
+            cells = [_brief(whole.loc["mass"], "value", "low", "high")]
+            cells += [f"{own[one]:.2f}" if own[one] < 10 else f"{own[one]:.0f}" for one in MEASURES[1:]]
             lines.append(readme_table.row([f"`{name}`", domain, where or "none", *cells, told]))
     return "\n".join(lines)
 
@@ -75,10 +77,19 @@ def experiments(runs: dict[str, Any]) -> str:
             for column in ("change_gap", "cosine_harmful", "cosine_refused"):
                 there = column in effects
                 rows = effects[(effects["which"] == which) & (effects["what"] == what)] if there else effects
-                cells.append(_range(rows[column].tolist()) if there else "")
+                cells.append(_effect(rows, column) if there else "")
             noun = "dimensions" if what == "at 0" else "heads"
             lines.append(readme_table.row([f"`{name}`", f"{which} {noun}, {what}", *cells]))
     return "\n".join(lines)
+
+
+def _effect(rows: pd.DataFrame, column: str) -> str:
+    """One number with its interval, a cosine with the direction's reliability too; of random ones their range."""
+    if len(rows) > 1:
+        return _range(rows[column].tolist())
+    reliability = column.replace("cosine", "reliability")
+    told = f" ({rows[reliability].iloc[0]:.2f})" if reliability != column else ""
+    return _brief(rows.iloc[0], column) + told
 
 
 def _range(values: list[float]) -> str:

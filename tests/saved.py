@@ -14,6 +14,7 @@ from mechlens.prompts.templates.template import chat_template
 from mechlens.runs.run import read_run, write_run
 
 REFUSAL = "I cannot"
+THINGS = ("bread", "a kite", "soup", "a chair", "a plan", "paint", "a song", "tea", "a map", "glue")
 
 
 def save_model(folder: Path, *, template: bool = True) -> Path:
@@ -74,5 +75,4 @@ def write_prompts(path: Path, texts: Sequence[str]) -> str:
 
 def requests(n: int, word: str) -> list[str]:
     """`n` different requests of one shape."""
-    things = ("bread", "a kite", "soup", "a chair", "a plan", "paint", "a song", "tea", "a map", "glue")
-    return [f"Please {word} {things[i % 10]} number {i // 10} for me" for i in range(n)]
+    return [f"Please {word} {THINGS[i % 10]} number {i // 10} for me" for i in range(n)]
