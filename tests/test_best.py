@@ -285,6 +285,31 @@ def test_where_the_surface_leaves_no_room_the_verdict_says_so(name: str, also: s
     assert "can't show more" not in str(replace(verdict, ahead=room).headline)
 
 
+def test_a_direction_that_is_not_what_its_folds_are_is_named_with_its_own_number() -> None:
+    out_of_fold, words = Estimate(0.99, 0.89, 1.0, 120), Estimate(0.71, 0.6, 0.8, 120)
+    ahead = Ahead("post[-12]", out_of_fold, out_of_fold, {"tfidf": words}, {"tfidf": Estimate(0.28, 0.1, 0.4, 120)})
+    for outcome in ("more than the surface", "inconclusive", "no more than the surface", "not read"):
+        far = str(DirectionVerdict(outcome, ahead, 120, Estimate(0.78, 0.5, 0.9, 24)).headline)  # type: ignore[arg-type]
+        assert "(0.78 by the one kept, of level 120)" in far
+        require_short(far)
+    near = str(DirectionVerdict("more than the surface", ahead, 120, Estimate(0.95, 0.8, 1.0, 24)).headline)
+    assert "level 120 (in each fold its own)" in near
+    assert "0.95" not in near
+
+
+@pytest.mark.parametrize(("families", "warned"), [(12, True), (60, False)])
+def test_levels_that_tie_on_few_families_are_told(tiny_model: Any, families: int, warned: bool) -> None:
+    sides = [
+        [Prompt(f"{word}{i}", f"Please {word} a thing numbered {i}", family=str(i % families)) for i in range(60)]
+        for word in ("make", "break")
+    ]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = ml.find_concept(tiny_model(), *sides, plan=DetectionPlan(permutations=5, resamples=20))
+    assert found.detection.tied(found.detection.strongest.position) > warned
+    assert any("levels at" in str(one.message) and "families only" in str(one.message) for one in told) == warned
+
+
 def test_the_effect_is_what_adding_it_does(refusing: Concept) -> None:
     found, model = refusing.steered, planted_model()
     assert found is not None

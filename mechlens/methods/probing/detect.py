@@ -125,6 +125,11 @@ class Detection(Comparable):
         """The highest validation AUROC, more than the surface or not; of equals the farthest apart, then the first."""
         return self.by_strength[0]
 
+    def tied(self, position: str) -> int:
+        """How many levels above 0 have the highest validation AUROC there: where many, the choice was near chance."""
+        column = column_of(position, self.test.positions, self.directions.last)
+        return int((self.validation_auroc[:, column] == self.at(position).validation_auroc).sum())
+
     @property
     def by_strength(self) -> tuple[ChosenLevel, ...]:
         """All positions, the strongest first."""

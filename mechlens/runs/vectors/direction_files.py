@@ -173,7 +173,9 @@ def _own(path: Path, position: str | None) -> tuple[Direction, ...]:
     if kind == Direction.__name__:
         one = artifacts.load(path, Direction)
         if position not in (None, one.position):
-            raise UserError(f"{path} holds the direction at {one.position!r}, not at {position!r}")
+            beside = path.parent / "directions.safetensors"
+            others = f"; give {beside}, which holds those of all positions" if beside.is_file() else ""
+            raise UserError(f"{path} holds the direction at {one.position!r}, not at {position!r}{others}")
         return (one,)
     if kind != DirectionGrid.__name__:
         raise UserError(f"{path} holds a {kind}, not a direction; give a direction of a run folder")

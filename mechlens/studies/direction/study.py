@@ -153,6 +153,10 @@ def _found(
     return Concept(measured, reliability, acts, batch, split, plan, shown, matched.note, steered)
 
 
+FEW_TO_CHOOSE = 10
+"""Families of validation prompts below which levels that tie are warned about."""
+
+
 def _warn(found: Concept, strongest: str, by_steering: str) -> None:
     """A UserWarning where no direction is best or steers, for those who type or those who write Python."""
     if found.best is None:
@@ -161,6 +165,16 @@ def _warn(found: Concept, strongest: str, by_steering: str) -> None:
             further = "" if found.steered is not None else f", or what {by_steering} chooses by steering"
             usable = f"What can be used all the same is the strongest ({strongest}){further}"
         warn(f"there is no best direction. {found.verdict.headline} {usable}")
+    top = found.best or found.detection.strongest
+    families = len({found.batch.prompts[i].group for i in found.split.validation})
+    if (tied := found.detection.tied(top.position)) > 1 and families < FEW_TO_CHOOSE:
+        also = f", and so does {by_steering}" if found.steered is None else ""
+        warn(
+            f"{tied} levels at {top.position} tell the validation prompts apart equally well (AUROC "
+            f"{top.validation_auroc:.2f}), which are of {families} families only, so that level {top.level} was chosen "
+            f"among them hardly better than by chance; on test prompts its AUROC is {top.auroc.brief}. More families "
+            f"would choose better{also}"
+        )
     if found.steered is not None and found.steered.direction is None:
         warn(f"there is no direction that steers. {found.steered.sentence}")
 

@@ -17,6 +17,8 @@ from mechlens.runs.shown_verdict import ShownVerdict
 
 MARGIN = 0.05
 """A smaller gain of AUROC over the surface isn't worth a direction."""
+APART = 0.1
+"""A direction whose own AUROC is further from that of the folds isn't what the folds speak of."""
 STATED = ("system_prompt", "turns", "source")
 """Baselines that are no wording: where one ties too, the sentence says so, since it is mended at once."""
 SPLIT_PAIRS = "that is no inverse signal: pairs of one topic were split, so keep them whole (paired=True)"
@@ -32,6 +34,8 @@ class DirectionVerdict(ShownVerdict):
     """At the best position, or at the strongest where none is best."""
     level: int
     """Chosen on validation prompts for the direction that is kept."""
+    kept: Estimate | None = None
+    """AUROC of the direction that is kept, on the test prompts of its one split."""
 
     @property
     def gain(self) -> Estimate:
@@ -56,8 +60,7 @@ class DirectionVerdict(ShownVerdict):
     @property
     def headline(self) -> Headline:
         """The verdict in one sentence, with the number that decided and what would settle it."""
-        where = f"{self.ahead.position}, level {self.level} (in each fold its own),"
-        found = f"at {where} the AUROC is {self.ahead.auroc.brief} out of fold"
+        found = self._found
         name, nearest = _named(self.ahead.nearest, self.ahead.position), self.ahead.surface[self.ahead.nearest]
         if self.outcome == "not read":
             settle = SPLIT_PAIRS if self.ahead.auroc.high < 0.5 else ""
@@ -71,6 +74,16 @@ class DirectionVerdict(ShownVerdict):
         if self.outcome == "more than the surface":
             return Headline(self.outcome, f"{found},", ahead)
         return Headline(self.outcome, f"{found},", ahead, f"about {self.needed} prompts of a side would settle it")
+
+    @property
+    def _found(self) -> str:
+        """The AUROC out of fold; where the direction that is kept has another, as by a level of few validation
+        prompts, both."""
+        position, auroc = self.ahead.position, self.ahead.auroc
+        if self.kept is None or not abs(self.kept.value - auroc.value) > APART:
+            return f"at {position}, level {self.level} (in each fold its own), the AUROC is {auroc.brief} out of fold"
+        kept = f"{self.kept.value:.2f} by the one kept, of level {self.level}"
+        return f"at {position} the AUROC is {auroc.brief} out of fold ({kept})"
 
     @property
     def _stated(self) -> str:
@@ -120,7 +133,7 @@ def direction_verdict(found: Detection) -> DirectionVerdict:
     kept = found.at(ahead.position)
     if not kept.effect.measurable:  # out of fold, few prompts' spread is mostly that of the folds' directions
         ahead = replace(ahead, effect=kept.effect)
-    return DirectionVerdict(_outcome(ahead), ahead, kept.level)
+    return DirectionVerdict(_outcome(ahead), ahead, kept.level, kept.auroc)
 
 
 def _outcome(ahead: Ahead) -> Outcome:
