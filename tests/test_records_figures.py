@@ -77,6 +77,15 @@ def test_a_lone_point_has_its_interval_too():
     assert list(point.error_y.arrayminus) == [pytest.approx(0.1)]
 
 
+def test_points_without_an_interval_have_no_bar_of_no_width() -> None:
+    frame = pd.DataFrame({"x": ["a", "b"], "y": [0.5, 0.7], "low": [math.nan] * 2, "high": [math.nan] * 2})
+    drawn = figures.bars(frame, x="x", y="y", low="low", high="high", title="t", xlabel="x", ylabel="y")
+    assert drawn.data[0].error_y.visible is False
+    half = figures.bars(frame.assign(low=[0.1, math.nan], high=[0.9, math.nan]), x="x", y="y", low="low", high="high",
+                        title="t", xlabel="x", ylabel="y")  # fmt: skip
+    assert half.data[0].error_y.visible is True
+
+
 def test_a_group_has_one_colour_in_every_figure():
     lines, bars, scatter = draw_all()[:3]
     named = {trace.name: trace.line.color for trace in lines.data if trace.fill is None}

@@ -115,6 +115,7 @@ def whiskers(part: pd.DataFrame, y: str, low: str, high: str) -> dict[str, Any]:
     """The interval of each point as a bar through it."""
     above, below = part[high] - part[y], part[y] - part[low]
     return {
+        "visible": bool(above.notna().any()),  # plotly draws a missing interval as one of no width
         "array": python_values(above),
         "arrayminus": python_values(below),
         "thickness": 1.3,

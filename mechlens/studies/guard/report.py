@@ -174,10 +174,10 @@ def _draw(writer: RunWriter, result: GuardEvaluation, said: GuardReport) -> dict
         group="tested", hline=0.5, hline_label="chance", limits=(0.0, 1.0),
         title="The guard beside other detectors, on the same prompts", xlabel="", ylabel="AUROC",
     )  # fmt: skip
-    caption = (
-        "The guard should stand above the words, the mean embedding and the token on the twins: those differ in harm, "
-        "not in form. Bars: 95% intervals over families."
-    )
+    drawn = areas.dropna(subset="value")
+    where = " on the twins: those differ in harm, not in form" if TWINS in set(drawn["source"]) else ""
+    told = " Bars: 95% intervals over families." if (drawn["high"] - drawn["low"]).lt(1).any() else ""
+    caption = f"The guard should stand above the words, the mean embedding and the token{where}.{told}"
     writer.figure("against_baselines", bars, table="baselines", caption=caption)
     flagged = said.measures[(said.measures["detector"] == GUARD) & said.measures["measure"].isin(["tpr", "fpr"])]
     names = {"tpr": "harmful prompts", "fpr": "harmless prompts"}
