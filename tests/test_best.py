@@ -297,6 +297,16 @@ def test_a_direction_that_is_not_what_its_folds_are_is_named_with_its_own_number
     assert "0.95" not in near
 
 
+def test_families_are_asked_for_where_prompts_share_them() -> None:
+    wide = Estimate(0.03, -0.1, 0.16, 120)
+    ahead = Ahead("inst", Estimate(0.8, 0.7, 0.9, 120), wide, {"tfidf": Estimate(0.77, 0.6, 0.9, 120)}, {"tfidf": wide})
+    pairs, shared = (DirectionVerdict("inconclusive", ahead, 3, families=n) for n in (60, 12))
+    assert pairs.headline.settle == f"about {pairs.needed} prompts of a side would settle it"
+    wanted = math.ceil(shared.needed / 5)
+    assert shared.headline.settle == f"about {wanted} families a side (now 12) would settle it"
+    require_short(str(shared.headline))
+
+
 @pytest.mark.parametrize(("families", "warned"), [(12, True), (60, False)])
 def test_levels_that_tie_on_few_families_are_told(tiny_model: Any, families: int, warned: bool) -> None:
     sides = [

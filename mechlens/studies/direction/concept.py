@@ -14,6 +14,7 @@ from mechlens.methods.probing.detect import ChosenLevel, Detection
 from mechlens.methods.shown import html_with, lines
 from mechlens.methods.statistics.by_prompt import ByPrompt, by_prompt_table
 from mechlens.methods.statistics.estimate import Estimate
+from mechlens.methods.statistics.resample import fewest_families
 from mechlens.methods.steering.steering_test import SteeringTest
 from mechlens.prompts.batch import TokenBatch
 from mechlens.prompts.split import Split
@@ -71,7 +72,8 @@ class Concept:
     @property
     def verdict(self) -> DirectionVerdict:
         """What the numbers allow to be said of reading it."""
-        return direction_verdict(self.detection)
+        positive = is_positive(self.acts, (POSITIVE, NEGATIVE))
+        return direction_verdict(self.detection, fewest_families(positive, self.acts.families))
 
     @property
     def headline(self) -> Headline:

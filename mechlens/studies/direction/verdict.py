@@ -19,6 +19,8 @@ MARGIN = 0.05
 """A smaller gain of AUROC over the surface isn't worth a direction."""
 APART = 0.1
 """A direction whose own AUROC is further from that of the folds isn't what the folds speak of."""
+FEW_SHARE = 1.5
+"""Prompts of a side for each family from which it's families that are asked for."""
 STATED = ("system_prompt", "turns", "source")
 """Baselines that are no wording: where one ties too, the sentence says so, since it is mended at once."""
 SPLIT_PAIRS = "that is no inverse signal: pairs of one topic were split, so keep them whole (paired=True)"
@@ -36,6 +38,8 @@ class DirectionVerdict(ShownVerdict):
     """Chosen on validation prompts for the direction that is kept."""
     kept: Estimate | None = None
     """AUROC of the direction that is kept, on the test prompts of its one split."""
+    families: int | None = None
+    """Of the side that has fewer; None where each prompt is taken to be one."""
 
     @property
     def gain(self) -> Estimate:
@@ -73,7 +77,7 @@ class DirectionVerdict(ShownVerdict):
         ahead = f"{self.gain.brief} ahead of the nearest baseline, {name} ({nearest.brief})"
         if self.outcome == "more than the surface":
             return Headline(self.outcome, f"{found},", ahead)
-        return Headline(self.outcome, f"{found},", ahead, f"about {self.needed} prompts of a side would settle it")
+        return Headline(self.outcome, f"{found},", ahead, f"about {self._wanted} would settle it")
 
     @property
     def _found(self) -> str:
@@ -108,6 +112,14 @@ class DirectionVerdict(ShownVerdict):
         return Headline(self.outcome, f"{found},", already, f"sides alike in that{also} would settle it")
 
     @property
+    def _wanted(self) -> str:
+        """What more of would settle it: prompts, or, where several share a family, families, which alone count."""
+        a_family = self.gain.n / 2 / (self.families or self.gain.n / 2)
+        if a_family < FEW_SHARE:
+            return f"{self.needed} prompts of a side"
+        return f"{math.ceil(self.needed / a_family)} families a side (now {self.families})"
+
+    @property
     def needed(self) -> int:
         """Prompts of a side that would show such a gain, or `MARGIN` if that is larger, about four times in five."""
         return math.ceil(self.gain.n / 2 * self.gain.times_to_show(MARGIN))
@@ -123,7 +135,7 @@ def steering_headline(steered: SteeringTest, read: DirectionVerdict) -> Headline
     return Headline(word, done, f"where chance reaches {steered.random.bound:.2f}", also)
 
 
-def direction_verdict(found: Detection) -> DirectionVerdict:
+def direction_verdict(found: Detection, families: int | None = None) -> DirectionVerdict:
     """Not read: not above chance by the lower bound. More: ahead of every baseline, each by the lower bound of the
     paired gain. No more: the nearest baseline is as good, or ahead of by less than `MARGIN` by the upper bound.
 
@@ -133,7 +145,7 @@ def direction_verdict(found: Detection) -> DirectionVerdict:
     kept = found.at(ahead.position)
     if not kept.effect.measurable:  # out of fold, few prompts' spread is mostly that of the folds' directions
         ahead = replace(ahead, effect=kept.effect)
-    return DirectionVerdict(_outcome(ahead), ahead, kept.level, kept.auroc)
+    return DirectionVerdict(_outcome(ahead), ahead, kept.level, kept.auroc, families)
 
 
 def _outcome(ahead: Ahead) -> Outcome:
