@@ -112,6 +112,33 @@ def test_a_slip_in_a_plan_is_told_before_anything(tmp_path: Path, models: list[s
             jobs_of(plan, tmp_path, "plan")
 
 
+BOMB = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))])
+STRANGE = {
+    "a bomb": (f"study: direction\noptions:\n  {BOMB.replace(chr(10), chr(10) + '  ')}", "more than 100000 values"),
+    "itself": ("study: direction\noptions: &a {n: *a}", "nests them more than 30 deep"),
+    "deep": (f"study: direction\noptions: {'[' * 1200}", "is no YAML"),
+    "a day": (
+        "study: direction\noptions: {n: 2024-01-31}",
+        r"holds datetime.date\(2024, 1, 31\) \(a date\); put it in q",
+    ),
+    "no day": ("study: direction\noptions: {n: 2024-99-99}", "is no YAML"),
+    "a day for a name": ("study: direction\noptions: {2024-01-31: 3}", "put it in quotes"),
+    "bytes": ("study: direction\noptions: {n: !!binary aGk=}", "holds b'hi'"),
+    "code": ("study: !!python/object/apply:os.system [true]", "is no YAML"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strangers_plan_is_a_sentence_at_once(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    text, said = STRANGE[name]
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(UserError, match=said):
+        read_plan(path)
+    assert time.process_time() - began < 5
+
+
 def test_values_that_look_alike_have_folders_of_their_own(tmp_path: Path, models: list[str]) -> None:
     plan = Plan("direction", SMALL, {"model": ["a/tiny", "b/tiny", "a:tiny", "ä"], "adapter": [None]})
     names = [job.name for job in jobs_of(plan, tmp_path, "plan")]

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from mechlens.checked_json import checked
 from mechlens.choices import require_known
-from mechlens.errors import UserError
+from mechlens.errors import UserError, kind_of, quoted
 from mechlens.files import read_whole, short_name
 from mechlens.registry import unknown_name
 from mechlens.runs.run import plain
@@ -33,6 +33,8 @@ from mechlens.studies.registry import Study, studies
 
 MOST = 10_000
 """Jobs of one sweep; more is a slip of the hand."""
+MOST_VALUES, DEEPEST = 100_000, 30
+"""Of a plan, everything in it counted."""
 OURS = ("out",)
 """Options that the sweep itself decides."""
 WANDB = {"mode": "offline"}
@@ -84,10 +86,13 @@ def read_plan(path: Path) -> Plan:
 
     try:
         found = yaml.safe_load(read_whole(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # days and numbers that can't be, and deep nesting
+        if isinstance(error, UserError):
+            raise
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where is not None else ""
         raise UserError(f"{path} is no YAML{line}; {REMEDY}") from error
+    _require_plain(found, path)
     if not isinstance(found, dict) or "study" not in found:
         raise UserError(f"{path} has no `study`; a plan has study, options and over, such as study: separate")
     known = [one.name for one in fields(Plan)]
@@ -98,6 +103,24 @@ def read_plan(path: Path) -> Plan:
         if not values:
             raise UserError(f"{path}: `over` has no values for {name!r}; give a list of them")
     return plan
+
+
+def _require_plain(found: object, path: Path) -> None:
+    """UserError for what JSON hasn't, and for the few lines whose aliases stand for more than any memory holds."""
+    waiting: list[tuple[object, int]] = [(found, 0)]
+    seen = 0
+    while waiting:
+        one, depth = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES or depth > DEEPEST:
+            raise UserError(
+                f"{path} holds more than {MOST_VALUES} values, or nests them more than {DEEPEST} deep, once its "
+                f"aliases (*name) are written out; {REMEDY}"
+            )
+        inner = [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
+        if not isinstance(one, str | int | float | dict | list | None):
+            raise UserError(f"{path} holds {quoted(one)} ({kind_of(one)}); put it in quotes if it is a text")
+        waiting += [(value, depth + 1) for value in inner]
 
 
 def jobs_of(plan: Plan, out: Path, name: str) -> list[Job]:
