@@ -1,10 +1,11 @@
 """Geometry of packaged models in tables.
 
-    python scripts/geometry_tables.py --out runs/geometry [--n 48] [--write]
+    python scripts/geometry_tables.py --out runs/geometry [--n 48] [--only ablated] [--write]
 
-Runs `mechlens geometry` on smollm2-refuser beside smollm2, and on smollm2 with the refuser's adapter as a checkpoint,
-which says what the adapter changed in each matrix. Runs that are finished are not made again. `--write` puts the tables
-into mechlens/studies/geometry/README.md; the verdict, collapse and clusters are only printed.
+Runs `mechlens geometry` on smollm2-refuser beside smollm2; on smollm2 with the refuser's adapter as a checkpoint, which
+says what the adapter changed in each matrix; and on smollm2-refuser alone, without its subspaces. Runs that are
+finished are not made again. `--write` puts the tables into mechlens/studies/geometry/README.md; the verdict, collapse
+and clusters are only printed.
 """
 
 import argparse
@@ -19,6 +20,8 @@ PLAN: dict[str, Any] = {
     "max_new_tokens": 16,
 }  # fmt: skip
 """Below the study's defaults, so that a model takes minutes of one core; levels 0 to 30 are those of smollm2."""
+ABLATED: dict[str, Any] = {"levels": (12, 18, 24), "ranks": (1, 2, 4, 8), "random_subspaces": 2}
+"""Each subspace is a pass of every prompt, and so is each random one of either kind."""
 
 
 def concepts(run: Any) -> str:
@@ -120,23 +123,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=48)
+    parser.add_argument("--only", choices=["two", "tuned", "ablated"], nargs="*", help="the runs that are made")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     import mechlens as ml
     from mechlens.models.packaged import adapter_folder
 
-    two = ml.run(ml.MeasureGeometry(
-        model="smollm2-refuser", other="smollm2", n=given.n, ablated=12, out=given.out / "two", **PLAN
-    ))  # fmt: skip
-    print(two.verdict, flush=True)
-    tuned = ml.run(ml.MeasureGeometry(
-        model="smollm2", checkpoints=(str(adapter_folder("smollm2-refuser")),), n=given.n, out=given.out / "tuned",
-        **PLAN,
-    ))  # fmt: skip
-    print(tuned.verdict, flush=True)
-    readme_table.show(__file__, {"verdict": two.verdict, "collapse": collapse(two), "clusters": clusters(two)}, None)
-    tables = {"concepts": concepts(two), "changes": changes(two), "matching": matching(two), "sparse": sparse(two),
-              "groups": groups(two), "edits": edits(tuned), "ablated": ablated(two)}  # fmt: skip
+    wanted, tables, printed = given.only or ["two", "tuned", "ablated"], {}, {}
+    if "two" in wanted:
+        two = ml.run(ml.MeasureGeometry(
+            model="smollm2-refuser", other="smollm2", n=given.n, out=given.out / "two", **PLAN
+        ))  # fmt: skip
+        printed = {"verdict": two.verdict, "collapse": collapse(two), "clusters": clusters(two)}
+        tables = {"concepts": concepts(two), "changes": changes(two), "matching": matching(two), "sparse": sparse(two),
+                  "groups": groups(two)}  # fmt: skip
+    if "tuned" in wanted:
+        tuned = ml.run(ml.MeasureGeometry(
+            model="smollm2", checkpoints=(str(adapter_folder("smollm2-refuser")),), n=given.n,
+            out=given.out / "tuned", **PLAN,
+        ))  # fmt: skip
+        tables["edits"] = edits(tuned)
+    if "ablated" in wanted:
+        without = ml.run(ml.MeasureGeometry(
+            model="smollm2-refuser", n=given.n, ablated=10, out=given.out / "ablated", **PLAN | ABLATED
+        ))  # fmt: skip
+        tables["ablated"] = ablated(without)
+    readme_table.show(__file__, printed, None)
     readme = Path(__file__).resolve().parents[1] / "mechlens/studies/geometry/README.md"
     readme_table.show(__file__, tables, readme if given.write else None)
 

@@ -60,7 +60,7 @@ def mixed_by_token(
         raise UserError("adapters are mixed in models that ml.load gives, and this is no TransformerBridge")
     if not adapters:
         raise UserError("no adapter is to be mixed; give at least one, such as ml.read_lora(FOLDER)")
-    whole = [_run_whole(model, name) for name in dict.fromkeys(name for one in adapters for name in one)]
+    whole = _run_whole(model, list(dict.fromkeys(name for one in adapters for name in one)))
     shares: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for number, block in enumerate(plain_module(one) for one in model.blocks):
@@ -72,23 +72,26 @@ def mixed_by_token(
         yield model
 
 
-def _run_whole(model: LanguageModel, name: str) -> tuple[str, nn.Module, int]:
-    """The module by its name in the plain model, and its block; UserError where the model doesn't run it as it is."""
+def _run_whole(model: LanguageModel, names: Sequence[str]) -> list[tuple[str, nn.Module, int]]:
+    """The modules by their names in the plain model, and their blocks; UserError where one isn't run as it is."""
     in_parts = [part.original_component for part in model.modules()
                 if any(callable(getattr(part, split, None)) for split in _SPLITS)]  # fmt: skip
     apart = {id(own) for part in in_parts for own in part.modules()}
+    found = []
     with native(model) as hf_model:
-        try:
-            module = hf_model.get_submodule(name)
-        except AttributeError as error:
-            raise UserError(f"an adapter changes {name}, which the model doesn't have") from error
-        number = next((k for k, block in enumerate(model.blocks) if any(own is module for own in block.modules())), -1)
-    if number < 0 or id(module) in apart:
-        raise UserError(
-            f"an adapter changes {name}, which isn't run by itself in a block of this model, so it can't be mixed by "
-            "token; put it in with checkpoint_swapper"
-        )
-    return name, module, number
+        block_of = {id(own): number for number, block in enumerate(model.blocks) for own in block.modules()}
+        for name in names:
+            try:
+                module = hf_model.get_submodule(name)
+            except AttributeError as error:
+                raise UserError(f"an adapter changes {name}, which the model doesn't have") from error
+            if id(module) in apart or id(module) not in block_of:
+                raise UserError(
+                    f"an adapter changes {name}, which isn't run by itself in a block of this model, so it can't be "
+                    "mixed by token; put it in with checkpoint_swapper"
+                )
+            found.append((name, module, block_of[id(module)]))
+    return found
 
 
 _SPLITS = ("split_qkv_matrix", "split_gate_up_matrix")

@@ -30,13 +30,16 @@ def rounded(frame: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def in_brief(table: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Numbers with their intervals as text; those that can't be measured are empty, as are columns without any."""
+def in_brief(table: pd.DataFrame, columns: tuple[str, ...], *, aurocs: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Numbers with their intervals as text; those that can't be measured are empty, as are columns without any.
+
+    Of the columns in `aurocs` an interval of all from 0 to 1 is of too few prompts.
+    """
     found = table.copy()
     for column in (one for one in columns if one in table):
         low, high = (f"{column}_{end}" if f"{column}_{end}" in table else end for end in ("low", "high"))
         found[column] = [
-            "" if value != value else Estimate(value, below, above, 0).brief
+            "" if value != value else Estimate(value, below, above, 0, column in aurocs).brief
             for value, below, above in zip(table[column], table[low], table[high], strict=True)
         ]
     ends = [name for column in columns for name in (f"{column}_low", f"{column}_high", "low", "high", "n")]

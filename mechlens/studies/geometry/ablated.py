@@ -34,6 +34,8 @@ def ablated_table(
     """
     labels = [one.label for one in reading.judged.prompts]
     half = min(labels.count(own) for own in ("harmful", "harmless")) // 2
+    if not half:
+        return pd.DataFrame()
     tested = first_of_each(labels, min(plan.ablated, half))
     harmful, harmless = ([i for i in tested if labels[i] == own] for own in ("harmful", "harmless"))
     tokens = refusal_tokens(reading.judged, range(len(labels)), loaded(model).tokenizer)

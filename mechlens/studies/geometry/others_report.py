@@ -18,6 +18,8 @@ _SIMILAR = {
     "model": "model", "step": "step", "position": "position", "level": "level", "dimensions": "dimensions",
     "measure": "measure", "value": "value", "chance": "by chance", "highest": "highest by chance", "p": "p",
 }  # fmt: skip
+_MEASURES = {"cka": "unbiased CKA", "pwcca": "projection-weighted CCA", "procrustes": "Procrustes",
+             "neighbours": "mutual nearest neighbours"}  # fmt: skip
 _MATCHED = {
     **_PLACE, "matched": "similarity of partners", **_CHANCE, "gap": "gap to the most similar",
     "identity_rate": "share that kept their number",
@@ -50,9 +52,9 @@ def _others(writer: RunWriter, result: GeometryResult) -> Section:
         )  # fmt: skip
         names.append(writer.figure(f"levels_{measure}", drawn, table=f"levels_{measure}",
                                    caption="Without massive dimensions."))  # fmt: skip
-    return Section(
-        "The same, rotated, or other", CHANGE_RULE, tuple(names), table=named(tables.get("similarity"), _SIMILAR)
-    )
+    similar = tables.get("similarity")
+    told = None if similar is None else similar.assign(measure=similar["measure"].map(_MEASURES))
+    return Section("The same, rotated, or other", CHANGE_RULE, tuple(names), table=named(told, _SIMILAR))
 
 
 def named(table: pd.DataFrame | None, columns: Mapping[str, str]) -> pd.DataFrame | None:
@@ -110,7 +112,7 @@ def _leading(components: pd.DataFrame, norms: pd.DataFrame) -> pd.DataFrame | No
     read = {f"auroc_{name}": f"reads {name} (AUROC)" for name in concepts}
     # Where none of these matrices writes to the residual stream there is no cosine.
     written = {f"cos_{name}": f"writes {name} (|cosine|)" for name in concepts if first[f"cos_{name}"].notna().any()}
-    return named(in_brief(first, tuple(read)), {
+    return named(in_brief(first, tuple(read), aurocs=tuple(read)), {
         "matrix": "matrix", "share": "share of its change", "stable_rank": "stable rank",
         "effective_rank": "effective rank", **written, **read,
     })  # fmt: skip

@@ -11,6 +11,7 @@ from mechlens.studies.geometry.study import GeometryResult, GeometryStudy
 from mechlens.studies.geometry.verdict import RULE
 
 QUESTION = "Is harmfulness one direction or a subspace, and do other models hold it in the same way?"
+AUROCS = ("line", "left", "words")
 WORDS = {
     "line": "AUROC of one direction", "left": "AUROC without that direction",
     "beyond_words": "the same, minus what the words have left", "in_place": "alike in place (cosine)",
@@ -24,7 +25,8 @@ def record(writer: RunWriter, result: GeometryResult, given: GeometryStudy) -> N
     first, *others = given.subjects
     harm, *rest = [one.headline for one in result.verdicts] + [one.headline for one in result.changed]
     metrics = result.metrics()
-    words = {name: f"{WORDS[kind]}: {of}" for name in metrics for kind, _, of in [name.partition(".")]}
+    words = {name: f"{WORDS[kind]}: {', '.join(of.rsplit('.', 1))}"
+             for name in metrics for kind, _, of in [name.partition(".")]}  # fmt: skip
     parts = [
         _subspaces(writer, result),
         _ablated(writer, result),
@@ -66,7 +68,7 @@ def _subspaces(writer: RunWriter, result: GeometryResult) -> Section:
         "beyond_words": "beyond the words",
     }  # fmt: skip
     concepts = result.tables().get("concepts")
-    brief = None if concepts is None else in_brief(concepts, ("line", "left", "words", "beyond_words"))
+    brief = None if concepts is None else in_brief(concepts, (*AUROCS, "beyond_words"), aurocs=AUROCS)
     return Section("One direction or a subspace", RULE, tuple(names), table=named(brief, columns))
 
 
@@ -99,15 +101,23 @@ def _ablated(writer: RunWriter, result: GeometryResult) -> Section | None:
         "more than one; beyond is the difference from random mixtures of how prompts without the concept differ, which "
         "lie where activations vary; random ones lie anywhere, where the model may use nothing.",
         tuple(names),
-        table=named(in_brief(table, ("shift", "gain", "beyond", "kl")), _ABLATED),
+        table=named(in_brief(table.assign(**drawn_at_random(table)), ("shift", "gain", "beyond", "kl")), _ABLATED),
     )
+
+
+def drawn_at_random(table: pd.DataFrame) -> dict[str, list[str]]:
+    """The mean and the lowest change of refusal over both kinds of random subspaces, as text."""
+    return {
+        name: [f"{mean:z.2f} ({low:z.2f})" if mean == mean else ""
+               for mean, low in zip(table[f"{name}_mean"], table[f"{name}_lowest"], strict=True)]
+        for name in ("within", "random")
+    }  # fmt: skip
 
 
 _ABLATED = {
     "concept": "concept", "position": "position", "level": "level", "k": "dimensions", "shift": "change of refusal",
-    "gain": "more than fewest", "beyond": "beyond where others vary", "within_mean": "where others vary: mean",
-    "within_lowest": "lowest", "random_mean": "random: mean", "random_lowest": "random: lowest", "kl": "KL",
-    "within_kl": "KL where others vary", "random_kl": "KL random",
+    "gain": "more than fewest", "beyond": "beyond where others vary", "within": "where others vary (lowest)",
+    "random": "random (lowest)", "kl": "KL", "within_kl": "KL where others vary", "random_kl": "KL random",
 }  # fmt: skip
 
 

@@ -57,7 +57,8 @@ class DimensionVerdict:
         if self.found is None:
             return Headline(self.word, f"too few prompts are {self.concept} or not", settle="give more prompts")
         line, left = self.found.line.brief, self.found.left.brief
-        number = f"{self.concept}: one direction reads an AUROC of {line}, and without it {self.found.k} more {left}"
+        more = f"without it {self.found.k} more do with {left}"
+        number = f"one direction reads what is {self.concept} with an AUROC of {line}, and {more}"
         words = "" if not self.found.words.measurable else f" (the words: {self.found.words.value:.2f})"
         settle = "more prompts would settle it" if self.word == INCONCLUSIVE else ""
         return Headline(self.word, number + words, settle=settle)
