@@ -129,7 +129,9 @@ def main() -> None:
     import mechlens as ml
     from mechlens.models.packaged import adapter_folder
 
-    wanted, tables, printed = given.only or ["two", "tuned", "ablated"], {}, {}
+    wanted = given.only or ["two", "tuned", "ablated"]
+    tables: dict[str, str] = {}
+    printed: dict[str, str] = {}
     if "two" in wanted:
         two = ml.run(ml.MeasureGeometry(
             model="smollm2-refuser", other="smollm2", n=given.n, out=given.out / "two", **PLAN
