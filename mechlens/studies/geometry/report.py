@@ -101,17 +101,19 @@ def _ablated(writer: RunWriter, result: GeometryResult) -> Section | None:
         "more than one; beyond is the difference from random mixtures of how prompts without the concept differ, which "
         "lie where activations vary; random ones lie anywhere, where the model may use nothing.",
         tuple(names),
-        table=named(in_brief(table.assign(**drawn_at_random(table)), ("shift", "gain", "beyond", "kl")), _ABLATED),
+        table=named(in_brief(with_random(table), ("shift", "gain", "beyond", "kl")), _ABLATED),
     )
 
 
-def drawn_at_random(table: pd.DataFrame) -> dict[str, list[str]]:
-    """The mean and the lowest change of refusal over both kinds of random subspaces, as text."""
-    return {
-        name: [f"{mean:z.2f} ({low:z.2f})" if mean == mean else ""
-               for mean, low in zip(table[f"{name}_mean"], table[f"{name}_lowest"], strict=True)]
-        for name in ("within", "random")
-    }  # fmt: skip
+def with_random(table: pd.DataFrame) -> pd.DataFrame:
+    """The mean and the lowest change of refusal over each kind of random subspaces, as text beside the others."""
+    found = table.copy()
+    for name in ("within", "random"):
+        found[name] = [
+            f"{mean:z.2f} ({low:z.2f})" if mean == mean else ""
+            for mean, low in zip(table[f"{name}_mean"], table[f"{name}_lowest"], strict=True)
+        ]
+    return found
 
 
 _ABLATED = {
