@@ -1,5 +1,6 @@
 """What can happen to a run: each mode disturbs one process at a random moment, from inside or from outside."""
 
+import ctypes
 import os
 import random
 import signal
@@ -13,7 +14,10 @@ from typing import Any
 
 from kill_process import Process
 
-NOBODY = 65534
+CAPABILITIES = 0x20080522
+"""The version of the kernel's records of them."""
+PASSING_OVER = 0b110
+"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,17 @@ def _jumping_clock(draw: random.Random, whole: Whole) -> None:
     writer.datetime = Clock  # type: ignore[attr-defined, misc]
 
 
-def _as_nobody(draw: random.Random, whole: Whole) -> None:
-    """Permissions don't stop root."""
-    if os.getuid() == 0:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+def _bound_by_permissions(draw: random.Random, whole: Whole) -> None:
+    """Permissions don't stop root, unless it gives up the right to pass over them."""
+    if os.getuid() != 0:
+        return
+    libc = ctypes.CDLL(None)
+    header, held = (ctypes.c_uint32 * 2)(CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, held)
+    for of in (0, 1):  # effective and permitted
+        held[of] &= ~PASSING_OVER
+    if libc.capset(header, held):
+        raise PermissionError("capset")
 
 
 def _revoked(draw: random.Random, process: Process, whole: Whole) -> bool:
@@ -180,7 +189,7 @@ MODES: dict[str, Mode] = {
     "int": Mode(signalled(signal.SIGINT), ends=(0, 130)),
     "flip": Mode(signalled(signal.SIGKILL), after=_flipped, ends=(0, -signal.SIGKILL)),
     "disk": Mode(disk=_small_disk, ends=(0, 1)),
-    "permission": Mode(_revoked, inside=_as_nobody, after=_granted, ends=(0, 1)),
+    "permission": Mode(_revoked, inside=_bound_by_permissions, after=_granted, ends=(0, 1)),
     "stdout": Mode(_deafened, ends=(0, 1)),
     "clock": Mode(inside=_jumping_clock, again=False),
     "wandb": Mode(_without_wandb, wandb="offline", again=False),

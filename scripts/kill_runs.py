@@ -99,7 +99,6 @@ class Killer:
     def __init__(self, study: str, folder: Path, *, control: bool = True) -> None:
         self.study, self.folder = study, folder
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o777)  # of runs as nobody
         self.whole = self._undisturbed(folder / "whole")
         self.found: list[str] = []
         """What differs between two undisturbed runs, which no kill is to blame for."""
@@ -277,7 +276,6 @@ def main() -> None:
     given = parser.parse_args()
     preload()
     with tempfile.TemporaryDirectory(prefix="kill-") as scratch:
-        Path(scratch).chmod(0o755)
         print(table(trials(given, Path(scratch))))
 
 
