@@ -139,6 +139,8 @@ def require_named(config: object) -> None:
 
 
 def require_known(config: object) -> None:
-    """UserError, before anything slow, for a name in a configuration that stands for nothing or can't be imported."""
+    """UserError, before anything slow, for a name in a configuration that stands for nothing or can't be imported;
+    of ours, which can, nothing is imported."""
     for registry, name in _chosen(config):
-        registry[name]
+        if name not in registry.ours:
+            registry[name]

@@ -136,6 +136,7 @@ LIGHT = (
     "mechlens.settings",
     "mechlens.studies.registry",
     "mechlens.studies.runs.study",
+    "mechlens.studies.sweep.study",
     "mechlens.cli",
     "mechlens.errors",
 )

@@ -177,10 +177,7 @@ def test_a_sweep_gives_what_its_jobs_give_alone_and_one_failure_stops_no_other(
     assert all(state.status == "failed" and "share" in state.said for state in failed)
     alone = ml.run(ml.FindDirection(**{**SMALL, "positions": ("last",), "wandb": ml.WandbSettings(mode="disabled"),
                                        "model": models[0], "seed": 1, "out": tmp_path / "alone"}))  # fmt: skip
-    mine, theirs = tables(alone.folder), tables(folder_of(done[1]))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        pd.testing.assert_frame_equal(mine[name], theirs[name], check_exact=True)
+    same_tables(alone.folder, folder_of(done[1]))
     assert set(rows_by_number(alone)) == {"auroc.post[12]", "auroc.strongest"}  # what was kept makes the numbers again
     before = {path: path.stat().st_mtime_ns for job in done for path in folder_of(job).rglob("*.json")}
     capfd.readouterr()
@@ -319,10 +316,11 @@ def test_gpus_are_disjoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     fake.write_text(
         "import os, sys, time\nfrom pathlib import Path\n"
         "gpu = os.environ['CUDA_VISIBLE_DEVICES']\nmine = Path(sys.argv[1]) / gpu\n"
-        "assert not mine.exists(), 'taken'\nmine.touch()\ntime.sleep(.3)\nmine.unlink()\n"
+        "assert not mine.exists(), 'taken'\nmine.touch()\ntime.sleep(.1)\nmine.unlink()\n"
         "(Path(sys.argv[1]) / f'{gpu}-{os.getpid()}.done').touch()\n"
     )
     monkeypatch.setattr(local, "WORKER", "fake_worker")
+    monkeypatch.setattr(local, "POLL", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for gpus, sets in ((0, {"4", "5", "6", "7"}), (2, {"4,5", "6,7"})):
         local.run([[told]] * 8, resources(tmp_path, workers=4, gpus=gpus), lambda _: None)
@@ -367,12 +365,11 @@ def test_what_fails_is_a_sentence_beside_the_folder_and_is_tried_again(models: l
 
 
 def test_a_job_that_is_preempted_goes_on_and_its_tables_are_the_same(
-    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swept: Path, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By submitit's local executor; the signal is the one that Slurm sends, and comes when the run has begun."""
-    (quiet,), (job,) = (jobs_of(plan_of(models, seed=[1]), tmp_path / name, "plan") for name in ("quiet", "out"))
-    write_jobs([quiet, job])
-    work_on([folder_of(quiet)])
+    (job,) = jobs_of(plan_of(models, seed=[1]), tmp_path / "out", "plan")
+    write_jobs([job])
     real, submitted, interrupted = submitit.AutoExecutor.map_array, list[Any](), list[int]()
 
     def noted(*given: Any) -> list[Any]:
@@ -391,9 +388,7 @@ def test_a_job_that_is_preempted_goes_on_and_its_tables_are_the_same(
     assert "Caught signal SIGUSR2" in logs
     assert logs.count("Starting with JobEnvironment") == 2
     assert state_of(job).status == "done"
-    theirs = tables(folder_of(quiet))
-    for name, table in tables(folder_of(job)).items():
-        pd.testing.assert_frame_equal(table, theirs[name], check_exact=True)
+    same_tables(folder_of(job), folder_of(by_seed(swept)[1]))
 
 
 def test_slurm_is_asked_for_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,8 @@ from mechlens.runs.folder import FolderCache
 from mechlens.runs.lock import FolderLock
 from mechlens.studies.sweep import shards
 from mechlens.studies.sweep.config import Sweep
-from mechlens.studies.sweep.folders import folder_of, state_of, write_jobs
+from mechlens.studies.sweep.folders import folder_of, helpers_of, is_helper, state_of, write_jobs
 from mechlens.studies.sweep.plan import Job, Plan, jobs_of
-from mechlens.studies.sweep.shards import helpers_of, is_helper
 from mechlens.studies.sweep.study import groups_of, sweep
 from mechlens.studies.sweep.worker import work_on
 

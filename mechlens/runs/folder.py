@@ -19,8 +19,6 @@ from mechlens.runs.results.kept import REMEDY, require_same
 from mechlens.runs.run import RUN_FILE, Change, Inputs, Run, changed_since, changes, read_run
 
 CACHE = "cache"
-JOB_FILE = "job.json"
-"""What a sweep writes into a run folder beforehand: the configuration that belongs there."""
 """Folder of the finished pieces by which a killed run goes on."""
 
 

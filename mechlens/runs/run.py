@@ -76,6 +76,8 @@ FORMAT = 2
 """Since 2 a record is sealed, and knows its tables."""
 REMEDY = "it was changed by hand or damaged: run again into another folder"
 RUN_FILE = "run.json"
+JOB_FILE = "job.json"
+"""What a sweep writes into a run folder beforehand: the configuration that belongs there."""
 REFUSALS = ("UserError", "UnfitPrompt")
 """Errors that the same command would end in again."""
 

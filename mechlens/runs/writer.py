@@ -31,11 +31,22 @@ from mechlens.models.precision import Parity
 from mechlens.prompts.prompt import Prompt
 from mechlens.runs.artifacts import save, sha256
 from mechlens.runs.environment import git_state, package_versions
-from mechlens.runs.folder import CACHE, JOB_FILE, PROMPTS, FolderCache, finished_run, prompt_table, run_to_go_on_with
+from mechlens.runs.folder import CACHE, PROMPTS, FolderCache, finished_run, prompt_table, run_to_go_on_with
 from mechlens.runs.lock import LOCK_FILE, FolderLock
 from mechlens.runs.privacy import text_columns
 from mechlens.runs.report.report import FigureEntry, Report, render
-from mechlens.runs.run import RUN_FILE, Artefact, Inputs, Run, changed_since, defaults, plain, read_run, write_run
+from mechlens.runs.run import (
+    JOB_FILE,
+    RUN_FILE,
+    Artefact,
+    Inputs,
+    Run,
+    changed_since,
+    defaults,
+    plain,
+    read_run,
+    write_run,
+)
 from mechlens.runs.wandb.mirror import WandbMirror
 from mechlens.settings import WandbSettings
 

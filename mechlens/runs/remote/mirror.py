@@ -9,11 +9,10 @@ from pathlib import Path
 
 from mechlens.errors import UserError
 from mechlens.files import is_partial
-from mechlens.runs.folder import JOB_FILE
 from mechlens.runs.lock import LOCK_FILE
 from mechlens.runs.remote import lock as locks
 from mechlens.runs.remote.store import Store
-from mechlens.runs.run import RUN_FILE
+from mechlens.runs.run import JOB_FILE, RUN_FILE
 
 AT_THE_END = ("wandb", "steps.jsonl")
 """What grows line by line; everything else is written whole."""

@@ -10,16 +10,17 @@ from typing import Any, Literal
 
 from mechlens.checked_json import checked, parse_sealed, sealed
 from mechlens.errors import UserError
-from mechlens.runs.folder import JOB_FILE
 from mechlens.runs.remote.store import exists, put_text, read_text, remove
 from mechlens.runs.results.result import RunResult
-from mechlens.runs.run import RUN_FILE, read_run
+from mechlens.runs.run import JOB_FILE, RUN_FILE, read_run
 from mechlens.studies.registry import studies
 from mechlens.studies.sweep.plan import Job
 
 FORMAT = 1
 FAILED = "failures"
 """Folder of the sweep that holds the sentence of each job that couldn't even begin."""
+SHARDS = "shards"
+"""Folder in a helper's name; there is no such folder."""
 REMEDY = "give the sweep's command again, which writes it anew where the folder is empty"
 
 
@@ -112,3 +113,13 @@ def note_failure(folder: Path, sentence: str) -> None:
 def forget_failure(folder: Path) -> None:
     """Of a job that is tried again."""
     remove(failure_file(folder))
+
+
+def helpers_of(folder: Path, shards: int) -> list[Path]:
+    """What the helpers of a job are called for a worker."""
+    return [folder.parent / SHARDS / folder.name / f"{number}-of-{shards}" for number in range(1, shards)]
+
+
+def is_helper(folder: Path) -> bool:
+    """Whether a worker is given a helper's name, not a job's folder."""
+    return folder.parent.parent.name == SHARDS

@@ -21,21 +21,9 @@ from mechlens.settings import WandbSettings
 from mechlens.studies.driver import do
 from mechlens.studies.sweep.folders import failure_file, read_job
 
-SHARDS = "shards"
-"""Folder in a helper's name; there is no such folder."""
 PATIENCE = 120.0
 """Seconds that a helper waits for its job to begin."""
 POLL = 0.2
-
-
-def helpers_of(folder: Path, shards: int) -> list[Path]:
-    """What the helpers of a job are called for a worker."""
-    return [folder.parent / SHARDS / folder.name / f"{number}-of-{shards}" for number in range(1, shards)]
-
-
-def is_helper(folder: Path) -> bool:
-    """Whether a worker is given a helper's name, not a job's folder."""
-    return folder.parent.parent.name == SHARDS
 
 
 class Ended(Exception):

@@ -13,13 +13,11 @@ from mechlens.runs.lock import FolderLock
 from mechlens.runs.remote.mirror import mirrored
 from mechlens.runs.remote.store import address, is_remote, local_path, require_here
 from mechlens.runs.results.compared import RunComparison, compare_runs
-from mechlens.runs.results.compared_page import write_comparison
 from mechlens.studies.registry import Screen
 from mechlens.studies.sweep.config import Sweep
 from mechlens.studies.sweep.engines.engine import Engine, Resources, engine_called
-from mechlens.studies.sweep.folders import State, folder_of, forget_failure, state_of, write_jobs
+from mechlens.studies.sweep.folders import State, folder_of, forget_failure, helpers_of, state_of, write_jobs
 from mechlens.studies.sweep.plan import Job, jobs_of, read_plan
-from mechlens.studies.sweep.shards import helpers_of
 
 TRIES = 3
 """How often a job is started whose process was lost; one that fails with a sentence is started once."""
@@ -91,6 +89,8 @@ def _held(out: Path) -> Iterator[None]:
 
 def _written(compared: RunComparison, folder: Path) -> str:
     """Where the page and the tables are."""
+    from mechlens.runs.results.compared_page import write_comparison  # which imports torch
+
     if not is_remote(folder):
         return str(write_comparison(compared, folder).resolve())
     with mirrored(folder) as here:

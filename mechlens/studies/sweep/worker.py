@@ -11,8 +11,8 @@ from mechlens.errors import UserError
 from mechlens.methods.kept_model import keeping_model
 from mechlens.studies.driver import do
 from mechlens.studies.sweep.engines.parent import end_with_parent
-from mechlens.studies.sweep.folders import note_failure, read_job
-from mechlens.studies.sweep.shards import help_with, is_helper
+from mechlens.studies.sweep.folders import is_helper, note_failure, read_job
+from mechlens.studies.sweep.shards import help_with
 
 
 def work_on(folders: list[Path]) -> None:
