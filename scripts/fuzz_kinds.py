@@ -160,9 +160,12 @@ def rows(draw: random.Random, world: World) -> None:
             raise
     if bad:
         raise Fault(f"{ending}: rows {bad} were read: {[str(row)[:80] for row in given]}")
-    told = sum(int(n) for one in caught for n in re.findall(r"dropped (\d+) prompt", str(one.message)))
+    told = sum(int(n) for warning in caught for n in re.findall(r"dropped (\d+) prompt", str(warning.message)))
     texts = [next(iter(row.values())) for row in given]
-    wanted = list({normalise_text(one): one for one in reversed(texts)}.values())[::-1]
+    first: dict[str, str] = {}
+    for one in texts:
+        first.setdefault(normalise_text(one), one)
+    wanted = list(first.values())
     if len(found) + told != len(given) or [one.text for one in found] != wanted:
         raise Fault(f"{ending}: {len(given)} rows, {len(found)} read, {told} told of: {[one[:60] for one in texts]}")
 
