@@ -1,8 +1,14 @@
-"""Sweeps on a Ray cluster: nodes go and come, and the tables are those of a quiet run."""
+"""Sweeps on a Ray cluster: nodes go and come, and the tables are those of a quiet run.
+
+Ray may wait for ever for what doesn't come: all of this together has a limit.
+"""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,29 @@ SMALL = {
 NODE = {"num_cpus": 2, "num_gpus": 4, "object_store_memory": 10**8}
 
 
-@pytest.fixture(scope="session")
+LIMIT = 600.0
+"""Seconds for everything here."""
+spent: list[float] = []
+
+
+@contextmanager
+def within_limit() -> Iterator[None]:
+    """TimeoutError where no time is left."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"tests on Ray have taken {LIMIT:g} s")
+
+    began, before = time.monotonic(), signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(LIMIT - sum(spent), 0.1))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        spent.append(time.monotonic() - began)
+
+
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[Any, list[Any]]]:
     """A head that does no jobs, and a node of four made-up GPUs."""
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
@@ -34,15 +62,26 @@ def cluster() -> Iterator[tuple[Any, list[Any]]]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 10**8}
-    made = None
+    made = Cluster()
     try:
-        made = Cluster(initialize_head=True, head_node_args=head)
-        nodes = [made.add_node(**NODE)]
+        with within_limit():
+            made.add_node(**head)
+            nodes = [made.add_node(**NODE)]
     except Exception as error:
+        made.shutdown()
         pytest.skip(f"a Ray cluster can't be started here: {error}")
     yield made, nodes
-    ray.shutdown()
-    made.shutdown()
+    with suppress(TimeoutError), within_limit():
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_hang() -> Iterator[None]:
+    with within_limit():
+        yield
+    if (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()  # a late word about a task that was cut off ends the process that hears it
 
 
 def resources(cluster: tuple[Any, list[Any]], folder: Path, workers: int = 1, gpus: int = 0) -> Resources:

@@ -8,15 +8,16 @@ import traceback
 from pathlib import Path
 
 from mechlens.errors import UserError
-from mechlens.methods.kept_model import keeping_model
-from mechlens.studies.driver import do
 from mechlens.studies.sweep.engines.parent import end_with_parent
 from mechlens.studies.sweep.folders import is_helper, note_failure, read_job
-from mechlens.studies.sweep.shards import help_with
 
 
 def work_on(folders: list[Path]) -> None:
     """Does every job, whatever becomes of the others; a failure is a sentence in the sweep's folder."""
+    # Here, so that a worker whose parent is gone ends before they are imported, which takes seconds.
+    from mechlens.methods.kept_model import keeping_model
+    from mechlens.studies.driver import do
+
     with keeping_model():
         for folder in folders:
             if is_helper(folder):
@@ -33,6 +34,8 @@ def work_on(folders: list[Path]) -> None:
 
 def _help(name: Path) -> None:
     """What befalls a helper is no failure of the job, which does without."""
+    from mechlens.studies.sweep.shards import help_with
+
     try:
         help_with(name)
     except Exception:
