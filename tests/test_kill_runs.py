@@ -20,7 +20,7 @@ sys.path.insert(0, sys.argv[1])
 from kill_runs import Killer
 folder = Path(sys.argv[2])
 killer = Killer("direction", folder / "direction", control=False)
-trials = [killer.trial("kill", seed=0, kills=2), killer.trial("write", seed=0, kills=1)]
+trials = [killer.trial("kill", seed=0, kills=2)]
 (folder / "trials.json").write_text(json.dumps([vars(one) for one in trials]))
 """
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -37,7 +37,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
 
 def test_a_study_killed_at_random_moments_ends_with_the_same_bits(killed: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, trials = killed
-    assert [one["found"] for one in trials] == ["", ""]
+    assert [one["found"] for one in trials] == [""]
     assert sum(one["hits"] for one in trials) >= 1
     assert (folder / "out" / "run.json").exists()
 
