@@ -170,6 +170,7 @@ SAID = {
         r"the guard (beats|is worse than|is not told apart from) it",
         r"\bTrue\b",  # what was saved judges as before
     ),
+    "12_sweeps": ("4 jobs: 4 left", "4 jobs: 4 done\n", "between seeds", "nothing is left to do"),
 }
 """What each notebook must have said on a model that refuses half of everything; others must only run."""
 
