@@ -131,7 +131,9 @@ def test_gpus_of_tasks_at_a_time_are_disjoint(
         mine = [Path(folders[0]).parent / f"taken-{gpu}" for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
         for path in mine:
             path.touch(exist_ok=False)
-        time.sleep(0.3)
+        late = time.monotonic() + 60
+        while len(list(mine[0].parent.glob("taken-*"))) < 4 and time.monotonic() < late:
+            time.sleep(0.05)  # until two tasks are at work at a time, however slowly the second begins
         for path in mine:
             path.rename(path.with_name(f"{path.name}-by-{Path(folders[0]).name}"))
 
