@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import transformers
 from readme_table import head, row, show
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from saved import save_tiny
 
 from mechlens.runs.run import read_run
 from mechlens.studies.sweep.config import Ray, Slurm
@@ -38,7 +40,6 @@ from mechlens.studies.sweep.study import groups_of
 ROOT = Path(__file__).resolve().parents[1]
 SETS = [{"positive": "harmful", "negative": "harmless"}, {"positive": "looks-harmful", "negative": "benign"}]
 SMALL = {"resamples": 50, "permutations": 10, "random_directions": 2, "wandb": {"mode": "disabled"}}
-CHAT = "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}"
 WORKERS = 2
 EVERY = 0.2
 """Seconds between two looks at memory."""
@@ -73,7 +74,7 @@ def main() -> None:
 def jobs_table(args: argparse.Namespace, here: Path) -> str:
     """Many jobs three ways."""
     plan = Plan("direction", {**SMALL, "n": args.n or 16}, {
-        "model": args.model or [made_model(here / f"checkpoint-{i}", i) for i in range(3)],
+        "model": args.model or [str(save_tiny(here / f"checkpoint-{i}", i)) for i in range(3)],
         "seed": [0, 1], "prompts": SETS,
     })  # fmt: skip
     ways: dict[str, Callable[[Path], None]] = {
@@ -162,26 +163,6 @@ def swept(plan: Plan, out: Path) -> None:
     path.write_text(json.dumps({"study": plan.study, "options": plan.options, "over": plan.over}))  # JSON is YAML
     command = [sys.executable, "-m", "mechlens", "sweep", str(path), "--out", str(out), "--workers", str(WORKERS)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def made_model(folder: Path, seed: int) -> str:
-    """A tiny random chat model on disk."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<end>", "<u>", "</u>"]
-    own = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*special, *alphabet])}, merges=[]))
-    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=own, pad_token="<pad>", eos_token="<end>", additional_special_tokens=special[2:],
-        chat_template=CHAT,
-    )  # fmt: skip
-    transformers.set_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 if __name__ == "__main__":

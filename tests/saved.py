@@ -29,9 +29,9 @@ def save_model(folder: Path, *, template: bool = True) -> Path:
     return folder
 
 
-def save_tiny(folder: Path) -> Path:
+def save_tiny(folder: Path, seed: int = 0) -> Path:
     """A random Llama with its tokenizer, as `save_pretrained` writes them."""
-    tiny_hf().save_pretrained(folder)
+    tiny_hf(seed=seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -177,7 +177,6 @@ DYING = """
 import os, signal, torch
 torch.set_num_threads(1)
 from mechlens.models.checkpoints.swap import CheckpointSwapper
-from mechlens.models.load import load_hf
 from mechlens.runs.folder import FolderCache
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -229,8 +229,9 @@ class _Runner:
 
 def until_decided(row: list[int], decided: Decided | None) -> list[int]:
     """The row up to where it is decided, if it ever is."""
-    ends = range(1, len(row) + 1) if decided is not None else ()
-    return row[: next((end for end in ends if decided is not None and decided(row[:end])), len(row))]
+    if decided is None:
+        return row
+    return row[: next((end for end in range(1, len(row) + 1) if decided(row[:end])), len(row))]
 
 
 def _key(

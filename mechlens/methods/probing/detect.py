@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mechlens.choices import METHODS
@@ -128,7 +129,8 @@ class Detection(Comparable):
     def tied(self, position: str) -> int:
         """How many levels above 0 have the highest validation AUROC there: where many, the choice was near chance."""
         column = column_of(position, self.test.positions, self.directions.last)
-        return int((self.validation_auroc[:, column] == self.at(position).validation_auroc).sum())
+        by_level = _of_choosable(self.directions, self.validation_auroc[:, column])
+        return int((by_level == by_level.max()).sum())
 
     @property
     def by_strength(self) -> tuple[ChosenLevel, ...]:
@@ -283,9 +285,7 @@ def _choose(
 ) -> ChosenLevel:
     """The best validation level of one position, with its test AUROC and both nulls."""
     column = grid.positions.index(position)
-    by_level = on_validation[:, column].numpy()
-    if grid.site == RESIDUAL and any(grid.levels):
-        by_level = np.where(np.array(grid.levels) > 0, by_level, -np.inf)
+    by_level = _of_choosable(grid, on_validation[:, column])
     ties = np.where(by_level == by_level.max(), apart[:, column].numpy(), -np.inf)
     row = int(np.argmax(ties))  # NumPy promises the first of equals, torch doesn't.
     level = grid.levels[row]
@@ -305,6 +305,13 @@ def _choose(
         permutation=_permutations(train, direction, fitted, scored, value.value, plan),
         random=random_null(direction, scored, plan.random_directions, plan.seed + 4),
     )
+
+
+def _of_choosable(grid: DirectionGrid, by_level: Float[Tensor, " level"]) -> NDArray[np.floating]:
+    """The values of levels that may be chosen; level 0, the token alone, only where no other was read."""
+    if grid.site != RESIDUAL or not any(grid.levels):
+        return by_level.numpy()
+    return np.where(np.array(grid.levels) > 0, by_level.numpy(), -np.inf)
 
 
 def _permutations(

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pandas as pd
 
+from mechlens.methods.activations.activations import one_cell
 from mechlens.methods.cache import Cache
-from mechlens.methods.directions.direction import Direction
+from mechlens.methods.directions.direction import Direction, mean_difference
 from mechlens.methods.geometry.subspaces.ablated import WithoutSubspace, concept_subspaces, without_subspaces
 from mechlens.methods.progress import phase, progress_bar
 from mechlens.models.bridge import LanguageModel, loaded
@@ -70,13 +71,10 @@ def without_families(asked: Asked, families: set[str]) -> Asked:
 def _like(reading: Reading, concept: Concept, asked: Asked) -> Direction:
     """The concept's direction, of whose model and template the subspaces are."""
     assert concept.level is not None
-    acts = reading.acts
-    values = acts.at(concept.level, concept.position)[asked.rows].float()
-    return Direction(
-        values[asked.positive].mean(dim=0) - values[~asked.positive].mean(dim=0), concept.level, concept.position,
-        acts.site, "mean difference", (concept.name, f"not {concept.name}"), acts.checkpoint, acts.template,
-        tuple(acts.ids[i] for i in asked.rows),
-    )  # fmt: skip
+    sides = (concept.name, f"not {concept.name}")
+    acts = one_cell(reading.acts, concept.level, concept.position).select(asked.rows)
+    labels = tuple(sides[0] if positive else sides[1] for positive in asked.positive.tolist())
+    return mean_difference(replace(acts, labels=labels), *sides, concept.level, concept.position)
 
 
 def _row(one: WithoutSubspace) -> dict[str, float]:
